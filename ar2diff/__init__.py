@@ -1,0 +1,3 @@
+"""ar2diff: autoregressive checkpoints into diffusion language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,208 @@
+"""The one place where it is decided which slot may read which: masks for every mode.
+
+A row is laid out in *slots*. A slot has a document, a logical position in it, and belongs to the
+noisy or to the clean copy. From these three the predicate of `allowed_edges` follows:
+
+    query   key     may read if, in the same document,
+    noisy   noisy   same block
+    noisy   clean   the key's block comes before
+    clean   clean   causal_context: the key is not later; block_causal: its block is not later
+    clean   noisy   never
+    (full: one copy, every slot reads every slot)
+
+Training lays out [noisy | clean] (BD3LM, Arriola et al. 2025, section 3.2), decoding
+[clean context | noisy block], the AR mode clean slots alone: one rule serves the three.
+This file is copied into converted folders: it imports torch and the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Predicate = Callable[[Any, Any, Any, Any], Tensor]
+PADDING = -1  # the document of a slot that holds no token
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Layout of a batch of rows.
+
+    Attributes:
+        doc: [B, S] int, the document a slot belongs to; `PADDING` for none.
+        pos: [B, S] int, logical position in the document (its first real token is 0).
+        noisy: [B, S] bool, slot of the copy that is being denoised.
+    """
+
+    doc: Tensor
+    pos: Tensor
+    noisy: Tensor
+
+
+def lay_out(
+    xt: Tensor, x0: Tensor, doc: Tensor, pos: Tensor, attention: str
+) -> tuple[Tensor, Slots]:
+    """Input ids [B, S] and slots of the training forward: S = L for `full`, else 2L.
+
+    Args:
+        xt, x0, doc, pos: [B, L] noised ids, clean ids, documents, logical positions.
+        attention: of the spec.
+    """
+    noisy = torch.ones_like(doc, dtype=torch.bool)
+    if attention == "full":
+        return xt, Slots(doc, pos, noisy)
+    return torch.cat([xt, x0], 1), Slots(
+        torch.cat([doc, doc], 1), torch.cat([pos, pos], 1), torch.cat([noisy, ~noisy], 1)
+    )
+
+
+def reading_slot(pos: Tensor, attention: str, block_length: int | None, prediction: str) -> Tensor:
+    """Slot at which the token of each position is predicted, in the layout of `lay_out`.
+
+    `same`: its own noisy slot. `shift`: the slot before it; the first token of a block b >= 1
+    is read at the clean copy's last position before the block, since the noisy copy of block
+    b - 1 does not exist when decoding.
+
+    Args:
+        pos: [B, L] logical positions.
+
+    Returns:
+        [B, L] int slots; meaningless at position 0, which is never predicted.
+    """
+    index = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+    if prediction == "same":
+        return index
+    before = (index - 1).clamp(min=0)
+    if attention == "full":
+        return before
+    return torch.where((pos % block_length == 0) & (pos > 0), before + pos.shape[1], before)
+
+
+def allowed_edges(
+    slots: Slots,
+    attention: str,
+    block_length: int | None,
+    reveal: Tensor | None = None,
+    window: int | None = None,
+) -> Predicate:
+    """The predicate `(b, h, q, k) -> bool` over slot indices that every back end uses.
+
+    Args:
+        slots: layout of the rows.
+        attention, block_length: the goal (`full` has no block length).
+        reveal: [P, W] bool or None: an edge that a causal model lacks, from position p to p', exists
+            only where `reveal[p, p' % W]`; W is the block length (P for `full`). None: all.
+        window: sliding window of the layer, in logical positions.
+    """
+    doc, pos, noisy = slots.doc, slots.pos, slots.noisy
+    block = pos if attention == "full" else pos // block_length
+
+    def allowed(b: Any, h: Any, q: Any, k: Any) -> Tensor:
+        pos_q, pos_k = pos[b, q], pos[b, k]
+        block_q, block_k = block[b, q], block[b, k]
+        if attention == "full":
+            edge = torch.ones_like(pos_q == pos_k)
+        else:
+            past = pos_k <= pos_q if attention == "causal_context" else block_k <= block_q
+            to_clean = torch.where(noisy[b, q], block_k < block_q, past)
+            edge = torch.where(noisy[b, k], noisy[b, q] & (block_q == block_k), to_clean)
+        behind = pos_k <= pos_q
+        if window is not None:
+            # transformers' causal window holds `window` tokens, its bidirectional one reaches
+            # `window` tokens either way; `full` must equal the latter, blocks extend the former.
+            behind = behind & (pos_q - pos_k < window)
+            reach = window if attention == "full" else window - 1
+            edge = edge & ((pos_q - pos_k).abs() <= reach)
+        if reveal is not None:
+            edge = edge & (behind | reveal[pos_q, pos_k % reveal.shape[1]])
+        # Documents and padding are ANDed last: the anneal must not reopen them.
+        edge = edge & (doc[b, q] == doc[b, k]) & (doc[b, q] != PADDING)
+        return edge | (q == k)  # a row with nothing to read is NaN under eager
+
+    return allowed
+
+
+def reveal_edges(
+    ratio: float, length: int, width: int, seed: int, step: int, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """Which look-ahead edges exist while annealing: Bernoulli(ratio) per edge (DiffuGPT, Gong et
+    al. 2024), drawn from (seed, step) over logical positions, so that ranks, packing and resume
+    change nothing.
+
+    Returns:
+        [length, width] bool for `allowed_edges`; None once ratio reaches 1.
+    """
+    if ratio >= 1:
+        return None
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return (torch.rand(length, width, generator=generator) < ratio).to(device)
+
+
+def dense_mask(allowed: Predicate, slots: Slots, queries: slice = slice(None)) -> Tensor:
+    """The predicate written out: [B, 1, Q, S] bool, True where the query may read the key."""
+    size, device = slots.doc.shape[1], slots.doc.device
+    b = torch.arange(slots.doc.shape[0], device=device)[:, None, None]
+    k = torch.arange(size, device=device)
+    return allowed(b, 0, k[queries][None, :, None], k[None, None, :]).unsqueeze(1)
+
+
+def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int | None]:
+    """Sliding window of each kind of layer: {layer type: window}; {None: window} if all are alike.
+
+    Args:
+        config: the model's (text) config.
+        local_window: of the spec; `dropped` ignores the base's windows.
+    """
+    size = getattr(config, "sliding_window", None)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [None]))
+    windows = {
+        kind: size if kind is None or kind.startswith("sliding") else None for kind in kinds
+    }
+    if local_window == "dropped":
+        windows = dict.fromkeys(windows)
+    return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
+
+
+def model_mask(
+    model: Any,
+    slots: Slots,
+    attention: str,
+    block_length: int | None,
+    local_window: str | None,
+    reveal: Tensor | None = None,
+    queries: slice = slice(None),
+) -> Any:
+    """`attention_mask` for the model's attention implementation, from the one predicate.
+
+    sdpa takes the bool tensor; eager *adds* its mask, so it gets finfo.min (a bool there is +1
+    and silently means full attention); flex takes a BlockMask. A model whose layers differ in
+    their window gets a dict by layer type.
+
+    Raises:
+        ValueError: an attention implementation that takes no mask of our own.
+    """
+    config = model.config.get_text_config()
+    kind = config._attn_implementation
+
+    def build(window: int | None) -> Any:
+        allowed = allowed_edges(slots, attention, block_length, reveal, window)
+        if kind == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            batch, size = slots.doc.shape
+            return create_block_mask(allowed, batch, None, size, size, device=slots.doc.device)
+        mask = dense_mask(allowed, slots, queries)
+        if kind == "sdpa":
+            return mask
+        if kind == "eager":
+            dtype = model.get_input_embeddings().weight.dtype
+            blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+            return torch.where(mask, torch.zeros_like(blocked), blocked)
+        raise ValueError(f"attention implementation {kind!r} takes no mask; use sdpa, eager or flex")
+
+    masks = {name: build(window) for name, window in layer_windows(config, local_window).items()}
+    return masks[None] if None in masks else masks

@@ -1,0 +1,306 @@
+"""Checkpoints on disk and on the Hub: found, checked before they are loaded, written whole or not
+at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import Ar2DiffError
+from .spec import Spec, SpecError
+
+RUN_FILE = "ar2diff.json"  # provenance; its presence marks a folder as ours to overwrite
+WEIGHTS = "model.safetensors"
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a Hub id is asked for
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint: model (float32 unless asked), tokenizer, spec (None: still an AR model).
+
+    `stored` maps a tensor's name to the dtype in which the files hold it.
+    """
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    spec: Spec | None
+    stored: dict[str, str]
+    commit: str | None = None
+
+
+def find_checkpoint(reference: str) -> Path:
+    """The folder of a checkpoint: a local folder, or a Hub id with an optional `@revision`.
+
+    Raises:
+        Ar2DiffError: neither is there.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file() or reference.startswith(("/", ".", "~")) or reference.count("/") > 1:
+        raise Ar2DiffError(f"model {reference}: no such folder", "give a folder or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
+    except Exception as error:  # huggingface_hub, httpx and OS errors alike mean: not to be had
+        reason = str(error).strip().splitlines()[0]
+        raise Ar2DiffError(
+            f"model {reference}: no such folder, and not to be had from the Hub ({reason})",
+            "check the name and the connection, or give a local folder",
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a folder."""
+    return _read_json(path / "config.json", "a checkpoint folder has a config.json")
+
+
+def read_spec(path: Path) -> Spec | None:
+    """The spec of a folder; None where it is an unconverted model.
+
+    Raises:
+        Ar2DiffError: the spec is not one that this version honours.
+    """
+    try:
+        return Spec.from_config(read_config(path))
+    except SpecError as error:
+        raise Ar2DiffError(f"{path}: {error.what}", error.fix) from None
+
+
+def stored_dtypes(path: Path) -> dict[str, str]:
+    """Dtype of each stored tensor, read from the safetensors headers; checks that no file is cut.
+
+    Raises:
+        Ar2DiffError: no safetensors (pickles are never opened), a missing shard, a cut file.
+    """
+    index = path / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        shards = sorted(set(_read_json(index, "")["weight_map"].values()))
+    else:
+        shards = [WEIGHTS]
+    if not (path / shards[0]).is_file():
+        pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickled:
+            raise Ar2DiffError(
+                f"model {path}: its weights are pickled ({pickled[0]}), which can run code",
+                "convert them to safetensors first",
+            )
+        raise Ar2DiffError(
+            f"model {path}: config.json is there but {shards[0]} is not",
+            "download the checkpoint again",
+        )
+    dtypes: dict[str, str] = {}
+    for shard in shards:
+        dtypes |= _header(path / shard)
+    return dtypes
+
+
+def _header(file: Path) -> dict[str, str]:
+    cut = Ar2DiffError(f"model {file}: the file is cut short or damaged", "download it again")
+    if not file.is_file():
+        raise Ar2DiffError(f"model {file}: this shard is missing", "download it again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise cut
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise cut from None
+    header.pop("__metadata__", None)
+    if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
+        raise cut
+    return {name: entry["dtype"] for name, entry in header.items()}
+
+
+def load_checkpoint(
+    reference: str, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+) -> Checkpoint:
+    """Load a checkpoint in float32, after every check that costs nothing.
+
+    Raises:
+        Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
+            or its spec is not one we honour.
+    """
+    path = find_checkpoint(reference)
+    config = read_config(path)
+    spec = read_spec(path)
+    _refuse_non_decoder(path, config)
+    stored = stored_dtypes(path)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Ar2DiffError(
+            f"model {path}: its tokenizer does not load ({str(error).splitlines()[0]})",
+            "put the tokenizer's files beside the weights",
+        ) from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attn_implementation,
+            use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Ar2DiffError(
+            f"model {path}: does not load ({str(error).strip().splitlines()[0]})",
+            "check that config.json and the weights belong together",
+        ) from error
+    if report["missing_keys"] or report.get("mismatched_keys"):
+        names = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+        raise Ar2DiffError(
+            f"model {path}: the weights lack {names[0]} and {len(names) - 1} more tensors",
+            "check that config.json and the weights belong together",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    # Vocabularies are padded to a round number of rows, not by a tenth of their size.
+    if len(tokenizer) > rows or rows - len(tokenizer) > max(1024, rows // 10):
+        raise Ar2DiffError(
+            f"model {path}: the tokenizer has {len(tokenizer)} tokens, the weights {rows} rows",
+            "use the tokenizer that the model was trained with",
+        )
+    if spec is not None and spec.mask_token_id >= rows:
+        raise Ar2DiffError(
+            f"model {path}: mask_token_id {spec.mask_token_id} is out of range, {rows} rows",
+            "convert the base model again",
+        )
+    commit = path.name if path.parent.name == "snapshots" else None
+    return Checkpoint(path, model.eval(), tokenizer, spec, stored, commit)
+
+
+def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = config.get("architectures") or []
+    decoders = {
+        name
+        for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([entry] if isinstance(entry, str) else entry)
+    }
+    if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
+        raise Ar2DiffError(
+            f"model {path}: {', '.join(names) or 'no architecture'} is not a decoder-only causal LM",
+            "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
+        )
+
+
+@contextmanager
+def staged(output_dir: Path) -> Iterator[Path]:
+    """A folder inside `output_dir` to write a checkpoint into. On success its files move into place,
+    each by one rename and `config.json` last; on failure nothing of it stays.
+
+    Raises:
+        Ar2DiffError: the disk is full, or not writable.
+    """
+    partial = output_dir / ".partial"
+    existed = output_dir.is_dir()
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            _sync(file)
+            os.replace(file, output_dir / file.name)
+    except OSError as error:
+        raise disk_error(output_dir, error) from error
+    except Exception as error:  # safetensors wraps an I/O error in its own class
+        if "No space left" in str(error):
+            raise disk_error(output_dir, OSError(errno.ENOSPC, "")) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not existed and output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+
+
+def disk_error(path: Path, error: OSError) -> Ar2DiffError:
+    """What an error of the file system means to the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Ar2DiffError(f"{path}: the disk is full", "free some space; a run goes on with --resume")
+    return Ar2DiffError(f"{path}: {error.strerror or error}", "give another --output-dir")
+
+
+def prepare_output(
+    output_dir: Path, inputs: list[Path], resume: bool, overwrite: bool, needed: int
+) -> None:
+    """Refuse a folder that a run must not write to. Changes nothing.
+
+    Args:
+        inputs: what the run reads: never to be overwritten.
+        needed: bytes that the run will write.
+
+    Raises:
+        Ar2DiffError: it holds something, holds an input, is no folder, or the disk is too full.
+    """
+    target = output_dir.resolve()
+    for path in inputs:
+        if target == path.resolve() or target in path.resolve().parents:
+            raise Ar2DiffError(
+                f"output folder {output_dir} holds the input {path}", "give another --output-dir"
+            )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise Ar2DiffError(f"output folder {output_dir} is a file", "give another --output-dir")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        ours = (output_dir / RUN_FILE).is_file()
+        if not (resume or overwrite):
+            raise Ar2DiffError(
+                f"output folder {output_dir} is not empty",
+                "go on with --resume, replace it with --overwrite, or give another --output-dir",
+            )
+        if not ours:
+            raise Ar2DiffError(
+                f"output folder {output_dir} holds files that ar2diff did not write",
+                "give another --output-dir",
+            )
+    parent = next(p for p in [target, *target.parents] if p.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise Ar2DiffError(f"{parent}: not writable", "give another --output-dir")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise Ar2DiffError(
+            f"{parent}: the disk is full ({free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed)",
+            "free some space, or give another --output-dir",
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside and rename, so that no reader sees half a file."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+        _sync(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise disk_error(path.parent, error) from error
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _read_json(file: Path, fix: str) -> Any:
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise Ar2DiffError(f"{file}: no such file", fix) from None
+    except (OSError, ValueError) as error:
+        raise Ar2DiffError(f"{file}: {error}", "download the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise Ar2DiffError(f"{file}: not a JSON object", "download the checkpoint again")
+    return value

@@ -1,0 +1,183 @@
+"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, config. No weight but the
+mask's own row changes; what the model then can and cannot do is for `probe` to say."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint
+from .config import Convert
+from .errors import Ar2DiffError
+from .spec import FORMAT, Spec
+
+MASK_TOKEN = "<|mask|>"
+RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
+ROW_NOISE = 0.02  # of the embeddings' own spread: rows that are equal would stay equal
+
+
+def convert(checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: bool, seed: int) -> Spec:
+    """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place.
+
+    A model that is one already continues from its spec; its block may grow, nothing else may change.
+
+    Args:
+        max_length: longest row that will be trained on.
+        ar_mode: whether the AR mode is alive at the end (trained along, or nothing trained).
+
+    Raises:
+        Ar2DiffError: lengths over the model's context; another attention or prediction than the
+            converted model has; a mask token that is a word.
+    """
+    model, tokenizer, old = checkpoint.model, checkpoint.tokenizer, checkpoint.spec
+    config = model.config
+    _check_lengths(config, wanted, max_length)
+    if old is None:
+        mask_token_id = _add_mask_token(model, tokenizer, wanted.mask_token, seed)
+        _set_pad(model, tokenizer, mask_token_id)
+    else:
+        _check_continuation(old, wanted)
+        mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
+        ar_mode = ar_mode and old.ar_mode
+    windowed = getattr(config.get_text_config(), "sliding_window", None) is not None
+    spec = Spec(
+        format=FORMAT, noise="mask", mask_token_id=mask_token_id, attention=wanted.attention,
+        block_length=wanted.block_length, prediction=wanted.prediction, ar_mode=ar_mode,
+        local_window=wanted.local_window if windowed else None, max_length=max_length,
+    )
+    write_spec(checkpoint, spec)
+    return spec
+
+
+def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
+    """Put the spec into the model's config and what depends on it into the generation config."""
+    config, generation = checkpoint.model.config, checkpoint.model.generation_config
+    config.diffusion = spec.to_dict()
+    config.mask_token_id = spec.mask_token_id
+    if spec.attention == "causal_context":
+        config.__dict__.pop("is_causal", None)  # plain engines run the AR model that it still is
+    else:
+        config.is_causal = False
+    generation.suppress_tokens = [spec.mask_token_id]
+    generation.pad_token_id = checkpoint.tokenizer.pad_token_id
+    generation.max_new_tokens = None
+    checkpoint.spec = spec
+
+
+def end_token(checkpoint: Checkpoint) -> int:
+    """The id that ends a document: the first of `generation_config.eos_token_id`."""
+    for holder in (checkpoint.model.generation_config, checkpoint.model.config, checkpoint.tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None and ids != []:
+            return ids[0] if isinstance(ids, list) else ids
+    raise Ar2DiffError(
+        f"model {checkpoint.path}: no end-of-text token is named",
+        "set eos_token_id in its generation_config.json",
+    )
+
+
+def context_length(config: Any) -> int | None:
+    """Longest row the model takes, in tokens; None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
+    context = context_length(config)
+    if context is None:
+        return
+    for name, length in (("convert.block_length", wanted.block_length), ("data.max_length", max_length)):
+        if length is not None and length > context:
+            raise Ar2DiffError(
+                f"{name} {length} is over the model's context of {context} tokens",
+                f"set {name} to at most {context}",
+            )
+
+
+def _check_continuation(old: Spec, wanted: Convert) -> None:
+    for name in ("attention", "prediction"):
+        if getattr(old, name) != getattr(wanted, name):
+            raise Ar2DiffError(
+                f"the model is converted already, with {name} {getattr(old, name)}, "
+                f"and the recipe asks for {getattr(wanted, name)}",
+                f"set convert.{name}={getattr(old, name)}, or convert the AR base again",
+            )
+    if old.block_length is not None and wanted.block_length < old.block_length:
+        raise Ar2DiffError(
+            f"the model was trained with blocks of {old.block_length}, the recipe asks for "
+            f"{wanted.block_length}",
+            f"set convert.block_length={old.block_length} or more",
+        )
+
+
+def _add_mask_token(model: Any, tokenizer: Any, wanted: str | None, seed: int) -> int:
+    """Choose the mask's row: a reserved special token that nothing uses, else an unused row of a
+    padded vocabulary, else a new row. Never a word."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    token = wanted or tokenizer.mask_token or _reserved_token(model, tokenizer)
+    if token is None:
+        token = MASK_TOKEN
+    known = tokenizer.get_vocab().get(token)
+    if known is not None and known not in tokenizer.added_tokens_decoder:
+        raise Ar2DiffError(
+            f"convert.mask_token {token!r} is a word of the vocabulary",
+            "name a special token, or null to let one be chosen",
+        )
+    tokenizer.add_special_tokens({"mask_token": token})
+    mask_token_id = tokenizer.mask_token_id
+    if mask_token_id >= rows:
+        model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+    _init_row(model, mask_token_id, min(known if known is not None else len(tokenizer) - 1, rows), seed)
+    return mask_token_id
+
+
+def _reserved_token(model: Any, tokenizer: Any) -> str | None:
+    template = str(tokenizer.chat_template or "")
+    used = {getattr(tokenizer, name, None) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    used |= {tokenizer.decode([i]) for i in _as_list(model.generation_config.eos_token_id)}
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        text = token.content
+        if token.special and RESERVED.search(text) and text not in template and text not in used:
+            return text
+    return None
+
+
+@torch.no_grad()
+def _init_row(model: Any, row: int, words: int, seed: int) -> None:
+    """Set the mask's row to the mean embedding plus small noise: a zero row under RMSNorm has an
+    exploding gradient. An untied head gets its own mean; its bias the mean bias."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [inputs.weight]
+    if outputs.weight.data_ptr() != inputs.weight.data_ptr():
+        weights.append(outputs.weight)
+    for weight in weights:
+        others = torch.cat([weight[: min(row, words)], weight[row + 1 : words]])
+        noise = torch.randn(weight.shape[1], generator=generator)
+        weight[row] = others.mean(0) + ROW_NOISE * others.std() * noise
+    if getattr(outputs, "bias", None) is not None:
+        outputs.bias[row] = outputs.bias[: min(row, words)].mean()
+
+
+def _set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
+    """Pad is the tokenizer's own if it is no EOS, else a reserved token, else unk, else one more row:
+    a pad that is the EOS cannot be told from an end."""
+    ends = {*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}
+    ends.add(mask_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        reserved = _reserved_token(model, tokenizer)
+        if reserved is not None:
+            tokenizer.add_special_tokens({"pad_token": reserved})
+        elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in ends:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+                _init_row(model, tokenizer.pad_token_id, tokenizer.pad_token_id, 0)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

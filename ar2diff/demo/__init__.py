@@ -1,0 +1,1 @@
+"""The embedded default: a small autoregressive checkpoint, its corpus and its build script."""

@@ -1,0 +1,132 @@
+"""What a model really does with our masks, found by perturbing tokens in a few tiny forwards.
+
+The class name decides nothing: a model is convertible if every mode that its spec promises is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Slots, dense_mask, allowed_edges, lay_out, layer_windows, model_mask
+from .spec import Spec
+
+BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
+LENGTH = 10  # two blocks and a ragged tail
+TOLERANCE = 1e-4  # of the largest logit; a wrong mask is off by whole logits
+
+
+@torch.no_grad()
+def probe(model: Any, spec: Spec) -> list[str]:
+    """Reasons why the model is not what the spec says; empty if every mode is exact.
+
+    Args:
+        model: in eval mode, float32 or better.
+    """
+    block = None if spec.attention == "full" else min(BLOCK, spec.block_length)
+    prober = _Prober(model, spec, block)
+    try:
+        return [
+            *prober.dependencies(),
+            *(prober.mask_free() if spec.attention == "full" else prober.blocks()),
+            *(prober.ar_mode() if spec.ar_mode and spec.attention == "causal_context" else []),
+            *prober.packing(),
+        ]
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return [f"it does not take an attention mask of ours ({first})"]
+
+
+class _Prober:
+    def __init__(self, model: Any, spec: Spec, block: int | None):
+        self.model, self.spec, self.block = model, spec, block
+        generator = torch.Generator().manual_seed(0)
+        words = min(spec.mask_token_id, model.get_input_embeddings().weight.shape[0]) or 2
+        self.x0 = torch.randint(words, (1, LENGTH), generator=generator).to(model.device)
+        self.xt = self.x0.clone()
+        self.xt[0, torch.arange(1, LENGTH, 2)] = spec.mask_token_id
+        self.pos = torch.arange(LENGTH, device=model.device)[None]
+        self.doc = torch.zeros_like(self.pos)
+        self.words = words
+
+    def run(self, input_ids: Tensor, slots: Slots) -> Tensor:
+        mask = model_mask(self.model, slots, self.spec.attention, self.block, self.spec.local_window)
+        return self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=slots.pos, use_cache=False
+        ).logits
+
+    def differ(self, a: Tensor, b: Tensor) -> float:
+        """Largest difference in parts of the largest logit."""
+        return ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item()
+
+    def dependencies(self) -> list[str]:
+        """Perturb each slot: which logits move must be what the mask lets through the layers."""
+        input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
+        size = input_ids.shape[1]
+        batch = input_ids.repeat(size + 1, 1)
+        for slot in range(size):
+            batch[slot, slot] = (batch[slot, slot] + 1) % self.words
+        wide = Slots(*(x.repeat(size + 1, 1) for x in (slots.doc, slots.pos, slots.noisy)))
+        logits = self.run(batch, wide)
+        scale = logits.abs().max()
+        moved = ((logits[:-1] - logits[-1]).abs().amax(-1) / scale).T  # [query, perturbed key]
+        windows = layer_windows(self.model.config.get_text_config(), self.spec.local_window)
+        edges = torch.zeros(size, size, dtype=torch.bool, device=input_ids.device)
+        for window in windows.values():
+            allowed = allowed_edges(slots, self.spec.attention, self.block, None, window)
+            edges |= dense_mask(allowed, slots)[0, 0]
+        reach = edges.double()
+        for _ in range(self.model.config.get_text_config().num_hidden_layers - 1):
+            reach = (reach @ edges.double()).clamp(max=1)
+        if (moved[reach == 0] > 1e-6).any():
+            return ["a token is read where the mask forbids it"]
+        ahead = edges & (slots.pos[0][None, :] > slots.pos[0][:, None])
+        if ahead.any() and (moved[ahead] > 0).double().mean() < 0.9:
+            return ["attention stays causal: tokens ahead are not read"]
+        return []
+
+    def mask_free(self) -> list[str]:
+        """`full`: a stock forward without a mask must be the full one, as config.is_causal says."""
+        input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, "full")
+        plain = self.model(input_ids=input_ids, use_cache=False, is_causal=False).logits
+        if self.differ(plain, self.run(input_ids, slots)) > TOLERANCE:
+            return ["is_causal=false is not honoured: a plain forward stays causal"]
+        return []
+
+    def blocks(self) -> list[str]:
+        """[noisy | clean] must equal separate forwards of [clean context | noisy block]."""
+        input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
+        together = self.run(input_ids, slots)
+        for start in range(0, LENGTH, self.block):
+            end = min(start + self.block, LENGTH)
+            row = torch.cat([self.x0[:, :start], self.xt[:, start:end]], 1)
+            noisy = (torch.arange(end, device=row.device) >= start)[None]
+            alone = self.run(row, Slots(self.doc[:, :end], self.pos[:, :end], noisy))
+            if self.differ(together[:, start:end], alone[:, start:end]) > TOLERANCE:
+                return ["a block in [noisy | clean] differs from the block alone"]
+        return []
+
+    def ar_mode(self) -> list[str]:
+        """The clean half must be the model that a stock, mask-less forward runs."""
+        input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
+        clean = self.run(input_ids, slots)[:, LENGTH:]
+        plain = self.model(input_ids=self.x0, use_cache=False).logits
+        if self.differ(clean, plain) > TOLERANCE:
+            return ["the clean half differs from the model's own left-to-right forward"]
+        return []
+
+    def packing(self) -> list[str]:
+        """Two documents in a row must equal each alone."""
+        cut = self.block or LENGTH // 2
+        doc = (self.pos >= cut).long()
+        pos = torch.where(doc == 0, self.pos, self.pos - cut)
+        input_ids, slots = lay_out(self.xt, self.x0, doc, pos, self.spec.attention)
+        packed = self.run(input_ids, slots)[:, cut:LENGTH]
+        part = [x[:, cut:] for x in (self.xt, self.x0)]
+        input_ids, slots = lay_out(*part, self.doc[:, cut:], pos[:, cut:], self.spec.attention)
+        alone = self.run(input_ids, slots)[:, : LENGTH - cut]
+        if self.differ(packed, alone) > TOLERANCE:
+            return ["documents packed in one row see each other"]
+        return []

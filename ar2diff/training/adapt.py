@@ -1,0 +1,221 @@
+"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out. The order is: what costs nothing
+is checked first, the folder is touched last."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint import (
+    RUN_FILE, Checkpoint, find_checkpoint, load_checkpoint, prepare_output, staged, write_json,
+)
+from ..config import Recipe
+from ..convert import convert, end_token, write_spec
+from ..data import Rows, tokenize
+from ..errors import Ar2DiffError
+from ..evaluation import evaluate, score, windows
+from ..noise import content_key
+from ..probe import probe
+from ..sources import Documents, find_file
+from .callbacks import Watch
+from .trainer import checkpoints, make_collator, make_trainer, rows_per_step
+
+STATE_COPIES = 4  # bytes on disk of a checkpoint, in copies of the float32 weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before the first step."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rows: Rows | None
+    eval_rows: list[list[int]]
+
+    def summary(self) -> dict[str, Any]:
+        """What the run will be, for people and for `--json`."""
+        train, spec = self.recipe.train, self.checkpoint.spec
+        step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
+        return {
+            "parameters": sum(p.numel() for p in self.checkpoint.model.parameters()),
+            "diffusion": spec.to_dict(),
+            "mask_token": self.checkpoint.tokenizer.mask_token,
+            "pad_token": self.checkpoint.tokenizer.pad_token,
+            "steps": train.max_steps,
+            "rows_per_step": step,
+            "tokens_at_most": train.max_steps * step * self.recipe.data.max_length,
+            "eval_rows": len(self.eval_rows),
+        }
+
+
+def adapt(
+    model: str,
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Convert a checkpoint and train it until it denoises.
+
+    Args:
+        model: folder or Hub id, `@revision` allowed; an AR model, or one converted before.
+        recipe: the run; `train.max_steps` 0 converts without training.
+        output_dir: a new or empty folder.
+        resume: go on from the newest checkpoint in `output_dir` (from the start if there is none).
+        overwrite: replace what an earlier run of ours left there.
+        dry_run: check everything, write nothing.
+
+    Returns:
+        What `ar2diff.json` holds: base, recipe, tokens, versions, bound and AR NLL.
+
+    Raises:
+        Ar2DiffError: something the user can mend; nothing was written.
+    """
+    output_dir = Path(output_dir)
+    inputs = [find_checkpoint(model), *(p for s in recipe.data.sources if (p := find_file(s.path)))]
+    plan = make_plan(model, recipe, trust_remote_code)
+    needed = STATE_COPIES * 4 * plan.summary()["parameters"] * (
+        recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1
+    )
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        prepare_output(output_dir, inputs, resume, overwrite, needed)
+    if dry_run:
+        return plan.summary()
+    record = {
+        "ar2diff": __version__, "base_model": model, "base_commit": plan.checkpoint.commit,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
+        | {"python": platform.python_version()},
+        "recipe": recipe.model_dump(mode="json"), **plan.summary(),
+    }
+    if main:
+        _claim(output_dir, record, resume, overwrite)
+    if recipe.train.max_steps:
+        record |= _train(plan, output_dir, resume)
+    if main:
+        save(plan.checkpoint, output_dir, record)
+    return record
+
+
+def make_plan(model: str, recipe: Recipe, trust_remote_code: bool = False) -> Plan:
+    """Load, convert in memory, probe, open the data. Writes nothing."""
+    documents = None
+    if recipe.train.max_steps:  # a bad row is found before the model is loaded
+        documents = Documents(recipe.data.sources, recipe.data.text_field, recipe.train.seed)
+    checkpoint = load_checkpoint(model, recipe.train.attn_implementation, trust_remote_code)
+    ar_mode = recipe.convert.attention == "causal_context" and (
+        recipe.objective.ar_weight > 0 or not recipe.train.max_steps
+    )
+    spec = convert(checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed)
+    problems = probe(checkpoint.model, spec)
+    if problems:
+        raise Ar2DiffError(
+            f"model {model}: {checkpoint.model.config.model_type} cannot be converted to "
+            f"{spec.attention} attention: {problems[0]}",
+            "try another attention, or train.attn_implementation",
+        )
+    if documents is None:
+        return Plan(checkpoint, recipe, None, [])
+    eos = end_token(checkpoint)
+    eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
+    rows = Rows(documents, checkpoint.tokenizer, eos, recipe, held_out)
+    make_collator(recipe, spec.mask_token_id)([next(iter(rows))])  # raises if no row is usable
+    return Plan(checkpoint, recipe, rows, eval_rows)
+
+
+def _eval_rows(
+    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
+) -> tuple[list[list[int]], frozenset[int]]:
+    """The fixed evaluation rows, and keys of the documents that training must not see for it."""
+    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
+    if not wanted.steps:
+        return [], frozenset()
+    if wanted.data is not None:
+        from ..sources import read_texts
+
+        path = find_file(wanted.data)
+        if path is None:
+            raise Ar2DiffError(f"eval.data {wanted.data}: no such file", "give a local file")
+        texts = read_texts(path, recipe.data.text_field)
+        return windows(texts, tokenizer, wanted.length, wanted.rows), frozenset()
+    texts = [
+        text for text in documents.first(20 * wanted.rows)
+        if len(tokenizer(text).input_ids) >= wanted.length
+    ][: wanted.rows]
+    keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
+    return windows(texts, tokenizer, wanted.length, wanted.rows), keys
+
+
+def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Make the folder ours: nothing of another run may stay in it."""
+    import json
+
+    claimed = output_dir / RUN_FILE
+    if resume and claimed.is_file():
+        old = json.loads(claimed.read_text())
+        for name in ("recipe", "base_model"):
+            if old.get(name) != json.loads(json.dumps(record[name])):
+                raise Ar2DiffError(
+                    f"{output_dir} was started with another {name}{_difference(old, record, name)}",
+                    "resume with the command it was started with, or use --overwrite",
+                )
+        return
+    if overwrite and output_dir.is_dir():
+        shutil.rmtree(output_dir)
+    write_json(claimed, record)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
+    if name != "recipe":
+        return f": {old.get(name)}"
+    for section, values in new["recipe"].items():
+        before = old["recipe"].get(section)
+        if before != values and isinstance(values, dict) and isinstance(before, dict):
+            keys = [k for k in values if before.get(k) != values[k]]
+            if keys:
+                return f": {section}.{keys[0]} was {before.get(keys[0])!r}, now {values[keys[0]]!r}"
+    return ""
+
+
+def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
+    run_dir = output_dir / "checkpoints"
+    watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
+    trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
+    watch.trainer = trainer
+    done = checkpoints(run_dir)
+    trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
+    plan.checkpoint.model.eval()
+    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen}
+    if plan.eval_rows:
+        record["eval"] = score(
+            plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
+        )
+    return record
+
+
+@torch.no_grad()
+def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
+    """Write the converted checkpoint in the base's stored dtypes, config.json last."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    write_spec(checkpoint, checkpoint.spec)
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    common = max(set(checkpoint.stored.values()), key=list(checkpoint.stored.values()).count)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(
+            dtypes.get(checkpoint.stored.get(name, common), torch.float32)
+        )
+    with staged(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / RUN_FILE, record)

@@ -1,0 +1,78 @@
+"""What is watched while training: the bound on a fixed set with fixed noise, and a sample."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..checkpoint import Checkpoint
+from ..config import Recipe
+from ..evaluation import score, suppressed_of
+from ..generate import denoise
+
+
+class Watch(TrainerCallback):
+    """Every `eval.steps`: bound and AR NLL of fixed rows; every `eval.panel_steps`: a panel of one of
+    them being denoised. Results go through `trainer.log`, so every tracker sees them."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]):
+        self.checkpoint, self.recipe, self.rows = checkpoint, recipe, rows
+        self.trainer: Any = None  # set once it exists
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate and draw when it is time."""
+        steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
+        last = state.global_step == state.max_steps
+        if self.rows and steps and (state.global_step % steps == 0 or last):
+            result = quietly(self.checkpoint.model, self._score)
+            logs = {"eval_bound": result["bound"]["nats_per_token"]}
+            if "ar_nll" in result:
+                logs["eval_ar_nll"] = result["ar_nll"]["nats_per_token"]
+            self.trainer.log(logs)
+        if panel_steps and state.global_step % panel_steps == 0 and state.is_world_process_zero:
+            quietly(self.checkpoint.model, self._panel)
+
+    def _score(self) -> dict[str, Any]:
+        return score(self.checkpoint, self.rows, samples=self.recipe.eval.samples)
+
+    def _panel(self) -> None:
+        prompt = self.rows[0][:8] if self.rows else [self.checkpoint.tokenizer.bos_token_id or 0]
+        draw_panel(self.checkpoint, prompt, self.recipe.eval.length // 4)
+
+
+def quietly(model: Any, function: Any) -> Any:
+    """Run in eval mode and leave the model and the random state as they were."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return function()
+    finally:
+        model.train(training)
+
+
+def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -> None:
+    """A rich panel on stderr: a few states of one answer being denoised, undecided tokens as dots."""
+    from rich.console import Console
+    from rich.panel import Panel
+
+    model, spec, tokenizer = checkpoint.model, checkpoint.spec, checkpoint.tokenizer
+    states = list(
+        denoise(model, spec, prompt, max_new_tokens=max_new_tokens,
+                suppressed=suppressed_of(checkpoint))
+    )
+    shown = [states[i] for i in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1})]
+    lines = []
+    for state in shown:
+        parts = [
+            "·" if i == spec.mask_token_id else tokenizer.convert_ids_to_tokens(i)
+            for i in state.ids.tolist()
+        ]
+        lines.append(f"{state.forwards:3d}  " + "".join(parts).replace("▁", " ").replace("Ġ", " "))
+    text = "\n".join(lines).replace("[", "\\[")
+    Console(file=sys.stderr).print(
+        Panel(text, title=f"{max_new_tokens} tokens in {states[-1].forwards} forwards")
+    )

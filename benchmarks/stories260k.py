@@ -1,0 +1,95 @@
+"""The ablation behind `recipes/stories260k.yaml`: one row of the table per variant and seed.
+
+    AR2DIFF_DATA=path/to/data python benchmarks/stories260k.py [--seeds 0 1 2] [--only NAME ...]
+
+Protocol: 1,638,400 training tokens at most (a second view of a window counts again), float32 on a
+CPU; judged on the first 64 stories of tinystories/valid with >= 128 tokens, BOS + 127, position 0
+never scored, grid at 0, 8 exact-k draws a window, mask id suppressed. Results are appended to
+benchmarks/results/stories260k.jsonl as they come; `--table` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "stories260k.jsonl"
+BASE = 1.1302  # AR NLL of the unconverted model under the protocol
+
+VARIANTS: dict[str, list[str]] = {
+    "recipe": [],
+    "prediction same": ["convert.prediction=same"],
+    "block_causal": ["convert.attention=block_causal", "objective.ar_weight=0"],
+    "full, shift": [
+        "convert.attention=full", "convert.block_length=null", "noise.time=sequence",
+        "objective.ar_weight=0",
+    ],
+    "full, same, 1/t": [
+        "convert.attention=full", "convert.block_length=null", "noise.time=sequence",
+        "objective.ar_weight=0", "convert.prediction=same", "objective.weight=1/t",
+        "objective.normaliser=masked",
+    ],
+}
+
+
+def run(name: str, overrides: list[str], seed: int) -> dict:
+    from ar2diff.checkpoint import load_checkpoint
+    from ar2diff.config import load_recipe
+    from ar2diff.evaluation import evaluate
+    from ar2diff.training.adapt import adapt
+
+    data = Path(os.environ["AR2DIFF_DATA"])
+    sources = "data.sources=[tinystories/train, stories3M-samples]"
+    recipe = load_recipe("stories260k", [sources, f"train.seed={seed}", *overrides])
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        record = adapt(str(data / "stories260K-hf"), recipe, folder)
+        seconds = time.monotonic() - start
+        result = evaluate(load_checkpoint(folder), "tinystories/valid", limit=64)
+    return {
+        "variant": name, "overrides": overrides, "seed": seed, "tokens": record["tokens"],
+        "seconds": round(seconds), "bound": result["bound"]["nats_per_token"],
+        "se": result["bound"]["standard_error"],
+        "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
+    }
+
+
+def table() -> str:
+    rows: dict[str, list[dict]] = {}
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["variant"], []).append(row)
+    lines = ["| variant | seeds | bound - base | AR NLL / base | seconds |", "|---|---|---|---|---|"]
+    for name, runs in rows.items():
+        gap = statistics.mean(r["bound"] for r in runs) - BASE
+        ar = [r["ar_nll"] / BASE for r in runs if r["ar_nll"]]
+        seconds = statistics.mean(r["seconds"] for r in runs)
+        ratio = f"{statistics.mean(ar):.3f}x" if ar else "-"
+        lines.append(f"| {name} | {len(runs)} | +{gap:.3f} | {ratio} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        RESULTS.parent.mkdir(exist_ok=True)
+        for seed in args.seeds:
+            for name in args.only:
+                row = run(name, VARIANTS[name], seed)
+                print(json.dumps(row), flush=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
