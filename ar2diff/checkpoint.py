@@ -206,12 +206,15 @@ def staged(output_dir: Path) -> Iterator[Path]:
         Ar2DiffError: the disk is full, or not writable.
     """
     partial = output_dir / ".partial"
+    mask = os.umask(0)
+    os.umask(mask)
     existed = output_dir.is_dir()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
             _sync(file)
             os.replace(file, output_dir / file.name)
     except OSError as error:

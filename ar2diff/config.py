@@ -156,6 +156,23 @@ class Recipe(_Section):
     train: Train = Train()
     eval: Eval = Eval()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_follow_attention(cls, tree: Any) -> Any:
+        """What only one attention knows is left out for the others, unless it is asked for."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("convert", {}), dict):
+            return tree
+        attention = tree.get("convert", {}).get("attention", "causal_context")
+        implied = []
+        if attention == "full":
+            implied = [("convert", "block_length", None), ("noise", "time", "sequence")]
+        if attention != "causal_context":
+            implied.append(("objective", "ar_weight", 0.0))
+        for section, key, value in implied:
+            if isinstance(tree.get(section, {}), dict):
+                tree = {**tree, section: {key: value, **tree.get(section, {})}}
+        return tree
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
         full = self.convert.attention == "full"
@@ -165,6 +182,8 @@ class Recipe(_Section):
             raise ValueError("objective.ar_weight needs attention causal_context; set it to 0")
         if not full and self.data.max_length % self.convert.block_length:
             raise ValueError("data.max_length must be a multiple of convert.block_length")
+        if self.train.max_steps and self.anneal.steps > self.train.max_steps:
+            raise ValueError("anneal.steps must not exceed train.max_steps")
         if any(not full and n > self.convert.block_length for n in self.anneal.lengths):
             raise ValueError("anneal.lengths must not exceed convert.block_length")
         return self
@@ -249,6 +268,19 @@ def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
             yield from field_names(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def describe_fields() -> Iterator[tuple[str, str, Any, str]]:
+    """(dotted name, type, default, description) of every field."""
+    for name in field_names():
+        model: Any = Recipe
+        *sections, last = name.split(".")
+        for section in sections:
+            model = model.model_fields[section].annotation
+        field = model.model_fields[last]
+        kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+        kind = kind.replace("typing.Literal", "").replace("ar2diff.config.", "").strip("[]")
+        yield name, kind, field.default, field.description or ""
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

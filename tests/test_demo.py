@@ -35,8 +35,11 @@ def test_every_level_asked_for_is_drawn_and_no_other():
 def test_no_validation_story_is_in_train():
     levels = corpus.PRETRAIN_LEVELS
     train = {e["story"] for e in corpus.corpus(4000, 0, levels)}
-    valid = {e["story"] for e in corpus.corpus(4000, 0, levels, split="valid")}
+    valid = {e["story"] for e in corpus.corpus(1000, 0, levels, split="valid")}
     assert not train & valid
+    # Not only by luck: the split follows from the story, whatever the seed.
+    assert all(corpus.split_of(e) == "valid" for e in corpus.corpus(50, 9, split="valid"))
+    assert all(corpus.split_of(e) == "train" for e in corpus.corpus(50, 9))
 
 
 def test_an_unknown_split_is_refused():

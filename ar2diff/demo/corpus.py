@@ -6,7 +6,8 @@ A document is a dict with the keys ``level, story, question, answer_work, answer
 * level 1: one addition;
 * level 2: an addition, then a subtraction;
 * level 3: three or four events;
-* level 4: two kinds of objects or two children, with events that may not matter.
+* level 4: two kinds of objects or two children, with events that may not matter; the worked answer
+  names what each chain of sums counts ("Mia: 2 + 3 = 5. Ben: ...").
 
 Every number a reader has to work with, on the way or at the end, lies in 0..20.
 """
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from zlib import crc32
 
-PRETRAIN_LEVELS = (0, 0, 1, 1, 2, 2, 3, 4)  # a quarter plain stories, easy questions most often
+PRETRAIN_LEVELS = (0, 0, 1, 2, 3, 3, 4, 4)  # a quarter plain stories, hard questions most often
 MAX_NUMBER = 20
 VALID_SHARE = 16  # one story in this many belongs to the valid split
 
@@ -175,13 +176,13 @@ def _deltas(signs: Sequence[int], start: int, rng: random.Random) -> list[int]:
     return deltas
 
 
-def _work(start: int, deltas: Sequence[int]) -> tuple[list[str], int]:
+def _work(start: int, deltas: Sequence[int], label: str = "") -> tuple[list[str], int]:
     """The equations from ``start`` through every delta, and the final count."""
     lines, now = [], start
     for delta in deltas:
         lines.append(f"{now} {'+' if delta > 0 else '-'} {abs(delta)} = {now + delta}.")
         now += delta
-    return lines, now
+    return [label + lines[0], *lines[1:]], now
 
 
 def _plain(rng: random.Random) -> str:
@@ -220,12 +221,14 @@ def _two_counts(rng: random.Random) -> dict:
     owners = (0, 1) if people else (0, 0)
     starts = [rng.randint(1, 8), rng.randint(1, 8)]
     deltas = [_deltas(rng.choices((1, -1), k=rng.randint(1, 2)), s, rng) for s in starts]
-    works = [_work(s, d) for s, d in zip(starts, deltas)]
+    labels = writer.names if people else [_count(2, k)[2:] for k in kinds]
+    works = [_work(s, d, f"{label}: ") for s, d, label in zip(starts, deltas, labels)]
     total = works[0][1] + works[1][1]
     lines = [writer.say(OPENINGS)]
     counts = [_count(s, k) for s, k in zip(starts, kinds)]
     if people:
-        lines += [writer.say(STARTS, who, n=counts[who]) for who in owners]
+        lines += [writer.say(STARTS, who, n=counts[who], hers=writer.pronouns[2])
+                  for who in owners]
     else:
         lines.append(writer.say(STARTS, n=" and ".join(counts)))
     # Each chain keeps its order, the two are shuffled into each other.

@@ -35,6 +35,15 @@ class Watch(TrainerCallback):
         if panel_steps and state.global_step % panel_steps == 0 and state.is_world_process_zero:
             quietly(self.checkpoint.model, self._panel)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """One line on stderr; stdout is for results."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            shown = " ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in logs.items() if name not in ("epoch", "total_flos")
+            )
+            print(f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True)
+
     def _score(self) -> dict[str, Any]:
         return score(self.checkpoint, self.rows, samples=self.recipe.eval.samples)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..attention import lay_out, model_mask, reading_slot, reveal_edges
 from ..checkpoint import Checkpoint, disk_error
@@ -191,12 +191,14 @@ def make_trainer(
 ) -> AdaptTrainer:
     """A trainer for a converted checkpoint on a stream of rows."""
     _disable_dropout(checkpoint.model)
-    return AdaptTrainer(
+    trainer = AdaptTrainer(
         checkpoint, recipe, training_arguments(recipe, run_dir),
         train_dataset=rows,
         data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
+    return trainer
 
 
 def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:

@@ -1,0 +1,46 @@
+# make demo | make test | make slow | make stories3m
+PYTHON ?= python3
+# An activated environment is used as it is; else one is made here.
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := .venv
+endif
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ar2diff-installed
+AR2DIFF_DATA ?= $(abspath ../shared/data)
+export AR2DIFF_DATA
+
+.PHONY: install demo test slow lint stories3m clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment"; \
+	  echo "  fix: install it (Debian: apt-get install python3-venv), or activate an environment"; \
+	  rm -rf $(VENV); exit 2; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m ar2diff.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# The converted stories3M-hf that later work starts from; the folder is ignored by git.
+stories3m: $(STAMP)
+	$(BIN)/ar2diff adapt $(AR2DIFF_DATA)/stories3M-hf --recipe stories3m --resume \
+	  --data tinystories/train --data stories3M-samples --output-dir runs/stories3m
+	$(BIN)/ar2diff eval runs/stories3m --data tinystories/valid --limit 64
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m ar2diff`."""
+
+from .cli.main import main
+
+main()

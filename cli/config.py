@@ -1,0 +1,38 @@
+"""`ar2diff config`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+config_app = typer.Typer(help="The recipe's schema.", no_args_is_help=True)
+
+
+@config_app.callback()
+def _group() -> None:
+    """The recipe's schema."""
+
+
+@config_app.command()
+def schema(
+    section: Annotated[str | None, typer.Argument(help="For example train; all if left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema.")] = False,
+) -> None:
+    """Print every key, its type and its default.
+
+    Example: ar2diff config schema train
+    """
+    from ..config import Recipe, describe_fields
+    from ..errors import Ar2DiffError
+
+    names = list(Recipe.model_fields)
+    if section is not None and section not in names:
+        raise Ar2DiffError(f"section {section!r} is unknown", f"one of {', '.join(names)}")
+    if as_json:
+        typer.echo(json.dumps(Recipe.model_json_schema()))
+        return
+    for name, kind, default, description in describe_fields():
+        if section in (None, name.split(".")[0]):
+            typer.echo(f"{name:40} {kind:34} {default!s:12} {description}".rstrip())

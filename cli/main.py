@@ -1,0 +1,75 @@
+"""The command line: one file a verb, heavy imports inside the verbs, one place for errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from ..errors import Ar2DiffError
+from .adapt import adapt
+from .check import check
+from .config import config_app
+from .doctor import doctor
+from .eval import evaluate_command
+from .generate import generate
+from .recipes import recipes_app
+
+app = typer.Typer(
+    help="Convert autoregressive language models into diffusion language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("adapt")(adapt)
+app.command("generate")(generate)
+app.command("eval")(evaluate_command)
+app.command("check")(check)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(config_app, name="config")
+app.command("doctor")(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+) -> None:
+    """Convert autoregressive language models into diffusion language models."""
+    if version:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+@contextmanager
+def boundary() -> Iterator[None]:
+    """Exit 2: the user can mend it (two lines say how); 1: our fault; 130: interrupted."""
+    try:
+        yield
+    except Ar2DiffError as error:
+        print(f"error: {error.what}\n  fix: {error.fix}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:  # whatever is left is a bug of ours
+        traceback.print_exc()
+        print(
+            "error: this is a bug in ar2diff\n  fix: please report it with the lines above",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    with boundary():
+        app()

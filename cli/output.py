@@ -1,0 +1,50 @@
+"""What verbs print: JSON on stdout where asked for, else lines; logs always on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+HELP_JSON = "Print one JSON object on stdout."
+HELP_TRUST = "Dangerous: run Python code that the model's repository carries."
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and chatter out of the way; before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result: one JSON object, or `key: value` lines with nested keys indented."""
+    if as_json:
+        print(json.dumps(_finite(result), ensure_ascii=False))
+    else:
+        print("\n".join(_lines(result)))
+
+
+def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for key, item in value.items():
+        name = key.replace("_", " ")
+        if isinstance(item, dict):
+            lines += [f"{indent}{name}:", *_lines(item, indent + "  ")]
+        else:
+            shown = f"{item:.4f}" if isinstance(item, float) else item
+            lines.append(f"{indent}{name}: {shown}")
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,82 @@
+"""`ar2diff recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+
+
+@recipes_app.command()
+def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the recipes that ship with ar2diff.
+
+    Example: ar2diff recipes ls
+    """
+    from ..config import load_recipe, recipe_names
+    from .output import report
+
+    described = {name: load_recipe(name).description for name in recipe_names()}
+    if as_json:
+        report(described, True)
+    else:
+        for name, description in described.items():
+            typer.echo(f"{name:14} {description}")
+
+
+@recipes_app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name or file.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="With every default.")] = False,
+) -> None:
+    """Print a recipe.
+
+    Example: ar2diff recipes show demo
+    """
+    from ..config import dump_recipe, load_recipe, recipe_text
+
+    typer.echo(dump_recipe(load_recipe(recipe)) if resolved else recipe_text(recipe), nl=False)
+
+
+@recipes_app.command()
+def cp(
+    recipe: Annotated[str, typer.Argument(help="Name.")],
+    target: Annotated[Path, typer.Argument(help="File to write.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+) -> None:
+    """Copy a recipe to a file of your own.
+
+    Example: ar2diff recipes cp demo my.yaml
+    """
+    from ..config import recipe_text
+    from ..errors import Ar2DiffError
+
+    text = recipe_text(recipe)
+    if target.is_dir():
+        target = target / f"{recipe}.yaml"
+    if target.exists():
+        raise Ar2DiffError(f"{target} exists", "give another name")
+    if not dry_run:
+        try:
+            target.write_text(text)
+        except OSError as error:
+            raise Ar2DiffError(f"{target}: {error.strerror}", "give another place") from None
+    typer.echo(f"{'would write' if dry_run else 'wrote'} {target}")
+
+
+@recipes_app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(help="Name or file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Check a recipe.
+
+    Example: ar2diff recipes validate my.yaml train.learning_rate=1e-3
+    """
+    from ..config import load_recipe
+
+    load_recipe(recipe, overrides or [])
+    typer.echo(f"{recipe}: valid")

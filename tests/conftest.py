@@ -1,0 +1,151 @@
+"""Fixtures that every test file shares: tiny random models, a tiny checkpoint, recipes, real data."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ar2diff.config import Recipe
+
+torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
+
+ROOT = Path(__file__).resolve().parents[1]
+MASK = 63  # mask token of the tiny models: the last of their 64 rows
+CLASSES = ("llama", "qwen3", "gpt2", "mistral", "mistral_window")  # what the tests go over
+WINDOW = 3  # sliding window of `mistral_window`
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 512, "initializer_range": 0.3, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # weights of 0.3: attention that a wrong mask moves by whole logits
+GPT2 = {
+    "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
+    "initializer_range": 0.3, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": ("LlamaConfig", SHAPE),
+    "qwen3": ("Qwen3Config", SHAPE),
+    "gpt2": ("GPT2Config", GPT2),
+    "mistral": ("MistralConfig", SHAPE | {"sliding_window": None}),
+    "mistral_window": ("MistralConfig", SHAPE | {"sliding_window": WINDOW}),
+    # layers of two kinds, and a head with a soft cap or a scale
+    "qwen3_mixed": ("Qwen3Config", SHAPE | {"use_sliding_window": True, "sliding_window": WINDOW,
+                                            "max_window_layers": 1}),
+    "gemma2": ("Gemma2Config", SHAPE | {"final_logit_softcapping": 2.0, "sliding_window": WINDOW,
+                                        "query_pre_attn_scalar": 8}),
+    "granite": ("GraniteConfig", SHAPE | {"logits_scaling": 3.0}),
+}
+
+
+def _rms_norm(self, x):
+    return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+@functools.cache
+def build_model(kind, attn_implementation="sdpa", dtype=torch.float64, seed=0, **changes):
+    """A random model in eval mode; the same weights for the same kind, seed and changes. Shared
+    between tests: deepcopy it before changing it."""
+    name, values = CONFIGS[kind]
+    config = getattr(transformers, name)(**(values | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, dtype=torch.float32
+        )
+    model.to(dtype).eval()
+    for module in model.modules() if dtype == torch.float64 else ():
+        # The stock RMSNorm computes in float32 whatever it is given: no identity holds to 1e-10.
+        if hasattr(module, "variance_epsilon"):
+            module.__class__ = type("RMSNorm64", (type(module),), {"forward": _rms_norm})
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Factory: tiny_model(kind, attn_implementation="sdpa", dtype=torch.float64, **config)."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_recipe():
+    """Factory of recipes: make_recipe("full", noise={"time": "document"}, data={...})."""
+
+    def make(attention="causal_context", block_length=4, **sections):
+        full = attention == "full"
+        tree = {
+            "convert": {"attention": attention, "block_length": None if full else block_length},
+            "noise": {"time": "document" if full else "block"},
+            "objective": {"ar_weight": 0.3 if attention == "causal_context" else 0.0},
+            "data": {"max_length": 16},
+        }
+        for name, values in sections.items():
+            tree[name] = tree.get(name, {}) | values
+        return Recipe.model_validate(tree)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Factory: path of real data (`$AR2DIFF_DATA`, else `../shared/data`); skips where it is not."""
+    root = Path(os.environ.get("AR2DIFF_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name=""):
+        if not (root / name).exists():
+            pytest.skip(f"real data {root / name} is not here; set AR2DIFF_DATA")
+        return root / name
+
+    return find
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Factory: write_jsonl("a.jsonl", rows) writes dicts, or strings as raw lines."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level tokenizer of 259 tokens, `<unk> <s> </s>` first, that adds its BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[byte] = len(vocab)
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
+    """Folder of an AR LLaMA (hidden 32, 2 layers, 259 tokens) as `save_pretrained` leaves it: float32,
+    no mask token, no pad token, `len(tokenizer) == vocab_size`. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    model = build_model(
+        "llama", dtype=torch.float32, vocab_size=len(tiny_tokenizer), pad_token_id=None,
+        architectures=None,
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

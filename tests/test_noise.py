@@ -1,0 +1,297 @@
+"""The forward process: how many tokens are masked, which, and what the draw depends on."""
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import MASK
+
+from ar2diff.attention import PADDING
+from ar2diff.data import Collator, Piece, pieces
+from ar2diff.noise import block_times, content_key, corrupt, draw_times, keyed_generator
+
+EOS = 2
+CASES = [
+    ("causal_context", {}), ("block_causal", {}), ("block_causal", {"time": "document"}),
+    ("block_causal", {"time": "sequence"}), ("full", {}), ("full", {"time": "sequence"}),
+]
+
+
+def piece(length=30, seed=0, epoch=0, real=None):
+    ids = torch.randint(3, MASK, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Piece(ids, real or length, 0, epoch, content_key(ids))
+
+
+def single_block(length):
+    return torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
+
+
+# How many
+
+
+def test_exactly_k_tokens_are_masked_for_any_time():
+    maskable, block = single_block(7)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(1, 8):
+        for t in ((k - 1 + 0.01) / 7, (k - 0.5) / 7, (k - 0.01) / 7):
+            masked, time = corrupt(maskable, block, torch.tensor([t]), generator)
+            assert masked.sum() == k
+            assert torch.allclose(time.double(), torch.tensor(k / 7, dtype=torch.double))
+
+
+def test_k_is_uniform_on_1_to_n():
+    maskable, block = single_block(7)
+    generator = torch.Generator().manual_seed(0)
+    times = (torch.arange(700) + 0.5) / 700  # uniform times, enumerated
+    counts = Counter(
+        int(corrupt(maskable, block, t[None], generator)[0].sum()) for t in times
+    )
+    assert counts == dict.fromkeys(range(1, 8), 100)
+
+
+def test_k_of_a_complementary_view_is_uniform_on_0_to_n():
+    maskable, block = single_block(7)
+    generator = torch.Generator().manual_seed(0)
+    times = (torch.arange(800) + 0.5) / 800
+    counts = Counter(
+        int(corrupt(maskable, block, t[None], generator, True)[0].sum()) for t in times
+    )
+    assert counts == dict.fromkeys(range(8), 100)
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-9, 1.0])
+def test_a_time_at_the_edge_masks_one_token_or_all(t):
+    maskable, block = single_block(5)
+    masked, time = corrupt(maskable, block, torch.tensor([t]), torch.Generator().manual_seed(0))
+    assert masked.sum() == (5 if t == 1 else 1)
+    assert time[0] == masked.float().mean()
+
+
+def test_every_subset_of_k_tokens_is_as_likely():
+    maskable, block = single_block(5)
+    draws = 6000
+    for k in (1, 2, 4):
+        counts = Counter()
+        for seed in range(draws):
+            masked, _ = corrupt(
+                maskable, block, torch.tensor([(k - 0.5) / 5]), keyed_generator(seed)
+            )
+            counts[tuple(masked.nonzero()[:, 0].tolist())] += 1
+        subsets = list(combinations(range(5), k))
+        assert set(counts) == set(subsets)
+        p = 1 / len(subsets)
+        deviation = (draws * p * (1 - p)) ** 0.5
+        assert max(abs(counts[s] - draws * p) for s in subsets) < 4 * deviation
+
+
+def test_every_block_has_a_mask():
+    block = torch.arange(26) // 4  # seven blocks, the last one ragged
+    maskable = torch.arange(26) > 0
+    for seed in range(300):
+        times = block_times(7, "block", seed, 0, 1, 1)
+        masked, _ = corrupt(maskable, block, times, keyed_generator(seed))
+        assert masked.view(-1)[:4].any()
+        assert all(masked[block == b].any() for b in range(7))
+
+
+def test_each_block_has_its_own_k_and_t():
+    block, maskable = torch.arange(12) // 4, torch.arange(12) > 0
+    times = torch.tensor([0.1, 0.6, 1.0])
+    masked, t = corrupt(maskable, block, times, torch.Generator().manual_seed(0))
+    assert masked.view(3, 4).sum(1).tolist() == [1, 3, 4]
+    assert torch.allclose(t.view(3, 4).double()[:, 1], torch.tensor([1 / 3, 3 / 4, 1.0]).double())
+
+
+def test_what_is_not_maskable_is_never_masked():
+    block = torch.arange(12) // 4
+    maskable = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0]).bool()
+    for seed in range(100):
+        times = torch.rand(3, generator=keyed_generator(seed, 1))
+        for complementary in (False, True):
+            masked, _ = corrupt(maskable, block, times, keyed_generator(seed), complementary)
+            assert not (masked & ~maskable).any()
+    masked, t = corrupt(maskable, block, torch.ones(3), keyed_generator(0))
+    assert torch.equal(masked, maskable)
+    assert t.isfinite().all()  # a block with nothing to mask has no division by zero
+
+
+# Times
+
+
+def test_times_are_stratified_over_the_blocks_of_a_document():
+    for seed in range(50):
+        times = block_times(16, "block", seed, 0, 5, 5)
+        assert (times * 16).long().sort().values.tolist() == list(range(16))
+
+
+def test_the_stratum_of_a_block_is_not_always_the_same():
+    first = {int(block_times(8, "block", seed, 0, 5, 5)[0] * 8) for seed in range(200)}
+    assert first == set(range(8))
+
+
+def test_the_draws_of_a_likelihood_are_stratified_within_each_block():
+    times = draw_times(8, 5, keyed_generator(0))
+    assert times.shape == (8, 5)
+    for column in times.T:
+        assert (column * 8).long().sort().values.tolist() == list(range(8))
+    assert len({tuple((column * 8).long().tolist()) for column in times.T}) > 1
+
+
+def gaps(times):
+    """Lengths between neighbouring times on the circle, in parts of the mean."""
+    x = torch.tensor(times, dtype=torch.double).sort().values
+    return torch.diff(torch.cat([x, x[:1] + 1])) * len(times)
+
+
+@pytest.mark.parametrize("time", ["sequence", "document"])
+@pytest.mark.parametrize("key", [1, 2, 3])
+def test_times_of_a_document_are_low_discrepancy_over_the_epochs(time, key):
+    for epochs in (2, 5, 13, 50):
+        times = [float(block_times(3, time, 0, epoch, key, key)[0]) for epoch in range(epochs)]
+        assert gaps(times).max() < 2  # 50 independent ones: 4.5 on average
+
+
+def test_documents_start_their_times_anywhere():
+    starts = [float(block_times(1, "document", 0, 0, key, key)[0]) for key in range(400)]
+    counts = Counter(int(t * 4) for t in starts)
+    assert all(abs(counts[quarter] - 100) < 4 * 75**0.5 for quarter in range(4))
+
+
+def test_time_sequence_and_document_are_shared_by_all_blocks():
+    for time in ("sequence", "document"):
+        assert block_times(6, time, 0, 3, 1, 2).unique().numel() == 1
+
+
+def test_pieces_of_a_document_share_their_time_and_their_own_sequences_do_not():
+    def times(time):
+        return {float(block_times(1, time, 0, 0, key, 7)[0]) for key in range(5)}
+
+    assert len(times("document")) == 1 and len(times("sequence")) == 5
+
+
+# What a draw depends on
+
+
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_noise_is_a_function_of_seed_epoch_and_ids_alone(make_recipe, attention, noise):
+    def drawn(seed=0, **changes):
+        recipe = make_recipe(attention, noise=noise, train={"seed": seed}, data={"max_length": 64})
+        return Collator(recipe, MASK).noise(piece(**changes), recipe.convert.block_length)
+
+    masked, t = drawn()
+    before = torch.get_rng_state()
+    torch.manual_seed(5)
+    for again, same in zip(drawn(), (masked, t), strict=True):
+        assert torch.equal(again, same)
+    torch.set_rng_state(before)
+    for changes in ({"epoch": 1}, {"seed": 1}):
+        assert not torch.equal(drawn(**changes)[0], masked)
+    recipe = make_recipe(attention, noise=noise, train={"seed": 1}, data={"max_length": 64})
+    assert not torch.equal(Collator(recipe, MASK).noise(piece(), recipe.convert.block_length)[0],
+                           masked)
+
+
+def collate(recipe, rows, start=0):
+    return Collator(recipe, MASK)([(start + i, row) for i, row in enumerate(rows)])
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_noise_does_not_depend_on_batch_split(make_recipe, attention, noise, complementary):
+    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
+                         data={"max_length": 40})
+    rows = [[piece(4 * (3 + i % 4), seed=i)] for i in range(6)]
+    views = 1 + complementary
+    together = collate(recipe, rows)
+    for size in (1, 2, 3):
+        for start in range(0, 6, size):
+            part = collate(recipe, rows[start : start + size], start)
+            for name in ("x0", "xt", "masked", "t", "coef"):
+                whole = together[name].unflatten(0, (views, 6))[:, start : start + size]
+                got = part[name].unflatten(0, (views, size))
+                length = got.shape[-1]
+                assert torch.equal(whole[..., :length], got), name
+                assert not whole[..., length:].any(), name  # nothing beyond the longest row
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_noise_does_not_depend_on_packing(make_recipe, attention, noise, complementary):
+    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
+                         data={"max_length": 40})
+    parts = [piece(12, seed=1), piece(8, seed=2), piece(20, seed=3)]
+    packed, alone = collate(recipe, [parts]), [collate(recipe, [[p]]) for p in parts]
+    for name in ("x0", "xt", "masked", "t", "coef", "pos"):
+        assert torch.equal(packed[name], torch.cat([a[name] for a in alone], 1)), name
+    assert packed["divisor"] == sum(a["divisor"] for a in alone)
+
+
+def test_the_fill_of_the_last_block_does_not_change_the_noise_before_it(make_recipe):
+    recipe = make_recipe("block_causal", data={"max_length": 40})
+    ids = piece(9).ids
+    (filled,) = pieces(ids, 0, EOS, recipe, 0)
+    assert len(filled.ids) == 12 and filled.real == 9
+    masked, _ = Collator(recipe, MASK).noise(filled, 4)
+    other = Piece(filled.ids[:9] + [7] * 3, 9, 0, 0, filled.document)
+    assert torch.equal(Collator(recipe, MASK).noise(other, 4)[0], masked)
+
+
+# At the collator
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_position_0_and_padding_are_never_masked(make_recipe, attention, noise, complementary):
+    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
+                         data={"max_length": 40})
+    for epoch in range(40):
+        rows = [[piece(8, seed=1, epoch=epoch), piece(12, seed=2, epoch=epoch)],
+                [piece(32, seed=3, epoch=epoch)]]
+        batch = collate(recipe, rows)
+        never = (batch["pos"] == 0) | (batch["doc"] == PADDING)
+        assert never.any() and not (batch["masked"] & never).any()
+        assert not batch["coef"][never].any()
+
+
+def test_masked_tokens_become_the_mask_and_the_others_stay(make_recipe):
+    batch = collate(make_recipe("block_causal"), [[piece(16)], [piece(8, seed=1)]])
+    assert (batch["xt"][batch["masked"]] == MASK).all()
+    assert torch.equal(batch["xt"][~batch["masked"]], batch["x0"][~batch["masked"]])
+
+
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_complementary_views_mask_every_token_exactly_once(make_recipe, attention, noise):
+    recipe = make_recipe(attention, noise=noise | {"complementary": True}, data={"max_length": 40})
+    for epoch in range(20):
+        batch = collate(recipe, [[piece(8, epoch=epoch), piece(12, seed=2, epoch=epoch)],
+                                 [piece(24, seed=3, epoch=epoch)]])
+        first, second = batch["masked"].chunk(2)
+        maskable = (batch["pos"] > 0) & (batch["doc"] != PADDING)
+        assert torch.equal(first.int() + second.int(), maskable[:2].int())
+        assert torch.equal(*batch["x0"].chunk(2))
+
+
+def test_the_weights_of_complementary_views_are_unbiased(make_recipe):
+    """Over all k, sum of weight(k) * P(k) of a view is the exact-k bound's 1/k."""
+    recipe = make_recipe("full", noise={"complementary": True}, data={"max_length": 40})
+    n, weights = 5, [Counter(), Counter()]
+    for epoch in range(6000):
+        masked, t = Collator(recipe, MASK).noise(piece(n + 1, epoch=epoch), None)
+        for view in (0, 1):
+            k = int(masked[view].sum())
+            weights[view][k] += 1
+            if k:
+                assert float(t[view, 1]) == pytest.approx(k / (n + 1))
+    for counts in weights:  # uniform on 0..n, so that 1/t = (n + 1)/k weighs each k by 1/k
+        assert all(abs(counts[k] / 6000 - 1 / (n + 1)) < 0.01 for k in range(n + 1))
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "block_causal"])
+def test_blocks_of_a_document_have_different_k(make_recipe, attention):
+    """Seven full blocks of eight tokens and stratified times: k goes over 1..8 without repeats."""
+    recipe = make_recipe(attention, block_length=8, data={"max_length": 64})
+    for epoch in range(20):
+        masked, _ = Collator(recipe, MASK).noise(piece(64, epoch=epoch), 8)
+        ks = masked.view(8, 8).sum(1)[1:].tolist()
+        assert len(set(ks)) == 7

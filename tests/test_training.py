@@ -1,0 +1,271 @@
+"""What must not change a run: batch split, accumulation, packing, ranks, a kill and a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.config import parse_recipe
+from ar2diff.convert import convert
+from ar2diff.data import Collator, Piece, Rows, pieces
+from ar2diff.sources import Documents
+from ar2diff.training.adapt import adapt
+from ar2diff.training.trainer import make_trainer, parameter_kinds
+
+WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
+
+
+def stories(path: Path, count: int = 120) -> Path:
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 18))) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stories(tmp_path_factory.mktemp("text") / "stories.jsonl")
+
+
+def recipe_of(text_file: Path, **sections: dict) -> object:
+    tree = {
+        "convert": {"block_length": 4},
+        "data": {"sources": [str(text_file)], "max_length": 32},
+        "train": {
+            "max_steps": 20, "per_device_train_batch_size": 8, "optimizer": "sgd",
+            "learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0,
+            "logging_steps": 1000, "save_steps": 1000,
+        },
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return parse_recipe(tree, "test")
+
+
+def train(checkpoint_dir: Path, recipe: object, folder: Path, dtype: torch.dtype = torch.float32):
+    """Train in this process; the trained weights and the trainer."""
+    torch.manual_seed(0)
+    checkpoint = load_checkpoint(str(checkpoint_dir))
+    spec = convert(checkpoint, recipe.convert, recipe.data.max_length, True, 0)
+    checkpoint.model.to(dtype)
+    documents = Documents(recipe.data.sources, "text", recipe.train.seed)
+    rows = Rows(documents, checkpoint.tokenizer, 2, recipe)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        trainer = make_trainer(checkpoint, recipe, rows, folder, [])
+        trainer.train()
+    finally:
+        torch.set_default_dtype(default)
+    assert spec.attention == recipe.convert.attention
+    return {n: p.detach().clone() for n, p in checkpoint.model.named_parameters()}, trainer
+
+
+def far_apart(a: dict, b: dict) -> float:
+    """Largest difference of weights in parts of the largest weight of the tensor."""
+    return max(((a[n] - b[n]).abs().max() / a[n].abs().max()).item() for n in a)
+
+
+def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkpoint, text_file):
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+
+    def noise_by_document(packing: bool, batch: int) -> dict:
+        recipe = recipe_of(text_file, data={"packing": packing})
+        rows = iter(Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe))
+        collate, seen = Collator(recipe, 5), {}
+        while len(seen) < 80:
+            numbered = [next(rows) for _ in range(batch)]
+            made = collate(numbered)
+            for r, (_, row) in enumerate(numbered):
+                start = 0
+                for piece in row:
+                    end = start + len(piece.ids)
+                    seen[piece.epoch, tuple(piece.ids)] = made["masked"][r, start:end].tolist()
+                    start = end
+        return seen
+
+    runs = [noise_by_document(packing, batch) for packing, batch in ((True, 1), (True, 8), (False, 3))]
+    common = set.intersection(*(set(run) for run in runs))
+    assert len(common) > 40
+    assert all(run[key] == runs[0][key] for key in common for run in runs)
+
+
+@pytest.mark.parametrize("normaliser", ["tokens", "masked", "sequence"])
+def test_loss_and_gradient_do_not_depend_on_accumulation(
+    tiny_checkpoint, text_file, tmp_path, normaliser
+):
+    weights, losses = [], []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        recipe = recipe_of(
+            text_file, objective={"normaliser": normaliser},
+            train={"per_device_train_batch_size": batch, "logging_steps": 1,
+                   "gradient_accumulation_steps": accumulation},
+        )
+        got, trainer = train(tiny_checkpoint, recipe, tmp_path / f"a{accumulation}")
+        weights.append(got)
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert far_apart(*weights) < 1e-5
+
+
+def test_gradient_of_accumulation_agrees_to_1e_6_in_float64(tiny_checkpoint, text_file, tmp_path):
+    weights = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        recipe = recipe_of(
+            text_file, train={"per_device_train_batch_size": batch, "max_steps": 1,
+                              "gradient_accumulation_steps": accumulation},
+        )
+        got, _ = train(tiny_checkpoint, recipe, tmp_path / f"a{accumulation}", torch.float64)
+        weights.append(got)
+    start = {n: p.double() for n, p in load_checkpoint(str(tiny_checkpoint)).model.named_parameters()}
+    # One SGD step: the change of the weights is the gradient times the learning rate.
+    for name in start:
+        rows = start[name].shape[0]
+        a, b = (w[name][:rows] - start[name] for w in weights)
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
+    common = [
+        str(tiny_checkpoint), "--data", str(text_file), "convert.block_length=4",
+        "data.max_length=32", "train.max_steps=20", "train.optimizer=sgd", "train.learning_rate=0.1",
+        "train.schedule=constant", "train.weight_decay=0", "train.max_grad_norm=0",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for ranks, batch in ((1, 8), (2, 4)):
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             f"--nproc-per-node={ranks}", "-m", "ar2diff.cli", "adapt", *common,
+             f"train.per_device_train_batch_size={batch}", "--output-dir", tmp_path / str(ranks)],
+            check=True, env=env, capture_output=True, text=True,
+        )
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
+    assert far_apart(one, two) < 1e-5
+
+
+def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, kills: int) -> None:
+    """Run `adapt` with kills at random times; at the end it must equal the uninterrupted run."""
+    arguments = [
+        sys.executable, "-m", "ar2diff.cli", "adapt", str(checkpoint), "--data", str(text_file),
+        "convert.block_length=4", "data.max_length=32", "train.max_steps=240",
+        "train.per_device_train_batch_size=4", "train.save_steps=3", "train.learning_rate=0.003",
+        "anneal.kind=reveal", "anneal.steps=200", "eval.steps=50", "eval.length=8", "eval.rows=4",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    subprocess.run([*arguments, "--output-dir", folder / "whole"], check=True, env=env,
+                   capture_output=True)
+    seconds = time.monotonic() - start
+    rng = random.Random(seed)
+    print(f"kill seed {seed}")
+    killed = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*arguments, "--output-dir", folder / "killed", "--resume"], env=env,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )
+        try:
+            process.wait(timeout=rng.uniform(0.4, 0.95) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+        for saved in (folder / "killed" / "checkpoints").glob("checkpoint-*"):
+            assert (saved / "trainer_state.json").is_file()
+            assert load_file(saved / "model.safetensors")
+            torch.load(saved / "optimizer.pt", weights_only=True)
+    assert killed
+    subprocess.run([*arguments, "--output-dir", folder / "killed", "--resume"], check=True, env=env,
+                   capture_output=True)
+    whole, resumed = ((folder / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
+    assert whole == resumed
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tiny_checkpoint, text_file, tmp_path):
+    kill_and_resume(tiny_checkpoint, text_file, tmp_path, seed=11, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_twenty_kills_resume_to_the_same_bits(tiny_checkpoint, text_file, tmp_path, seed):
+    kill_and_resume(tiny_checkpoint, text_file, tmp_path, seed=seed, kills=2)
+
+
+def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_path):
+    from ar2diff.errors import Ar2DiffError
+
+    recipe = recipe_of(text_file, train={"max_steps": 1})
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
+    other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
+    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, now 0.2"):
+        adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
+@pytest.mark.parametrize("kind", ["none", "reveal", "grow"])
+def test_every_attention_trains_under_every_anneal(
+    tiny_checkpoint, text_file, tmp_path, attention, kind
+):
+    anneal = {"kind": kind, "steps": 4 if kind != "none" else 0, "lengths": [1, 2] if kind == "grow" else []}
+    block = None if attention == "full" else 4
+    recipe = recipe_of(
+        text_file, anneal=anneal, convert={"attention": attention, "block_length": block},
+        train={"max_steps": 8, "logging_steps": 1, "learning_rate": 0.05},
+    )
+    _, trainer = train(tiny_checkpoint, recipe, tmp_path)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 8
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, text_file, tmp_path):
+    runs = [
+        train(tiny_checkpoint, recipe_of(
+            text_file, train={"max_steps": 3, "gradient_checkpointing": on}), tmp_path / str(on))[0]
+        for on in (False, True)
+    ]
+    assert far_apart(*runs) < 1e-6
+
+
+def test_learning_rate_scale_zero_freezes_that_kind_alone(tiny_checkpoint, text_file, tmp_path):
+    recipe = recipe_of(
+        text_file, train={"max_steps": 3, "lr_scale": {"attention": 1, "mlp": 0, "embeddings": 0.5}}
+    )
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    convert(checkpoint, recipe.convert, 32, True, 0)
+    before = {n: p.detach().clone() for n, p in checkpoint.model.named_parameters()}
+    kinds = parameter_kinds(checkpoint.model)
+    names = {n: kinds[p] for n, p in checkpoint.model.named_parameters()}
+    after, _ = train(tiny_checkpoint, recipe, tmp_path)
+    moved = {n: not torch.equal(before[n], after[n]) for n in before}
+    assert set(names.values()) == {"attention", "mlp", "embeddings", "other"}
+    assert all(moved[n] == (names[n] != "mlp") for n in names)
+
+
+def test_what_is_logged(tiny_checkpoint, text_file, tmp_path):
+    _, trainer = train(
+        tiny_checkpoint, recipe_of(text_file, train={"max_steps": 2, "logging_steps": 1}), tmp_path
+    )
+    row = trainer.state.log_history[0]
+    wanted = {"loss", "ce_t1", "masked_accuracy", "eos_share", "ar_loss", "tokens_per_second", "tokens"}
+    assert wanted <= set(row)
+    assert 0 < row["eos_share"] < 1
+
+
+def test_a_piece_cut_from_a_document_has_no_eos_run(text_file):
+    recipe = recipe_of(text_file)
+    first, last = pieces(list(range(3, 43)), 0, 2, recipe, 0)
+    assert (first.run, len(first.ids)) == (0, 32)
+    assert isinstance(last, Piece)
+    assert last.run == 1
