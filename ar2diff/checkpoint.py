@@ -125,7 +125,7 @@ def _header(file: Path) -> dict[str, str]:
 
 
 def load_checkpoint(
-    reference: str, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    reference: str, attn_implementation: str = "auto", trust_remote_code: bool = False
 ) -> Checkpoint:
     """Load a checkpoint in float32, after every check that costs nothing.
 
@@ -151,7 +151,8 @@ def load_checkpoint(
         ) from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation,
+            path, dtype=torch.float32,
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -125,7 +125,9 @@ class Train(_Section):
     max_grad_norm: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="master weights: fp32")
-    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
+        "auto", description="auto: sdpa, or eager where the class lacks it"
+    )
     seed: int = Field(0, ge=0)
     logging_steps: int = Field(25, gt=0)
     save_steps: int = Field(500, gt=0)

@@ -111,7 +111,7 @@ def test_digits_stand_alone(tokenizer):
 
 
 def test_the_shipped_model_knows_its_held_out_corpus(tokenizer, model):
-    assert build.held_out_nll(model, tokenizer, n=100) < 9.9  # BOUND
+    assert build.held_out_nll(model, tokenizer, n=100) < 0.46  # measured: 0.405 over 500 documents
 
 
 def test_the_shipped_model_answers_easy_questions(tokenizer, model):

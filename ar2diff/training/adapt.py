@@ -101,10 +101,15 @@ def adapt(
     }
     if main:
         _claim(output_dir, record, resume, overwrite)
-    if recipe.train.max_steps:
-        record |= _train(plan, output_dir, resume)
-    if main:
-        save(plan.checkpoint, output_dir, record)
+    try:
+        if recipe.train.max_steps:
+            record |= _train(plan, output_dir, resume)
+        if main:
+            save(plan.checkpoint, output_dir, record)
+    except BaseException:
+        if main and not checkpoints(output_dir / "checkpoints"):
+            shutil.rmtree(output_dir, ignore_errors=True)  # it holds nothing to resume from
+        raise
     return record
 
 

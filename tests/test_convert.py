@@ -1,0 +1,233 @@
+"""Conversion: the mask's row, the pad, what stays byte-identical, what loads without ar2diff."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ar2diff.checkpoint import load_checkpoint, read_spec, stored_dtypes
+from ar2diff.config import Convert, load_recipe
+from ar2diff.convert import convert, end_token
+from ar2diff.errors import Ar2DiffError
+from ar2diff.probe import probe
+from ar2diff.spec import Spec, SpecError
+from ar2diff.training.adapt import adapt
+
+SPEC = {
+    "format": 1, "noise": "mask", "mask_token_id": 63, "attention": "causal_context",
+    "block_length": 4, "prediction": "shift", "ar_mode": True, "local_window": None, "max_length": 64,
+}
+ATTENTIONS = [("causal_context", 8), ("block_causal", 8), ("full", None)]
+
+
+def only_convert(*overrides: str) -> object:
+    return load_recipe(None, ["train.max_steps=0", "data.max_length=64", *overrides])
+
+
+@pytest.fixture
+def save_tiny(tiny_model, tiny_tokenizer, tmp_path):
+    """Factory: a checkpoint folder of a kind, with some reserved tokens or unused rows."""
+
+    def save(kind: str, rows: int | None = None, reserved: int = 0, dtype=torch.float32, **shape) -> Path:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [f"<|reserved_special_token_{i}|>" for i in range(reserved)]}
+        )
+        model = tiny_model(
+            kind, dtype=torch.float32, vocab_size=rows or len(tokenizer), pad_token_id=None, **shape
+        )
+        model = copy.deepcopy(model).to(dtype)
+        model.save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_steps_leave_every_tensor_byte_identical_but_the_mask_row(save_tiny, tmp_path, kind, dtype):
+    base = save_tiny(kind, dtype=dtype)
+    adapt(str(base), only_convert(), tmp_path / "out")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name][: len(tensor)], tensor), name
+    grown = [name for name in before if after[name].shape != before[name].shape]
+    # 259 tokens, then one row for the mask; the pad is <unk>
+    assert grown
+    assert {tuple(after[name].shape) for name in grown} <= {(260, 32), (260,)}
+
+
+def test_new_mask_row_is_near_the_mean_and_is_no_other_row(save_tiny):
+    checkpoint = load_checkpoint(str(save_tiny("llama")))
+    spec = convert(checkpoint, Convert(), 64, True, 0)
+    weight = checkpoint.model.get_input_embeddings().weight
+    mean = weight[:259].mean(0)
+    assert (weight[spec.mask_token_id] - mean).norm() < 0.2 * weight[:259].std() * 32**0.5
+    assert not torch.equal(weight[spec.mask_token_id], mean)
+
+
+def test_tied_embeddings_stay_tied(save_tiny, tmp_path):
+    base = save_tiny("llama", tie_word_embeddings=True)
+    adapt(str(base), only_convert(), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert "lm_head.weight" not in stored_dtypes(tmp_path / "out")
+
+
+def test_head_bias_is_kept(tiny_tokenizer, tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3,
+    ))
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path / "phi")
+    tiny_tokenizer.save_pretrained(tmp_path / "phi")
+    adapt(str(tmp_path / "phi"), only_convert(), tmp_path / "out")
+    bias = AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.bias
+    assert torch.equal(bias[:259], model.lm_head.bias)
+    assert bias[259].item() == pytest.approx(model.lm_head.bias.mean().item(), abs=1e-6)
+
+
+def test_reserved_special_token_is_the_mask_and_the_next_one_the_pad(save_tiny):
+    checkpoint = load_checkpoint(str(save_tiny("llama", reserved=3)))
+    spec = convert(checkpoint, Convert(), 64, True, 0)
+    assert spec.mask_token_id == 259
+    assert checkpoint.tokenizer.mask_token == "<|reserved_special_token_0|>"
+    assert checkpoint.tokenizer.pad_token == "<|reserved_special_token_1|>"
+    assert checkpoint.model.get_input_embeddings().weight.shape[0] == 262
+
+
+def test_unused_row_of_a_padded_vocabulary_is_the_mask(save_tiny):
+    checkpoint = load_checkpoint(str(save_tiny("qwen3", rows=320)))
+    spec = convert(checkpoint, Convert(), 64, True, 0)
+    assert spec.mask_token_id == 259  # the first row that no token has, as 151669 is Qwen3's
+    assert checkpoint.model.get_input_embeddings().weight.shape[0] == 320
+
+
+def test_a_word_is_never_the_mask(save_tiny):
+    checkpoint = load_checkpoint(str(save_tiny("llama")))
+    with pytest.raises(Ar2DiffError, match="is a word of the vocabulary"):
+        convert(checkpoint, Convert(mask_token="a"), 64, True, 0)
+
+
+@pytest.mark.parametrize("attention,block_length", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral", "mistral_window", "qwen3_mixed"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_probe_accepts_every_class_and_attention(
+    tiny_model, kind, implementation, attention, block_length
+):
+    model = tiny_model(kind, implementation)
+    window = "kept" if "window" in kind or "mixed" in kind else None
+    spec = Spec(**{**SPEC, "attention": attention, "block_length": block_length,
+                   "ar_mode": attention == "causal_context", "local_window": window})
+    assert probe(model, spec) == []
+
+
+def test_the_probe_sees_a_class_that_stays_causal(monkeypatch, tiny_model):
+    model = tiny_model("llama")
+    plain = type(model).forward
+
+    def deaf(self, *args, attention_mask=None, **kwargs):
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", deaf)
+    assert probe(model, Spec(**SPEC))
+
+
+def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch, tiny_model):
+    import ar2diff.probe as module
+    from ar2diff.attention import allowed_edges, dense_mask
+
+    def as_bool(model, slots, attention, block_length, local_window):
+        return dense_mask(allowed_edges(slots, attention, block_length), slots)
+
+    monkeypatch.setattr(module, "model_mask", as_bool)
+    problems = probe(tiny_model("llama", "eager"), Spec(**SPEC))
+    assert problems[0] == "a token is read where the mask forbids it"
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"format": 2}, "format is 2"), ({"noise": "uniform"}, "noise"), ({"attention": "causal"}, "attention"),
+    ({"block_length": None}, "block_length"), ({"colour": 1}, "colour: unknown key"),
+])
+def test_a_reader_refuses_what_it_does_not_know(change, said):
+    config = {"mask_token_id": 63, "diffusion": {**SPEC, **change}}
+    with pytest.raises(SpecError, match=said):
+        Spec.from_config(config)
+
+
+def test_every_key_of_the_spec_is_required():
+    for key in SPEC:
+        with pytest.raises(SpecError):
+            Spec.from_config({"mask_token_id": 63, "diffusion": {k: v for k, v in SPEC.items() if k != key}})
+
+
+def test_what_a_converted_folder_says(save_tiny, tmp_path):
+    for attention, block_length in ATTENTIONS:
+        folder = tmp_path / attention
+        adapt(str(save_tiny("llama")), only_convert(
+            f"convert.attention={attention}", f"convert.block_length={block_length or 'null'}"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert config["diffusion"] == read_spec(folder).to_dict()
+        assert config.get("is_causal") is (None if attention == "causal_context" else False)
+        assert generation["suppress_tokens"] == [config["mask_token_id"]]
+        assert "max_new_tokens" not in generation
+        assert AutoTokenizer.from_pretrained(folder).mask_token_id == config["mask_token_id"]
+        assert (folder / "ar2diff.json").is_file()
+        assert not list(folder.rglob("*.partial"))
+
+
+def test_a_converted_model_is_continued_from_its_spec_and_its_block_may_grow(save_tiny, tmp_path):
+    adapt(str(save_tiny("llama")), only_convert("convert.block_length=4"), tmp_path / "four")
+    adapt(str(tmp_path / "four"), only_convert("convert.block_length=8"), tmp_path / "eight")
+    assert read_spec(tmp_path / "eight").block_length == 8
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("four", "eight"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(Ar2DiffError, match="trained with blocks of 8"):
+        adapt(str(tmp_path / "eight"), only_convert("convert.block_length=4"), tmp_path / "back")
+
+
+def test_a_document_ends_with_the_first_end_token(shared_data):
+    checkpoint = load_checkpoint(str(shared_data("stories260K-hf")))
+    assert end_token(checkpoint) == 1
+
+
+def test_result_loads_and_writes_stories_where_ar2diff_is_not_installed(shared_data, tmp_path):
+    adapt(str(shared_data("stories260K-hf")), only_convert(), tmp_path / "model")
+    code = """
+import sys
+sys.modules["ar2diff"] = None  # any import of it fails
+try:
+    import ar2diff
+except ImportError:
+    pass
+else:
+    raise SystemExit("ar2diff is importable")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model"], check=True, capture_output=True, text=True
+    )
+    assert "there was a little girl named Lily" in done.stdout
