@@ -30,6 +30,9 @@ class Convert(_Section):
     prediction: Literal["same", "shift"] = "shift"
     local_window: Literal["kept", "dropped"] = Field("kept", description="the base's window")
     mask_token: str | None = Field(None, description="null: chosen; or a special token's text")
+    reconvert: bool = Field(
+        False, description="give a converted model another attention or prediction"
+    )
 
     @model_validator(mode="after")
     def _full_has_no_blocks(self) -> Convert:
@@ -78,8 +81,7 @@ class Source(_Section):
     path: str
     weight: float | None = Field(None, gt=0, description="share of documents; null: its size")
     name: str | None = Field(None, description="Hub: configuration")
-    split: str = "train"
-    streaming: bool = False
+    split: str = Field("train", description="Hub: split")
 
 
 class Data(_Section):
@@ -89,7 +91,8 @@ class Data(_Section):
     text_field: str = "text"
     max_length: int = Field(512, gt=1, description="tokens of a row")
     overlong: Literal["split", "truncate"] = Field("split", description="longer documents")
-    packing: bool = True
+    packing: bool = Field(True, description="several documents in a row, isolated")
+    streaming: bool = Field(False, description="read Hub data sets as they come")
 
     @model_validator(mode="before")
     @classmethod
@@ -251,9 +254,9 @@ def parse_recipe(tree: dict[str, Any], label: str) -> Recipe:
 
 def with_values(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """A copy with some fields of some sections replaced, validated again."""
-    tree = recipe.model_dump()
+    tree = recipe.model_dump(exclude_unset=True)
     for section, values in sections.items():
-        tree[section] = {**tree[section], **values}
+        tree[section] = {**tree.get(section, {}), **values}
     return parse_recipe(tree, "arguments")
 
 

@@ -96,12 +96,14 @@ def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
 
 
 def _check_continuation(old: Spec, wanted: Convert) -> None:
+    if wanted.reconvert:
+        return
     for name in ("attention", "prediction"):
         if getattr(old, name) != getattr(wanted, name):
             raise Ar2DiffError(
                 f"the model is converted already, with {name} {getattr(old, name)}, "
                 f"and the recipe asks for {getattr(wanted, name)}",
-                f"set convert.{name}={getattr(old, name)}, or convert the AR base again",
+                f"set convert.{name}={getattr(old, name)}, or convert.reconvert=true",
             )
     if old.block_length is not None and wanted.block_length < old.block_length:
         raise Ar2DiffError(

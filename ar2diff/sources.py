@@ -121,16 +121,18 @@ class Documents:
         sources: of the recipe. A source without a weight weighs its number of rows.
         field: the text field.
         seed: order within a source.
+        streaming: read Hub data sets as they come.
     """
 
     sources: Sequence[Source]
     field: str
     seed: int
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
-        self._texts = [self._open(source) for source in self.sources]
+        self._texts = [self._open(i) for i in range(len(self.sources))]
         sizes = [len(texts) if isinstance(texts, list) else None for texts in self._texts]
         self.size = sum(size or 0 for size in sizes)
         weights = [s.weight or size for s, size in zip(self.sources, sizes, strict=True)]
@@ -157,7 +159,8 @@ class Documents:
             return texts[:count]
         return [self._field(row, 0, n) for n, row in enumerate(texts.take(count), 1)]
 
-    def _open(self, source: Source) -> Any:
+    def _open(self, i: int) -> Any:
+        source = self.sources[i]
         path = find_file(source.path)
         if path is not None:
             return read_texts(path, self.field)
@@ -165,15 +168,16 @@ class Documents:
 
         try:
             data = datasets.load_dataset(
-                source.path, source.name, split=source.split, streaming=source.streaming
+                source.path, source.name, split=source.split, streaming=self.streaming
             )
         except Exception as error:  # any of a dozen classes of datasets, huggingface_hub, httpx
             raise Ar2DiffError(
                 f"data {source.path}: {str(error).splitlines()[0]}",
                 "check the name and the connection, or give a local file",
             ) from error
-        return data if source.streaming else [_text(r, self.field, source.path, n)
-                                              for n, r in enumerate(data, 1)]
+        if self.streaming:
+            return data
+        return [self._field(row, i, number) for number, row in enumerate(data, 1)]
 
     def _field(self, row: Any, source: int, number: int) -> str:
         return _text(row, self.field, self.sources[source].path, number)
@@ -188,6 +192,11 @@ class Documents:
             else:
                 shuffled = texts.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
                 shuffled.set_epoch(epoch)
+                number = 0
                 for number, row in enumerate(shuffled, 1):
                     yield self._field(row, i, number), epoch
+                if number == 0:
+                    raise Ar2DiffError(
+                        f"data {self.sources[i].path}: the stream is empty", "check its split"
+                    )
             epoch += 1

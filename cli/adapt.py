@@ -37,6 +37,8 @@ def adapt(
 
     Example: ar2diff adapt Qwen/Qwen3-0.6B --recipe qwen3-0.6b --data stories.jsonl
     """
+    import os
+
     from ..config import load_recipe, with_values
     from ..errors import Ar2DiffError
 
@@ -62,4 +64,5 @@ def adapt(
         model, plan, output_dir, resume=resume, overwrite=overwrite, dry_run=dry_run,
         trust_remote_code=trust_remote_code,
     )
-    report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)

@@ -203,6 +203,18 @@ def test_a_converted_model_is_continued_from_its_spec_and_its_block_may_grow(sav
         adapt(str(tmp_path / "eight"), only_convert("convert.block_length=4"), tmp_path / "back")
 
 
+def test_a_converted_model_keeps_what_the_recipe_leaves_open(save_tiny, tmp_path):
+    adapt(str(save_tiny("llama")), only_convert(
+        "convert.attention=block_causal", "convert.prediction=same"), tmp_path / "a")
+    adapt(str(tmp_path / "a"), only_convert(), tmp_path / "b")
+    assert read_spec(tmp_path / "a") == read_spec(tmp_path / "b")
+    with pytest.raises(Ar2DiffError, match="asks for full"):
+        adapt(str(tmp_path / "b"), only_convert("convert.attention=full"), tmp_path / "c")
+    asked = only_convert("convert.attention=full", "convert.reconvert=true", "convert.prediction=same")
+    adapt(str(tmp_path / "b"), asked, tmp_path / "c")
+    assert read_spec(tmp_path / "c").attention == "full"
+
+
 def test_a_document_ends_with_the_first_end_token(shared_data):
     checkpoint = load_checkpoint(str(shared_data("stories260K-hf")))
     assert end_token(checkpoint) == 1

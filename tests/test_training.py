@@ -20,8 +20,8 @@ from ar2diff.config import parse_recipe
 from ar2diff.convert import convert
 from ar2diff.data import Collator, Piece, Rows, pieces
 from ar2diff.sources import Documents
-from ar2diff.training.adapt import adapt
-from ar2diff.training.trainer import make_trainer, parameter_kinds
+from ar2diff.training.adapt import adapt, make_plan
+from ar2diff.training.trainer import AdaptTrainer, make_trainer, parameter_kinds
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
 
@@ -200,6 +200,92 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_checkpoint, text_file, tmp_p
 @pytest.mark.parametrize("seed", range(10))
 def test_twenty_kills_resume_to_the_same_bits(tiny_checkpoint, text_file, tmp_path, seed):
     kill_and_resume(tiny_checkpoint, text_file, tmp_path, seed=seed, kills=2)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_streamed_run_resumes_to_the_same_bits(tiny_checkpoint, tmp_path, monkeypatch):
+    import datasets
+
+    def texts():
+        rng = random.Random(3)
+        for _ in range(40):
+            yield {"text": " ".join(rng.choices(WORDS, k=8))}
+
+    monkeypatch.setattr(
+        datasets, "load_dataset",
+        lambda *args, streaming, **kwargs: datasets.IterableDataset.from_generator(texts),
+    )
+    recipe = parse_recipe({
+        "convert": {"block_length": 4},
+        "data": {"sources": ["some/stream"], "max_length": 32, "streaming": True},
+        "train": {"max_steps": 9, "save_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
+    }, "test")
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "whole")
+
+    step = AdaptTrainer.training_step
+
+    def killed_in_step_6(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise _Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdaptTrainer, "training_step", killed_in_step_6)
+    with pytest.raises(_Killed):
+        adapt(str(tiny_checkpoint), recipe, tmp_path / "killed")
+    monkeypatch.setattr(AdaptTrainer, "training_step", step)
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "killed", resume=True)
+    whole, resumed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    records = [json.loads((tmp_path / n / "ar2diff.json").read_text()) for n in ("whole", "killed")]
+    assert records[0]["tokens"] == records[1]["tokens"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2},
+    {"precision": "bf16"},
+    {"attn_implementation": "eager"},
+], ids=str)
+def test_settings_of_training_run(tiny_checkpoint, text_file, tmp_path, settings):
+    recipe = recipe_of(text_file, train={"max_steps": 5, "logging_steps": 1, **settings})
+    weights, trainer = train(tiny_checkpoint, recipe, tmp_path)
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    if settings.get("schedule") == "wsd":
+        assert rates[1:4] == [0.1] * 3
+        assert rates[4] < 0.1
+
+
+def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
+    from accelerate.data_loader import IterableDatasetShard
+
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    recipe = recipe_of(text_file)
+    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+
+    def first(dataset, count):
+        return [row for row, _ in zip(dataset, range(count), strict=False)]
+
+    both = [
+        first(IterableDatasetShard(rows, batch_size=4, num_processes=2, process_index=rank), 8)
+        for rank in range(2)
+    ]
+    one = first(rows, 16)
+    assert [*both[0][:4], *both[1][:4], *both[0][4:], *both[1][4:]] == one
+    collate = Collator(recipe, 5, rows_per_step=8)
+    assert [int(collate(part)["step"]) for part in (one[:4], one[4:8], one[8:12])] == [0, 0, 1]
+
+
+def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, text_file):
+    recipe = recipe_of(text_file, eval={"steps": 1, "rows": 4, "length": 20})
+    plan = make_plan(str(tiny_checkpoint), recipe)
+    judged = {tuple(row) for row in plan.eval_rows}
+    assert len(judged) == 4
+    rows = iter(plan.rows)
+    trained = {tuple(p.ids[:20]) for _ in range(200) for p in next(rows)[1]}
+    assert not judged & trained
 
 
 def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_path):

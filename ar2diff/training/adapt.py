@@ -15,16 +15,18 @@ import torch
 
 from .. import __version__
 from ..checkpoint import (
-    RUN_FILE, Checkpoint, find_checkpoint, load_checkpoint, prepare_output, staged, write_json,
+    RUN_FILE, Checkpoint, find_checkpoint, load_checkpoint, prepare_output, read_spec, staged,
+    write_json,
 )
-from ..config import Recipe
+from ..config import Recipe, with_values
 from ..convert import convert, end_token, write_spec
 from ..data import Rows, tokenize
 from ..errors import Ar2DiffError
 from ..evaluation import evaluate, score, windows
 from ..noise import content_key
 from ..probe import probe
-from ..sources import Documents, find_file
+from ..sources import Documents, find_file, read_texts
+from ..spec import Spec
 from .callbacks import Watch
 from .trainer import checkpoints, make_collator, make_trainer, rows_per_step
 
@@ -85,6 +87,7 @@ def adapt(
     output_dir = Path(output_dir)
     inputs = [find_checkpoint(model), *(p for s in recipe.data.sources if (p := find_file(s.path)))]
     plan = make_plan(model, recipe, trust_remote_code)
+    recipe = plan.recipe
     needed = STATE_COPIES * 4 * plan.summary()["parameters"] * (
         recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1
     )
@@ -115,9 +118,12 @@ def adapt(
 
 def make_plan(model: str, recipe: Recipe, trust_remote_code: bool = False) -> Plan:
     """Load, convert in memory, probe, open the data. Writes nothing."""
+    recipe = _continued(recipe, read_spec(find_checkpoint(model)))
     documents = None
     if recipe.train.max_steps:  # a bad row is found before the model is loaded
-        documents = Documents(recipe.data.sources, recipe.data.text_field, recipe.train.seed)
+        documents = Documents(
+            recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
+        )
     checkpoint = load_checkpoint(model, recipe.train.attn_implementation, trust_remote_code)
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
@@ -139,6 +145,15 @@ def make_plan(model: str, recipe: Recipe, trust_remote_code: bool = False) -> Pl
     return Plan(checkpoint, recipe, rows, eval_rows)
 
 
+def _continued(recipe: Recipe, spec: Spec | None) -> Recipe:
+    """The recipe with what it leaves open taken from the spec of a model converted before."""
+    if spec is None:
+        return recipe
+    chosen = recipe.convert.model_fields_set
+    names = ("attention", "block_length", "prediction")
+    return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
+
+
 def _eval_rows(
     checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
 ) -> tuple[list[list[int]], frozenset[int]]:
@@ -147,8 +162,6 @@ def _eval_rows(
     if not wanted.steps:
         return [], frozenset()
     if wanted.data is not None:
-        from ..sources import read_texts
-
         path = find_file(wanted.data)
         if path is None:
             raise Ar2DiffError(f"eval.data {wanted.data}: no such file", "give a local file")
