@@ -50,7 +50,9 @@ def adapt(
     plan = load_recipe(recipe, settings)
     values = {}
     if data:
-        values["sources"] = [{"path": path} for path in data]
+        known = {source.path: source for source in plan.data.sources}
+        # A source that the recipe knows keeps its weight and its other settings.
+        values["sources"] = [known[p].model_dump() if p in known else {"path": p} for p in data]
     if text_field is not None:
         values["text_field"] = text_field
     plan = with_values(plan, data=values)
