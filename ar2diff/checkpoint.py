@@ -237,17 +237,14 @@ def disk_error(path: Path, error: OSError) -> Ar2DiffError:
     return Ar2DiffError(f"{path}: {error.strerror or error}", "give another --output-dir")
 
 
-def prepare_output(
-    output_dir: Path, inputs: list[Path], resume: bool, overwrite: bool, needed: int
-) -> None:
+def check_output(output_dir: Path, inputs: list[Path], resume: bool, overwrite: bool) -> None:
     """Refuse a folder that a run must not write to. Changes nothing.
 
     Args:
         inputs: what the run reads: never to be overwritten.
-        needed: bytes that the run will write.
 
     Raises:
-        Ar2DiffError: it holds something, holds an input, is no folder, or the disk is too full.
+        Ar2DiffError: it holds something, holds an input, is no folder, or is not writable.
     """
     target = output_dir.resolve()
     for path in inputs:
@@ -269,15 +266,23 @@ def prepare_output(
                 f"output folder {output_dir} holds files that ar2diff did not write",
                 "give another --output-dir",
             )
-    parent = next(p for p in [target, *target.parents] if p.is_dir())
-    if not os.access(parent, os.W_OK):
-        raise Ar2DiffError(f"{parent}: not writable", "give another --output-dir")
+    if not os.access(_existing(target), os.W_OK):
+        raise Ar2DiffError(f"{_existing(target)}: not writable", "give another --output-dir")
+
+
+def check_disk(output_dir: Path, needed: int) -> None:
+    """Refuse a disk that has fewer bytes free than a run will write."""
+    parent = _existing(output_dir.resolve())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise Ar2DiffError(
             f"{parent}: the disk is full ({free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed)",
             "free some space, or give another --output-dir",
         )
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in [path, *path.parents] if p.is_dir())
 
 
 def write_json(path: Path, value: Any) -> None:

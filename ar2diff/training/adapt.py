@@ -3,6 +3,7 @@ is checked first, the folder is touched last."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -15,8 +16,8 @@ import torch
 
 from .. import __version__
 from ..checkpoint import (
-    RUN_FILE, Checkpoint, find_checkpoint, load_checkpoint, prepare_output, read_spec, staged,
-    write_json,
+    RUN_FILE, Checkpoint, check_disk, check_output, find_checkpoint, load_checkpoint, read_spec,
+    staged, write_json,
 )
 from ..config import Recipe, with_values
 from ..convert import convert, end_token, write_spec
@@ -86,14 +87,15 @@ def adapt(
     """
     output_dir = Path(output_dir)
     inputs = [find_checkpoint(model), *(p for s in recipe.data.sources if (p := find_file(s.path)))]
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        check_output(output_dir, inputs, resume, overwrite)
     plan = make_plan(model, recipe, trust_remote_code)
     recipe = plan.recipe
     needed = STATE_COPIES * 4 * plan.summary()["parameters"] * (
         recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1
     )
-    main = os.environ.get("RANK", "0") == "0"
-    if main:
-        prepare_output(output_dir, inputs, resume, overwrite, needed)
+    check_disk(output_dir, needed)
     if dry_run:
         return plan.summary()
     record = {
@@ -104,6 +106,8 @@ def adapt(
     }
     if main:
         _claim(output_dir, record, resume, overwrite)
+    if resume and (output_dir / "config.json").is_file():
+        return json.loads((output_dir / RUN_FILE).read_text())  # it had finished
     try:
         if recipe.train.max_steps:
             record |= _train(plan, output_dir, resume)
@@ -177,8 +181,6 @@ def _eval_rows(
 
 def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Make the folder ours: nothing of another run may stay in it."""
-    import json
-
     claimed = output_dir / RUN_FILE
     if resume and claimed.is_file():
         old = json.loads(claimed.read_text())
@@ -211,6 +213,8 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
     trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
     watch.trainer = trainer
+    if trainer.is_world_process_zero():
+        shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # of a killed run
     done = checkpoints(run_dir)
     trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
     plan.checkpoint.model.eval()
