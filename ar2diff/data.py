@@ -173,7 +173,7 @@ class Collator:
             "eos": torch.zeros(size, dtype=torch.bool),
         }
         masked = torch.zeros(views, *size, dtype=torch.bool)
-        t = torch.zeros(views, *size)
+        t = torch.zeros(views, *size, dtype=torch.double)
         for r, row in enumerate(rows):
             start = 0
             for number, piece in enumerate(row):
@@ -190,8 +190,9 @@ class Collator:
         if piece.run:
             weight[-piece.run :] = 1 / piece.run
             batch["eos"][place[0], place[1].stop - piece.run : place[1].stop] = True
-        weight[0] = 0  # position 0 is never masked, never scored
-        batch["x0"][place] = torch.tensor(piece.ids)
+        ids = torch.tensor(piece.ids)
+        weight[~self._maskable(ids)] = 0
+        batch["x0"][place] = ids
         batch["doc"][place] = number
         batch["pos"][place] = torch.arange(n)
         batch["weight"][place] = weight
@@ -202,8 +203,7 @@ class Collator:
         noise, seed = self.recipe.noise, self.recipe.train.seed
         n, key = len(piece.ids), content_key(piece.ids[: piece.real])
         size = block_length or n
-        position = torch.arange(n)
-        maskable, block = position > 0, position // size
+        maskable, block = self._maskable(torch.tensor(piece.ids)), torch.arange(n) // size
         times = block_times(int(block[-1]) + 1, noise.time, seed, piece.epoch, key, piece.document)
         generator = keyed_generator(seed, piece.epoch, key)
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
@@ -211,9 +211,13 @@ class Collator:
             return masked[None], t[None]
         return torch.stack([masked, maskable & ~masked]), self._both_times(t, maskable, block)
 
+    def _maskable(self, ids: Tensor) -> Tensor:
+        """Position 0 is never masked and never scored, nor is a text that spells the mask token."""
+        return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
+
     @staticmethod
     def _both_times(t: Tensor, maskable: Tensor, block: Tensor) -> Tensor:
-        count = torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block]
+        count = torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block].double()
         return torch.stack([t, count / (count + 1) - t])  # k/(n+1) and (n-k)/(n+1)
 
     def _finish(
@@ -234,7 +238,7 @@ class Collator:
         return {
             "x0": batch["x0"],
             "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
-            "masked": masked, "t": t, "coef": coef, "doc": batch["doc"], "pos": batch["pos"],
+            "masked": masked, "t": t, "coef": coef.to(torch.get_default_dtype()), "doc": batch["doc"], "pos": batch["pos"],
             "ar": ar, "eos": batch["eos"],
             "divisor": divisor, "ar_divisor": ar.sum(), "tokens": (batch["doc"] != PADDING).sum(),
         }

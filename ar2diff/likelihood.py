@@ -76,25 +76,23 @@ def _draws(
     along `samples` sorted by k."""
     length = max(map(len, rows))
     size = spec.block_length or length
-    x0, masked, t = [], [], []
-    for row in rows:
-        generator = keyed_generator(seed, content_key(row))
-        block = torch.arange(length) // size
-        maskable = (torch.arange(length) > 0) & (torch.arange(length) < len(row))
+    shape = (len(rows), samples, length)
+    x0, doc = torch.zeros(shape, dtype=torch.long), torch.full(shape, PADDING)
+    masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
+    for r, row in enumerate(rows):
+        ids, n = torch.tensor(row), len(row)
+        generator = keyed_generator(seed, content_key(row))  # the row alone decides its draws
+        block = torch.arange(n) // size
+        maskable = (torch.arange(n) > 0) & (ids != spec.mask_token_id)
         times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
-        for draw in times:
-            chosen, k_over_n = corrupt(maskable, block, draw, generator)
-            masked.append(chosen)
-            t.append(k_over_n)
-        ids = torch.tensor([*row, *[0] * (length - len(row))])
-        x0 += [ids] * samples
-    real = torch.tensor([len(row) for row in rows]).repeat_interleave(samples)
-    x0, masked, t = torch.stack(x0), torch.stack(masked), torch.stack(t)
+        x0[r, :, :n], doc[r, :, :n] = ids, 0
+        for s, draw in enumerate(times):
+            masked[r, s, :n], t[r, s, :n] = corrupt(maskable, block, draw, generator)
+    x0, doc, masked, t = (x.flatten(0, 1) for x in (x0, doc, masked, t))
     pos = torch.arange(length).expand_as(x0)
-    doc = torch.where(pos < real[:, None], 0, PADDING)
     ce = masked_nll(model, spec, x0, masked, doc, pos, suppressed)
     values = torch.zeros(*x0.shape, dtype=torch.double)
-    values[masked] = ce.double() * time_weights(t, "1/t")[masked].double()
+    values[masked] = ce.double() * time_weights(t, "1/t")[masked]
     blocks = torch.zeros(len(x0), (length - 1) // size + 1, dtype=torch.double)
     blocks.index_add_(1, torch.arange(length) // size, values)
     return blocks.view(len(rows), samples, -1)

@@ -72,15 +72,15 @@ def corrupt(
             1/t both views are unbiased, and together they supervise each token exactly once.
 
     Returns:
-        masked: [L] bool. t: [L] float, k / n of the position's block (the t of the weights).
+        masked: [L] bool. t: [L] double, k / n of the position's block (the t of the weights).
     """
     count = torch.zeros(len(times), dtype=torch.long).index_add_(0, block, maskable.long())
     if complementary:
         k = (times * (count + 1)).floor().long().clamp(max=count)
-        t = k / (count + 1)
+        t = k.double() / (count + 1)
     else:
         k = torch.minimum((times * count).ceil().long().clamp(min=1), count)
-        t = k / count.clamp(min=1)
+        t = k.double() / count.clamp(min=1)
     # Rank the positions of each block in random order, unmaskable ones last.
     priority = torch.rand(len(block), generator=generator) + (~maskable).float()
     order = torch.argsort(block * 2.0 + priority.double())

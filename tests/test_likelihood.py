@@ -228,7 +228,6 @@ def test_the_bound_of_one_token_is_its_cross_entropy():
         assert estimate.error == 0
 
 
-@pytest.mark.xfail(strict=True, reason="corrupt returns k/n in float32: n/k is off by 6e-8")
 def test_the_weights_of_the_bound_are_exact():
     maskable, block = torch.ones(5).bool(), torch.zeros(5, dtype=torch.long)
     for k in range(1, 6):
@@ -505,7 +504,6 @@ def test_the_bound_does_not_depend_on_the_batch_split(attention):
     torch.testing.assert_close(one, all_at_once, **EXACT)
 
 
-@pytest.mark.xfail(strict=True, reason="the draws of a row depend on the longest row beside it")
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
 def test_the_bound_of_ragged_rows_is_that_of_each_alone(attention):
     model, rows = build_model("llama"), [LONG, ROW, LONG[:8]]

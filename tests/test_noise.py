@@ -65,7 +65,7 @@ def test_a_time_at_the_edge_masks_one_token_or_all(t):
     maskable, block = single_block(5)
     masked, time = corrupt(maskable, block, torch.tensor([t]), torch.Generator().manual_seed(0))
     assert masked.sum() == (5 if t == 1 else 1)
-    assert time[0] == masked.float().mean()
+    assert time[0] == masked.double().mean()
 
 
 def test_every_subset_of_k_tokens_is_as_likely():
