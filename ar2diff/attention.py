@@ -94,8 +94,8 @@ def allowed_edges(
     Args:
         slots: layout of the rows.
         attention, block_length: the goal (`full` has no block length).
-        reveal: [P, W] bool or None: an edge that a causal model lacks, from position p to p', exists
-            only where `reveal[p, p' % W]`; W is the block length (P for `full`). None: all.
+        reveal: [P, W] bool or None: an edge that a causal model lacks, from position p to p',
+            exists only where `reveal[p, p' % W]`; W is the block length (P for `full`). None: all.
         window: sliding window of the layer, in logical positions.
     """
     doc, pos, noisy = slots.doc, slots.pos, slots.noisy
@@ -159,9 +159,7 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
     """
     size = getattr(config, "sliding_window", None)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [None]))
-    windows = {
-        kind: size if kind is None or kind.startswith("sliding") else None for kind in kinds
-    }
+    windows = {kind: size if kind is None or kind.startswith("sliding") else None for kind in kinds}
     if local_window == "dropped":
         windows = dict.fromkeys(windows)
     return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
@@ -202,7 +200,9 @@ def model_mask(
             dtype = model.get_input_embeddings().weight.dtype
             blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
             return torch.where(mask, torch.zeros_like(blocked), blocked)
-        raise ValueError(f"attention implementation {kind!r} takes no mask; use sdpa, eager or flex")
+        raise ValueError(
+            f"attention implementation {kind!r} takes no mask; use sdpa, eager or flex"
+        )
 
     masks = {name: build(window) for name, window in layer_windows(config, local_window).items()}
     return masks[None] if None in masks else masks

@@ -14,7 +14,7 @@ ELSEWHERE = {
         ),
     },
     "other": {
-        "transformers' own generate()": "decodes left to right with bidirectional attention: wrong text",
+        "transformers' own generate()": "decodes left to right with two-way attention: wrong text",
         "transformers < 5.2, vLLM, SGLang, llama.cpp": (
             "ignore is_causal and run it as the AR model that it no longer is: wrong text"
         ),
@@ -36,7 +36,10 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
     spec, model, tokenizer = checkpoint.spec, checkpoint.model, checkpoint.tokenizer
     if spec is None:
         return {
-            "model": reference, "spec": None, "findings": [], "ok": True,
+            "model": reference,
+            "spec": None,
+            "findings": [],
+            "ok": True,
             "elsewhere": {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"},
         }
     problems = probe(model, spec)
@@ -44,6 +47,7 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
     generation = model.generation_config
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = None if spec.attention == "causal_context" else False
+    flag = "absent" if wanted is None else "false"
     checks = [
         (f"the probe agrees with the spec{': ' + problems[0] if problems else ''}", not problems),
         (f"mask token {spec.mask_token_id} is in range ({rows} rows)", spec.mask_token_id < rows),
@@ -57,7 +61,7 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
         ),
         ("generation_config sets no max_new_tokens", generation.max_new_tokens is None),
         (
-            f"config.is_causal is {'absent' if wanted is None else 'false'}, as {spec.attention} needs",
+            f"config.is_causal is {flag}, as {spec.attention} needs",
             causal is wanted,
         ),
         (
@@ -66,7 +70,8 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
         ),
     ]
     return {
-        "model": reference, "spec": spec.to_dict(),
+        "model": reference,
+        "spec": spec.to_dict(),
         "findings": [{"what": what, "ok": ok} for what, ok in checks],
         "elsewhere": ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
         "ok": all(ok for _, ok in checks),

@@ -151,9 +151,12 @@ def load_checkpoint(
         ) from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32,
+            path,
+            dtype=torch.float32,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-            use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise Ar2DiffError(
@@ -193,15 +196,15 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     }
     if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
         raise Ar2DiffError(
-            f"model {path}: {', '.join(names) or 'no architecture'} is not a decoder-only causal LM",
+            f"model {path}: {', '.join(names) or 'it'} is not a decoder-only causal LM",
             "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
         )
 
 
 @contextmanager
 def staged(output_dir: Path) -> Iterator[Path]:
-    """A folder inside `output_dir` to write a checkpoint into. On success its files move into place,
-    each by one rename and `config.json` last; on failure nothing of it stays.
+    """A folder inside `output_dir` to write a checkpoint into. On success its files move into
+    place, each by one rename and `config.json` last; on failure nothing of it stays.
 
     Raises:
         Ar2DiffError: the disk is full, or not writable.
@@ -217,7 +220,7 @@ def staged(output_dir: Path) -> Iterator[Path]:
         for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
             file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
             _sync(file)
-            os.replace(file, output_dir / file.name)
+            file.replace(output_dir / file.name)
     except OSError as error:
         raise disk_error(output_dir, error) from error
     except Exception as error:  # safetensors wraps an I/O error in its own class
@@ -233,7 +236,9 @@ def staged(output_dir: Path) -> Iterator[Path]:
 def disk_error(path: Path, error: OSError) -> Ar2DiffError:
     """What an error of the file system means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Ar2DiffError(f"{path}: the disk is full", "free some space; a run goes on with --resume")
+        return Ar2DiffError(
+            f"{path}: the disk is full", "free some space; a run goes on with --resume"
+        )
     return Ar2DiffError(f"{path}: {error.strerror or error}", "give another --output-dir")
 
 
@@ -276,7 +281,7 @@ def check_disk(output_dir: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise Ar2DiffError(
-            f"{parent}: the disk is full ({free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed)",
+            f"{parent}: the disk is full ({free / 1e6:,.0f} of {needed / 1e6:,.0f} MB free)",
             "free some space, or give another --output-dir",
         )
 
@@ -292,7 +297,7 @@ def write_json(path: Path, value: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(value, indent=2) + "\n")
         _sync(beside)
-        os.replace(beside, path)
+        beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise disk_error(path.parent, error) from error

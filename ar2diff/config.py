@@ -283,7 +283,11 @@ def describe_fields() -> Iterator[tuple[str, str, Any, str]]:
         for section in sections:
             model = model.model_fields[section].annotation
         field = model.model_fields[last]
-        kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+        kind = (
+            field.annotation.__name__
+            if isinstance(field.annotation, type)
+            else str(field.annotation)
+        )
         kind = kind.replace("typing.Literal", "").replace("ar2diff.config.", "").strip("[]")
         yield name, kind, field.default, field.description or ""
 
@@ -312,7 +316,9 @@ def _explain(error: Any, label: str) -> Ar2DiffError:
         message = error["msg"].removeprefix("Value error, ")
         return Ar2DiffError(
             f"{label}: {where + ': ' if where else ''}{message}{got}",
-            f"see 'ar2diff config schema {error['loc'][0] if error['loc'] else ''}'".replace(" '", "'"),
+            f"see 'ar2diff config schema {error['loc'][0] if error['loc'] else ''}'".replace(
+                " '", "'"
+            ),
         )
     section = ".".join(map(str, error["loc"][:-1]))
     names = list(field_names())

@@ -1,5 +1,5 @@
-"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, config. No weight but the
-mask's own row changes; what the model then can and cannot do is for `probe` to say."""
+"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, config. No weight but
+the mask's own row changes; what the model then can and cannot do is for `probe` to say."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IG
 ROW_NOISE = 0.02  # of the embeddings' own spread: rows that are equal would stay equal
 
 
-def convert(checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: bool, seed: int) -> Spec:
+def convert(
+    checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: bool, seed: int
+) -> Spec:
     """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place.
 
-    A model that is one already continues from its spec; its block may grow, nothing else may change.
+    A model that is one already continues from its spec; its block may grow, no more.
 
     Args:
         max_length: longest row that will be trained on.
@@ -43,9 +45,15 @@ def convert(checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: b
         ar_mode = ar_mode and old.ar_mode
     windowed = getattr(config.get_text_config(), "sliding_window", None) is not None
     spec = Spec(
-        format=FORMAT, noise="mask", mask_token_id=mask_token_id, attention=wanted.attention,
-        block_length=wanted.block_length, prediction=wanted.prediction, ar_mode=ar_mode,
-        local_window=wanted.local_window if windowed else None, max_length=max_length,
+        format=FORMAT,
+        noise="mask",
+        mask_token_id=mask_token_id,
+        attention=wanted.attention,
+        block_length=wanted.block_length,
+        prediction=wanted.prediction,
+        ar_mode=ar_mode,
+        local_window=wanted.local_window if windowed else None,
+        max_length=max_length,
     )
     write_spec(checkpoint, spec)
     return spec
@@ -68,7 +76,11 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
 
 def end_token(checkpoint: Checkpoint) -> int:
     """The id that ends a document: the first of `generation_config.eos_token_id`."""
-    for holder in (checkpoint.model.generation_config, checkpoint.model.config, checkpoint.tokenizer):
+    for holder in (
+        checkpoint.model.generation_config,
+        checkpoint.model.config,
+        checkpoint.tokenizer,
+    ):
         ids = getattr(holder, "eos_token_id", None)
         if ids is not None and ids != []:
             return ids[0] if isinstance(ids, list) else ids
@@ -87,7 +99,10 @@ def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
     context = context_length(config)
     if context is None:
         return
-    for name, length in (("convert.block_length", wanted.block_length), ("data.max_length", max_length)):
+    for name, length in (
+        ("convert.block_length", wanted.block_length),
+        ("data.max_length", max_length),
+    ):
         if length is not None and length > context:
             raise Ar2DiffError(
                 f"{name} {length} is over the model's context of {context} tokens",
@@ -130,7 +145,7 @@ def _add_mask_token(model: Any, tokenizer: Any, wanted: str | None, seed: int) -
     mask_token_id = tokenizer.mask_token_id
     if mask_token_id >= rows:
         model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-    _init_row(model, mask_token_id, min(known if known is not None else len(tokenizer) - 1, rows), seed)
+    _init_row(model, mask_token_id, len(tokenizer), seed)
     return mask_token_id
 
 
@@ -146,7 +161,7 @@ def _reserved_token(model: Any, tokenizer: Any) -> str | None:
 
 
 @torch.no_grad()
-def _init_row(model: Any, row: int, words: int, seed: int) -> None:
+def _init_row(model: Any, row: int, tokens: int, seed: int) -> None:
     """Set the mask's row to the mean embedding plus small noise: a zero row under RMSNorm has an
     exploding gradient. An untied head gets its own mean; its bias the mean bias."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,17 +169,21 @@ def _init_row(model: Any, row: int, words: int, seed: int) -> None:
     weights = [inputs.weight]
     if outputs.weight.data_ptr() != inputs.weight.data_ptr():
         weights.append(outputs.weight)
+
+    def mean_of_others(values: torch.Tensor) -> torch.Tensor:
+        return (values[:tokens].sum(0) - values[row]) / (tokens - 1)
+
     for weight in weights:
-        others = torch.cat([weight[: min(row, words)], weight[row + 1 : words]])
+        weight[row] = 0
         noise = torch.randn(weight.shape[1], generator=generator)
-        weight[row] = others.mean(0) + ROW_NOISE * others.std() * noise
+        weight[row] = mean_of_others(weight) + ROW_NOISE * weight[:tokens].std() * noise
     if getattr(outputs, "bias", None) is not None:
-        outputs.bias[row] = outputs.bias[: min(row, words)].mean()
+        outputs.bias[row] = mean_of_others(outputs.bias)
 
 
 def _set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
-    """Pad is the tokenizer's own if it is no EOS, else a reserved token, else unk, else one more row:
-    a pad that is the EOS cannot be told from an end."""
+    """Pad is the tokenizer's own if it is no EOS, else a reserved token, else unk, else one more
+    row: a pad that is the EOS cannot be told from an end."""
     ends = {*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}
     ends.add(mask_token_id)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
@@ -177,7 +196,7 @@ def _set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-                _init_row(model, tokenizer.pad_token_id, tokenizer.pad_token_id, 0)
+                _init_row(model, tokenizer.pad_token_id, len(tokenizer), 0)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -43,9 +43,7 @@ class Piece:
     document: int
 
 
-def pieces(
-    ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int
-) -> Iterator[Piece]:
+def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) -> Iterator[Piece]:
     """Cut a document to rows and fill its end, so that no length is visible.
 
     The last block is filled to the grid with EOS, maskable and supervised, as a decoder's canvas
@@ -63,7 +61,9 @@ def pieces(
                 tail = -real % grid
             else:
                 room = min(data.max_length - real, real)
-                tail = int(torch.randint(room + 1, (), generator=keyed_generator(seed, epoch, document)))
+                tail = int(
+                    torch.randint(room + 1, (), generator=keyed_generator(seed, epoch, document))
+                )
             part += [eos] * tail
         yield Piece(part, real, len(part) - real + 1 if last else 0, epoch, document)
         if data.overlong == "truncate":
@@ -81,7 +81,11 @@ class Rows(IterableDataset):
     """
 
     def __init__(
-        self, documents: Documents, tokenizer: Any, eos: int, recipe: Recipe,
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        eos: int,
+        recipe: Recipe,
         skip: frozenset[int] = frozenset(),
     ):
         self.documents, self.tokenizer, self.eos = documents, tokenizer, eos
@@ -217,7 +221,9 @@ class Collator:
 
     @staticmethod
     def _both_times(t: Tensor, maskable: Tensor, block: Tensor) -> Tensor:
-        count = torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block].double()
+        count = (
+            torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block].double()
+        )
         return torch.stack([t, count / (count + 1) - t])  # k/(n+1) and (n-k)/(n+1)
 
     def _finish(
@@ -238,7 +244,14 @@ class Collator:
         return {
             "x0": batch["x0"],
             "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
-            "masked": masked, "t": t, "coef": coef.to(torch.get_default_dtype()), "doc": batch["doc"], "pos": batch["pos"],
-            "ar": ar, "eos": batch["eos"],
-            "divisor": divisor, "ar_divisor": ar.sum(), "tokens": (batch["doc"] != PADDING).sum(),
+            "masked": masked,
+            "t": t,
+            "coef": coef.to(torch.get_default_dtype()),
+            "doc": batch["doc"],
+            "pos": batch["pos"],
+            "ar": ar,
+            "eos": batch["eos"],
+            "divisor": divisor,
+            "ar_divisor": ar.sum(),
+            "tokens": (batch["doc"] != PADDING).sum(),
         }

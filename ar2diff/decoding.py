@@ -15,8 +15,14 @@ from .generate import THRESHOLD, denoise
 
 
 def complete(
-    checkpoint: Checkpoint, prompt: str, *, max_new_tokens: int, mode: str = "diffusion",
-    threshold: float = THRESHOLD, temperature: float = 0.0, seed: int = 0,
+    checkpoint: Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    mode: str = "diffusion",
+    threshold: float = THRESHOLD,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Complete a prompt.
 
@@ -36,7 +42,7 @@ def complete(
         )
     if mode == "ar" and spec is not None and not spec.ar_mode:
         raise Ar2DiffError(
-            f"model {checkpoint.path} has no AR mode ({spec.attention}, its AR loss was not trained)",
+            f"model {checkpoint.path} has no AR mode ({spec.attention}, AR loss not trained)",
             "use --mode diffusion, or convert with causal_context and objective.ar_weight > 0",
         )
     ids = tokenizer(prompt, verbose=False).input_ids
@@ -45,7 +51,7 @@ def complete(
         raise Ar2DiffError("the prompt has no token", "give a longer prompt")
     if context is not None and len(ids) + max_new_tokens > context:
         raise Ar2DiffError(
-            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of {context}",
+            f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {context}",
             f"lower --max-new-tokens to {max(0, context - len(ids))}",
         )
     start = time.monotonic()
@@ -56,8 +62,12 @@ def complete(
     text = tokenizer.decode([*ids, *new], skip_special_tokens=True)
     text = text[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
     return {
-        "text": text, "token_ids": new, "new_tokens": len(new), "forwards": forwards,
-        "tokens_per_forward": len(new) / forwards if forwards else 0.0, "seconds": seconds,
+        "text": text,
+        "token_ids": new,
+        "new_tokens": len(new),
+        "forwards": forwards,
+        "tokens_per_forward": len(new) / forwards if forwards else 0.0,
+        "seconds": seconds,
     }
 
 
@@ -68,30 +78,44 @@ def end_ids(checkpoint: Checkpoint) -> list[int]:
 
 
 def _diffusion(
-    checkpoint: Checkpoint, ids: list[int], max_new_tokens: int, threshold: float,
-    temperature: float, seed: int,
+    checkpoint: Checkpoint,
+    ids: list[int],
+    max_new_tokens: int,
+    threshold: float,
+    temperature: float,
+    seed: int,
 ) -> tuple[list[int], int]:
-    state = None
-    for state in denoise(
-        checkpoint.model, checkpoint.spec, ids, max_new_tokens=max_new_tokens,
-        suppressed=suppressed_of(checkpoint), eos=end_ids(checkpoint), threshold=threshold,
-        temperature=temperature, seed=seed,
-    ):
-        pass
+    *_, state = denoise(
+        checkpoint.model,
+        checkpoint.spec,
+        ids,
+        max_new_tokens=max_new_tokens,
+        suppressed=suppressed_of(checkpoint),
+        eos=end_ids(checkpoint),
+        threshold=threshold,
+        temperature=temperature,
+        seed=seed,
+    )
     return state.new_ids, state.forwards
 
 
 def _left_to_right(
-    checkpoint: Checkpoint, ids: list[int], max_new_tokens: int, threshold: float,
-    temperature: float, seed: int,
+    checkpoint: Checkpoint,
+    ids: list[int],
+    max_new_tokens: int,
+    threshold: float,
+    temperature: float,
+    seed: int,
 ) -> tuple[list[int], int]:
     """The stock `generate` of transformers; one forward a token, whatever the threshold."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
         output = checkpoint.model.generate(
-            torch.tensor([ids], device=checkpoint.model.device), max_new_tokens=max_new_tokens,
-            pad_token_id=checkpoint.tokenizer.pad_token_id, **{"do_sample": False, **sampling},
+            torch.tensor([ids], device=checkpoint.model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=checkpoint.tokenizer.pad_token_id,
+            **{"do_sample": False, **sampling},
         )
     new = output[0, len(ids) :].tolist()
     return new, len(new)

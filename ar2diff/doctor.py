@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors",
-    "huggingface_hub", "deepspeed", "bitsandbytes", "lm-eval",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "huggingface_hub",
+    "deepspeed",
+    "bitsandbytes",
+    "lm-eval",
 )
 
 
@@ -41,7 +50,9 @@ def examine() -> dict[str, Any]:
     if stray.is_file():
         warnings.append(f"{stray} changes how runs are launched; remove it if that is not meant")
     if importlib.util.find_spec("ar2diff").origin is None:
-        warnings.append("a stale folder in site-packages hides ar2diff; uninstall and install again")
+        warnings.append(
+            "a stale folder in site-packages hides ar2diff; uninstall and install again"
+        )
     if free < 5e9:
         warnings.append("less than 5 GB of disk are free")
     return {**facts, "warnings": warnings or "none"}

@@ -14,7 +14,9 @@ from .sources import find_file, read_texts
 LN2 = 0.6931471805599453
 
 
-def windows(texts: Sequence[str], tokenizer: Any, length: int, limit: int | None) -> list[list[int]]:
+def windows(
+    texts: Sequence[str], tokenizer: Any, length: int, limit: int | None
+) -> list[list[int]]:
     """The first `length` tokens of each text that has as many, at most `limit` of them; the
     tokenizer's own BOS included, no EOS."""
     rows: list[list[int]] = []
@@ -35,8 +37,14 @@ def suppressed_of(checkpoint: Checkpoint) -> Any:
 
 
 def evaluate(
-    checkpoint: Checkpoint, data: str, *, field: str = "text", length: int = 128, samples: int = 8,
-    limit: int | None = None, seed: int = 0,
+    checkpoint: Checkpoint,
+    data: str,
+    *,
+    field: str = "text",
+    length: int = 128,
+    samples: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Bound and AR NLL of a checkpoint on windows of a file, in nats per token and bits per byte.
 
@@ -50,7 +58,11 @@ def evaluate(
     if not rows:
         raise Ar2DiffError(f"data {data}: no text has {length} tokens", "give a lower --length")
     return {
-        "data": data, "rows": len(rows), "length": length, "samples": samples, "seed": seed,
+        "data": data,
+        "rows": len(rows),
+        "length": length,
+        "samples": samples,
+        "seed": seed,
         **score(checkpoint, rows, samples=samples, seed=seed),
     }
 

@@ -89,7 +89,7 @@ def denoise(
 
 
 def masked_logits(model: Any, spec: Spec, ids: Tensor, start: int) -> Tensor:
-    """Logits [N, V] of the masked tokens of one row: clean context before `start`, noisy from there.
+    """Logits [N, V] of the masked tokens of one row: clean before `start`, noisy from there.
 
     Args:
         ids: [S], of which the masked ones lie at `start` or later.

@@ -1,6 +1,9 @@
 """Likelihood: the exact-k bound on -log p(x0) with its Monte Carlo error, and the AR mode's NLL.
 
-For a block of n tokens -log p(x) <= E_{k ~ U{1..n}} E_{|S|=k} (n/k) sum_{i in S} -log p(x_i | x_notS),
+For a block of n tokens
+
+    -log p(x) <= E_{k ~ U{1..n}} E_{|S|=k} (n/k) sum_{i in S} -log p(x_i | x_notS),
+
 the mean over all orders of the chain rule (LLaDA, Nie et al. 2025, eq. 6); a row's bound is the sum
 over its blocks, each given the clean blocks before it. k is stratified over a block's draws.
 """
@@ -70,7 +73,12 @@ def bound(
 
 
 def _draws(
-    model: Any, spec: Spec, rows: Sequence[Sequence[int]], suppressed: Tensor, samples: int, seed: int
+    model: Any,
+    spec: Spec,
+    rows: Sequence[Sequence[int]],
+    suppressed: Tensor,
+    samples: int,
+    seed: int,
 ) -> Tensor:
     """[R, samples, K] double: (n/k) sum of -log p over the masked tokens, for each draw and block;
     along `samples` sorted by k."""

@@ -30,9 +30,7 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(content_key([k & (2**63 - 1) for k in key]) % 2**63)
 
 
-def block_times(
-    blocks: int, time: str, seed: int, epoch: int, key: int, document: int
-) -> Tensor:
+def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, document: int) -> Tensor:
     """[blocks] times in (0, 1) for the blocks of one sequence.
 
     `block`: each its own, stratified over the sequence's blocks. `sequence`, `document`: one for
@@ -57,7 +55,10 @@ def _stratified(n: int, generator: torch.Generator) -> Tensor:
 
 
 def corrupt(
-    maskable: Tensor, block: Tensor, times: Tensor, generator: torch.Generator,
+    maskable: Tensor,
+    block: Tensor,
+    times: Tensor,
+    generator: torch.Generator,
     complementary: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose the masked positions of one sequence.

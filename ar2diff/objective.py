@@ -25,7 +25,7 @@ def coefficients(
     time_weight: Tensor,
     normaliser: str,
 ) -> tuple[Tensor, Tensor]:
-    """What each masked token's cross-entropy is multiplied by, and this batch's part of the divisor.
+    """Factors of each masked token's cross-entropy, and this batch's part of the divisor.
 
     Args:
         masked: [B, L] bool.

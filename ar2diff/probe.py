@@ -1,6 +1,6 @@
 """What a model really does with our masks, found by perturbing tokens in a few tiny forwards.
 
-The class name decides nothing: a model is convertible if every mode that its spec promises is exact.
+The class name decides nothing: a model is convertible if every mode of its spec is exact.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Slots, dense_mask, allowed_edges, lay_out, layer_windows, model_mask
+from .attention import Slots, allowed_edges, dense_mask, lay_out, layer_windows, model_mask
 from .spec import Spec
 
 BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
@@ -52,7 +52,9 @@ class _Prober:
         self.words = words
 
     def run(self, input_ids: Tensor, slots: Slots) -> Tensor:
-        mask = model_mask(self.model, slots, self.spec.attention, self.block, self.spec.local_window)
+        mask = model_mask(
+            self.model, slots, self.spec.attention, self.block, self.spec.local_window
+        )
         return self.model(
             input_ids=input_ids, attention_mask=mask, position_ids=slots.pos, use_cache=False
         ).logits

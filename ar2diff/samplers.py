@@ -1,4 +1,4 @@
-"""Which masked tokens to commit at a step. Confidence is always that of the untempered distribution.
+"""Which masked tokens to commit at a step. Confidence is that of the untempered distribution.
 
 This file is copied into converted folders: it imports torch and the standard library alone.
 """

@@ -1,6 +1,6 @@
 """Seconds until `ar2diff --help` and a recipe error answer, beside an empty Python interpreter.
 
-    python benchmarks/startup.py [--runs 10]
+python benchmarks/startup.py [--runs 10]
 """
 
 from __future__ import annotations

@@ -26,12 +26,18 @@ VARIANTS: dict[str, list[str]] = {
     "prediction same": ["convert.prediction=same"],
     "block_causal": ["convert.attention=block_causal", "objective.ar_weight=0"],
     "full, shift": [
-        "convert.attention=full", "convert.block_length=null", "noise.time=sequence",
+        "convert.attention=full",
+        "convert.block_length=null",
+        "noise.time=sequence",
         "objective.ar_weight=0",
     ],
     "full, same, 1/t": [
-        "convert.attention=full", "convert.block_length=null", "noise.time=sequence",
-        "objective.ar_weight=0", "convert.prediction=same", "objective.weight=1/t",
+        "convert.attention=full",
+        "convert.block_length=null",
+        "noise.time=sequence",
+        "objective.ar_weight=0",
+        "convert.prediction=same",
+        "objective.weight=1/t",
         "objective.normaliser=masked",
     ],
 }
@@ -52,8 +58,12 @@ def run(name: str, overrides: list[str], seed: int) -> dict:
         seconds = time.monotonic() - start
         result = evaluate(load_checkpoint(folder), "tinystories/valid", limit=64)
     return {
-        "variant": name, "overrides": overrides, "seed": seed, "tokens": record["tokens"],
-        "seconds": round(seconds), "bound": result["bound"]["nats_per_token"],
+        "variant": name,
+        "overrides": overrides,
+        "seed": seed,
+        "tokens": record["tokens"],
+        "seconds": round(seconds),
+        "bound": result["bound"]["nats_per_token"],
         "se": result["bound"]["standard_error"],
         "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
     }
@@ -64,7 +74,10 @@ def table() -> str:
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
         rows.setdefault(row["variant"], []).append(row)
-    lines = ["| variant | seeds | bound - base | AR NLL / base | seconds |", "|---|---|---|---|---|"]
+    lines = [
+        "| variant | seeds | bound - base | AR NLL / base | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for name, runs in rows.items():
         gap = statistics.mean(r["bound"] for r in runs) - BASE
         ar = [r["ar_nll"] / BASE for r in runs if r["ar_nll"]]

@@ -63,7 +63,12 @@ def adapt(
     from ..training.adapt import adapt as run
 
     result = run(
-        model, plan, output_dir, resume=resume, overwrite=overwrite, dry_run=dry_run,
+        model,
+        plan,
+        output_dir,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
         trust_remote_code=trust_remote_code,
     )
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all

@@ -17,7 +17,9 @@ def _group() -> None:
 
 @config_app.command()
 def schema(
-    section: Annotated[str | None, typer.Argument(help="For example train; all if left out.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(help="For example train; all if left out.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema.")] = False,
 ) -> None:
     """Print every key, its type and its default.

@@ -13,9 +13,13 @@ def evaluate_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id, converted or not.")],
     data: Annotated[str, typer.Option(help="jsonl, parquet or txt file.")],
     text_field: Annotated[str, typer.Option(help="Field of a row that is the text.")] = "text",
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window; shorter texts are left out.")] = 128,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window; shorter texts are left out.")
+    ] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Noise draws a window.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Windows, from the file's start.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Windows, from the file's start.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
     trust_remote_code: Annotated[

@@ -23,7 +23,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    mode: Annotated[Mode, typer.Option(help="ar: left to right, where it is alive.")] = Mode.diffusion,
+    mode: Annotated[
+        Mode, typer.Option(help="ar: left to right, where it is alive.")
+    ] = Mode.diffusion,
     threshold: Annotated[float, typer.Option(help="Commit tokens surer than this.")] = 0.9,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
@@ -39,7 +41,9 @@ def generate(
     from ..errors import Ar2DiffError
 
     if (prompt is None) == (prompts_file is None):
-        raise Ar2DiffError("give one of --prompt and --prompts-file", "see 'ar2diff generate --help'")
+        raise Ar2DiffError(
+            "give one of --prompt and --prompts-file", "see 'ar2diff generate --help'"
+        )
     if prompts_file is not None:
         try:
             prompts = [line for line in prompts_file.read_text().splitlines() if line.strip()]
@@ -55,8 +59,15 @@ def generate(
 
     checkpoint = load_checkpoint(model, trust_remote_code=trust_remote_code)
     results = [
-        complete(checkpoint, text, max_new_tokens=max_new_tokens, mode=mode.value,
-                 threshold=threshold, temperature=temperature, seed=seed)
+        complete(
+            checkpoint,
+            text,
+            max_new_tokens=max_new_tokens,
+            mode=mode.value,
+            threshold=threshold,
+            temperature=temperature,
+            seed=seed,
+        )
         for text in prompts
     ]
     if as_json:
@@ -67,5 +78,6 @@ def generate(
         typer.secho(
             f"[{result['new_tokens']} tokens, {result['forwards']} forwards, "
             f"{result['tokens_per_forward']:.2f} tokens a forward, {result['seconds']:.2f} s]",
-            err=True, dim=True,
+            err=True,
+            dim=True,
         )

@@ -1,4 +1,4 @@
-"""Fixtures that every test file shares: tiny random models, a tiny checkpoint, recipes, real data."""
+"""Fixtures that all test files share: tiny random models, a tiny checkpoint, recipes, real data."""
 
 import functools
 import json
@@ -18,15 +18,32 @@ MASK = 63  # mask token of the tiny models: the last of their 64 rows
 CLASSES = ("llama", "qwen3", "gpt2", "mistral", "mistral_window")  # what the tests go over
 WINDOW = 3  # sliding window of `mistral_window`
 SHAPE = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 512, "initializer_range": 0.3, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }  # weights of 0.3: attention that a wrong mask moves by whole logits
 GPT2 = {
-    "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
-    "initializer_range": 0.3, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.3,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 CONFIGS = {
     "llama": ("LlamaConfig", SHAPE),
@@ -35,10 +52,15 @@ CONFIGS = {
     "mistral": ("MistralConfig", SHAPE | {"sliding_window": None}),
     "mistral_window": ("MistralConfig", SHAPE | {"sliding_window": WINDOW}),
     # layers of two kinds, and a head with a soft cap or a scale
-    "qwen3_mixed": ("Qwen3Config", SHAPE | {"use_sliding_window": True, "sliding_window": WINDOW,
-                                            "max_window_layers": 1}),
-    "gemma2": ("Gemma2Config", SHAPE | {"final_logit_softcapping": 2.0, "sliding_window": WINDOW,
-                                        "query_pre_attn_scalar": 8}),
+    "qwen3_mixed": (
+        "Qwen3Config",
+        SHAPE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        SHAPE
+        | {"final_logit_softcapping": 2.0, "sliding_window": WINDOW, "query_pre_attn_scalar": 8},
+    ),
     "granite": ("GraniteConfig", SHAPE | {"logits_scaling": 3.0}),
 }
 
@@ -93,7 +115,7 @@ def make_recipe():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Factory: path of real data (`$AR2DIFF_DATA`, else `../shared/data`); skips where it is not."""
+    """Factory: path of real data (`$AR2DIFF_DATA`, else `../shared/data`); skips without it."""
     root = Path(os.environ.get("AR2DIFF_DATA") or ROOT.parent / "shared" / "data")
 
     def find(name=""):
@@ -139,11 +161,14 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
-    """Folder of an AR LLaMA (hidden 32, 2 layers, 259 tokens) as `save_pretrained` leaves it: float32,
-    no mask token, no pad token, `len(tokenizer) == vocab_size`. Read it, never write to it."""
+    """Folder of an AR LLaMA (hidden 32, 2 layers, 259 tokens) as `save_pretrained` leaves it:
+    float32, no mask and no pad token, `len(tokenizer) == vocab_size`. Never write to it."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     model = build_model(
-        "llama", dtype=torch.float32, vocab_size=len(tiny_tokenizer), pad_token_id=None,
+        "llama",
+        dtype=torch.float32,
+        vocab_size=len(tiny_tokenizer),
+        pad_token_id=None,
         architectures=None,
     )
     model.save_pretrained(folder)

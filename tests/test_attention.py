@@ -1,4 +1,4 @@
-"""Masks against an oracle written from the rules, and models under those masks against themselves."""
+"""Masks against an oracle written from the rules, models under those masks against themselves."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ar2diff.attention import (
-    PADDING, Slots, allowed_edges, dense_mask, lay_out, layer_windows, model_mask, reading_slot,
+    PADDING,
+    Slots,
+    allowed_edges,
+    dense_mask,
+    lay_out,
+    layer_windows,
+    model_mask,
+    reading_slot,
     reveal_edges,
 )
 
@@ -48,8 +55,10 @@ def may_read(query, key, attention, block, window=None, revealed=None):
 
 def oracle(row, attention, block, window=None, revealed=None):
     return [
-        [q == k or may_read(row[q], row[k], attention, block, window, revealed)
-         for k in range(len(row))]
+        [
+            q == k or may_read(row[q], row[k], attention, block, window, revealed)
+            for k in range(len(row))
+        ]
         for q in range(len(row))
     ]
 
@@ -125,8 +134,12 @@ def random_rows(draw):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(row=random_rows(), block=st.integers(1, 7), window=st.none() | st.integers(1, 6),
-       attention=st.sampled_from(ATTENTIONS))
+@given(
+    row=random_rows(),
+    block=st.integers(1, 7),
+    window=st.none() | st.integers(1, 6),
+    attention=st.sampled_from(ATTENTIONS),
+)
 def test_the_mask_of_any_layout_is_what_the_rules_say(row, block, window, attention):
     row = copies(row, "full" if attention == "full" else "train")
     slots = slots_of([row])
@@ -298,8 +311,12 @@ def test_the_anneal_never_closes_an_edge_that_a_causal_model_has(attention):
         mask = dense_mask(allowed_edges(slots, attention, BLOCK, reveal), slots)[0, 0]
         assert torch.equal(mask & behind, goal & behind)
         assert not (mask & ~goal).any()
-    assert not (dense_mask(allowed_edges(slots, attention, BLOCK, reveal_edges(0, 11, width, 0, 0)),
-                           slots)[0, 0] & ~behind).any()
+    assert not (
+        dense_mask(allowed_edges(slots, attention, BLOCK, reveal_edges(0, 11, width, 0, 0)), slots)[
+            0, 0
+        ]
+        & ~behind
+    ).any()
 
 
 def test_no_ratio_reopens_padding_or_another_document():
@@ -370,8 +387,13 @@ def test_a_padded_row_is_the_built_in_model_with_a_2d_mask(tiny_model, kind, rat
         slots = Slots(real - 1, pos, real.bool())
         got = forward(model, ids, slots, "full", reveal_edges(ratio, 11, 11, 0, 0))
         with torch.no_grad():
-            want = model(input_ids=ids, attention_mask=real, position_ids=pos, use_cache=False,
-                         is_causal=ratio == 0).logits
+            want = model(
+                input_ids=ids,
+                attention_mask=real,
+                position_ids=pos,
+                use_cache=False,
+                is_causal=ratio == 0,
+            ).logits
         torch.testing.assert_close(got[real.bool()], want[real.bool()], rtol=0, atol=1e-10)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from ar2diff.cli.main import main
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -49,7 +48,14 @@ def adapts_not(fails, tmp_path, write_jsonl):
     def run(model: object, *arguments: object, data: object = None) -> str:
         data = data or write_jsonl("good.jsonl", [{"text": "the cat sat on the mat"}] * 8)
         return fails(
-            "adapt", model, "--data", data, "--max-steps", 1, "--output-dir", tmp_path / "out",
+            "adapt",
+            model,
+            "--data",
+            data,
+            "--max-steps",
+            1,
+            "--output-dir",
+            tmp_path / "out",
             *arguments,
         )
 
@@ -77,7 +83,9 @@ def test_wrong_type(adapts_not, tiny_checkpoint):
 
 
 def test_unknown_recipe(fails, tmp_path, tiny_checkpoint):
-    said = fails("adapt", tiny_checkpoint, "--recipe", "stories3n", "--output-dir", tmp_path / "out")
+    said = fails(
+        "adapt", tiny_checkpoint, "--recipe", "stories3n", "--output-dir", tmp_path / "out"
+    )
     assert "did you mean stories3m?" in said
 
 
@@ -151,8 +159,13 @@ def test_unconvertible_architecture(adapts_not, tmp_path, tiny_tokenizer):
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     config = GPTNeoConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=32, num_layers=2, num_heads=4,
-        attention_types=[[["global"], 2]], max_position_embeddings=512, initializer_range=0.3,
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=512,
+        initializer_range=0.3,
     )
     GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
     tiny_tokenizer.save_pretrained(tmp_path / "neo")
@@ -170,8 +183,9 @@ def test_non_empty_output_folder(fails, tmp_path, tiny_checkpoint):
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     said = fails("adapt", tiny_checkpoint, "--max-steps", 0, "--output-dir", tmp_path / "full")
     assert "is not empty" in said
-    said = fails("adapt", tiny_checkpoint, "--max-steps", 0, "--output-dir", tmp_path / "full",
-                 "--overwrite")
+    said = fails(
+        "adapt", tiny_checkpoint, "--max-steps", 0, "--output-dir", tmp_path / "full", "--overwrite"
+    )
     assert "did not write" in said
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
 
@@ -213,7 +227,9 @@ def converted(tiny_checkpoint: Path, folder: Path) -> Path:
 def test_mask_id_out_of_range(fails, tmp_path, tiny_checkpoint):
     folder = converted(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
-    change_json(folder / "config.json", mask_token_id=9999, diffusion={**block, "mask_token_id": 9999})
+    change_json(
+        folder / "config.json", mask_token_id=9999, diffusion={**block, "mask_token_id": 9999}
+    )
     assert "mask_token_id 9999 is out of range" in fails("generate", folder, "--prompt", "the cat")
 
 
@@ -227,7 +243,9 @@ def test_spec_of_a_higher_format(fails, tmp_path, tiny_checkpoint):
     folder = converted(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
     change_json(folder / "config.json", diffusion={**block, "format": 2, "horizon": 3})
-    assert "diffusion.format is 2, this version reads 1" in fails("generate", folder, "--prompt", "a")
+    assert "diffusion.format is 2, this version reads 1" in fails(
+        "generate", folder, "--prompt", "a"
+    )
 
 
 def test_tokenizer_that_does_not_match_the_weights(adapts_not, broken):
@@ -247,6 +265,13 @@ def test_generate_with_a_model_that_is_not_converted(fails, tiny_checkpoint):
 def test_converted_model_refuses_another_attention(fails, tmp_path, tiny_checkpoint, write_jsonl):
     folder = converted(tiny_checkpoint, tmp_path / "converted")
     data = write_jsonl("good.jsonl", [{"text": "the cat sat"}] * 4)
-    said = fails("adapt", folder, "--data", data, "--output-dir", tmp_path / "out",
-                 "convert.attention=block_causal")
+    said = fails(
+        "adapt",
+        folder,
+        "--data",
+        data,
+        "--output-dir",
+        tmp_path / "out",
+        "convert.attention=block_causal",
+    )
     assert "converted already, with attention causal_context" in said

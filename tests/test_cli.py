@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ar2diff.cli.main import main
+
 from ar2diff.config import Recipe, field_names, load_recipe, recipe_names
 
 VERBS = (
-    ["adapt"], ["generate"], ["eval"], ["check"], ["doctor"], ["recipes", "ls"], ["recipes", "show"],
-    ["recipes", "cp"], ["recipes", "validate"], ["config", "schema"],
+    ["adapt"],
+    ["generate"],
+    ["eval"],
+    ["check"],
+    ["doctor"],
+    ["recipes", "ls"],
+    ["recipes", "show"],
+    ["recipes", "cp"],
+    ["recipes", "validate"],
+    ["config", "schema"],
 )
 
 
@@ -49,9 +57,16 @@ def test_help_of_every_verb_shows_an_example(run, verb):
     assert "Example: ar2diff" in out
 
 
-@pytest.mark.parametrize("arguments", (
-    ["--help"], ["adapt", "--help"], ["recipes", "ls"], ["adapt", "x", "train.learning_rat=1"],
-), ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        ["--help"],
+        ["adapt", "--help"],
+        ["recipes", "ls"],
+        ["adapt", "x", "train.learning_rat=1"],
+    ),
+    ids=" ".join,
+)
 def test_help_and_recipe_errors_import_no_torch(arguments):
     code = (
         "import sys; sys.argv = ['ar2diff', *sys.argv[1:]]\n"
@@ -67,8 +82,16 @@ def test_help_and_recipe_errors_import_no_torch(arguments):
 def test_dry_run_says_the_plan_and_writes_nothing(run, tiny_checkpoint, write_jsonl, tmp_path):
     data = write_jsonl("a.jsonl", [{"text": "the cat sat on the mat"}] * 8)
     code, out = run(
-        "adapt", tiny_checkpoint, "--data", data, "--output-dir", tmp_path / "out", "--dry-run",
-        "--json", "--max-steps", 5,
+        "adapt",
+        tiny_checkpoint,
+        "--data",
+        data,
+        "--output-dir",
+        tmp_path / "out",
+        "--dry-run",
+        "--json",
+        "--max-steps",
+        5,
     )
     plan = json.loads(out)
     assert code == 0
@@ -82,7 +105,12 @@ def test_generate_json_has_what_it_promises(run, converted):
     result = json.loads(out)
     assert code == 0
     assert set(result) == {
-        "text", "token_ids", "new_tokens", "forwards", "tokens_per_forward", "seconds"
+        "text",
+        "token_ids",
+        "new_tokens",
+        "forwards",
+        "tokens_per_forward",
+        "seconds",
     }
     assert result["new_tokens"] == len(result["token_ids"]) <= 9
     assert 259 not in result["token_ids"]
@@ -90,8 +118,15 @@ def test_generate_json_has_what_it_promises(run, converted):
 
 def test_generate_goes_over_a_file_of_prompts(run, converted, tmp_path):
     (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
-    _, out = run("generate", converted, "--prompts-file", tmp_path / "prompts.txt", "--json",
-                 "--max-new-tokens", 4)
+    _, out = run(
+        "generate",
+        converted,
+        "--prompts-file",
+        tmp_path / "prompts.txt",
+        "--json",
+        "--max-new-tokens",
+        4,
+    )
     assert len(json.loads(out)["results"]) == 2
 
 
@@ -152,16 +187,22 @@ def test_recipes_cp_does_not_overwrite(run, tmp_path):
 
 
 def test_every_recipe_field_is_read_somewhere():
-    sources = "\n".join(
-        p.read_text() for p in Path("ar2diff").rglob("*.py") if p.name != "config.py"
-    ) + Path("cli/recipes.py").read_text()
-    unread = [n for n in field_names(Recipe) if f".{n.split('.')[-1]}" not in sources
-              and n.split(".")[1:2] != ["lr_scale"]]
+    sources = (
+        "\n".join(p.read_text() for p in Path("ar2diff").rglob("*.py") if p.name != "config.py")
+        + Path("cli/recipes.py").read_text()
+    )
+    unread = [
+        n
+        for n in field_names(Recipe)
+        if f".{n.split('.')[-1]}" not in sources and n.split(".")[1:2] != ["lr_scale"]
+    ]
     assert not unread
 
 
 def test_number_written_as_1e_3_is_a_number():
-    assert load_recipe(None, ["train.learning_rate=1e-3"]).train.learning_rate == pytest.approx(1e-3)
+    assert load_recipe(None, ["train.learning_rate=1e-3"]).train.learning_rate == pytest.approx(
+        1e-3
+    )
 
 
 def test_version(run):

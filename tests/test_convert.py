@@ -22,8 +22,15 @@ from ar2diff.spec import Spec, SpecError
 from ar2diff.training.adapt import adapt
 
 SPEC = {
-    "format": 1, "noise": "mask", "mask_token_id": 63, "attention": "causal_context",
-    "block_length": 4, "prediction": "shift", "ar_mode": True, "local_window": None, "max_length": 64,
+    "format": 1,
+    "noise": "mask",
+    "mask_token_id": 63,
+    "attention": "causal_context",
+    "block_length": 4,
+    "prediction": "shift",
+    "ar_mode": True,
+    "local_window": None,
+    "max_length": 64,
 }
 ATTENTIONS = [("causal_context", 8), ("block_causal", 8), ("full", None)]
 
@@ -36,7 +43,9 @@ def only_convert(*overrides: str) -> object:
 def save_tiny(tiny_model, tiny_tokenizer, tmp_path):
     """Factory: a checkpoint folder of a kind, with some reserved tokens or unused rows."""
 
-    def save(kind: str, rows: int | None = None, reserved: int = 0, dtype=torch.float32, **shape) -> Path:
+    def save(
+        kind: str, rows: int | None = None, reserved: int = 0, dtype=torch.float32, **shape
+    ) -> Path:
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [f"<|reserved_special_token_{i}|>" for i in range(reserved)]}
@@ -54,10 +63,15 @@ def save_tiny(tiny_model, tiny_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_zero_steps_leave_every_tensor_byte_identical_but_the_mask_row(save_tiny, tmp_path, kind, dtype):
+def test_zero_steps_leave_every_tensor_byte_identical_but_the_mask_row(
+    save_tiny, tmp_path, kind, dtype
+):
     base = save_tiny(kind, dtype=dtype)
     adapt(str(base), only_convert(), tmp_path / "out")
-    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
@@ -89,10 +103,17 @@ def test_head_bias_is_kept(tiny_tokenizer, tmp_path):
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
-    model = PhiForCausalLM(PhiConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3,
-    ))
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=259,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+        )
+    )
     torch.nn.init.normal_(model.lm_head.bias)
     model.save_pretrained(tmp_path / "phi")
     tiny_tokenizer.save_pretrained(tmp_path / "phi")
@@ -125,15 +146,24 @@ def test_a_word_is_never_the_mask(save_tiny):
 
 
 @pytest.mark.parametrize("attention,block_length", ATTENTIONS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral", "mistral_window", "qwen3_mixed"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen3", "gpt2", "mistral", "mistral_window", "qwen3_mixed"]
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_probe_accepts_every_class_and_attention(
     tiny_model, kind, implementation, attention, block_length
 ):
     model = tiny_model(kind, implementation)
     window = "kept" if "window" in kind or "mixed" in kind else None
-    spec = Spec(**{**SPEC, "attention": attention, "block_length": block_length,
-                   "ar_mode": attention == "causal_context", "local_window": window})
+    spec = Spec(
+        **{
+            **SPEC,
+            "attention": attention,
+            "block_length": block_length,
+            "ar_mode": attention == "causal_context",
+            "local_window": window,
+        }
+    )
     assert probe(model, spec) == []
 
 
@@ -160,10 +190,16 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
     assert problems[0] == "a token is read where the mask forbids it"
 
 
-@pytest.mark.parametrize("change,said", [
-    ({"format": 2}, "format is 2"), ({"noise": "uniform"}, "noise"), ({"attention": "causal"}, "attention"),
-    ({"block_length": None}, "block_length"), ({"colour": 1}, "colour: unknown key"),
-])
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"format": 2}, "format is 2"),
+        ({"noise": "uniform"}, "noise"),
+        ({"attention": "causal"}, "attention"),
+        ({"block_length": None}, "block_length"),
+        ({"colour": 1}, "colour: unknown key"),
+    ],
+)
 def test_a_reader_refuses_what_it_does_not_know(change, said):
     config = {"mask_token_id": 63, "diffusion": {**SPEC, **change}}
     with pytest.raises(SpecError, match=said):
@@ -173,14 +209,21 @@ def test_a_reader_refuses_what_it_does_not_know(change, said):
 def test_every_key_of_the_spec_is_required():
     for key in SPEC:
         with pytest.raises(SpecError):
-            Spec.from_config({"mask_token_id": 63, "diffusion": {k: v for k, v in SPEC.items() if k != key}})
+            Spec.from_config(
+                {"mask_token_id": 63, "diffusion": {k: v for k, v in SPEC.items() if k != key}}
+            )
 
 
 def test_what_a_converted_folder_says(save_tiny, tmp_path):
     for attention, block_length in ATTENTIONS:
         folder = tmp_path / attention
-        adapt(str(save_tiny("llama")), only_convert(
-            f"convert.attention={attention}", f"convert.block_length={block_length or 'null'}"), folder)
+        adapt(
+            str(save_tiny("llama")),
+            only_convert(
+                f"convert.attention={attention}", f"convert.block_length={block_length or 'null'}"
+            ),
+            folder,
+        )
         config = json.loads((folder / "config.json").read_text())
         generation = json.loads((folder / "generation_config.json").read_text())
         assert config["architectures"] == ["LlamaForCausalLM"]
@@ -204,13 +247,18 @@ def test_a_converted_model_is_continued_from_its_spec_and_its_block_may_grow(sav
 
 
 def test_a_converted_model_keeps_what_the_recipe_leaves_open(save_tiny, tmp_path):
-    adapt(str(save_tiny("llama")), only_convert(
-        "convert.attention=block_causal", "convert.prediction=same"), tmp_path / "a")
+    adapt(
+        str(save_tiny("llama")),
+        only_convert("convert.attention=block_causal", "convert.prediction=same"),
+        tmp_path / "a",
+    )
     adapt(str(tmp_path / "a"), only_convert(), tmp_path / "b")
     assert read_spec(tmp_path / "a") == read_spec(tmp_path / "b")
     with pytest.raises(Ar2DiffError, match="asks for full"):
         adapt(str(tmp_path / "b"), only_convert("convert.attention=full"), tmp_path / "c")
-    asked = only_convert("convert.attention=full", "convert.reconvert=true", "convert.prediction=same")
+    asked = only_convert(
+        "convert.attention=full", "convert.reconvert=true", "convert.prediction=same"
+    )
     adapt(str(tmp_path / "b"), asked, tmp_path / "c")
     assert read_spec(tmp_path / "c").attention == "full"
 

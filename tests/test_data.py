@@ -10,7 +10,7 @@ from conftest import MASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar2diff.attention import PADDING, dense_mask, allowed_edges, lay_out, model_mask, reading_slot
+from ar2diff.attention import PADDING, allowed_edges, dense_mask, lay_out, model_mask, reading_slot
 from ar2diff.config import Source
 from ar2diff.data import OPEN_ROWS, Collator, Piece, Rows, block_length_at, pieces, tokenize
 from ar2diff.errors import Ar2DiffError
@@ -59,8 +59,16 @@ def test_documents_that_end_anywhere_in_a_block_are_the_same_canvas(
         ids, slots = lay_out(batch["xt"], batch["x0"], batch["doc"], batch["pos"], attention)
         mask = dense_mask(allowed_edges(slots, attention, 4), slots)
         queries = mask[:, :, 8:12]  # of the last block
-        seen.append((batch["xt"], batch["doc"], batch["pos"], batch["masked"], mask,
-                     ids * queries.any(2)[:, 0]))
+        seen.append(
+            (
+                batch["xt"],
+                batch["doc"],
+                batch["pos"],
+                batch["masked"],
+                mask,
+                ids * queries.any(2)[:, 0],
+            )
+        )
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
@@ -121,9 +129,10 @@ def test_the_last_block_is_filled_to_the_grid_with_eos_and_no_further(make_recip
 
 def test_the_fill_is_masked_and_supervised(make_recipe, all_masked):
     recipe = make_recipe("causal_context")
-    batch = collate(recipe, cut(PREFIX + [EOS], recipe))
+    batch = collate(recipe, cut([*PREFIX, EOS], recipe))
     assert batch["masked"][0, 8:].all() and (batch["coef"][0, 8:] > 0).all()
-    assert (batch["x0"][0, 8:] == EOS).all() and batch["eos"][0].tolist() == [False] * 8 + [True] * 4
+    assert (batch["x0"][0, 8:] == EOS).all()
+    assert batch["eos"][0].tolist() == [False] * 8 + [True] * 4
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -185,7 +194,7 @@ def test_padding_beyond_is_hidden_and_unsupervised(make_recipe):
     assert (batch["doc"][1, pad] == PADDING).all()
     for name in ("masked", "coef", "ar", "eos"):
         assert not batch[name][1, pad].any(), name
-    ids, slots = lay_out(batch["xt"], batch["x0"], batch["doc"], batch["pos"], "causal_context")
+    _, slots = lay_out(batch["xt"], batch["x0"], batch["doc"], batch["pos"], "causal_context")
     mask = dense_mask(allowed_edges(slots, "causal_context", 4), slots)[1, 0]
     hidden = slots.doc[1] == PADDING
     assert hidden.sum() == 16 and not mask[~hidden][:, hidden].any()
@@ -198,14 +207,25 @@ def test_a_mask_token_in_the_text_is_never_a_target(make_recipe):
     for epoch in range(20):
         batch = collate(recipe, cut(ids, recipe, epoch))
         assert not batch["coef"][batch["x0"] == MASK].any()
+        assert float(batch["divisor"]) == 6  # and is no scored token
+
+
+@pytest.mark.xfail(strict=True, reason="the AR co-loss teaches the AR mode to write the mask")
+def test_a_mask_token_in_the_text_is_no_target_of_the_ar_loss(make_recipe):
+    recipe = make_recipe("causal_context")
+    batch = collate(recipe, cut([1, 9, MASK, 8, 7, 6, 5, EOS], recipe))
+    assert not batch["ar"][batch["x0"] == MASK].any()
 
 
 # Cuts
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(length=st.integers(2, 60), max_length=st.sampled_from([4, 8, 16]),
-       attention=st.sampled_from(ATTENTIONS))
+@given(
+    length=st.integers(2, 60),
+    max_length=st.sampled_from([4, 8, 16]),
+    attention=st.sampled_from(ATTENTIONS),
+)
 def test_split_loses_no_token_and_no_piece_is_too_long(make_recipe, length, max_length, attention):
     recipe = make_recipe(attention, data={"max_length": max_length})
     ids = [*words(length - 1), EOS]
@@ -230,7 +250,7 @@ def test_truncate_keeps_the_first_row_and_gives_it_no_end(make_recipe, attention
     recipe = make_recipe(attention, data={"max_length": 8, "overlong": "truncate"})
     ids = [*words(20), EOS]
     assert cut(ids, recipe) == [Piece(ids[:8], 8, 0, 0, content_key(ids))]
-    assert cut(ids[:5] + [EOS], recipe)[0].run >= 1  # a document that fits keeps its end
+    assert cut([*ids[:5], EOS], recipe)[0].run >= 1  # a document that fits keeps its end
 
 
 def test_a_document_of_one_token_gives_nothing(make_recipe):
@@ -290,7 +310,8 @@ def test_positions_restart_with_every_document(make_recipe, tiny_tokenizer, atte
         lengths = [len(piece.ids) for piece in row]
         end = sum(lengths)
         assert batch["pos"][r, :end].tolist() == [p for n in lengths for p in range(n)]
-        assert batch["doc"][r, :end].tolist() == [d for d, n in enumerate(lengths) for _ in range(n)]
+        documents = [number for number, n in enumerate(lengths) for _ in range(n)]
+        assert batch["doc"][r, :end].tolist() == documents
         assert batch["x0"][r, :end].tolist() == [token for piece in row for token in piece.ids]
 
 
@@ -300,8 +321,7 @@ def test_every_piece_of_an_epoch_is_trained_on_exactly_once(make_recipe, tiny_to
     rows = packed(recipe, tiny_tokenizer, 60 + 3 * OPEN_ROWS)
     got = Counter(tuple(p.ids) for row in rows for p in row if p.epoch == 0)
     want = Counter(
-        tuple(p.ids) for text in TEXTS
-        for p in cut(tokenize(tiny_tokenizer, text, EOS), recipe)
+        tuple(p.ids) for text in TEXTS for p in cut(tokenize(tiny_tokenizer, text, EOS), recipe)
     )
     assert got == want
     if not packing:
@@ -356,9 +376,7 @@ def test_rows_of_real_stories_keep_every_token(shared_data, make_recipe):
 
 
 def test_the_block_grows_with_the_step_and_the_step_is_that_of_the_row(make_recipe):
-    recipe = make_recipe(
-        "block_causal", anneal={"kind": "grow", "steps": 6, "lengths": (1, 2)}
-    )
+    recipe = make_recipe("block_causal", anneal={"kind": "grow", "steps": 6, "lengths": (1, 2)})
     assert [block_length_at(recipe, s) for s in range(8)] == [1, 1, 1, 2, 2, 2, 4, 4]
     (piece,) = cut([*words(15), EOS], recipe)
     for ordinal, step in ((0, 0), (11, 2), (12, 3), (23, 5), (24, 6)):
@@ -418,14 +436,17 @@ def test_the_order_is_a_function_of_the_seed(write_jsonl):
 # Sources
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    (['{"text": "a"}', '{"text": "b"', '{"text": "c"}'], "row 2 is not JSON"),
-    (['{"text": "a"}', "", '{"txt": "b"}'], "row 3 has no field 'text' (it has txt)"),
-    (['{"text": "a"}', '{"text": 5}'], "row 2: 'text' is int, wanted text"),
-    (['{"text": "a"}', '["b"]'], "row 2 has no field 'text' (it has list)"),
-    ([], "the file is empty"),
-    (["", "  "], "the file is empty"),
-])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"text": "a"}', '{"text": "b"', '{"text": "c"}'], "row 2 is not JSON"),
+        (['{"text": "a"}', "", '{"txt": "b"}'], "row 3 has no field 'text' (it has txt)"),
+        (['{"text": "a"}', '{"text": 5}'], "row 2: 'text' is int, wanted text"),
+        (['{"text": "a"}', '["b"]'], "row 2 has no field 'text' (it has list)"),
+        ([], "the file is empty"),
+        (["", "  "], "the file is empty"),
+    ],
+)
 def test_a_broken_source_names_the_file_and_the_row(write_jsonl, rows, message):
     path = write_jsonl("broken.jsonl", rows)
     with pytest.raises(Ar2DiffError) as error:

@@ -49,8 +49,10 @@ def test_an_unknown_split_is_refused():
 
 def test_worked_answers_are_arithmetically_right():
     for example in corpus.corpus(2000, 1):
-        equations = [(int(a), sign, int(b), int(c))
-                     for a, sign, b, c in EQUATION.findall(example["answer_work"])]
+        equations = [
+            (int(a), sign, int(b), int(c))
+            for a, sign, b, c in EQUATION.findall(example["answer_work"])
+        ]
         for a, sign, b, c in equations:
             assert c == (a + b if sign == "+" else a - b)
             assert all(0 <= number <= corpus.MAX_NUMBER for number in (a, b, c))
@@ -95,7 +97,7 @@ def test_the_shipped_model_is_small_and_complete():
 
 def test_the_tokenizer_round_trips(tokenizer):
     texts = [corpus.text(e) for e in corpus.corpus(100, 5, corpus.PRETRAIN_LEVELS)]
-    for text in texts + ["", " a  b\n\n c", "Käse, 12.5 % ▁ 🙂\t{x}", "can't <0x41>"]:
+    for text in [*texts, "", " a  b\n\n c", "Käse, 12.5 % ▁ 🙂\t{x}", "can't <0x41>"]:
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 

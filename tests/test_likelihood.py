@@ -26,8 +26,17 @@ LONG = [1, 17, 42, 5, 33, 8, 60, 21, 9, 50]  # blocks of 3, 4 and 2 maskable tok
 
 
 def spec(attention="full", block_length=BLOCK, prediction="shift", mask_token_id=MASK):
-    return Spec(1, "mask", mask_token_id, attention, None if attention == "full" else block_length,
-                prediction, attention == "causal_context", None, 64)
+    return Spec(
+        1,
+        "mask",
+        mask_token_id,
+        attention,
+        None if attention == "full" else block_length,
+        prediction,
+        attention == "causal_context",
+        None,
+        64,
+    )
 
 
 # The oracle: raw forwards of [clean prefix | noisy block] under a mask written here
@@ -54,7 +63,9 @@ def raw_logits(model, ids, mask):
         mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, -1e30)
     with torch.no_grad():
         return model(
-            input_ids=ids, attention_mask=mask[None, None], use_cache=False,
+            input_ids=ids,
+            attention_mask=mask[None, None],
+            use_cache=False,
             position_ids=torch.arange(ids.shape[1])[None],
         ).logits
 
@@ -105,8 +116,9 @@ def one_over_t(nll):
 
 
 def cosine(nll):
-    return scheduled(nll, lambda t: math.cos(math.pi * t / 2),
-                     lambda t: -math.pi / 2 * math.sin(math.pi * t / 2))
+    return scheduled(
+        nll, lambda t: math.cos(math.pi * t / 2), lambda t: -math.pi / 2 * math.sin(math.pi * t / 2)
+    )
 
 
 def quadratic(nll):
@@ -137,7 +149,7 @@ def blocks(row, block_length):
 
 
 def expectation(model, contract, row):
-    """E of the exact-k estimator of a row that is one block: sum over S of P(S) n/k sum of -log p."""
+    """E of the exact-k estimator of a one-block row: sum over S of P(S) n/k sum of -log p."""
     n = len(row) - 1
     subsets = [s for k in range(1, n + 1) for s in combinations(range(1, n + 1), k)]
     masked = torch.zeros(len(subsets), n + 1, dtype=torch.bool)
@@ -156,6 +168,7 @@ def expectation(model, contract, row):
 def every_draw(monkeypatch):
     """Factory: `bound` of a row over all masks there are instead of random ones: each k of a block
     as often, and each subset of k tokens as often."""
+
     def exact(model, contract, row, suppressed=SUPPRESSED):
         seen = {}
 
@@ -183,8 +196,11 @@ def every_draw(monkeypatch):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("form", [k_form, one_over_t, over_orders, cosine, quadratic],
-                         ids=["k-form", "1/t integral", "all orders", "cosine", "quadratic"])
+@pytest.mark.parametrize(
+    "form",
+    [k_form, one_over_t, over_orders, cosine, quadratic],
+    ids=["k-form", "1/t integral", "all orders", "cosine", "quadratic"],
+)
 def test_the_bound_equals_its(every_draw, form, prediction):
     value = form(full_table(prediction))
     got = every_draw(build_model("llama"), spec(prediction=prediction), ROW)
@@ -201,7 +217,8 @@ def test_the_exact_k_estimator_is_unbiased(kind, prediction):
     total = 0.0
     for subset in subsets:  # the definition, one forward a mask
         ids = torch.tensor([[MASK if i in subset else t for i, t in enumerate(ROW)]])
-        logp = raw_logits(model, ids, own_mask(6, 0, "full", None, window))[0, :, :MASK].log_softmax(-1)
+        logits = raw_logits(model, ids, own_mask(6, 0, "full", None, window))
+        logp = logits[0, :, :MASK].log_softmax(-1)
         back = int(prediction == "shift")
         nll = -sum(float(logp[i - back, ROW[i]]) for i in subset)
         total += nll / (len(subset) * math.comb(5, len(subset)))
@@ -438,8 +455,13 @@ def test_at_step_0_the_first_masked_tokens_loss_is_its_ar_nll(kind, attention):
     lines, first = torch.arange(len(xt)), torch.arange(1, len(LONG))
     slot = reading_slot(pos, attention, BLOCK, "shift")[lines, first]
     with torch.no_grad():
-        logits = logits_at(model, lines * ids.shape[1] + slot, input_ids=ids, attention_mask=mask,
-                           position_ids=slots.pos)
+        logits = logits_at(
+            model,
+            lines * ids.shape[1] + slot,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=slots.pos,
+        )
     nll = cross_entropy(logits, x0[lines, first], SUPPRESSED)
     torch.testing.assert_close(nll, ar_by_hand(model, LONG), **EXACT)
 
@@ -460,7 +482,9 @@ def test_at_step_0_a_block_start_is_the_ar_prediction_without_any_anneal():
 # Monte Carlo
 
 
-@pytest.mark.parametrize(("attention", "samples"), [("full", 4), ("full", 5), ("causal_context", 4)])
+@pytest.mark.parametrize(
+    ("attention", "samples"), [("full", 4), ("full", 5), ("causal_context", 4)]
+)
 def test_the_monte_carlo_mean_and_error_are_right(every_draw, monkeypatch, attention, samples):
     model, contract, seeds = build_model("llama"), spec(attention), 200
     row = ROW if attention == "full" else LONG
@@ -487,6 +511,15 @@ def test_one_draw_has_no_error():
     assert math.isnan(estimate.error) and math.isfinite(estimate.mean)
 
 
+@pytest.mark.xfail(strict=True, reason="the AR NLL is inf, and the bound's `tokens` counts it")
+def test_a_mask_token_in_a_row_is_scored_by_neither_mode():
+    model, row = build_model("llama"), [1, 17, MASK, 5, 33]
+    estimate = bound(model, spec("causal_context", 1), [row], SUPPRESSED, samples=1)
+    ar = ar_nll(model, [row], SUPPRESSED)
+    assert estimate.tokens.tolist() == ar.tokens.tolist() == [3]
+    torch.testing.assert_close(estimate.nats, ar.nats, **EXACT)
+
+
 def test_the_draws_are_a_function_of_the_seed():
     def run(seed):
         return bound(build_model("llama"), spec("full"), [ROW], SUPPRESSED, 2, seed).nats
@@ -496,7 +529,7 @@ def test_the_draws_are_a_function_of_the_seed():
 
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
 def test_the_bound_does_not_depend_on_the_batch_split(attention):
-    model, rows = build_model("llama"), [LONG, LONG[::-1], LONG[2:] + [4, 4]]
+    model, rows = build_model("llama"), [LONG, LONG[::-1], [*LONG[2:], 4, 4]]
     one, all_at_once = (
         bound(model, spec(attention), rows, SUPPRESSED, samples=4, batch_size=size).nats
         for size in (1, 64)
@@ -507,6 +540,7 @@ def test_the_bound_does_not_depend_on_the_batch_split(attention):
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
 def test_the_bound_of_ragged_rows_is_that_of_each_alone(attention):
     model, rows = build_model("llama"), [LONG, ROW, LONG[:8]]
-    together = bound(model, spec(attention), rows, SUPPRESSED, samples=4, batch_size=64).nats
-    alone = torch.cat([bound(model, spec(attention), [r], SUPPRESSED, samples=4).nats for r in rows])
+    contract = spec(attention)
+    together = bound(model, contract, rows, SUPPRESSED, samples=4, batch_size=64).nats
+    alone = torch.cat([bound(model, contract, [r], SUPPRESSED, samples=4).nats for r in rows])
     torch.testing.assert_close(together, alone, **EXACT)

@@ -13,8 +13,12 @@ from ar2diff.noise import block_times, content_key, corrupt, draw_times, keyed_g
 
 EOS = 2
 CASES = [
-    ("causal_context", {}), ("block_causal", {}), ("block_causal", {"time": "document"}),
-    ("block_causal", {"time": "sequence"}), ("full", {}), ("full", {"time": "sequence"}),
+    ("causal_context", {}),
+    ("block_causal", {}),
+    ("block_causal", {"time": "document"}),
+    ("block_causal", {"time": "sequence"}),
+    ("full", {}),
+    ("full", {"time": "sequence"}),
 ]
 
 
@@ -44,9 +48,7 @@ def test_k_is_uniform_on_1_to_n():
     maskable, block = single_block(7)
     generator = torch.Generator().manual_seed(0)
     times = (torch.arange(700) + 0.5) / 700  # uniform times, enumerated
-    counts = Counter(
-        int(corrupt(maskable, block, t[None], generator)[0].sum()) for t in times
-    )
+    counts = Counter(int(corrupt(maskable, block, t[None], generator)[0].sum()) for t in times)
     assert counts == dict.fromkeys(range(1, 8), 100)
 
 
@@ -188,8 +190,26 @@ def test_noise_is_a_function_of_seed_epoch_and_ids_alone(make_recipe, attention,
     for changes in ({"epoch": 1}, {"seed": 1}):
         assert not torch.equal(drawn(**changes)[0], masked)
     recipe = make_recipe(attention, noise=noise, train={"seed": 1}, data={"max_length": 64})
-    assert not torch.equal(Collator(recipe, MASK).noise(piece(), recipe.convert.block_length)[0],
-                           masked)
+    assert not torch.equal(
+        Collator(recipe, MASK).noise(piece(), recipe.convert.block_length)[0], masked
+    )
+
+
+@pytest.mark.parametrize(("attention", "noise"), CASES)
+def test_which_tokens_are_masked_changes_with_epoch_seed_and_ids(make_recipe, attention, noise):
+    """Not only how many: two tokens and k = 1, drawn anew each time."""
+
+    def first_alone(seed, epoch, other):
+        recipe = make_recipe(attention, noise=noise, train={"seed": seed})
+        ids = [1, 9, other]
+        masked, _ = Collator(recipe, MASK).noise(
+            Piece(ids, 3, 0, epoch, content_key(ids)), recipe.convert.block_length
+        )
+        return bool(masked[0, 1]) if masked.sum() == 1 else None
+
+    assert {first_alone(0, epoch, 9) for epoch in range(40)} == {True, False, None}
+    assert {first_alone(seed, 0, 9) for seed in range(40)} == {True, False, None}
+    assert {first_alone(0, 0, other) for other in range(40)} == {True, False, None}
 
 
 def collate(recipe, rows, start=0):
@@ -199,8 +219,9 @@ def collate(recipe, rows, start=0):
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize(("attention", "noise"), CASES)
 def test_noise_does_not_depend_on_batch_split(make_recipe, attention, noise, complementary):
-    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
-                         data={"max_length": 40})
+    recipe = make_recipe(
+        attention, noise=noise | {"complementary": complementary}, data={"max_length": 40}
+    )
     rows = [[piece(4 * (3 + i % 4), seed=i)] for i in range(6)]
     views = 1 + complementary
     together = collate(recipe, rows)
@@ -218,8 +239,9 @@ def test_noise_does_not_depend_on_batch_split(make_recipe, attention, noise, com
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize(("attention", "noise"), CASES)
 def test_noise_does_not_depend_on_packing(make_recipe, attention, noise, complementary):
-    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
-                         data={"max_length": 40})
+    recipe = make_recipe(
+        attention, noise=noise | {"complementary": complementary}, data={"max_length": 40}
+    )
     parts = [piece(12, seed=1), piece(8, seed=2), piece(20, seed=3)]
     packed, alone = collate(recipe, [parts]), [collate(recipe, [[p]]) for p in parts]
     for name in ("x0", "xt", "masked", "t", "coef", "pos"):
@@ -243,11 +265,14 @@ def test_the_fill_of_the_last_block_does_not_change_the_noise_before_it(make_rec
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize(("attention", "noise"), CASES)
 def test_position_0_and_padding_are_never_masked(make_recipe, attention, noise, complementary):
-    recipe = make_recipe(attention, noise=noise | {"complementary": complementary},
-                         data={"max_length": 40})
+    recipe = make_recipe(
+        attention, noise=noise | {"complementary": complementary}, data={"max_length": 40}
+    )
     for epoch in range(40):
-        rows = [[piece(8, seed=1, epoch=epoch), piece(12, seed=2, epoch=epoch)],
-                [piece(32, seed=3, epoch=epoch)]]
+        rows = [
+            [piece(8, seed=1, epoch=epoch), piece(12, seed=2, epoch=epoch)],
+            [piece(32, seed=3, epoch=epoch)],
+        ]
         batch = collate(recipe, rows)
         never = (batch["pos"] == 0) | (batch["doc"] == PADDING)
         assert never.any() and not (batch["masked"] & never).any()
@@ -264,8 +289,13 @@ def test_masked_tokens_become_the_mask_and_the_others_stay(make_recipe):
 def test_complementary_views_mask_every_token_exactly_once(make_recipe, attention, noise):
     recipe = make_recipe(attention, noise=noise | {"complementary": True}, data={"max_length": 40})
     for epoch in range(20):
-        batch = collate(recipe, [[piece(8, epoch=epoch), piece(12, seed=2, epoch=epoch)],
-                                 [piece(24, seed=3, epoch=epoch)]])
+        batch = collate(
+            recipe,
+            [
+                [piece(8, epoch=epoch), piece(12, seed=2, epoch=epoch)],
+                [piece(24, seed=3, epoch=epoch)],
+            ],
+        )
         first, second = batch["masked"].chunk(2)
         maskable = (batch["pos"] > 0) & (batch["doc"] != PADDING)
         assert torch.equal(first.int() + second.int(), maskable[:2].int())

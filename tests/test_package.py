@@ -20,7 +20,9 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     wheel = zipfile.ZipFile(next(folder.glob("*.whl"))).namelist()
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
@@ -30,8 +32,12 @@ def built(tmp_path_factory):
 
 def test_wheel_holds_every_module_and_data_file(built):
     wheel, _ = built
-    wanted = [p.relative_to(ROOT) for top in TOP for p in (ROOT / top).rglob("*")
-              if p.suffix in (".py", ".yaml", ".safetensors", ".typed", ".json")]
+    wanted = [
+        p.relative_to(ROOT)
+        for top in TOP
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in (".py", ".yaml", ".safetensors", ".typed", ".json")
+    ]
     names = [str(p) if p.parts[0] == "ar2diff" else f"ar2diff/{p}" for p in wanted]
     assert not set(names) - set(wheel)
     assert "ar2diff/py.typed" in wheel
@@ -44,13 +50,17 @@ def test_wheel_has_one_top_level_package(built):
 
 def test_sdist_holds_what_it_takes_to_test(built):
     _, sdist = built
-    assert {"pyproject.toml", "cli/main.py", "recipes/demo.yaml", "tests/test_package.py"} <= set(sdist)
+    assert {"pyproject.toml", "cli/main.py", "recipes/demo.yaml", "tests/test_package.py"} <= set(
+        sdist
+    )
 
 
 def test_cli_is_no_package_of_its_own(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", "import ar2diff.cli, ar2diff.recipes; import cli"], cwd=tmp_path,
-        capture_output=True, text=True,
+        [sys.executable, "-c", "import ar2diff.cli, ar2diff.recipes; import cli"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert "No module named 'cli'" in done.stderr
 

@@ -43,9 +43,15 @@ def recipe_of(text_file: Path, **sections: dict) -> object:
         "convert": {"block_length": 4},
         "data": {"sources": [str(text_file)], "max_length": 32},
         "train": {
-            "max_steps": 20, "per_device_train_batch_size": 8, "optimizer": "sgd",
-            "learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0,
-            "logging_steps": 1000, "save_steps": 1000,
+            "max_steps": 20,
+            "per_device_train_batch_size": 8,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "schedule": "constant",
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+            "logging_steps": 1000,
+            "save_steps": 1000,
         },
     }
     for name, values in sections.items():
@@ -82,7 +88,9 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
 
     def noise_by_document(packing: bool, batch: int) -> dict:
         recipe = recipe_of(text_file, data={"packing": packing})
-        rows = iter(Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe))
+        rows = iter(
+            Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+        )
         collate, seen = Collator(recipe, 5), {}
         while len(seen) < 80:
             numbered = [next(rows) for _ in range(batch)]
@@ -95,7 +103,9 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
                     start = end
         return seen
 
-    runs = [noise_by_document(packing, batch) for packing, batch in ((True, 1), (True, 8), (False, 3))]
+    runs = [
+        noise_by_document(packing, batch) for packing, batch in ((True, 1), (True, 8), (False, 3))
+    ]
     common = set.intersection(*(set(run) for run in runs))
     assert len(common) > 40
     assert all(run[key] == runs[0][key] for key in common for run in runs)
@@ -108,9 +118,13 @@ def test_loss_and_gradient_do_not_depend_on_accumulation(
     weights, losses = [], []
     for batch, accumulation in ((8, 1), (1, 8)):
         recipe = recipe_of(
-            text_file, objective={"normaliser": normaliser},
-            train={"per_device_train_batch_size": batch, "logging_steps": 1,
-                   "gradient_accumulation_steps": accumulation},
+            text_file,
+            objective={"normaliser": normaliser},
+            train={
+                "per_device_train_batch_size": batch,
+                "logging_steps": 1,
+                "gradient_accumulation_steps": accumulation,
+            },
         )
         got, trainer = train(tiny_checkpoint, recipe, tmp_path / f"a{accumulation}")
         weights.append(got)
@@ -123,12 +137,18 @@ def test_gradient_of_accumulation_agrees_to_1e_6_in_float64(tiny_checkpoint, tex
     weights = []
     for batch, accumulation in ((8, 1), (2, 4)):
         recipe = recipe_of(
-            text_file, train={"per_device_train_batch_size": batch, "max_steps": 1,
-                              "gradient_accumulation_steps": accumulation},
+            text_file,
+            train={
+                "per_device_train_batch_size": batch,
+                "max_steps": 1,
+                "gradient_accumulation_steps": accumulation,
+            },
         )
         got, _ = train(tiny_checkpoint, recipe, tmp_path / f"a{accumulation}", torch.float64)
         weights.append(got)
-    start = {n: p.double() for n, p in load_checkpoint(str(tiny_checkpoint)).model.named_parameters()}
+    start = {
+        n: p.double() for n, p in load_checkpoint(str(tiny_checkpoint)).model.named_parameters()
+    }
     # One SGD step: the change of the weights is the gradient times the learning rate.
     for name in start:
         rows = start[name].shape[0]
@@ -138,17 +158,39 @@ def test_gradient_of_accumulation_agrees_to_1e_6_in_float64(tiny_checkpoint, tex
 
 def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
     common = [
-        str(tiny_checkpoint), "--data", str(text_file), "convert.block_length=4",
-        "data.max_length=32", "train.max_steps=20", "train.optimizer=sgd", "train.learning_rate=0.1",
-        "train.schedule=constant", "train.weight_decay=0", "train.max_grad_norm=0",
+        str(tiny_checkpoint),
+        "--data",
+        str(text_file),
+        "convert.block_length=4",
+        "data.max_length=32",
+        "train.max_steps=20",
+        "train.optimizer=sgd",
+        "train.learning_rate=0.1",
+        "train.schedule=constant",
+        "train.weight_decay=0",
+        "train.max_grad_norm=0",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for ranks, batch in ((1, 8), (2, 4)):
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc-per-node={ranks}", "-m", "ar2diff.cli", "adapt", *common,
-             f"train.per_device_train_batch_size={batch}", "--output-dir", tmp_path / str(ranks)],
-            check=True, env=env, capture_output=True, text=True,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+                "-m",
+                "ar2diff.cli",
+                "adapt",
+                *common,
+                f"train.per_device_train_batch_size={batch}",
+                "--output-dir",
+                tmp_path / str(ranks),
+            ],
+            check=True,
+            env=env,
+            capture_output=True,
+            text=True,
         )
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
     assert far_apart(one, two) < 1e-5
@@ -157,23 +199,41 @@ def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
 def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, kills: int) -> None:
     """Run `adapt` with kills at random times; at the end it must equal the uninterrupted run."""
     arguments = [
-        sys.executable, "-m", "ar2diff.cli", "adapt", str(checkpoint), "--data", str(text_file),
-        "convert.block_length=4", "data.max_length=32", "train.max_steps=240",
-        "train.per_device_train_batch_size=4", "train.save_steps=3", "train.learning_rate=0.003",
-        "anneal.kind=reveal", "anneal.steps=200", "eval.steps=50", "eval.length=8", "eval.rows=4",
+        sys.executable,
+        "-m",
+        "ar2diff.cli",
+        "adapt",
+        str(checkpoint),
+        "--data",
+        str(text_file),
+        "convert.block_length=4",
+        "data.max_length=32",
+        "train.max_steps=240",
+        "train.per_device_train_batch_size=4",
+        "train.save_steps=3",
+        "train.learning_rate=0.003",
+        "anneal.kind=reveal",
+        "anneal.steps=200",
+        "eval.steps=50",
+        "eval.length=8",
+        "eval.rows=4",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
-    subprocess.run([*arguments, "--output-dir", folder / "whole"], check=True, env=env,
-                   capture_output=True)
+    subprocess.run(
+        [*arguments, "--output-dir", folder / "whole"], check=True, env=env, capture_output=True
+    )
     seconds = time.monotonic() - start
     rng = random.Random(seed)
     print(f"kill seed {seed}")
     killed = 0
     for _ in range(kills):
         process = subprocess.Popen(
-            [*arguments, "--output-dir", folder / "killed", "--resume"], env=env,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            [*arguments, "--output-dir", folder / "killed", "--resume"],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             process.wait(timeout=rng.uniform(0.4, 0.95) * seconds)
@@ -186,8 +246,12 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
             assert load_file(saved / "model.safetensors")
             torch.load(saved / "optimizer.pt", weights_only=True)
     assert killed
-    subprocess.run([*arguments, "--output-dir", folder / "killed", "--resume"], check=True, env=env,
-                   capture_output=True)
+    subprocess.run(
+        [*arguments, "--output-dir", folder / "killed", "--resume"],
+        check=True,
+        env=env,
+        capture_output=True,
+    )
     whole, resumed = ((folder / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
     assert whole == resumed
 
@@ -215,14 +279,23 @@ def test_a_streamed_run_resumes_to_the_same_bits(tiny_checkpoint, tmp_path, monk
             yield {"text": " ".join(rng.choices(WORDS, k=8))}
 
     monkeypatch.setattr(
-        datasets, "load_dataset",
+        datasets,
+        "load_dataset",
         lambda *args, streaming, **kwargs: datasets.IterableDataset.from_generator(texts),
     )
-    recipe = parse_recipe({
-        "convert": {"block_length": 4},
-        "data": {"sources": ["some/stream"], "max_length": 32, "streaming": True},
-        "train": {"max_steps": 9, "save_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
-    }, "test")
+    recipe = parse_recipe(
+        {
+            "convert": {"block_length": 4},
+            "data": {"sources": ["some/stream"], "max_length": 32, "streaming": True},
+            "train": {
+                "max_steps": 9,
+                "save_steps": 4,
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 2,
+            },
+        },
+        "test",
+    )
     adapt(str(tiny_checkpoint), recipe, tmp_path / "whole")
 
     step = AdaptTrainer.training_step
@@ -243,11 +316,15 @@ def test_a_streamed_run_resumes_to_the_same_bits(tiny_checkpoint, tmp_path, monk
     assert records[0]["tokens"] == records[1]["tokens"]
 
 
-@pytest.mark.parametrize("settings", [
-    {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2},
-    {"precision": "bf16"},
-    {"attn_implementation": "eager"},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2},
+        {"precision": "bf16"},
+        {"attn_implementation": "eager"},
+    ],
+    ids=str,
+)
 def test_settings_of_training_run(tiny_checkpoint, text_file, tmp_path, settings):
     recipe = recipe_of(text_file, train={"max_steps": 5, "logging_steps": 1, **settings})
     weights, trainer = train(tiny_checkpoint, recipe, tmp_path)
@@ -303,10 +380,16 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
 def test_every_attention_trains_under_every_anneal(
     tiny_checkpoint, text_file, tmp_path, attention, kind
 ):
-    anneal = {"kind": kind, "steps": 4 if kind != "none" else 0, "lengths": [1, 2] if kind == "grow" else []}
+    anneal = {
+        "kind": kind,
+        "steps": 4 if kind != "none" else 0,
+        "lengths": [1, 2] if kind == "grow" else [],
+    }
     block = None if attention == "full" else 4
     recipe = recipe_of(
-        text_file, anneal=anneal, convert={"attention": attention, "block_length": block},
+        text_file,
+        anneal=anneal,
+        convert={"attention": attention, "block_length": block},
         train={"max_steps": 8, "logging_steps": 1, "learning_rate": 0.05},
     )
     _, trainer = train(tiny_checkpoint, recipe, tmp_path)
@@ -317,8 +400,11 @@ def test_every_attention_trains_under_every_anneal(
 
 def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, text_file, tmp_path):
     runs = [
-        train(tiny_checkpoint, recipe_of(
-            text_file, train={"max_steps": 3, "gradient_checkpointing": on}), tmp_path / str(on))[0]
+        train(
+            tiny_checkpoint,
+            recipe_of(text_file, train={"max_steps": 3, "gradient_checkpointing": on}),
+            tmp_path / str(on),
+        )[0]
         for on in (False, True)
     ]
     assert far_apart(*runs) < 1e-6
@@ -344,7 +430,15 @@ def test_what_is_logged(tiny_checkpoint, text_file, tmp_path):
         tiny_checkpoint, recipe_of(text_file, train={"max_steps": 2, "logging_steps": 1}), tmp_path
     )
     row = trainer.state.log_history[0]
-    wanted = {"loss", "ce_t1", "masked_accuracy", "eos_share", "ar_loss", "tokens_per_second", "tokens"}
+    wanted = {
+        "loss",
+        "ce_t1",
+        "masked_accuracy",
+        "eos_share",
+        "ar_loss",
+        "tokens_per_second",
+        "tokens",
+    }
     assert wanted <= set(row)
     assert 0 < row["eos_share"] < 1
 

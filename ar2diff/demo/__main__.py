@@ -51,14 +51,14 @@ def main(output_dir: Path) -> None:
     untrained = likelihood(plain, rows, samples=8)
 
     print_generations(load_checkpoint(str(MODEL)), converted)
-    bound = after["bound"]
+    bound, in_all = after["bound"], time.monotonic() - start
     print(f"""
 Likelihood on {len(rows)} held-out stories, nats per token
   AR model before                  {before["ar_nll"]["nats_per_token"]:.3f}
   AR mode after                    {after["ar_nll"]["nats_per_token"]:.3f}
   diffusion bound, not trained     {untrained["bound"]["nats_per_token"]:.3f}
   diffusion bound after            {bound["nats_per_token"]:.3f} +- {bound["standard_error"]:.3f}
-{record["tokens"]:,} training tokens; {trained:.0f} s until trained, {time.monotonic() - start:.0f} s in all
+{record["tokens"]:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
 """)
@@ -97,7 +97,9 @@ def print_generations(base: Any, converted: Any) -> None:
                 rate = f"{result['new_tokens']} tokens in {result['forwards']} forwards"
                 print(f"  {name:9} |{result['text']}   [{rate}, {'right' if right else 'wrong'}]")
     for name, (right, tokens, forwards) in totals.items():
-        print(f"{name:9} {right:.0f} of {QUESTIONS} right, {tokens / forwards:.2f} tokens per forward")
+        print(
+            f"{name:9} {right:.0f} of {QUESTIONS} right, {tokens / forwards:.2f} tokens per forward"
+        )
 
 
 def say(line: str) -> None:
@@ -106,7 +108,9 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m ar2diff.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ar2diff.demo", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     with boundary():
         main(parser.parse_args().output_dir)

@@ -15,8 +15,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ar2diff.demo import corpus
 
@@ -34,39 +39,65 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     split = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?[0-9]|\n| ?[^\sA-Za-z0-9]+|\s"), "isolated")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = split
-    learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL) - 256, show_progress=False))
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL) - 256, show_progress=False)
+    )
     # The trainer knows no byte fallback: the special and the byte tokens go before what it learnt.
     learnt = json.loads(learner.to_str())["model"]
-    pieces = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)] + sorted(
-        learnt["vocab"], key=learnt["vocab"].get)
-    backend = Tokenizer(models.BPE(
-        vocab={piece: i for i, piece in enumerate(pieces)},
-        merges=[tuple(merge) for merge in learnt["merges"]],
-        unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    pieces = (
+        SPECIAL
+        + [f"<0x{byte:02X}>" for byte in range(256)]
+        + sorted(learnt["vocab"], key=learnt["vocab"].get)
+    )
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[tuple(merge) for merge in learnt["merges"]],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     backend.pre_tokenizer = split
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)])
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
+    )
     backend.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        clean_up_tokenization_spaces=False, model_max_length=CONTEXT)
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
 
 
 def new_model(vocab_size: int) -> LlamaForCausalLM:
     """A LLaMA with random weights, in float32."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=344, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None,
-        initializer_range=0.05))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=None,
+            initializer_range=0.05,
+        )
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict]) -> list[list[int]]:
     """Token ids of whole documents, ``<s> text </s>``, cut at the context length."""
     rows = tokenizer([corpus.text(e) for e in examples])["input_ids"]
-    return [(row + [EOS])[:CONTEXT] for row in rows]
+    return [([*row, EOS])[:CONTEXT] for row in rows]
 
 
 def batches(rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -87,30 +118,37 @@ def batches(rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]
         start = stop
 
 
-def training_batches(tokenizer: PreTrainedTokenizerBase, seed: int) \
-        -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def training_batches(
+    tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of fresh training documents; none is seen twice but by chance."""
     generator = torch.Generator().manual_seed(seed)
     for part in range(seed * 100_000, (seed + 1) * 100_000):
-        found = list(batches(encode(tokenizer, corpus.corpus(
-            2048, part, corpus.PRETRAIN_LEVELS))))
+        found = list(batches(encode(tokenizer, corpus.corpus(2048, part, corpus.PRETRAIN_LEVELS))))
         for i in torch.randperm(len(found), generator=generator).tolist():
             yield found[i]
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int,
-          seed: int) -> int:
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int
+) -> int:
     """AdamW with a short warm-up and a cosine decay; returns the number of tokens seen."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [dict(params=decayed, weight_decay=0.1), dict(params=kept, weight_decay=0.0)],
-        lr=LEARNING_RATE, betas=(0.9, 0.98))
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),
+    )
     warmup, tokens, began = min(100, steps // 10 + 1), 0, time.time()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))),
+    )
     model.train()
-    for step, (inputs, labels) in zip(range(1, steps + 1), training_batches(tokenizer, seed)):
+    for step, (inputs, labels) in zip(
+        range(1, steps + 1), training_batches(tokenizer, seed), strict=False
+    ):
         loss = model(input_ids=inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -119,20 +157,28 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: in
         optimizer.zero_grad()
         tokens += int((labels != -100).sum())
         if step % 50 == 0 or step == steps:
-            print(f"step {step} loss {loss.item():.3f} tokens {tokens} "
-                  f"seconds {time.time() - began:.0f}", flush=True)
+            print(
+                f"step {step} loss {loss.item():.3f} tokens {tokens} "
+                f"seconds {time.time() - began:.0f}",
+                flush=True,
+            )
         if step % 1000 == 0:
-            probe = ", ".join(f"{accuracy(model, tokenizer, level, n=40):.2f}"
-                              for level in (1, 2, 3, 4))
-            print(f"held-out nll {held_out_nll(model, tokenizer, n=100):.4f}, "
-                  f"accuracy by level {probe}", flush=True)
+            probe = ", ".join(
+                f"{accuracy(model, tokenizer, level, n=40):.2f}" for level in (1, 2, 3, 4)
+            )
+            print(
+                f"held-out nll {held_out_nll(model, tokenizer, n=100):.4f}, "
+                f"accuracy by level {probe}",
+                flush=True,
+            )
             model.train()
     return tokens
 
 
 @torch.no_grad()
-def held_out_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
-                 n: int = 500, seed: int = 0) -> float:
+def held_out_nll(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, n: int = 500, seed: int = 0
+) -> float:
     """Mean negative log-likelihood in nats per token over ``n`` validation documents."""
     model.eval()
     total, count = 0.0, 0
@@ -145,8 +191,9 @@ def held_out_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 
 @torch.no_grad()
-def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
-             **settings) -> list[str]:
+def complete(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **settings
+) -> list[str]:
     """Completions of the prompts, greedy unless ``settings`` for ``generate`` say otherwise."""
     model.eval()
     # Prompts of equal length share a batch: with no pad token there is no left padding.
@@ -155,17 +202,29 @@ def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
         groups[len(ids)].append((i, ids))
     for length, group in groups.items():
         inputs = torch.tensor([ids for _, ids in group])
-        output = model.generate(inputs, **{
-            "attention_mask": torch.ones_like(inputs), "do_sample": False,
-            "max_new_tokens": 60, "pad_token_id": EOS, **settings})
+        output = model.generate(
+            inputs,
+            **{
+                "attention_mask": torch.ones_like(inputs),
+                "do_sample": False,
+                "max_new_tokens": 60,
+                "pad_token_id": EOS,
+                **settings,
+            },
+        )
         decoded = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        for (i, _), completion in zip(group, decoded):
+        for (i, _), completion in zip(group, decoded, strict=False):
             completions[i] = completion
     return completions
 
 
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, level: int,
-             n: int = 200, seed: int = 0) -> float:
+def accuracy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    level: int,
+    n: int = 200,
+    seed: int = 0,
+) -> float:
     """Share of held-out questions of a level that greedy decoding answers with the right number."""
     examples = list(corpus.corpus(n, seed, (level,), split="valid"))
     completions = complete(model, tokenizer, [corpus.prompt(e) for e in examples])
@@ -214,13 +273,19 @@ def build(output_dir: Path, steps: int, seed: int) -> None:
     torch.manual_seed(seed)
     began = time.time()
     tokenizer = train_tokenizer(
-        corpus.text(e) for e in corpus.corpus(20_000, seed, corpus.PRETRAIN_LEVELS))
+        corpus.text(e) for e in corpus.corpus(20_000, seed, corpus.PRETRAIN_LEVELS)
+    )
     model = new_model(len(tokenizer))
     tokens = train(model, tokenizer, steps, seed)
     figures = dict(
-        steps=steps, seed=seed, tokens=tokens, vocab=len(tokenizer),
-        parameters=model.num_parameters(), minutes=(time.time() - began) / 60,
-        nll=held_out_nll(model, tokenizer))
+        steps=steps,
+        seed=seed,
+        tokens=tokens,
+        vocab=len(tokenizer),
+        parameters=model.num_parameters(),
+        minutes=(time.time() - began) / 60,
+        nll=held_out_nll(model, tokenizer),
+    )
     rows = []
     for level in (1, 2, 3, 4):
         rows.append(f"| greedy accuracy, level {level} | {accuracy(model, tokenizer, level):.3f} |")
@@ -236,6 +301,7 @@ def build(output_dir: Path, steps: int, seed: int) -> None:
 
 
 def main() -> None:
+    """Build the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=MODEL_DIR)
     parser.add_argument("--steps", type=int, default=4800)

@@ -41,79 +41,130 @@ ADJECTIVES = "small big nice new pretty red blue".split()
 # In templates: N the child, she/her/hers its pronouns, F a friend, G a grown-up, S a spot,
 # P the place, A an animal, n "2 shells", m "2 more shells", things "shells".
 OPENINGS = (
-    "One day {N} was {P}.", "On a sunny day {N} played {P}.", "{N} was {P} with {F}.",
-    "It was a cold morning, and {N} was {P}.", "{N} and {G} spent the day {P}.",
-    "After lunch {N} played {P}.", "{N} liked to play {P}.",
+    "One day {N} was {P}.",
+    "On a sunny day {N} played {P}.",
+    "{N} was {P} with {F}.",
+    "It was a cold morning, and {N} was {P}.",
+    "{N} and {G} spent the day {P}.",
+    "After lunch {N} played {P}.",
+    "{N} liked to play {P}.",
     "Once there was a kind child called {N}. {she} was {P}.",
 )
 SCENES = (
-    "The sun was warm.", "A soft wind blew.", "It had rained all night.", "The sky was blue.",
-    "{she} was very happy.", "{she} felt a little sleepy.", '"What a good day!" said {N}.',
-    "{N} sang a song.", "A {A} sat by the {S}.", '"Do not go too far," said {G}.',
-    '"Hello!" said {F}.', "{she} had {hers} old bag with {her}.",
+    "The sun was warm.",
+    "A soft wind blew.",
+    "It had rained all night.",
+    "The sky was blue.",
+    "{she} was very happy.",
+    "{she} felt a little sleepy.",
+    '"What a good day!" said {N}.',
+    "{N} sang a song.",
+    "A {A} sat by the {S}.",
+    '"Do not go too far," said {G}.',
+    '"Hello!" said {F}.',
+    "{she} had {hers} old bag with {her}.",
 )
 STARTS = (
-    "{N} had {n}.", "{N} had {n} in {hers} bag.", "In {hers} bag {N} had {n}.",
-    "{N} began the day with {n}.", '"I have {n}," said {N}.', "{N} had put {n} in a box.",
+    "{N} had {n}.",
+    "{N} had {n} in {hers} bag.",
+    "In {hers} bag {N} had {n}.",
+    "{N} began the day with {n}.",
+    '"I have {n}," said {N}.',
+    "{N} had put {n} in a box.",
 )
 GAINS = (
-    "{she} found {m} by the {S}.", "{F} gave {her} {m}.", "{G} gave {N} {m}.",
-    "Then {N} got {m} from {G}.", "{she} picked up {m}.", '"Look!" said {F}, and gave {N} {m}.',
-    "{G} had {m} for {N}.", "Near the {S} {N} found {m}.",
+    "{she} found {m} by the {S}.",
+    "{F} gave {her} {m}.",
+    "{G} gave {N} {m}.",
+    "Then {N} got {m} from {G}.",
+    "{she} picked up {m}.",
+    '"Look!" said {F}, and gave {N} {m}.',
+    "{G} had {m} for {N}.",
+    "Near the {S} {N} found {m}.",
 )
 LOSSES = (
-    "{she} gave {n} to {F}.", "{N} lost {n} by the {S}.", "Then {n} fell out of {hers} bag.",
-    "A {A} took {n} from {N}.", "{F} asked for {n}, and {N} said yes.",
-    "{she} gave {n} to {G}.", '"Here you are," said {N}, and gave {n} to {F}.',
+    "{she} gave {n} to {F}.",
+    "{N} lost {n} by the {S}.",
+    "Then {n} fell out of {hers} bag.",
+    "A {A} took {n} from {N}.",
+    "{F} asked for {n}, and {N} said yes.",
+    "{she} gave {n} to {G}.",
+    '"Here you are," said {N}, and gave {n} to {F}.',
 )
 GLAD = ("{she} smiled.", "What luck!", "{N} was glad.", '"How nice!" said {N}.')
 THANKS = ("{she} smiled.", '"Thank you!" said {N}.', "{N} said thank you.", "{N} was glad.")
-SHARED = ('"You are kind," said {O}.', "{O} was glad.", "It is good to share.",
-          "{O} said thank you.")
+SHARED = (
+    '"You are kind," said {O}.',
+    "{O} was glad.",
+    "It is good to share.",
+    "{O} said thank you.",
+)
 SAD = ("{she} was a little sad.", '"Oh no!" said {N}.', "{N} sighed.", "But {she} did not cry.")
 NOISE = (
-    "{N} saw {k} clouds in the sky.", "{F} counted {k} birds by the {S}.",
-    "{G} told {k} funny stories.", "They heard {k} bells far away.",
+    "{N} saw {k} clouds in the sky.",
+    "{F} counted {k} birds by the {S}.",
+    "{G} told {k} funny stories.",
+    "They heard {k} bells far away.",
 )
 ENDINGS = (
-    "Then it was time to go to bed.", "In the evening {N} told {G} about the day.",
-    "{N} slept well that night.", "It was a lovely day.", "{N} ran back to {G} with a big smile.",
-    "Soon the stars came out.", "{G} gave {N} a hug.", "Then they all had warm soup.",
+    "Then it was time to go to bed.",
+    "In the evening {N} told {G} about the day.",
+    "{N} slept well that night.",
+    "It was a lovely day.",
+    "{N} ran back to {G} with a big smile.",
+    "Soon the stars came out.",
+    "{G} gave {N} a hug.",
+    "Then they all had warm soup.",
 )
 # Plain stories: each plot is a chain of steps, each step a choice of sentences.
 PLOTS = (
-    (("{N} could not find {hers} {A}.", "The little {A} was gone."),
-     ("{she} looked by the {S}, but it was not there.", '"Where are you?" called {N}.'),
-     ("{F} came to help.", '"I will help you," said {F}.'),
-     ("They heard a small sound behind the {S}.", "Then {F} saw a tail by the {S}."),
-     ("The {A} was safe.", '"There you are!" said {N}, and {she} was so glad.')),
-    (("{N} wanted to build a tower of {things}.", "{N} and {F} built a house of {things}."),
-     ("It grew and grew.", "{she} worked all morning."),
-     ("Then a {A} ran by, and it fell down.", "But the wind blew, and it all fell down."),
-     ("{N} began to cry.", '"Oh no!" said {N}.'),
-     ('"Let us try again," said {F}.', "{F} said they could try again."),
-     ("The new one was even better.", "This time it did not fall.")),
-    (("Dark clouds came, and it began to rain.", "All at once there was a loud storm."),
-     ("{N} hid by the {S}.", "{N} and {F} ran to the {S}."),
-     ("{she} was afraid.", '"I am afraid," said {N}.'),
-     ("{F} held {hers} hand.", '"The rain will stop soon," said {F}.'),
-     ("Soon the sun came back.", "Then they saw a rainbow in the sky.")),
-    (("A new child called {F} came, and {N} was shy.", "{N} saw {F} sit all alone by the {S}."),
-     ("{she} did not know what to say.", "{N} thought for a while."),
-     ("Then {she} gave {F} some of {hers} {things}.", '"Do you want to play?" asked {N}.'),
-     ("{F} smiled.", '"Yes, I do!" said {F}.'),
-     ("Now they were friends.", "They played until it was dark.")),
-    (("{N} found a small {A} by the {S}.", "A little {A} sat by the {S} and could not walk."),
-     ("It was cold and hungry.", '"You poor thing," said {N}.'),
-     ("{she} gave it some warm milk.", "{G} put it in a soft box."),
-     ("Day by day it got better.", "{N} sang to it all night."),
-     ("At last the {A} could run and play again.", "Then the {A} was well, and {N} let it go.")),
-    (("{N} took a box of {things} from {F} and did not ask.", "{N} broke a box that {F} had made."),
-     ('"Who did this?" asked {G}.', "{F} was very sad."),
-     ("{N} hid behind the {S}.", "{she} did not feel good."),
-     ('"It was me, and I am sorry," said {N}.', "Then {she} said that {she} was sorry."),
-     ('"Thank you for the truth," said {G}.', "{F} was not angry any more."),
-     ("They were friends again.", "After that {N} always asked first.")),
+    (
+        ("{N} could not find {hers} {A}.", "The little {A} was gone."),
+        ("{she} looked by the {S}, but it was not there.", '"Where are you?" called {N}.'),
+        ("{F} came to help.", '"I will help you," said {F}.'),
+        ("They heard a small sound behind the {S}.", "Then {F} saw a tail by the {S}."),
+        ("The {A} was safe.", '"There you are!" said {N}, and {she} was so glad.'),
+    ),
+    (
+        ("{N} wanted to build a tower of {things}.", "{N} and {F} built a house of {things}."),
+        ("It grew and grew.", "{she} worked all morning."),
+        ("Then a {A} ran by, and it fell down.", "But the wind blew, and it all fell down."),
+        ("{N} began to cry.", '"Oh no!" said {N}.'),
+        ('"Let us try again," said {F}.', "{F} said they could try again."),
+        ("The new one was even better.", "This time it did not fall."),
+    ),
+    (
+        ("Dark clouds came, and it began to rain.", "All at once there was a loud storm."),
+        ("{N} hid by the {S}.", "{N} and {F} ran to the {S}."),
+        ("{she} was afraid.", '"I am afraid," said {N}.'),
+        ("{F} held {hers} hand.", '"The rain will stop soon," said {F}.'),
+        ("Soon the sun came back.", "Then they saw a rainbow in the sky."),
+    ),
+    (
+        ("A new child called {F} came, and {N} was shy.", "{N} saw {F} sit all alone by the {S}."),
+        ("{she} did not know what to say.", "{N} thought for a while."),
+        ("Then {she} gave {F} some of {hers} {things}.", '"Do you want to play?" asked {N}.'),
+        ("{F} smiled.", '"Yes, I do!" said {F}.'),
+        ("Now they were friends.", "They played until it was dark."),
+    ),
+    (
+        ("{N} found a small {A} by the {S}.", "A little {A} sat by the {S} and could not walk."),
+        ("It was cold and hungry.", '"You poor thing," said {N}.'),
+        ("{she} gave it some warm milk.", "{G} put it in a soft box."),
+        ("Day by day it got better.", "{N} sang to it all night."),
+        ("At last the {A} could run and play again.", "Then the {A} was well, and {N} let it go."),
+    ),
+    (
+        (
+            "{N} took a box of {things} from {F} and did not ask.",
+            "{N} broke a box that {F} had made.",
+        ),
+        ('"Who did this?" asked {G}.', "{F} was very sad."),
+        ("{N} hid behind the {S}.", "{she} did not feel good."),
+        ('"It was me, and I am sorry," said {N}.', "Then {she} said that {she} was sorry."),
+        ('"Thank you for the truth," said {G}.', "{F} was not angry any more."),
+        ("They were friends again.", "After that {N} always asked first."),
+    ),
 )
 
 
@@ -135,9 +186,14 @@ class _Writer:
         spots, objects, animals = (part.split() for part in PLACES[self.place])
         self.objects = rng.sample(objects, 2)
         # The friend is of the other sex, so that "she" and "he" never mean two people.
-        self.fields = dict(F=rng.choice(other), G=rng.choice(ADULTS), A=rng.choice(animals),
-                           S=rng.choice(spots), P=self.place,
-                           things=_count(2, self.objects[0])[2:])
+        self.fields = dict(
+            F=rng.choice(other),
+            G=rng.choice(ADULTS),
+            A=rng.choice(animals),
+            S=rng.choice(spots),
+            P=self.place,
+            things=_count(2, self.objects[0])[2:],
+        )
         self.pronouns = ("she", "her", "her") if girl else ("he", "him", "his")
 
     def say(self, templates: Sequence[str], who: int = 0, **fields: str) -> str:
@@ -188,8 +244,9 @@ def _work(start: int, deltas: Sequence[int], label: str = "") -> tuple[list[str]
 def _plain(rng: random.Random) -> str:
     writer = _Writer(rng, 1)
     # A plot brings its friend and animal in by itself, often as somebody new.
-    openings, scenes = ([t for t in ts if "{F}" not in t and "{A}" not in t]
-                        for ts in (OPENINGS, SCENES))
+    openings, scenes = (
+        [t for t in ts if "{F}" not in t and "{A}" not in t] for ts in (OPENINGS, SCENES)
+    )
     steps = (openings, scenes, *rng.choice(PLOTS), ENDINGS)
     return " ".join(writer.say(step) for step in steps)
 
@@ -206,9 +263,13 @@ def _one_count(level: int, rng: random.Random) -> dict:
     lines += [writer.event(delta, noun) for delta in deltas]
     lines.append(writer.say(ENDINGS))
     things = writer.fields["things"]
-    question = writer.say((f"How many {things} does {{N}} have now?",
-                           f"How many {things} does {{N}} have in the end?",
-                           f"How many {things} are left with {{N}}?"))
+    question = writer.say(
+        (
+            f"How many {things} does {{N}} have now?",
+            f"How many {things} does {{N}} have in the end?",
+            f"How many {things} are left with {{N}}?",
+        )
+    )
     work, now = _work(start, deltas)
     return _finish(level, lines, question, work, now)
 
@@ -222,13 +283,12 @@ def _two_counts(rng: random.Random) -> dict:
     starts = [rng.randint(1, 8), rng.randint(1, 8)]
     deltas = [_deltas(rng.choices((1, -1), k=rng.randint(1, 2)), s, rng) for s in starts]
     labels = writer.names if people else [_count(2, k)[2:] for k in kinds]
-    works = [_work(s, d, f"{label}: ") for s, d, label in zip(starts, deltas, labels)]
+    works = [_work(s, d, f"{label}: ") for s, d, label in zip(starts, deltas, labels, strict=False)]
     total = works[0][1] + works[1][1]
     lines = [writer.say(OPENINGS)]
-    counts = [_count(s, k) for s, k in zip(starts, kinds)]
+    counts = [_count(s, k) for s, k in zip(starts, kinds, strict=False)]
     if people:
-        lines += [writer.say(STARTS, who, n=counts[who], hers=writer.pronouns[2])
-                  for who in owners]
+        lines += [writer.say(STARTS, who, n=counts[who], hers=writer.pronouns[2]) for who in owners]
     else:
         lines.append(writer.say(STARTS, n=" and ".join(counts)))
     # Each chain keeps its order, the two are shuffled into each other.
@@ -240,8 +300,11 @@ def _two_counts(rng: random.Random) -> dict:
     things = [_count(2, k)[2:] for k in kinds]
     if total <= MAX_NUMBER and rng.random() < 0.5:
         who = " and ".join(writer.names)
-        question = (f"How many {things[0]} do {who} have together?" if people else
-                    f"How many {things[0]} and {things[1]} does {who} have in all?")
+        question = (
+            f"How many {things[0]} do {who} have together?"
+            if people
+            else f"How many {things[0]} and {things[1]} does {who} have in all?"
+        )
         parts = [now for _, now in works]
         work = [*works[0][0], *works[1][0], f"{parts[0]} + {parts[1]} = {total}."]
         return _finish(4, lines, question, work, total)
@@ -251,8 +314,13 @@ def _two_counts(rng: random.Random) -> dict:
 
 
 def _finish(level: int, lines: list[str], question: str, work: list[str], answer: int) -> dict:
-    return dict(level=level, story=" ".join(lines), question=question,
-                answer_work=" ".join([*work, f"The answer is {answer}."]), answer=str(answer))
+    return dict(
+        level=level,
+        story=" ".join(lines),
+        question=question,
+        answer_work=" ".join([*work, f"The answer is {answer}."]),
+        answer=str(answer),
+    )
 
 
 def example(level: int, rng: random.Random) -> dict:
@@ -285,8 +353,9 @@ def split_of(example: dict) -> str:
     return "train" if crc32(example["story"].encode()) % VALID_SHARE else "valid"
 
 
-def corpus(n: int, seed: int, levels: Sequence[int] = (1, 2, 3, 4),
-           split: str = "train") -> Iterator[dict]:
+def corpus(
+    n: int, seed: int, levels: Sequence[int] = (1, 2, 3, 4), split: str = "train"
+) -> Iterator[dict]:
     """``n`` documents of one split, each level drawn uniformly from ``levels``.
 
     The same arguments give the same documents. A story is in one split whatever the seed, so

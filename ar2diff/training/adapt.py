@@ -1,4 +1,4 @@
-"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out. The order is: what costs nothing
+"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out. What costs nothing
 is checked first, the folder is touched last."""
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import torch
 
 from .. import __version__
 from ..checkpoint import (
-    RUN_FILE, Checkpoint, check_disk, check_output, find_checkpoint, load_checkpoint, read_spec,
-    staged, write_json,
+    RUN_FILE,
+    Checkpoint,
+    check_disk,
+    check_output,
+    find_checkpoint,
+    load_checkpoint,
+    read_spec,
+    staged,
+    write_json,
 )
 from ..config import Recipe, with_values
 from ..convert import convert, end_token, write_spec
 from ..data import Rows, tokenize
 from ..errors import Ar2DiffError
-from ..evaluation import evaluate, score, windows
+from ..evaluation import score, windows
 from ..noise import content_key
 from ..probe import probe
 from ..sources import Documents, find_file, read_texts
@@ -92,17 +99,23 @@ def adapt(
         check_output(output_dir, inputs, resume, overwrite)
     plan = make_plan(model, recipe, trust_remote_code)
     recipe = plan.recipe
-    needed = STATE_COPIES * 4 * plan.summary()["parameters"] * (
-        recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1
+    needed = (
+        STATE_COPIES
+        * 4
+        * plan.summary()["parameters"]
+        * (recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1)
     )
     check_disk(output_dir, needed)
     if dry_run:
         return plan.summary()
     record = {
-        "ar2diff": __version__, "base_model": model, "base_commit": plan.checkpoint.commit,
+        "ar2diff": __version__,
+        "base_model": model,
+        "base_commit": plan.checkpoint.commit,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
-        "recipe": recipe.model_dump(mode="json"), **plan.summary(),
+        "recipe": recipe.model_dump(mode="json"),
+        **plan.summary(),
     }
     if main:
         _claim(output_dir, record, resume, overwrite)
@@ -172,7 +185,8 @@ def _eval_rows(
         texts = read_texts(path, recipe.data.text_field)
         return windows(texts, tokenizer, wanted.length, wanted.rows), frozenset()
     texts = [
-        text for text in documents.first(20 * wanted.rows)
+        text
+        for text in documents.first(20 * wanted.rows)
         if len(tokenizer(text).input_ids) >= wanted.length
     ][: wanted.rows]
     keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
@@ -220,9 +234,7 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     plan.checkpoint.model.eval()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen}
     if plan.eval_rows:
-        record["eval"] = score(
-            plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
-        )
+        record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
     return record
 
 

@@ -15,8 +15,8 @@ from ..generate import denoise
 
 
 class Watch(TrainerCallback):
-    """Every `eval.steps`: bound and AR NLL of fixed rows; every `eval.panel_steps`: a panel of one of
-    them being denoised. Results go through `trainer.log`, so every tracker sees them."""
+    """Every `eval.steps`: bound and AR NLL of fixed rows; every `eval.panel_steps`: a panel of one
+    of them being denoised. Results go through `trainer.log`, so every tracker sees them."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]):
         self.checkpoint, self.recipe, self.rows = checkpoint, recipe, rows
@@ -40,9 +40,12 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             shown = " ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in logs.items() if name not in ("epoch", "total_flos")
+                for name, value in logs.items()
+                if name not in ("epoch", "total_flos")
             )
-            print(f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True)
+            print(
+                f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True
+            )
 
     def _score(self) -> dict[str, Any]:
         return score(self.checkpoint, self.rows, samples=self.recipe.eval.samples)
@@ -64,16 +67,19 @@ def quietly(model: Any, function: Any) -> Any:
 
 
 def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -> None:
-    """A rich panel on stderr: a few states of one answer being denoised, undecided tokens as dots."""
+    """A rich panel on stderr: states of one answer being denoised, undecided tokens as dots."""
     from rich.console import Console
     from rich.panel import Panel
 
     model, spec, tokenizer = checkpoint.model, checkpoint.spec, checkpoint.tokenizer
     states = list(
-        denoise(model, spec, prompt, max_new_tokens=max_new_tokens,
-                suppressed=suppressed_of(checkpoint))
+        denoise(
+            model, spec, prompt, max_new_tokens=max_new_tokens, suppressed=suppressed_of(checkpoint)
+        )
     )
-    shown = [states[i] for i in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1})]
+    shown = [
+        states[i] for i in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1})
+    ]
     lines = []
     for state in shown:
         parts = [

@@ -1,4 +1,4 @@
-"""The adaptation trainer: `transformers.Trainer` with our loss, our divisor and whole checkpoints."""
+"""The adaptation trainer: `transformers.Trainer` with our loss, divisor and whole checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class AdaptTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: TrainingArguments, **kwargs: Any):
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, args: TrainingArguments, **kwargs: Any
+    ):
         self.recipe, self.spec = recipe, checkpoint.spec
         self.suppressed = suppressed_of(checkpoint).to(args.device)
         self._seen = _Meter(args.device)
@@ -58,8 +60,12 @@ class AdaptTrainer(Trainer):
         ar = inputs["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
         index = torch.cat([(row + slot)[masked], (row + x0.shape[1] + own - 1)[ar]])
         logits = logits_at(
-            model, index, head=inner.get_output_embeddings(),
-            input_ids=input_ids, attention_mask=mask, position_ids=slots.pos,
+            model,
+            index,
+            head=inner.get_output_embeddings(),
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=slots.pos,
         )
         count = int(masked.sum())
         ce = cross_entropy(logits[:count], x0[masked], self.suppressed)
@@ -82,23 +88,31 @@ class AdaptTrainer(Trainer):
         if anneal.kind == "reveal":
             length = self.recipe.data.max_length
             reveal = reveal_edges(
-                step / anneal.steps, length, block_length or length,
-                self.recipe.train.seed, step, self.args.device,
+                step / anneal.steps,
+                length,
+                block_length or length,
+                self.recipe.train.seed,
+                step,
+                self.args.device,
             )
         return attention, block_length, reveal
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[2] divisors of the diffusion and the AR loss, over all accumulation steps and ranks."""
         names = ("divisor", "ar_divisor", "tokens")
-        totals = torch.stack(
-            [torch.stack([batch[name].double() for name in names]) for batch in batch_samples]
-        ).sum(0).to(device)
+        totals = (
+            torch.stack(
+                [torch.stack([batch[name].double() for name in names]) for batch in batch_samples]
+            )
+            .sum(0)
+            .to(device)
+        )
         totals = self.accelerator.reduce(totals, "sum")
         self.state.num_input_tokens_seen += int(totals[2])
         return totals[:2].clamp(min=torch.finfo(torch.float32).tiny).to(torch.get_default_dtype())
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer, with the recipe's factors on the learning rate of each kind of parameter."""
+        """The optimizer, with the recipe's factors on the learning rate of kinds of parameters."""
         optimizer = super().create_optimizer(model)
         scales = self.recipe.train.lr_scale.model_dump()
         if len(optimizer.param_groups) and any(scale != 1 for scale in scales.values()):
@@ -112,7 +126,7 @@ class AdaptTrainer(Trainer):
         return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint beside and rename it: what is called checkpoint-N is always whole."""
+        """Write the checkpoint beside and rename it: whatever is called checkpoint-N is whole."""
         run_dir = Path(self.args.output_dir)
         stage = run_dir / ".partial"
         self.args.output_dir = str(stage)
@@ -128,7 +142,7 @@ class AdaptTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was seen since the last log: cross-entropy by t, accuracy, EOS share, tokens/s."""
+        """Add what was seen since the last log: CE by t, accuracy, EOS share, tokens/s."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
             logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
@@ -151,7 +165,9 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         lr_scheduler_type={"cosine": "cosine", "wsd": "warmup_stable_decay"}.get(
             train.schedule, "constant_with_warmup"
         ),
-        lr_scheduler_kwargs={"num_decay_steps": train.decay_steps} if train.schedule == "wsd" else {},
+        lr_scheduler_kwargs={"num_decay_steps": train.decay_steps}
+        if train.schedule == "wsd"
+        else {},
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         adam_beta1=0.9,
@@ -192,7 +208,9 @@ def make_trainer(
     """A trainer for a converted checkpoint on a stream of rows."""
     _disable_dropout(checkpoint.model)
     trainer = AdaptTrainer(
-        checkpoint, recipe, training_arguments(recipe, run_dir),
+        checkpoint,
+        recipe,
+        training_arguments(recipe, run_dir),
         train_dataset=rows,
         data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
         callbacks=callbacks,
@@ -209,10 +227,10 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     if (run_dir / name).exists():
-        os.replace(run_dir / name, stage / f"old-{name}")
-    os.replace(stage / name, run_dir / name)
+        (run_dir / name).replace(stage / f"old-{name}")
+    (stage / name).replace(run_dir / name)
     for old in checkpoints(run_dir)[:-keep]:
-        os.replace(old, stage / f"old-{old.name}")  # renamed first: never half there by its name
+        old.replace(stage / f"old-{old.name}")  # renamed first: never half there by its name
     shutil.rmtree(stage)
 
 
@@ -231,7 +249,8 @@ def parameter_kinds(model: Any) -> dict[Tensor, str]:
     attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     for kind, modules in (
-        ("embeddings", [*embeddings, model.get_output_embeddings()]), ("attention", attention),
+        ("embeddings", [*embeddings, model.get_output_embeddings()]),
+        ("attention", attention),
     ):
         for module in modules:
             for parameter in module.parameters():
@@ -271,8 +290,13 @@ class _Meter:
         right = (logits.argmax(-1) == inputs["x0"][masked]).sum()
         eos = inputs["eos"][masked]
         self.sums[2 * T_BINS :] += torch.stack(
-            [right, (coef * ce)[eos].sum(), (coef * ce).sum(), inputs["tokens"].double(),
-             *torch.zeros(3, device=self.device).double()]
+            [
+                right,
+                (coef * ce)[eos].sum(),
+                (coef * ce).sum(),
+                inputs["tokens"].double(),
+                *torch.zeros(3, device=self.device).double(),
+            ]
         )
 
     @torch.no_grad()
@@ -286,11 +310,12 @@ class _Meter:
         ce, count, rest = sums[:T_BINS], sums[T_BINS : 2 * T_BINS], sums[2 * T_BINS :]
         right, eos, total, tokens, ar, ar_count, _ = rest
         self.reset()
-        logs = {
-            f"ce_t{(i + 1) / T_BINS:g}": ce[i] / count[i] for i in range(T_BINS) if count[i]
-        }
+        logs = {f"ce_t{(i + 1) / T_BINS:g}": ce[i] / count[i] for i in range(T_BINS) if count[i]}
         if sum(count):
-            logs |= {"masked_accuracy": right / sum(count), "eos_share": eos / total if total else 0.0}
+            logs |= {
+                "masked_accuracy": right / sum(count),
+                "eos_share": eos / total if total else 0.0,
+            }
         if ar_count:
             logs["ar_loss"] = ar / ar_count
         return {**logs, "tokens_per_second": tokens / max(seconds, 1e-9)}
