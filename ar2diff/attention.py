@@ -142,12 +142,12 @@ def reveal_edges(
     return (torch.rand(length, width, generator=generator) < ratio).to(device)
 
 
-def dense_mask(allowed: Predicate, slots: Slots, queries: slice = slice(None)) -> Tensor:
-    """The predicate written out: [B, 1, Q, S] bool, True where the query may read the key."""
+def dense_mask(allowed: Predicate, slots: Slots) -> Tensor:
+    """The predicate written out: [B, 1, S, S] bool, True where the query may read the key."""
     size, device = slots.doc.shape[1], slots.doc.device
     b = torch.arange(slots.doc.shape[0], device=device)[:, None, None]
     k = torch.arange(size, device=device)
-    return allowed(b, 0, k[queries][None, :, None], k[None, None, :]).unsqueeze(1)
+    return allowed(b, 0, k[None, :, None], k[None, None, :]).unsqueeze(1)
 
 
 def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int | None]:
@@ -172,7 +172,6 @@ def model_mask(
     block_length: int | None,
     local_window: str | None,
     reveal: Tensor | None = None,
-    queries: slice = slice(None),
 ) -> Any:
     """`attention_mask` for the model's attention implementation, from the one predicate.
 
@@ -193,7 +192,7 @@ def model_mask(
 
             batch, size = slots.doc.shape
             return create_block_mask(allowed, batch, None, size, size, device=slots.doc.device)
-        mask = dense_mask(allowed, slots, queries)
+        mask = dense_mask(allowed, slots)
         if kind == "sdpa":
             return mask
         if kind == "eager":

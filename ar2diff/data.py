@@ -47,20 +47,20 @@ def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) 
     """Cut a document to rows and fill its end, so that no length is visible.
 
     The last block is filled to the grid with EOS, maskable and supervised, as a decoder's canvas
-    has room to the end of the block. For `full` the tail has a random length.
+    has room to the end of the block. For `full` the canvas has any length up to `max_length`.
+    A piece starts with the last token of the one before: its position 0 is never scored, and so
+    every token of the document but its first is scored once.
     """
     data, grid = recipe.data, recipe.convert.block_length
     document = content_key(ids)
-    for start in range(0, len(ids), data.max_length):
+    for start in range(0, len(ids) - 1, data.max_length - 1):
         part = list(ids[start : start + data.max_length])
-        if len(part) < 2:
-            return  # position 0 is never scored: a piece of one token trains nothing
         real, last = len(part), start + data.max_length >= len(ids)
         if last:
             if grid is not None:
                 tail = -real % grid
             else:
-                room = min(data.max_length - real, real)
+                room = data.max_length - real
                 tail = int(
                     torch.randint(room + 1, (), generator=keyed_generator(seed, epoch, document))
                 )
@@ -240,7 +240,8 @@ class Collator:
         coef, divisor = coefficients(
             masked, batch["weight"], batch["doc"], times, objective.normaliser
         )
-        ar = batch["real"] & (batch["pos"] > 0)  # the AR mode stops at the first EOS
+        # The AR mode stops at the first EOS.
+        ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.mask_token_id)
         return {
             "x0": batch["x0"],
             "xt": torch.where(masked, self.mask_token_id, batch["x0"]),

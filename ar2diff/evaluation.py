@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import Ar2DiffError
-from .likelihood import ar_nll, bound
+from .likelihood import ar_nll, bound, scored
 from .objective import suppressed_ids
 from .sources import find_file, read_texts
 
@@ -74,7 +74,10 @@ def score(
     model, spec, tokenizer = checkpoint.model, checkpoint.spec, checkpoint.tokenizer
     suppressed = suppressed_of(checkpoint)
     size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows)
-    result: dict[str, Any] = {"tokens": sum(len(row) - 1 for row in rows), "bytes": size}
+    result: dict[str, Any] = {
+        "tokens": sum(int(scored(row, suppressed).sum()) for row in rows),
+        "bytes": size,
+    }
     if spec is not None:
         estimate = bound(model, spec, rows, suppressed, samples, seed)
         result["bound"] = {

@@ -68,8 +68,13 @@ def bound(
         values = _draws(model, spec, part, suppressed, samples, seed)  # [R, samples, K]
         nats.append(values.mean(1).sum(-1))
         variance.append(_stratified_variance(values).sum(-1))
-        tokens.append(torch.tensor([float(len(row) - 1) for row in part]))
+        tokens.append(torch.tensor([float(scored(row, suppressed).sum()) for row in part]))
     return Estimate(torch.cat(nats), torch.cat(variance), torch.cat(tokens))
+
+
+def scored(row: Sequence[int], suppressed: Tensor) -> Tensor:
+    """[L] bool, tokens that are judged: not position 0, not a text that spells the mask token."""
+    return (torch.arange(len(row)) > 0) & ~suppressed[torch.tensor(row)]
 
 
 def _draws(
@@ -91,7 +96,7 @@ def _draws(
         ids, n = torch.tensor(row), len(row)
         generator = keyed_generator(seed, content_key(row))  # the row alone decides its draws
         block = torch.arange(n) // size
-        maskable = (torch.arange(n) > 0) & (ids != spec.mask_token_id)
+        maskable = scored(row, suppressed)
         times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
         x0[r, :, :n], doc[r, :, :n] = ids, 0
         for s, draw in enumerate(times):
@@ -156,12 +161,12 @@ def ar_nll(
         real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
         slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
         mask = model_mask(model, slots, "causal_context", 1, local_window)
-        scored = real & (pos > 0)
-        index = (torch.arange(x0.numel(), device=model.device).view_as(x0) - 1)[scored]
+        judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
+        index = (torch.arange(x0.numel(), device=model.device).view_as(x0) - 1)[judged]
         logits = logits_at(model, index, input_ids=x0, attention_mask=mask, position_ids=pos)
         values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
-        values[scored] = cross_entropy(logits, x0[scored], suppressed.to(model.device)).double()
+        values[judged] = cross_entropy(logits, x0[judged], suppressed.to(model.device)).double()
         nats.append(values.sum(1).cpu())
     nats = torch.cat(nats)
-    tokens = torch.tensor([float(len(row) - 1) for row in rows])
+    tokens = torch.tensor([float(scored(row, suppressed).sum()) for row in rows])
     return Estimate(nats, torch.zeros_like(nats), tokens)

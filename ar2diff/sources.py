@@ -59,7 +59,8 @@ def read_texts(path: Path, field: str) -> list[str]:
         if not path.name.endswith(SUFFIXES):
             raise Ar2DiffError(f"data {path}: unknown kind of file", f"give {', '.join(SUFFIXES)}")
         try:
-            with gzip.open(path, "rt") if path.name.endswith(".gz") else path.open() as file:
+            opened = gzip.open if path.name.endswith(".gz") else open
+            with opened(path, "rt", encoding="utf-8") as file:
                 lines = list(file)
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise Ar2DiffError(f"data {path}: {error}", "check the file") from None
@@ -146,9 +147,10 @@ class Documents:
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         streams = [self._stream(i) for i in range(len(self.sources))]
-        taken = [0] * len(streams)
+        taken, total = [0] * len(streams), sum(self.weights)
         while True:
-            i = min(range(len(streams)), key=lambda i: (taken[i] + 1) / self.weights[i])
+            due = [weight * (sum(taken) + 1) / total for weight in self.weights]
+            i = max(range(len(streams)), key=lambda i: due[i] - taken[i])
             taken[i] += 1
             yield next(streams[i])
 

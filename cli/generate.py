@@ -46,7 +46,11 @@ def generate(
         )
     if prompts_file is not None:
         try:
-            prompts = [line for line in prompts_file.read_text().splitlines() if line.strip()]
+            prompts = [
+                line
+                for line in prompts_file.read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
         except OSError as error:
             raise Ar2DiffError(f"{prompts_file}: {error.strerror}", "check the path") from None
         if not prompts:

@@ -172,13 +172,6 @@ def test_training_and_decoding_read_the_same_tokens():
             assert not mask[slots][:, elsewhere].any()
 
 
-def test_a_slice_of_queries_is_those_rows_of_the_mask():
-    slots = slots_of([copies(ROWS["packed"], "train")])
-    allowed = allowed_edges(slots, "block_causal", BLOCK)
-    part = dense_mask(allowed, slots, slice(5, 9))
-    assert torch.equal(part, dense_mask(allowed, slots)[:, :, 5:9])
-
-
 def test_every_slot_sees_itself_even_in_padding():
     slots = slots_of([copies(row, "train") for row in ROWS.values()])
     for attention in ATTENTIONS:

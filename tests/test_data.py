@@ -2,7 +2,7 @@
 
 import gzip
 from collections import Counter
-from itertools import islice
+from itertools import accumulate, islice
 
 import pytest
 import torch
@@ -159,7 +159,7 @@ def test_an_eos_run_weighs_as_one_token_under_every_normaliser(make_recipe, all_
 def test_the_tail_of_a_full_canvas_has_a_random_length(make_recipe):
     recipe, ids = make_recipe("full", data={"max_length": 64}), [*words(9), EOS]
     lengths = [len(cut(ids, recipe, epoch)[0].ids) for epoch in range(300)]
-    assert set(lengths) == set(range(10, 21))  # up to as many again
+    assert min(lengths) < 15 and max(lengths) > 59  # whatever room the row has
     assert set(len(cut(ids * 6, recipe, epoch)[0].ids) for epoch in range(60)) == set(range(60, 65))
 
 
@@ -210,7 +210,6 @@ def test_a_mask_token_in_the_text_is_never_a_target(make_recipe):
         assert float(batch["divisor"]) == 6  # and is no scored token
 
 
-@pytest.mark.xfail(strict=True, reason="the AR co-loss teaches the AR mode to write the mask")
 def test_a_mask_token_in_the_text_is_no_target_of_the_ar_loss(make_recipe):
     recipe = make_recipe("causal_context")
     batch = collate(recipe, cut([1, 9, MASK, 8, 7, 6, 5, EOS], recipe))
@@ -230,9 +229,10 @@ def test_split_loses_no_token_and_no_piece_is_too_long(make_recipe, length, max_
     recipe = make_recipe(attention, data={"max_length": max_length})
     ids = [*words(length - 1), EOS]
     parts = cut(ids, recipe)
-    together = [token for part in parts for token in part.ids[: part.real]]
-    # a last piece of one token would be a position 0 alone, which is never scored
-    assert together == (ids[:-1] if length % max_length == 1 else ids)
+    # a piece starts with the token before it: position 0 is never scored, every other token once
+    assert [t for part in parts for t in part.ids[1 : part.real]] == ids[1:]
+    starts = [0, *accumulate(part.real - 1 for part in parts)]
+    assert [part.ids[0] for part in parts] == [ids[start] for start in starts[:-1]]
     assert all(2 <= len(part.ids) <= max_length for part in parts)
     assert {part.document for part in parts} == {content_key(ids)}
     if attention != "full":
@@ -241,7 +241,7 @@ def test_split_loses_no_token_and_no_piece_is_too_long(make_recipe, length, max_
 
 def test_only_the_end_of_a_document_is_filled(make_recipe):
     recipe = make_recipe("block_causal", data={"max_length": 8})
-    parts = cut([*words(16), 9, EOS], recipe)
+    parts = cut([*words(14), 9, EOS], recipe)
     assert [(p.real, p.run, len(p.ids)) for p in parts] == [(8, 0, 8), (8, 0, 8), (2, 3, 4)]
 
 
@@ -339,7 +339,7 @@ def test_rows_are_numbered_and_the_same_each_time(make_recipe, tiny_tokenizer):
 def test_documents_held_out_are_never_trained_on(make_recipe, tiny_tokenizer):
     recipe = make_recipe("full", data={"max_length": 32})
     held_out = frozenset(content_key(tokenize(tiny_tokenizer, t, EOS)) for t in TEXTS[:3])
-    rows = packed(recipe, tiny_tokenizer, 60, skip=held_out)
+    rows = packed(recipe, tiny_tokenizer, 120, skip=held_out)
     seen = {piece.document for row in rows for piece in row}
     assert len(seen) == len(TEXTS) - 3 and not seen & held_out
 
@@ -366,7 +366,7 @@ def test_rows_of_real_stories_keep_every_token(shared_data, make_recipe):
     for text in texts:
         ids = tokenize(tokenizer, text, tokenizer.bos_token_id)  # stories end with <s>
         parts = cut(ids, recipe)
-        assert [t for p in parts for t in p.ids[: p.real]] == ids[: sum(p.real for p in parts)]
+        assert [t for p in parts for t in p.ids[1 : p.real]] == ids[1:]
         batch = collate(recipe, *[[p] for p in parts])
         assert float(batch["divisor"]) == pytest.approx(sum(p.real - 1 for p in parts))
         assert int(batch["ar_divisor"]) == sum(p.real - 1 for p in parts)
