@@ -13,6 +13,7 @@ from ar2diff.cli.main import main
 
 from ar2diff.config import Recipe, field_names, load_recipe, recipe_names
 
+ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     ["adapt"],
     ["generate"],
@@ -188,8 +189,8 @@ def test_recipes_cp_does_not_overwrite(run, tmp_path):
 
 def test_every_recipe_field_is_read_somewhere():
     sources = (
-        "\n".join(p.read_text() for p in Path("ar2diff").rglob("*.py") if p.name != "config.py")
-        + Path("cli/recipes.py").read_text()
+        "\n".join(p.read_text() for p in (ROOT / "ar2diff").rglob("*.py") if p.name != "config.py")
+        + (ROOT / "cli" / "recipes.py").read_text()
     )
     unread = [
         n

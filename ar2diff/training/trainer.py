@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from ..config import Recipe, Train
 from ..data import Collator, Rows, block_length_at
 from ..evaluation import suppressed_of
 from ..objective import cross_entropy, logits_at
-
-T_BINS = 4  # masked cross-entropy is logged by quarters of t
+from .meter import Meter
 
 
 class AdaptTrainer(Trainer):
@@ -36,7 +34,7 @@ class AdaptTrainer(Trainer):
     ):
         self.recipe, self.spec = recipe, checkpoint.spec
         self.suppressed = suppressed_of(checkpoint).to(args.device)
-        self._seen = _Meter(args.device)
+        self._seen = Meter(args.device)
         super().__init__(model=checkpoint.model, args=args, **kwargs)
 
     def compute_loss(
@@ -267,55 +265,3 @@ def _disable_dropout(model: Any) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-class _Meter:
-    """Sums over micro-batches since the last log, kept on the device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums = torch.zeros(2 * T_BINS + 7, dtype=torch.double, device=self.device)
-        self.start = time.monotonic()
-
-    @torch.no_grad()
-    def add(self, inputs: dict[str, Tensor], logits: Tensor, ce: Tensor) -> None:
-        masked = inputs["masked"]
-        bins = (inputs["t"][masked] * T_BINS).ceil().long().clamp(1, T_BINS) - 1
-        ce, coef = ce.double(), inputs["coef"][masked].double()
-        self.sums[:T_BINS].index_add_(0, bins, ce)
-        self.sums[T_BINS : 2 * T_BINS].index_add_(0, bins, torch.ones_like(ce))
-        right = (logits.argmax(-1) == inputs["x0"][masked]).sum()
-        eos = inputs["eos"][masked]
-        self.sums[2 * T_BINS :] += torch.stack(
-            [
-                right,
-                (coef * ce)[eos].sum(),
-                (coef * ce).sum(),
-                inputs["tokens"].double(),
-                *torch.zeros(3, device=self.device).double(),
-            ]
-        )
-
-    @torch.no_grad()
-    def add_ar(self, ce: Tensor) -> None:
-        self.sums[-3] += ce.sum()
-        self.sums[-2] += len(ce)
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        seconds = time.monotonic() - self.start
-        sums = accelerator.reduce(self.sums, "sum").tolist()
-        ce, count, rest = sums[:T_BINS], sums[T_BINS : 2 * T_BINS], sums[2 * T_BINS :]
-        right, eos, total, tokens, ar, ar_count, _ = rest
-        self.reset()
-        logs = {f"ce_t{(i + 1) / T_BINS:g}": ce[i] / count[i] for i in range(T_BINS) if count[i]}
-        if sum(count):
-            logs |= {
-                "masked_accuracy": right / sum(count),
-                "eos_share": eos / total if total else 0.0,
-            }
-        if ar_count:
-            logs["ar_loss"] = ar / ar_count
-        return {**logs, "tokens_per_second": tokens / max(seconds, 1e-9)}

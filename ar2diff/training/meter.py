@@ -1,0 +1,65 @@
+"""What training logs besides the loss: sums over micro-batches and ranks since the last log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+T_BINS = 4  # masked cross-entropy is logged by quarters of t
+SUMS = ("right", "eos_loss", "loss", "tokens", "ar_loss", "ar_tokens")
+
+
+class Meter:
+    """Accumulates on the device; `drain` reduces over ranks, returns the logs and starts afresh."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.ce, self.count = torch.zeros(2, T_BINS, dtype=torch.double, device=self.device)
+        self.sums = {name: self.ce.new_zeros(()) for name in SUMS}
+        self.start = time.monotonic()
+
+    @torch.no_grad()
+    def add(self, inputs: dict[str, Tensor], logits: Tensor, ce: Tensor) -> None:
+        """Masked tokens of a micro-batch.
+
+        Args:
+            inputs: of the collator. logits: [N, V]. ce: [N], cross-entropy of the masked tokens.
+        """
+        masked, ce = inputs["masked"], ce.double()
+        bins = (inputs["t"][masked] * T_BINS).ceil().long().clamp(1, T_BINS) - 1
+        self.ce.index_add_(0, bins, ce)
+        self.count.index_add_(0, bins, torch.ones_like(ce))
+        loss = inputs["coef"][masked] * ce
+        self.sums["right"] += (logits.argmax(-1) == inputs["x0"][masked]).sum()
+        self.sums["eos_loss"] += loss[inputs["eos"][masked]].sum()
+        self.sums["loss"] += loss.sum()
+        self.sums["tokens"] += inputs["tokens"]
+
+    @torch.no_grad()
+    def add_ar(self, ce: Tensor) -> None:
+        """Cross-entropy of the AR co-loss, [N]."""
+        self.sums["ar_loss"] += ce.sum()
+        self.sums["ar_tokens"] += len(ce)
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Logs since the last call: `ce_t*` by quarter of t, accuracy on masked tokens, EOS share
+        of the diffusion loss, AR loss in nats, tokens per second."""
+        seconds = time.monotonic() - self.start
+        packed = torch.cat([self.ce, self.count, torch.stack(list(self.sums.values()))])
+        values = accelerator.reduce(packed, "sum").tolist()
+        ce, count = values[:T_BINS], values[T_BINS : 2 * T_BINS]
+        sums = dict(zip(SUMS, values[2 * T_BINS :], strict=True))
+        self._reset()
+        logs = {f"ce_t{(i + 1) / T_BINS:g}": ce[i] / count[i] for i in range(T_BINS) if count[i]}
+        if sum(count):
+            logs["masked_accuracy"] = sums["right"] / sum(count)
+            logs["eos_share"] = sums["eos_loss"] / sums["loss"] if sums["loss"] else 0.0
+        if sums["ar_tokens"]:
+            logs["ar_loss"] = sums["ar_loss"] / sums["ar_tokens"]
+        return {**logs, "tokens_per_second": sums["tokens"] / max(seconds, 1e-9)}
