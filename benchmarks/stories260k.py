@@ -21,26 +21,30 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "stories260k.jsonl"
 BASE = 1.1302  # AR NLL of the unconverted model under the protocol
 
+FULL = ["convert.attention=full", "convert.block_length=null", "objective.ar_weight=0"]
+MIX = "[{path: tinystories/train, weight: 1}, {path: stories3M-samples, weight: 1}]"
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
-    "prediction same": ["convert.prediction=same"],
+    "full, same, 1/t / masked": [
+        *FULL, "convert.prediction=same", "objective.weight=1/t", "objective.normaliser=masked",
+    ],
+    "full, shift": FULL,
     "block_causal": ["convert.attention=block_causal", "objective.ar_weight=0"],
-    "full, shift": [
-        "convert.attention=full",
-        "convert.block_length=null",
-        "noise.time=sequence",
-        "objective.ar_weight=0",
+    "prediction same": ["convert.prediction=same"],
+    "reveal over 400 steps": ["anneal.kind=reveal", "anneal.steps=400"],
+    "grow 2, 4 over 400 steps": ["anneal.kind=grow", "anneal.steps=400", "anneal.lengths=[2, 4]"],
+    "AR weight 0.3, stories cut to pieces": ["objective.ar_weight=0.3", "data.overlong=split"],
+    "the same, 1/t, lr 3e-3": [
+        "objective.ar_weight=0.3", "data.overlong=split", "objective.weight=1/t",
+        "train.learning_rate=3e-3",
     ],
-    "full, same, 1/t": [
-        "convert.attention=full",
-        "convert.block_length=null",
-        "noise.time=sequence",
-        "objective.ar_weight=0",
-        "convert.prediction=same",
-        "objective.weight=1/t",
-        "objective.normaliser=masked",
-    ],
-}
+    "1/t, AR weight 2": ["objective.weight=1/t", "objective.ar_weight=2"],
+    "lr 3e-3": ["train.learning_rate=3e-3"],
+    "lr 3e-3, AR weight 1.5": ["train.learning_rate=3e-3", "objective.ar_weight=1.5"],
+    "16 rows, 800 steps": ["train.per_device_train_batch_size=16", "train.max_steps=800"],
+    "4 rows, 3200 steps": ["train.per_device_train_batch_size=4", "train.max_steps=3200"],
+    "sources 1:1": [f"data.sources={MIX}"],
+}  # fmt: skip
 
 
 def run(name: str, overrides: list[str], seed: int) -> dict:
