@@ -156,6 +156,43 @@ def test_gradient_of_accumulation_agrees_to_1e_6_in_float64(tiny_checkpoint, tex
         assert (a - b).abs().max() <= 1e-6 * a.abs().max()
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-6)], ids=str)
+@pytest.mark.parametrize("kind", ["none", "reveal"])
+def test_loss_and_gradient_do_not_depend_on_packing(
+    tiny_checkpoint, text_file, tmp_path, dtype, tolerance, kind
+):
+    anneal = {"kind": kind, "steps": 10 if kind == "reveal" else 0}
+    recipe = recipe_of(text_file, anneal=anneal, train={"max_steps": 10})
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    convert(checkpoint, recipe.convert, 32, True, 0)
+    checkpoint.model.to(dtype)
+    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+    trainer = make_trainer(checkpoint, recipe, rows, tmp_path, [])
+    parts = [piece for _, row in zip(range(6), rows._packed(), strict=False) for piece in row]
+    half = len(parts) // 2
+    layouts = {
+        "alone": [[(40 + i, [piece]) for i, piece in enumerate(parts)]],
+        "packed": [[(40, parts)]],
+        "two micro-batches": [[(40, parts[:half])], [(41, [piece]) for piece in parts[half:]]],
+    }
+    collate = Collator(recipe, checkpoint.spec.mask_token_id, rows_per_step=8)  # row 40 is of step 5: half the edges
+    losses, gradients = [], []
+    for batches in layouts.values():
+        made = [collate(batch) for batch in batches]
+        divisors = torch.stack(
+            [sum(b["divisor"] for b in made), sum(b["ar_divisor"] for b in made)]
+        )
+        checkpoint.model.zero_grad()
+        loss = sum(
+            trainer.compute_loss(checkpoint.model, b, num_items_in_batch=divisors) for b in made
+        )
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad.clone() for n, p in checkpoint.model.named_parameters()})
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=tolerance)
+    assert max(far_apart(gradients[0], other) for other in gradients[1:]) < tolerance
+
+
 def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
     common = [
         str(tiny_checkpoint),
