@@ -23,7 +23,7 @@ ELSEWHERE = {
 }
 
 
-def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(reference: str) -> dict[str, Any]:
     """Examine a checkpoint.
 
     Returns:
@@ -32,7 +32,7 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
     Raises:
         Ar2DiffError: it does not load at all, or its spec is not one we honour.
     """
-    checkpoint = load_checkpoint(reference, trust_remote_code=trust_remote_code)
+    checkpoint = load_checkpoint(reference, device="auto")
     spec, model, tokenizer = checkpoint.spec, checkpoint.model, checkpoint.tokenizer
     if spec is None:
         return {
@@ -66,7 +66,7 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
         ),
         (
             "the pad token is no end token",
-            tokenizer.pad_token_id not in _ids(generation.eos_token_id),
+            tokenizer.pad_token_id not in checkpoint.end_ids,
         ),
     ]
     return {
@@ -76,7 +76,3 @@ def inspect(reference: str, trust_remote_code: bool = False) -> dict[str, Any]:
         "elsewhere": ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
         "ok": all(ok for _, ok in checks),
     }
-
-
-def _ids(value: int | list[int] | None) -> list[int | None]:
-    return value if isinstance(value, list) else [value]

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, first_line
 from .spec import Spec, SpecError
 
 RUN_FILE = "ar2diff.json"  # provenance; its presence marks a folder as ours to overwrite
 WEIGHTS = "model.safetensors"
+FULL = 1 << 22  # bytes free under which a failed write is put down to a full disk
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a Hub id is asked for
+OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
+    RUN_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "additional_chat_templates", "checkpoints", "*.partial",
+]  # fmt: skip
 
 
 @dataclass
@@ -34,6 +40,15 @@ class Checkpoint:
     spec: Spec | None
     stored: dict[str, str]
     commit: str | None = None
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every id that ends a text; training ends documents with the first."""
+        for holder in (self.model.generation_config, self.model.config, self.tokenizer):
+            ids = getattr(holder, "eos_token_id", None)
+            if ids is not None and ids != []:
+                return ids if isinstance(ids, list) else [ids]
+        return []
 
 
 def find_checkpoint(reference: str) -> Path:
@@ -53,9 +68,8 @@ def find_checkpoint(reference: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
     except Exception as error:  # huggingface_hub, httpx and OS errors alike mean: not to be had
-        reason = str(error).strip().splitlines()[0]
         raise Ar2DiffError(
-            f"model {reference}: no such folder, and not to be had from the Hub ({reason})",
+            f"model {reference}: no folder, and not to be had from the Hub ({first_line(error)})",
             "check the name and the connection, or give a local folder",
         ) from error
 
@@ -85,7 +99,10 @@ def stored_dtypes(path: Path) -> dict[str, str]:
     """
     index = path / f"{WEIGHTS}.index.json"
     if index.is_file():
-        shards = sorted(set(_read_json(index, "")["weight_map"].values()))
+        names = _read_json(index, "").get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise Ar2DiffError(f"{index}: it has no weight_map", "download the checkpoint again")
+        shards = sorted(set(names.values()))
     else:
         shards = [WEIGHTS]
     if not (path / shards[0]).is_file():
@@ -118,16 +135,25 @@ def _header(file: Path) -> dict[str, str]:
             header = json.loads(stream.read(length))
         except ValueError:
             raise cut from None
-    header.pop("__metadata__", None)
-    if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
+    try:
+        header.pop("__metadata__", None)
+        ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
+        dtypes = {name: entry["dtype"] for name, entry in header.items()}
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise cut from None
+    if any(end > size for end in ends):
         raise cut
-    return {name: entry["dtype"] for name, entry in header.items()}
+    return dtypes
 
 
 def load_checkpoint(
-    reference: str, attn_implementation: str = "auto", trust_remote_code: bool = False
+    reference: str, attn_implementation: str = "auto", device: str | None = None
 ) -> Checkpoint:
-    """Load a checkpoint in float32, after every check that costs nothing.
+    """Load a checkpoint in float32 (float64 if stored so), after every check that costs nothing.
+
+    Args:
+        attn_implementation: `auto` is sdpa, or eager where the class lacks it.
+        device: None leaves the model on the CPU; `auto` puts it on the accelerator if there is one.
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
@@ -143,24 +169,23 @@ def load_checkpoint(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exceptions
         raise Ar2DiffError(
-            f"model {path}: its tokenizer does not load ({str(error).splitlines()[0]})",
+            f"model {path}: its tokenizer does not load ({first_line(error)})",
             "put the tokenizer's files beside the weights",
         ) from error
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=torch.float64 if "F64" in stored.values() else torch.float32,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
-            f"model {path}: does not load ({str(error).strip().splitlines()[0]})",
+            f"model {path}: does not load ({first_line(error)})",
             "check that config.json and the weights belong together",
         ) from error
     if report["missing_keys"] or report.get("mismatched_keys"):
@@ -181,6 +206,8 @@ def load_checkpoint(
             f"model {path}: mask_token_id {spec.mask_token_id} is out of range, {rows} rows",
             "convert the base model again",
         )
+    if device == "auto":
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None
     return Checkpoint(path, model.eval(), tokenizer, spec, stored, commit)
 
@@ -214,32 +241,45 @@ def staged(output_dir: Path) -> Iterator[Path]:
     os.umask(mask)
     existed = output_dir.is_dir()
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
-            file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
-            _sync(file)
-            file.replace(output_dir / file.name)
-    except OSError as error:
-        raise disk_error(output_dir, error) from error
-    except Exception as error:  # safetensors wraps an I/O error in its own class
-        if "No space left" in str(error):
-            raise disk_error(output_dir, OSError(errno.ENOSPC, "")) from error
-        raise
+        with disk_errors(output_dir):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o666 & ~mask)  # safetensors' are readable by their owner alone
+                    sync(file)
+            for entry in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+                if (output_dir / entry.name).is_dir():
+                    shutil.rmtree(output_dir / entry.name)
+                entry.replace(output_dir / entry.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and output_dir.is_dir() and not any(output_dir.iterdir()):
             output_dir.rmdir()
 
 
-def disk_error(path: Path, error: OSError) -> Ar2DiffError:
-    """What an error of the file system means to the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return Ar2DiffError(
-            f"{path}: the disk is full", "free some space; a run goes on with --resume"
-        )
-    return Ar2DiffError(f"{path}: {error.strerror or error}", "give another --output-dir")
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say what an error of the file system means to the user.
+
+    safetensors and torch wrap a full disk in classes of their own, so the disk is asked too.
+    """
+    full = Ar2DiffError(f"{path}: the disk is full", "free some space; a run goes on with --resume")
+    try:
+        yield
+    except Ar2DiffError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            raise full from error
+        if isinstance(error, OSError):
+            fix = "give another --output-dir"
+            raise Ar2DiffError(f"{path}: {error.strerror or error}", fix) from error
+        if shutil.disk_usage(_existing(path.resolve())).free < FULL:
+            raise full from error
+        raise
 
 
 def check_output(output_dir: Path, inputs: list[Path], resume: bool, overwrite: bool) -> None:
@@ -259,7 +299,8 @@ def check_output(output_dir: Path, inputs: list[Path], resume: bool, overwrite: 
             )
     if output_dir.exists() and not output_dir.is_dir():
         raise Ar2DiffError(f"output folder {output_dir} is a file", "give another --output-dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    # A run killed while it wrote its first file leaves a .partial one, which is nobody's loss.
+    if output_dir.is_dir() and any(p.suffix != ".partial" for p in output_dir.iterdir()):
         ours = (output_dir / RUN_FILE).is_file()
         if not (resume or overwrite):
             raise Ar2DiffError(
@@ -294,16 +335,25 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON beside and rename, so that no reader sees half a file."""
     beside = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(value, indent=2) + "\n")
-        _sync(beside)
-        beside.replace(path)
-    except OSError as error:
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(value, indent=2) + "\n")
+            sync(beside)
+            beside.replace(path)
+    finally:
         beside.unlink(missing_ok=True)
-        raise disk_error(path.parent, error) from error
 
 
-def _sync(file: Path) -> None:
+def clear_output(output_dir: Path) -> None:
+    """Remove what a run of ours left in a folder, and nothing else."""
+    with disk_errors(output_dir):
+        for pattern in OURS:
+            for entry in output_dir.glob(pattern):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def sync(file: Path) -> None:
+    """Have the system write a file to the disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

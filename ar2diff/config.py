@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, first_line
 
 
 class _Section(BaseModel):
@@ -168,12 +168,7 @@ class Recipe(_Section):
         if not isinstance(tree, dict) or not isinstance(tree.get("convert", {}), dict):
             return tree
         attention = tree.get("convert", {}).get("attention", "causal_context")
-        implied = []
-        if attention == "full":
-            implied = [("convert", "block_length", None), ("noise", "time", "sequence")]
-        if attention != "causal_context":
-            implied.append(("objective", "ar_weight", 0.0))
-        for section, key, value in implied:
+        for section, key, value in _implied(attention):
             if isinstance(tree.get(section, {}), dict):
                 tree = {**tree, section: {key: value, **tree.get(section, {})}}
         return tree
@@ -185,6 +180,16 @@ class Recipe(_Section):
             raise ValueError("noise.time is document or sequence for attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":
             raise ValueError("objective.ar_weight needs attention causal_context; set it to 0")
+        weighted = [source.weight is not None for source in self.data.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("data.sources: give every source a weight, or none")
+        if self.train.decay_steps and self.train.schedule != "wsd":
+            raise ValueError("train.decay_steps belongs to train.schedule wsd")
+        if self.train.schedule == "wsd" and self.train.max_steps:
+            if not 0 < self.train.decay_steps <= self.train.max_steps - self.train.warmup_steps:
+                raise ValueError(
+                    "train.schedule wsd needs decay_steps of 1 up to max_steps - warmup_steps"
+                )
         if not full and self.data.max_length % self.convert.block_length:
             raise ValueError("data.max_length must be a multiple of convert.block_length")
         if self.train.max_steps and self.anneal.steps > self.train.max_steps:
@@ -192,6 +197,16 @@ class Recipe(_Section):
         if any(not full and n > self.convert.block_length for n in self.anneal.lengths):
             raise ValueError("anneal.lengths must not exceed convert.block_length")
         return self
+
+
+def _implied(attention: Any) -> list[tuple[str, str, Any]]:
+    """(section, key, value) that an attention other than the default goes with."""
+    implied: list[tuple[str, str, Any]] = []
+    if attention == "full":
+        implied = [("convert", "block_length", None), ("noise", "time", "sequence")]
+    if attention != "causal_context":
+        implied.append(("objective", "ar_weight", 0.0))
+    return implied
 
 
 def recipe_names() -> list[str]:
@@ -209,10 +224,10 @@ def recipe_text(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return path.read_text()
-        except OSError as error:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise Ar2DiffError(
-                f"recipe {name}: {error.strerror}", "see 'ar2diff recipes ls'"
+                f"recipe {name}: {first_line(error)}", "see 'ar2diff recipes ls'"
             ) from None
     if name not in recipe_names():
         raise Ar2DiffError(
@@ -235,8 +250,13 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
         raise Ar2DiffError(f"{label}: {' '.join(str(error).split())}", "mend the YAML") from None
     if not isinstance(tree, dict):
         raise Ar2DiffError(f"{label}: a recipe is a mapping", "see 'ar2diff config schema'")
+    chosen = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         _apply(tree, override)
+    if "convert.attention" in chosen:  # another attention than the recipe's, and what goes with it
+        for section, key, value in _implied(tree["convert"]["attention"]):
+            if f"{section}.{key}" not in chosen:
+                tree.setdefault(section, {})[key] = value
     return parse_recipe(tree, label)
 
 
@@ -323,6 +343,8 @@ def _explain(error: Any, label: str) -> Ar2DiffError:
     section = ".".join(map(str, error["loc"][:-1]))
     names = list(field_names())
     inside = [n for n in names if n.startswith(f"{section}.")] if section else []
+    if "sources" in error["loc"]:
+        inside = [f"{section}.{name}" for name in Source.model_fields]
     near = difflib.get_close_matches(where, inside or names, 1, 0.5)
     near = near or [n for n in names if n.endswith(f".{error['loc'][-1]}")]
     near = near or difflib.get_close_matches(str(error["loc"][-1]), names, 1, 0.3)

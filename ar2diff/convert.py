@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .attention import layer_windows
 from .checkpoint import Checkpoint
 from .config import Convert
 from .errors import Ar2DiffError
@@ -43,7 +44,10 @@ def convert(
         _check_continuation(old, wanted)
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
         ar_mode = ar_mode and old.ar_mode
-    windowed = getattr(config.get_text_config(), "sliding_window", None) is not None
+    windowed = any(layer_windows(config.get_text_config(), "kept").values())
+    local_window = wanted.local_window if windowed else old.local_window if old else None
+    if local_window == "dropped":
+        _drop_windows(config.get_text_config())
     spec = Spec(
         format=FORMAT,
         noise="mask",
@@ -52,7 +56,7 @@ def convert(
         block_length=wanted.block_length,
         prediction=wanted.prediction,
         ar_mode=ar_mode,
-        local_window=wanted.local_window if windowed else None,
+        local_window=local_window,
         max_length=max_length,
     )
     write_spec(checkpoint, spec)
@@ -68,6 +72,8 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
         config.__dict__.pop("is_causal", None)  # plain engines run the AR model that it still is
     else:
         config.is_causal = False
+    ends = checkpoint.end_ids
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     generation.suppress_tokens = [spec.mask_token_id]
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id
     generation.max_new_tokens = None
@@ -76,14 +82,8 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
 
 def end_token(checkpoint: Checkpoint) -> int:
     """The id that ends a document: the first of `generation_config.eos_token_id`."""
-    for holder in (
-        checkpoint.model.generation_config,
-        checkpoint.model.config,
-        checkpoint.tokenizer,
-    ):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None and ids != []:
-            return ids[0] if isinstance(ids, list) else ids
+    if checkpoint.end_ids:
+        return checkpoint.end_ids[0]
     raise Ar2DiffError(
         f"model {checkpoint.path}: no end-of-text token is named",
         "set eos_token_id in its generation_config.json",
@@ -93,6 +93,13 @@ def end_token(checkpoint: Checkpoint) -> int:
 def context_length(config: Any) -> int | None:
     """Longest row the model takes, in tokens; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _drop_windows(config: Any) -> None:
+    """A stock forward of the converted model must not see the window that ours does not have."""
+    config.sliding_window = None
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * len(config.layer_types)
 
 
 def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
@@ -113,7 +120,8 @@ def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
 def _check_continuation(old: Spec, wanted: Convert) -> None:
     if wanted.reconvert:
         return
-    for name in ("attention", "prediction"):
+    names = ["attention", "prediction", *(["local_window"] if old.local_window else [])]
+    for name in names:
         if getattr(old, name) != getattr(wanted, name):
             raise Ar2DiffError(
                 f"the model is converted already, with {name} {getattr(old, name)}, "
@@ -140,6 +148,13 @@ def _add_mask_token(model: Any, tokenizer: Any, wanted: str | None, seed: int) -
         raise Ar2DiffError(
             f"convert.mask_token {token!r} is a word of the vocabulary",
             "name a special token, or null to let one be chosen",
+        )
+    busy = {*_as_list(model.generation_config.eos_token_id), tokenizer.pad_token_id}
+    busy |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    if known is not None and known in busy:
+        raise Ar2DiffError(
+            f"convert.mask_token {token!r} has another use (begin, end, pad or unknown)",
+            "name a special token that has none, or null to let one be chosen",
         )
     tokenizer.add_special_tokens({"mask_token": token})
     mask_token_id = tokenizer.mask_token_id
@@ -176,6 +191,7 @@ def _init_row(model: Any, row: int, tokens: int, seed: int) -> None:
     for weight in weights:
         weight[row] = 0
         noise = torch.randn(weight.shape[1], generator=generator)
+        noise = noise.to(weight)
         weight[row] = mean_of_others(weight) + ROW_NOISE * weight[:tokens].std() * noise
     if getattr(outputs, "bias", None) is not None:
         outputs.bias[row] = mean_of_others(outputs.bias)

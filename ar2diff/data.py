@@ -128,8 +128,8 @@ class Rows(IterableDataset):
             barren = 0 if found else barren + 1
             if barren > max(1000, 2 * self.documents.size):
                 raise Ar2DiffError(
-                    f"data: none of {barren:,} rows in turn has 2 tokens",
-                    "check the text field and the file",
+                    f"data: none of {barren:,} rows in turn has 2 tokens and is not held out",
+                    "check the text field and the file, or lower eval.rows",
                 )
 
 

@@ -49,10 +49,13 @@ def complete(
     context = context_length(checkpoint.model.config)
     if not ids:
         raise Ar2DiffError("the prompt has no token", "give a longer prompt")
-    if context is not None and len(ids) + max_new_tokens > context:
+    if spec is not None and spec.mask_token_id in ids:
+        raise Ar2DiffError("the prompt spells the mask token", "take it out")
+    block = (spec.block_length if spec and mode == "diffusion" else None) or 1
+    if context is not None and -(-(len(ids) + max_new_tokens) // block) * block > context:
         raise Ar2DiffError(
             f"{len(ids)} prompt and {max_new_tokens} new tokens exceed the context of {context}",
-            f"lower --max-new-tokens to {max(0, context - len(ids))}",
+            f"lower --max-new-tokens to {max(0, context // block * block - len(ids))}",
         )
     start = time.monotonic()
     decode = _diffusion if mode == "diffusion" else _left_to_right
@@ -71,12 +74,6 @@ def complete(
     }
 
 
-def end_ids(checkpoint: Checkpoint) -> list[int]:
-    """Every id that ends a text."""
-    ids = checkpoint.model.generation_config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
 def _diffusion(
     checkpoint: Checkpoint,
     ids: list[int],
@@ -91,7 +88,7 @@ def _diffusion(
         ids,
         max_new_tokens=max_new_tokens,
         suppressed=suppressed_of(checkpoint),
-        eos=end_ids(checkpoint),
+        eos=checkpoint.end_ids,
         threshold=threshold,
         temperature=temperature,
         seed=seed,

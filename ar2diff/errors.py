@@ -15,3 +15,9 @@ class Ar2DiffError(Exception):
         super().__init__(f"{what}\nfix: {fix}")
         self.what = what
         self.fix = fix
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .convert import context_length
 from .errors import Ar2DiffError
 from .likelihood import ar_nll, bound, scored
 from .objective import suppressed_ids
@@ -27,6 +28,16 @@ def windows(
             if limit is not None and len(rows) == limit:
                 break
     return rows
+
+
+def check_length(checkpoint: Checkpoint, length: int, name: str) -> None:
+    """Refuse windows longer than the model's context."""
+    context = context_length(checkpoint.model.config)
+    if context is not None and length > context:
+        raise Ar2DiffError(
+            f"{name} {length} is over the model's context of {context} tokens",
+            f"give at most {context}",
+        )
 
 
 def suppressed_of(checkpoint: Checkpoint) -> Any:
@@ -54,6 +65,7 @@ def evaluate(
     path = find_file(data)
     if path is None:
         raise Ar2DiffError(f"data {data}: no such file", "eval reads local files")
+    check_length(checkpoint, length, "--length")
     rows = windows(read_texts(path, field), checkpoint.tokenizer, length, limit)
     if not rows:
         raise Ar2DiffError(f"data {data}: no text has {length} tokens", "give a lower --length")

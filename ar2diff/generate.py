@@ -67,6 +67,8 @@ def denoise(
     """
     if not prompt:
         raise ValueError("the prompt has no token: position 0 is never predicted")
+    if spec.mask_token_id in prompt:
+        raise ValueError("the prompt holds the mask token")
     generator = torch.Generator().manual_seed(seed)
     total = len(prompt) + max_new_tokens
     size = spec.block_length or total

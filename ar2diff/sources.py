@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from .config import Source
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, first_line
 from .noise import keyed_generator
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
@@ -29,7 +30,7 @@ def find_file(path: str) -> Path | None:
         base = root / Path(path).expanduser()
         if base.is_file():
             return base
-        named = [p for s in SUFFIXES if (p := base.with_name(base.name + s)).is_file()]
+        named = [p for s in SUFFIXES if (p := Path(f"{base}{s}")).is_file()]
         if named:
             return named[0]
         if base.is_dir():
@@ -40,7 +41,7 @@ def find_file(path: str) -> Path | None:
                 f"data {path}: the folder holds {len(inside)} data files, wanted one",
                 f"name one of {', '.join(p.name for p in inside) or SUFFIXES}",
             )
-    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise Ar2DiffError(
             f"data {path}: no such file", f"give a {', '.join(SUFFIXES)} file or a Hub data set"
         )
@@ -62,8 +63,8 @@ def read_texts(path: Path, field: str) -> list[str]:
             opened = gzip.open if path.name.endswith(".gz") else open
             with opened(path, "rt", encoding="utf-8") as file:
                 lines = list(file)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise Ar2DiffError(f"data {path}: {error}", "check the file") from None
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise Ar2DiffError(f"data {path}: {first_line(error)}", "check the file") from None
         if ".jsonl" in path.name:
             texts = [
                 _text(_json(line, path, row), field, path, row)
@@ -110,6 +111,12 @@ def _text(row: Any, field: str, path: Path | str, number: int) -> str:
             f"data {path}: row {number}: {field!r} is {type(row[field]).__name__}, wanted text",
             "name another field with --text-field",
         )
+    try:
+        row[field].encode()
+    except UnicodeEncodeError:
+        raise Ar2DiffError(
+            f"data {path}: row {number}: {field!r} is not valid Unicode", "mend or remove the row"
+        ) from None
     return row[field]
 
 
@@ -174,7 +181,7 @@ class Documents:
             )
         except Exception as error:  # any of a dozen classes of datasets, huggingface_hub, httpx
             raise Ar2DiffError(
-                f"data {source.path}: {str(error).splitlines()[0]}",
+                f"data {source.path}: {first_line(error)}",
                 "check the name and the connection, or give a local file",
             ) from error
         if self.streaming:

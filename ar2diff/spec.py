@@ -52,22 +52,22 @@ class Spec:
     max_length: int
 
     def __post_init__(self) -> None:
-        if type(self.format) is not int or self.format > FORMAT:
+        if type(self.format) is int and self.format > FORMAT:
             raise SpecError(
                 f"config.json: diffusion.format is {self.format!r}, this version reads {FORMAT}",
                 "upgrade ar2diff to the version that wrote the checkpoint",
             )
         for name, allowed in (
-            ("format", (FORMAT,)),
             ("noise", NOISES),
             ("attention", ATTENTIONS),
             ("prediction", PREDICTIONS),
             ("local_window", LOCAL_WINDOWS),
-            ("ar_mode", (True, False)),
         ):
             if getattr(self, name) not in allowed:
                 raise _bad(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
-        for name in ("mask_token_id", "max_length"):
+        if type(self.ar_mode) is not bool:
+            raise _bad("ar_mode", self.ar_mode, "true or false")
+        for name in ("format", "mask_token_id", "max_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "a whole number")
         if self.attention == "full":
@@ -87,8 +87,11 @@ class Spec:
         block = config.get("diffusion")
         if block is None:
             return None
+        if not isinstance(block, Mapping):
+            raise SpecError("config.json: diffusion is not a mapping", "convert the base again")
         names = [field.name for field in fields(cls)]
-        if block.get("format", 0) > FORMAT:  # before its keys, which we cannot know
+        version = block.get("format", 0)
+        if type(version) is int and version > FORMAT:  # before its keys, which we cannot know
             cls(**{name: block.get(name) for name in names})
         for key in block:
             if key not in names:

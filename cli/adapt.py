@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, HELP_TRUST, quiet, report
+from .output import HELP_JSON, quiet, report
 
 
 def adapt(
@@ -29,9 +29,6 @@ def adapt(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=HELP_TRUST)
-    ] = False,
 ) -> None:
     """Turn an autoregressive checkpoint into a diffusion model.
 
@@ -69,7 +66,8 @@ def adapt(
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
-        trust_remote_code=trust_remote_code,
     )
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        if not as_json:
+            result = {k: v for k, v in result.items() if k not in ("recipe", "versions")}
         report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)

@@ -6,15 +6,12 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, HELP_TRUST, quiet, report
+from .output import HELP_JSON, quiet, report
 
 
 def check(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=HELP_TRUST)
-    ] = False,
 ) -> None:
     """Say what a checkpoint is, whether it does what its spec promises, and who decodes it wrongly.
 
@@ -23,7 +20,7 @@ def check(
     quiet()
     from ..check import inspect
 
-    result = inspect(model, trust_remote_code)
+    result = inspect(model)
     if as_json:
         report(result, True)
     else:

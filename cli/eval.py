@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, HELP_TRUST, quiet, report
+from .output import HELP_JSON, quiet, report
 
 
 def evaluate_command(
@@ -22,9 +22,6 @@ def evaluate_command(
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=HELP_TRUST)
-    ] = False,
 ) -> None:
     """Likelihood on held-out text: the diffusion bound with its error, the AR mode's NLL.
 
@@ -34,7 +31,7 @@ def evaluate_command(
     from ..checkpoint import load_checkpoint
     from ..evaluation import evaluate
 
-    checkpoint = load_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = load_checkpoint(model, device="auto")
     result = evaluate(
         checkpoint, data, field=text_field, length=length, samples=samples, limit=limit, seed=seed
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, HELP_TRUST, quiet, report
+from .output import HELP_JSON, quiet, report
 
 
 class Mode(StrEnum):
@@ -30,15 +30,12 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=HELP_TRUST)
-    ] = False,
 ) -> None:
     """Write text with a converted model.
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
-    from ..errors import Ar2DiffError
+    from ..errors import Ar2DiffError, first_line
 
     if (prompt is None) == (prompts_file is None):
         raise Ar2DiffError(
@@ -51,8 +48,8 @@ def generate(
                 for line in prompts_file.read_text(encoding="utf-8").splitlines()
                 if line.strip()
             ]
-        except OSError as error:
-            raise Ar2DiffError(f"{prompts_file}: {error.strerror}", "check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Ar2DiffError(f"{prompts_file}: {first_line(error)}", "check the file") from None
         if not prompts:
             raise Ar2DiffError(f"{prompts_file}: no prompt in it", "write one prompt a line")
     else:
@@ -61,7 +58,7 @@ def generate(
     from ..checkpoint import load_checkpoint
     from ..decoding import complete
 
-    checkpoint = load_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = load_checkpoint(model, device="auto")
     results = [
         complete(
             checkpoint,

@@ -18,6 +18,8 @@ from .eval import evaluate_command
 from .generate import generate
 from .recipes import recipes_app
 
+USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
+
 app = typer.Typer(
     help="Convert autoregressive language models into diffusion language models.",
     no_args_is_help=True,
@@ -72,4 +74,12 @@ def boundary() -> Iterator[None]:
 def main() -> None:
     """Run the command line."""
     with boundary():
-        app()
+        try:
+            sys.exit(app(standalone_mode=False) or 0)
+        except USAGE as error:
+            context = error.ctx
+            if context and type(error).__name__ == "NoArgsIsHelpError":
+                print(context.get_help())
+                sys.exit(0)
+            path = context.command_path if context else "ar2diff"
+            raise Ar2DiffError(error.format_message(), f"see '{path} --help'") from None

@@ -8,7 +8,6 @@ import os
 from typing import Any
 
 HELP_JSON = "Print one JSON object on stdout."
-HELP_TRUST = "Dangerous: run Python code that the model's repository carries."
 
 
 def quiet() -> None:
@@ -36,7 +35,7 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(item, dict):
             lines += [f"{indent}{name}:", *_lines(item, indent + "  ")]
         else:
-            shown = f"{item:.4f}" if isinstance(item, float) else item
+            shown = f"{item:.4g}" if isinstance(item, float) else item
             lines.append(f"{indent}{name}: {shown}")
     return lines
 

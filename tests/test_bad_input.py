@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ def fails(monkeypatch, capsys, tmp_path):
         captured = capsys.readouterr()
         assert stop.value.code == 2
         assert captured.out == ""
-        lines = captured.err.strip().splitlines()
+        lines = [li for li in captured.err.strip().splitlines() if not li.startswith("step ")]
         assert len(lines) == 2, captured.err
         assert lines[0].startswith("error: ")
         assert lines[1].startswith("  fix: ")
@@ -275,3 +276,121 @@ def test_converted_model_refuses_another_attention(fails, tmp_path, tiny_checkpo
         "convert.attention=block_causal",
     )
     assert "converted already, with attention causal_context" in said
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["adapt"], "Missing argument"),
+        (["adapt", "x", "--max-steps", "many"], "--max-steps"),
+        (["generate", "x", "--prompt", "a", "--mode", "sideways"], "--mode"),
+        (["translate"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_two_lines_too(fails, arguments, said):
+    assert said in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    "setting,said",
+    [
+        ("train.report_to=wandbb", "train.report_to wandbb"),
+        ("convert.mask_token='</s>'", "has another use"),
+        ("data.sources=[{path: a, weight: 1}, {path: b}]", "every source a weight, or none"),
+        ("train.decay_steps=5", "belongs to train.schedule wsd"),
+        ("train.schedule=wsd", "needs decay_steps"),
+        ("eval.steps=1", "no text has the 128 tokens"),
+        ("objective.wieght=1/t", "Did you mean objective.weight?"),
+    ],
+)
+def test_settings_that_contradict_the_run(adapts_not, tiny_checkpoint, setting, said, request):
+    if setting.startswith("data.sources"):
+        assert said in request.getfixturevalue("fails")("adapt", tiny_checkpoint, setting)
+    else:
+        assert said in adapts_not(tiny_checkpoint, setting)
+
+
+def test_rows_of_evaluation_over_the_context(fails, adapts_not, tiny_checkpoint, write_jsonl):
+    data = write_jsonl("a.jsonl", [{"text": "the cat"}])
+    assert "context of 512" in fails("eval", tiny_checkpoint, "--data", data, "--length", 1024)
+    assert "context of 512" in adapts_not(tiny_checkpoint, "eval.steps=1", "eval.length=1024")
+
+
+def test_damaged_bytes_in_a_gz(adapts_not, tiny_checkpoint, tmp_path):
+    packed = bytearray(gzip.compress(b'{"text": "the cat sat on the mat"}\n' * 50, mtime=0))
+    packed[20:30] = b"\xff" * 10
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert "a.jsonl.gz" in adapts_not(tiny_checkpoint, data=tmp_path / "a.jsonl.gz")
+
+
+def test_text_that_is_no_unicode(adapts_not, tiny_checkpoint, write_jsonl):
+    data = write_jsonl("a.jsonl", [{"text": "one"}, '{"text": "\\ud800"}'])
+    assert "row 2: 'text' is not valid Unicode" in adapts_not(tiny_checkpoint, data=data)
+
+
+def test_binary_file_as_recipe_or_prompts(fails, tmp_path, tiny_checkpoint):
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "recipe" in fails("adapt", tiny_checkpoint, "--recipe", tmp_path / "a.yaml")
+    assert "a.yaml" in fails("generate", tiny_checkpoint, "--prompts-file", tmp_path / "a.yaml")
+
+
+def test_index_without_its_map(adapts_not, broken):
+    (broken / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in adapts_not(broken)
+
+
+def test_config_of_the_wrong_type(adapts_not, broken):
+    change_json(broken / "config.json", hidden_size="wide")
+    assert "does not load" in adapts_not(broken)
+
+
+@pytest.mark.parametrize("block", [{"format": "2"}, {"format": None}, [1]])
+def test_spec_of_a_wrong_type(fails, tmp_path, tiny_checkpoint, block):
+    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    old = json.loads((folder / "config.json").read_text())["diffusion"]
+    change_json(
+        folder / "config.json", diffusion={**old, **block} if isinstance(block, dict) else block
+    )
+    assert "diffusion" in fails("check", folder)
+
+
+def test_prompt_that_spells_the_mask_token(fails, tmp_path, tiny_checkpoint):
+    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    assert "spells the mask token" in fails("generate", folder, "--prompt", "a <|mask|> b")
+
+
+def test_answer_over_the_context_names_what_fits(fails, tmp_path, tiny_checkpoint):
+    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    said = fails("generate", folder, "--prompt", "the cat", "--max-new-tokens", 600)
+    assert "--max-new-tokens to 504" in said
+
+
+def test_overwrite_takes_away_what_is_ours_and_leaves_the_rest(tmp_path, tiny_checkpoint):
+    from ar2diff.config import load_recipe
+    from ar2diff.training.adapt import adapt
+
+    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints").mkdir()
+    adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0"]), folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("unexpected pos 64 vs 0"),
+    ],
+    ids=str,
+)
+def test_disk_full_at_a_checkpoint_leaves_nothing_to_mistake(
+    adapts_not, tiny_checkpoint, monkeypatch, error
+):
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    monkeypatch.setattr("ar2diff.checkpoint.FULL", 1 << 62)  # as if no byte were free
+    assert "the disk is full" in adapts_not(tiny_checkpoint, "train.logging_steps=1000")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ar2diff.checkpoint import load_checkpoint, read_spec, stored_dtypes
@@ -261,6 +261,51 @@ def test_a_converted_model_keeps_what_the_recipe_leaves_open(save_tiny, tmp_path
     )
     adapt(str(tmp_path / "b"), asked, tmp_path / "c")
     assert read_spec(tmp_path / "c").attention == "full"
+
+
+def test_a_dropped_window_is_gone_for_a_stock_forward_too(save_tiny, tmp_path):
+    base = save_tiny("mistral_window")
+    adapt(str(base), only_convert("convert.local_window=dropped"), tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert model.config.sliding_window is None
+    assert read_spec(tmp_path / "a").local_window == "dropped"
+    ids = torch.arange(3, 43)[None]
+    moved = ids.clone()
+    moved[0, 0] = 50
+    assert (model(ids).logits - model(moved).logits)[0, -1].abs().max() > 0
+    adapt(str(tmp_path / "a"), only_convert(), tmp_path / "b")
+    assert read_spec(tmp_path / "b").local_window == "dropped"
+
+
+def test_doubles_stay_doubles(save_tiny, tmp_path):
+    base = save_tiny("llama", dtype=torch.float64)
+    weights = load_file(base / "model.safetensors")
+    weights = {n: w + 1e-12 * torch.randn_like(w) for n, w in weights.items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    adapt(str(base), only_convert(), tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[n][: len(w)], w) for n, w in weights.items())
+
+
+def test_several_chat_templates_come_along(save_tiny, tmp_path):
+    base = save_tiny("llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "tools {{ messages }}"}
+    tokenizer.save_pretrained(base)
+    adapt(str(base), only_convert(), tmp_path / "out")
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {
+        "default",
+        "tool_use",
+    }
+
+
+def test_training_leaves_use_cache_as_it_was(save_tiny, tmp_path, write_jsonl):
+    data = write_jsonl("a.jsonl", [{"text": "the cat sat on the mat"}] * 8)
+    recipe = load_recipe(
+        None, ["train.max_steps=1", "data.max_length=32", f"data.sources=[{data}]"]
+    )
+    adapt(str(save_tiny("llama")), recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
 
 
 def test_a_document_ends_with_the_first_end_token(shared_data):

@@ -175,7 +175,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(
         "packed": [[(40, parts)]],
         "two micro-batches": [[(40, parts[:half])], [(41, [piece]) for piece in parts[half:]]],
     }
-    collate = Collator(recipe, checkpoint.spec.mask_token_id, rows_per_step=8)  # row 40 is of step 5: half the edges
+    collate = Collator(
+        recipe, checkpoint.spec.mask_token_id, rows_per_step=8
+    )  # row 40 is of step 5: half the edges
     losses, gradients = [], []
     for batches in layouts.values():
         made = [collate(batch) for batch in batches]
@@ -412,6 +414,16 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
 
 
+def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
+    from ar2diff.errors import Ar2DiffError
+
+    recipe = recipe_of(text_file, train={"max_steps": 1})
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
+    monkeypatch.setattr("ar2diff.training.adapt.rows_per_step", lambda train: 16)
+    with pytest.raises(Ar2DiffError, match="another rows_per_step: 8, now 16"):
+        adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
+
+
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
 @pytest.mark.parametrize("kind", ["none", "reveal", "grow"])
 def test_every_attention_trains_under_every_anneal(
@@ -482,7 +494,7 @@ def test_what_is_logged(tiny_checkpoint, text_file, tmp_path):
 
 def test_a_piece_cut_from_a_document_has_no_eos_run(text_file):
     recipe = recipe_of(text_file)
-    first, last = pieces(list(range(3, 43)), 0, 2, recipe, 0)
+    first, last = pieces(list(range(3, 42)), 0, 2, recipe, 0)
     assert (first.run, len(first.ids)) == (0, 32)
     assert isinstance(last, Piece)
     assert last.run == 1

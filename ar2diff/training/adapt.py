@@ -20,6 +20,7 @@ from ..checkpoint import (
     Checkpoint,
     check_disk,
     check_output,
+    clear_output,
     find_checkpoint,
     load_checkpoint,
     read_spec,
@@ -29,8 +30,8 @@ from ..checkpoint import (
 from ..config import Recipe, with_values
 from ..convert import convert, end_token, write_spec
 from ..data import Rows, tokenize
-from ..errors import Ar2DiffError
-from ..evaluation import score, windows
+from ..errors import Ar2DiffError, first_line
+from ..evaluation import check_length, score, windows
 from ..noise import content_key
 from ..probe import probe
 from ..sources import Documents, find_file, read_texts
@@ -38,7 +39,7 @@ from ..spec import Spec
 from .callbacks import Watch
 from .trainer import checkpoints, make_collator, make_trainer, rows_per_step
 
-STATE_COPIES = 4  # bytes on disk of a checkpoint, in copies of the float32 weights
+STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Plan:
     recipe: Recipe
     rows: Rows | None
     eval_rows: list[list[int]]
+
+    def bytes_needed(self) -> int:
+        """Bytes that the run will write: the result, and its training checkpoints."""
+        files = self.checkpoint.path.glob("*.safetensors")
+        result = int(1.1 * sum(file.stat().st_size for file in files))
+        if not self.recipe.train.max_steps:
+            return result
+        parameters = sum(p.numel() for p in self.checkpoint.model.parameters())
+        return result + STATE_BYTES * parameters * (self.recipe.train.save_total_limit + 1)
 
     def summary(self) -> dict[str, Any]:
         """What the run will be, for people and for `--json`."""
@@ -74,7 +84,6 @@ def adapt(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Convert a checkpoint and train it until it denoises.
 
@@ -97,26 +106,21 @@ def adapt(
     main = os.environ.get("RANK", "0") == "0"
     if main:
         check_output(output_dir, inputs, resume, overwrite)
-    plan = make_plan(model, recipe, trust_remote_code)
+    plan = make_plan(model, recipe)
     recipe = plan.recipe
-    needed = (
-        STATE_COPIES
-        * 4
-        * plan.summary()["parameters"]
-        * (recipe.train.save_total_limit + 1 if recipe.train.max_steps else 1)
-    )
-    check_disk(output_dir, needed)
+    check_disk(output_dir, plan.bytes_needed())
     if dry_run:
         return plan.summary()
     record = {
         "ar2diff": __version__,
-        "base_model": model,
+        "base_model": model.rstrip("/"),
         "base_commit": plan.checkpoint.commit,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
         "recipe": recipe.model_dump(mode="json"),
         **plan.summary(),
     }
+    fresh = not output_dir.exists()
     if main:
         _claim(output_dir, record, resume, overwrite)
     if resume and (output_dir / "config.json").is_file():
@@ -128,20 +132,23 @@ def adapt(
             save(plan.checkpoint, output_dir, record)
     except BaseException:
         if main and not checkpoints(output_dir / "checkpoints"):
-            shutil.rmtree(output_dir, ignore_errors=True)  # it holds nothing to resume from
+            clear_output(output_dir)  # it holds nothing to resume from
+            if fresh:
+                output_dir.rmdir()
         raise
     return record
 
 
-def make_plan(model: str, recipe: Recipe, trust_remote_code: bool = False) -> Plan:
+def make_plan(model: str, recipe: Recipe) -> Plan:
     """Load, convert in memory, probe, open the data. Writes nothing."""
     recipe = _continued(recipe, read_spec(find_checkpoint(model)))
+    _check_trackers(recipe.train.report_to)
     documents = None
     if recipe.train.max_steps:  # a bad row is found before the model is loaded
         documents = Documents(
             recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
         )
-    checkpoint = load_checkpoint(model, recipe.train.attn_implementation, trust_remote_code)
+    checkpoint = load_checkpoint(model, recipe.train.attn_implementation)
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
@@ -167,8 +174,23 @@ def _continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     if spec is None:
         return recipe
     chosen = recipe.convert.model_fields_set
-    names = ("attention", "block_length", "prediction")
+    names = ["attention", "block_length", "prediction"]
+    names += ["local_window"] if spec.local_window else []
     return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
+
+
+def _check_trackers(report_to: str) -> None:
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    if report_to in ("none", "all"):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks([report_to]):
+            callback()
+    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise Ar2DiffError(
+            f"train.report_to {report_to}: {first_line(error)}", "install it, or set none"
+        ) from None
 
 
 def _eval_rows(
@@ -178,19 +200,31 @@ def _eval_rows(
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
     if not wanted.steps:
         return [], frozenset()
+    check_length(checkpoint, wanted.length, "eval.length")
     if wanted.data is not None:
         path = find_file(wanted.data)
         if path is None:
             raise Ar2DiffError(f"eval.data {wanted.data}: no such file", "give a local file")
-        texts = read_texts(path, recipe.data.text_field)
-        return windows(texts, tokenizer, wanted.length, wanted.rows), frozenset()
+        rows = windows(
+            read_texts(path, recipe.data.text_field), tokenizer, wanted.length, wanted.rows
+        )
+        return _some(rows, wanted.length), frozenset()
     texts = [
         text
         for text in documents.first(20 * wanted.rows)
         if len(tokenizer(text).input_ids) >= wanted.length
     ][: wanted.rows]
     keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
-    return windows(texts, tokenizer, wanted.length, wanted.rows), keys
+    rows = windows(texts, tokenizer, wanted.length, wanted.rows)
+    return _some(rows, wanted.length), keys
+
+
+def _some(rows: list[list[int]], length: int) -> list[list[int]]:
+    if not rows:
+        raise Ar2DiffError(
+            f"eval: no text has the {length} tokens of eval.length", "lower eval.length"
+        )
+    return rows
 
 
 def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -198,7 +232,7 @@ def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bo
     claimed = output_dir / RUN_FILE
     if resume and claimed.is_file():
         old = json.loads(claimed.read_text())
-        for name in ("recipe", "base_model"):
+        for name in ("recipe", "base_model", "rows_per_step"):
             if old.get(name) != json.loads(json.dumps(record[name])):
                 raise Ar2DiffError(
                     f"{output_dir} was started with another {name}{_difference(old, record, name)}",
@@ -206,13 +240,13 @@ def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bo
                 )
         return
     if overwrite and output_dir.is_dir():
-        shutil.rmtree(output_dir)
+        clear_output(output_dir)
     write_json(claimed, record)
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
     if name != "recipe":
-        return f": {old.get(name)}"
+        return f": {old.get(name)}, now {new[name]}"
     for section, values in new["recipe"].items():
         before = old["recipe"].get(section)
         if before != values and isinstance(values, dict) and isinstance(before, dict):
@@ -224,6 +258,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
 
 def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     run_dir = output_dir / "checkpoints"
+    use_cache = plan.checkpoint.model.config.use_cache  # which the Trainer turns off
     watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
     trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
     watch.trainer = trainer
@@ -231,6 +266,7 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
         shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # of a killed run
     done = checkpoints(run_dir)
     trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
+    plan.checkpoint.model.config.use_cache = use_cache
     plan.checkpoint.model.eval()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen}
     if plan.eval_rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..attention import lay_out, model_mask, reading_slot, reveal_edges
-from ..checkpoint import Checkpoint, disk_error
+from ..checkpoint import Checkpoint, disk_errors, sync
 from ..config import Recipe, Train
 from ..data import Collator, Rows, block_length_at
 from ..evaluation import suppressed_of
@@ -129,9 +129,8 @@ class AdaptTrainer(Trainer):
         stage = run_dir / ".partial"
         self.args.output_dir = str(stage)
         try:
-            super()._save_checkpoint(model, trial)
-        except OSError as error:
-            raise disk_error(run_dir, error) from error
+            with disk_errors(run_dir):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(run_dir)
         self.accelerator.wait_for_everyone()
@@ -184,6 +183,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         # Every rank reads the stream and takes its own batches of it; nothing is broadcast.
         accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     )
@@ -222,8 +222,7 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
     stage, name = run_dir / ".partial", f"checkpoint-{step}"
     for file in (stage / name).rglob("*"):
         if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync(file)
     if (run_dir / name).exists():
         (run_dir / name).replace(stage / f"old-{name}")
     (stage / name).replace(run_dir / name)
