@@ -133,7 +133,7 @@ def adapt(
     except BaseException:
         if main and not checkpoints(output_dir / "checkpoints"):
             clear_output(output_dir)  # it holds nothing to resume from
-            if fresh:
+            if fresh and not any(output_dir.iterdir()):
                 output_dir.rmdir()
         raise
     return record
