@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
     "reveal over 400 steps": ["anneal.kind=reveal", "anneal.steps=400"],
     "grow 2, 4 over 400 steps": ["anneal.kind=grow", "anneal.steps=400", "anneal.lengths=[2, 4]"],
     "AR weight 0.3, stories cut to pieces": ["objective.ar_weight=0.3", "data.overlong=split"],
-    "the same, 1/t, lr 3e-3": [
+    "AR weight 0.3, pieces, 1/t, lr 3e-3": [
         "objective.ar_weight=0.3", "data.overlong=split", "objective.weight=1/t",
         "train.learning_rate=3e-3",
     ],

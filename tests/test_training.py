@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -250,6 +250,7 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
         "train.max_steps=240",
         "train.per_device_train_batch_size=4",
         "train.save_steps=3",
+        "train.logging_steps=1",
         "train.learning_rate=0.003",
         "anneal.kind=reveal",
         "anneal.steps=200",
@@ -258,33 +259,34 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
         "eval.rows=4",
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
     subprocess.run(
         [*arguments, "--output-dir", folder / "whole"], check=True, env=env, capture_output=True
     )
-    seconds = time.monotonic() - start
-    rng = random.Random(seed)
-    print(f"kill seed {seed}")
-    killed = 0
-    for _ in range(kills):
+    rng, run_dir = random.Random(seed), folder / "killed" / "checkpoints"
+    steps = sorted(rng.sample(range(2, 236), kills))
+    print(
+        f"kill seed {seed}: SIGKILL after steps {steps}, every second one while a file is written"
+    )
+    for number, step in enumerate(steps):
         process = subprocess.Popen(
             [*arguments, "--output-dir", folder / "killed", "--resume"],
             env=env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            text=True,
             start_new_session=True,
         )
-        try:
-            process.wait(timeout=rng.uniform(0.4, 0.95) * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-        for saved in (folder / "killed" / "checkpoints").glob("checkpoint-*"):
+        for line in process.stderr:
+            if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
+                break
+        while number % 2 and process.poll() is None and not (run_dir / ".partial").exists():
+            pass  # saving comes every third step
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        for saved in run_dir.glob("checkpoint-*"):
             assert (saved / "trainer_state.json").is_file()
             assert load_file(saved / "model.safetensors")
             torch.load(saved / "optimizer.pt", weights_only=True)
-    assert killed
     subprocess.run(
         [*arguments, "--output-dir", folder / "killed", "--resume"],
         check=True,
