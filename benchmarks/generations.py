@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--words", type=int, default=14, help="words of a story that are the prompt")
+    parser.add_argument(
+        "--words", type=int, default=14, help="words of a story that are the prompt"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--threshold", type=float, default=0.9)
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from ar2diff.config import Recipe
+from ar2diff.spec import Spec
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 
@@ -174,3 +175,18 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_spec(attention="causal_context", block_length=4, prediction="shift", mask_token_id=MASK):
+    """The spec of a tiny model."""
+    return Spec(
+        format=1,
+        noise="mask",
+        mask_token_id=mask_token_id,
+        attention=attention,
+        block_length=None if attention == "full" else block_length,
+        prediction=prediction,
+        ar_mode=attention == "causal_context",
+        local_window=None,
+        max_length=64,
+    )

@@ -6,7 +6,7 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from conftest import CLASSES, MASK, WINDOW, build_model
+from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from numpy.polynomial.legendre import leggauss
 
 from ar2diff import likelihood
@@ -14,7 +14,6 @@ from ar2diff.attention import lay_out, model_mask, reading_slot, reveal_edges
 from ar2diff.likelihood import ar_nll, bound, masked_nll
 from ar2diff.noise import corrupt, keyed_generator
 from ar2diff.objective import cross_entropy, logits_at, suppressed_ids, time_weights
-from ar2diff.spec import Spec
 
 BLOCK = 4
 SUPPRESSED = suppressed_ids(MASK, 64, 64)
@@ -26,17 +25,7 @@ LONG = [1, 17, 42, 5, 33, 8, 60, 21, 9, 50]  # blocks of 3, 4 and 2 maskable tok
 
 
 def spec(attention="full", block_length=BLOCK, prediction="shift", mask_token_id=MASK):
-    return Spec(
-        1,
-        "mask",
-        mask_token_id,
-        attention,
-        None if attention == "full" else block_length,
-        prediction,
-        attention == "causal_context",
-        None,
-        64,
-    )
+    return tiny_spec(attention, block_length, prediction, mask_token_id)
 
 
 # The oracle: raw forwards of [clean prefix | noisy block] under a mask written here

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CLASSES, MASK
+from conftest import CLASSES, MASK, tiny_spec
 
 from ar2diff.attention import PADDING, lay_out, model_mask, reading_slot
 from ar2diff.data import Collator, Piece
@@ -18,23 +18,8 @@ from ar2diff.objective import (
     suppressed_ids,
     time_weights,
 )
-from ar2diff.spec import Spec
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
-
-
-def spec(attention="causal_context", block_length=4, prediction="shift", mask_token_id=MASK):
-    return Spec(
-        1,
-        "mask",
-        mask_token_id,
-        attention,
-        None if attention == "full" else block_length,
-        prediction,
-        attention == "causal_context",
-        None,
-        64,
-    )
 
 
 def words(*size, seed=0):
@@ -122,7 +107,7 @@ def test_the_gradient_does_not_depend_on_the_batch_split(
     )
     rows = [(i, [piece(4 * (1 + i), seed=i, run=1 + i % 3)]) for i in range(4)]
     model = copy.deepcopy(tiny_model("llama"))
-    contract = spec(attention, recipe.convert.block_length)
+    contract = tiny_spec(attention, recipe.convert.block_length)
 
     def gradient(parts):
         batches = [Collator(recipe, MASK, rows_per_step=4)(part) for part in parts]
@@ -312,7 +297,7 @@ def test_perturbing_the_mask_logit_changes_nothing(tiny_model, attention, predic
     """The head's row of the mask may say what it likes (the head is not tied)."""
     model = copy.deepcopy(tiny_model("llama"))
     batch, suppressed = batch_of(attention), suppressed_ids(MASK, 64, 64)
-    contract = spec(attention, prediction=prediction)
+    contract = tiny_spec(attention, prediction=prediction)
     with torch.no_grad():
         before = masked_nll(model, contract, *batch, suppressed)
         free = masked_nll(model, contract, *batch, torch.zeros(64, dtype=torch.bool))
@@ -330,7 +315,10 @@ def test_perturbing_the_mask_logit_changes_nothing(tiny_model, attention, predic
 def test_the_gradient_reaches_the_head_only_where_a_masked_token_is_read(
     tiny_model, attention, prediction
 ):
-    model, contract = copy.deepcopy(tiny_model("llama")), spec(attention, prediction=prediction)
+    model, contract = (
+        copy.deepcopy(tiny_model("llama")),
+        tiny_spec(attention, prediction=prediction),
+    )
     x0, masked, doc, pos = batch_of(attention)
     hidden = []
     model.model.register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state))
