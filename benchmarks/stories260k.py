@@ -85,9 +85,8 @@ def table() -> str:
     for name, runs in rows.items():
         gap = statistics.mean(r["bound"] for r in runs) - BASE
         ar = [r["ar_nll"] / BASE for r in runs if r["ar_nll"]]
-        seconds = statistics.mean(r["seconds"] for r in runs)
         ratio = f"{statistics.mean(ar):.3f}x" if ar else "-"
-        lines.append(f"| {name} | {len(runs)} | +{gap:.3f} | {ratio} | {seconds:.0f} |")
+        lines.append(f"| {name} | {len(runs)} | +{gap:.3f} | {ratio} |")
     return "\n".join(lines)
 
 
