@@ -79,8 +79,8 @@ def table() -> str:
         row = json.loads(line)
         rows.setdefault(row["variant"], []).append(row)
     lines = [
-        "| variant | seeds | bound - base | AR NLL / base | seconds |",
-        "|---|---|---|---|---|",
+        "| variant | seeds | bound - base | AR NLL / base |",
+        "|---|---|---|---|",
     ]
     for name, runs in rows.items():
         gap = statistics.mean(r["bound"] for r in runs) - BASE
