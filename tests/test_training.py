@@ -398,7 +398,7 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
 
 def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, text_file):
     recipe = recipe_of(text_file, eval={"steps": 1, "rows": 4, "length": 20})
-    plan = make_plan(str(tiny_checkpoint), recipe)
+    plan = make_plan(tiny_checkpoint, recipe)
     judged = {tuple(row) for row in plan.eval_rows}
     assert len(judged) == 4
     rows = iter(plan.rows)

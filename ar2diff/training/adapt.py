@@ -51,21 +51,25 @@ class Plan:
     rows: Rows | None
     eval_rows: list[list[int]]
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the converted model has."""
+        return sum(p.numel() for p in self.checkpoint.model.parameters())
+
     def bytes_needed(self) -> int:
         """Bytes that the run will write: the result, and its training checkpoints."""
         files = self.checkpoint.path.glob("*.safetensors")
         result = int(1.1 * sum(file.stat().st_size for file in files))
         if not self.recipe.train.max_steps:
             return result
-        parameters = sum(p.numel() for p in self.checkpoint.model.parameters())
-        return result + STATE_BYTES * parameters * (self.recipe.train.save_total_limit + 1)
+        return result + STATE_BYTES * self.parameters * (self.recipe.train.save_total_limit + 1)
 
     def summary(self) -> dict[str, Any]:
         """What the run will be, for people and for `--json`."""
         train, spec = self.recipe.train, self.checkpoint.spec
         step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
         return {
-            "parameters": sum(p.numel() for p in self.checkpoint.model.parameters()),
+            "parameters": self.parameters,
             "diffusion": spec.to_dict(),
             "mask_token": self.checkpoint.tokenizer.mask_token,
             "pad_token": self.checkpoint.tokenizer.pad_token,
@@ -102,11 +106,12 @@ def adapt(
         Ar2DiffError: something the user can mend; nothing was written.
     """
     output_dir = Path(output_dir)
-    inputs = [find_checkpoint(model), *(p for s in recipe.data.sources if (p := find_file(s.path)))]
+    path = find_checkpoint(model)  # once: a Hub id is a download
+    inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
     main = os.environ.get("RANK", "0") == "0"
     if main:
         check_output(output_dir, inputs, resume, overwrite)
-    plan = make_plan(model, recipe)
+    plan = make_plan(path, recipe)
     recipe = plan.recipe
     check_disk(output_dir, plan.bytes_needed())
     if dry_run:
@@ -139,16 +144,16 @@ def adapt(
     return record
 
 
-def make_plan(model: str, recipe: Recipe) -> Plan:
-    """Load, convert in memory, probe, open the data. Writes nothing."""
-    recipe = _continued(recipe, read_spec(find_checkpoint(model)))
+def make_plan(path: Path, recipe: Recipe) -> Plan:
+    """Load a folder, convert in memory, probe, open the data. Writes nothing."""
+    recipe = _continued(recipe, read_spec(path))
     _check_trackers(recipe.train.report_to)
     documents = None
     if recipe.train.max_steps:  # a bad row is found before the model is loaded
         documents = Documents(
             recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
         )
-    checkpoint = load_checkpoint(model, recipe.train.attn_implementation)
+    checkpoint = load_checkpoint(str(path), recipe.train.attn_implementation)
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
@@ -156,7 +161,7 @@ def make_plan(model: str, recipe: Recipe) -> Plan:
     problems = probe(checkpoint.model, spec)
     if problems:
         raise Ar2DiffError(
-            f"model {model}: {checkpoint.model.config.model_type} cannot be converted to "
+            f"model {path}: {checkpoint.model.config.model_type} cannot be converted to "
             f"{spec.attention} attention: {problems[0]}",
             "try another attention, or train.attn_implementation",
         )
