@@ -11,7 +11,8 @@ noisy or to the clean copy. From these three the predicate of `allowed_edges` fo
     (full: one copy, every slot reads every slot)
 
 Training lays out [noisy | clean] (BD3LM, Arriola et al. 2025, section 3.2), decoding
-[clean context | noisy block], the AR mode clean slots alone: one rule serves the three.
+[clean context | noisy block], the AR mode clean slots alone, speculation several noisy blocks that
+start anywhere: one rule serves them all.
 This file is copied into converted folders: it imports torch and the standard library alone.
 """
 
@@ -36,11 +37,13 @@ class Slots:
         doc: [B, S] int, the document a slot belongs to; `PADDING` for none.
         pos: [B, S] int, logical position in the document (its first real token is 0).
         noisy: [B, S] bool, slot of the copy that is being denoised.
+        start: [B, S] int, first position of a noisy slot's block; None: blocks lie on the grid.
     """
 
     doc: Tensor
     pos: Tensor
     noisy: Tensor
+    start: Tensor | None = None
 
 
 def lay_out(
@@ -99,17 +102,22 @@ def allowed_edges(
         window: sliding window of the layer, in logical positions.
     """
     doc, pos, noisy = slots.doc, slots.pos, slots.noisy
-    block = pos if attention == "full" else pos // block_length
+    if slots.start is not None:
+        start = slots.start
+    else:
+        start = pos if attention == "full" else pos // block_length * block_length
 
     def allowed(b: Any, h: Any, q: Any, k: Any) -> Tensor:
         pos_q, pos_k = pos[b, q], pos[b, k]
-        block_q, block_k = block[b, q], block[b, k]
         if attention == "full":
             edge = torch.ones_like(pos_q == pos_k)
         else:
-            past = pos_k <= pos_q if attention == "causal_context" else block_k <= block_q
-            to_clean = torch.where(noisy[b, q], block_k < block_q, past)
-            edge = torch.where(noisy[b, k], noisy[b, q] & (block_q == block_k), to_clean)
+            start_q = start[b, q]
+            past = (
+                pos_k <= pos_q if attention == "causal_context" else pos_k < start_q + block_length
+            )
+            to_clean = torch.where(noisy[b, q], pos_k < start_q, past)
+            edge = torch.where(noisy[b, k], noisy[b, q] & (start_q == start[b, k]), to_clean)
         behind = pos_k <= pos_q
         if window is not None:
             # transformers' causal window holds `window` tokens, its bidirectional one reaches
@@ -142,12 +150,17 @@ def reveal_edges(
     return (torch.rand(length, width, generator=generator) < ratio).to(device)
 
 
-def dense_mask(allowed: Predicate, slots: Slots) -> Tensor:
-    """The predicate written out: [B, 1, S, S] bool, True where the query may read the key."""
+def dense_mask(allowed: Predicate, slots: Slots, queries: range | None = None) -> Tensor:
+    """The predicate written out: [B, 1, Q, S] bool, True where the query may read the key.
+
+    Args:
+        queries: the slots that read; None: all. The others stand in a cache.
+    """
     size, device = slots.doc.shape[1], slots.doc.device
     b = torch.arange(slots.doc.shape[0], device=device)[:, None, None]
     k = torch.arange(size, device=device)
-    return allowed(b, 0, k[None, :, None], k[None, None, :]).unsqueeze(1)
+    q = k if queries is None else k[queries.start : queries.stop]
+    return allowed(b, 0, q[None, :, None], k[None, None, :]).unsqueeze(1)
 
 
 def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int | None]:
@@ -172,6 +185,7 @@ def model_mask(
     block_length: int | None,
     local_window: str | None,
     reveal: Tensor | None = None,
+    queries: range | None = None,
 ) -> Any:
     """`attention_mask` for the model's attention implementation, from the one predicate.
 
@@ -191,8 +205,13 @@ def model_mask(
             from torch.nn.attention.flex_attention import create_block_mask
 
             batch, size = slots.doc.shape
-            return create_block_mask(allowed, batch, None, size, size, device=slots.doc.device)
-        mask = dense_mask(allowed, slots)
+            first, read = (queries.start, len(queries)) if queries else (0, size)
+
+            def of_queries(b: Any, h: Any, q: Any, k: Any) -> Tensor:
+                return allowed(b, h, q + first, k)
+
+            return create_block_mask(of_queries, batch, None, read, size, device=slots.doc.device)
+        mask = dense_mask(allowed, slots, queries)
         if kind == "sdpa":
             return mask
         if kind == "eager":

@@ -12,6 +12,7 @@ from .attention import layer_windows
 from .checkpoint import Checkpoint
 from .config import Convert
 from .errors import Ar2DiffError
+from .forward import context_length
 from .spec import FORMAT, Spec
 
 MASK_TOKEN = "<|mask|>"
@@ -88,11 +89,6 @@ def end_token(checkpoint: Checkpoint) -> int:
         f"model {checkpoint.path}: no end-of-text token is named",
         "set eos_token_id in its generation_config.json",
     )
-
-
-def context_length(config: Any) -> int | None:
-    """Longest row the model takes, in tokens; None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _drop_windows(config: Any) -> None:

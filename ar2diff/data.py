@@ -17,8 +17,9 @@ from torch.utils.data import IterableDataset
 from .attention import PADDING
 from .config import Recipe
 from .errors import Ar2DiffError
-from .noise import block_times, content_key, corrupt, keyed_generator
+from .noise import block_times, corrupt
 from .objective import cart_weights, coefficients, time_weights
+from .seeds import content_key, keyed_generator
 from .sources import Documents
 
 OPEN_ROWS = 16  # rows that a piece may still be packed into

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .convert import context_length
 from .errors import Ar2DiffError
+from .forward import context_length
 from .likelihood import ar_nll, bound, scored
 from .objective import suppressed_ids
 from .sources import find_file, read_texts

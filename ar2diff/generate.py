@@ -1,119 +1,331 @@
-"""Decoding: one loop for every attention, as an iterator of states that a screen can draw.
+"""`generate`: what `model.generate` is in a converted folder, with the arguments of transformers.
 
-Plain: each step is a forward of the whole row, [clean context | noisy block], under the very mask
-that training used.
-This file is copied into converted folders: it imports torch and its neighbours alone.
+This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
+from transformers.utils import ModelOutput
 
-from .attention import Slots, model_mask
-from .samplers import choose_tokens, over_threshold
+from .canvas import Canvas, Finished
+from .denoise import denoise
+from .errors import Ar2DiffError
+from .forward import context_length
+from .options import Options, resolve
+from .probe import probe
 from .spec import Spec
 
-THRESHOLD = 0.9
+# Processors of transformers that look at each position alone.
+ROW_WISE = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
+        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper",
+        "SuppressTokensLogitsProcessor", "LogitNormalization", "InfNanRemoveLogitsProcessor",
+    )
+)  # fmt: skip
+PROBED: WeakKeyDictionary[Any, Spec] = WeakKeyDictionary()
 
 
 @dataclass
-class State:
-    """A row while it is denoised.
+class DiffusionOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns.
 
     Attributes:
-        ids: [S] prompt and canvas; undecided tokens hold the mask id.
-        prompt: how many of them are the prompt.
-        forwards: forwards taken so far.
-        finished: nothing more will change; `new_ids` is the answer.
+        sequences: [R, L] prompts and answers, as without it.
+        forwards: [R] forwards that each row took part in; tokens_per_forward: [R].
+        logprobs: [R, L - prompt] of the new tokens, when they were decided; 0 in the padding.
+        steps: [R, L - prompt] the forward at which each was decided, from 1; 0 in the padding.
     """
 
-    ids: Tensor
-    prompt: int
-    forwards: int
-    new_ids: list[int]
-    finished: bool = False
+    sequences: Tensor | None = None
+    forwards: Tensor | None = None
+    tokens_per_forward: Tensor | None = None
+    logprobs: Tensor | None = None
+    steps: Tensor | None = None
+
+
+def canvas_of(
+    model: Any,
+    spec: Spec,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    *,
+    cut: bool = False,
+) -> Canvas:
+    """The canvas that answers prompts, which may hold masks.
+
+    Args:
+        cut: write less than `max_new_tokens` where the context has no room for it, with a warning,
+            instead of an error.
+
+    Raises:
+        Ar2DiffError: a prompt that is empty, starts with a mask, or is over the model's context.
+    """
+    grid = 1
+    if options.mode == "diffusion" and spec.attention != "full":
+        grid = options.block_length
+    context = context_length(model.config)
+    longest = max(map(len, prompts))
+    new = options.max_new_tokens
+    for number, prompt in enumerate(prompts):
+        if not len(prompt) or prompt[0] == spec.mask_token_id:
+            raise Ar2DiffError(
+                f"generate: row {number} has no token that its text can start from",
+                "start it with a token, the BOS for one",
+            )
+    if any(spec.mask_token_id in prompt for prompt in prompts) and options.mode != "diffusion":
+        raise Ar2DiffError(
+            f"generate: mode {options.mode} cannot fill masks in a prompt", "use mode diffusion"
+        )
+    room = new if context is None else context // grid * grid - longest
+    if room < min(new, 1):
+        raise Ar2DiffError(
+            f"generate: the prompt has {longest} tokens, the model's context {context}",
+            f"shorten it to {max(0, context // grid * grid - 1)} tokens or fewer",
+        )
+    if room < new and not cut:
+        raise Ar2DiffError(
+            f"{longest} prompt and {new} new tokens exceed the context of {context}",
+            f"lower --max-new-tokens to {room}",
+        )
+    if room < new:
+        warnings.warn(
+            f"max_new_tokens {new} is cut to {room}: the context has {context} tokens",
+            stacklevel=3,
+        )
+        new = room
+    return Canvas.of_prompts(
+        prompts,
+        spec.mask_token_id,
+        max_new_tokens=new,
+        grid=grid,
+        end_ids=options.eos_token_id,
+        min_new_tokens=min(options.min_new_tokens, new),
+    )
 
 
 @torch.no_grad()
-def denoise(
-    model: Any,
-    spec: Spec,
-    prompt: Sequence[int],
+def generate(
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
     *,
-    max_new_tokens: int,
-    suppressed: Tensor,
-    eos: Sequence[int] = (),
-    threshold: float = THRESHOLD,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[State]:
-    """Denoise an answer to a prompt, yielding a state after every forward.
-
-    Blocks stand on the grid of the training rows: they are counted from the prompt's first token,
-    and prompt tokens that share a block with the answer stand clean in it. A canvas is filled to
-    the end of its block whatever `max_new_tokens` is, as in training.
+    model: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> Tensor | DiffusionOutput:
+    """Write after prompts, or fill the mask tokens in them, by denoising. Takes the arguments of
+    transformers' `generate` that a denoiser can honour, and refuses the others by name.
 
     Args:
-        prompt: token ids, at least one.
-        suppressed: [V] bool, ids that must not be written (the mask, rows without a token).
-        eos: ids that end an answer; it is over once one stands and all before it is decided.
-        threshold: commit tokens surer than this.
-        temperature: 0 is greedy.
+        inputs, input_ids: [R, P] prompts, padded left or right where `attention_mask` is 0. None
+            starts from the BOS token.
+        streamer: of transformers; gets tokens once all before them are decided, and the drafts of
+            each step where it has `put_draft`.
+        tokenizer: needed for `stop_strings`.
+        kwargs: fields of `Options`, `do_sample`, `max_length`. An argument wins over
+            `generation_config`, that over the model's own, that over the spec.
+
+    Returns:
+        [R, P + N] the prompts as given, then the answers, padded on the right; N is at most
+        `max_new_tokens`. A `DiffusionOutput` with `return_dict_in_generate`.
+
+    Raises:
+        Ar2DiffError: the call, or the model, is not one that can be honoured.
     """
-    if not prompt:
-        raise ValueError("the prompt has no token: position 0 is never predicted")
-    if spec.mask_token_id in prompt:
-        raise ValueError("the prompt holds the mask token")
-    generator = torch.Generator().manual_seed(seed)
-    total = len(prompt) + max_new_tokens
-    size = spec.block_length or total
-    ids = torch.tensor(list(prompt), device=model.device)
-    suppressed, forwards = suppressed.to(model.device), 0
-    while len(ids) < total:
-        start = len(ids) // size * size
-        end = start + size
-        ids = torch.cat([ids, ids.new_full((end - len(ids),), spec.mask_token_id)])
-        while (masked := ids == spec.mask_token_id).any():
-            logits = masked_logits(model, spec, ids, start).masked_fill(suppressed, float("-inf"))
-            forwards += 1
-            tokens, confidence = choose_tokens(logits, temperature, generator)
-            commit = over_threshold(confidence, threshold)
-            ids[masked.nonzero()[:, 0][commit]] = tokens[commit]
-            answer = _answer(ids, len(prompt), total, spec.mask_token_id, eos)
-            yield State(ids.clone(), len(prompt), forwards, answer or [], answer is not None)
-            if answer is not None:
-                return
+    spec = spec_of(model)
+    check_model(model, spec)
+    given = inputs if inputs is not None else input_ids
+    if inputs is not None and input_ids is not None:
+        raise Ar2DiffError("generate: inputs and input_ids are both given", "give one of them")
+    width = 0 if given is None else given.shape[-1]
+    options = resolve(spec, kwargs, (generation_config, model.generation_config), width)
+    given, prompts = _prompts(given, attention_mask, options)
+    if options.num_return_sequences > 1:
+        given = given.repeat_interleave(options.num_return_sequences, 0)
+        prompts = [p for p in prompts for _ in range(options.num_return_sequences)]
+    canvas = canvas_of(model, spec, prompts, options, cut=True)
+    if spec.attention != "full" and options.mode == "diffusion":
+        unread = int(canvas.unread(options.block_length).max())
+        if unread:
+            warnings.warn(
+                f"{unread} tokens behind the gap lie in later blocks: {spec.attention} attention "
+                "does not read them",
+                stacklevel=2,
+            )
+    if streamer is not None and len(prompts) > 1:
+        raise Ar2DiffError("generate: a streamer takes one row", "leave it out, or give one prompt")
+    finished = _finished(model, options, stopping_criteria, tokenizer)
+    states = denoise(
+        model, spec, canvas, options, processors=_processors(logits_processor), finished=finished
+    )
+    if streamer is None:
+        for _ in states:
+            pass
+    else:
+        _stream(states, canvas, prompts[0], streamer)
+    return _output(canvas, given, options)
 
 
-def masked_logits(model: Any, spec: Spec, ids: Tensor, start: int) -> Tensor:
-    """Logits [N, V] of the masked tokens of one row: clean before `start`, noisy from there.
+def spec_of(model: Any) -> Spec:
+    """The spec in a model's config.
 
-    Args:
-        ids: [S], of which the masked ones lie at `start` or later.
+    Raises:
+        Ar2DiffError: it has none.
     """
-    pos = torch.arange(len(ids), device=ids.device)[None]
-    noisy = torch.ones_like(pos, dtype=torch.bool) if spec.attention == "full" else pos >= start
-    slots = Slots(torch.zeros_like(pos), pos, noisy)
-    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
-    logits = model(
-        input_ids=ids[None], attention_mask=mask, position_ids=pos, use_cache=False
-    ).logits[0]
-    masked = (ids == spec.mask_token_id).nonzero()[:, 0]
-    return logits[masked - int(spec.prediction == "shift")]
+    spec = Spec.from_config(model.config.to_dict())
+    if spec is None:
+        raise Ar2DiffError(
+            "generate: the model's config has no 'diffusion' block: it is not converted",
+            "convert it with 'ar2diff adapt MODEL --output-dir DIR'",
+        )
+    return spec
 
 
-def _answer(
-    ids: Tensor, prompt: int, total: int, mask_token_id: int, eos: Sequence[int]
-) -> list[int] | None:
-    """The finished answer (its EOS included), or None while something before its end is masked."""
-    new = ids[prompt:total].tolist()
-    decided = new.index(mask_token_id) if mask_token_id in new else len(new)
-    for place, token in enumerate(new[:decided]):
-        if token in eos:
-            return new[: place + 1]
-    return new if decided == total - prompt else None
+def check_model(model: Any, spec: Spec) -> None:
+    """Once for each model: that its attention does what the spec says (an older transformers would
+    run it causally, and write nonsense without an error).
+
+    Raises:
+        Ar2DiffError: it does not.
+    """
+    if PROBED.get(model) == spec:
+        return
+    training = model.training
+    model.eval()
+    try:
+        problems = probe(model, spec)
+    finally:
+        model.train(training)
+    if problems:
+        raise Ar2DiffError(
+            f"generate: the model does not do what its spec says: {problems[0]}",
+            "upgrade transformers, or load it with attn_implementation='sdpa' or 'eager'",
+        )
+    PROBED[model] = spec
+
+
+def _prompts(
+    given: Tensor | None, attention_mask: Tensor | None, options: Options
+) -> tuple[Tensor, list[list[int]]]:
+    """The input [R, P] and its rows without padding; BOS where there is nothing."""
+    if given is None or given.shape[-1] == 0:
+        if options.bos_token_id is None:
+            raise Ar2DiffError("generate: no prompt, and the model has no BOS", "give a prompt")
+        rows = 1 if given is None or given.dim() == 1 else len(given)
+        given = torch.full((rows, 1), options.bos_token_id)
+        attention_mask = None
+    if given.dim() == 1:
+        given = given[None]
+        attention_mask = attention_mask[None] if attention_mask is not None else None
+    if attention_mask is None:
+        return given, given.tolist()
+    real = attention_mask.to("cpu").bool()
+    if real.shape != given.shape:
+        raise Ar2DiffError(
+            f"generate: attention_mask is {list(real.shape)}, input_ids {list(given.shape)}",
+            "give one mask entry a token",
+        )
+    if (real[:, 1:] != real[:, :-1]).sum(1).gt(2).any() or (
+        ((real[:, 1:] != real[:, :-1]).sum(1) == 2) & real[:, 0]
+    ).any():
+        raise Ar2DiffError("generate: attention_mask has a hole", "pad on the left or on the right")
+    ids = given.to("cpu")
+    return given, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
+
+
+def _processors(given: Any) -> list[Any]:
+    for processor in given or ():
+        if not isinstance(processor, ROW_WISE):
+            raise Ar2DiffError(
+                f"generate: {type(processor).__name__} may read the tokens to the left, which a "
+                "denoiser has not written yet",
+                "use the options of generate instead, or a processor of a single position",
+            )
+    return list(given or ())
+
+
+def _finished(model: Any, options: Options, given: Any, tokenizer: Any) -> Finished | None:
+    """Stop strings, time limits and stopping criteria, asked for every new token in turn."""
+    criteria = StoppingCriteriaList(given or [])
+    if options.stop_strings:
+        if tokenizer is None:
+            raise Ar2DiffError("generate: stop_strings need a tokenizer", "pass tokenizer=")
+        criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
+    if options.max_time is not None:
+        criteria.append(MaxTimeCriteria(options.max_time))
+    if not criteria:
+        return None
+
+    def finished(_row: int, ids: Tensor) -> bool:
+        return bool(criteria(ids[None].to(model.device), None).all())
+
+    return finished
+
+
+def _stream(states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any) -> None:
+    streamer.put(torch.tensor(prompt))
+    sent = 0
+    for _ in states:
+        if hasattr(streamer, "put_draft") and not canvas.done[0]:
+            new = canvas.ids[0, int(canvas.prompt[0]) + sent : int(canvas.total[0])]
+            streamer.put_draft(new)
+        fresh = canvas.new_ids(0)[sent:]
+        if fresh:
+            streamer.put(torch.tensor(fresh))
+            sent += len(fresh)
+    streamer.end()
+
+
+def _output(canvas: Canvas, given: Tensor, options: Options) -> Tensor | DiffusionOutput:
+    rows = range(len(canvas.ids))
+    new = (canvas.end - canvas.prompt).clamp(min=0)
+    size = int(new.max())
+    sequences = torch.full((len(rows), given.shape[1] + size), options.pad_token_id)
+    logprobs, steps = torch.zeros(len(rows), size), torch.zeros(len(rows), size, dtype=torch.long)
+    sequences[:, : given.shape[1]] = given.to("cpu")
+    for row in rows:
+        prompt, n = int(canvas.prompt[row]), int(new[row])
+        place = slice(prompt, prompt + n)
+        sequences[row, given.shape[1] : given.shape[1] + n] = canvas.ids[row, place]
+        logprobs[row, :n], steps[row, :n] = canvas.logprob[row, place], canvas.step[row, place]
+    if not bool(canvas.given[:, :].all()):
+        _fill(sequences, given, canvas)
+    sequences = sequences.to(given.device)
+    if not options.return_dict_in_generate:
+        return sequences
+    decided = ((canvas.step > 0) & (torch.arange(canvas.ids.shape[1]) < canvas.end[:, None])).sum(1)
+    return DiffusionOutput(
+        sequences=sequences,
+        forwards=canvas.forwards,
+        tokens_per_forward=decided / canvas.forwards.clamp(min=1),
+        logprobs=logprobs,
+        steps=steps,
+    )
+
+
+def _fill(sequences: Tensor, given: Tensor, canvas: Canvas) -> None:
+    """Put what was filled in into the prompt's part of the output."""
+    prompts = given.to("cpu")
+    for row, ids in enumerate(prompts):
+        holes = (ids == canvas.mask_token_id).nonzero()[:, 0]
+        if len(holes):
+            prompt = canvas.ids[row, : int(canvas.prompt[row])]
+            filled = prompt[~canvas.given[row, : len(prompt)]]
+            sequences[row, holes] = filled

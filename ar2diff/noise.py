@@ -8,26 +8,13 @@ n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al. 2025, 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from .seeds import keyed_generator
+
 TIMES = ("block", "document", "sequence")
 GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
-
-
-def content_key(ids: Sequence[int]) -> int:
-    """A 64-bit key of a document: a hash of its token ids."""
-    data = np.asarray(ids, dtype="<i8").tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of the key alone."""
-    return torch.Generator().manual_seed(content_key([k & (2**63 - 1) for k in key]) % 2**63)
 
 
 def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, document: int) -> Tensor:

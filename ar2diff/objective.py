@@ -9,8 +9,6 @@ steps and ranks, so that no split of the batch changes the gradient.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,29 +74,6 @@ def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p:
     inside = (block[:, None, :] == block[:, :, None]) & ~masked[:, None, :]
     visible = (earlier | inside) & context[:, None, :] & (seq[:, :, None] == seq[:, None, :])
     return 0.5 * (visible * geometric).sum(-1)
-
-
-def logits_at(model: Any, index: Tensor, head: Any = None, **inputs: Any) -> Tensor:
-    """Logits [N, V] at the wanted slots alone; the [B * S, V] tensor is never built.
-
-    The rows are picked by a pre-hook on the output embeddings, so that soft caps and scales stay
-    the model's own.
-
-    Args:
-        model: a causal LM, wrapped (DDP) or not.
-        index: [N] int, slots of the flattened [B * S].
-        head: output embeddings, where `model` is a wrapper that hides them.
-        inputs: input_ids [B, S], attention_mask, position_ids.
-    """
-
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[index].unsqueeze(0),)
-
-    handle = (head or model.get_output_embeddings()).register_forward_pre_hook(pick)
-    try:
-        return model(**inputs, use_cache=False).logits[0]
-    finally:
-        handle.remove()
 
 
 def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = None) -> Tensor:

@@ -1,38 +1,217 @@
-"""Which masked tokens to commit at a step. Confidence is that of the untempered distribution.
+"""Which token a position gets, and which positions are decided at a step.
 
-This file is copied into converted folders: it imports torch and the standard library alone.
+Confidence is that of the model's own distribution, before temperature and filters: tempered
+confidence would raise the parallelism silently. Positions compete within their row only.
+This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .options import Options
 
-def choose_tokens(
-    logits: Tensor, temperature: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """A token for each position and how sure the model is of it.
+HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tokens [N] for N positions and what the model thinks of them, on the CPU.
+
+    Attributes:
+        logprob: log-probability of the token in the model's own distribution.
+        margin: probability of the likeliest token less that of the second.
+        entropy: of the model's own distribution, in nats.
+    """
+
+    tokens: Tensor
+    logprob: Tensor
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Chooser:
+    """Chooses tokens from logits.
 
     Args:
-        logits: [N, V], impossible ids at -inf.
-        temperature: 0 takes the likeliest; else a draw from softmax(logits / temperature).
-
-    Returns:
-        tokens: [N]. confidence: [N], softmax(logits) of the token.
+        suppressed: [V] bool, ids that no position can hold.
+        generators: one for each row of the batch; unused where sampling is greedy.
+        warpers: processors of transformers that act on each position alone.
+        penalty: one that acts on the ids of a context.
     """
-    probability = logits.float().softmax(-1)
-    if temperature == 0:
-        confidence, tokens = probability.max(-1)
-        return tokens, confidence
-    tempered = (logits.float() / temperature).softmax(-1)
-    tokens = torch.multinomial(tempered.cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return tokens, probability.gather(-1, tokens[:, None])[:, 0]
+
+    def __init__(
+        self,
+        options: Options,
+        suppressed: Tensor,
+        generators: Sequence[torch.Generator],
+        warpers: Sequence[Any] = (),
+        penalty: Any = None,
+    ):
+        self.options, self.suppressed = options, suppressed
+        self.generators, self.warpers, self.penalty = generators, warpers, penalty
+
+    def possible(self, logits: Tensor, no_end: Tensor | None, end_ids: Tensor) -> Tensor:
+        """Logits [N, V] of the model's own distribution: impossible tokens at -inf.
+
+        Args:
+            no_end: [N] bool, positions at which no end token may stand.
+        """
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        logits = logits.masked_fill(self.suppressed, HIDDEN)
+        if no_end is not None and no_end.any() and len(end_ids):
+            at = no_end.nonzero()[:, 0].to(logits.device)
+            logits[at[:, None], end_ids.to(logits.device)] = HIDDEN
+        return logits
+
+    def warp(self, logits: Tensor, context: Tensor | None) -> Tensor:
+        """Scores [N, V] after penalties, temperature and filters.
+
+        Args:
+            context: [N, L] ids that a repetition penalty acts on.
+        """
+        scores = logits
+        if self.penalty is not None and context is not None:
+            scores = self.penalty(context.to(scores.device), scores)
+        for warper in self.warpers:
+            scores = warper(context, scores)
+        return scores
+
+    def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
+        """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits."""
+        scores = self.warp(logits, context)
+        if self.options.greedy:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = draw(scores.softmax(-1), self.uniform(row))
+        margin = entropy = None
+        if self.options.order == "margin":
+            top = logits.softmax(-1).topk(2, -1).values
+            margin = (top[:, 0] - top[:, 1]).cpu()
+        if self.options.order == "entropy" or self.options.entropy_bound is not None:
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
+        return Choice(tokens.cpu(), log_prob(logits, tokens).cpu(), margin, entropy)
+
+    def uniform(self, row: Tensor) -> Tensor:
+        """[N] numbers in [0, 1), each from its row's own generator, so that a row draws the same
+        ones whatever batch it is in. `row` is sorted."""
+        rows, counts = row.unique_consecutive(return_counts=True)
+        draws = [
+            torch.rand(n, generator=self.generators[r], dtype=torch.double)
+            for r, n in zip(rows.tolist(), counts.tolist(), strict=True)
+        ]
+        return torch.cat(draws) if draws else torch.zeros(0, dtype=torch.double)
 
 
-def over_threshold(confidence: Tensor, threshold: float) -> Tensor:
-    """[N] bool: commit every token above the threshold, and the surest where there is none
-    (Fast-dLLM, Wu et al. 2025), so that each step makes progress."""
-    commit = confidence > threshold
-    commit[confidence.argmax()] = True
+def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[N] log-probabilities of tokens [N] under logits [N, V]."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def draw(probability: Tensor, u: Tensor) -> Tensor:
+    """[N] tokens by inversion: the first whose cumulative probability exceeds u.
+
+    Args:
+        probability: [N, V], not necessarily normalised.
+        u: [N] in [0, 1).
+    """
+    cumulative = probability.double().cumsum(-1)
+    point = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, point, right=True)[:, 0]
+    last = (probability > 0).double().cumsum(-1).argmax(-1)  # the last possible one: rounding
+    return torch.minimum(token, last)
+
+
+def commits(
+    options: Options,
+    choice: Choice,
+    masked: Tensor,
+    quota: Tensor | None,
+    chooser: Chooser,
+    rows: Tensor,
+) -> Tensor:
+    """[R, W] bool, the masked positions to decide now: at least one in each row that has any.
+
+    Args:
+        choice: for the masked positions in row-major order.
+        masked: [R, W] bool.
+        quota: [R] how many `steps` asks for at least; None without `steps`.
+        rows: [R] global numbers of the rows.
+    """
+    confidence = spread(choice.logprob, masked)
+    if options.entropy_bound is not None:
+        return within_entropy(spread(choice.entropy, masked), masked, options.entropy_bound)
+    if quota is None:
+        return over_threshold(confidence, masked, options.threshold)
+    if options.order == "random":
+        score = chooser.uniform(rows[masked.nonzero()[:, 0]]).to(confidence.dtype)
+    elif options.order == "margin":
+        score = choice.margin
+    elif options.order == "entropy":
+        score = -choice.entropy
+    else:
+        score = choice.logprob
+    best = top(spread(score, masked), masked, quota)
+    if options.threshold is None:
+        return best
+    sure = masked & (confidence.exp() > options.threshold)  # SDAR: threshold or quota
+    return torch.where((sure.sum(1) >= quota)[:, None], sure, best)
+
+
+def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
+    """Every token surer than the threshold, and the surest of a row where there is none
+    (Fast-dLLM, Wu et al. 2025).
+
+    Args:
+        logprob, masked: [R, W], of the chosen tokens.
+    """
+    commit = masked & (logprob.exp() > threshold)
+    stuck = masked.any(1) & ~commit.any(1)
+    if stuck.any():
+        commit[stuck, logprob.masked_fill(~masked, HIDDEN).argmax(1)[stuck]] = True
     return commit
+
+
+def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
+    """The largest set, in order of entropy, whose joint entropy exceeds its largest member's by at
+    most the bound: sum of H - max of H <= bound (EB-sampler, Ben-Hamu et al. 2025, eq. 9).
+
+    Args:
+        entropy, masked: [R, W].
+    """
+    ordered, order = entropy.masked_fill(~masked, torch.inf).sort(1, stable=True)
+    before = ordered.nan_to_num(posinf=0.0).cumsum(1) - ordered.nan_to_num(posinf=0.0)
+    within = (before <= bound) & ordered.isfinite()
+    within[:, 0] = ordered[:, 0].isfinite()
+    return torch.zeros_like(masked).scatter(1, order, within)
+
+
+def top(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+    """The `count` [R] masked positions of each row with the highest score [R, W]."""
+    order = score.masked_fill(~masked, HIDDEN).argsort(1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    return masked & (rank < count[:, None])
+
+
+def quota_of(total: Tensor, steps: int, taken: Tensor, left: Tensor) -> Tensor:
+    """[R] tokens to decide at a step: n tokens in S steps are n // S each, the first n % S steps
+    one more (LLaDA, Nie et al. 2025), besides what was given back; and at least one.
+
+    Args:
+        total: [R] tokens that the block had to decide in all.
+        taken: [R] steps already taken in it.
+        left: [R] tokens undecided now.
+    """
+    share = total // steps + (taken < total % steps).long()
+    planned = total - (total // steps * (taken + 1) + torch.minimum(taken + 1, total % steps))
+    return torch.maximum(share, left - planned.clamp(min=0)).clamp(min=1)
+
+
+def spread(values: Tensor, masked: Tensor) -> Tensor:
+    """[N] values of the masked positions in their places [R, W], zero elsewhere."""
+    return torch.zeros(masked.shape, dtype=values.dtype).masked_scatter(masked, values)

@@ -16,7 +16,7 @@ import torch
 
 from .config import Source
 from .errors import Ar2DiffError, first_line
-from .noise import keyed_generator
+from .seeds import keyed_generator
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 SHUFFLE_BUFFER = 10_000

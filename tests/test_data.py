@@ -14,7 +14,7 @@ from ar2diff.attention import PADDING, allowed_edges, dense_mask, lay_out, model
 from ar2diff.config import Source
 from ar2diff.data import OPEN_ROWS, Collator, Piece, Rows, block_length_at, pieces, tokenize
 from ar2diff.errors import Ar2DiffError
-from ar2diff.noise import content_key
+from ar2diff.seeds import content_key
 from ar2diff.sources import Documents, find_file, read_texts
 
 EOS = 2

@@ -9,7 +9,8 @@ from conftest import MASK
 
 from ar2diff.attention import PADDING
 from ar2diff.data import Collator, Piece, pieces
-from ar2diff.noise import block_times, content_key, corrupt, draw_times, keyed_generator
+from ar2diff.noise import block_times, corrupt, draw_times
+from ar2diff.seeds import content_key, keyed_generator
 
 EOS = 2
 CASES = [

@@ -8,16 +8,16 @@ from conftest import CLASSES, MASK, tiny_spec
 
 from ar2diff.attention import PADDING, lay_out, model_mask, reading_slot
 from ar2diff.data import Collator, Piece
+from ar2diff.forward import logits_at
 from ar2diff.likelihood import masked_nll
-from ar2diff.noise import content_key
 from ar2diff.objective import (
     cart_weights,
     coefficients,
     cross_entropy,
-    logits_at,
     suppressed_ids,
     time_weights,
 )
+from ar2diff.seeds import content_key
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
 

@@ -32,8 +32,8 @@ from ..convert import convert, end_token, write_spec
 from ..data import Rows, tokenize
 from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length, score, windows
-from ..noise import content_key
 from ..probe import probe
+from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
 from ..spec import Spec
 from .callbacks import Watch

@@ -10,8 +10,10 @@ from transformers import TrainerCallback
 
 from ..checkpoint import Checkpoint
 from ..config import Recipe
-from ..evaluation import score, suppressed_of
-from ..generate import denoise
+from ..decoding import settings_of
+from ..denoise import denoise
+from ..evaluation import score
+from ..generate import canvas_of
 
 
 class Watch(TrainerCallback):
@@ -71,23 +73,20 @@ def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -
     from rich.console import Console
     from rich.panel import Panel
 
-    model, spec, tokenizer = checkpoint.model, checkpoint.spec, checkpoint.tokenizer
-    states = list(
-        denoise(
-            model, spec, prompt, max_new_tokens=max_new_tokens, suppressed=suppressed_of(checkpoint)
-        )
-    )
-    shown = [
-        states[i] for i in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1})
-    ]
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    settings = {"max_new_tokens": max_new_tokens, "temperature": 0, "eos_token_id": [-1]}
+    spec, options = settings_of(checkpoint, settings)
+    canvas = canvas_of(model, spec, [prompt], options)
+    total = int(canvas.total[0])
+    states = [state.ids[0, :total].tolist() for state in denoise(model, spec, canvas, options)]
     lines = []
-    for state in shown:
+    for number in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1}):
         parts = [
             "·" if i == spec.mask_token_id else tokenizer.convert_ids_to_tokens(i)
-            for i in state.ids.tolist()
+            for i in states[number]
         ]
-        lines.append(f"{state.forwards:3d}  " + "".join(parts).replace("▁", " ").replace("Ġ", " "))
+        lines.append(f"{number + 1:3d}  " + "".join(parts).replace("▁", " ").replace("Ġ", " "))
     text = "\n".join(lines).replace("[", "\\[")
     Console(file=sys.stderr).print(
-        Panel(text, title=f"{max_new_tokens} tokens in {states[-1].forwards} forwards")
+        Panel(text, title=f"{max_new_tokens} tokens in {len(states)} forwards")
     )

@@ -16,7 +16,8 @@ from ..checkpoint import Checkpoint, disk_errors, sync
 from ..config import Recipe, Train
 from ..data import Collator, Rows, block_length_at
 from ..evaluation import suppressed_of
-from ..objective import cross_entropy, logits_at
+from ..forward import logits_at
+from ..objective import cross_entropy
 from .meter import Meter
 
 

@@ -1,0 +1,88 @@
+"""Keys and values of each row's clean context, in a stock cache of transformers.
+
+Rows advance on their own: row r's first `length[r]` columns hold its positions 0 .. length[r] - 1,
+what lies behind is nobody's and hidden by the mask. A forward appends the columns of its slots;
+`keep` moves those that became context into their row's place and drops the rest.
+This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, StaticLayer
+
+
+class ContextCache:
+    """Context of a batch of rows.
+
+    Args:
+        model: whose layers' keys are held.
+        rows: how many rows.
+        static: columns to allocate once (stock `StaticLayer`s, whose shapes never change); None:
+            grow (`DynamicCache`). Neither knows of sliding windows, those are the mask's.
+    """
+
+    def __init__(self, model: Any, rows: int, static: int | None = None):
+        if static is None:
+            self.stock: Any = DynamicCache()
+        else:
+            layers = model.config.get_text_config().num_hidden_layers
+            self.stock = Cache(layers=[StaticLayer(max_cache_len=static) for _ in range(layers)])
+        self.static = static
+        self.length = torch.zeros(rows, dtype=torch.long)
+        self.width = 0  # columns in use
+
+    def columns(self, slots: int) -> int:
+        """How many columns the keys of a forward of so many slots have."""
+        return self.static if self.static is not None else self.width + slots
+
+    def keep(self, slots: int, first: Tensor, count: Tensor) -> None:
+        """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r.
+
+        Args:
+            slots: how many slots the forward had.
+            first, count: [R] int.
+        """
+        width, most = self.width, int(count.max())
+        in_place = (self.length == width) & (first == 0) & (count == most)
+        if most and not bool(in_place.all()):
+            self._move(slots, first, count, most)
+        self.length = self.length + count
+        self.width = int(self.length.max())
+        self._drop(width + slots - self.width)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.stock.batch_select_indices(rows)
+        self.length = self.length[rows]
+        width, self.width = self.width, int(self.length.max())
+        self._drop(width - self.width)
+
+    def _move(self, slots: int, first: Tensor, count: Tensor, most: int) -> None:
+        step = torch.arange(most)
+        kept = step < count[:, None]
+        spare = self.width + slots - 1  # of no use to a row with less: written onto itself
+        source = torch.where(kept, self.width + first[:, None] + step, spare)
+        target = torch.where(kept, self.length[:, None] + step, spare)
+        # A target may be another slot's source, so all are read before any is written; `spare` is
+        # a source only for the row that it belongs to, where it is its own target or comes last.
+        for layer in self._layers():
+            at = source.to(layer.keys.device)[:, None, :, None]
+            to = target.to(layer.keys.device)[:, None, :, None]
+            for states in (layer.keys, layer.values):
+                size = (-1, states.shape[1], -1, states.shape[3])
+                states.scatter_(2, to.expand(*size), states.gather(2, at.expand(*size)))
+
+    def _drop(self, columns: int) -> None:
+        for layer in self._layers() if columns else ():
+            if self.static is None:
+                layer.crop(-columns)
+            else:
+                layer.cumulative_length.sub_(columns)
+
+    def _layers(self) -> list[Any]:
+        return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]

@@ -1,0 +1,178 @@
+"""The rows that are being written: what is given, what is decided, where each answer ends.
+
+This file is copied into converted folders: it imports torch and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Finished = Callable[[int, Tensor], bool]  # (row, its ids up to a new token): stop here?
+
+
+@dataclass
+class Canvas:
+    """A batch of rows on the CPU, each from its own position 0; the state that a screen can draw.
+
+    Attributes:
+        ids: [R, T]; undecided tokens hold the mask id.
+        mask_token_id: which that is.
+        given: [R, T] bool, tokens of the prompt, fixed ones between masks included.
+        prompt: [R] tokens of the prompt, its masks included.
+        total: [R] where the answer ends at the latest.
+        length: [R] where the canvas ends: `total`, filled to the grid in blocks.
+        end_from: [R] position before which no end token may be written.
+        end_ids: ids that end an answer.
+        start: [R] first position of the block that is being denoised.
+        end: [R] where a finished answer ends; -1 while it is not finished.
+        step: [R, T] forward of the row at which a token was decided; 0 for given ones.
+        logprob: [R, T] its log-probability in that forward, of the model's own distribution.
+        forwards: [R] forwards that a row took part in.
+    """
+
+    ids: Tensor
+    mask_token_id: int
+    given: Tensor
+    prompt: Tensor
+    total: Tensor
+    length: Tensor
+    end_from: Tensor
+    end_ids: Tensor
+    start: Tensor
+    end: Tensor
+    step: Tensor
+    logprob: Tensor
+    forwards: Tensor
+
+    @classmethod
+    def of_prompts(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        mask_token_id: int,
+        *,
+        max_new_tokens: int,
+        grid: int = 1,
+        end_ids: Sequence[int] = (),
+        min_new_tokens: int = 0,
+    ) -> Canvas:
+        """Rows that go on from prompts, or fill the masks in them.
+
+        Args:
+            prompts: token ids, at least one each, the first no mask.
+            max_new_tokens: tokens after the prompt.
+            grid: block length that the canvas is filled to, whatever `max_new_tokens` is.
+            end_ids: an answer is over once one of them stands and all before it is decided.
+        """
+        for prompt in prompts:
+            if not len(prompt) or prompt[0] == mask_token_id:
+                raise ValueError("a row starts with a token: position 0 is never predicted")
+        prompt = torch.tensor([len(ids) for ids in prompts])
+        total = prompt + max_new_tokens
+        length = -(-total // grid) * grid
+        ids = torch.full((len(prompts), int(length.max())), mask_token_id)
+        for row, values in enumerate(prompts):
+            ids[row, : len(values)] = torch.as_tensor(values)
+        given = ids != mask_token_id
+        canvas = cls(
+            ids=ids,
+            mask_token_id=mask_token_id,
+            given=given,
+            prompt=prompt,
+            total=total,
+            length=length,
+            end_from=prompt + min_new_tokens,  # a gap in the prompt is filled, not ended in
+            end_ids=torch.tensor(list(end_ids), dtype=torch.long),
+            start=torch.zeros_like(prompt),
+            end=torch.full_like(prompt, -1),
+            step=torch.zeros_like(ids),
+            logprob=torch.zeros(ids.shape),
+            forwards=torch.zeros_like(prompt),
+        )
+        for row in range(len(prompts)):
+            canvas._settle(row, None, 0)
+        return canvas
+
+    @property
+    def done(self) -> Tensor:
+        """[R] bool, rows whose answer is finished."""
+        return self.end >= 0
+
+    def new_ids(self, row: int) -> list[int]:
+        """The answer of a row, its end token included; of an unfinished one, what is decided."""
+        end = int(self.end[row]) if self.end[row] >= 0 else self.decided(row)
+        return self.ids[row, int(self.prompt[row]) : end].tolist()
+
+    def decided(self, row: int) -> int:
+        """How many tokens of a row are decided without a gap."""
+        masked = self.ids[row, : int(self.total[row])] == self.mask_token_id
+        return int(masked.int().argmax()) if masked.any() else int(self.total[row])
+
+    def unread(self, size: int) -> Tensor:
+        """[R] given tokens behind a row's last gap that lie in later blocks, which a model with
+        block attention does not read when it fills the gap."""
+        place = torch.arange(self.ids.shape[1])
+        gap = ~self.given & (place < self.prompt[:, None])
+        last = torch.where(gap, place, -1).amax(1)
+        behind = self.given & (place // size > last[:, None] // size) & (last >= 0)[:, None]
+        return behind.sum(1)
+
+    def advance(self, rows: Tensor, size: int) -> None:
+        """Move `start` of rows on the grid to the first block with a mask in it.
+
+        Args:
+            rows: [K] int, which rows.
+            size: block length.
+        """
+        masked = self.ids[rows] == self.mask_token_id
+        masked &= torch.arange(self.ids.shape[1]) < self.length[rows, None]
+        first = masked.int().argmax(1) // size * size
+        self.start[rows] = torch.where(masked.any(1), first, self.start[rows])
+
+    def write(
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        logprob: Tensor,
+        finished: Finished | None = None,
+    ) -> None:
+        """Decide tokens, and find the answers that are finished by them.
+
+        Args:
+            rows, positions, tokens, logprob: [N].
+            finished: more reasons to stop, asked for each new token once all before it are decided.
+        """
+        changed = rows.unique().tolist()
+        before = [self.decided(row) for row in changed] if finished else [0] * len(changed)
+        self.ids[rows, positions] = tokens
+        self.logprob[rows, positions] = logprob.to(self.logprob.dtype)
+        self.step[rows, positions] = self.forwards[rows]
+        for row, decided in zip(changed, before, strict=True):
+            self._settle(row, finished, decided)
+
+    def erase(self, rows: Tensor, positions: Tensor) -> None:
+        """Mask decided tokens again."""
+        self.ids[rows, positions] = self.mask_token_id
+        self.step[rows, positions] = 0
+
+    def _settle(self, row: int, finished: Finished | None, before: int) -> None:
+        """Whether a row is finished: an end token stands, or a reason to stop, or it is full."""
+        decided, total = self.decided(row), int(self.total[row])
+        start = int(self.end_from[row])
+        if decided > start and len(self.end_ids):
+            ends = torch.isin(self.ids[row, start:decided], self.end_ids)
+            ends &= ~self.given[row, start:decided]
+            if ends.any():
+                self.end[row] = start + int(ends.int().argmax()) + 1
+                decided = int(self.end[row])
+        if finished is not None:
+            for place in range(max(before, start), decided):
+                if not self.given[row, place] and finished(row, self.ids[row, : place + 1]):
+                    self.end[row] = place + 1
+                    return
+        if self.end[row] < 0 and decided == total:
+            self.end[row] = total

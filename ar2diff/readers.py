@@ -1,0 +1,225 @@
+"""From a canvas to logits: what is forwarded again at each step, and what stands in a cache.
+
+`BlockReader` serves `block_causal` and `causal_context`: each forward holds [pending | block], the
+clean tokens not cached yet (a prompt, or a finished block: its commit is fused with the first step
+of the next block) and the noisy block. It is exact. `FullReader` serves `full`, where caches are
+approximations (Fast-dLLM, Wu et al. 2025): `prefix` keeps what lies before the block, `dual` what
+lies around it, as they were when the block was begun.
+This file is copied into converted folders: it imports torch and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import PADDING, Slots, model_mask
+from .cache import ContextCache
+from .forward import logits_at
+from .spec import Spec
+
+
+class BlockReader:
+    """Logits of noisy blocks, each after its own row's clean context.
+
+    Args:
+        length: tokens of the longest canvas, [R, T].
+        size: block length (at most the trained one).
+        cache: `dynamic`, `static`, or `none`: the context is read again at each step.
+    """
+
+    def __init__(self, model: Any, spec: Spec, rows: int, length: int, size: int, cache: str):
+        self.model, self.spec, self.size = model, spec, size
+        self.shift = int(spec.prediction == "shift")
+        static = length + size if cache == "static" else None
+        self.cache = None if cache == "none" else ContextCache(model, rows, static)
+        self.rows = rows
+        self.boundary: Tensor | None = None  # [R, V] shift: logits of the context's last position
+        self._layout: tuple[Tensor, Any] | None = None
+
+    def read(self, ids: Tensor, start: Tensor, masked: Tensor) -> Tensor:
+        """Logits [N, V] of the masked tokens, in row-major order.
+
+        Args:
+            ids: [R, T] canvas. start: [R] first position of each row's block.
+            masked: [R, size] bool, the tokens wanted.
+        """
+        if self._layout is None or not torch.equal(self._layout[0], start):
+            self._layout = (start.clone(), self._lay_out(start))
+        pos, mask, pending = self._layout[1]
+        slots, device = pos.shape[1], self.model.device
+        row, place = masked.nonzero(as_tuple=True)
+        wanted = row * slots + slots - self.size + place - self.shift
+        crossing = (pending > 0).nonzero()[:, 0] if self.shift else pending[:0]
+        index = torch.cat([wanted, crossing * slots + slots - self.size - 1]).clamp(min=0)
+        logits = logits_at(
+            self.model,
+            index.to(device),
+            cache=self.cache.stock if self.cache else None,
+            input_ids=ids.gather(1, pos).to(device),
+            attention_mask=mask,
+            position_ids=pos.to(device),
+        )
+        if self.cache:
+            self.cache.keep(slots, slots - self.size - pending, pending)
+            if pending.any():
+                self._layout = None
+        if self.shift:
+            logits = self._across(logits, row, (place == 0) & (start[row] > 0), crossing)
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.rows = len(rows)
+        if self.cache:
+            self.cache.select(rows)
+        if self.boundary is not None:
+            self.boundary = self.boundary[rows.to(self.boundary.device)]
+        self._layout = None
+
+    def _across(self, logits: Tensor, row: Tensor, first: Tensor, crossing: Tensor) -> Tensor:
+        """The first token of a block is read at the context's last position, which was or is being
+        cached: its logits are kept for as long as the block lasts."""
+        count = len(row)
+        logits, fresh = logits[:count], logits[count:]
+        if self.boundary is None:
+            self.boundary = logits.new_zeros(self.rows, logits.shape[-1])
+        if len(crossing):
+            self.boundary[crossing.to(logits.device)] = fresh
+        if first.any():
+            logits[first.to(logits.device)] = self.boundary[row[first].to(logits.device)]
+        return logits
+
+    def _lay_out(self, start: Tensor) -> tuple[Tensor, Any, Tensor]:
+        """Positions [R, S] of the slots, the mask over context and slots, pending tokens [R]."""
+        length = self.cache.length if self.cache else torch.zeros_like(start)
+        pending = start - length
+        slots = int(pending.max()) + self.size
+        pos = start[:, None] + torch.arange(slots) - (slots - self.size)
+        width = self.cache.width if self.cache else 0
+        columns = self.cache.columns(slots) if self.cache else slots
+        layout = slots_of(
+            columns,
+            torch.arange(width) < length[:, None],
+            torch.arange(width).expand(len(start), -1),
+            pos >= length[:, None],
+            pos,
+            pos >= start[:, None],
+            self.model.device,
+        )
+        mask = model_mask(
+            self.model, layout, self.spec.attention, self.size, self.spec.local_window,
+            queries=range(width, width + slots),
+        )  # fmt: skip
+        return pos.clamp(min=0), mask, pending
+
+
+class FullReader:
+    """Logits of a window of rows in which everything reads everything.
+
+    Args:
+        size: tokens denoised together.
+        cache: `none`; `prefix` or `dual`, approximations.
+    """
+
+    def __init__(self, model: Any, spec: Spec, length: Tensor, size: int, cache: str):
+        self.model, self.spec, self.length, self.size, self.kind = model, spec, length, size, cache
+        self.shift = int(spec.prediction == "shift")
+        self.cache: ContextCache | None = None
+        self.since: Tensor | None = None  # [R] `start` at which the cache was filled
+
+    def read(self, ids: Tensor, start: Tensor, masked: Tensor) -> Tensor:
+        """Logits [N, V] of the masked tokens, in row-major order; arguments as in `BlockReader`."""
+        rows, total = ids.shape
+        row, place = masked.nonzero(as_tuple=True)
+        wanted = start[row] + place - self.shift
+        position = torch.arange(total).expand(rows, -1)
+        fresh = self.since is None or not torch.equal(self.since, start)
+        if self.kind == "none" or fresh:
+            self.cache = None if self.kind == "none" else ContextCache(self.model, rows)
+            self.since = start.clone()
+            real = position < self.length[:, None]
+            logits = self._forward(ids, position, real, position[:, :0], real[:, :0], row, wanted)
+            if self.cache:
+                self.cache.keep(total, torch.zeros(rows).long(), torch.full((rows,), total))
+            return logits
+        first = (start - self.shift).clamp(min=0)
+        end = start + self.size if self.kind == "dual" else self.length
+        end = torch.minimum(end, self.length)
+        pos = first[:, None] + torch.arange(int((end - first).max()))
+        seen = (position < first[:, None]) | (position >= end[:, None])
+        seen &= position < self.length[:, None]
+        logits = self._forward(
+            ids, pos, pos < end[:, None], position, seen, row, wanted - first[row]
+        )
+        none = torch.zeros(rows).long()
+        self.cache.keep(pos.shape[1], none, none)
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.length = self.length[rows]
+        if self.cache:
+            self.cache.select(rows)
+            self.since = self.since[rows]
+
+    def _forward(
+        self,
+        ids: Tensor,
+        pos: Tensor,
+        real: Tensor,
+        cached: Tensor,
+        seen: Tensor,
+        row: Tensor,
+        slot: Tensor,
+    ) -> Tensor:
+        """Logits at slots `slot` of rows `row`: of a forward of positions `pos` (where `real`)
+        that reads the columns `cached` (where `seen`)."""
+        slots, width, device = pos.shape[1], cached.shape[1], self.model.device
+        noisy = torch.ones_like(real)
+        layout = slots_of(width + slots, seen, cached, real, pos, noisy, device)
+        queries = range(width, width + slots)
+        mask = model_mask(self.model, layout, "full", None, self.spec.local_window, queries=queries)
+        pos = pos.clamp(max=ids.shape[1] - 1)
+        return logits_at(
+            self.model,
+            (row * slots + slot).to(device),
+            cache=self.cache.stock if self.cache else None,
+            input_ids=ids.gather(1, pos).to(device),
+            attention_mask=mask,
+            position_ids=pos.to(device),
+        )
+
+
+def slots_of(
+    columns: int,
+    seen: Tensor,
+    cached: Tensor,
+    real: Tensor,
+    pos: Tensor,
+    noisy: Tensor,
+    device: Any,
+    start: Tensor | None = None,
+) -> Slots:
+    """Slots [R, columns] of a step: the cached columns, then those forwarded, then empty ones.
+
+    Args:
+        seen, cached: [R, C] whether a cached column holds a token of its row, and its position.
+        real, pos, noisy, start: [R, S] of the slots forwarded.
+    """
+    rows, rest = len(pos), columns - cached.shape[1] - pos.shape[1]
+
+    def join(first: Tensor, second: Tensor, fill: int) -> Tensor:
+        empty = torch.full((rows, rest), fill, dtype=second.dtype)
+        return torch.cat([first.to(second.dtype), second, empty], 1).to(device)
+
+    doc = join(torch.where(seen, 0, PADDING), torch.where(real, 0, PADDING), PADDING)
+    clean = torch.zeros_like(seen)
+    return Slots(
+        doc,
+        join(cached, pos, 0),
+        join(clean, noisy, 0),
+        None if start is None else join(cached, start, 0),
+    )
