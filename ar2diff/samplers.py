@@ -193,7 +193,7 @@ def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
 
 def top(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     """The `count` [R] masked positions of each row with the highest score [R, W]."""
-    order = score.masked_fill(~masked, HIDDEN).argsort(1, descending=True, stable=True)
+    order = score.masked_fill(~masked, HIDDEN).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     return masked & (rank < count[:, None])
 
