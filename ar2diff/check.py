@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checkpoint import load_checkpoint
+from .checkpoint import find_checkpoint, load_checkpoint
+from .folder import FOLDER, CustomGenerate, read_custom_generate
 from .probe import probe
 
+TRUSTED = "transformers >= 5.2 with trust_remote_code=True"
+TRUSTING = "denoises, ar2diff need not be installed: generate(), pipelines, serve, lm-eval's tasks"
+CODELESS = f"does not denoise: the folder has no {FOLDER}"
 ELSEWHERE = {
     "causal_context": {
-        "transformers' own generate(), vLLM, SGLang, llama.cpp": (
+        "transformers without trust_remote_code, vLLM, SGLang, llama.cpp": (
             "decode left to right: correct text, but not the diffusion mode"
         ),
+        "transformers serve --continuous-batching": "decodes left to right, trusted or not",
+        "lm-eval --model hf": "scores of choices and perplexities are those of the AR mode",
     },
     "other": {
-        "transformers' own generate()": "decodes left to right with two-way attention: wrong text",
+        "transformers without trust_remote_code": (
+            "decodes left to right with two-way attention: wrong text"
+        ),
+        "transformers serve --continuous-batching": "the same, trusted or not: wrong text",
         "transformers < 5.2, vLLM, SGLang, llama.cpp": (
             "ignore is_causal and run it as the AR model that it no longer is: wrong text"
         ),
-        "lm-eval --model hf": "scores see the answer: invalid figures; use 'ar2diff eval'",
+        "lm-eval --model hf": (
+            "scores of choices and perplexities see the answer: invalid; use 'ar2diff eval'"
+        ),
     },
 }
 
@@ -27,24 +38,28 @@ def inspect(reference: str) -> dict[str, Any]:
     """Examine a checkpoint.
 
     Returns:
-        spec (None: unconverted), findings [{what, ok}], elsewhere {place: what happens there}, ok.
+        spec (None: unconverted), findings [{what, ok}], custom_generate {state, sha256},
+        elsewhere {place: what happens there}, ok.
 
     Raises:
         Ar2DiffError: it does not load at all, or its spec is not one we honour.
     """
-    checkpoint = load_checkpoint(reference, device="auto")
+    path = find_checkpoint(reference, code=True)
+    checkpoint = load_checkpoint(str(path), device="auto")
     spec, model, tokenizer = checkpoint.spec, checkpoint.model, checkpoint.tokenizer
     if spec is None:
         return {
             "model": reference,
             "spec": None,
             "findings": [],
+            "custom_generate": None,
             "ok": True,
             "elsewhere": {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"},
         }
     problems = probe(model, spec)
     causal = getattr(model.config, "is_causal", None)
     generation = model.generation_config
+    code = read_custom_generate(path)
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = None if spec.attention == "causal_context" else False
     flag = "absent" if wanted is None else "false"
@@ -68,11 +83,22 @@ def inspect(reference: str) -> dict[str, Any]:
             "the pad token is no end token",
             tokenizer.pad_token_id not in checkpoint.end_ids,
         ),
+        (_said(code), code.state == "ok"),
     ]
     return {
         "model": reference,
         "spec": spec.to_dict(),
         "findings": [{"what": what, "ok": ok} for what, ok in checks],
-        "elsewhere": ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
+        "custom_generate": vars(code),
+        "elsewhere": {TRUSTED: TRUSTING if code.sha256 else CODELESS}
+        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
         "ok": all(ok for _, ok in checks),
     }
+
+
+def _said(code: CustomGenerate) -> str:
+    if code.state == "missing":
+        return f"{FOLDER} is missing: nothing denoises it where ar2diff is not installed"
+    if code.state == "differs":
+        return f"{FOLDER} differs from this version's, read it before you trust it: {code.sha256}"
+    return f"{FOLDER} is this version's, byte for byte (sha256 {code.sha256})"

@@ -20,10 +20,12 @@ RUN_FILE = "ar2diff.json"  # provenance; its presence marks a folder as ours to 
 WEIGHTS = "model.safetensors"
 FULL = 1 << 22  # bytes free under which a failed write is put down to a full disk
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a Hub id is asked for
+CODE = ["custom_generate/*"]  # and what is read, never run, by those who compare it
 OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
     RUN_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "additional_chat_templates", "checkpoints", "*.partial",
+    "chat_template.jinja", "additional_chat_templates", "custom_generate", "checkpoints",
+    "*.partial",
 ]  # fmt: skip
 
 
@@ -51,8 +53,11 @@ class Checkpoint:
         return []
 
 
-def find_checkpoint(reference: str) -> Path:
+def find_checkpoint(reference: str, code: bool = False) -> Path:
     """The folder of a checkpoint: a local folder, or a Hub id with an optional `@revision`.
+
+    Args:
+        code: download the decoding code too.
 
     Raises:
         Ar2DiffError: neither is there.
@@ -66,7 +71,14 @@ def find_checkpoint(reference: str) -> Path:
 
     name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=FILES + (CODE if code else []),
+                ignore_patterns=None if code else CODE,
+            )
+        )
     except Exception as error:  # huggingface_hub, httpx and OS errors alike mean: not to be had
         raise Ar2DiffError(
             f"model {reference}: no folder, and not to be had from the Hub ({first_line(error)})",

@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint
 from .config import Convert
 from .errors import Ar2DiffError
 from .forward import context_length
+from .options import RULE, THRESHOLD
 from .spec import FORMAT, Spec
 
 MASK_TOKEN = "<|mask|>"
@@ -75,7 +76,11 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
         config.is_causal = False
     ends = checkpoint.end_ids
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    generation.suppress_tokens = [spec.mask_token_id]
+    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
+    unused = range(len(checkpoint.tokenizer), rows)  # of a padded vocabulary
+    generation.suppress_tokens = sorted({spec.mask_token_id, *unused})
+    if not any(getattr(generation, name, None) is not None for name in RULE):
+        generation.threshold = THRESHOLD
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id
     generation.max_new_tokens = None
     checkpoint.spec = spec

@@ -17,6 +17,7 @@ MODES = ("diffusion", "speculative", "ar")
 ORDERS = ("prob", "margin", "entropy", "random")
 CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
+RULE = ("threshold", "steps", "entropy_bound")  # which tokens a step decides
 MAX_NEW_TOKENS = 128
 
 # Options of transformers that read a left context, or several beams: not of a denoiser. Their
@@ -226,9 +227,8 @@ def _check(options: Options, spec: Spec) -> None:
 def _rule(get: _Source) -> dict[str, Any]:
     """threshold, steps and entropy_bound belong together: the nearest place that sets one decides,
     so that a call's `steps` does not meet the threshold of a config."""
-    names = ("threshold", "steps", "entropy_bound")
     for place in get.places:
-        if any(place.get(name) is not None for name in names):
+        if any(place.get(name) is not None for name in RULE):
             near = _Source(place, ())
             return {
                 "threshold": _number(near, "threshold", None, 0),
@@ -312,7 +312,8 @@ def _one_of(get: _Source, name: str, allowed: Sequence[str], default: str) -> st
 
 def _integer(get: _Source, name: str, default: int | None, least: int) -> Any:
     value = get(name, default)
-    if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
+    if value is not None and not (whole and value >= least):
         raise Ar2DiffError(f"generate: {name} is {value!r}", f"give a whole number from {least} on")
     return None if value is None else int(value)
 

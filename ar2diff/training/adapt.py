@@ -32,6 +32,7 @@ from ..convert import convert, end_token, write_spec
 from ..data import Rows, tokenize
 from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length, score, windows
+from ..folder import write_custom_generate
 from ..probe import probe
 from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
@@ -281,7 +282,8 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
-    """Write the converted checkpoint in the base's stored dtypes, config.json last."""
+    """Write the converted checkpoint in the base's stored dtypes, config.json last, and the code
+    that denoises it. (Checkpoints of training have no such code: they are there to resume from.)"""
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     write_spec(checkpoint, checkpoint.spec)
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -293,4 +295,5 @@ def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> No
     with staged(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_custom_generate(folder)
         write_json(folder / RUN_FILE, record)
