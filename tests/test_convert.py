@@ -167,8 +167,27 @@ def test_the_probe_accepts_every_class_and_attention(
     assert probe(model, spec) == []
 
 
-def test_the_probe_sees_a_class_that_stays_causal(monkeypatch, tiny_model):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("attention,block_length", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral_window"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_probe_takes_no_rounding_for_a_wrong_mask(
+    tiny_model, kind, implementation, dtype, attention, block_length
+):
+    window = "kept" if "window" in kind else None
+    spec = {**SPEC, "attention": attention, "block_length": block_length, "local_window": window}
+    model = tiny_model(kind, implementation, dtype)
+    assert probe(model, Spec(**{**spec, "ar_mode": attention == "causal_context"})) == []
+
+
+def test_the_probe_sees_under_autocast(tiny_model):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert probe(tiny_model("llama", dtype=torch.float32), Spec(**SPEC)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_probe_sees_a_class_that_stays_causal(monkeypatch, tiny_model, dtype):
+    model = tiny_model("llama", dtype=dtype)
     plain = type(model).forward
 
     def deaf(self, *args, attention_mask=None, **kwargs):
