@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .attention import layer_windows
 from .canvas import Canvas
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, find_checkpoint, read_spec
 from .denoise import denoise
 from .errors import Ar2DiffError
 from .evaluation import suppressed_of
 from .forward import context_length
-from .generate import canvas_of
+from .generate import canvas_of, finished_of
 from .options import Options, resolve
+from .prompts import Pieces, Request, split_gaps
 from .spec import FORMAT, Spec
 
-GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
+# What an unconverted model is: its AR mode alone, and no token is a mask.
+CAUSAL = Spec(
+    format=FORMAT,
+    noise="mask",
+    mask_token_id=0,
+    attention="causal_context",
+    block_length=1,
+    prediction="shift",
+    ar_mode=True,
+    local_window=None,
+    max_length=0,
+)
 
 
 def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> dict[str, Any]:
@@ -32,31 +45,100 @@ def complete_all(
     """Complete prompts in batches of like length, yielding (its number, result) as they come.
 
     Args:
-        prompts: texts; `{mask:N}` in one stands for N tokens to fill in.
+        prompts: texts; `{mask:N}` in one stands for N tokens to fill in. What has a gap is filled
+            and not gone on from, unless `max_new_tokens` is among the settings.
         settings: options of `generate`; `mode` ar is there for unconverted models too.
 
     Returns:
         Results with text, token_ids, new_tokens, forwards, tokens_per_forward, seconds (a row's
-        share of its batch's); for a prompt with gaps `filled` (a text each) and `unread_tokens`
-        too, and `text` is the whole.
+        share of its batch's); for a prompt with gaps `filled` (a text each), `suffix_tokens` (given
+        ones behind the last gap) and `unread_tokens` (those that the model does not read when it
+        fills the gap) too, and `text` is the whole.
 
     Raises:
         Ar2DiffError: the model does not have the mode, or a prompt does not fit.
     """
+    spec, plain = settings_of(checkpoint, settings)
+    _, filling = settings_of(checkpoint, {"max_new_tokens": 0, **settings})
+    groups: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
+    for number, prompt in enumerate(prompts):  # all are checked before any is decoded
+        pieces = split_gaps(prompt)
+        gaps = len(pieces) > 1
+        try:
+            ids = encode(checkpoint, spec, pieces)
+            canvas_of(checkpoint.model, spec, [ids], filling if gaps else plain)
+        except Ar2DiffError as error:
+            if len(prompts) == 1:
+                raise
+            raise Ar2DiffError(f"prompt {number + 1}: {error.what}", error.fix) from None
+        groups[gaps].append((number, ids))
+    for gaps, rows in groups.items():
+        rows.sort(key=lambda row: len(row[1]))
+        options = filling if gaps else plain
+        for first in range(0, len(rows), batch_size):
+            numbers, batch = zip(*rows[first : first + batch_size], strict=True)
+            yield from zip(numbers, _decode(checkpoint, spec, options, batch), strict=True)
+
+
+def answer(
+    checkpoint: Checkpoint,
+    request: Request,
+    batch_size: int,
+    settings: dict[str, Any],
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Results of a request in its order, each with its `prompt`.
+
+    Args:
+        advance: called after each prompt.
+    """
+    if request.infill is not None:
+        prefix, suffix, lengths = request.infill
+        result = infill(checkpoint, prefix, suffix, lengths, **settings)
+        return [{"prompt": f"{prefix}{{mask:{result['length']}}}{suffix}", **result}]
+    results: dict[int, dict[str, Any]] = {}
+    for number, result in complete_all(
+        checkpoint, request.prompts, batch_size=batch_size, **settings
+    ):
+        results[number] = {"prompt": request.prompts[number], **result}
+        advance()
+    return [results[number] for number in range(len(request.prompts))]
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """A line on what was decoded and how fast."""
+    tokens, forwards, seconds = (
+        sum(r[name] for r in results) for name in ("new_tokens", "forwards", "seconds")
+    )
+    many = f"{len(results)} prompts, " if len(results) > 1 else ""
+    return (
+        f"{many}{tokens} tokens, {forwards} forwards, {tokens / max(forwards, 1):.2f} tokens per "
+        f"forward, {tokens / max(seconds, 1e-9):.0f} tokens/s, {seconds:.2f} s"
+    )
+
+
+def stream(
+    checkpoint: Checkpoint, prompt: str, **settings: Any
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Complete one prompt, yielding (more text, None) as soon as all before it is decided, from the
+    prompt on; at last (the rest, the result of `complete`)."""
+    pieces = split_gaps(prompt)
+    if len(pieces) > 1:
+        settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
-    rows = [encode(checkpoint, spec, prompt) for prompt in prompts]
-    for row in rows:  # all are checked before any is decoded
-        canvas_of(checkpoint.model, spec, [row], options)
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        canvas = canvas_of(checkpoint.model, spec, [rows[n] for n in numbers], options)
-        start = time.monotonic()
-        for _ in denoise(checkpoint.model, spec, canvas, options):
-            pass
-        seconds = (time.monotonic() - start) / len(numbers)
-        for place, number in enumerate(numbers):
-            yield number, _result(checkpoint, spec, options, canvas, place, seconds)
+    row = encode(checkpoint, spec, pieces)
+    start, shown = time.monotonic(), ""
+    canvas, states = begin(checkpoint, spec, options, [row])
+    for _ in states:
+        text = _decode_ids(checkpoint.tokenizer, _certain(canvas, options))
+        # Half a character decodes to a replacement mark; what is shown must stay as it is.
+        if not text.endswith("\ufffd") and text.startswith(shown):
+            yield text[len(shown) :], None
+            shown = text
+    result = _result(checkpoint, spec, options, canvas, 0, time.monotonic() - start)
+    ids = canvas.ids[0, : int(canvas.prompt[0])].tolist()
+    text = _decode_ids(checkpoint.tokenizer, [*ids, *result["token_ids"]])
+    yield text[len(shown) if text.startswith(shown) else 0 :], result
 
 
 def infill(
@@ -73,18 +155,17 @@ def infill(
     """
     settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
-    rows = [encode(checkpoint, spec, f"{prefix}{{mask:{n}}}{suffix}") for n in lengths]
-    canvas = canvas_of(checkpoint.model, spec, rows, options)
+    rows = [encode(checkpoint, spec, [prefix, length, suffix]) for length in lengths]
     start = time.monotonic()
-    for _ in denoise(checkpoint.model, spec, canvas, options):
+    canvas, states = begin(checkpoint, spec, options, rows)
+    for _ in states:
         pass
     seconds = time.monotonic() - start
     candidates = []
     for place, length in enumerate(lengths):
         result = _result(checkpoint, spec, options, canvas, place, seconds)
-        gap = (canvas.step[place] > 0).nonzero()[:, 0]
-        gap = gap[gap < canvas.prompt[place]]
-        mean = canvas.logprob[place, gap].mean().item()
+        gap = ~canvas.given[place, : int(canvas.prompt[place])]
+        mean = canvas.logprob[place, : len(gap)][gap].mean().item()
         candidates.append({"length": length, "mean_logprob": mean, **result})
     candidates.sort(key=lambda c: -c["mean_logprob"])
     shown = [
@@ -94,6 +175,41 @@ def infill(
     return {**candidates[0], "candidates": shown}
 
 
+def begin(
+    checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
+) -> tuple[Canvas, Iterator[Canvas]]:
+    """The canvas of some rows, and the iterator that decides it, a state a forward.
+
+    Args:
+        spec, options: of `settings_of`.
+        rows: token ids, masks for gaps.
+    """
+    model = checkpoint.model
+    canvas = canvas_of(model, spec, rows, options)
+    finished = finished_of(model, options, None, checkpoint.tokenizer)
+    return canvas, denoise(model, spec, canvas, options, finished=finished)
+
+
+def check_request(reference: str, request: Request | None, settings: dict[str, Any]) -> None:
+    """Refuse what a model cannot do before it is loaded.
+
+    Args:
+        reference: folder or Hub id.
+        request: None checks the settings alone.
+
+    Raises:
+        Ar2DiffError: an option, or a mode that the model does not have.
+    """
+    path = find_checkpoint(reference)
+    spec = read_spec(path)
+    _check_converted(path, spec, settings)
+    options = resolve(spec or CAUSAL, settings)
+    if request is not None and request.has_gap and options.mode != "diffusion":
+        raise Ar2DiffError(
+            f"generate: mode {options.mode} cannot fill masks in a prompt", "use mode diffusion"
+        )
+
+
 def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec, Options]:
     """The spec to decode with and the options of a call, checked.
 
@@ -101,10 +217,7 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
         Ar2DiffError: an option, or a mode that the model does not have.
     """
     spec = checkpoint.spec
-    if spec is None and settings.get("mode", "diffusion") != "ar":
-        raise Ar2DiffError(
-            f"model {checkpoint.path} is not converted", "run 'ar2diff adapt', or use --mode ar"
-        )
+    _check_converted(checkpoint.path, spec, settings)
     spec = spec or _causal_spec(checkpoint.model)
     suppressed = suppressed_of(checkpoint).nonzero()[:, 0].tolist()
     settings = {
@@ -115,27 +228,79 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
     return spec, resolve(spec, settings, (checkpoint.model.generation_config,))
 
 
-def encode(checkpoint: Checkpoint, spec: Spec, prompt: str) -> list[int]:
-    """Ids of a prompt, `{mask:N}` as N mask tokens.
+def encode(checkpoint: Checkpoint, spec: Spec, pieces: Pieces) -> list[int]:
+    """Ids of texts, and of gaps as that many mask tokens.
 
     Raises:
-        Ar2DiffError: a gap without a length, an empty prompt, or one that spells the mask token.
+        Ar2DiffError: a prompt without a token, or one that spells the mask token.
     """
-    tokenizer, ids, end = checkpoint.tokenizer, [], 0
-    for gap in [*GAP.finditer(prompt), None]:
-        piece = prompt[end : gap.start() if gap else len(prompt)]
-        pieces = tokenizer(piece, add_special_tokens=end == 0, verbose=False).input_ids
-        if spec.mask_token_id in pieces:
+    ids: list[int] = []
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, int):
+            ids += [spec.mask_token_id] * piece
+            continue
+        new = _ids_behind(checkpoint.tokenizer, piece) if number else None
+        if new is None:
+            new = checkpoint.tokenizer(
+                piece, add_special_tokens=number == 0, verbose=False
+            ).input_ids
+        if spec.mask_token_id in new:
             raise Ar2DiffError("the prompt spells the mask token", "write {mask:N} for a gap")
-        ids += pieces
-        if gap is not None:
-            if not (gap[1] or "").isdecimal() or int(gap[1]) < 1:
-                raise Ar2DiffError(f"{gap[0]}: a gap of no tokens", "write {mask:N}, N from 1 on")
-            ids += [spec.mask_token_id] * int(gap[1])
-            end = gap.end()
+        ids += new
     if not ids:
         raise Ar2DiffError("the prompt has no token", "give a longer prompt")
     return ids
+
+
+def unread_note(spec: Spec | None, results: Sequence[dict[str, Any]]) -> str | None:
+    """A line about given text that a block model does not read when it fills the gap before it;
+    None where it reads all."""
+    unread = [r for r in results if r.get("unread_tokens")]
+    if spec is None or not unread:
+        return None
+    count, of = (sum(r[n] for r in unread) for n in ("unread_tokens", "suffix_tokens"))
+    where = "" if len(results) == 1 else f" (in {len(unread)} of {len(results)} prompts)"
+    return (
+        f"{count} of the {of} suffix tokens lie in later blocks than the gap, which "
+        f"{spec.attention} attention does not read{where}"
+    )
+
+
+def draw_tokens(tokenizer: Any, ids: Sequence[int], mask_token_id: int) -> list[str]:
+    """The text of each token of a canvas, for a screen: an undecided one is a dot, and a character
+    that several tokens spell stands at the last of them."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids  # keeps a first token's space
+    skip = len(_decode_ids(tokenizer, anchor, False))
+    pieces: list[str] = []
+    open_: list[int] = []
+    for token in ids:
+        if token == mask_token_id:
+            pieces.append("·")
+            open_ = []
+            continue
+        open_.append(token)
+        text = _decode_ids(tokenizer, [*anchor, *open_], False)[skip:]
+        half = text.endswith("\ufffd") and len(open_) < 4  # UTF-8 has at most four bytes
+        pieces.append("" if half else text)
+        open_ = open_ if half else []
+    return pieces
+
+
+def text_behind(tokenizer: Any, ids: list[int], new: list[int]) -> str:
+    """The text that new tokens add to others. Decoded with them and cut: a tokenizer may drop the
+    space in front of the first token."""
+    return _decode_ids(tokenizer, [*ids, *new])[len(_decode_ids(tokenizer, ids)) :]
+
+
+def _decode(
+    checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    start = time.monotonic()
+    canvas, states = begin(checkpoint, spec, options, rows)
+    for _ in states:
+        pass
+    seconds = (time.monotonic() - start) / len(rows)
+    return [_result(checkpoint, spec, options, canvas, n, seconds) for n in range(len(rows))]
 
 
 def _result(
@@ -146,20 +311,18 @@ def _result(
     gaps = ~canvas.given[row, :prompt]
     forwards = int(canvas.forwards[row])
     decided = len(new) + int(gaps.sum())
-    # Decoded with the prompt and cut: a tokenizer may drop the space in front of the first token.
-    text = tokenizer.decode([*ids, *new], skip_special_tokens=True)
-    if not gaps.any():
-        text = text[len(tokenizer.decode(ids, skip_special_tokens=True)) :]
+    whole = bool(gaps.any())
     result: dict[str, Any] = {
-        "text": text,
+        "text": _decode_ids(tokenizer, [*ids, *new]) if whole else text_behind(tokenizer, ids, new),
         "token_ids": new,
         "new_tokens": decided,
         "forwards": forwards,
         "tokens_per_forward": decided / forwards if forwards else 0.0,
         "seconds": seconds,
     }
-    if gaps.any():
+    if whole:
         result["filled"] = _filled(tokenizer, ids, gaps.tolist())
+        result["suffix_tokens"] = prompt - 1 - int(gaps.nonzero().max())
         result["unread_tokens"] = 0
         if spec.attention != "full":
             result["unread_tokens"] = int(canvas.unread(options.block_length)[row])
@@ -173,23 +336,46 @@ def _filled(tokenizer: Any, ids: list[int], gaps: list[bool]) -> list[str]:
         if gap and start is None:
             start = place
         elif not gap and start is not None:
-            before = tokenizer.decode(ids[:start], skip_special_tokens=True)
-            texts.append(tokenizer.decode(ids[:place], skip_special_tokens=True)[len(before) :])
+            texts.append(text_behind(tokenizer, ids[:start], ids[start:place]))
             start = None
     return texts
 
 
+def _certain(canvas: Canvas, options: Options) -> list[int]:
+    """The ids of a single row that are decided for good, without a gap."""
+    ids = canvas.ids[0, : int(canvas.total[0])].tolist()
+    end = ids.index(canvas.mask_token_id) if canvas.mask_token_id in ids else len(ids)
+    if canvas.done[0]:
+        return ids[: int(canvas.end[0])]
+    # Remasking may take a token of the block back.
+    return ids[: min(end, int(canvas.start[0])) if options.remask else end]
+
+
+def _decode_ids(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def _ids_behind(tokenizer: Any, text: str) -> list[int] | None:
+    """Ids of a text in the middle of another: some tokenizers put a space in front of a text that
+    stands alone. None where they cannot be told from the ids of what stands before."""
+    before = tokenizer("\n", add_special_tokens=False).input_ids
+    ids = tokenizer("\n" + text, add_special_tokens=False, verbose=False).input_ids
+    return ids[len(before) :] if ids[: len(before)] == before else None
+
+
+def _check_converted(path: Path, spec: Spec | None, settings: dict[str, Any]) -> None:
+    if spec is None and settings.get("mode", "diffusion") != "ar":
+        raise Ar2DiffError(
+            f"model {path} is not converted",
+            f"run 'ar2diff adapt {path} --output-dir DIR', or use --mode ar",
+        )
+
+
 def _causal_spec(model: Any) -> Spec:
-    """What an unconverted model is: its AR mode alone, and no token is a mask."""
     config = model.config.get_text_config()
-    return Spec(
-        format=FORMAT,
-        noise="mask",
+    return replace(
+        CAUSAL,
         mask_token_id=model.get_input_embeddings().weight.shape[0],
-        attention="causal_context",
-        block_length=1,
-        prediction="shift",
-        ar_mode=True,
         local_window="kept" if any(layer_windows(config, "kept").values()) else None,
         max_length=context_length(model.config) or 0,
     )

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.utils import ModelOutput
@@ -171,7 +171,8 @@ def generate(
             )
     if streamer is not None and len(prompts) > 1:
         raise Ar2DiffError("generate: a streamer takes one row", "leave it out, or give one prompt")
-    finished = _finished(model, options, stopping_criteria, tokenizer)
+    padding = [given.shape[1] - len(prompt) for prompt in prompts]
+    finished = finished_of(model, options, stopping_criteria, tokenizer, padding)
     states = denoise(
         model, spec, canvas, options, processors=_processors(logits_processor), finished=finished
     )
@@ -261,9 +262,21 @@ def _processors(given: Any) -> list[Any]:
     return list(given or ())
 
 
-def _finished(model: Any, options: Options, given: Any, tokenizer: Any) -> Finished | None:
-    """Stop strings, time limits and stopping criteria, asked for every new token in turn."""
-    criteria = StoppingCriteriaList(given or [])
+def finished_of(
+    model: Any,
+    options: Options,
+    given: Any,
+    tokenizer: Any,
+    padding: Sequence[int] | None = None,
+) -> Finished | None:
+    """Stop strings, time limits and stopping criteria, asked for every new token in turn.
+
+    Args:
+        given: stopping criteria of transformers, or None.
+        tokenizer: for stop strings.
+        padding: of each row's prompt, which a criterion may count as part of it; None: none.
+    """
+    criteria = list(given or [])
     if options.stop_strings:
         if tokenizer is None:
             raise Ar2DiffError("generate: stop_strings need a tokenizer", "pass tokenizer=")
@@ -272,11 +285,26 @@ def _finished(model: Any, options: Options, given: Any, tokenizer: Any) -> Finis
         criteria.append(MaxTimeCriteria(options.max_time))
     if not criteria:
         return None
+    rows = len(padding or ())
+    own = [[_of_row(criterion, row, rows) for criterion in criteria] for row in range(rows)]
 
-    def finished(_row: int, ids: Tensor) -> bool:
-        return bool(criteria(ids[None].to(model.device), None).all())
+    def finished(row: int, ids: Tensor) -> bool:
+        pads = ids.new_full((padding[row] if padding else 0,), options.pad_token_id)
+        ids = torch.cat([pads, ids])[None].to(model.device)
+        asked = own[row] if rows else criteria
+        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in asked)
 
     return finished
+
+
+def _of_row(criterion: Any, row: int, rows: int) -> Any:
+    """A criterion that is asked about one row alone: of the flags that it may keep for each row of
+    a batch (lm-eval's do) it has that row's."""
+    own = copy(criterion) if rows > 1 else criterion
+    for name, value in vars(own).items() if rows > 1 else ():
+        if isinstance(value, list) and [type(flag) for flag in value] == [bool] * rows:
+            setattr(own, name, value[row : row + 1])
+    return own
 
 
 def _stream(states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any) -> None:

@@ -59,12 +59,7 @@ def read_texts(path: Path, field: str) -> list[str]:
     else:
         if not path.name.endswith(SUFFIXES):
             raise Ar2DiffError(f"data {path}: unknown kind of file", f"give {', '.join(SUFFIXES)}")
-        try:
-            opened = gzip.open if path.name.endswith(".gz") else open
-            with opened(path, "rt", encoding="utf-8") as file:
-                lines = list(file)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise Ar2DiffError(f"data {path}: {first_line(error)}", "check the file") from None
+        lines = read_lines(path, f"data {path}")
         if ".jsonl" in path.name:
             texts = [
                 _text(_json(line, path, row), field, path, row)
@@ -76,6 +71,20 @@ def read_texts(path: Path, field: str) -> list[str]:
     if not texts:
         raise Ar2DiffError(f"data {path}: the file is empty", "give a file with rows")
     return texts
+
+
+def read_lines(path: Path, name: str) -> list[str]:
+    """The lines of a text file, unpacked where it is a .gz.
+
+    Args:
+        name: what an error calls the file.
+    """
+    try:
+        opened = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            return list(file)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise Ar2DiffError(f"{name}: {first_line(error)}", "check the file") from None
 
 
 def _parquet(path: Path, field: str) -> list[str]:

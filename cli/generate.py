@@ -2,83 +2,77 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import HELP_JSON, progress, quiet, report
+from .sampler import with_sampler
 
 
-class Mode(StrEnum):
-    """How to decode."""
-
-    diffusion = "diffusion"
-    ar = "ar"
-
-
+@with_sampler
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    mode: Annotated[
-        Mode, typer.Option(help="ar: left to right, where it is alive.")
-    ] = Mode.diffusion,
-    threshold: Annotated[float, typer.Option(help="Commit tokens surer than this.")] = 0.9,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help='To go on from, or to fill: "the{mask:4} sat" has a gap.')
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="One a line; .jsonl: the field prompt; .gz too.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Text before a gap.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text behind it.")] = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,...", help="The gap's tokens; of several the likeliest."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write results there, one a line.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print text as it is decided; for one prompt.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
-    """Write text with a converted model.
+    """Write text with a converted model, or fill gaps in it.
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
-    from ..errors import Ar2DiffError, first_line
+    from ..prompts import check_stream, check_target, request_of, write_results
 
-    if (prompt is None) == (prompts_file is None):
-        raise Ar2DiffError(
-            "give one of --prompt and --prompts-file", "see 'ar2diff generate --help'"
-        )
-    if prompts_file is not None:
-        try:
-            prompts = [
-                line
-                for line in prompts_file.read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise Ar2DiffError(f"{prompts_file}: {first_line(error)}", "check the file") from None
-        if not prompts:
-            raise Ar2DiffError(f"{prompts_file}: no prompt in it", "write one prompt a line")
-    else:
-        prompts = [prompt]
+    request = request_of(prompt, prompts_file, prefix, suffix, length or ())
+    if stream:
+        check_stream(request, as_json or output is not None)
+    if output is not None:
+        check_target(output, overwrite)
     quiet()
     from ..checkpoint import load_checkpoint
-    from ..decoding import complete
+    from ..decoding import answer, check_request, summary, unread_note
+    from ..decoding import stream as stream_text
 
+    check_request(model, request, settings)
     checkpoint = load_checkpoint(model, device="auto")
-    results = [
-        complete(
-            checkpoint,
-            text,
-            max_new_tokens=max_new_tokens,
-            mode=mode.value,
-            threshold=threshold,
-            temperature=temperature,
-            seed=seed,
-        )
-        for text in prompts
-    ]
+    if stream:
+        for text, result in stream_text(checkpoint, request.prompts[0], **settings):
+            typer.echo(text, nl=result is not None)
+            sys.stdout.flush()
+        results = [result]
+    else:
+        with progress(len(request.prompts) if request.many else 0) as advance:
+            results = answer(checkpoint, request, batch_size, settings, advance)
+    if output is not None:
+        write_results(output, results)
     if as_json:
-        report(results[0] if prompt is not None else {"results": results}, True)
-        return
-    for text, result in zip(prompts, results, strict=True):
-        typer.echo(f"{text}{result['text']}")
-        typer.secho(
-            f"[{result['new_tokens']} tokens, {result['forwards']} forwards, "
-            f"{result['tokens_per_forward']:.2f} tokens a forward, {result['seconds']:.2f} s]",
-            err=True,
-            dim=True,
-        )
+        alone = {name: value for name, value in results[0].items() if name != "prompt"}
+        report({"results": results} if request.many else alone, True)
+    elif output is None and not stream:
+        for result in results:
+            typer.echo(result["text"] if "filled" in result else result["prompt"] + result["text"])
+    note = unread_note(checkpoint.spec, results)
+    for line in [*([note] if note else []), summary(results)]:
+        typer.secho(f"[{line}]", err=True, dim=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 HELP_JSON = "Print one JSON object on stdout."
@@ -26,6 +29,22 @@ def report(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(_finite(result), ensure_ascii=False))
     else:
         print("\n".join(_lines(result)))
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal and there is something to count; yields what moves it
+    on by one."""
+    if not total or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
