@@ -48,11 +48,12 @@ class ContextCache:
             first, count: [R] int.
         """
         width, most = self.width, int(count.max())
-        in_place = (self.length == width) & (first == 0) & (count == most)
-        if most and not bool(in_place.all()):
-            self._move(slots, first, count, most)
-        self.length = self.length + count
-        self.width = int(self.length.max())
+        if most:
+            in_place = (self.length == width) & (first == 0) & (count == most)
+            if not in_place.all():
+                self._move(slots, first, count, most)
+            self.length = self.length + count
+            self.width = int(self.length.max())
         self._drop(width + slots - self.width)
 
     def select(self, rows: Tensor) -> None:

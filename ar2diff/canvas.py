@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Canvas:
         step: [R, T] forward of the row at which a token was decided; 0 for given ones.
         logprob: [R, T] its log-probability in that forward, of the model's own distribution.
         forwards: [R] forwards that a row took part in.
+        front: of each row, how many tokens up to `total` are decided without a gap.
+        unfinished: how many rows have no finished answer.
     """
 
     ids: Tensor
@@ -47,6 +50,8 @@ class Canvas:
     step: Tensor
     logprob: Tensor
     forwards: Tensor
+    front: list[int]
+    unfinished: int
 
     @classmethod
     def of_prompts(
@@ -91,10 +96,23 @@ class Canvas:
             step=torch.zeros_like(ids),
             logprob=torch.zeros(ids.shape),
             forwards=torch.zeros_like(prompt),
+            front=[0] * len(prompts),
+            unfinished=len(prompts),
         )
         for row in range(len(prompts)):
-            canvas._settle(row, None, 0)
+            canvas._settle(row, None)
         return canvas
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset(self.end_ids.tolist())
+
+    @cached_property
+    def held(self) -> bool:
+        """Whether there are positions to write at which no end token may stand."""
+        early = torch.arange(self.ids.shape[1]) < self.end_from[:, None]
+        return bool((early & ~self.given).any())
 
     @property
     def done(self) -> Tensor:
@@ -103,13 +121,8 @@ class Canvas:
 
     def new_ids(self, row: int) -> list[int]:
         """The answer of a row, its end token included; of an unfinished one, what is decided."""
-        end = int(self.end[row]) if self.end[row] >= 0 else self.decided(row)
-        return self.ids[row, int(self.prompt[row]) : end].tolist()
-
-    def decided(self, row: int) -> int:
-        """How many tokens of a row are decided without a gap."""
-        masked = self.ids[row, : int(self.total[row])] == self.mask_token_id
-        return int(masked.int().argmax()) if masked.any() else int(self.total[row])
+        end = int(self.end[row])
+        return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
     def unread(self, size: int) -> Tensor:
         """[R] given tokens behind a row's last gap that lie in later blocks, which a model with
@@ -146,33 +159,32 @@ class Canvas:
             rows, positions, tokens, logprob: [N].
             finished: more reasons to stop, asked for each new token once all before it are decided.
         """
-        changed = rows.unique().tolist()
-        before = [self.decided(row) for row in changed] if finished else [0] * len(changed)
         self.ids[rows, positions] = tokens
         self.logprob[rows, positions] = logprob.to(self.logprob.dtype)
         self.step[rows, positions] = self.forwards[rows]
-        for row, decided in zip(changed, before, strict=True):
-            self._settle(row, finished, decided)
+        for row in set(rows.tolist()):
+            self._settle(row, finished)
 
     def erase(self, rows: Tensor, positions: Tensor) -> None:
         """Mask decided tokens again."""
         self.ids[rows, positions] = self.mask_token_id
         self.step[rows, positions] = 0
+        for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+            self.front[row] = min(self.front[row], position)
 
-    def _settle(self, row: int, finished: Finished | None, before: int) -> None:
-        """Whether a row is finished: an end token stands, or a reason to stop, or it is full."""
-        decided, total = self.decided(row), int(self.total[row])
-        start = int(self.end_from[row])
-        if decided > start and len(self.end_ids):
-            ends = torch.isin(self.ids[row, start:decided], self.end_ids)
-            ends &= ~self.given[row, start:decided]
-            if ends.any():
-                self.end[row] = start + int(ends.int().argmax()) + 1
-                decided = int(self.end[row])
-        if finished is not None:
-            for place in range(max(before, start), decided):
-                if not self.given[row, place] and finished(row, self.ids[row, : place + 1]):
-                    self.end[row] = place + 1
-                    return
-        if self.end[row] < 0 and decided == total:
-            self.end[row] = total
+    def _settle(self, row: int, finished: Finished | None) -> None:
+        """Move a row's front; the row is finished at the first end token that it passes, or where
+        `finished` says so, or at `total`."""
+        front, total, first = self.front[row], int(self.total[row]), int(self.end_from[row])
+        over = False
+        for token in self.ids[row, front:total].tolist():
+            if token == self.mask_token_id or over:
+                break
+            front += 1
+            over = front > first and (
+                token in self.ends or bool(finished and finished(row, self.ids[row, :front]))
+            )
+        self.front[row] = front
+        if (over or front == total) and self.end[row] < 0:
+            self.end[row] = front
+            self.unfinished -= 1

@@ -20,7 +20,7 @@ from .errors import Ar2DiffError
 from .forward import context_length
 from .options import Options
 from .readers import BlockReader, FullReader
-from .samplers import Choice, Chooser, commits, quota_of, spread, top
+from .samplers import Chooser, commits, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import speculate
@@ -53,9 +53,8 @@ def denoise(
         finished: more reasons to stop a row.
     """
     rows = model.get_output_embeddings().weight.shape[0]
-    suppressed = torch.zeros(rows, dtype=torch.bool)
     impossible = {spec.mask_token_id, *options.suppress_tokens}
-    suppressed[[i for i in impossible if i < rows]] = True
+    suppressed = torch.tensor([i for i in impossible if i < rows], dtype=torch.long)
     chooser = Chooser(
         options,
         suppressed.to(model.device),
@@ -101,21 +100,19 @@ class _Denoiser:
         # A cached context that is shared by a block's steps must be filled for all rows at once.
         self.together = cache in ("prefix", "dual")
         canvas.advance(self.rows, self.size)
-        self.taken = torch.zeros_like(canvas.prompt)  # steps taken in the block
+        self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
         self.to_decide = self._masked(self.rows).sum(1)  # tokens that the block had to decide
 
     def run(self) -> Iterator[Canvas]:
         canvas = self.canvas
-        while not canvas.done.all():
-            masked = self._masked(self.rows) & ~canvas.done[self.rows, None]
+        masked = self._masked(self.rows) & ~canvas.done[self.rows, None]
+        while count := canvas.unfinished:
             logits = self._read(masked)
-            active = masked.any(1)
-            canvas.forwards[self.rows[active]] += 1
-            self._decide(logits, masked)
-            self.taken[self.rows[active]] += 1
-            self._advance()
+            canvas.forwards[self.rows] += masked.any(1)
+            masked = masked ^ self._decide(logits, masked)
+            if self.options.remask or canvas.unfinished < count or not masked.any(1).all():
+                masked = self._next(masked)
             yield canvas
-            self._shrink()
 
     def _masked(self, rows: Tensor) -> Tensor:
         """[R, W] undecided tokens of each row's block."""
@@ -139,69 +136,72 @@ class _Denoiser:
         conditional, unconditional = both.chunk(2)
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
-    def _decide(self, logits: Tensor, masked: Tensor) -> None:
+    def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
+        """Choose tokens and write those that are sure enough; [R, W] bool which."""
         canvas, options, rows = self.canvas, self.options, self.rows
         row, place = masked.nonzero(as_tuple=True)
-        position = canvas.start[rows[row]] + place
-        no_end = position < canvas.end_from[rows[row]]
+        row = rows[row]
+        position = canvas.start[row] + place
+        no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
-        context = canvas.ids[rows[row]] if self.chooser.penalty is not None else None
-        choice = self.chooser.choose(logits, rows[row], context)
+        context = canvas.ids[row] if self.chooser.penalty is not None else None
+        choice = self.chooser.choose(logits, row, context)
         quota = None
         if options.steps is not None:
             left = masked.sum(1)
-            quota = quota_of(self.to_decide[rows], options.steps, self.taken[rows], left)
+            taken = canvas.forwards[rows] - self.began[rows] - 1
+            quota = quota_of(self.to_decide[rows], options.steps, taken, left)
         commit = commits(options, choice, masked, quota, self.chooser, rows)
-        self._write(commit, choice, masked)
-        if options.remask:
-            self._give_back()
-
-    def _write(self, commit: Tensor, choice: Choice, masked: Tensor) -> None:
-        row, place = commit.nonzero(as_tuple=True)
-        rows = self.rows[row]
-        self.canvas.write(
-            rows,
-            self.canvas.start[rows] + place,
-            spread(choice.tokens, masked)[commit],
-            spread(choice.logprob, masked)[commit],
-            self.finished,
+        now = commit[masked]
+        canvas.write(
+            row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished
         )
+        return commit
 
-    def _give_back(self) -> None:
+    def _next(self, masked: Tensor) -> Tensor:
+        """What to decide next, [R, W], where not every row just goes on with its block: one whose
+        block is decided gets another, finished rows are left out once they are half of the batch.
+        """
+        canvas, options = self.canvas, self.options
+        left = ~canvas.done[self.rows]
+        masked = masked & left[:, None]
+        ready = left & ~masked.any(1)
+        if options.remask:
+            masked = masked | self._give_back(left & ~ready)
+        if self.together and masked.any():
+            ready = torch.zeros_like(ready)
+        if ready.any():
+            rows = self.rows[ready]
+            canvas.advance(rows, self.size)
+            self.began[rows] = canvas.forwards[rows]
+            masked[ready] = self._masked(rows)
+            self.to_decide[rows] = masked[ready].sum(1)
+        count, keep = len(left), left.nonzero()[:, 0]
+        if not self.fixed_shape and 0 < 2 * len(keep) <= count:
+            self.reader.select(torch.cat([keep + i * count for i in range(self.guided)]))
+            self.rows, masked = self.rows[keep], masked[keep]
+        return masked
+
+    def _give_back(self, open_: Tensor) -> Tensor:
         """Mask a share of the block's decided tokens again, the least sure ones (ReMDM, Wang et al.
-        2025, confidence-based), but in the last step and in finished rows."""
+        2025, confidence-based), but before the last step.
+
+        Args:
+            open_: [R] rows whose block has more to decide.
+
+        Returns:
+            [R, W] bool, which tokens.
+        """
         canvas, rows = self.canvas, self.rows
-        window = self._window(rows).clamp(max=canvas.ids.shape[1] - 1)
-        at = (rows[:, None], window)
+        window = self._window(rows)
+        at = (rows[:, None], window.clamp(max=canvas.ids.shape[1] - 1))
         decided = (canvas.ids[at] != canvas.mask_token_id) & ~canvas.given[at]
-        decided &= self._window(rows) < canvas.length[rows, None]
-        open_ = (self.taken[rows] + 1 < self.options.steps) & ~canvas.done[rows]
-        open_ &= self._masked(rows).any(1)
-        decided &= open_[:, None]
-        count = (self.options.remask * decided.sum(1)).long()
-        back = top(-canvas.logprob[at], decided, count)
-        row, _ = back.nonzero(as_tuple=True)
-        canvas.erase(rows[row], window[back])
-
-    def _advance(self) -> None:
-        """Rows whose block is decided go to the next one."""
-        ready = ~self._masked(self.rows).any(1) & ~self.canvas.done[self.rows]
-        if self.together and not bool((ready | self.canvas.done[self.rows]).all()):
-            return
-        rows = self.rows[ready]
-        if len(rows):
-            self.canvas.advance(rows, self.size)
-            self.taken[rows] = 0
-            self.to_decide[rows] = self._masked(rows).sum(1)
-
-    def _shrink(self) -> None:
-        """Leave finished rows out once they are half of the batch."""
-        left = (~self.canvas.done[self.rows]).nonzero()[:, 0]
-        if self.fixed_shape or not len(left) or 2 * len(left) > len(self.rows):
-            return
-        count = len(self.rows)
-        self.reader.select(torch.cat([left + i * count for i in range(self.guided)]))
-        self.rows = self.rows[left]
+        decided &= window < canvas.length[rows, None]
+        taken = canvas.forwards[rows] - self.began[rows]
+        decided &= (open_ & (taken < self.options.steps))[:, None]
+        back = top(-canvas.logprob[at], decided, (self.options.remask * decided.sum(1)).long())
+        canvas.erase(rows[back.nonzero()[:, 0]], window[back])
+        return back
 
 
 def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:

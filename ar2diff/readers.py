@@ -48,23 +48,24 @@ class BlockReader:
         """
         if self._layout is None or not torch.equal(self._layout[0], start):
             self._layout = (start.clone(), self._lay_out(start))
-        pos, mask, pending = self._layout[1]
+        pos, mask, pending, crossing = self._layout[1]
         slots, device = pos.shape[1], self.model.device
         row, place = masked.nonzero(as_tuple=True)
-        wanted = row * slots + slots - self.size + place - self.shift
-        crossing = (pending > 0).nonzero()[:, 0] if self.shift else pending[:0]
-        index = torch.cat([wanted, crossing * slots + slots - self.size - 1]).clamp(min=0)
+        first = slots - self.size  # slot of the block's first token
+        index = row * slots + place + (first - self.shift)
+        if len(crossing):
+            index = torch.cat([index, crossing * slots + first - 1])
         logits = logits_at(
             self.model,
-            index.to(device),
+            index.clamp(min=0).to(device),
             cache=self.cache.stock if self.cache else None,
             input_ids=ids.gather(1, pos).to(device),
             attention_mask=mask,
             position_ids=pos.to(device),
         )
         if self.cache:
-            self.cache.keep(slots, slots - self.size - pending, pending)
-            if pending.any():
+            self.cache.keep(slots, first - pending, pending)
+            if first:
                 self._layout = None
         if self.shift:
             logits = self._across(logits, row, (place == 0) & (start[row] > 0), crossing)
@@ -92,8 +93,9 @@ class BlockReader:
             logits[first.to(logits.device)] = self.boundary[row[first].to(logits.device)]
         return logits
 
-    def _lay_out(self, start: Tensor) -> tuple[Tensor, Any, Tensor]:
-        """Positions [R, S] of the slots, the mask over context and slots, pending tokens [R]."""
+    def _lay_out(self, start: Tensor) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Positions [R, S] of the slots, the mask over context and slots, pending tokens [R], and
+        the rows that have any, where the boundary's logits are wanted."""
         length = self.cache.length if self.cache else torch.zeros_like(start)
         pending = start - length
         slots = int(pending.max()) + self.size
@@ -113,7 +115,8 @@ class BlockReader:
             self.model, layout, self.spec.attention, self.size, self.spec.local_window,
             queries=range(width, width + slots),
         )  # fmt: skip
-        return pos.clamp(min=0), mask, pending
+        crossing = (pending > 0).nonzero()[:, 0] if self.shift else pending[:0]
+        return pos.clamp(min=0), mask, pending, crossing
 
 
 class FullReader:

@@ -7,6 +7,7 @@ This file is copied into converted folders: it imports torch, transformers and i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Chooser:
     """Chooses tokens from logits.
 
     Args:
-        suppressed: [V] bool, ids that no position can hold.
+        suppressed: [K] int, ids that no position can hold.
         generators: one for each row of the batch; unused where sampling is greedy.
         warpers: processors of transformers that act on each position alone.
         penalty: one that acts on the ids of a context.
@@ -63,8 +64,8 @@ class Chooser:
             no_end: [N] bool, positions at which no end token may stand.
         """
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        logits = logits.masked_fill(self.suppressed, HIDDEN)
-        if no_end is not None and no_end.any() and len(end_ids):
+        logits = logits.index_fill(1, self.suppressed, HIDDEN)
+        if no_end is not None and len(end_ids):
             at = no_end.nonzero()[:, 0].to(logits.device)
             logits[at[:, None], end_ids.to(logits.device)] = HIDDEN
         return logits
@@ -170,11 +171,9 @@ def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
     Args:
         logprob, masked: [R, W], of the chosen tokens.
     """
-    commit = masked & (logprob.exp() > threshold)
-    stuck = masked.any(1) & ~commit.any(1)
-    if stuck.any():
-        commit[stuck, logprob.masked_fill(~masked, HIDDEN).argmax(1)[stuck]] = True
-    return commit
+    logprob = logprob.masked_fill(~masked, HIDDEN)
+    sure = logprob > (math.log(threshold) if threshold > 0 else HIDDEN)
+    return sure.scatter(1, logprob.argmax(1, keepdim=True), True) & masked
 
 
 def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:

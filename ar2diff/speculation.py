@@ -43,7 +43,7 @@ class _Rows:
 
     def __init__(self, canvas: Canvas):
         self.rows = torch.arange(len(canvas.ids))
-        self.front = torch.tensor([canvas.decided(row) for row in range(len(canvas.ids))])
+        self.front = torch.tensor(canvas.front)
         self.drafts = torch.zeros(len(canvas.ids), 0, dtype=torch.long)
         self.q: Tensor | None = None
 
@@ -77,7 +77,7 @@ def speculate(
     # The last drafts accepted may lie behind the canvas' end.
     static = canvas.ids.shape[1] + drafts + slots if cache == "static" else None
     kept = None if cache == "none" else ContextCache(model, len(state.rows), static)
-    while not canvas.done.all():
+    while canvas.unfinished:
         alive = ~canvas.done[state.rows]
         step = _Step(model, spec, kept, width, state, context)
         target, ahead = step.read(canvas.ids[state.rows], state, drafts)
@@ -188,7 +188,7 @@ def _accept(
     rows, k, drafts = len(state.rows), state.drafts.shape[1], ahead.shape[2]
     row = torch.arange(rows).repeat_interleave(k + 1)
     position = (state.front[:, None] + torch.arange(k + 1)).flatten()
-    no_end = position < canvas.end_from[state.rows[row]]
+    no_end = position < canvas.end_from[state.rows[row]] if canvas.held else None
     logits = chooser.possible(target.flatten(0, 1), no_end, canvas.end_ids)
     scores = chooser.warp(logits, _context(canvas, state, row, position, chooser))
     if chooser.options.greedy:
@@ -244,7 +244,7 @@ def _draft(canvas: Canvas, state: _Rows, chooser: Chooser, logits: Tensor, draft
         return
     position = (state.front[:, None] + torch.arange(drafts)).flatten()
     row = torch.arange(rows).repeat_interleave(drafts)
-    no_end = position < canvas.end_from[state.rows[row]]
+    no_end = position < canvas.end_from[state.rows[row]] if canvas.held else None
     scores = chooser.warp(chooser.possible(logits.flatten(0, 1), no_end, canvas.end_ids), None)
     if chooser.options.greedy:
         state.drafts = scores.argmax(-1).cpu().view(rows, drafts)
