@@ -183,7 +183,7 @@ def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
     Args:
         entropy, masked: [R, W].
     """
-    ordered, order = entropy.masked_fill(~masked, torch.inf).sort(1, stable=True)
+    ordered, order = entropy.masked_fill(~masked, torch.inf).sort(dim=1, stable=True)
     before = ordered.nan_to_num(posinf=0.0).cumsum(1) - ordered.nan_to_num(posinf=0.0)
     within = (before <= bound) & ordered.isfinite()
     within[:, 0] = ordered[:, 0].isfinite()
