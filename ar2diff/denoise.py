@@ -55,12 +55,13 @@ def denoise(
     rows = model.get_output_embeddings().weight.shape[0]
     impossible = {spec.mask_token_id, *options.suppress_tokens}
     suppressed = torch.tensor([i for i in impossible if i < rows], dtype=torch.long)
+    penalty = _penalty(options)
     chooser = Chooser(
         options,
         suppressed.to(model.device),
         _generators(canvas, options),
-        [*_warpers(options, model.device), *processors],
-        _penalty(options),
+        [*_warpers(options, penalty, model.device), *processors],
+        penalty,
     )
     if options.mode != "diffusion":
         drafts = 0 if options.mode == "ar" else options.draft_length or spec.block_length - 1
@@ -228,10 +229,13 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
     return generators
 
 
-def _warpers(options: Options, device: Any) -> list[Any]:
+def _warpers(options: Options, penalty: Any, device: Any) -> list[Any]:
+    """In the order of transformers."""
     warpers: list[Any] = []
     if options.sequence_bias:
         warpers.append(logits_process.SequenceBiasLogitsProcessor(options.sequence_bias))
+    if penalty is not None:
+        warpers.append(penalty)
     if options.greedy:
         return warpers
     if options.temperature != 1:

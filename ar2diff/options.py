@@ -44,10 +44,10 @@ IGNORED = (
     "speculation_type", "prefill_chunk_size", "continuous_batching_config", "logits_to_keep",
     "decoder_start_token_id", "token_type_ids", "generation_mode",
 )  # fmt: skip
-# Row-wise filters of transformers and the values at which they do nothing.
+# Row-wise filters of transformers, in its order, and the values at which they do nothing.
 FILTERS: dict[str, Any] = {
-    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "top_h": None,
+    "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 
 

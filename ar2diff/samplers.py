@@ -43,7 +43,7 @@ class Chooser:
         suppressed: [K] int, ids that no position can hold.
         generators: one for each row of the batch; unused where sampling is greedy.
         warpers: processors of transformers that act on each position alone.
-        penalty: one that acts on the ids of a context.
+        penalty: the one of the warpers that acts on the ids of a context.
     """
 
     def __init__(
@@ -77,10 +77,11 @@ class Chooser:
             context: [N, L] ids that a repetition penalty acts on.
         """
         scores = logits
-        if self.penalty is not None and context is not None:
-            scores = self.penalty(context.to(scores.device), scores)
         for warper in self.warpers:
-            scores = warper(context, scores)
+            if warper is not self.penalty:
+                scores = warper(context, scores)
+            elif context is not None:
+                scores = warper(context.to(scores.device), scores)
         return scores
 
     def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
