@@ -133,6 +133,13 @@ class Canvas:
         behind = self.given & (place // size > last[:, None] // size) & (last >= 0)[:, None]
         return behind.sum(1)
 
+    def leap(self, size: int) -> int:
+        """The most tokens from a block with a mask in it to its row's next one."""
+        masked = self.ids == self.mask_token_id
+        masked &= torch.arange(self.ids.shape[1]) < self.length[:, None]
+        starts = [row.nonzero()[:, 0] // size * size for row in masked]
+        return max([size, *(int(s.diff().max()) for s in starts if len(s) > 1)])
+
     def advance(self, rows: Tensor, size: int) -> None:
         """Move `start` of rows on the grid to the first block with a mask in it.
 

@@ -96,7 +96,8 @@ class _Denoiser:
             length = canvas.length.repeat(self.guided)
             self.reader = FullReader(model, spec, length, self.size, cache)
         else:
-            self.reader = BlockReader(model, spec, count, total, self.size, cache)
+            columns = total + canvas.leap(self.size)  # a row may leap beside a far longer one
+            self.reader = BlockReader(model, spec, count, columns, self.size, cache)
         self.fixed_shape = cache == "static"
         # A cached context that is shared by a block's steps must be filled for all rows at once.
         self.together = cache in ("prefix", "dual")

@@ -25,15 +25,15 @@ class BlockReader:
     """Logits of noisy blocks, each after its own row's clean context.
 
     Args:
-        length: tokens of the longest canvas, [R, T].
+        columns: how many a static cache has.
         size: block length (at most the trained one).
         cache: `dynamic`, `static`, or `none`: the context is read again at each step.
     """
 
-    def __init__(self, model: Any, spec: Spec, rows: int, length: int, size: int, cache: str):
+    def __init__(self, model: Any, spec: Spec, rows: int, columns: int, size: int, cache: str):
         self.model, self.spec, self.size = model, spec, size
         self.shift = int(spec.prediction == "shift")
-        static = length + size if cache == "static" else None
+        static = columns if cache == "static" else None
         self.cache = None if cache == "none" else ContextCache(model, rows, static)
         self.rows = rows
         self.boundary: Tensor | None = None  # [R, V] shift: logits of the context's last position
