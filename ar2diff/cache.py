@@ -58,7 +58,9 @@ class ContextCache:
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
-        self.stock.batch_select_indices(rows)
+        for layer in self._layers():  # the stock one passes over layers that hold nothing yet
+            at = rows.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys[at], layer.values[at]
         self.length = self.length[rows]
         width, self.width = self.width, int(self.length.max())
         self._drop(width - self.width)
