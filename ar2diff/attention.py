@@ -178,6 +178,21 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
     return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
 
 
+def behind_context(mask: Tensor, seen: Tensor) -> Tensor:
+    """The mask of slots that stand behind a context, from the mask of the slots alone: all of them
+    read all of it, as where there is no window every rule above has it.
+
+    Args:
+        mask: [B or 1, 1, Q, S] of `model_mask`, bool or to be added. seen: [B, C] bool.
+    """
+    size = (len(seen), 1, mask.shape[2], seen.shape[1])
+    if mask.dtype != torch.bool:
+        blocked = torch.finfo(mask.dtype).min
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, blocked)
+    mask = mask.expand(len(seen), -1, -1, -1)
+    return torch.cat([seen[:, None, None].expand(size), mask], -1)
+
+
 def model_mask(
     model: Any,
     slots: Slots,

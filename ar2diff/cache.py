@@ -35,6 +35,7 @@ class ContextCache:
         self.static = static
         self.length = torch.zeros(rows, dtype=torch.long)
         self.width = 0  # columns in use
+        self.kept: list[tuple[Any, Tensor, Tensor]] = []
 
     def columns(self, slots: int) -> int:
         """How many columns the keys of a forward of so many slots have."""
@@ -48,6 +49,10 @@ class ContextCache:
             first, count: [R] int.
         """
         width, most = self.width, int(count.max())
+        if not most and self.kept:  # a growing layer made new tensors: those of before are whole
+            for layer, keys, values in self.kept:
+                layer.keys, layer.values = keys, values
+            return
         if most:
             in_place = (self.length == width) & (first == 0) & (count == most)
             if not in_place.all():
@@ -81,11 +86,14 @@ class ContextCache:
                 states.scatter_(2, to.expand(*size), states.gather(2, at.expand(*size)))
 
     def _drop(self, columns: int) -> None:
-        for layer in self._layers() if columns else ():
+        layers = self._layers()
+        for layer in layers if columns else ():
             if self.static is None:
                 layer.crop(-columns)
             else:
                 layer.cumulative_length.sub_(columns)
+        if self.static is None:
+            self.kept = [(layer, layer.keys, layer.values) for layer in layers]
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]

@@ -18,12 +18,13 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import model_mask
+from .attention import behind_context, layer_windows, model_mask
 from .cache import ContextCache
 from .canvas import Canvas, Finished
 from .forward import logits_at
@@ -77,57 +78,75 @@ def speculate(
     # The last drafts accepted may lie behind the canvas' end.
     static = canvas.ids.shape[1] + drafts + slots if cache == "static" else None
     kept = None if cache == "none" else ContextCache(model, len(state.rows), static)
+    reader = _Reader(model, spec, kept, width, context)
     while canvas.unfinished:
         alive = ~canvas.done[state.rows]
-        step = _Step(model, spec, kept, width, state, context)
-        target, ahead = step.read(canvas.ids[state.rows], state, drafts)
-        canvas.forwards[state.rows[alive]] += 1
+        target, ahead = reader.read(canvas.ids[state.rows], state, drafts)
+        canvas.forwards[state.rows] += alive
         accepted = _accept(canvas, state, chooser, target, ahead, alive, finished)
-        step.keep(accepted)
+        reader.keep(accepted)
         yield canvas
         left = (~canvas.done[state.rows]).nonzero()[:, 0]
-        if len(left) and static is None and 2 * len(left) <= len(state.rows):
+        if static is None and 0 < 2 * len(left) <= len(state.rows):
             if kept:
                 kept.select(left)
             state.select(left)
 
 
-class _Step:
-    """One forward of [clean | a noisy block behind each candidate].
+@dataclass(frozen=True)
+class _Layout:
+    """Where the slots of a forward stand: [clean | a noisy block behind each candidate].
 
     With k drafts the clean slots end with the newest token and the drafts, at positions
     front - 1 .. front + k - 1; block j starts at front + j, as if j drafts were accepted.
+
+    Attributes:
+        pos: [R, S] positions less the row's front. start: [R, S] likewise. noisy: [S] bool.
+        clean: how many slots are clean; wanted: [K] slots whose logits are read.
     """
 
-    def __init__(
-        self, model: Any, spec: Spec, cache: Any, width: int, state: _Rows, context: int | None
-    ):
+    pos: Tensor
+    start: Tensor
+    noisy: Tensor
+    clean: int
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, rows: int, certain: int, k: int, width: int, inside: Tensor) -> _Layout:
+        """With `certain` tokens before the k drafts, and drafts read at `inside` [D] of a block."""
+        candidate, clean = torch.arange(k + 1), certain + k
+        start = candidate.repeat_interleave(width)
+        ahead = start + torch.arange(width).repeat(k + 1)
+        pos = torch.cat([torch.arange(clean) - certain, ahead]).expand(rows, -1)
+        start = torch.cat([torch.arange(clean) - certain, start]).expand(rows, -1)
+        behind = clean + candidate[:, None] * width + inside
+        wanted = torch.cat([certain - 1 + candidate, behind.flatten()])
+        return cls(pos, start, torch.arange(pos.shape[1]) >= clean, clean, wanted)
+
+
+class _Reader:
+    """Logits of the AR mode behind each candidate, and of the drafts that may follow."""
+
+    def __init__(self, model: Any, spec: Spec, cache: Any, width: int, context: int | None):
         self.model, self.spec, self.cache, self.width = model, spec, cache, width
-        self.length = cache.length if cache else torch.zeros_like(state.front)
-        self.certain = state.front - self.length
-        self.have = state.drafts.shape[1]
-        self.clean = int(self.certain.max()) + self.have
-        self.blocks = (self.have + 1) * width
-        self.slots = self.clean + self.blocks
         self.last = (context or 1 << 60) - 1
+        windows = layer_windows(model.config.get_text_config(), spec.local_window)
+        self.uniform = not any(windows.values())  # a context is read whole
+        self._steady: tuple[Any, _Layout, Any] | None = None
 
     def read(self, ids: Tensor, state: _Rows, drafts: int) -> tuple[Tensor, Tensor]:
-        """Logits [R, k + 1, V] of the AR mode behind the newest token and each draft, and
-        [R, k + 1, drafts, V] of what may come behind the token that follows each."""
-        rows, k, device = len(ids), self.have, self.model.device
-        pos, mask = self._lay_out(state.front)
-        tokens = torch.cat([
-            ids.gather(1, pos[:, : self.clean - k].clamp(0, ids.shape[1] - 1)),
-            state.drafts,
-            torch.full((rows, self.blocks), self.spec.mask_token_id),
-        ], 1)  # fmt: skip
-        candidate = torch.arange(k + 1)
-        # The first token of a block is the AR mode's; the one at block index i >= 1 is read there,
-        # or at i - 1.
-        inside = torch.arange(drafts) + (0 if self.spec.prediction == "shift" else 1)
-        behind = self.clean + candidate[:, None] * self.width + inside
-        wanted = torch.cat([self.clean - k - 1 + candidate, behind.flatten()])
-        index = torch.arange(rows)[:, None] * self.slots + wanted
+        """Logits [R, k + 1, V] behind the newest token and each of k drafts, and [R, k + 1, drafts,
+        V] of what may come behind the token that follows each."""
+        rows, k, device = len(ids), state.drafts.shape[1], self.model.device
+        length = self.cache.length if self.cache else torch.zeros_like(state.front)
+        self.certain = state.front - length
+        self.layout, mask = self._lay_out(state.front, length, k, drafts)
+        layout, pos = self.layout, self.layout.pos + state.front[:, None]
+        tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
+        first = layout.clean - k
+        tokens[:, :first] = ids.gather(1, pos[:, :first].clamp(0, ids.shape[1] - 1))
+        tokens[:, first : layout.clean] = state.drafts
+        index = torch.arange(rows)[:, None] * pos.shape[1] + layout.wanted
         logits = logits_at(
             self.model,
             index.flatten().to(device),
@@ -135,40 +154,56 @@ class _Step:
             input_ids=tokens.to(device),
             attention_mask=mask,
             position_ids=pos.clamp(0, self.last).to(device),
-        ).view(rows, len(wanted), -1)
+        ).view(rows, layout.wanted.shape[0], -1)
         ahead = logits[:, k + 1 :].reshape(rows, k + 1, drafts, logits.shape[-1])
         return logits[:, : k + 1], ahead
 
     def keep(self, accepted: Tensor) -> None:
         """The tokens that were certain and the accepted drafts [R] become context."""
         if self.cache:
-            first = self.clean - self.have - self.certain
-            self.cache.keep(self.slots, first, self.certain + accepted)
+            layout = self.layout
+            first = int((layout.pos[0, : layout.clean] < 0).sum()) - self.certain
+            self.cache.keep(layout.pos.shape[1], first, self.certain + accepted)
 
-    def _lay_out(self, front: Tensor) -> tuple[Tensor, Any]:
-        """[R, S] positions of the slots, and the mask over the context and them."""
-        rows, k = len(front), self.have
-        clean = front[:, None] + torch.arange(self.clean) - (self.clean - k)
-        start = front[:, None] + torch.arange(k + 1)
-        noisy = (start[:, :, None] + torch.arange(self.width)).flatten(1)
-        start = start.repeat_interleave(self.width, 1)
-        pos = torch.cat([clean, noisy], 1)
-        columns = self.cache.width if self.cache else 0
-        layout = slots_of(
-            self.cache.columns(self.slots) if self.cache else self.slots,
-            torch.arange(columns) < self.length[:, None],
-            torch.arange(columns).expand(rows, -1),
-            (pos >= self.length[:, None]) & (pos <= self.last),
+    def _lay_out(self, front: Tensor, length: Tensor, k: int, drafts: int) -> tuple[_Layout, Any]:
+        """The slots, and the mask over the context and them. Once each row has one certain token
+        and as many drafts, only the context grows: what stands behind it is laid out once."""
+        rows, certain = len(front), int(self.certain.max())
+        beyond = int(front.max()) + k + self.width > self.last
+        steady = self.uniform and not beyond and bool((self.certain == certain).all())
+        key = (rows, certain, k)
+        seen = torch.arange(self.cache.width if self.cache else 0) < length[:, None]
+        if not steady or self._steady is None or self._steady[0] != key:
+            inside = torch.arange(drafts) + (0 if self.spec.prediction == "shift" else 1)
+            layout = _Layout.of(rows, certain, k, self.width, inside)
+            if not steady:
+                return layout, self._mask(layout, front, length, seen)
+            none = seen[:, :0]
+            self._steady = (key, layout, self._mask(layout, front, length, none))
+        _, layout, mask = self._steady
+        if self.cache is None or self.cache.static is None:
+            return layout, behind_context(mask, seen.to(mask.device))
+        return layout, self._mask(layout, front, length, seen)
+
+    def _mask(self, layout: _Layout, front: Tensor, length: Tensor, seen: Tensor) -> Any:
+        """The mask of the slots, behind the columns `seen` [R, C] of the context."""
+        pos, columns = layout.pos + front[:, None], seen.shape[1]
+        slots = pos.shape[1]
+        static = self.cache is not None and self.cache.static is not None
+        built = slots_of(
+            self.cache.static if static else columns + slots,
+            seen,
+            torch.arange(columns).expand(len(pos), -1),
+            (pos >= length[:, None]) & (pos <= self.last),
             pos,
-            (torch.arange(self.slots) >= self.clean).expand(rows, -1),
+            layout.noisy.expand(len(pos), -1),
             self.model.device,
-            torch.cat([clean, start], 1),
+            layout.start + front[:, None],
         )
-        mask = model_mask(
-            self.model, layout, "causal_context", self.spec.block_length, self.spec.local_window,
-            queries=range(columns, columns + self.slots),
+        return model_mask(
+            self.model, built, "causal_context", self.spec.block_length, self.spec.local_window,
+            queries=range(columns, columns + slots),
         )  # fmt: skip
-        return pos, mask
 
 
 def _accept(
