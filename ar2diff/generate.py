@@ -56,6 +56,17 @@ class DiffusionOutput(ModelOutput):
     steps: Tensor | None = None
 
 
+def room_of(model: Any, spec: Spec, options: Options) -> int | None:
+    """Tokens that a row may have: the context, in whole blocks; None where it has no limit."""
+    context = context_length(model.config)
+    return None if context is None else context // _grid(spec, options) * _grid(spec, options)
+
+
+def _grid(spec: Spec, options: Options) -> int:
+    blocks = options.mode == "diffusion" and spec.attention != "full"
+    return options.block_length if blocks else 1
+
+
 def canvas_of(
     model: Any,
     spec: Spec,
@@ -73,10 +84,7 @@ def canvas_of(
     Raises:
         Ar2DiffError: a prompt that is empty, starts with a mask, or is over the model's context.
     """
-    grid = 1
-    if options.mode == "diffusion" and spec.attention != "full":
-        grid = options.block_length
-    context = context_length(model.config)
+    context, most = context_length(model.config), room_of(model, spec, options)
     longest = max(map(len, prompts))
     new = options.max_new_tokens
     for number, prompt in enumerate(prompts):
@@ -89,11 +97,11 @@ def canvas_of(
         raise Ar2DiffError(
             f"generate: mode {options.mode} cannot fill masks in a prompt", "use mode diffusion"
         )
-    room = new if context is None else context // grid * grid - longest
+    room = new if most is None else most - longest
     if room < min(new, 1):
         raise Ar2DiffError(
             f"generate: the prompt has {longest} tokens, the model's context {context}",
-            f"shorten it to {max(0, context // grid * grid - 1)} tokens or fewer",
+            f"shorten it to {max(0, most - 1)} tokens or fewer",
         )
     if room < new and not cut:
         raise Ar2DiffError(
@@ -110,7 +118,7 @@ def canvas_of(
         prompts,
         spec.mask_token_id,
         max_new_tokens=new,
-        grid=grid,
+        grid=_grid(spec, options),
         end_ids=options.eos_token_id,
         min_new_tokens=min(options.min_new_tokens, new),
     )

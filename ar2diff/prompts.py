@@ -183,6 +183,6 @@ def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise Ar2DiffError(f"{path}: {error.strerror or error}", "give another --output") from error
+        raise Ar2DiffError(f"{path}: {error.strerror or error}", "give another place") from error
     finally:
         beside.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import Ar2DiffError
 from .adapt import adapt
+from .chat import chat
 from .check import check
 from .config import config_app
 from .doctor import doctor
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("adapt")(adapt)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("eval")(evaluate_command)
 app.command("check")(check)
 app.add_typer(recipes_app, name="recipes")

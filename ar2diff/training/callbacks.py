@@ -10,10 +10,8 @@ from transformers import TrainerCallback
 
 from ..checkpoint import Checkpoint
 from ..config import Recipe
-from ..decoding import settings_of
-from ..denoise import denoise
+from ..decoding import begin, draw_tokens, settings_of
 from ..evaluation import score
-from ..generate import canvas_of
 
 
 class Watch(TrainerCallback):
@@ -73,19 +71,15 @@ def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -
     from rich.console import Console
     from rich.panel import Panel
 
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     settings = {"max_new_tokens": max_new_tokens, "temperature": 0, "eos_token_id": [-1]}
     spec, options = settings_of(checkpoint, settings)
-    canvas = canvas_of(model, spec, [prompt], options)
+    canvas, steps = begin(checkpoint, spec, options, [prompt])
     total = int(canvas.total[0])
-    states = [state.ids[0, :total].tolist() for state in denoise(model, spec, canvas, options)]
+    states = [state.ids[0, :total].tolist() for state in steps]
     lines = []
     for number in sorted({0, len(states) // 3, 2 * len(states) // 3, len(states) - 1}):
-        parts = [
-            "·" if i == spec.mask_token_id else tokenizer.convert_ids_to_tokens(i)
-            for i in states[number]
-        ]
-        lines.append(f"{number + 1:3d}  " + "".join(parts).replace("▁", " ").replace("Ġ", " "))
+        drawn = "".join(draw_tokens(checkpoint.tokenizer, states[number], spec.mask_token_id))
+        lines.append(f"{number + 1:3d}  {drawn}")
     text = "\n".join(lines).replace("[", "\\[")
     Console(file=sys.stderr).print(
         Panel(text, title=f"{max_new_tokens} tokens in {len(states)} forwards")

@@ -1,0 +1,183 @@
+"""`ar2diff chat`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import quiet
+from .sampler import with_sampler
+
+if TYPE_CHECKING:
+    from ..chat import Chat, State
+
+FRAME = 1 / 30  # seconds; nobody sees more frames
+UNDECIDED, FRESH = "dim", "bold green"
+
+
+@with_sampler
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
+    system: Annotated[
+        str | None, typer.Option(help="First message, where there is a chat template.")
+    ] = None,
+    pause: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait after each forward, to watch it.")
+    ] = 0.0,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Talk with a converted model and watch it denoise; without a terminal, answer lines of stdin.
+
+    Example: ar2diff chat runs/demo --temperature 0.7 --pause 0.05
+    """
+    quiet()
+    from ..chat import Chat
+    from ..checkpoint import load_checkpoint
+    from ..decoding import check_request
+
+    check_request(model, None, settings)
+    session = Chat(load_checkpoint(model, device="auto"), settings, system)
+    live = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()
+    for note in session.greeting():
+        screen.draw(note)
+    for line in _typed() if live else sys.stdin:
+        with _interrupts(session.stop):
+            if screen.follow(session, line.rstrip("\n")):
+                break
+
+
+class Plain:
+    """Answers on stdout, all else on stderr."""
+
+    def follow(self, session: Chat, line: str) -> bool:
+        """Draw what a line leads to; whether it is the end."""
+        from ..chat import End
+
+        for event in session.events(line):
+            if isinstance(event, End):
+                return True
+            self.draw(event)
+        return False
+
+    def draw(self, event: Any) -> None:
+        """Draw one event."""
+        from ..chat import Answer, Note, Problem
+
+        match event:
+            case Note(text):
+                self.say(text)
+            case Problem(what, fix):
+                self.say(f"error: {what}\n  fix: {fix}")
+            case Answer():
+                self.answer(event.text)
+                self.say(f"[{event.summary}]")
+
+    def say(self, text: str) -> None:
+        """Print a line that is no answer."""
+        print(text, file=sys.stderr, flush=True)
+
+    def answer(self, text: str) -> None:
+        """Print an answer."""
+        print(text, flush=True)
+
+
+class Screen(Plain):
+    """A terminal, on which an answer is seen being denoised."""
+
+    def __init__(self, tokenizer: Any, pause: float):
+        from rich.console import Console
+
+        self.tokenizer, self.pause, self.console = tokenizer, pause, Console(highlight=False)
+        self.drawn, self.last = 0.0, 0  # when the screen was drawn, and up to which forward
+
+    def follow(self, session: Chat, line: str) -> bool:
+        """Draw what a line leads to; whether it is the end."""
+        from rich.live import Live
+
+        self.drawn, self.last = 0.0, 0
+        # Transient: the answer is printed for good once it is there, however long it is.
+        with Live(console=self.console, auto_refresh=False, transient=True) as self.view:
+            return super().follow(session, line)
+
+    def draw(self, event: Any) -> None:
+        """Draw one event."""
+        from ..chat import Answer, State
+
+        if isinstance(event, State):
+            self.step(event)
+            return
+        if isinstance(event, Answer):
+            self.view.update("", refresh=True)
+        super().draw(event)
+
+    def step(self, state: State) -> None:
+        """Draw an answer after a forward, the last lines of it where it is long."""
+        time.sleep(self.pause)
+        if time.monotonic() - self.drawn < FRAME:
+            return
+        from rich.console import Group
+
+        lines = self.text(state).wrap(self.console, self.console.width)
+        self.view.update(Group(*lines[-max(1, self.console.height - 2) :]), refresh=True)
+        self.drawn, self.last = time.monotonic(), state.forward
+
+    def text(self, state: State) -> Any:
+        """The tokens of a state: dots where undecided, bright where new on the screen."""
+        from rich.text import Text
+
+        from ..decoding import draw_tokens
+
+        text = Text()
+        pieces = draw_tokens(self.tokenizer, state.ids, state.mask_token_id)
+        for piece, token, step in zip(pieces, state.ids, state.steps, strict=True):
+            fresh = FRESH if step > self.last else ""
+            text.append(piece, UNDECIDED if token == state.mask_token_id else fresh)
+        return text
+
+    def say(self, text: str) -> None:
+        """Print a line that is no answer."""
+        self.console.print(text, style="dim", markup=False)
+
+    def answer(self, text: str) -> None:
+        """Print an answer."""
+        self.console.print(text, markup=False)
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a prompt, with the keys of readline."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:  # not on every system
+        pass
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit ends)")
+
+
+@contextmanager
+def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `stop`; a second one interrupts the program."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(_number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
