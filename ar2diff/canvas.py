@@ -6,7 +6,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -35,6 +35,8 @@ class Canvas:
         forwards: [R] forwards that a row took part in.
         front: of each row, how many tokens up to `total` are decided without a gap.
         unfinished: how many rows have no finished answer.
+        drift: with `check_cache`, of each step the largest error of a cached logit, in parts of the
+            largest logit, and the share of tokens whose likeliest one is the same.
     """
 
     ids: Tensor
@@ -52,6 +54,7 @@ class Canvas:
     forwards: Tensor
     front: list[int]
     unfinished: int
+    drift: list[tuple[float, float]] = field(default_factory=list)
 
     @classmethod
     def of_prompts(

@@ -90,20 +90,23 @@ class _Denoiser:
         self.size = options.block_length or total
         self.rows = torch.arange(len(canvas.ids))
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
-        count, cache = self.guided * len(self.rows), options.cache_implementation
-        self.reader: BlockReader | FullReader
-        if spec.attention == "full":
-            length = canvas.length.repeat(self.guided)
-            self.reader = FullReader(model, spec, length, self.size, cache)
-        else:
-            columns = total + canvas.leap(self.size)  # a row may leap beside a far longer one
-            self.reader = BlockReader(model, spec, count, columns, self.size, cache)
+        cache = options.cache_implementation
+        self.reader = self._reader_for(model, spec, cache)
+        self.checker = self._reader_for(model, spec, "none") if options.check_cache else None
         self.fixed_shape = cache == "static"
         # A cached context that is shared by a block's steps must be filled for all rows at once.
         self.together = cache in ("prefix", "dual")
         canvas.advance(self.rows, self.size)
         self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
         self.to_decide = self._masked(self.rows).sum(1)  # tokens that the block had to decide
+
+    def _reader_for(self, model: Any, spec: Spec, cache: str) -> BlockReader | FullReader:
+        canvas, rows = self.canvas, self.guided * len(self.rows)
+        if spec.attention == "full":
+            return FullReader(model, spec, canvas.length.repeat(self.guided), self.size, cache)
+        # A row may leap over given blocks beside a far longer one.
+        columns = canvas.ids.shape[1] + canvas.leap(self.size)
+        return BlockReader(model, spec, rows, columns, self.size, cache)
 
     def run(self) -> Iterator[Canvas]:
         canvas = self.canvas
@@ -130,12 +133,19 @@ class _Denoiser:
         """Logits [N, V] of the masked tokens, guided where asked for."""
         canvas, ids = self.canvas, self.canvas.ids[self.rows]
         start = canvas.start[self.rows]
+        if self.guided == 2:
+            prompt = canvas.given[self.rows] & (torch.arange(ids.shape[1]) > 0)
+            ids = torch.cat([ids, ids.masked_fill(prompt, canvas.mask_token_id)])
+            start, masked = start.repeat(2), masked.repeat(2, 1)
+        logits = self.reader.read(ids, start, masked)
+        if self.checker is not None:
+            exact = self.checker.read(ids, start, masked)
+            error = (logits - exact).abs().max() / exact.abs().max()
+            same = logits.argmax(-1) == exact.argmax(-1)
+            canvas.drift.append((float(error), float(same.double().mean())))
         if self.guided == 1:
-            return self.reader.read(ids, start, masked)
-        prompt = canvas.given[self.rows] & (torch.arange(ids.shape[1]) > 0)
-        blank = ids.masked_fill(prompt, canvas.mask_token_id)
-        both = self.reader.read(torch.cat([ids, blank]), start.repeat(2), masked.repeat(2, 1))
-        conditional, unconditional = both.chunk(2)
+            return logits
+        conditional, unconditional = logits.chunk(2)
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
@@ -180,7 +190,9 @@ class _Denoiser:
             self.to_decide[rows] = masked[ready].sum(1)
         count, keep = len(left), left.nonzero()[:, 0]
         if not self.fixed_shape and 0 < 2 * len(keep) <= count:
-            self.reader.select(torch.cat([keep + i * count for i in range(self.guided)]))
+            rows = torch.cat([keep + i * count for i in range(self.guided)])
+            for reader in (self.reader, self.checker) if self.checker else (self.reader,):
+                reader.select(rows)
             self.rows, masked = self.rows[keep], masked[keep]
         return masked
 

@@ -66,6 +66,7 @@ class Options:
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
         draft_length: speculative: tokens drafted after each candidate.
         cache_implementation: `dynamic`, `static`, `none`; for `full` `none`, `prefix`, `dual`.
+        check_cache: read each step without the cache too, and keep what differs in `Canvas.drift`.
         temperature: 0 is greedy. repetition_penalty, filters, bias: as in transformers.
         seed: of the draws; a row's depend on it and on the row's own prompt alone.
     """
@@ -82,6 +83,7 @@ class Options:
     cfg_scale: float = 0.0
     draft_length: int | None = None
     cache_implementation: str = "dynamic"
+    check_cache: bool = False
     temperature: float = 0.0
     repetition_penalty: float = 1.0
     filters: tuple[tuple[str, float], ...] = ()
@@ -172,6 +174,7 @@ def resolve(
         cfg_scale=_number(get, "cfg_scale", 0.0, 0),
         draft_length=_integer(get, "draft_length", None, 1),
         cache_implementation=_cache(get, spec),
+        check_cache=bool(get("check_cache", False)),
         temperature=_temperature(get),
         repetition_penalty=_number(get, "repetition_penalty", 1.0, 0, above=True),
         filters=tuple(_filters(get)),
@@ -207,7 +210,7 @@ def _check(options: Options, spec: Spec) -> None:
                 f"({spec.attention})",
                 "use mode diffusion, or convert with causal_context and objective.ar_weight > 0",
             )
-        for name in ("steps", "entropy_bound", "cfg_scale"):
+        for name in ("steps", "entropy_bound", "cfg_scale", "check_cache"):
             if getattr(options, name):
                 raise Ar2DiffError(
                     f"generate: {name} belongs to mode diffusion, not {options.mode}",
