@@ -1,4 +1,4 @@
-# make demo | make test | make slow | make stories3m
+# make demo | make test | make slow | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo test slow lint stories3m clean
+.PHONY: install demo test slow elsewhere lint stories3m clean
 
 install: $(STAMP)
 
@@ -32,6 +32,16 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# A converted folder in a fresh environment without ar2diff: transformers, its server, lm-eval.
+elsewhere: $(STAMP)
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && \
+	$(PYTHON) -m venv "$$work/venv" && pip="$$work/venv/bin/python -m pip install -q" && \
+	$$pip --disable-pip-version-check -c constraints.txt torch && \
+	$$pip --disable-pip-version-check -c constraints.txt \
+	  'transformers[serving]' 'lm-eval[hf]' peft && \
+	$(BIN)/python benchmarks/elsewhere.py make "$$work/model" && cd "$$work" && \
+	venv/bin/python $(CURDIR)/benchmarks/elsewhere.py check model
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

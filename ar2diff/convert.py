@@ -74,6 +74,8 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
         config.__dict__.pop("is_causal", None)  # plain engines run the AR model that it still is
     else:
         config.is_causal = False
+    # A file marked as made from a model's config loses its sampler settings when it is read.
+    generation._from_model_config = None
     ends = checkpoint.end_ids
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     rows = checkpoint.model.get_input_embeddings().weight.shape[0]
