@@ -18,7 +18,7 @@ from transformers.generation import logits_process
 from .canvas import Canvas, Finished
 from .errors import Ar2DiffError
 from .forward import context_length
-from .options import Options
+from .options import DRAFTS, Options
 from .readers import BlockReader, FullReader
 from .samplers import Chooser, commits, quota_of, top
 from .seeds import keyed_generator
@@ -64,7 +64,8 @@ def denoise(
         penalty,
     )
     if options.mode != "diffusion":
-        drafts = 0 if options.mode == "ar" else options.draft_length or spec.block_length - 1
+        drafts = options.draft_length or min(DRAFTS, spec.block_length - 1)
+        drafts = 0 if options.mode == "ar" else drafts
         yield from speculate(
             model, spec, canvas, chooser, drafts=drafts, cache=options.cache_implementation,
             context=context_length(model.config), finished=finished,

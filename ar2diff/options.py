@@ -17,6 +17,7 @@ MODES = ("diffusion", "speculative", "ar")
 ORDERS = ("prob", "margin", "entropy", "random")
 CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
+DRAFTS = 3
 RULE = ("threshold", "steps", "entropy_bound")  # which tokens a step decides
 MAX_NEW_TOKENS = 128
 
@@ -64,7 +65,7 @@ class Options:
         entropy_bound: decide while the joint entropy may exceed the largest by this, in nats.
         remask: share of a block's decided tokens that each of the `steps` gives back.
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
-        draft_length: speculative: tokens drafted after each candidate.
+        draft_length: speculative: tokens drafted after each candidate, fewer than a block (3).
         cache_implementation: `dynamic`, `static`, `none`; for `full` `none`, `prefix`, `dual`.
         check_cache: read each step without the cache too, and keep what differs in `Canvas.drift`.
         temperature: 0 is greedy. repetition_penalty, filters, bias: as in transformers.
@@ -216,8 +217,14 @@ def _check(options: Options, spec: Spec) -> None:
                     f"generate: {name} belongs to mode diffusion, not {options.mode}",
                     f"leave {name} out",
                 )
-    elif options.draft_length is not None:
+    if options.draft_length is not None and options.mode != "speculative":
         raise Ar2DiffError("generate: draft_length needs mode speculative", "leave it out")
+    if options.draft_length is not None and options.draft_length >= spec.block_length:
+        raise Ar2DiffError(
+            f"generate: draft_length {options.draft_length} is not below the block length "
+            f"{spec.block_length}",
+            f"give at most {spec.block_length - 1}",
+        )
     if isinstance(options.sequence_bias, dict) and any(
         len(key) != 1 for key in options.sequence_bias
     ):

@@ -73,7 +73,7 @@ def speculate(
         context: positions that the model has; drafts beyond are not read.
     """
     state = _Rows(canvas)
-    width = spec.block_length if drafts else 0
+    width = drafts + 1 if drafts else 0  # whole blocks draft no better, and cost more
     slots = (drafts + 1) * (width + 1)
     # The last drafts accepted may lie behind the canvas' end.
     static = canvas.ids.shape[1] + drafts + slots if cache == "static" else None
