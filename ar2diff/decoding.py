@@ -70,7 +70,8 @@ def complete_all(
         except Ar2DiffError as error:
             if len(prompts) == 1:
                 raise
-            raise Ar2DiffError(f"prompt {number + 1}: {error.what}", error.fix) from None
+            what = error.what.removeprefix("generate: ")
+            raise Ar2DiffError(f"prompt {number + 1}: {what}", error.fix) from None
         groups[gaps].append((number, ids))
     for gaps, rows in groups.items():
         rows.sort(key=lambda row: len(row[1]))

@@ -95,7 +95,8 @@ class Screen(Plain):
     def __init__(self, tokenizer: Any, pause: float):
         from rich.console import Console
 
-        self.tokenizer, self.pause, self.console = tokenizer, pause, Console(highlight=False)
+        self.tokenizer, self.pause = tokenizer, pause
+        self.console = Console(highlight=False, emoji=False, markup=False)
         self.drawn, self.last = 0.0, 0  # when the screen was drawn, and up to which forward
 
     def follow(self, session: Chat, line: str) -> bool:
@@ -144,11 +145,11 @@ class Screen(Plain):
 
     def say(self, text: str) -> None:
         """Print a line that is no answer."""
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(text, style="dim")
 
     def answer(self, text: str) -> None:
         """Print an answer."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
 
 def _typed() -> Iterator[str]:

@@ -177,6 +177,28 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def convert_tiny(tiny_checkpoint, tmp_path_factory):
+    """Factory: convert_tiny("convert.attention=full") is a folder of the tiny checkpoint converted
+    without training; made once. Never write to it."""
+    from ar2diff.config import load_recipe
+    from ar2diff.training.adapt import adapt
+
+    @functools.cache
+    def convert(*overrides):
+        folder = tmp_path_factory.mktemp("converted") / "model"
+        adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0", *overrides]), folder)
+        return folder
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def converted(convert_tiny):
+    """The tiny checkpoint with the default conversion: causal_context."""
+    return convert_tiny()
+
+
 def tiny_spec(attention="causal_context", block_length=4, prediction="shift", mask_token_id=MASK):
     """The spec of a tiny model."""
     return Spec(

@@ -217,7 +217,7 @@ def test_hub_id_while_offline(adapts_not, monkeypatch):
     assert "not to be had from the Hub" in adapts_not("someone/some-model")
 
 
-def converted(tiny_checkpoint: Path, folder: Path) -> Path:
+def convert_to(tiny_checkpoint: Path, folder: Path) -> Path:
     from ar2diff.config import load_recipe
     from ar2diff.training.adapt import adapt
 
@@ -226,7 +226,7 @@ def converted(tiny_checkpoint: Path, folder: Path) -> Path:
 
 
 def test_mask_id_out_of_range(fails, tmp_path, tiny_checkpoint):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
     change_json(
         folder / "config.json", mask_token_id=9999, diffusion={**block, "mask_token_id": 9999}
@@ -235,13 +235,13 @@ def test_mask_id_out_of_range(fails, tmp_path, tiny_checkpoint):
 
 
 def test_mask_id_that_differs_from_its_copy(fails, tmp_path, tiny_checkpoint):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     change_json(folder / "config.json", mask_token_id=5)
     assert "mask_token_id is 5 but diffusion.mask_token_id is 259" in fails("check", folder)
 
 
 def test_spec_of_a_higher_format(fails, tmp_path, tiny_checkpoint):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
     change_json(folder / "config.json", diffusion={**block, "format": 2, "horizon": 3})
     assert "diffusion.format is 2, this version reads 1" in fails(
@@ -264,7 +264,7 @@ def test_generate_with_a_model_that_is_not_converted(fails, tiny_checkpoint):
 
 
 def test_converted_model_refuses_another_attention(fails, tmp_path, tiny_checkpoint, write_jsonl):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     data = write_jsonl("good.jsonl", [{"text": "the cat sat"}] * 4)
     said = fails(
         "adapt",
@@ -289,6 +289,98 @@ def test_converted_model_refuses_another_attention(fails, tmp_path, tiny_checkpo
 )
 def test_wrong_usage_is_two_lines_too(fails, arguments, said):
     assert said in fails(*arguments)
+
+
+GENERATE_MISTAKES = [
+    (["--prompt", "a" * 600], "the prompt has 601 tokens, the model's context 512"),
+    (["--block-length", 64], "--block-length 64 is above the 8 trained"),
+    (["--prompt", "a {mask:0} b"], "{mask:0}: a gap of no tokens"),
+    (["--prompt", "a {mask:x} b"], "{mask:x}: a gap of no tokens"),
+    (["--prompt", "a {mask} b"], "{mask}: a gap of no tokens"),
+    (["--prompt", "a{mask:2}b", "--mode", "ar"], "--mode ar cannot fill masks"),
+    (["--cache", "prefix"], "--cache 'prefix' is not for causal_context attention"),
+    (["--steps", 4, "--entropy-bound", 0.5], "--entropy-bound decides alone"),
+    (["--temperature", -1], "--temperature is -1.0"),
+    (["--temperature", "nan"], "--temperature is nan"),
+    (["--top-p", 1.5], "--top-p is 1.5"),
+    (["--top-k", 0, "--min-p", -1], "--min-p is -1.0"),
+    (["--steps", 0], "--steps is 0"),
+    (["--remask", 0.5], "--remask works on a fixed number of steps"),
+    (["--order", "margin"], "--order margin needs steps"),
+    (["--repetition-penalty", 0], "--repetition-penalty is 0.0"),
+    (["--max-new-tokens", -1], "--max-new-tokens is -1"),
+    (["--draft-length", 3], "--draft-length needs --mode speculative"),
+    (["--steps", 3, "--mode", "ar"], "--steps belongs to --mode diffusion, not ar"),
+    (["--treshold", 3], "No such option: --treshold"),
+    (["--stream", "--json"], "--stream prints text"),
+    (["--length", 0, "--prefix", "a"], "--length '0' is no number of tokens"),
+    (["--length", "4,x", "--prefix", "a"], "--length 'x' is no number of tokens"),
+    (["--suffix", "b"], "--suffix needs --prefix too"),
+    (["--length", "3"], "--length needs --prefix too"),
+    (["--prefix", "a"], "--prefix needs --length too"),
+    (["--prefix", "a", "--prompt", "b", "--length", 2], "give one of --prompt"),
+    (["--output", "/nowhere/out.jsonl"], "no such folder /nowhere"),
+    (["--output", "/"], "is a folder"),
+]
+
+
+@pytest.mark.parametrize("arguments,said", GENERATE_MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes_of_generate(fails, converted, monkeypatch, arguments, said):
+    if "601 tokens" not in said:  # for that one the tokenizer must be there
+
+        def load(*args: object, **kwargs: object) -> None:
+            raise AssertionError("the model was loaded before its options were checked")
+
+        monkeypatch.setattr("ar2diff.checkpoint.load_checkpoint", load)
+    if not {"--prompt", "--prefix", "--suffix", "--length"} & set(arguments):
+        arguments = ["--prompt", "a", *arguments]
+    assert said in fails("generate", converted, *arguments)
+
+
+def test_modes_that_a_model_does_not_have(fails, convert_tiny, tiny_checkpoint):
+    folder = convert_tiny("convert.attention=block_causal")
+    for verb in (["generate", folder, "--prompt", "a"], ["chat", folder]):
+        for mode in ("ar", "speculative"):
+            said = fails(*verb, "--mode", mode)
+            assert f"--mode {mode} needs an AR mode, and this model has none" in said
+    said = fails("chat", tiny_checkpoint, "--mode", "speculative")
+    assert f"run 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
+
+
+def test_cache_of_block_attention_for_full_attention(fails, convert_tiny):
+    folder = convert_tiny("convert.attention=full")
+    said = fails("generate", folder, "--prompt", "a", "--cache", "static")
+    assert "--cache 'static' is not for full attention" in said
+    assert "one of none, prefix, dual" in said
+
+
+@pytest.mark.parametrize(
+    "name,text,said",
+    [
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"', "line 3 is not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2 has no field 'prompt' (it has text)"),
+        ("a.jsonl", '{"prompt": 3}', "line 1 holds no text in 'prompt'"),
+        ("a.jsonl", '{"prompt": ""}', "line 1 holds no text in 'prompt'"),
+        ("a.jsonl", "[1]", "line 1 holds no text in 'prompt'"),
+        ("a.jsonl", '{"prompt": "\\ud800"}', "line 1 'prompt' is not valid Unicode"),
+        ("a.txt", "one\ntwo {mask:0}\n", "line 2: {mask:0}: a gap of no tokens"),
+        ("a.txt", "\n \n", "no prompt in it"),
+        ("a.txt.gz", "no gzip", "a.txt.gz: Not a gzipped file"),
+        ("a.txt", "one\n" + "a" * 600, "prompt 2: the prompt has 601 tokens"),
+    ],
+)
+def test_broken_file_of_prompts(fails, converted, tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    assert said in fails("generate", converted, "--prompts-file", tmp_path / name)
+
+
+def test_file_of_prompts_that_is_not_there(fails, converted, tmp_path):
+    said = fails("generate", converted, "--prompts-file", tmp_path / "none.txt")
+    assert "No such file" in said
+
+
+def test_system_message_without_a_chat_template(fails, converted):
+    assert "no chat template" in fails("chat", converted, "--system", "be brief")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +438,7 @@ def test_config_of_the_wrong_type(adapts_not, broken):
 
 @pytest.mark.parametrize("block", [{"format": "2"}, {"format": None}, [1]])
 def test_spec_of_a_wrong_type(fails, tmp_path, tiny_checkpoint, block):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     old = json.loads((folder / "config.json").read_text())["diffusion"]
     change_json(
         folder / "config.json", diffusion={**old, **block} if isinstance(block, dict) else block
@@ -355,12 +447,12 @@ def test_spec_of_a_wrong_type(fails, tmp_path, tiny_checkpoint, block):
 
 
 def test_prompt_that_spells_the_mask_token(fails, tmp_path, tiny_checkpoint):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     assert "spells the mask token" in fails("generate", folder, "--prompt", "a <|mask|> b")
 
 
 def test_answer_over_the_context_names_what_fits(fails, tmp_path, tiny_checkpoint):
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     said = fails("generate", folder, "--prompt", "the cat", "--max-new-tokens", 600)
     assert "--max-new-tokens to 504" in said
 
@@ -369,7 +461,7 @@ def test_overwrite_takes_away_what_is_ours_and_leaves_the_rest(tmp_path, tiny_ch
     from ar2diff.config import load_recipe
     from ar2diff.training.adapt import adapt
 
-    folder = converted(tiny_checkpoint, tmp_path / "converted")
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoints").mkdir()
     adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0"]), folder, overwrite=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     ["adapt"],
     ["generate"],
+    ["chat"],
     ["eval"],
     ["check"],
     ["doctor"],
@@ -29,26 +34,23 @@ VERBS = (
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit code and stdout."""
+def run_both(monkeypatch, capsys):
+    """Run the command line in this process: exit code, stdout and stderr."""
 
-    def call(*arguments: object) -> tuple[int, str]:
+    def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
-        return stop.value.code or 0, capsys.readouterr().out
+        return stop.value.code or 0, *capsys.readouterr()
 
     return call
 
 
-@pytest.fixture(scope="session")
-def converted(tiny_checkpoint, tmp_path_factory):
-    from ar2diff.training.adapt import adapt
-
-    folder = tmp_path_factory.mktemp("converted") / "model"
-    adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0"]), folder)
-    return folder
+@pytest.fixture
+def run(run_both):
+    """Run the command line in this process: exit code and stdout."""
+    return lambda *arguments: run_both(*arguments)[:2]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
@@ -65,6 +67,10 @@ def test_help_of_every_verb_shows_an_example(run, verb):
         ["adapt", "--help"],
         ["recipes", "ls"],
         ["adapt", "x", "train.learning_rat=1"],
+        ["chat", "--help"],
+        ["generate", "x"],
+        ["generate", "x", "--prefix", "a", "--length", "0"],
+        ["generate", "x", "--prompt", "a {mask:0} b"],
     ),
     ids=" ".join,
 )
@@ -117,18 +123,105 @@ def test_generate_json_has_what_it_promises(run, converted):
     assert 259 not in result["token_ids"]
 
 
-def test_generate_goes_over_a_file_of_prompts(run, converted, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
-    _, out = run(
-        "generate",
-        converted,
-        "--prompts-file",
-        tmp_path / "prompts.txt",
-        "--json",
-        "--max-new-tokens",
-        4,
-    )
-    assert len(json.loads(out)["results"]) == 2
+RESULT = ["prompt", "text", "token_ids", "new_tokens", "forwards", "tokens_per_forward", "seconds"]
+
+
+@pytest.mark.parametrize("name", ("prompts.txt", "prompts.jsonl", "prompts.jsonl.gz"))
+def test_generate_goes_over_a_file_of_prompts(run, converted, tmp_path, name):
+    prompts = ["the dog barked at the moon", "the cat", "a longer text about the dog"]
+    text = "".join(
+        f"{json.dumps({'prompt': p}) if 'jsonl' in name else p}\n\n" for p in prompts
+    ).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    arguments = ("--prompts-file", tmp_path / name, "--max-new-tokens", 4, "--batch-size", 2)
+    _, out = run("generate", converted, *arguments, "--json")
+    results = json.loads(out)["results"]
+    assert [result["prompt"] for result in results] == prompts
+    code, out = run("generate", converted, *arguments, "--output", tmp_path / "out.jsonl")
+    assert (code, out) == (0, "")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(result) for result in written] == [RESULT] * 3
+    for one, other in zip(results, written, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_output_is_replaced_with_overwrite_alone(run, converted, tmp_path):
+    (tmp_path / "out.jsonl").write_text("old")
+    arguments = ("--prompt", "the cat", "--max-new-tokens", 4, "--output", tmp_path / "out.jsonl")
+    assert run("generate", converted, *arguments)[0] == 2
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    assert run("generate", converted, *arguments, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "the cat"
+
+
+def test_output_that_cannot_be_written_leaves_the_old_one(run, converted, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "out.jsonl").write_text("old")
+    monkeypatch.setattr("ar2diff.prompts.os.fsync", full)
+    arguments = ("--prompt", "the cat", "--max-new-tokens", 4, "--output", tmp_path / "out.jsonl")
+    assert run("generate", converted, *arguments, "--overwrite")[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+def test_generate_prints_text_and_figures_apart(run_both, converted):
+    arguments = ("generate", converted, "--prompt", "the cat", "--max-new-tokens", 9)
+    code, out, err = run_both(*arguments)
+    assert code == 0
+    assert out.startswith("the cat")
+    figures = r"\[9 tokens, \d+ forwards, [\d.]+ tokens per forward, \d+ tokens/s, [\d.]+ s\]\n"
+    assert re.fullmatch(figures, err)
+    assert run_both(*arguments, "--stream")[:2] == (0, out)
+
+
+def test_generate_fills_a_gap_of_the_likeliest_length(run_both, converted):
+    gap = ("--prefix", "the cat", "--suffix", " on the mat", "--length", "2,4", "--length", 3)
+    _, out, err = run_both("generate", converted, *gap, "--json")
+    result = json.loads(out)
+    assert sorted(c["length"] for c in result["candidates"]) == [2, 3, 4]
+    assert result["text"].startswith("the cat")
+    assert result["text"].endswith(" on the mat")
+    assert "of the 11 suffix tokens lie in later blocks than the gap, which causal_context" in err
+    assert run_both("generate", converted, *gap)[1] == result["text"] + "\n"
+
+
+def test_only_options_that_are_given_become_settings(run, converted, monkeypatch):
+    seen = []
+
+    def complete_all(checkpoint, prompts, batch_size, **settings):
+        seen.append(settings)
+        return iter(())
+
+    monkeypatch.setattr("ar2diff.decoding.complete_all", complete_all)
+    run("generate", converted, "--prompt", "a")
+    run(
+        "generate", converted, "--prompt", "a", "--cache", "none", "--stop", ".", "--stop", "!",
+        "--top-k", 5, "--temperature", 0,
+    )  # fmt: skip
+    assert seen == [
+        {},
+        {
+            "cache_implementation": "none",
+            "stop_strings": [".", "!"],
+            "top_k": 5,
+            "temperature": 0.0,
+        },
+    ]
+
+
+def test_chat_answers_lines_of_stdin(run_both, converted, monkeypatch):
+    lines = "the cat\n/set thresold=1\n/mode ar\nthe dog\n/nonsense\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    code, out, err = run_both("chat", converted, "--max-new-tokens", 6)
+    assert code == 0
+    assert out.count("\n") >= 2
+    assert err.count("tokens per forward") == 2
+    assert err.count("no chat template") == 1
+    assert "error: there is no option 'thresold'\n  fix: did you mean threshold?" in err
+    assert "error: there is no command /nonsense" in err
 
 
 def test_eval_json_has_bound_and_ar_nll(run, converted, write_jsonl):

@@ -1,0 +1,225 @@
+"""Decoding of text: gaps, length search, batches, stop strings, what streams and what is drawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.decoding import (
+    begin,
+    complete,
+    complete_all,
+    draw_tokens,
+    encode,
+    infill,
+    settings_of,
+    stream,
+    summary,
+    unread_note,
+)
+from ar2diff.errors import Ar2DiffError
+from ar2diff.prompts import split_gaps
+
+TEXT = "the cat"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(converted):
+    return load_checkpoint(str(converted))
+
+
+@pytest.fixture(scope="module")
+def full(convert_tiny):
+    return load_checkpoint(str(convert_tiny("convert.attention=full")))
+
+
+def without_time(result):
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def test_gaps_of_a_prompt():
+    assert split_gaps("a {mask:3} b{mask:12}") == ["a ", 3, " b", 12, ""]
+    assert split_gaps("{mask:1}") == ["", 1, ""]
+    assert split_gaps("{musk:3} {mask") == ["{musk:3} {mask"]
+
+
+@pytest.mark.parametrize("gap", ("{mask}", "{mask:}", "{mask:0}", "{mask:-1}", "{mask:x}"))
+def test_gap_of_no_tokens(gap):
+    with pytest.raises(Ar2DiffError, match="a gap of no tokens"):
+        split_gaps(f"the {gap} cat")
+
+
+def test_gaps_are_filled_and_the_rest_stays(checkpoint):
+    result = complete(checkpoint, "the{mask:3} sat on{mask:2}mat")
+    assert result["text"] == f"the{result['filled'][0]} sat on{result['filled'][1]}mat"
+    assert result["new_tokens"] == 5
+    assert result["token_ids"] == []
+    assert 1 <= result["forwards"] <= 5
+    assert result["tokens_per_forward"] == 5 / result["forwards"]
+
+
+def test_a_prompt_with_gaps_is_gone_on_from_where_asked_for(checkpoint):
+    result = complete(checkpoint, "the{mask:3} sat", max_new_tokens=4)
+    assert len(result["token_ids"]) == 4
+    assert result["new_tokens"] == 7
+
+
+def test_a_prompt_may_begin_with_a_gap(checkpoint):
+    assert complete(checkpoint, "{mask:2} sat")["text"].endswith(" sat")
+
+
+def test_modes_that_go_left_to_right_fill_no_gap(checkpoint):
+    with pytest.raises(Ar2DiffError, match="cannot fill masks"):
+        complete(checkpoint, "the{mask:2} sat", mode="ar")
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 8))
+def test_results_of_a_batch_are_those_of_each_alone(checkpoint, batch_size):
+    prompts = ["the dog barked at", "a", "the{mask:3} sat", "the cat", "{mask:2} on the mat and"]
+    settings = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
+    results = dict(complete_all(checkpoint, prompts, batch_size=batch_size, **settings))
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    for number, prompt in enumerate(prompts):
+        alone = complete(checkpoint, prompt, **settings)
+        assert without_time(results[number]) == without_time(alone)
+
+
+def test_no_prompt_is_decoded_before_all_are_checked(checkpoint):
+    with pytest.raises(Ar2DiffError, match="prompt 2: the prompt has 601 tokens"):
+        next(complete_all(checkpoint, [TEXT, "a" * 600]))
+
+
+def test_length_search_takes_the_highest_mean_log_probability(checkpoint):
+    lengths = [1, 4, 2, 7]
+    result = infill(checkpoint, "the cat", " on the mat", lengths)
+    means = {}
+    for length in lengths:  # each alone, its log-probabilities from the canvas
+        spec, options = settings_of(checkpoint, {"max_new_tokens": 0})
+        row = encode(checkpoint, spec, ["the cat", length, " on the mat"])
+        canvas, states = begin(checkpoint, spec, options, [row])
+        assert list(states)
+        means[length] = canvas.logprob[0][~canvas.given[0]][:length].mean().item()
+    best = max(means, key=means.get)
+    assert len(set(means.values())) == 4
+    assert result["length"] == best
+    assert [c["length"] for c in result["candidates"]] == sorted(means, key=lambda n: -means[n])
+    for candidate in result["candidates"]:
+        assert candidate["mean_logprob"] == pytest.approx(means[candidate["length"]], abs=1e-5)
+    assert result["text"] == "the cat" + result["candidates"][0]["text"] + " on the mat"
+    assert result["new_tokens"] == best
+
+
+def test_braces_in_the_texts_around_a_gap_are_text(checkpoint):
+    assert infill(checkpoint, "{mask:2}", "{mask}", [1])["text"].startswith("{mask:2}")
+
+
+@pytest.mark.parametrize("mode", ("diffusion", "ar", "speculative"))
+def test_stop_string_ends_the_answer_behind_it(checkpoint, mode):
+    settings = {"max_new_tokens": 40, "mode": mode}
+    whole = complete(checkpoint, TEXT, **settings)["text"]
+    letters = [c for c in whole[5:] if c.isascii()]
+    assert letters
+    stop = letters[0]
+    prompts = ["a longer prompt", TEXT]
+    results = dict(complete_all(checkpoint, prompts, stop_strings=[stop], **settings))
+    assert results[1]["text"] == whole[: whole.index(stop) + 1]
+    assert results[1]["new_tokens"] < 40
+    other = complete(checkpoint, prompts[0], **settings)["text"]
+    assert results[0]["text"] == (other.partition(stop)[0] + stop if stop in other else other)
+
+
+def test_generation_config_holds_unless_an_argument_is_nearer(checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoint.model.generation_config, "max_new_tokens", 3)
+    assert complete(checkpoint, TEXT)["new_tokens"] == 3
+    assert complete(checkpoint, TEXT, max_new_tokens=5)["new_tokens"] == 5
+    assert complete(checkpoint, "the{mask:2} cat")["new_tokens"] == 2
+
+
+def test_suffix_in_later_blocks_is_counted_and_said(checkpoint, full):
+    # With the BOS: the gap is at 4 and 5, in the first block of 8; "at" of the suffix is there too.
+    result = complete(checkpoint, "the{mask:2}at on the mat")
+    assert result["suffix_tokens"] == 13
+    assert result["unread_tokens"] == 11
+    assert unread_note(checkpoint.spec, [result]) == (
+        "11 of the 13 suffix tokens lie in later blocks than the gap, which causal_context "
+        "attention does not read"
+    )
+    plain = complete(checkpoint, "the", max_new_tokens=2)
+    assert unread_note(checkpoint.spec, [result, plain]).endswith("(in 1 of 2 prompts)")
+    assert unread_note(checkpoint.spec, [plain]) is None
+    assert unread_note(full.spec, [complete(full, "the{mask:2}at on the mat")]) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {},
+        {"mode": "speculative"},
+        {"steps": 4, "remask": 0.5},
+        {"temperature": 1.0, "seed": 1},
+        {"stop_strings": ["a"]},
+    ),
+    ids=str,
+)
+def test_what_streams_is_what_completes(checkpoint, settings):
+    parts = list(stream(checkpoint, TEXT, max_new_tokens=40, **settings))
+    result = complete(checkpoint, TEXT, max_new_tokens=40, **settings)
+    assert "".join(text for text, _ in parts) == TEXT + result["text"]
+    assert [last is None for _, last in parts] == [True] * (len(parts) - 1) + [False]
+    assert without_time(parts[-1][1]) == without_time(result)
+    assert sum(bool(text) for text, _ in parts) > 2
+
+
+def test_gaps_stream_too(checkpoint):
+    parts = list(stream(checkpoint, "the{mask:3} sat{mask:2}mat"))
+    assert "".join(text for text, _ in parts) == parts[-1][1]["text"]
+    assert parts[-1][1]["new_tokens"] == 5
+
+
+def test_tokens_are_drawn_as_text(tiny_tokenizer):
+    ids = tiny_tokenizer(" é b", add_special_tokens=False).input_ids
+    mask = len(tiny_tokenizer)
+    assert draw_tokens(tiny_tokenizer, ids, mask) == [" ", "", "é", " ", "b"]
+    half = [mask, *ids[:2], mask, ids[3], mask]
+    assert draw_tokens(tiny_tokenizer, half, mask) == ["·", " ", "", "·", " ", "·"]
+    for text in ("naïve 日本 🙂", "\n\ttwo  spaces"):
+        ids = tiny_tokenizer(text, add_special_tokens=False).input_ids
+        assert "".join(draw_tokens(tiny_tokenizer, ids, mask)) == text
+
+
+@pytest.fixture(scope="module")
+def spaced(checkpoint):
+    """The checkpoint with a tokenizer that puts a space in front of a text, as LLaMA's does."""
+    from dataclasses import replace
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "\n", *"▁abcdefghijklmnopqrstuvwxyz"]
+    raw = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[], unk_token="<unk>")
+    )
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Metaspace(prepend_scheme="first")
+    return replace(checkpoint, tokenizer=PreTrainedTokenizerFast(tokenizer_object=raw))
+
+
+def test_text_behind_a_gap_gets_no_space_of_its_own(spaced):
+    tokenizer, mask = spaced.tokenizer, spaced.spec.mask_token_id
+    ids = encode(spaced, spaced.spec, ["the", 2, " sat"])
+    assert tokenizer.convert_ids_to_tokens(ids[:4]) == list("▁the")
+    assert ids[4:6] == [mask, mask]
+    assert tokenizer.convert_ids_to_tokens(ids[6:]) == list("▁sat")
+    assert encode(spaced, spaced.spec, ["the", 1, "sat"])[5:] == ids[7:]
+
+
+def test_first_token_keeps_its_space_where_it_is_drawn(spaced):
+    ids = spaced.tokenizer("the cat", add_special_tokens=False).input_ids
+    assert "".join(draw_tokens(spaced.tokenizer, ids, -1)) == " the cat"
+
+
+def test_summary_is_over_all_results():
+    result = {"new_tokens": 6, "forwards": 2, "seconds": 0.5}
+    assert summary([result]) == "6 tokens, 2 forwards, 3.00 tokens per forward, 12 tokens/s, 0.50 s"
+    assert summary([result] * 2).startswith("2 prompts, 12 tokens, 4 forwards, 3.00 tokens")
+    assert summary([{"new_tokens": 0, "forwards": 0, "seconds": 0.0}]).startswith("0 tokens")
