@@ -369,4 +369,9 @@ def _strings(value: Any) -> tuple[str, ...]:
 def _seed(value: Any) -> Any:
     if value is None or isinstance(value, int):
         return value
-    return tuple(int(seed) for seed in value)
+    seeds = () if isinstance(value, (str, float)) else tuple(value)
+    if not seeds or not all(int(seed) == seed for seed in seeds):
+        raise Ar2DiffError(
+            f"generate: seed is {value!r}", "give a whole number, or one for each row"
+        )
+    return tuple(int(seed) for seed in seeds)

@@ -1,0 +1,271 @@
+"""A conversation without a terminal: answers, history, commands, a full context, its drawing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+from ar2diff.cli.chat import FRESH, UNDECIDED, Screen
+
+from ar2diff.chat import COMMANDS, Answer, Chat, End, Note, Problem, State, Turn, parse_settings
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.decoding import complete
+from ar2diff.errors import Ar2DiffError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain(converted):
+    return load_checkpoint(str(converted))
+
+
+@pytest.fixture(scope="module")
+def templated(plain):
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return replace(plain, tokenizer=tokenizer)
+
+
+def say(chat, line):
+    """The events of a line, by kind."""
+    events = list(chat.events(line))
+    return {kind: [e for e in events if isinstance(e, kind)] for kind in {*map(type, events)}}
+
+
+def answer(chat, line):
+    return say(chat, line)[Answer][0]
+
+
+def test_a_line_leads_to_states_and_an_answer(plain):
+    chat = Chat(plain, {"max_new_tokens": 9})
+    events = say(chat, "the cat")
+    states, (result,) = events[State], events[Answer]
+    assert len(states) == result.forwards
+    assert result.text == complete(plain, "the cat", max_new_tokens=9)["text"]
+    assert result.new_tokens == 9
+    assert not result.stopped
+    mask = plain.spec.mask_token_id
+    assert all(mask not in state.ids for state in states[-1:])
+    for before, after in itertools.pairwise(states):
+        for token, other in zip(before.ids, after.ids, strict=False):
+            assert token in (mask, other)  # what is decided stays
+        assert after.forward == before.forward + 1
+        assert after.forward in after.steps
+    assert "9 tokens, " in result.summary
+
+
+def test_without_a_template_the_text_goes_on(plain):
+    chat = Chat(plain, {"max_new_tokens": 8})
+    assert any("no chat template" in note.text for note in chat.greeting())
+    first = answer(chat, "the cat").text
+    text = f"the cat{first} and so"
+    second = answer(chat, " and so").text
+    assert second == complete(plain, text, max_new_tokens=8)["text"]
+    third = answer(chat, "").text  # an empty line: go on
+    text += second
+    assert third == complete(plain, text, max_new_tokens=8)["text"]
+
+
+def test_a_word_is_set_apart_from_the_answer_before_it(plain):
+    chat = Chat(plain, {"max_new_tokens": 8, "stop_strings": ["x"]})
+    chat.turns = [Turn("a", "b", False)]
+    assert answer(chat, "c").text == complete(plain, "ab c", max_new_tokens=8)["text"]
+    chat.turns = [Turn("a", "b", True)]  # that text has ended: another begins
+    assert answer(chat, "c").text == complete(plain, "c", max_new_tokens=8)["text"]
+
+
+def test_with_a_template_the_history_is_in_it(templated, plain):
+    chat = Chat(templated, {"max_new_tokens": 8}, system="be brief")
+    assert not any("no chat template" in note.text for note in chat.greeting())
+    first = answer(chat, "hello").text
+    text = "<system>be brief<user>hello<assistant>"
+    assert first == complete(plain, text, max_new_tokens=8)["text"]
+    second = answer(chat, "and?").text
+    text += f"{first}<user>and?<assistant>"
+    assert second == complete(plain, text, max_new_tokens=8)["text"]
+    assert say(chat, " ") == {Note: [Note("write something, or /help")]}
+
+
+def test_a_template_that_refuses_is_no_crash(plain):
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    (problem,) = say(Chat(replace(plain, tokenizer=tokenizer), {}), "hello")[Problem]
+    assert "no such role" in problem.what
+
+
+def test_text_that_spells_the_mask(plain, templated):
+    for checkpoint in (plain, templated):
+        (problem,) = say(Chat(checkpoint, {}), "a <|mask|> b")[Problem]
+        assert "spells the mask token" in problem.what
+
+
+def test_an_answer_can_be_stopped_and_the_talk_goes_on(plain):
+    chat = Chat(plain, {"max_new_tokens": 60, "mode": "ar"})
+    events = chat.events("the cat")
+    assert isinstance(next(events), State)
+    assert isinstance(next(events), State)
+    chat.stop()
+    (result,) = list(events)
+    assert result.stopped
+    assert result.forwards == result.new_tokens == 2
+    assert chat.turns[0].answer == result.text
+    assert not answer(chat, " and").stopped
+
+
+def test_stopping_before_anything_is_decided_without_a_gap_keeps_noTurn(plain):
+    chat = Chat(plain, {"max_new_tokens": 60, "steps": 8, "seed": 1, "order": "random"})
+    for seed in range(9):
+        chat.settings["seed"] = seed
+        events = chat.events("the cat")
+        assert isinstance(next(events), State)
+        chat.stop()
+        (result,) = list(events)
+        if not result.new_tokens:
+            break
+        chat.turns.clear()
+    assert result.new_tokens == 0
+    assert chat.turns == []
+
+
+def test_settings_are_checked_before_they_hold(plain):
+    chat = Chat(plain, {"max_new_tokens": 4})
+    for line, what in (
+        ("/set thresold=0.5", "there is no option 'thresold'"),
+        ("/set steps=many", "steps is 'many'"),
+        ("/set steps=2.5", "steps is 2.5"),
+        ("/set temperature=-1", "temperature is -1"),
+        ("/set cache=dual", "cache 'dual' is not for causal_context attention"),
+        ("/set steps=2 entropy_bound=1", "entropy_bound decides alone"),
+        ("/set block_length=99", "block_length 99 is above the 8 trained"),
+        ("/set", "/set needs key=value"),
+        ("/set steps", "'steps' is not key=value"),
+        ('/set stop="a', "/set stop="),
+        ("/mode sideways", "mode 'sideways' is unknown"),
+        ("/seed x", "seed is 'x'"),
+        ("/seed 2.5", "seed is 2.5"),
+        ("/save", "/save needs a file"),
+        ("/undo", "there is nothing to undo"),
+        ("/hepl", "there is no command /hepl"),
+    ):
+        events = say(chat, line)
+        assert list(events) == [Problem], line
+        assert what in events[Problem][0].what
+        assert events[Problem][0].fix
+        assert chat.settings == {"max_new_tokens": 4}
+    assert say(chat, "/hepl")[Problem][0].fix == "did you mean /help?"
+
+
+def test_settings_hold_for_the_answers_behind_them(plain):
+    chat = Chat(plain, {"max_new_tokens": 4})
+    say(chat, "/set max-new-tokens=12 steps=2")
+    assert answer(chat, "the cat").new_tokens == 12
+    say(chat, "/set steps= max_new_tokens=3")
+    assert chat.settings == {"max_new_tokens": 3}
+    say(chat, "/mode ar")
+    result = answer(chat, "the cat")
+    assert result.forwards == result.new_tokens == 3
+    (shown,) = say(chat, "/show")[Note]
+    assert "max_new_tokens       3  (yours)" in shown.text
+    assert "2 in a context of 512 tokens" in shown.text
+
+
+def test_values_of_set():
+    assert parse_settings('steps=4 threshold=0.5 stop="a\\nb" order=margin seed=') == {
+        "steps": 4,
+        "threshold": 0.5,
+        "stop": ["a\nb"],
+        "order": "margin",
+        "seed": None,
+    }
+
+
+def test_the_same_seed_writes_the_same_again(plain):
+    chat = Chat(plain, {"max_new_tokens": 12, "temperature": 1.0})
+    say(chat, "/seed 5")
+    first = answer(chat, "the cat").text
+    say(chat, "/undo")
+    assert answer(chat, "the cat").text == first
+    say(chat, "/reset")
+    say(chat, "/seed 6")
+    assert answer(chat, "the cat").text != first
+
+
+def test_conversation_is_saved_once(templated, tmp_path):
+    chat = Chat(templated, {"max_new_tokens": 4})
+    text = answer(chat, "hello").text
+    assert say(chat, f"/save {tmp_path}/chat.json")[Note] == [Note(f"wrote {tmp_path}/chat.json")]
+    assert json.loads((tmp_path / "chat.json").read_text()) == {
+        "messages": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": text},
+        ]
+    }
+    assert "exists" in say(chat, f"/save {tmp_path}/chat.json")[Problem][0].what
+    assert "No such file" in say(chat, f"/save {tmp_path}/none/chat.json")[Problem][0].what
+
+
+def test_help_names_every_command_and_each_is_there(plain):
+    chat = Chat(plain, {})
+    (note,) = say(chat, "/help")[Note]
+    for name, (usage, _) in COMMANDS.items():
+        assert usage in note.text
+        assert usage.startswith(f"/{name}")
+        assert list(chat.events(f"/{name}"))
+    assert say(chat, "/quit") == {End: [End()]}
+
+
+def test_two_slashes_begin_a_text_with_one(plain):
+    chat = Chat(plain, {"max_new_tokens": 4})
+    assert answer(chat, "//quit").text == complete(plain, "/quit", max_new_tokens=4)["text"]
+
+
+@pytest.mark.parametrize("kind", ("plain", "templated"))
+def test_a_full_context_drops_the_oldest_turns(request, kind):
+    checkpoint = request.getfixturevalue(kind)
+    chat = Chat(checkpoint, {"max_new_tokens": 60, "min_new_tokens": 60, "mode": "ar"})
+    notes = []
+    for _ in range(8):
+        events = say(chat, "a" * 60)
+        assert events[Answer][0].new_tokens == 60
+        notes += [note.text for note in events.get(Note, [])]
+    assert 0 < chat.dropped < 8
+    assert len(chat.turns) == 8
+    assert any("dropped the oldest turns" in note for note in notes)
+    say(chat, "/undo")
+    (problem,) = say(chat, "b" * 600)[Problem]
+    assert "your text has 6" in problem.what
+    assert "the context 512" in problem.what
+
+
+def test_room_for_less_than_asked_for_is_said(plain):
+    chat = Chat(plain, {"max_new_tokens": 600, "mode": "speculative"})
+    events = say(chat, "the cat")
+    assert events[Note][0] == Note("there is room for 504 tokens, not 600")
+    assert events[Answer][0].new_tokens <= 504
+
+
+def test_a_model_that_is_not_converted_talks_left_to_right(tiny_checkpoint):
+    base = load_checkpoint(str(tiny_checkpoint))
+    with pytest.raises(Ar2DiffError, match="is not converted"):
+        Chat(base, {})
+    chat = Chat(base, {"mode": "ar", "max_new_tokens": 5})
+    assert answer(chat, "the cat").forwards == 5
+    assert "is not converted" in say(chat, "/mode diffusion")[Problem][0].what
+
+
+def test_screen_draws_dots_and_what_is_new(plain):
+    screen = Screen(plain.tokenizer, 0)
+    mask = plain.spec.mask_token_id
+    a, b = plain.tokenizer("ab", add_special_tokens=False).input_ids
+    screen.last = 1
+    text = screen.text(State([a, b, mask, mask], [1, 2, 0, 0], 2, mask))
+    assert text.plain == "ab··"
+    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    assert styles == {"b": FRESH, "·": UNDECIDED}
