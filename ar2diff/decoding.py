@@ -10,12 +10,12 @@ from typing import Any
 
 from .attention import layer_windows
 from .canvas import Canvas
-from .checkpoint import Checkpoint, find_checkpoint, read_spec
+from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, read_spec
 from .denoise import denoise
 from .errors import Ar2DiffError
 from .evaluation import suppressed_of
 from .forward import context_length
-from .generate import canvas_of, finished_of
+from .generate import canvas_of, check_model, finished_of
 from .options import Options, resolve
 from .prompts import Pieces, Request, split_gaps
 from .spec import FORMAT, Spec
@@ -189,6 +189,18 @@ def begin(
     canvas = canvas_of(model, spec, rows, options)
     finished = finished_of(model, options, None, checkpoint.tokenizer)
     return canvas, denoise(model, spec, canvas, options, finished=finished)
+
+
+def load(reference: str) -> Checkpoint:
+    """A checkpoint to decode with, on the accelerator if there is one.
+
+    Raises:
+        Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
+    """
+    checkpoint = load_checkpoint(reference, device="auto")
+    if checkpoint.spec is not None:
+        check_model(checkpoint.model, checkpoint.spec)
+    return checkpoint
 
 
 def check_request(reference: str, request: Request | None, settings: dict[str, Any]) -> None:

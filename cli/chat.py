@@ -39,11 +39,10 @@ def chat(
     """
     quiet()
     from ..chat import Chat
-    from ..checkpoint import load_checkpoint
-    from ..decoding import check_request
+    from ..decoding import check_request, load
 
     check_request(model, None, settings)
-    session = Chat(load_checkpoint(model, device="auto"), settings, system)
+    session = Chat(load(model), settings, system)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()
     for note in session.greeting():

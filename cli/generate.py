@@ -51,12 +51,11 @@ def generate(
     if output is not None:
         check_target(output, overwrite)
     quiet()
-    from ..checkpoint import load_checkpoint
-    from ..decoding import answer, check_request, summary, unread_note
+    from ..decoding import answer, check_request, load, summary, unread_note
     from ..decoding import stream as stream_text
 
     check_request(model, request, settings)
-    checkpoint = load_checkpoint(model, device="auto")
+    checkpoint = load(model)
     if stream:
         for text, result in stream_text(checkpoint, request.prompts[0], **settings):
             typer.echo(text, nl=result is not None)
@@ -73,6 +72,7 @@ def generate(
     elif output is None and not stream:
         for result in results:
             typer.echo(result["text"] if "filled" in result else result["prompt"] + result["text"])
+    sys.stdout.flush()  # text before figures, where both go to one place
     note = unread_note(checkpoint.spec, results)
     for line in [*([note] if note else []), summary(results)]:
         typer.secho(f"[{line}]", err=True, dim=True)

@@ -331,7 +331,7 @@ def test_mistakes_of_generate(fails, converted, monkeypatch, arguments, said):
         def load(*args: object, **kwargs: object) -> None:
             raise AssertionError("the model was loaded before its options were checked")
 
-        monkeypatch.setattr("ar2diff.checkpoint.load_checkpoint", load)
+        monkeypatch.setattr("ar2diff.decoding.load_checkpoint", load)
     if not {"--prompt", "--prefix", "--suffix", "--length"} & set(arguments):
         arguments = ["--prompt", "a", *arguments]
     assert said in fails("generate", converted, *arguments)
@@ -345,6 +345,26 @@ def test_modes_that_a_model_does_not_have(fails, convert_tiny, tiny_checkpoint):
             assert f"--mode {mode} needs an AR mode, and this model has none" in said
     said = fails("chat", tiny_checkpoint, "--mode", "speculative")
     assert f"run 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
+
+
+def test_model_whose_attention_is_not_what_its_spec_says(fails, converted, monkeypatch):
+    monkeypatch.setattr("ar2diff.generate.probe", lambda model, spec: ["a token reads the next"])
+    for verb in (["generate", converted, "--prompt", "a"], ["chat", converted]):
+        said = fails(*verb)
+        assert "the model does not do what its spec says: a token reads the next" in said
+
+
+def test_output_that_exists(fails, converted, tmp_path):
+    (tmp_path / "a.jsonl").write_text("old")
+    said = fails("generate", converted, "--prompt", "a", "--output", tmp_path / "a.jsonl")
+    assert "a.jsonl exists" in said
+    assert "--overwrite" in said
+
+
+def test_gap_and_length_over_the_context(fails, converted):
+    assert "the model's context 512" in fails("generate", converted, "--prompt", "a{mask:99999}")
+    said = fails("generate", converted, "--prefix", "a", "--length", "2,600")
+    assert "the prompt has 602 tokens" in said
 
 
 def test_cache_of_block_attention_for_full_attention(fails, convert_tiny):
