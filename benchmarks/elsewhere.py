@@ -46,7 +46,7 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, attention: str = "causal_context") -> None:
     """Convert the demo's model without training it, and note what ar2diff writes with it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,8 +62,9 @@ def make(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(base)
-        recipe = load_recipe(None, ["train.max_steps=0", "data.max_length=128"])
-        adapt(base, recipe, folder, overwrite=folder.exists())
+        values = ["train.max_steps=0", "data.max_length=128", f"convert.attention={attention}"]
+        values += ["convert.block_length=null"] * (attention == "full")
+        adapt(base, load_recipe(None, values), folder, overwrite=folder.exists())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     reference = {}
     for prompt in PROMPTS:
@@ -78,6 +79,7 @@ def make(folder: Path) -> None:
             "drawn": drawn[0, ids.shape[1] :].tolist(),
             "ar": ar[0, ids.shape[1] :].tolist(),
         }
+        assert reference[prompt]["diffusion"] != reference[prompt]["ar"]
     Path(f"{folder}-{REFERENCE}").write_text(json.dumps(reference))
 
 
@@ -122,7 +124,7 @@ def generate_after_from_pretrained(folder: Folder) -> str:
         done = folder.model.generate(
             folder.ids(prompt), max_new_tokens=NEW, return_dict_in_generate=True
         )
-        assert folder.new(done.sequences, prompt) == wanted["diffusion"] != wanted["ar"]
+        assert folder.new(done.sequences, prompt) == wanted["diffusion"]
         assert int(done.forwards) == wanted["forwards"]
         assert len(wanted["diffusion"]) <= NEW
         tokens, forwards = tokens + len(wanted["diffusion"]), forwards + wanted["forwards"]
@@ -219,9 +221,11 @@ def text_generation_pipeline(folder: Folder) -> str:
         assert pipe(prompt, **options)[0]["generated_text"] == folder.text(prompt)
         chat = [{"role": "user", "content": prompt}]
         assert pipe(chat, **options)[0]["generated_text"] == folder.text(prompt)
-    drawn = pipe(PROMPTS[0], max_new_tokens=NEW, stop_sequence="said")[0]["generated_text"]
-    assert folder.tokenizer.mask_token not in drawn
-    return "texts and chats"
+    batch = pipe(PROMPTS, batch_size=len(PROMPTS), **options)
+    assert [said["generated_text"] for [said] in batch] == [folder.text(p) for p in PROMPTS]
+    drawn = pipe(PROMPTS[0], max_new_tokens=NEW, stop_sequence="said", num_return_sequences=2)
+    assert not any(folder.tokenizer.mask_token in said["generated_text"] for said in drawn)
+    return "texts, chats, a batch, two draws of one prompt"
 
 
 def streamers(folder: Folder) -> str:

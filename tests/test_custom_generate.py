@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -219,16 +220,46 @@ def test_a_criterion_with_a_flag_for_each_row_is_asked_about_its_own(folder):
     assert flags.done == [False, False]
 
 
+def test_a_model_is_probed_once(folder, monkeypatch):
+    import ar2diff.generate as module
+
+    probed = []
+    monkeypatch.setattr(module, "probe", lambda model, spec: probed.append(model) or [])
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for _ in range(3):
+        generate(torch.tensor([[1, 40]]), model=model, max_new_tokens=2)
+    assert probed == [model]
+
+
+def test_a_class_that_stays_causal_is_refused_not_decoded(folder, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain = type(model).forward
+
+    def deaf(self, *args, attention_mask=None, **kwargs):
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", deaf)
+    with pytest.raises(ar2diff.errors.Ar2DiffError, match="does not do what its spec says"):
+        generate(torch.tensor([[1, 40]]), model=model, max_new_tokens=2)
+
+
+def test_the_model_comes_by_keyword_so_that_ids_may_come_by_position():
+    parameters = signature(generate).parameters
+    assert parameters["model"].kind is Parameter.KEYWORD_ONLY
+    assert next(iter(parameters)) == "inputs"
+
+
 @pytest.fixture(scope="session")
 def blocked(tmp_path_factory):
     """Runs checks of benchmarks/elsewhere.py where `import ar2diff` fails: name -> its line."""
     home = tmp_path_factory.mktemp("elsewhere")
-    elsewhere.make(home / "model")
     (home / "sitecustomize.py").write_text(BLOCKER)
 
-    def run(*names: str) -> dict[str, str]:
+    def run(*names: str, attention: str = "causal_context") -> dict[str, str]:
+        if not (home / attention).exists():
+            elsewhere.make(home / attention, attention)
         done = subprocess.run(
-            [sys.executable, elsewhere.__file__, "check", home / "model", *names],
+            [sys.executable, elsewhere.__file__, "check", home / attention, *names],
             env=os.environ | {"PYTHONPATH": str(home)},
             capture_output=True,
             text=True,
@@ -248,6 +279,13 @@ def fast(blocked):
 @pytest.mark.parametrize("name", FAST)
 def test_elsewhere(fast, name):
     assert fast[name].startswith("ok "), fast[name]
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "full"])
+def test_elsewhere_with_another_attention(blocked, attention):
+    names = ["ar2diff_is_not_here", "generate_a_ragged_batch", "text_generation_pipeline"]
+    for line in blocked(*names, attention=attention).values():
+        assert line.startswith("ok "), line
 
 
 @pytest.mark.slow
