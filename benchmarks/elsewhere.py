@@ -173,10 +173,16 @@ def custom_generate_of_a_call(folder: Folder) -> str:
 
 
 def without_trust(folder: Folder) -> str:
+    from transformers import pipeline
+
+    pipe = pipeline("text-generation", model=folder.path, device="cpu")
+    options = {"max_new_tokens": NEW, "do_sample": False}
     for prompt, wanted in folder.reference.items():
-        done = folder.untrusted.generate(folder.ids(prompt), max_new_tokens=NEW, do_sample=False)
+        done = folder.untrusted.generate(folder.ids(prompt), **options)
         assert folder.new(done, prompt) == wanted["ar"]
-    return "plain AR decoding, no error"
+        said = pipe(prompt, return_full_text=False, **options)[0]["generated_text"]
+        assert said == folder.text(prompt, "ar")
+    return "plain AR decoding, no error; the pipeline too"
 
 
 def half_precision(folder: Folder) -> str:
@@ -284,7 +290,24 @@ def peft_wrapped(folder: Folder) -> str:
 
 
 def lm_eval_task(folder: Folder) -> str:
-    """The stock command line on a local task, with a batch that stop strings cut."""
+    """A batch that stop strings cut: each row is what it would be alone."""
+    stopped = 0
+    for prompt, said in _lm_eval(f"pretrained={folder.path},trust_remote_code=True").items():
+        wanted = folder.text(prompt).split("said")[0]
+        assert said == wanted != folder.text(prompt, "ar").split("said")[0], (said, wanted)
+        stopped += "said" in folder.text(prompt)
+    assert stopped
+    return f"--model hf, {len(PROMPTS)} rows in a batch, {stopped} of them ended by a stop string"
+
+
+def lm_eval_task_without_trust(folder: Folder) -> str:
+    for prompt, said in _lm_eval(f"pretrained={folder.path}").items():
+        assert said == folder.text(prompt, "ar").split("said")[0], said
+    return "plain AR decoding, no error"
+
+
+def _lm_eval(model: str) -> dict[str, str]:
+    """What the stock command line has a model write on a local task: {prompt: answer}."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         rows = [{"text": prompt, "answer": "-"} for prompt in PROMPTS]
@@ -292,21 +315,16 @@ def lm_eval_task(folder: Folder) -> str:
         (work / "elsewhere.yaml").write_text(TASK.format(data=work / "rows.jsonl", new=NEW))
         command = [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"),
-            *("--model_args", f"pretrained={folder.path},trust_remote_code=True,max_length=128"),
-            *("--tasks", "elsewhere", "--include_path", name, "--batch_size", str(len(PROMPTS))),
+            *("--model_args", f"{model},max_length=128", "--tasks", "elsewhere"),
+            *("--include_path", name, "--batch_size", str(len(PROMPTS))),
             *("--output_path", str(work / "out"), "--log_samples"),
         ]
         ran = subprocess.run(command, cwd=name, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[-2000:]
         samples = next((work / "out").rglob("samples_*.jsonl")).read_text().splitlines()
-    stopped = 0
-    for sample in map(json.loads, samples):
-        prompt, said = sample["doc"]["text"], sample["resps"][0][0]
-        wanted = folder.text(prompt).split("said")[0]
-        assert said == wanted != folder.text(prompt, "ar").split("said")[0], (said, wanted)
-        stopped += "said" in folder.text(prompt)
-    assert len(samples) == len(PROMPTS) and stopped
-    return f"--model hf, {len(PROMPTS)} rows in a batch, {stopped} of them ended by a stop string"
+    said = {s["doc"]["text"]: s["resps"][0][0] for s in map(json.loads, samples)}
+    assert sorted(said) == sorted(PROMPTS)
+    return said
 
 
 def transformers_serve(folder: Folder) -> str:
@@ -398,6 +416,7 @@ CHECKS = [  # (check, the packages it needs)
     (streamer_that_cancels, ()),
     (peft_wrapped, ("peft",)),
     (lm_eval_task, ("lm_eval",)),
+    (lm_eval_task_without_trust, ("lm_eval",)),
     (transformers_serve, ("fastapi", "uvicorn", "openai")),
     (transformers_serve_without_trust, ("fastapi", "uvicorn", "openai")),
 ]
