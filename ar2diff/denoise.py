@@ -53,8 +53,17 @@ def denoise(
         finished: more reasons to stop a row.
     """
     rows = model.get_output_embeddings().weight.shape[0]
-    impossible = {spec.mask_token_id, *options.suppress_tokens}
-    suppressed = torch.tensor([i for i in impossible if i < rows], dtype=torch.long)
+    impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
+    if len(impossible | (canvas.ends if canvas.held else set())) >= rows:
+        raise Ar2DiffError(
+            "generate: every token is suppressed", "leave one in suppress_tokens and eos_token_id"
+        )
+    if any(token >= rows for (token,) in options.sequence_bias or ()):
+        raise Ar2DiffError(
+            f"generate: sequence_bias on a token that the model of {rows} does not have",
+            "give ids of its tokenizer",
+        )
+    suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
     penalty = _penalty(options)
     chooser = Chooser(
         options,
@@ -88,7 +97,7 @@ class _Denoiser:
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
         total = canvas.ids.shape[1]
-        self.size = options.block_length or total
+        self.size = min(options.block_length or total, total)
         self.rows = torch.arange(len(canvas.ids))
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
         cache = options.cache_implementation

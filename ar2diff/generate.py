@@ -84,6 +84,7 @@ def canvas_of(
     Raises:
         Ar2DiffError: a prompt that is empty, starts with a mask, or is over the model's context.
     """
+    rows = model.get_output_embeddings().weight.shape[0]
     context, most = context_length(model.config), room_of(model, spec, options)
     longest = max(map(len, prompts))
     new = options.max_new_tokens
@@ -119,7 +120,7 @@ def canvas_of(
         spec.mask_token_id,
         max_new_tokens=new,
         grid=_grid(spec, options),
-        end_ids=options.eos_token_id,
+        end_ids=[i for i in options.eos_token_id if 0 <= i < rows],
         min_new_tokens=min(options.min_new_tokens, new),
     )
 
@@ -162,11 +163,16 @@ def generate(
     given = inputs if inputs is not None else input_ids
     if inputs is not None and input_ids is not None:
         raise Ar2DiffError("generate: inputs and input_ids are both given", "give one of them")
+    for name, ids in (("input_ids", given), ("attention_mask", attention_mask)):
+        if ids is not None and not (isinstance(ids, Tensor) and ids.dim() in (1, 2)):
+            raise Ar2DiffError(f"generate: {name} is no tensor of rows", "give a tensor [R, P]")
     width = 0 if given is None else given.shape[-1]
     options = resolve(spec, kwargs, (generation_config, model.generation_config), width)
-    given, prompts = _prompts(given, attention_mask, options)
+    given, real, prompts = _prompts(given, attention_mask, options)
+    _check_ids(model, prompts)
     if options.num_return_sequences > 1:
         given = given.repeat_interleave(options.num_return_sequences, 0)
+        real = real.repeat_interleave(options.num_return_sequences, 0)
         prompts = [p for p in prompts for _ in range(options.num_return_sequences)]
     canvas = canvas_of(model, spec, prompts, options, cut=True)
     if spec.attention != "full" and options.mode == "diffusion":
@@ -189,7 +195,7 @@ def generate(
             pass
     else:
         _stream(states, canvas, prompts[0], streamer)
-    return _output(canvas, given, options)
+    return _output(canvas, given, real, options)
 
 
 def spec_of(model: Any) -> Spec:
@@ -232,8 +238,8 @@ def check_model(model: Any, spec: Spec) -> None:
 
 def _prompts(
     given: Tensor | None, attention_mask: Tensor | None, options: Options
-) -> tuple[Tensor, list[list[int]]]:
-    """The input [R, P] and its rows without padding; BOS where there is nothing."""
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The input [R, P], where it is no padding, and its rows without; a BOS if there is nothing."""
     if given is None or given.shape[-1] == 0:
         if options.bos_token_id is None:
             raise Ar2DiffError("generate: no prompt, and the model has no BOS", "give a prompt")
@@ -244,7 +250,7 @@ def _prompts(
         given = given[None]
         attention_mask = attention_mask[None] if attention_mask is not None else None
     if attention_mask is None:
-        return given, given.tolist()
+        return given, torch.ones(given.shape, dtype=torch.bool), given.tolist()
     real = attention_mask.to("cpu").bool()
     if real.shape != given.shape:
         raise Ar2DiffError(
@@ -256,7 +262,20 @@ def _prompts(
     ).any():
         raise Ar2DiffError("generate: attention_mask has a hole", "pad on the left or on the right")
     ids = given.to("cpu")
-    return given, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
+    return given, real, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
+
+
+def _check_ids(model: Any, prompts: list[list[int]]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if not prompts:
+        raise Ar2DiffError("generate: no rows", "give a prompt")
+    for number, prompt in enumerate(prompts):
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < rows:
+                raise Ar2DiffError(
+                    f"generate: row {number} holds {token!r}, the model has {rows} tokens",
+                    "tokenize with the model's own tokenizer",
+                )
 
 
 def _processors(given: Any) -> list[Any]:
@@ -329,7 +348,9 @@ def _stream(states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streame
     streamer.end()
 
 
-def _output(canvas: Canvas, given: Tensor, options: Options) -> Tensor | DiffusionOutput:
+def _output(
+    canvas: Canvas, given: Tensor, real: Tensor, options: Options
+) -> Tensor | DiffusionOutput:
     rows = range(len(canvas.ids))
     new = (canvas.end - canvas.prompt).clamp(min=0)
     size = int(new.max())
@@ -342,7 +363,7 @@ def _output(canvas: Canvas, given: Tensor, options: Options) -> Tensor | Diffusi
         sequences[row, given.shape[1] : given.shape[1] + n] = canvas.ids[row, place]
         logprobs[row, :n], steps[row, :n] = canvas.logprob[row, place], canvas.step[row, place]
     if not bool(canvas.given[:, :].all()):
-        _fill(sequences, given, canvas)
+        _fill(sequences, given, real, canvas)
     sequences = sequences.to(given.device)
     if not options.return_dict_in_generate:
         return sequences
@@ -356,11 +377,11 @@ def _output(canvas: Canvas, given: Tensor, options: Options) -> Tensor | Diffusi
     )
 
 
-def _fill(sequences: Tensor, given: Tensor, canvas: Canvas) -> None:
+def _fill(sequences: Tensor, given: Tensor, real: Tensor, canvas: Canvas) -> None:
     """Put what was filled in into the prompt's part of the output."""
-    prompts = given.to("cpu")
-    for row, ids in enumerate(prompts):
-        holes = (ids == canvas.mask_token_id).nonzero()[:, 0]
+    masked = (given.to("cpu") == canvas.mask_token_id) & real  # padding may be anything
+    for row, here in enumerate(masked):
+        holes = here.nonzero()[:, 0]
         if len(holes):
             prompt = canvas.ids[row, : int(canvas.prompt[row])]
             filled = prompt[~canvas.given[row, : len(prompt)]]

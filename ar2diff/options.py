@@ -6,7 +6,8 @@ This file is copied into converted folders: it imports torch, transformers and i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,8 @@ THRESHOLD = 0.9
 DRAFTS = 3
 RULE = ("threshold", "steps", "entropy_bound")  # which tokens a step decides
 MAX_NEW_TOKENS = 128
+LARGE = 1e6  # logits times this are still numbers
+MANY = 2**31 - 1  # more than a row has of anything
 
 # Options of transformers that read a left context, or several beams: not of a denoiser. Their
 # neutral values pass.
@@ -88,7 +91,7 @@ class Options:
     temperature: float = 0.0
     repetition_penalty: float = 1.0
     filters: tuple[tuple[str, float], ...] = ()
-    sequence_bias: Any = None
+    sequence_bias: dict[tuple[int, ...], float] | None = None
     eos_token_id: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     pad_token_id: int = 0
@@ -172,18 +175,20 @@ def resolve(
         **_rule(get),
         order=_one_of(get, "order", ORDERS, "prob"),
         remask=_number(get, "remask", 0.0, 0, 1),
-        cfg_scale=_number(get, "cfg_scale", 0.0, 0),
+        cfg_scale=_number(get, "cfg_scale", 0.0, 0, LARGE),
         draft_length=_integer(get, "draft_length", None, 1),
         cache_implementation=_cache(get, spec),
         check_cache=bool(get("check_cache", False)),
         temperature=_temperature(get),
-        repetition_penalty=_number(get, "repetition_penalty", 1.0, 0, above=True),
+        repetition_penalty=_number(get, "repetition_penalty", 1.0, 1 / LARGE, LARGE),
         filters=tuple(_filters(get)),
-        sequence_bias=get("sequence_bias"),
-        eos_token_id=_ids(get("eos_token_id")),
-        suppress_tokens=tuple(i for p in get.places for i in _ids(p.get("suppress_tokens"))),
+        sequence_bias=_bias(get("sequence_bias")),
+        eos_token_id=_ids(get, "eos_token_id"),
+        suppress_tokens=tuple(
+            i for p in get.places for i in _ids_of("suppress_tokens", p.get("suppress_tokens"))
+        ),
         pad_token_id=_pad(get),
-        bos_token_id=get("bos_token_id"),
+        bos_token_id=_id(get, "bos_token_id"),
         num_return_sequences=_integer(get, "num_return_sequences", 1, 1),
         return_dict_in_generate=bool(get("return_dict_in_generate", False)),
         stop_strings=_strings(get("stop_strings")),
@@ -224,13 +229,6 @@ def _check(options: Options, spec: Spec) -> None:
             f"generate: draft_length {options.draft_length} is not below the block length "
             f"{spec.block_length}",
             f"give at most {spec.block_length - 1}",
-        )
-    if isinstance(options.sequence_bias, dict) and any(
-        len(key) != 1 for key in options.sequence_bias
-    ):
-        raise Ar2DiffError(
-            "generate: sequence_bias on several tokens reads a left context",
-            "bias single tokens only",
         )
 
 
@@ -290,14 +288,31 @@ def _cache(get: _Source, spec: Spec) -> str:
     return value
 
 
+def _bias(value: Any) -> dict[tuple[int, ...], float] | None:
+    """{(token,): what is added to its logit}, from either form that transformers takes."""
+    try:
+        pairs = value.items() if isinstance(value, Mapping) else value or ()
+        bias = {tuple(key): float(added) for key, added in pairs}
+    except (TypeError, ValueError):
+        bias = {(): 0.0}
+    if any(len(key) > 1 for key in bias):
+        raise Ar2DiffError(
+            "generate: sequence_bias on several tokens reads a left context",
+            "bias single tokens only",
+        )
+    if not all(key and _whole(key[0]) and key[0] >= 0 and b <= LARGE for key, b in bias.items()):
+        raise Ar2DiffError(f"generate: sequence_bias is {value!r}", "give {(token,): bias}")
+    return bias or None
+
+
 def _temperature(get: _Source) -> float:
-    temperature = _number(get, "temperature", None, 0)
+    temperature = _number(get, "temperature", None, 0, LARGE)
     sample = get("do_sample")
     if sample is None:  # a setting of sampling asks for sampling
         sample = temperature is not None or any(
             get.places[0].get(name) is not None for name in FILTERS
         )
-    if not sample:
+    if not sample or (temperature is not None and temperature < 1 / LARGE):
         return 0.0
     return 1.0 if temperature is None else temperature
 
@@ -310,7 +325,10 @@ def _filters(get: _Source) -> Any:
         if name == "top_k":
             yield name, _integer(get, name, None, 1)
         else:
-            yield name, _number(get, name, None, 0, 1, above=True)
+            number = _number(get, name, None, 0, 1, above=True)
+            if number == 1 and name in ("epsilon_cutoff", "eta_cutoff"):
+                raise Ar2DiffError(f"generate: {name} is {value!r}", "give a number below 1")
+            yield name, number
 
 
 def _one_of(get: _Source, name: str, allowed: Sequence[str], default: str) -> str:
@@ -322,10 +340,13 @@ def _one_of(get: _Source, name: str, allowed: Sequence[str], default: str) -> st
 
 def _integer(get: _Source, name: str, default: int | None, least: int) -> Any:
     value = get(name, default)
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
-    if value is not None and not (whole and value >= least):
+    if value is not None and not (_whole(value) and value >= least):
         raise Ar2DiffError(f"generate: {name} is {value!r}", f"give a whole number from {least} on")
-    return None if value is None else int(value)
+    return None if value is None else min(int(value), MANY)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
 
 
 def _number(
@@ -339,7 +360,8 @@ def _number(
     value = get(name, default)
     if value is None:
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and math.isfinite(value)
     low = number and (value < least or (above and value == least))
     if not number or low or (most is not None and value > most):
         limit = f"{'above' if above else 'from'} {least:g}" + (
@@ -349,28 +371,46 @@ def _number(
     return float(value)
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _ids(get: _Source, name: str) -> tuple[int, ...]:
+    return _ids_of(name, get(name))
+
+
+def _ids_of(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids: none, one or several."""
     if value is None:
         return ()
-    return tuple(
-        int(i) for i in (value if hasattr(value, "__iter__") else [value]) if i is not None
-    )
+    value = value.tolist() if hasattr(value, "tolist") else value
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    ids = tuple(i for i in (value if several else [value]) if i is not None)
+    if not all(_whole(i) for i in ids):
+        raise Ar2DiffError(f"generate: {name} is {value!r}", "give a token id, or several")
+    return tuple(map(int, ids))
+
+
+def _id(get: _Source, name: str) -> int | None:
+    ids = _ids(get, name)
+    if len(ids) > 1:
+        raise Ar2DiffError(f"generate: {name} is {get(name)!r}", "give one token id")
+    return ids[0] if ids else None
 
 
 def _pad(get: _Source) -> int:
-    ends = _ids(get("eos_token_id"))
-    return int(get("pad_token_id", ends[0] if ends else 0))
+    pad, ends = _id(get, "pad_token_id"), _ids(get, "eos_token_id")
+    return pad if pad is not None else ends[0] if ends else 0
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+    strings = (value,) if isinstance(value, str) else value or ()
+    if not isinstance(strings, Sequence) or not all(isinstance(s, str) for s in strings):
+        raise Ar2DiffError(f"generate: stop_strings is {value!r}", "give a text, or several")
+    return tuple(strings)
 
 
 def _seed(value: Any) -> Any:
     if value is None or isinstance(value, int):
         return value
     seeds = () if isinstance(value, (str, float)) else tuple(value)
-    if not seeds or not all(int(seed) == seed for seed in seeds):
+    if not seeds or not all(_whole(seed) for seed in seeds):
         raise Ar2DiffError(
             f"generate: seed is {value!r}", "give a whole number, or one for each row"
         )
