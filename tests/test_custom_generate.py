@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ar2diff
-from ar2diff.check import inspect
+from ar2diff.check import CODELESS, TRUSTED, TRUSTING, inspect
 from ar2diff.checkpoint import find_checkpoint, load_checkpoint
 from ar2diff.config import load_recipe
 from ar2diff.folder import MODULES, read_custom_generate, write_custom_generate
@@ -130,6 +130,7 @@ def test_check_says_whether_the_code_is_this_versions(copied):
     said = inspect(str(copied))
     assert said["ok"] and said["custom_generate"] == {"state": "ok", "sha256": joined}
     assert any(joined in finding["what"] for finding in said["findings"])
+    assert said["elsewhere"][TRUSTED] == TRUSTING
     with (code / "seeds.py").open("a") as file:
         file.write("# changed\n")
     said = inspect(str(copied))
@@ -138,6 +139,7 @@ def test_check_says_whether_the_code_is_this_versions(copied):
     (code / "generate.py").unlink()
     said = inspect(str(copied))
     assert not said["ok"] and said["custom_generate"] == {"state": "missing", "sha256": None}
+    assert said["elsewhere"][TRUSTED] == CODELESS
 
 
 def test_a_repositorys_code_is_never_run(copied, tmp_path):
