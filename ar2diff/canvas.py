@@ -127,6 +127,12 @@ class Canvas:
         end = int(self.end[row])
         return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
+    def certain(self, row: int, remask: bool) -> int:
+        """How many tokens of a row are decided for good, without a gap: remasking may take tokens
+        of its block back."""
+        done, start = bool(self.end[row] >= 0), int(self.start[row])
+        return min(self.front[row], start) if remask and not done else self.front[row]
+
     def unread(self, size: int) -> Tensor:
         """[R] given tokens behind a row's last gap that lie in later blocks, which a model with
         block attention does not read when it fills the gap."""

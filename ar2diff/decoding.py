@@ -131,7 +131,8 @@ def stream(
     start, shown = time.monotonic(), ""
     canvas, states = begin(checkpoint, spec, options, [row])
     for _ in states:
-        text = _decode_ids(checkpoint.tokenizer, _certain(canvas, options))
+        certain = canvas.ids[0, : canvas.certain(0, bool(options.remask))].tolist()
+        text = _decode_ids(checkpoint.tokenizer, certain)
         # Half a character decodes to a replacement mark; what is shown must stay as it is.
         if not text.endswith("\ufffd") and text.startswith(shown):
             yield text[len(shown) :], None
@@ -352,16 +353,6 @@ def _filled(tokenizer: Any, ids: list[int], gaps: list[bool]) -> list[str]:
             texts.append(text_behind(tokenizer, ids[:start], ids[start:place]))
             start = None
     return texts
-
-
-def _certain(canvas: Canvas, options: Options) -> list[int]:
-    """The ids of a single row that are decided for good, without a gap."""
-    ids = canvas.ids[0, : int(canvas.total[0])].tolist()
-    end = ids.index(canvas.mask_token_id) if canvas.mask_token_id in ids else len(ids)
-    if canvas.done[0]:
-        return ids[: int(canvas.end[0])]
-    # Remasking may take a token of the block back.
-    return ids[: min(end, int(canvas.start[0])) if options.remask else end]
 
 
 def _decode_ids(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -194,7 +194,7 @@ def generate(
         for _ in states:
             pass
     else:
-        _stream(states, canvas, prompts[0], streamer)
+        _stream(states, canvas, prompts[0], streamer, bool(options.remask))
     return _output(canvas, given, real, options)
 
 
@@ -334,17 +334,18 @@ def _of_row(criterion: Any, row: int, rows: int) -> Any:
     return own
 
 
-def _stream(states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any) -> None:
+def _stream(
+    states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any, remask: bool
+) -> None:
     streamer.put(torch.tensor(prompt))
-    sent = 0
+    sent = len(prompt)
     for _ in states:
         if hasattr(streamer, "put_draft") and not canvas.done[0]:
-            new = canvas.ids[0, int(canvas.prompt[0]) + sent : int(canvas.total[0])]
-            streamer.put_draft(new)
-        fresh = canvas.new_ids(0)[sent:]
-        if fresh:
-            streamer.put(torch.tensor(fresh))
-            sent += len(fresh)
+            streamer.put_draft(canvas.ids[0, sent : int(canvas.total[0])])
+        certain = canvas.certain(0, remask)
+        if certain > sent:
+            streamer.put(canvas.ids[0, sent:certain].clone())
+            sent = certain
     streamer.end()
 
 

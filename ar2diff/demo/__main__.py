@@ -24,8 +24,8 @@ QUESTIONS = 20
 SHOWN = 3
 
 
-def main(output_dir: Path) -> None:
-    """Run the demo; the converted model stays in `output_dir`."""
+def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> None:
+    """Run the demo with a recipe on so many stories; the model stays in `output_dir`."""
     quiet()
     from ..checkpoint import load_checkpoint
     from ..config import load_recipe, with_values
@@ -40,8 +40,8 @@ def main(output_dir: Path) -> None:
     before = likelihood(base, rows, samples=8)
 
     data = output_dir.with_name(f"{output_dir.name}-data") / "stories.jsonl"
-    write_stories(data)
-    recipe = with_values(load_recipe("demo"), data={"sources": [{"path": str(data)}]})
+    write_stories(data, stories)
+    recipe = with_values(load_recipe(name), data={"sources": [{"path": str(data)}]})
     say(f"adapting {MODEL.name} ({sum(p.numel() for p in base.model.parameters()):,} parameters)")
     record = adapt(str(MODEL), recipe, output_dir, overwrite=output_dir.exists())
     trained = time.monotonic() - start
@@ -64,10 +64,10 @@ The converted model is in {output_dir}:
 """)
 
 
-def write_stories(path: Path) -> None:
+def write_stories(path: Path, count: int = TRAIN_STORIES) -> None:
     """The training data of the demo."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stories = (json.dumps({"text": text(e)}) for e in corpus(TRAIN_STORIES, 1, PRETRAIN_LEVELS))
+    stories = (json.dumps({"text": text(e)}) for e in corpus(count, 1, PRETRAIN_LEVELS))
     path.write_text("".join(f"{line}\n" for line in stories))
 
 
@@ -112,5 +112,8 @@ if __name__ == "__main__":
         prog="python -m ar2diff.demo", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--stories", type=int, default=TRAIN_STORIES)
+    arguments = parser.parse_args()
     with boundary():
-        main(parser.parse_args().output_dir)
+        main(arguments.output_dir, arguments.recipe, arguments.stories)
