@@ -1,6 +1,7 @@
 """Decoding: a batch is each row alone, where an answer ends, what is never written."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -173,9 +174,10 @@ def test_without_a_seed_torch_decides():
 @pytest.mark.parametrize("mode", ["diffusion", "speculative", "ar"])
 def test_an_answer_ends_with_its_first_end_token(mode):
     prompts = [[1, a, b] for a in (9, 33, 17) for b in (4, 5, 6, 7)]
-    free = answers(run(prompts, mode=mode, max_new_tokens=12)[0])
+    kwargs = {"mode": mode, "max_new_tokens": 12, "block_length": 1}  # from left to right
+    free = answers(run(prompts, **kwargs)[0])
     ends = [word for word, _ in Counter(w for row in free for w in row[4:9]).most_common(3)]
-    canvas, _ = run(prompts, mode=mode, max_new_tokens=12, eos_token_id=ends)
+    canvas, _ = run(prompts, eos_token_id=ends, **kwargs)
     early = 0
     for row, got in enumerate(answers(canvas)):
         assert got == free[row][: first_end(free[row], 3, ends)]
@@ -327,3 +329,22 @@ def test_guided_rows_keep_to_their_own_prompts(cached):
     prompts = [PROMPT, PROMPT[:2], [1, 33, 9, 40]]
     want = [answers(run([prompt], **kwargs)[0])[0] for prompt in prompts]
     assert answers(run(prompts, **kwargs)[0]) == want
+
+
+@pytest.mark.parametrize("attention", EVERY_ATTENTION)
+def test_an_end_token_that_is_given_back_ends_nothing_and_takes_no_more_steps(attention):
+    prompts = [[1, a, b, 5] for a in range(3, 18) for b in (17, 33)]
+    ends = list(range(3, 14))
+    lost = []
+    for steps in (2, 3, 4):
+        kwargs = {"steps": steps, "remask": 0.7, "order": "random", "temperature": 2.0, "seed": 0}
+        canvas, states = run(prompts, attention, max_new_tokens=8, eos_token_id=ends, **kwargs)
+        most = min(steps, 8) if attention == "full" else 2 * min(steps, 4)
+        assert int(canvas.forwards.max()) <= most
+        for row, got in enumerate(answers(canvas)):
+            assert len(got) == first_end(canvas.ids[row, :12].tolist(), 4, ends)
+            assert MASK not in got
+        for one, two in pairwise(states):
+            back = (one[:, :12] != MASK) & (two[:, :12] == MASK)
+            lost += [word for word in one[:, :12][back].tolist() if word in ends]
+    assert lost
