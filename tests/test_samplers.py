@@ -200,6 +200,20 @@ def test_threshold_or_quota_takes_the_sure_ones_if_they_are_enough(threshold, mo
     assert decided.tolist() == sorted(want.tolist()) and len(decided) == most
 
 
+@pytest.mark.parametrize("sure", [1, 2, 3])
+def test_threshold_or_quota_is_never_both(sure):
+    """In an order by other than probability the two sets differ."""
+    prompts = [PROMPT] * 20
+    p = distributions(decode([PROMPT], steps=2)[1][0], 0).max(-1).values.exp()
+    threshold = float(p.sort(descending=True).values[sure - 1 : sure + 1].mean())
+    _, states = decode(prompts, steps=2, order="random", threshold=threshold, seed=0)
+    decided = sets(states[1][:, 4:] != MASK)
+    if sure < 2:
+        assert {len(places) for places in decided} == {2} and len(set(map(tuple, decided))) > 2
+    else:
+        assert all(places == set(p.topk(sure).indices.tolist()) for places in decided)
+
+
 @pytest.mark.parametrize("bound", [0.0, 2.0, 4.5, 100.0])
 def test_the_entropy_bound_reads_the_models_own_entropy(bound):
     _, states = decode([PROMPT], entropy_bound=bound, temperature=0.01, seed=0)
