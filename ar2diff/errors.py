@@ -12,7 +12,7 @@ class Ar2DiffError(Exception):
     """
 
     def __init__(self, what: str, fix: str):
-        super().__init__(f"{what}\nfix: {fix}")
+        super().__init__(f"{what} (fix: {fix})")  # one line: servers put it in theirs
         self.what = what
         self.fix = fix
 
