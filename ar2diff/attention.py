@@ -38,12 +38,14 @@ class Slots:
         pos: [B, S] int, logical position in the document (its first real token is 0).
         noisy: [B, S] bool, slot of the copy that is being denoised.
         start: [B, S] int, first position of a noisy slot's block; None: blocks lie on the grid.
+        block: [B, S] int, which noisy slots are of one block; None: those with the same `start`.
     """
 
     doc: Tensor
     pos: Tensor
     noisy: Tensor
     start: Tensor | None = None
+    block: Tensor | None = None
 
 
 def lay_out(
@@ -106,6 +108,7 @@ def allowed_edges(
         start = slots.start
     else:
         start = pos if attention == "full" else pos // block_length * block_length
+    block = start if slots.block is None else slots.block
 
     def allowed(b: Any, h: Any, q: Any, k: Any) -> Tensor:
         pos_q, pos_k = pos[b, q], pos[b, k]
@@ -117,7 +120,7 @@ def allowed_edges(
                 pos_k <= pos_q if attention == "causal_context" else pos_k < start_q + block_length
             )
             to_clean = torch.where(noisy[b, q], pos_k < start_q, past)
-            edge = torch.where(noisy[b, k], noisy[b, q] & (start_q == start[b, k]), to_clean)
+            edge = torch.where(noisy[b, k], noisy[b, q] & (block[b, q] == block[b, k]), to_clean)
         behind = pos_k <= pos_q
         if window is not None:
             # transformers' causal window holds `window` tokens, its bidirectional one reaches

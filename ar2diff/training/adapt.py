@@ -38,7 +38,8 @@ from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
 from ..spec import Spec
 from .callbacks import Watch
-from .trainer import checkpoints, make_collator, make_trainer, rows_per_step
+from .denoising import checkpoints
+from .trainer import make_collator, make_trainer, rows_per_step
 
 STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
 

@@ -25,21 +25,21 @@ class Meter:
         self.start = time.monotonic()
 
     @torch.no_grad()
-    def add(self, inputs: dict[str, Tensor], logits: Tensor, ce: Tensor) -> None:
+    def add(self, task: Any, logits: Tensor, ce: Tensor) -> None:
         """Masked tokens of a micro-batch.
 
         Args:
-            inputs: of the collator. logits: [N, V]. ce: [N], cross-entropy of the masked tokens.
+            task: what was asked. logits: [N, V]. ce: [N], cross-entropy of the masked tokens.
         """
-        masked, ce = inputs["masked"], ce.double()
-        bins = (inputs["t"][masked] * T_BINS).ceil().long().clamp(1, T_BINS) - 1
+        ce = ce.double()
+        bins = (task.t * T_BINS).ceil().long().clamp(1, T_BINS) - 1
         self.ce.index_add_(0, bins, ce)
         self.count.index_add_(0, bins, torch.ones_like(ce))
-        loss = inputs["coef"][masked] * ce
-        self.sums["right"] += (logits.argmax(-1) == inputs["x0"][masked]).sum()
-        self.sums["eos_loss"] += loss[inputs["eos"][masked]].sum()
+        loss = task.coef * ce
+        self.sums["right"] += (logits.argmax(-1) == task.target).sum()
+        self.sums["eos_loss"] += loss[task.eos].sum()
         self.sums["loss"] += loss.sum()
-        self.sums["tokens"] += inputs["tokens"]
+        self.sums["tokens"] += task.tokens
 
     @torch.no_grad()
     def add_ar(self, ce: Tensor) -> None:
