@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -149,6 +149,36 @@ class Eval(_Section):
     panel_steps: int = Field(0, ge=0, description="show a sample being denoised; 0: never")
 
 
+class Peft(_Section):
+    """Adapters instead of full tuning: a converted model stays as it is, small matrices train."""
+
+    method: Literal["lora", "dora"] = "lora"
+    r: int = Field(16, gt=0, description="rank")
+    alpha: float = Field(32.0, gt=0, description="the update counts alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="or names of linear layers: [q_proj, v_proj]"
+    )
+    mask_row: bool = Field(True, description="the mask token's embedding trains too")
+
+    @model_validator(mode="after")
+    def _names_are_a_list(self) -> Peft:
+        if self.targets == () or (isinstance(self.targets, str) and self.targets != "all-linear"):
+            raise ValueError("targets is all-linear, or a list of names")
+        return self
+
+
+class Quantization(_Section):
+    """How the frozen weights under an adapter are held (QLoRA)."""
+
+    bits: Literal[4] = 4
+    kind: Literal["nf4", "fp4"] = "nf4"
+    double: bool = Field(True, description="quantise the scales too")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it, else float32"
+    )
+
+
 class Recipe(_Section):
     """A whole run."""
 
@@ -160,6 +190,8 @@ class Recipe(_Section):
     data: Data = Data()
     train: Train = Train()
     eval: Eval = Eval()
+    peft: Peft | None = None
+    quantization: Quantization | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +208,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
         full = self.convert.attention == "full"
+        if self.quantization is not None and self.peft is None:
+            raise ValueError("quantization needs a peft section: quantised weights do not train")
         if full and self.noise.time == "block":
             raise ValueError("noise.time is document or sequence for attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":
@@ -288,11 +322,19 @@ def dump_recipe(recipe: Recipe) -> str:
 def field_names(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Dotted names of every field."""
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        kind = section_of(field.annotation)
+        if kind is not None:
             yield from field_names(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, which may be null; None for a plain value."""
+    kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not type(None)]
+    if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel):
+        return kinds[0]
+    return None
 
 
 def describe_fields() -> Iterator[tuple[str, str, Any, str]]:
@@ -301,7 +343,7 @@ def describe_fields() -> Iterator[tuple[str, str, Any, str]]:
         model: Any = Recipe
         *sections, last = name.split(".")
         for section in sections:
-            model = model.model_fields[section].annotation
+            model = section_of(model.model_fields[section].annotation)
         field = model.model_fields[last]
         kind = (
             field.annotation.__name__
@@ -320,7 +362,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise Ar2DiffError(f"{key}: {section} has no keys", "see 'ar2diff config schema'")
     try:
@@ -336,9 +380,7 @@ def _explain(error: Any, label: str) -> Ar2DiffError:
         message = error["msg"].removeprefix("Value error, ")
         return Ar2DiffError(
             f"{label}: {where + ': ' if where else ''}{message}{got}",
-            f"see 'ar2diff config schema {error['loc'][0] if error['loc'] else ''}'".replace(
-                " '", "'"
-            ),
+            f"see '{' '.join(['ar2diff config schema', *map(str, error['loc'][:1])])}'",
         )
     section = ".".join(map(str, error["loc"][:-1]))
     names = list(field_names())
