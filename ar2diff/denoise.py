@@ -107,8 +107,9 @@ class _Denoiser:
         # A cached context that is shared by a block's steps must be filled for all rows at once.
         self.together = cache in ("prefix", "dual")
         canvas.advance(self.rows, self.size)
+        self.row, self.position = self._window()
         self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
-        self.to_decide = self._masked(self.rows).sum(1)  # tokens that the block had to decide
+        self.to_decide = self._masked().sum(1)  # tokens that the block had to decide
 
     def _reader_for(self, model: Any, spec: Spec, cache: str) -> BlockReader | FullReader:
         canvas, rows = self.canvas, self.guided * len(self.rows)
@@ -120,7 +121,7 @@ class _Denoiser:
 
     def run(self) -> Iterator[Canvas]:
         canvas = self.canvas
-        masked = self._masked(self.rows) & ~canvas.done[self.rows, None]
+        masked = self._masked()
         while count := canvas.unfinished:
             logits = self._read(masked)
             canvas.forwards[self.rows] += masked.any(1)
@@ -129,15 +130,17 @@ class _Denoiser:
                 masked = self._next(masked)
             yield canvas
 
-    def _masked(self, rows: Tensor) -> Tensor:
-        """[R, W] undecided tokens of each row's block."""
-        window = self._window(rows)
-        inside = window < self.canvas.length[rows, None]
-        window = window.clamp(max=self.canvas.ids.shape[1] - 1)
-        return inside & (self.canvas.ids[rows[:, None], window] == self.canvas.mask_token_id)
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """[R, W] the row (of the canvas) and the position of each token of the blocks."""
+        position = self.canvas.start[self.rows, None] + torch.arange(self.size)
+        return self.rows[:, None].expand_as(position), position
 
-    def _window(self, rows: Tensor) -> Tensor:
-        return self.canvas.start[rows, None] + torch.arange(self.size)
+    def _masked(self) -> Tensor:
+        """[R, W] undecided tokens of the blocks of unfinished rows."""
+        canvas = self.canvas
+        inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
+        position = self.position.clamp(max=canvas.ids.shape[1] - 1)
+        return inside & (canvas.ids[self.row, position] == canvas.mask_token_id)
 
     def _read(self, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, guided where asked for."""
@@ -161,9 +164,7 @@ class _Denoiser:
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens and write those that are sure enough; [R, W] bool which."""
         canvas, options, rows = self.canvas, self.options, self.rows
-        row, place = masked.nonzero(as_tuple=True)
-        row = rows[row]
-        position = canvas.start[row] + place
+        row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         context = canvas.ids[row] if self.chooser.penalty is not None else None
@@ -195,8 +196,9 @@ class _Denoiser:
         if ready.any():
             rows = self.rows[ready]
             canvas.advance(rows, self.size)
+            self.row, self.position = self._window()
             self.began[rows] = canvas.forwards[rows]
-            masked[ready] = self._masked(rows)
+            masked[ready] = self._masked()[ready]
             self.to_decide[rows] = masked[ready].sum(1)
         count, keep = len(left), left.nonzero()[:, 0]
         if not self.fixed_shape and 0 < 2 * len(keep) <= count:
@@ -204,6 +206,7 @@ class _Denoiser:
             for reader in (self.reader, self.checker) if self.checker else (self.reader,):
                 reader.select(rows)
             self.rows, masked = self.rows[keep], masked[keep]
+            self.row, self.position = self._window()
         return masked
 
     def _give_back(self, open_: Tensor) -> Tensor:
@@ -217,14 +220,13 @@ class _Denoiser:
             [R, W] bool, which tokens.
         """
         canvas, rows = self.canvas, self.rows
-        window = self._window(rows)
-        at = (rows[:, None], window.clamp(max=canvas.ids.shape[1] - 1))
+        at = (self.row, self.position.clamp(max=canvas.ids.shape[1] - 1))
         decided = (canvas.ids[at] != canvas.mask_token_id) & ~canvas.given[at]
-        decided &= window < canvas.length[rows, None]
+        decided &= self.position < canvas.length[rows, None]
         taken = canvas.forwards[rows] - self.began[rows]
         decided &= (open_ & (taken < self.options.steps))[:, None]
         back = top(-canvas.logprob[at], decided, (self.options.remask * decided.sum(1)).long())
-        canvas.erase(rows[back.nonzero()[:, 0]], window[back])
+        canvas.erase(self.row[back], self.position[back])
         return back
 
 

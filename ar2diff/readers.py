@@ -10,15 +10,40 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import PADDING, Slots, model_mask
+from .attention import PADDING, Slots, behind_context, layer_windows, model_mask
 from .cache import ContextCache
 from .forward import logits_at
 from .spec import Spec
+
+MASKS = 64  # layouts remembered; a lone row has two
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the slots of a step stand: [pending | block], the same for all steps of a block.
+
+    Attributes:
+        start: [R] first position of each row's block. pending: [R] clean tokens before it that are
+            not cached. pos: [R, S] positions of the slots. mask: of them over context and slots.
+        index: [R, W] slot, of all rows' in turn, at which each token of the block is read.
+        crossing: [C] slots of the last pending tokens, where `shift` reads a first token, of the
+            rows `pending > 0`.
+        first: [R, W] bool, tokens that are read across the boundary.
+    """
+
+    start: Tensor
+    pending: Tensor
+    pos: Tensor
+    mask: Any
+    index: Tensor
+    crossing: Tensor
+    first: Tensor
 
 
 class BlockReader:
@@ -37,7 +62,10 @@ class BlockReader:
         self.cache = None if cache == "none" else ContextCache(model, rows, static)
         self.rows = rows
         self.boundary: Tensor | None = None  # [R, V] shift: logits of the context's last position
-        self._layout: tuple[Tensor, Any] | None = None
+        self._layout: _Layout | None = None
+        self._masks: dict[tuple[int, ...], Tensor] = {}  # by pending tokens
+        windows = layer_windows(model.config.get_text_config(), spec.local_window)
+        self.alike = static is None and not any(windows.values())  # all slots read the context
 
     def read(self, ids: Tensor, start: Tensor, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, in row-major order.
@@ -46,30 +74,26 @@ class BlockReader:
             ids: [R, T] canvas. start: [R] first position of each row's block.
             masked: [R, size] bool, the tokens wanted.
         """
-        if self._layout is None or not torch.equal(self._layout[0], start):
-            self._layout = (start.clone(), self._lay_out(start))
-        pos, mask, pending, crossing = self._layout[1]
-        slots, device = pos.shape[1], self.model.device
-        row, place = masked.nonzero(as_tuple=True)
-        first = slots - self.size  # slot of the block's first token
-        index = row * slots + place + (first - self.shift)
-        if len(crossing):
-            index = torch.cat([index, crossing * slots + first - 1])
+        if self._layout is None or not torch.equal(self._layout.start, start):
+            self._layout = self._lay_out(start)
+        layout, device = self._layout, self.model.device
+        index = layout.index[masked]
+        if len(layout.crossing):
+            index = torch.cat([index, layout.crossing])
         logits = logits_at(
             self.model,
-            index.clamp(min=0).to(device),
+            index.to(device),
             cache=self.cache.stock if self.cache else None,
-            input_ids=ids.gather(1, pos).to(device),
-            attention_mask=mask,
-            position_ids=pos.to(device),
+            input_ids=ids.gather(1, layout.pos).to(device),
+            attention_mask=layout.mask,
+            position_ids=layout.pos.to(device),
         )
+        slots = layout.pos.shape[1]
         if self.cache:
-            self.cache.keep(slots, first - pending, pending)
-            if first:
+            self.cache.keep(slots, slots - self.size - layout.pending, layout.pending)
+            if slots > self.size:
                 self._layout = None
-        if self.shift:
-            logits = self._across(logits, row, (place == 0) & (start[row] > 0), crossing)
-        return logits
+        return self._across(logits, layout, masked) if self.shift else logits
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
@@ -80,32 +104,52 @@ class BlockReader:
             self.boundary = self.boundary[rows.to(self.boundary.device)]
         self._layout = None
 
-    def _across(self, logits: Tensor, row: Tensor, first: Tensor, crossing: Tensor) -> Tensor:
+    def _across(self, logits: Tensor, layout: _Layout, masked: Tensor) -> Tensor:
         """The first token of a block is read at the context's last position, which was or is being
         cached: its logits are kept for as long as the block lasts."""
-        count = len(row)
-        logits, fresh = logits[:count], logits[count:]
+        device = logits.device
         if self.boundary is None:
             self.boundary = logits.new_zeros(self.rows, logits.shape[-1])
-        if len(crossing):
-            self.boundary[crossing.to(logits.device)] = fresh
-        if first.any():
-            logits[first.to(logits.device)] = self.boundary[row[first].to(logits.device)]
+        count = len(logits) - len(layout.crossing)
+        if len(layout.crossing):
+            self.boundary[(layout.pending > 0).to(device)] = logits[count:]
+        logits = logits[:count]
+        rows = masked[:, 0] & layout.first[:, 0]
+        if rows.any():
+            logits[layout.first[masked].to(device)] = self.boundary[rows.to(device)]
         return logits
 
-    def _lay_out(self, start: Tensor) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Positions [R, S] of the slots, the mask over context and slots, pending tokens [R], and
-        the rows that have any, where the boundary's logits are wanted."""
+    def _lay_out(self, start: Tensor) -> _Layout:
         length = self.cache.length if self.cache else torch.zeros_like(start)
         pending = start - length
         slots = int(pending.max()) + self.size
-        pos = start[:, None] + torch.arange(slots) - (slots - self.size)
-        width = self.cache.width if self.cache else 0
-        columns = self.cache.columns(slots) if self.cache else slots
+        pos = start[:, None] + (torch.arange(slots) - (slots - self.size))
+        place = torch.arange(self.size)
+        index = place + (slots - self.size - self.shift)
+        index = index + torch.arange(len(start))[:, None] * slots
+        return _Layout(
+            start=start.clone(),
+            pending=pending,
+            pos=pos.clamp(min=0),
+            mask=self._mask(start, length, pending, pos),
+            index=index.clamp(min=0),
+            crossing=index[pending > 0, 0] if self.shift else pending[:0],
+            first=(place == 0) & (start > 0)[:, None],
+        )
+
+    def _mask(self, start: Tensor, length: Tensor, pending: Tensor, pos: Tensor) -> Any:
+        """The mask of the slots; what stands behind the context is built once for all blocks."""
+        width, slots = self.cache.width if self.cache else 0, pos.shape[1]
+        seen = torch.arange(width) < length[:, None]
+        key = tuple(pending.tolist())
+        if self.alike and key in self._masks:
+            return behind_context(self._masks[key], seen.to(self.model.device))
+        behind = seen[:, :0] if self.alike else seen
+        columns = behind.shape[1]
         layout = slots_of(
-            columns,
-            torch.arange(width) < length[:, None],
-            torch.arange(width).expand(len(start), -1),
+            self.cache.static if self.cache and self.cache.static else columns + slots,
+            behind,
+            torch.arange(columns).expand(len(start), -1),
             pos >= length[:, None],
             pos,
             pos >= start[:, None],
@@ -113,10 +157,14 @@ class BlockReader:
         )
         mask = model_mask(
             self.model, layout, self.spec.attention, self.size, self.spec.local_window,
-            queries=range(width, width + slots),
+            queries=range(columns, columns + slots),
         )  # fmt: skip
-        crossing = (pending > 0).nonzero()[:, 0] if self.shift else pending[:0]
-        return pos.clamp(min=0), mask, pending, crossing
+        if not self.alike:
+            return mask
+        if len(self._masks) > MASKS:
+            self._masks.clear()
+        self._masks[key] = mask
+        return behind_context(mask, seen.to(self.model.device))
 
 
 class FullReader:

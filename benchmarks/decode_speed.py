@@ -9,9 +9,10 @@ One process. Every repeat runs every way once over the same prompts, one after t
 transformers' `generate` on the base; `ar` is ours, one token a forward, on the converted model's AR
 mode; `lossless` is self-speculation; the rest is the diffusion mode: `one` decides one token a
 forward, `safe`, `balanced` and `fast` are thresholds. A forward is any call of the model, prefill
-and commits included. Greedy throughout. Quality is of all prompts: share of right answers (embedded
-default), nats per token under the AR base, distinct-2 (share of different bigrams over all answers)
-and the share of 4-grams that repeat within an answer.
+and commits included. `sampler` is the time to choose, decide and write tokens, `outside the model`
+all that is not the model's, in parts of the model's time. Greedy throughout. Quality is of all
+prompts: share of right answers (embedded default), nats per token under the AR base, distinct-2
+(share of different bigrams over all answers) and the share of 4-grams that repeat in an answer.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from typing import Any
 
 import torch
 
+from ar2diff import speculation
 from ar2diff.checkpoint import Checkpoint, load_checkpoint
 from ar2diff.decoding import settings_of
 from ar2diff.demo import corpus
-from ar2diff.denoise import denoise
+from ar2diff.denoise import _Denoiser, denoise
 from ar2diff.evaluation import suppressed_of
 from ar2diff.generate import canvas_of
 from ar2diff.likelihood import ar_nll
@@ -43,21 +45,24 @@ Way = Callable[[list[list[int]]], list[list[int]]]  # prompts of one batch -> an
 
 
 class Clock:
-    """Counts the forwards of a model and the seconds in them."""
+    """Counts the calls of a function and the seconds in them."""
 
-    def __init__(self, model: Any):
-        self.forwards, self.seconds = 0, 0.0
-        forward = model.forward
+    def __init__(self, owner: Any, name: str):
+        self.calls, self.seconds = 0, 0.0
+        function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return forward(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
                 self.seconds += time.perf_counter() - start
-                self.forwards += 1
+                self.calls += 1
 
-        model.forward = timed
+        setattr(owner, name, timed)
+
+
+SAMPLERS = [Clock(_Denoiser, "_decide"), Clock(speculation, "_accept")]  # choose, decide, write
 
 
 def ours(checkpoint: Checkpoint, limit: int, **settings: Any) -> Way:
@@ -100,7 +105,8 @@ def timed(ways: dict[str, tuple[Way, Clock]], batches: list[list[list[int]]], re
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):  # the first warms up
         for name, (way, clock) in ways.items():
-            clock.forwards, clock.seconds = 0, 0.0
+            for each in (clock, *SAMPLERS):
+                each.calls, each.seconds = 0, 0.0
             start = time.perf_counter()
             tokens = sum(len(new) for batch in batches for new in way(batch))
             seconds = time.perf_counter() - start
@@ -108,10 +114,11 @@ def timed(ways: dict[str, tuple[Way, Clock]], batches: list[list[list[int]]], re
                 runs[name].append(
                     {
                         "tokens_per_second": tokens / seconds,
-                        "ms_per_forward": 1e3 * seconds / clock.forwards,
-                        "ms_model": 1e3 * clock.seconds / clock.forwards,
-                        "overhead": (seconds - clock.seconds) / clock.seconds,
-                        "forwards": clock.forwards,
+                        "ms_per_forward": 1e3 * seconds / clock.calls,
+                        "ms_model": 1e3 * clock.seconds / clock.calls,
+                        "sampler": sum(s.seconds for s in SAMPLERS) / clock.seconds,
+                        "outside": (seconds - clock.seconds) / clock.seconds,
+                        "forwards": clock.calls,
                         "tokens": tokens,
                     }
                 )
@@ -174,7 +181,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="jsonl to add the figures to")
     args = parser.parse_args()
     base, model = load_checkpoint(args.base), load_checkpoint(args.model)
-    base_clock, clock = Clock(base.model), Clock(model.model)
+    base_clock, clock = Clock(base.model, "forward"), Clock(model.model, "forward")
     prompts, examples = prompts_of(base, args)
     limit, size = args.max_new_tokens, model.spec.block_length
     ways: dict[str, tuple[Way, Clock]] = {
@@ -207,9 +214,9 @@ def main() -> None:
             rows.append({**about, "batch": batch_size, "way": name, **figures, **quality[name]})
     show(rows)
     for threshold in CURVE:
-        clock.forwards = 0
+        clock.calls = 0
         figures = judged(ours(model, limit, threshold=threshold), judge, prompts, 1)
-        figures["tokens_per_forward"] = figures["length"] * len(prompts) / clock.forwards
+        figures["tokens_per_forward"] = figures["length"] * len(prompts) / clock.calls
         rows.append({**about, "batch": 1, "way": f"threshold {threshold}", **figures})
     show_curve(rows)
     if args.output:
@@ -223,15 +230,16 @@ def judged(way: Way, judge: Judge, prompts: list[list[int]], size: int = 16) -> 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("\n| batch | way | tokens/forward | tokens/s | vs hf dynamic | ms/forward | overhead "
-          "| right | base NLL | distinct-2 | repeated-4 |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n| batch | way | tokens/forward | tokens/s | vs hf dynamic | ms/forward | sampler "
+          "| outside the model | right | base NLL | distinct-2 | repeated-4 |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         right = f"{r['right']:.3f} ± {r['right_error']:.3f}" if "right" in r else "-"
         per_row = r["tokens"] / r["forwards"] / r["batch"]
         print(
             f"| {r['batch']} | {r['way']} | {per_row:.2f} | {r['tokens_per_second']:.0f} "
-            f"| {r['speedup']:.2f}x | {r['ms_per_forward']:.2f} | {100 * r['overhead']:.0f} % "
+            f"| {r['speedup']:.2f}x | {r['ms_per_forward']:.2f} "
+            f"| {100 * r['sampler']:.0f} % | {100 * r['outside']:.0f} % "
             f"| {right} | {r['base_nll']:.3f} | {r['distinct_2']:.3f} | {r['repeated_4']:.3f} |"
         )
 
