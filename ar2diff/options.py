@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -118,6 +119,12 @@ class _Source:
     """Reads a name from the first place that sets it."""
 
     def __init__(self, kwargs: Mapping[str, Any], configs: Sequence[Any]):
+        for config in configs:
+            if config is not None and not hasattr(config, "__dict__"):
+                raise Ar2DiffError(
+                    f"generate: generation_config is {type(config).__name__}",
+                    "give a GenerationConfig of transformers",
+                )
         self.places = [kwargs, *(vars(config) for config in configs if config is not None)]
 
     def __call__(self, name: str, default: Any = None) -> Any:
@@ -265,6 +272,12 @@ def _block_length(get: _Source, spec: Spec) -> int | None:
             f"generate: block_length {size} is above the {spec.block_length} trained",
             f"give at most {spec.block_length}",
         )
+    if spec.block_length is not None and size < spec.block_length:
+        warnings.warn(
+            f"block_length {size} is below the {spec.block_length} trained: blocks that the model "
+            "has not seen",
+            stacklevel=2,
+        )
     return size
 
 
@@ -274,12 +287,8 @@ def _cache(get: _Source, spec: Spec) -> str:
     if get("use_cache") is False:
         value = "none"
     allowed = ("none", "prefix", "dual") if full else ("dynamic", "static", "none")
-    if (
-        value in ("dynamic", "static")
-        and full
-        and get.places[0].get("cache_implementation") is None
-    ):
-        value = "none"  # a config's; only a call's own is an error
+    if value not in allowed and get.places[0].get("cache_implementation") is None:
+        value = allowed[0]  # a config's (Gemma's says hybrid); only a call's own is an error
     if value not in allowed:
         raise Ar2DiffError(
             f"generate: cache_implementation {value!r} is not for {spec.attention} attention",
@@ -407,6 +416,7 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 def _seed(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
     if value is None or isinstance(value, int):
         return value
     seeds = () if isinstance(value, (str, float)) else tuple(value)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from ar2diff.canvas import Canvas
 from ar2diff.denoise import denoise
+from ar2diff.errors import Ar2DiffError
 from ar2diff.options import resolve
 from ar2diff.samplers import Chooser, draw, over_threshold, quota_of, top, within_entropy
 
@@ -456,3 +457,16 @@ def test_a_row_draws_the_same_whatever_batch_it_is_in(seed, others):
     alone, _ = decode([PROMPT], new=4, temperature=1.0, seed=seed)
     together, _ = decode([*batch, PROMPT], new=4, temperature=1.0, seed=seed)
     assert together.new_ids(others) == alone.new_ids(0)
+
+
+# Options
+
+
+def test_blocks_shorter_than_the_trained_ones_are_warned_of():
+    with pytest.warns(UserWarning, match="block_length 2 is below the 4 trained"):
+        assert resolve(tiny_spec(), {"block_length": 2}).block_length == 2
+
+
+def test_a_generation_config_of_another_kind_is_refused():
+    with pytest.raises(Ar2DiffError, match="generation_config is str"):
+        resolve(tiny_spec(), {}, ["greedy"])
