@@ -5,6 +5,7 @@ This file is copied into converted folders: it imports torch and the standard li
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ def logits_at(
     """Logits [N, V] at the wanted slots alone; the [B * S, V] tensor is never built.
 
     The rows are picked by a pre-hook on the output embeddings, so that soft caps and scales stay
-    the model's own.
+    the model's own. It leaves the forwards of other threads alone.
 
     Args:
         model: a causal LM, wrapped (DDP) or not.
@@ -31,7 +32,11 @@ def logits_at(
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
 
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    own = get_ident()
+
+    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if get_ident() != own:
+            return None
         return (args[0].flatten(0, 1)[index].unsqueeze(0),)
 
     handle = (head or model.get_output_embeddings()).register_forward_pre_hook(pick)

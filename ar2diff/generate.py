@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +38,7 @@ ROW_WISE = tuple(
     )
 )  # fmt: skip
 PROBED: WeakKeyDictionary[Any, Spec] = WeakKeyDictionary()
+PROBING = Lock()  # the probe shortens the windows in the config while it looks
 
 
 @dataclass
@@ -190,11 +193,12 @@ def generate(
     states = denoise(
         model, spec, canvas, options, processors=_processors(logits_processor), finished=finished
     )
-    if streamer is None:
-        for _ in states:
-            pass
-    else:
-        _stream(states, canvas, prompts[0], streamer, bool(options.remask))
+    with evaluating(model):
+        if streamer is None:
+            for _ in states:
+                pass
+        else:
+            _stream(states, canvas, prompts[0], streamer, bool(options.remask))
     return _output(canvas, given, real, options)
 
 
@@ -220,20 +224,31 @@ def check_model(model: Any, spec: Spec) -> None:
     Raises:
         Ar2DiffError: it does not.
     """
-    if PROBED.get(model) == spec:
-        return
-    training = model.training
-    model.eval()
-    try:
-        problems = probe(model, spec)
-    finally:
-        model.train(training)
+    with PROBING:
+        if PROBED.get(model) == spec:
+            return
+        with evaluating(model):
+            problems = probe(model, spec)
+        if not problems:
+            PROBED[model] = spec
     if problems:
         raise Ar2DiffError(
             f"generate: the model does not do what its spec says: {problems[0]}",
             "upgrade transformers, or load it with attn_implementation='sdpa' or 'eager'",
         )
-    PROBED[model] = spec
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, and without gradient checkpointing, which drops the cache."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _prompts(

@@ -2,9 +2,11 @@
 
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from conftest import MASK, build_model, tiny_spec
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ar2diff.errors import Ar2DiffError
+from ar2diff.forward import logits_at
 from ar2diff.generate import generate
 
 CONTEXT = 32
@@ -246,6 +249,8 @@ def test_what_cannot_be_honoured_is_an_ar2diff_error(kwargs):
         {"sequence_bias": {(5,): float("-inf")}},
         {"suppress_tokens": [-1, 999]},
         {"max_time": 0},
+        {"seed": np.int64(3), "temperature": 1.0},
+        {"seed": torch.tensor([3]), "temperature": 1.0},
     ],
     ids=str,
 )
@@ -303,3 +308,59 @@ def test_calls_leave_nothing_behind(mode):
         call(seed=seed, **kwargs)
     assert tensors() == before
     assert len(converted().lm_head._forward_pre_hooks) == hooks
+
+
+# Where it is called from
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_threads_that_share_a_model_do_not_meet(mode):
+    prompts = [torch.tensor([[1, 17 + n, 42, 5 + n, 9]]) for n in range(4)]
+    kwargs = {"max_new_tokens": 24, "mode": mode, "eos_token_id": []}
+    alone = [call(inputs=prompt, **kwargs).tolist() for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            answers = pool.map(lambda prompt: call(inputs=prompt, **kwargs).tolist(), prompts)
+            assert list(answers) == alone
+
+
+def test_a_head_is_read_by_its_own_thread_alone():
+    model = converted()
+    whole = model(input_ids=IDS, use_cache=False).logits
+    with ThreadPoolExecutor(1) as pool:
+
+        def meet(_module, _args):
+            handle.remove()
+            other = pool.submit(lambda: model(input_ids=IDS, use_cache=False).logits).result()
+            assert torch.equal(other, whole)
+            met.append(True)
+
+        met: list[bool] = []
+        handle = model.model.norm.register_forward_pre_hook(meet)
+        logits = logits_at(model, torch.tensor([3]), input_ids=IDS)
+    assert met and torch.allclose(logits[0], whole[0, 3], atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static", "none"])
+def test_a_model_in_training_writes_as_in_evaluation_and_goes_on_training(cache_implementation):
+    model = deepcopy(converted())
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    want = call(inputs=IDS, max_new_tokens=9)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.lm_head.eval()
+    kwargs = {"max_new_tokens": 9, "cache_implementation": cache_implementation}
+    assert torch.equal(generate(IDS, model=model, **kwargs), want)
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
+
+
+def test_a_cache_of_the_generation_config_that_is_none_of_ours_is_passed_over():
+    model = deepcopy(converted())
+    model.generation_config.cache_implementation = "hybrid"  # Gemma's
+    assert torch.equal(
+        generate(IDS, model=model, max_new_tokens=6), call(inputs=IDS, max_new_tokens=6)
+    )
+    with pytest.raises(Ar2DiffError):
+        generate(IDS, model=model, max_new_tokens=6, cache_implementation="hybrid")
