@@ -18,6 +18,9 @@ from .spec import Spec, SpecError
 
 RUN_FILE = "ar2diff.json"  # provenance; its presence marks a folder as ours to overwrite
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSION = "diffusion.json"  # of an adapter: what config.json's block is to a whole model
+LAST = ("config.json", ADAPTER_CONFIG)  # what a folder is known by is put there last
 FULL = 1 << 22  # bytes free under which a failed write is put down to a full disk
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a Hub id is asked for
 CODE = ["custom_generate/*"]  # and what is read, never run, by those who compare it
@@ -25,6 +28,7 @@ OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
     RUN_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "additional_chat_templates", "custom_generate", "checkpoints",
+    ADAPTER_CONFIG, DIFFUSION,
     "*.partial",
 ]  # fmt: skip
 
@@ -33,7 +37,8 @@ OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
 class Checkpoint:
     """A loaded checkpoint: model (float32 unless asked), tokenizer, spec (None: still an AR model).
 
-    `stored` maps a tensor's name to the dtype in which the files hold it.
+    `stored` maps a tensor's name to the dtype in which the files hold it; `base` is the converted
+    model under an adapter (`adapters.Base`), None where there is none.
     """
 
     path: Path
@@ -42,6 +47,7 @@ class Checkpoint:
     spec: Spec | None
     stored: dict[str, str]
     commit: str | None = None
+    base: Any = None
 
     @property
     def end_ids(self) -> list[int]:
@@ -88,7 +94,7 @@ def find_checkpoint(reference: str, code: bool = False) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a folder."""
-    return _read_json(path / "config.json", "a checkpoint folder has a config.json")
+    return read_json(path / "config.json", "a checkpoint folder has a config.json")
 
 
 def read_spec(path: Path) -> Spec | None:
@@ -97,10 +103,36 @@ def read_spec(path: Path) -> Spec | None:
     Raises:
         Ar2DiffError: the spec is not one that this version honours.
     """
+    if is_adapter(path):
+        return adapter_spec(path)
     try:
         return Spec.from_config(read_config(path))
     except SpecError as error:
         raise Ar2DiffError(f"{path}: {error.what}", error.fix) from None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter; the libraries take one with a config.json for one too."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def adapter_spec(path: Path) -> Spec:
+    """What an adapter folder makes of its base.
+
+    Raises:
+        Ar2DiffError: it is not an adapter of ours, or its spec is not one we honour.
+    """
+    if not (path / DIFFUSION).is_file():
+        raise Ar2DiffError(
+            f"adapter {path}: it has no {DIFFUSION}, so it is none of a diffusion model",
+            "train one with a peft section, on a converted model",
+        )
+    block = read_json(path / DIFFUSION, "").get("diffusion") or {"format": 0}
+    try:
+        return Spec.from_config({"diffusion": block, "mask_token_id": block.get("mask_token_id")})
+    except SpecError as error:
+        what = error.what.replace("config.json", DIFFUSION)
+        raise Ar2DiffError(f"adapter {path}: {what}", error.fix) from None
 
 
 def stored_dtypes(path: Path) -> dict[str, str]:
@@ -111,7 +143,7 @@ def stored_dtypes(path: Path) -> dict[str, str]:
     """
     index = path / f"{WEIGHTS}.index.json"
     if index.is_file():
-        names = _read_json(index, "").get("weight_map")
+        names = read_json(index, "").get("weight_map")
         if not isinstance(names, dict) or not names:
             raise Ar2DiffError(f"{index}: it has no weight_map", "download the checkpoint again")
         shards = sorted(set(names.values()))
@@ -130,11 +162,16 @@ def stored_dtypes(path: Path) -> dict[str, str]:
         )
     dtypes: dict[str, str] = {}
     for shard in shards:
-        dtypes |= _header(path / shard)
+        dtypes |= tensor_dtypes(path / shard)
     return dtypes
 
 
-def _header(file: Path) -> dict[str, str]:
+def tensor_dtypes(file: Path) -> dict[str, str]:
+    """Dtype of each tensor of a safetensors file.
+
+    Raises:
+        Ar2DiffError: it is missing, or cut.
+    """
     cut = Ar2DiffError(f"model {file}: the file is cut short or damaged", "download it again")
     if not file.is_file():
         raise Ar2DiffError(f"model {file}: this shard is missing", "download it again")
@@ -159,41 +196,50 @@ def _header(file: Path) -> dict[str, str]:
 
 
 def load_checkpoint(
-    reference: str, attn_implementation: str = "auto", device: str | None = None
+    reference: str,
+    attn_implementation: str = "auto",
+    device: str | None = None,
+    quantization: Any = None,
 ) -> Checkpoint:
-    """Load a checkpoint in float32 (float64 if stored so), after every check that costs nothing.
+    """Load a checkpoint, or an adapter on its base, in float32 (float64 if stored so), after every
+    check that costs nothing.
 
     Args:
         attn_implementation: `auto` is sdpa, or eager where the class lacks it.
         device: None leaves the model on the CPU; `auto` puts it on the accelerator if there is one.
+        quantization: a recipe's section: linear layers in 4 bits, all else as it is stored.
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
             or its spec is not one we honour.
     """
     path = find_checkpoint(reference)
+    if is_adapter(path):
+        from .adapters import load_adapter
+
+        return load_adapter(path, attn_implementation, device, quantization)
     config = read_config(path)
     spec = read_spec(path)
     _refuse_non_decoder(path, config)
     stored = stored_dtypes(path)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise Ar2DiffError(
-            f"model {path}: its tokenizer does not load ({first_line(error)})",
-            "put the tokenizer's files beside the weights",
-        ) from error
+    tokenizer = load_tokenizer(path)
+    dtype = torch.float64 if "F64" in stored.values() else torch.float32
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        quantized["quantization_config"] = _bits_and_bytes(quantization)
+        dtype = "auto"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float64 if "F64" in stored.values() else torch.float32,
+            dtype=dtype,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
         )
     except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
@@ -218,10 +264,50 @@ def load_checkpoint(
             f"model {path}: mask_token_id {spec.mask_token_id} is out of range, {rows} rows",
             "convert the base model again",
         )
-    if device == "auto":
+    if device == "auto" and quantization is None:  # which puts it there by itself
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None
     return Checkpoint(path, model.eval(), tokenizer, spec, stored, commit)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        Ar2DiffError: it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise Ar2DiffError(
+            f"model {path}: its tokenizer does not load ({first_line(error)})",
+            "put the tokenizer's files beside the weights",
+        ) from error
+
+
+def _bits_and_bytes(quantization: Any) -> Any:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Ar2DiffError(
+            "quantization needs bitsandbytes, which is not installed",
+            "pip install 'ar2diff[qlora]', or set quantization=null",
+        )
+    dtype = quantization.compute_dtype
+    if dtype == "auto":
+        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if gpu else "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization.bits == 4,
+        bnb_4bit_quant_type=quantization.kind,
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
@@ -243,7 +329,7 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
 @contextmanager
 def staged(output_dir: Path) -> Iterator[Path]:
     """A folder inside `output_dir` to write a checkpoint into. On success its files move into
-    place, each by one rename and `config.json` last; on failure nothing of it stays.
+    place, each by one rename and those of `LAST` last; on failure nothing of it stays.
 
     Raises:
         Ar2DiffError: the disk is full, or not writable.
@@ -261,7 +347,7 @@ def staged(output_dir: Path) -> Iterator[Path]:
                 if file.is_file():
                     file.chmod(0o666 & ~mask)  # safetensors' are readable by their owner alone
                     sync(file)
-            for entry in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            for entry in sorted(partial.iterdir(), key=lambda f: f.name in LAST):
                 if (output_dir / entry.name).is_dir():
                     shutil.rmtree(output_dir / entry.name)
                 entry.replace(output_dir / entry.name)
@@ -370,7 +456,12 @@ def sync(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _read_json(file: Path, fix: str) -> Any:
+def read_json(file: Path, fix: str) -> Any:
+    """The JSON object in a file.
+
+    Raises:
+        Ar2DiffError: it is not there, or none.
+    """
     try:
         value = json.loads(file.read_text())
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""What a converted folder carries so that it denoises where ar2diff is not installed.
+"""Folders of converted models, written; and what they carry so that they denoise where ar2diff is
+not installed.
 
 `custom_generate/` holds byte copies of the modules below. transformers runs them for whoever loads
 the folder with `trust_remote_code=True`; ar2diff itself never does. `save_pretrained` drops them.
@@ -9,6 +10,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import RUN_FILE, Checkpoint, staged, write_json
+from .convert import write_spec
 
 FOLDER = "custom_generate"
 MODULES = (  # generate.py and all that it imports, which is torch, transformers and each other
@@ -57,3 +64,31 @@ def read_custom_generate(folder: Path) -> CustomGenerate:
         return CustomGenerate("missing", None)
     digest = hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
     return CustomGenerate("ok" if found == custom_generate() else "differs", digest)
+
+
+@torch.no_grad()
+def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
+    """Write the converted checkpoint in the base's stored dtypes, config.json last, and the code
+    that denoises it; of a wrapped one the adapter alone. (Checkpoints of training have no such
+    code: they are there to resume from.)"""
+    if checkpoint.base is not None:
+        from .adapters import save_adapter
+
+        save_adapter(checkpoint, output_dir, record)
+        return
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    write_spec(checkpoint, checkpoint.spec)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(checkpoint, name))
+    with staged(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_custom_generate(folder)
+        write_json(folder / RUN_FILE, record)
+
+
+def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype in which a parameter is written: the base's; for a new one, the most common."""
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    common = max(set(checkpoint.stored.values()), key=list(checkpoint.stored.values()).count)
+    return dtypes.get(checkpoint.stored.get(name, common), torch.float32)

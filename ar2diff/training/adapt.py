@@ -7,32 +7,33 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
+from ..adapters import add_adapter, check_base, count_parameters
 from ..checkpoint import (
+    LAST,
     RUN_FILE,
     Checkpoint,
     check_disk,
     check_output,
     clear_output,
     find_checkpoint,
+    is_adapter,
     load_checkpoint,
     read_spec,
-    staged,
     write_json,
 )
 from ..config import Recipe, with_values
-from ..convert import convert, end_token, write_spec
+from ..convert import convert, end_token
 from ..data import Rows, tokenize
 from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length, score, windows
-from ..folder import write_custom_generate
+from ..folder import save
 from ..probe import probe
 from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
@@ -52,19 +53,23 @@ class Plan:
     recipe: Recipe
     rows: Rows | None
     eval_rows: list[list[int]]
+    trainer: Callable[[Plan, Path, list[Any]], Any] | None = None  # None: that of `adapt`
 
     @property
     def parameters(self) -> int:
         """How many parameters the converted model has."""
-        return sum(p.numel() for p in self.checkpoint.model.parameters())
+        return count_parameters(self.checkpoint.model)[1]
 
     def bytes_needed(self) -> int:
         """Bytes that the run will write: the result, and its training checkpoints."""
         files = self.checkpoint.path.glob("*.safetensors")
+        trainable = count_parameters(self.checkpoint.model)[0]
         result = int(1.1 * sum(file.stat().st_size for file in files))
+        if self.checkpoint.base is not None:
+            result = 4 * trainable
         if not self.recipe.train.max_steps:
             return result
-        return result + STATE_BYTES * self.parameters * (self.recipe.train.save_total_limit + 1)
+        return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
 
     def summary(self) -> dict[str, Any]:
         """What the run will be, for people and for `--json`."""
@@ -72,6 +77,7 @@ class Plan:
         step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
         return {
             "parameters": self.parameters,
+            "trainable_parameters": count_parameters(self.checkpoint.model)[0],
             "diffusion": spec.to_dict(),
             "mask_token": self.checkpoint.tokenizer.mask_token,
             "pad_token": self.checkpoint.tokenizer.pad_token,
@@ -90,6 +96,7 @@ def adapt(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    prepare: Callable[[Path, Recipe], Plan] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint and train it until it denoises.
 
@@ -100,6 +107,7 @@ def adapt(
         resume: go on from the newest checkpoint in `output_dir` (from the start if there is none).
         overwrite: replace what an earlier run of ours left there.
         dry_run: check everything, write nothing.
+        prepare: makes the plan of another verb.
 
     Returns:
         What `ar2diff.json` holds: base, recipe, tokens, versions, bound and AR NLL.
@@ -113,7 +121,7 @@ def adapt(
     main = os.environ.get("RANK", "0") == "0"
     if main:
         check_output(output_dir, inputs, resume, overwrite)
-    plan = make_plan(path, recipe)
+    plan = (prepare or make_plan)(path, recipe)
     recipe = plan.recipe
     check_disk(output_dir, plan.bytes_needed())
     if dry_run:
@@ -130,7 +138,7 @@ def adapt(
     fresh = not output_dir.exists()
     if main:
         _claim(output_dir, record, resume, overwrite)
-    if resume and (output_dir / "config.json").is_file():
+    if resume and any((output_dir / name).is_file() for name in LAST):
         return json.loads((output_dir / RUN_FILE).read_text())  # it had finished
     try:
         if recipe.train.max_steps:
@@ -148,14 +156,19 @@ def adapt(
 
 def make_plan(path: Path, recipe: Recipe) -> Plan:
     """Load a folder, convert in memory, probe, open the data. Writes nothing."""
-    recipe = _continued(recipe, read_spec(path))
+    found = read_spec(path)
+    if recipe.peft is not None or is_adapter(path):
+        check_base(path, found)
+    recipe = continued(recipe, found)
     _check_trackers(recipe.train.report_to)
     documents = None
     if recipe.train.max_steps:  # a bad row is found before the model is loaded
         documents = Documents(
             recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
         )
-    checkpoint = load_checkpoint(str(path), recipe.train.attn_implementation)
+    checkpoint = load_checkpoint(
+        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
+    )
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
@@ -167,6 +180,7 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
             f"{spec.attention} attention: {problems[0]}",
             "try another attention, or train.attn_implementation",
         )
+    add_adapter(checkpoint, recipe)
     if documents is None:
         return Plan(checkpoint, recipe, None, [])
     eos = end_token(checkpoint)
@@ -176,7 +190,7 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
     return Plan(checkpoint, recipe, rows, eval_rows)
 
 
-def _continued(recipe: Recipe, spec: Spec | None) -> Recipe:
+def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     """The recipe with what it leaves open taken from the spec of a model converted before."""
     if spec is None:
         return recipe
@@ -267,7 +281,10 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     run_dir = output_dir / "checkpoints"
     use_cache = plan.checkpoint.model.config.use_cache  # which the Trainer turns off
     watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
-    trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
+    if plan.trainer is not None:
+        trainer = plan.trainer(plan, run_dir, [watch])
+    else:
+        trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
     watch.trainer = trainer
     if trainer.is_world_process_zero():
         shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # of a killed run
@@ -279,22 +296,3 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     if plan.eval_rows:
         record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
     return record
-
-
-@torch.no_grad()
-def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
-    """Write the converted checkpoint in the base's stored dtypes, config.json last, and the code
-    that denoises it. (Checkpoints of training have no such code: they are there to resume from.)"""
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    write_spec(checkpoint, checkpoint.spec)
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    common = max(set(checkpoint.stored.values()), key=list(checkpoint.stored.values()).count)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(
-            dtypes.get(checkpoint.stored.get(name, common), torch.float32)
-        )
-    with staged(output_dir) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_custom_generate(folder)
-        write_json(folder / RUN_FILE, record)

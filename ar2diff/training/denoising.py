@@ -172,7 +172,7 @@ def parameter_kinds(model: Any) -> dict[Tensor, str]:
     attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     for kind, modules in (
-        ("embeddings", [*embeddings, model.get_output_embeddings()]),
+        ("embeddings", [*embeddings, model.get_input_embeddings(), model.get_output_embeddings()]),
         ("attention", attention),
     ):
         for module in modules:
@@ -184,8 +184,11 @@ def parameter_kinds(model: Any) -> dict[Tensor, str]:
 
 
 def disable_dropout(model: Any) -> None:
-    """Dropout is noise that no seed of ours governs; masking regularises enough."""
-    for module in model.modules():
+    """Dropout is noise that no seed of ours governs; masking regularises enough. An adapter's is
+    there because the recipe asks for it."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):

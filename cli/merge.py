@@ -1,0 +1,34 @@
+"""`ar2diff merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import HELP_JSON, quiet, report
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")],
+    output_dir: Annotated[Path, typer.Argument(help="New or empty folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of its base.", show_default="as the adapter says"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+) -> None:
+    """Make a whole model of an adapter and its base, and say how far its logits moved.
+
+    Example: ar2diff merge runs/lora runs/merged
+    """
+    quiet()
+    from ..adapters import merge as run
+
+    result = run(adapter, output_dir, base=base, overwrite=overwrite, dry_run=dry_run)
+    report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
