@@ -17,6 +17,7 @@ from .config import config_app
 from .doctor import doctor
 from .eval import evaluate_command
 from .generate import generate
+from .merge import merge
 from .recipes import recipes_app
 
 USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
@@ -33,6 +34,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate_command)
 app.command("check")(check)
+app.command("merge")(merge)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 app.command("doctor")(doctor)
