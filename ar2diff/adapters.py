@@ -166,14 +166,20 @@ def load_adapter(
     return checkpoint
 
 
-def save_adapter(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
+def save_adapter(
+    checkpoint: Checkpoint,
+    output_dir: Path,
+    record: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write the adapter of a wrapped checkpoint, its adapter_config.json last.
 
     Args:
         record: for `ar2diff.json`.
+        weights: the trained ones by name, where the model does not hold them whole.
     """
     model, base = checkpoint.model, checkpoint.base
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = replace(
         model.peft_config["default"],

@@ -78,7 +78,7 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
     generation._from_model_config = None
     ends = checkpoint.end_ids
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
+    rows = config.get_text_config().vocab_size  # weights may be cut to shards
     unused = range(len(checkpoint.tokenizer), rows)  # of a padded vocabulary
     generation.suppress_tokens = sorted({spec.mask_token_id, *unused})
     if not any(getattr(generation, name, None) is not None for name in RULE):

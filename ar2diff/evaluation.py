@@ -43,7 +43,7 @@ def check_length(checkpoint: Checkpoint, length: int, name: str) -> None:
 def suppressed_of(checkpoint: Checkpoint) -> Any:
     """[V] bool: ids that the model can never mean."""
     mask_token_id = checkpoint.spec.mask_token_id if checkpoint.spec else None
-    rows = checkpoint.model.get_output_embeddings().weight.shape[0]
+    rows = checkpoint.model.config.get_text_config().vocab_size  # weights may be cut to shards
     return suppressed_ids(mask_token_id, len(checkpoint.tokenizer), rows)
 
 

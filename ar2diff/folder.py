@@ -67,21 +67,33 @@ def read_custom_generate(folder: Path) -> CustomGenerate:
 
 
 @torch.no_grad()
-def save(checkpoint: Checkpoint, output_dir: Path, record: dict[str, Any]) -> None:
+def save(
+    checkpoint: Checkpoint,
+    output_dir: Path,
+    record: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write the converted checkpoint in the base's stored dtypes, config.json last, and the code
     that denoises it; of a wrapped one the adapter alone. (Checkpoints of training have no such
-    code: they are there to resume from.)"""
+    code: they are there to resume from.)
+
+    Args:
+        weights: by name, where the model does not hold them whole.
+    """
     if checkpoint.base is not None:
         from .adapters import save_adapter
 
-        save_adapter(checkpoint, output_dir, record)
+        save_adapter(checkpoint, output_dir, record, weights)
         return
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     write_spec(checkpoint, checkpoint.spec)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(stored_dtype(checkpoint, name))
+        dtype = stored_dtype(checkpoint, name)
+        parameter.data = parameter.data.to(dtype)
+        if weights is not None:
+            weights[name] = weights[name].to(dtype)
     with staged(output_dir) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         write_custom_generate(folder)
         write_json(folder / RUN_FILE, record)

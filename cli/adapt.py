@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .launch import shown_command, start, with_launch
 from .output import HELP_JSON, quiet, report
 
 
+@with_launch
 def adapt(
     model: Annotated[str, typer.Argument(help="Folder or Hub id; id@revision is allowed.")],
     overrides: Annotated[
@@ -29,15 +31,17 @@ def adapt(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    *,
+    launch: Any = None,
 ) -> None:
     """Turn an autoregressive checkpoint into a diffusion model.
 
     Example: ar2diff adapt Qwen/Qwen3-0.6B --recipe qwen3-0.6b --data stories.jsonl
     """
-    import os
-
     from ..config import load_recipe, with_values
     from ..errors import Ar2DiffError
+    from ..launch import planned_world
+    from ..ranks import at_work, is_main
 
     if resume and overwrite:
         raise Ar2DiffError("--resume and --overwrite contradict each other", "choose one")
@@ -56,18 +60,23 @@ def adapt(
     if output_dir is None:
         name = model.rstrip("/").split("/")[-1].partition("@")[0]
         output_dir = Path("runs") / f"{name}-{plan.convert.attention}"
+    if not dry_run:
+        start(launch, plan.data.sources, plan.data.text_field)
     quiet()
-    from ..training.adapt import adapt as run
+    with at_work(), planned_world(launch):
+        from ..training.adapt import adapt as run
 
-    result = run(
-        model,
-        plan,
-        output_dir,
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        result = run(
+            model,
+            plan,
+            output_dir,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+    if launch is not None:
+        result["launch"] = shown_command(launch)
+    if is_main():  # one process speaks for all
         if not as_json:
             result = {k: v for k, v in result.items() if k not in ("recipe", "versions")}
         report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)

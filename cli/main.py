@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from ..errors import Ar2DiffError
+from ..ranks import is_launched, report_error
 from .adapt import adapt
 from .chat import chat
 from .check import check
@@ -62,17 +63,22 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except Ar2DiffError as error:
-        print(f"error: {error.what}\n  fix: {error.fix}", file=sys.stderr)
+        say(error, f"error: {error.what}\n  fix: {error.fix}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # whatever is left is a bug of ours
-        traceback.print_exc()
-        print(
-            "error: this is a bug in ar2diff\n  fix: please report it with the lines above",
-            file=sys.stderr,
-        )
+    except Exception as error:  # whatever is left is a bug of ours
+        told = "error: this is a bug in ar2diff\n  fix: please report it with the lines above"
+        say(error, traceback.format_exc() + told)
         sys.exit(1)
+
+
+def say(error: Exception, text: str) -> None:
+    """On stderr; a launched process leaves it to the launcher, which speaks once for all."""
+    if is_launched():
+        report_error(error, text)
+    else:
+        print(text, file=sys.stderr)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ is checked first, the folder is touched last."""
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -35,11 +34,13 @@ from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length, score, windows
 from ..folder import save
 from ..probe import probe
+from ..ranks import check_rows, is_main
 from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
 from ..spec import Spec
 from .callbacks import Watch
 from .denoising import checkpoints
+from .sharding import sharding, whole_weights
 from .trainer import make_collator, make_trainer, rows_per_step
 
 STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
@@ -118,7 +119,7 @@ def adapt(
     output_dir = Path(output_dir)
     path = find_checkpoint(model)  # once: a Hub id is a download
     inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
-    main = os.environ.get("RANK", "0") == "0"
+    main = is_main()
     if main:
         check_output(output_dir, inputs, resume, overwrite)
     plan = (prepare or make_plan)(path, recipe)
@@ -133,18 +134,20 @@ def adapt(
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
         "recipe": recipe.model_dump(mode="json"),
+        "sharding": sharding(),
         **plan.summary(),
     }
-    fresh = not output_dir.exists()
+    fresh, weights = not output_dir.exists(), None
     if main:
         _claim(output_dir, record, resume, overwrite)
     if resume and any((output_dir / name).is_file() for name in LAST):
         return json.loads((output_dir / RUN_FILE).read_text())  # it had finished
     try:
         if recipe.train.max_steps:
-            record |= _train(plan, output_dir, resume)
+            trained, weights = _train(plan, output_dir, resume)
+            record |= trained
         if main:
-            save(plan.checkpoint, output_dir, record)
+            save(plan.checkpoint, output_dir, record, weights)
     except BaseException:
         if main and not checkpoints(output_dir / "checkpoints"):
             clear_output(output_dir)  # it holds nothing to resume from
@@ -166,6 +169,7 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
         documents = Documents(
             recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
         )
+        check_rows(documents.size)
     checkpoint = load_checkpoint(
         str(path), recipe.train.attn_implementation, quantization=recipe.quantization
     )
@@ -253,7 +257,7 @@ def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bo
     claimed = output_dir / RUN_FILE
     if resume and claimed.is_file():
         old = json.loads(claimed.read_text())
-        for name in ("recipe", "base_model", "rows_per_step"):
+        for name in ("recipe", "base_model", "rows_per_step", "sharding"):
             if old.get(name) != json.loads(json.dumps(record[name])):
                 raise Ar2DiffError(
                     f"{output_dir} was started with another {name}{_difference(old, record, name)}",
@@ -277,7 +281,10 @@ def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
     return ""
 
 
-def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
+def _train(
+    plan: Plan, output_dir: Path, resume: bool
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the record gains, and the weights where the model does not hold them whole."""
     run_dir = output_dir / "checkpoints"
     use_cache = plan.checkpoint.model.config.use_cache  # which the Trainer turns off
     watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
@@ -295,4 +302,4 @@ def _train(plan: Plan, output_dir: Path, resume: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen}
     if plan.eval_rows:
         record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
-    return record
+    return record, whole_weights(trainer)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +57,35 @@ class Watch(TrainerCallback):
     def _panel(self) -> None:
         prompt = self.rows[0][:8] if self.rows else [self.checkpoint.tokenizer.bos_token_id or 0]
         draw_panel(self.checkpoint, prompt, self.recipe.eval.length // 4)
+
+
+class Stopping(TrainerCallback):
+    """Saves and stops after the step in which any of the processes was sent SIGTERM."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator, self.asked, self.agreed = accelerator, False, False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of the signal. (Python lets the main thread alone do so.)"""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes stop after the same step, or they would wait for each other."""
+        asked = torch.tensor(int(self.asked), device=self.accelerator.device)
+        self.agreed = bool(self.accelerator.reduce(asked, "sum"))
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
 
 
 def quietly(model: Any, function: Any) -> Any:

@@ -4,6 +4,7 @@ by kind of parameter, whole checkpoints, and what is logged. A mixin over `trans
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from ..checkpoint import Checkpoint, disk_errors, sync
 from ..evaluation import suppressed_of
 from ..forward import logits_at
 from ..objective import cross_entropy
+from ..ranks import STOPPED
+from .callbacks import Stopping
 from .meter import Meter
+from .sharding import check_engine
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,23 @@ class Denoising:
                     groups.append({**group, "params": params, "lr": group["lr"] * scale})
             optimizer.param_groups[:] = groups
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. A SIGTERM saves a checkpoint and ends the process, with exit code 143."""
+        check_engine(self.accelerator)
+        stopping = Stopping(self.accelerator)
+        self.add_callback(stopping)
+        with stopping.listening():
+            result = super().train(*args, **kwargs)
+        if stopping.agreed and self.state.global_step < self.state.max_steps:
+            if self.is_world_process_zero():
+                print(
+                    f"stopped by SIGTERM after step {self.state.global_step}, which is saved: "
+                    "go on with --resume",
+                    file=sys.stderr,
+                )
+            raise SystemExit(STOPPED)
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside and rename it: whatever is called checkpoint-N is whole."""

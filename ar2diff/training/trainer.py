@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from ..attention import lay_out, reading_slot, reveal_edges
 from ..checkpoint import Checkpoint
 from ..config import Recipe, Train
 from ..data import Collator, Rows, block_length_at
+from ..ranks import world_size
 from .denoising import Denoising, Task, disable_dropout
+from .sharding import training_kwargs
 
 
 class AdaptTrainer(Denoising, Trainer):
@@ -106,6 +107,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         optim="sgd" if train.optimizer == "sgd" else "adamw_torch",
         bf16=bf16,
         use_cpu=not cuda,
+        **training_kwargs(),
         seed=train.seed,
         logging_steps=train.logging_steps,
         logging_first_step=True,
@@ -124,8 +126,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
 
 def rows_per_step(train: Train) -> int:
     """Rows of one optimiser step over all ranks and accumulation steps."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size()
 
 
 def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:

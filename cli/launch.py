@@ -1,0 +1,100 @@
+"""The launch's options, which the training verbs have in common."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+LAUNCH = typer.Option(
+    "--launch",
+    metavar="STRATEGY",
+    help="ddp, zero1, zero2, zero3, fsdp2; an accelerate .yaml; a DeepSpeed .json.",
+    rich_help_panel="Several processes",
+)
+PROCESSES = typer.Option(
+    "--num-processes",
+    metavar="N",
+    help="Of this node; all GPUs if left out. What stands behind -- goes to the launcher: for two "
+    "nodes, -- --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT.",
+    rich_help_panel="Several processes",
+)
+SMALL = 1 << 16  # bytes of data a process
+OPTIONS = {"launch": str, "num_processes": int}
+
+
+def with_launch(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb `--launch`, `--num-processes` and flags behind `--`. It gets a `Launch` as
+    `launch`, or None, and calls `start` once it knows that the command is sound."""
+    own = inspect.signature(function, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.name != "launch"]
+    for (name, kind), option in zip(OPTIONS.items(), (LAUNCH, PROCESSES), strict=True):
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+
+    @functools.wraps(function)
+    def verb(**values: Any) -> None:
+        from ..launch import make_launch
+
+        flags = behind_dashes(sys.argv)
+        if flags:  # they arrive as arguments
+            values["overrides"] = (values["overrides"] or [])[: -len(flags)]
+        chosen, processes = values.pop("launch"), values.pop("num_processes")
+        function(**values, launch=make_launch(chosen, processes, flags))
+
+    verb.__signature__ = own.replace(parameters=parameters)
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    del verb.__wrapped__
+    return verb
+
+
+def behind_dashes(arguments: list[str]) -> list[str]:
+    """What stands behind `--`."""
+    return arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+
+
+def without_launch(arguments: list[str]) -> list[str]:
+    """A command line without the options of this file: what each process gets."""
+    kept: list[str] = []
+    rest = iter(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    for argument in rest:
+        if argument in ("--launch", "--num-processes"):
+            next(rest, None)
+        elif not argument.startswith(("--launch=", "--num-processes=")):
+            kept.append(argument)
+    return kept
+
+
+def start(launch: Any, sources: Any, text_field: str) -> None:
+    """Run this command line in the processes of the launch, and exit; None: go on in this one.
+
+    Args:
+        sources: of the recipe's data. Where they are files so small that there may be fewer rows
+            than processes, these are not started before the rows are counted.
+    """
+    if launch is None:
+        return
+    from ..ranks import check_rows
+    from ..sources import find_file, read_texts
+
+    files = [find_file(source.path) for source in sources]
+    if all(files) and sum(file.stat().st_size for file in files) < SMALL * launch.processes:
+        check_rows(sum(len(read_texts(file, text_field)) for file in files), launch.processes)
+    launch.run(without_launch(sys.argv[1:]))
+
+
+def shown_command(launch: Any) -> str:
+    """The launch as a line for a shell."""
+    told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    return " ".join([*told, shlex.join(launch.command(without_launch(sys.argv[1:])))])
