@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import find_checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from .folder import FOLDER, CustomGenerate, read_custom_generate
 from .probe import probe
 
@@ -59,7 +60,7 @@ def inspect(reference: str) -> dict[str, Any]:
     problems = probe(model, spec)
     causal = getattr(model.config, "is_causal", None)
     generation = model.generation_config
-    code = read_custom_generate(path)
+    code = read_custom_generate(_home(checkpoint))
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = None if spec.attention == "causal_context" else False
     flag = "absent" if wanted is None else "false"
@@ -85,6 +86,9 @@ def inspect(reference: str) -> dict[str, Any]:
         ),
         (_said(code), code.state == "ok"),
     ]
+    if checkpoint.base is not None:  # it would not have loaded otherwise
+        name = checkpoint.base.reference
+        checks.append((f"the base {name} has the spec and the mask row it was trained on", True))
     return {
         "model": reference,
         "spec": spec.to_dict(),
@@ -94,6 +98,15 @@ def inspect(reference: str) -> dict[str, Any]:
         | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
         "ok": all(ok for _, ok in checks),
     }
+
+
+def _home(checkpoint: Checkpoint) -> Path:
+    """The folder with the decoding code: an adapter's is its base's."""
+    base = checkpoint.base
+    if base is None:
+        return checkpoint.path
+    revision = f"@{base.revision}" if base.revision else ""
+    return find_checkpoint(base.reference + revision, code=True)
 
 
 def _said(code: CustomGenerate) -> str:
