@@ -80,8 +80,8 @@ class Canvas:
                 raise ValueError("a row starts with a token: position 0 is never predicted")
         prompt = torch.tensor([len(ids) for ids in prompts])
         total = prompt + max_new_tokens
-        length = -(-total // grid) * grid
-        ids = torch.full((len(prompts), int(length.max())), mask_token_id)
+        filled = -(-total // grid) * grid
+        ids = torch.full((len(prompts), int(filled.max())), mask_token_id)
         for row, values in enumerate(prompts):
             ids[row, : len(values)] = torch.as_tensor(values)
         given = ids != mask_token_id
@@ -91,7 +91,9 @@ class Canvas:
             given=given,
             prompt=prompt,
             total=total,
-            length=length,
+            # What stands behind an answer is decided with it, so that the answer does not depend on
+            # where it is cut; behind a prompt whose gaps are filled there is none.
+            length=filled if max_new_tokens else total,
             end_from=prompt + min_new_tokens,  # a gap in the prompt is filled, not ended in
             end_ids=torch.tensor(list(end_ids), dtype=torch.long),
             start=torch.zeros_like(prompt),

@@ -171,6 +171,8 @@ def generate(
             raise Ar2DiffError(f"generate: {name} is no tensor of rows", "give a tensor [R, P]")
     width = 0 if given is None else given.shape[-1]
     options = resolve(spec, kwargs, (generation_config, model.generation_config), width)
+    if attention_mask is None and given is not None:
+        attention_mask = _real(given, options)
     given, real, prompts = _prompts(given, attention_mask, options)
     _check_ids(model, prompts)
     if options.num_return_sequences > 1:
@@ -280,6 +282,16 @@ def _prompts(
     return given, real, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
 
 
+def _real(given: Tensor, options: Options) -> Tensor | None:
+    """[R, P] bool, False where the rows of a batch are padded at their ends, as transformers takes
+    it where no mask is given: by a pad token that is named and is no end token."""
+    pad = options.pad_token_id
+    if pad is None or pad in options.eos_token_id or given.dim() == 1 or len(given) == 1:
+        return None
+    word = given != pad
+    return (word.cumsum(1) > 0) & (word.flip(1).cumsum(1).flip(1) > 0)
+
+
 def _check_ids(model: Any, prompts: list[list[int]]) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if not prompts:
@@ -331,7 +343,7 @@ def finished_of(
     own = [[_of_row(criterion, row, rows) for criterion in criteria] for row in range(rows)]
 
     def finished(row: int, ids: Tensor) -> bool:
-        pads = ids.new_full((padding[row] if padding else 0,), options.pad_token_id)
+        pads = ids.new_full((padding[row] if padding else 0,), options.filler)
         ids = torch.cat([pads, ids])[None].to(model.device)
         asked = own[row] if rows else criteria
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in asked)
@@ -370,7 +382,7 @@ def _output(
     rows = range(len(canvas.ids))
     new = (canvas.end - canvas.prompt).clamp(min=0)
     size = int(new.max())
-    sequences = torch.full((len(rows), given.shape[1] + size), options.pad_token_id)
+    sequences = torch.full((len(rows), given.shape[1] + size), options.filler)
     logprobs, steps = torch.zeros(len(rows), size), torch.zeros(len(rows), size, dtype=torch.long)
     sequences[:, : given.shape[1]] = given.to("cpu")
     for row in rows:

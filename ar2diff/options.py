@@ -95,13 +95,20 @@ class Options:
     sequence_bias: dict[tuple[int, ...], float] | None = None
     eos_token_id: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
-    pad_token_id: int = 0
+    pad_token_id: int | None = None
     bos_token_id: int | None = None
     num_return_sequences: int = 1
     return_dict_in_generate: bool = False
     stop_strings: tuple[str, ...] = ()
     max_time: float | None = None
     seed: int | tuple[int, ...] | None = None
+
+    @property
+    def filler(self) -> int:
+        """The id behind a short answer: the pad token, else an end token, else 0."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_id[0] if self.eos_token_id else 0
 
     @property
     def greedy(self) -> bool:
@@ -194,7 +201,7 @@ def resolve(
         suppress_tokens=tuple(
             i for p in get.places for i in _ids_of("suppress_tokens", p.get("suppress_tokens"))
         ),
-        pad_token_id=_pad(get),
+        pad_token_id=_id(get, "pad_token_id"),
         bos_token_id=_id(get, "bos_token_id"),
         num_return_sequences=_integer(get, "num_return_sequences", 1, 1),
         return_dict_in_generate=bool(get("return_dict_in_generate", False)),
@@ -317,10 +324,8 @@ def _bias(value: Any) -> dict[tuple[int, ...], float] | None:
 def _temperature(get: _Source) -> float:
     temperature = _number(get, "temperature", None, 0, LARGE)
     sample = get("do_sample")
-    if sample is None:  # a setting of sampling asks for sampling
-        sample = temperature is not None or any(
-            get.places[0].get(name) is not None for name in FILTERS
-        )
+    if sample is None:  # a call that sets one asks for sampling; a config that does, does not
+        sample = any(get.places[0].get(name) is not None for name in ("temperature", *FILTERS))
     if not sample or (temperature is not None and temperature < 1 / LARGE):
         return 0.0
     return 1.0 if temperature is None else temperature
@@ -401,11 +406,6 @@ def _id(get: _Source, name: str) -> int | None:
     if len(ids) > 1:
         raise Ar2DiffError(f"generate: {name} is {get(name)!r}", "give one token id")
     return ids[0] if ids else None
-
-
-def _pad(get: _Source) -> int:
-    pad, ends = _id(get, "pad_token_id"), _ids(get, "eos_token_id")
-    return pad if pad is not None else ends[0] if ends else 0
 
 
 def _strings(value: Any) -> tuple[str, ...]:

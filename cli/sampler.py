@@ -30,7 +30,7 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "order": (Order, "--order", "prob", "With --steps: which tokens first."),
     "remask": (float, "--remask", "0", "With --steps: share of tokens that a step takes back."),
     "cfg_scale": (float, "--cfg-scale", "0", "Classifier-free guidance."),
-    "draft_length": (int, "--draft-length", "a block", "Mode speculative: tokens a draft."),
+    "draft_length": (int, "--draft-length", "3", "Mode speculative: tokens a draft."),
     "cache_implementation": (Cache, "--cache", None, "prefix, dual: for full attention."),
     "temperature": (float, "--temperature", "0", "0 is greedy."),
     "top_k": (int, "--top-k", None, "Sample among this many tokens."),

@@ -12,6 +12,7 @@ import torch
 from conftest import MASK, build_model, tiny_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from ar2diff.errors import Ar2DiffError
 from ar2diff.forward import logits_at
@@ -364,3 +365,26 @@ def test_a_cache_of_the_generation_config_that_is_none_of_ours_is_passed_over():
     )
     with pytest.raises(Ar2DiffError):
         generate(IDS, model=model, max_new_tokens=6, cache_implementation="hybrid")
+
+
+def test_pads_of_a_batch_without_a_mask_are_no_text():
+    model = converted()
+    rows, pad = [[1, 17, 42, 5], [1, 9]], 0
+    padded = torch.tensor([rows[0], [pad, pad, *rows[1]]])
+    kwargs = {"pad_token_id": pad, "eos_token_id": 2, "max_new_tokens": 6}
+    want = generate(padded, model=model, attention_mask=(padded != pad).long(), **kwargs)
+    assert torch.equal(generate(padded, model=model, **kwargs), want)
+    as_text = generate(padded, model=model, attention_mask=torch.ones_like(padded), **kwargs)
+    assert not torch.equal(as_text, want)
+
+
+def test_a_configs_temperature_alone_does_not_sample():
+    model = converted()
+    ids = torch.tensor([[1, 17, 42]])
+    config = GenerationConfig(temperature=5.0)
+    texts = {
+        tuple(generate(ids, config, model=model, max_new_tokens=8)[0].tolist()) for _ in range(4)
+    }
+    assert texts == {tuple(generate(ids, model=model, max_new_tokens=8)[0].tolist())}
+    kwargs = {"model": model, "max_new_tokens": 8, "temperature": 5.0}
+    assert not torch.equal(generate(ids, seed=1, **kwargs), generate(ids, seed=2, **kwargs))
