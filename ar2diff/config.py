@@ -69,6 +69,9 @@ class Noise(_Section):
 class Objective(_Section):
     """The loss: weight(t) * cross-entropy of masked tokens / divisor + ar_weight * AR loss."""
 
+    kind: Literal["diffusion", "ar"] = Field(
+        "diffusion", description="sft: ar tunes an unconverted model, the control"
+    )
     weight: Literal["uniform", "1/t", "cart"] = "uniform"
     cart_p: float = Field(0.3, gt=0, lt=1, description="cart: decay of the geometric weight")
     normaliser: Literal["tokens", "masked", "sequence"] = "tokens"
@@ -90,9 +93,15 @@ class Data(_Section):
     sources: tuple[Source, ...] = ()
     text_field: str = "text"
     max_length: int = Field(512, gt=1, description="tokens of a row")
-    overlong: Literal["split", "truncate"] = Field("split", description="longer documents")
+    overlong: Literal["split", "truncate", "drop"] = Field(
+        "split", description="longer documents; sft: longer rows, never split"
+    )
     packing: bool = Field(True, description="several documents in a row, isolated")
     streaming: bool = Field(False, description="read Hub data sets as they come")
+    assistant_only: bool = Field(True, description="sft: learn what the assistant says alone")
+    chat_template: str | None = Field(
+        None, description="sft: plain, or a .jinja file; null: the tokenizer's"
+    )
 
     @model_validator(mode="before")
     @classmethod

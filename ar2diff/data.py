@@ -6,7 +6,7 @@ is a function of (seed, epoch, its ids). So batches, ranks, accumulation and res
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) 
     """
     data, grid = recipe.data, recipe.convert.block_length
     document = content_key(ids)
+    if data.overlong == "drop" and len(ids) > data.max_length:
+        return
     for start in range(0, len(ids) - 1, data.max_length - 1):
         part = list(ids[start : start + data.max_length])
         real, last = len(part), start + data.max_length >= len(ids)
@@ -93,29 +95,8 @@ class Rows(IterableDataset):
         self.recipe, self.skip = recipe, skip
 
     def __iter__(self) -> Iterator[tuple[int, list[Piece]]]:
-        return enumerate(self._packed())
-
-    def _packed(self) -> Iterator[list[Piece]]:
-        room = self.recipe.data.max_length
-        rows: list[list[Piece]] = []
-        for piece in self._pieces():
-            if not self.recipe.data.packing:
-                yield [piece]
-                continue
-            free = [room - sum(len(p.ids) for p in row) - len(piece.ids) for row in rows]
-            fits = [i for i, left in enumerate(free) if left >= 0]
-            row = rows[min(fits, key=free.__getitem__)] if fits else []
-            if not fits:
-                rows.append(row)
-            row.append(piece)
-            used = sum(len(p.ids) for p in row)
-            if used == room:
-                rows.remove(row)
-                yield row
-            elif len(rows) > OPEN_ROWS:
-                fullest = max(rows, key=lambda r: sum(len(p.ids) for p in r))
-                rows.remove(fullest)
-                yield fullest
+        data = self.recipe.data
+        return enumerate(pack(self._pieces(), data.max_length, data.packing))
 
     def _pieces(self) -> Iterator[Piece]:
         barren = 0
@@ -132,6 +113,30 @@ class Rows(IterableDataset):
                     f"data: none of {barren:,} rows in turn has 2 tokens and is not held out",
                     "check the text field and the file, or lower eval.rows",
                 )
+
+
+def pack(pieces: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
+    """Rows of pieces (things with `ids`) of at most `room` tokens together: each goes into the
+    fullest row that still has room for it. Without packing each is a row."""
+    rows: list[list[Any]] = []
+    for piece in pieces:
+        if not packing:
+            yield [piece]
+            continue
+        free = [room - sum(len(p.ids) for p in row) - len(piece.ids) for row in rows]
+        fits = [i for i, left in enumerate(free) if left >= 0]
+        row = rows[min(fits, key=free.__getitem__)] if fits else []
+        if not fits:
+            rows.append(row)
+        row.append(piece)
+        used = sum(len(p.ids) for p in row)
+        if used == room:
+            rows.remove(row)
+            yield row
+        elif len(rows) > OPEN_ROWS:
+            fullest = max(rows, key=lambda r: sum(len(p.ids) for p in r))
+            rows.remove(fullest)
+            yield fullest
 
 
 def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:

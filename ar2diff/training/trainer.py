@@ -80,14 +80,16 @@ class AdaptTrainer(Denoising, Trainer):
         return attention, block_length, reveal
 
 
-def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
-    """The recipe's `train` section as transformers' arguments."""
+def training_arguments(
+    recipe: Recipe, run_dir: Path, kind: type = TrainingArguments, **more: Any
+) -> Any:
+    """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
     train = recipe.train
     cuda = torch.cuda.is_available()
     bf16 = train.precision == "bf16" or (
         train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
-    return TrainingArguments(
+    return kind(
         output_dir=str(run_dir),
         max_steps=train.max_steps,
         per_device_train_batch_size=train.per_device_train_batch_size,
@@ -120,7 +122,8 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
-        **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
+        gradient_checkpointing=train.gradient_checkpointing,
+        **more,
     )
 
 
