@@ -81,12 +81,14 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
     check_base(checkpoint.path, spec)
     _check_change(spec, checkpoint.spec)
     model = checkpoint.model
+    targets = _targets(model, wanted.targets)
     config = LoraConfig(
         r=wanted.r,
         lora_alpha=wanted.alpha,
         lora_dropout=wanted.dropout,
         use_dora=wanted.method == "dora",
-        target_modules=_targets(model, wanted.targets),
+        target_modules=targets,
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         task_type="CAUSAL_LM",
     )
     if wanted.mask_row:
@@ -131,8 +133,7 @@ def load_adapter(
         Ar2DiffError: the base is not there, is not converted, or is another than the adapter was
             trained on; the adapter is damaged.
     """
-    config, known = _read_config(path), _read_base(path)
-    spec = adapter_spec(path)
+    spec, known, config = adapter_spec(path), _read_base(path), _read_config(path)
     tensor_dtypes(path / ADAPTER_WEIGHTS)
     folder = _find_base(path, base or _reference(config))
     found = read_spec(folder)

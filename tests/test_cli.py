@@ -24,6 +24,7 @@ VERBS = (
     ["chat"],
     ["eval"],
     ["check"],
+    ["merge"],
     ["doctor"],
     ["recipes", "ls"],
     ["recipes", "show"],
