@@ -20,6 +20,7 @@ from .eval import evaluate_command
 from .generate import generate
 from .merge import merge
 from .recipes import recipes_app
+from .sft import sft
 
 USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("adapt")(adapt)
+app.command("sft")(sft)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate_command)

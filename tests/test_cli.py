@@ -20,6 +20,7 @@ from ar2diff.config import Recipe, field_names, load_recipe, recipe_names
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     ["adapt"],
+    ["sft"],
     ["generate"],
     ["chat"],
     ["eval"],

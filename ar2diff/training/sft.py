@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -145,6 +146,7 @@ def make_sft_trainer(
         assistant_only_loss=conversational and recipe.data.assistant_only,
         dataset_text_field=recipe.data.text_field,
     )
+    datasets.disable_progress_bars()
     data = Dataset.from_list(list(rows))
     try:
         if control:

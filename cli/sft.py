@@ -1,0 +1,11 @@
+"""`ar2diff sft`."""
+
+from __future__ import annotations
+
+from .training import training_verb
+
+sft = training_verb(
+    "sft",
+    "Tune a converted model on conversations (messages), or prompts and completions.",
+    "runs/qwen --recipe stories-chat --data chats.jsonl",
+)

@@ -1,0 +1,139 @@
+"""`sft` from files to a folder: formats, templates, what stock trl would have done, bad rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import build_model
+from safetensors.torch import load_file
+
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.config import load_recipe, with_values
+from ar2diff.errors import Ar2DiffError
+from ar2diff.folder import FOLDER
+from ar2diff.training.sft import chat_template, read_conversations, sft
+
+PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"say {n}"},
+            {"role": "assistant", "content": f"{n} it is"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": f"{n}"},
+        ]
+    }
+    for n in range(12)
+]
+
+
+def recipe_for(data, *overrides):
+    recipe = load_recipe(
+        None,
+        [
+            "train.max_steps=3", "train.per_device_train_batch_size=2", "train.save_steps=2",
+            "data.max_length=64", "train.learning_rate=1e-3", *overrides,
+        ],
+    )  # fmt: skip
+    return with_values(recipe, data={"sources": [{"path": str(data)}]})
+
+
+@pytest.mark.parametrize(
+    "rows, override", [(PAIRS, "data.packing=true"), (CHATS, "data.chat_template=plain")]
+)
+def test_a_tuned_folder_is_a_converted_folder(convert_tiny, write_jsonl, tmp_path, rows, override):
+    base, data = convert_tiny(), write_jsonl("rows.jsonl", rows)
+    record = sft(str(base), recipe_for(data, override), tmp_path / "out")
+    assert record["tokens"] > 0
+    tuned = load_checkpoint(str(tmp_path / "out"))
+    assert tuned.spec == load_checkpoint(str(base)).spec
+    assert (tmp_path / "out" / FOLDER / "generate.py").is_file()
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    if rows is CHATS:  # and it can be talked to
+        ids = tuned.tokenizer.apply_chat_template(
+            CHATS[0]["messages"][:1], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        assert tuned.tokenizer.decode(ids).endswith("User: say 0\nAssistant: ")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(convert_tiny, write_jsonl, tmp_path, monkeypatch):
+    from ar2diff.training.sft import DiffusionSFTTrainer
+
+    base, data = convert_tiny(), write_jsonl("rows.jsonl", PAIRS)
+    recipe = recipe_for(data, "train.max_steps=4")
+    sft(str(base), recipe, tmp_path / "whole")
+    step = DiffusionSFTTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DiffusionSFTTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft(str(base), recipe, tmp_path / "cut")
+    monkeypatch.setattr(DiffusionSFTTrainer, "training_step", step)
+    sft(str(base), recipe, tmp_path / "cut", resume=True)
+    whole, cut = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_stock_trl_leaks_where_attention_goes_both_ways():
+    """A next-token loss on a bidirectional model: the token to predict is read. Ours: see
+    test_turns.test_no_answer_leaks_into_its_own_prediction."""
+    moved = {}
+    for causal in (True, False):
+        model = copy.deepcopy(build_model("llama"))
+        model.config.is_causal = causal
+        ids = torch.tensor([[1, 17, 42, 5, 33, 8]])
+        other = ids.clone()
+        other[0, 4] = 34  # the label of position 3
+        with torch.no_grad():
+            one, two = (model(input_ids=x, use_cache=False).logits[0, 3] for x in (ids, other))
+        moved[causal] = float((one - two).abs().max())
+    assert moved[True] == 0 and moved[False] > 0.1
+
+
+BAD = [
+    ('{"text": 3}', "neither messages nor prompt and completion"),
+    ('{"prompt": "a", "completion": null}', "prompt or completion is empty or no text"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "the assistant says nothing"),
+    ('{"messages": [{"role": "user", "content": null}]}', "a message without role or content"),
+    ('{"messages": []}', "a message without role or content"),
+    ('{"prompt": "a"', "is not JSON"),
+]
+
+
+@pytest.mark.parametrize("line, what", BAD)
+def test_a_bad_row_is_named(write_jsonl, line, what):
+    data = write_jsonl("rows.jsonl", [json.dumps(PAIRS[0]) if "prompt" in line else line, line])
+    with pytest.raises(Ar2DiffError) as error:
+        read_conversations(recipe_for(data))
+    assert what in error.value.what and "row" in error.value.what
+
+
+def test_rows_of_several_formats_are_refused(write_jsonl):
+    with pytest.raises(Ar2DiffError, match="several formats"):
+        read_conversations(recipe_for(write_jsonl("rows.jsonl", [*PAIRS, *CHATS])))
+
+
+def test_a_model_that_was_not_converted_is_refused(tiny_checkpoint, write_jsonl, tmp_path):
+    data = write_jsonl("rows.jsonl", PAIRS)
+    with pytest.raises(Ar2DiffError, match="not converted"):
+        sft(str(tiny_checkpoint), recipe_for(data), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_does_not_mark_the_assistant_is_refused(tiny_tokenizer, make_recipe):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    with pytest.raises(Ar2DiffError, match="no chat template"):
+        chat_template(tokenizer, make_recipe())
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(Ar2DiffError, match="does not mark"):
+        chat_template(tokenizer, make_recipe())
+    whole = make_recipe(data={"assistant_only": False})
+    assert chat_template(tokenizer, whole) == tokenizer.chat_template
