@@ -33,6 +33,7 @@ from ..data import Rows, tokenize
 from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length, score, windows
 from ..folder import save
+from ..forward import context_length
 from ..probe import probe
 from ..ranks import check_rows, is_main
 from ..seeds import content_key
@@ -173,10 +174,10 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
     checkpoint = load_checkpoint(
         str(path), recipe.train.attn_implementation, quantization=recipe.quantization
     )
-    ar_mode = recipe.convert.attention == "causal_context" and (
-        recipe.objective.ar_weight > 0 or not recipe.train.max_steps
+    recipe = fitted(recipe, checkpoint)
+    spec = convert(
+        checkpoint, recipe.convert, recipe.data.max_length, keeps_ar(recipe), recipe.train.seed
     )
-    spec = convert(checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed)
     problems = probe(checkpoint.model, spec)
     if problems:
         raise Ar2DiffError(
@@ -202,6 +203,22 @@ def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     names = ["attention", "block_length", "prediction"]
     names += ["local_window"] if spec.local_window else []
     return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
+
+
+def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with rows no longer than the model's context, where it does not ask for longer."""
+    context, grid = context_length(checkpoint.model.config), recipe.convert.block_length or 1
+    if context is None or "max_length" in recipe.data.model_fields_set:
+        return recipe
+    fits = min(recipe.data.max_length, context // grid * grid)
+    return with_values(recipe, data={"max_length": fits}) if fits > 1 else recipe
+
+
+def keeps_ar(recipe: Recipe) -> bool:
+    """Whether the AR mode is alive after a run: trained along, or nothing trained."""
+    return recipe.convert.attention == "causal_context" and (
+        recipe.objective.ar_weight > 0 or not recipe.train.max_steps
+    )
 
 
 def _check_trackers(report_to: str) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..adapters import add_adapter, check_base
 from ..attention import Slots
-from ..checkpoint import Checkpoint, load_checkpoint, read_spec
+from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
 from ..config import Recipe, with_values
-from ..convert import end_token
+from ..convert import convert, end_token
 from ..errors import Ar2DiffError, first_line
+from ..ranks import check_rows
 from ..sources import find_file, read_lines
 from ..turns import Answers, Conversations, TurnCollator
-from .adapt import Plan, adapt, continued
+from .adapt import Plan, adapt, continued, fitted, keeps_ar
 from .denoising import Denoising, Task, disable_dropout
 from .trainer import training_arguments
 
@@ -110,11 +112,22 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
             f"model {path} is converted: the control tunes the AR base",
             "name the base, or leave objective.kind out",
         )
+    if recipe.peft is not None or is_adapter(path):
+        check_base(path, spec)
     recipe = continued(recipe, spec)
     if "overlong" not in recipe.data.model_fields_set:
         recipe = with_values(recipe, data={"overlong": "truncate"})
     rows = read_conversations(recipe)
-    checkpoint = load_checkpoint(str(path), recipe.train.attn_implementation)
+    check_rows(len(rows))
+    checkpoint = load_checkpoint(
+        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
+    )
+    recipe = fitted(recipe, checkpoint)
+    if not control:
+        convert(
+            checkpoint, recipe.convert, recipe.data.max_length, keeps_ar(recipe), recipe.train.seed
+        )
+    add_adapter(checkpoint, recipe)
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
     if "messages" in rows[0]:
