@@ -59,11 +59,11 @@ class Checkpoint:
         return []
 
 
-def find_checkpoint(reference: str, code: bool = False) -> Path:
+def find_checkpoint(reference: str, code: bool = False, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local folder, or a Hub id with an optional `@revision`.
 
     Args:
-        code: download the decoding code too.
+        code: download the decoding code too. weights: and the weights.
 
     Raises:
         Ar2DiffError: neither is there.
@@ -82,7 +82,7 @@ def find_checkpoint(reference: str, code: bool = False) -> Path:
                 name,
                 revision=revision or None,
                 allow_patterns=FILES + (CODE if code else []),
-                ignore_patterns=None if code else CODE,
+                ignore_patterns=[*([] if code else CODE), *([] if weights else ["*.safetensors"])],
             )
         )
     except Exception as error:  # huggingface_hub, httpx and OS errors alike mean: not to be had

@@ -52,7 +52,7 @@ def denoise(
         processors: more row-wise processors of transformers.
         finished: more reasons to stop a row.
     """
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
     if len(impossible | (canvas.ends if canvas.held else set())) >= rows:
         raise Ar2DiffError(

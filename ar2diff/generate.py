@@ -87,7 +87,7 @@ def canvas_of(
     Raises:
         Ar2DiffError: a prompt that is empty, starts with a mask, or is over the model's context.
     """
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     context, most = context_length(model.config), room_of(model, spec, options)
     longest = max(map(len, prompts))
     new = options.max_new_tokens
@@ -293,7 +293,7 @@ def _real(given: Tensor, options: Options) -> Tensor | None:
 
 
 def _check_ids(model: Any, prompts: list[list[int]]) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     if not prompts:
         raise Ar2DiffError("generate: no rows", "give a prompt")
     for number, prompt in enumerate(prompts):

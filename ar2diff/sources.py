@@ -87,6 +87,15 @@ def read_lines(path: Path, name: str) -> list[str]:
         raise Ar2DiffError(f"{name}: {first_line(error)}", "check the file") from None
 
 
+def count_rows(path: Path) -> int:
+    """Rows of a local file, whatever they hold."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    return sum(bool(line.strip()) for line in read_lines(path, f"data {path}"))
+
+
 def _parquet(path: Path, field: str) -> list[str]:
     import pyarrow
     import pyarrow.parquet

@@ -76,7 +76,7 @@ def without_launch(arguments: list[str]) -> list[str]:
     return kept
 
 
-def start(launch: Any, sources: Any, text_field: str) -> None:
+def start(launch: Any, sources: Any) -> None:
     """Run this command line in the processes of the launch, and exit; None: go on in this one.
 
     Args:
@@ -86,15 +86,20 @@ def start(launch: Any, sources: Any, text_field: str) -> None:
     if launch is None:
         return
     from ..ranks import check_rows
-    from ..sources import find_file, read_texts
+    from ..sources import count_rows, find_file
 
     files = [find_file(source.path) for source in sources]
     if all(files) and sum(file.stat().st_size for file in files) < SMALL * launch.processes:
-        check_rows(sum(len(read_texts(file, text_field)) for file in files), launch.processes)
+        check_rows(sum(map(count_rows, files)), launch.processes)
     launch.run(without_launch(sys.argv[1:]))
 
 
-def shown_command(launch: Any) -> str:
-    """The launch as a line for a shell."""
-    told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
-    return " ".join([*told, shlex.join(launch.command(without_launch(sys.argv[1:])))])
+def planned(launch: Any, recipe: Any) -> dict[str, Any]:
+    """What a dry run says of any verb: the resolved recipe, the launch as a line for a shell."""
+    result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if launch is not None:
+        told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+        line = [part for part in without_launch(sys.argv[1:]) if part != "--dry-run"]
+        command = launch.command(line)
+        result["launch"] = " ".join([*told, shlex.join(command)])
+    return result

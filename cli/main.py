@@ -18,6 +18,7 @@ from .config import config_app
 from .doctor import doctor
 from .eval import evaluate_command
 from .generate import generate
+from .memory import memory
 from .merge import merge
 from .recipes import recipes_app
 from .sft import sft
@@ -41,6 +42,7 @@ app.command("merge")(merge)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 app.command("doctor")(doctor)
+app.command("memory")(memory)
 
 
 @app.callback(invoke_without_command=True)

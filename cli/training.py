@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .launch import shown_command, start, with_launch
+from .launch import planned, start, with_launch
 from .output import HELP_JSON, quiet, report
 
 
@@ -74,7 +74,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             suffix = plan.convert.attention if name == "adapt" else name
             output_dir = Path("runs") / f"{stem}-{suffix}"
         if not dry_run:
-            start(launch, plan.data.sources, plan.data.text_field)
+            start(launch, plan.data.sources)
         quiet()
         with at_work(), planned_world(launch):
             run = getattr(import_module(f"..training.{name}", __package__), name)
@@ -86,10 +86,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
                 overwrite=overwrite,
                 dry_run=dry_run,
             )
-        if launch is not None:
-            result["launch"] = shown_command(launch)
+        if dry_run:
+            result |= planned(launch, plan)
         if is_main():  # one process speaks for all
-            if not as_json:
+            if not as_json and not dry_run:
                 result = {k: v for k, v in result.items() if k not in ("recipe", "versions")}
             report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
 

@@ -27,6 +27,7 @@ VERBS = (
     ["check"],
     ["merge"],
     ["doctor"],
+    ["memory"],
     ["recipes", "ls"],
     ["recipes", "show"],
     ["recipes", "cp"],

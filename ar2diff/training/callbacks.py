@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..config import Recipe
 from ..decoding import begin, draw_tokens, settings_of
 from ..evaluation import score
+from .sharding import holds_shards
 
 
 class Watch(TrainerCallback):
@@ -35,9 +36,13 @@ class Watch(TrainerCallback):
             logs = {"eval_bound": result["bound"]["nats_per_token"]}
             if "ar_nll" in result:
                 logs["eval_ar_nll"] = result["ar_nll"]["nats_per_token"]
+            due = control.should_log
             self.trainer.log(logs)
-        if panel_steps and state.global_step % panel_steps == 0 and state.is_world_process_zero:
-            quietly(self.checkpoint.model, self._panel)
+            control.should_log = due  # the step's loss is logged all the same
+        if panel_steps and state.global_step % panel_steps == 0:
+            # Where weights are cut to shards, every process takes part in every forward.
+            if state.is_world_process_zero or holds_shards(self.trainer):
+                quietly(self.checkpoint.model, self._panel)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One line on stderr; stdout is for results."""
@@ -56,7 +61,8 @@ class Watch(TrainerCallback):
 
     def _panel(self) -> None:
         prompt = self.rows[0][:8] if self.rows else [self.checkpoint.tokenizer.bos_token_id or 0]
-        draw_panel(self.checkpoint, prompt, self.recipe.eval.length // 4)
+        silent = not self.trainer.is_world_process_zero()
+        draw_panel(self.checkpoint, prompt, self.recipe.eval.length // 4, silent)
 
 
 class Stopping(TrainerCallback):
@@ -99,7 +105,9 @@ def quietly(model: Any, function: Any) -> Any:
         model.train(training)
 
 
-def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -> None:
+def draw_panel(
+    checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int, silent: bool = False
+) -> None:
     """A rich panel on stderr: states of one answer being denoised, undecided tokens as dots."""
     from rich.console import Console
     from rich.panel import Panel
@@ -114,6 +122,6 @@ def draw_panel(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -
         drawn = "".join(draw_tokens(checkpoint.tokenizer, states[number], spec.mask_token_id))
         lines.append(f"{number + 1:3d}  {drawn}")
     text = "\n".join(lines).replace("[", "\\[")
-    Console(file=sys.stderr).print(
+    Console(file=sys.stderr, quiet=silent).print(
         Panel(text, title=f"{max_new_tokens} tokens in {len(states)} forwards")
     )

@@ -28,7 +28,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     Weights are float32, or bfloat16 with float32 masters where the recipe computes in bfloat16.
     Offloading is for a json of one's own, given as `--launch FILE`.
     """
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": "auto"}  # not 500M elements
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": "auto",
@@ -72,6 +72,15 @@ def check_engine(accelerator: Any) -> None:
             f"{world_size()} processes",
             "look for stray ACCELERATE_ variables and accelerate's default_config.yaml",
         )
+
+
+def holds_shards(trainer: Any) -> bool:
+    """Whether each process holds a part of each weight, so that a forward takes all processes."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return trainer.is_fsdp_enabled or (
+        trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+    )
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:

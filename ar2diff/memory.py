@@ -1,0 +1,221 @@
+"""How much memory a process of a run needs, from the model's config and the recipe alone: no weight
+is loaded. The model is built without storage, converted, and one micro-batch is run on it, whose
+saved tensors are counted.
+
+    weights      in float32; under ZeRO in bfloat16 where the recipe computes in it
+    gradients    that wait for the optimizer's step
+    masters      ZeRO's float32 copies, on which it steps
+    optimizer    two moments of AdamW; none of SGD
+    buckets      of the communication
+    activations  of one micro-batch, kept for the backward pass
+    logits       of the masked tokens and the AR loss's; no other row reaches the head
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention import lay_out, model_mask
+from .checkpoint import Checkpoint, find_checkpoint, read_config, read_spec
+from .config import Recipe
+from .convert import convert
+from .errors import Ar2DiffError, first_line
+from .forward import logits_at
+from .objective import cross_entropy
+
+STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
+PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is to be held: elements of each weight, and bytes of one micro-batch.
+
+    Attributes:
+        frozen, trained: elements of each tensor, trained ones by whether they are matrices.
+        hidden: size. element: bytes of a number in the forward pass.
+    """
+
+    frozen: list[int]
+    trained: list[tuple[int, bool]]
+    hidden: int
+    element: int
+    activations: int
+    logits: int
+
+
+def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+    """Bytes of each part by strategy, for one of `processes` processes.
+
+    Raises:
+        Ar2DiffError: the model is not to be had, or cannot be run as the recipe says.
+    """
+    shape = measure(find_checkpoint(model, weights=False), recipe)
+    parts = {
+        name: held(shape, recipe, name, 1 if name == "one" else processes) for name in STRATEGIES
+    }
+    return {
+        "parameters": sum(shape.frozen) + sum(n for n, _ in shape.trained),
+        "trainable_parameters": sum(n for n, _ in shape.trained),
+        "processes": processes,
+        "bytes": {name: {**part, "total": sum(part.values())} for name, part in parts.items()},
+    }
+
+
+def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[str, int]:
+    """Bytes of each part in one process."""
+    frozen, sizes = sum(shape.frozen), [n for n, _ in shape.trained]
+    trained, count = sum(sizes), processes
+    moments = 2 if recipe.train.optimizer == "adamw" else 0
+    batch = {"activations": shape.activations, "logits": shape.logits}
+    if strategy in ("one", "ddp"):
+        return {
+            "weights": 4 * (frozen + trained),
+            "gradients": 4 * trained,
+            "masters": 0,
+            "optimizer": 4 * moments * trained,
+            "buckets": 4 * trained if strategy == "ddp" else 0,
+            **batch,
+        }
+    element = shape.element
+    if strategy == "zero3":
+        few = PERSISTENT * shape.hidden
+        whole = sum(n for n in [*sizes, *shape.frozen] if n < few)
+        part = sum(ceil(n / count) for n in sizes)
+        weights = sum(ceil(n / count) for n in shape.frozen) + part + whole
+        live = 2 * max([*sizes, *shape.frozen])  # the tensor in use, and the next
+    else:  # each group is padded so that every process gets as much
+        groups = [sum(n for n, matrix in shape.trained if matrix is kind) for kind in (True, False)]
+        part = sum(2 * ceil(n / (2 * count)) for n in groups)
+        weights, live = frozen + trained, 0
+    return {
+        "weights": element * weights,
+        "gradients": element * part,
+        "masters": 4 * part,
+        "optimizer": 4 * moments * part,
+        "buckets": element * (live + shape.hidden**2),
+        **batch,
+    }
+
+
+def measure(path: Path, recipe: Recipe) -> Shape:
+    """Build the model of a folder without storage, convert it, run a micro-batch, and count."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    bf16 = _computes_in_bf16(recipe)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of addresses, which these tensors do not have
+        checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
+        model = checkpoint.model.train()
+        parameters = list(model.parameters())
+        trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
+        frozen = [p.numel() for p in parameters if not p.requires_grad]
+        activations, logits = _saved(checkpoint, recipe)
+    if bf16:  # autocast's copies of the weights
+        activations += 2 * sum(p.numel() for p in parameters if p.ndim > 1)
+    hidden = model.config.get_text_config().hidden_size
+    return Shape(frozen, trained, hidden, 2 if bf16 else 4, activations, logits)
+
+
+def _computes_in_bf16(recipe: Recipe) -> bool:
+    precision = recipe.train.precision
+    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or (precision == "auto" and cuda)
+
+
+def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoint:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from .adapters import add_adapter
+
+    read_config(path)
+    kind = recipe.train.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=None if kind == "auto" else kind, dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # from a config of the wrong type to a class without sdpa
+        raise Ar2DiffError(
+            f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
+        ) from error
+    checkpoint = Checkpoint(path, model, tokenizer, read_spec(path), {})
+    convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
+    if recipe.peft is not None:
+        add_adapter(checkpoint, recipe)
+    return checkpoint
+
+
+def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
+    """Bytes kept for the backward pass of a micro-batch: of the layers, of logits and loss."""
+    model, spec = checkpoint.model, checkpoint.spec
+    rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
+    length = recipe.data.max_length
+    ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
+    pos = torch.arange(length).expand(rows, length)
+    input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
+    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
+    # Half of the tokens are masked, on average; the AR loss reads all of the clean copy.
+    wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
+    books = _Books(model)
+    with books, torch.enable_grad():
+        logits = logits_at(
+            model, torch.zeros(wanted).long(), input_ids=input_ids, attention_mask=mask,
+            position_ids=slots.pos,
+        )  # fmt: skip
+        books.account = "logits"
+        suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+    states = input_ids.numel() * model.config.get_text_config().hidden_size
+    kept, layers = books.bytes["body"], books.layers
+    if recipe.train.gradient_checkpointing and layers:
+        # Each layer keeps what goes in; one at a time is run again.
+        element = next(model.parameters()).element_size()
+        kept = kept - sum(layers) + max(layers) + len(layers) * element * states
+    # Logits, and in the backward pass their gradient, besides what the loss keeps.
+    return kept, books.bytes["logits"] + 2 * 4 * logits.numel()
+
+
+class _Books:
+    """Counts the bytes of tensors saved for backward, each storage once, weights not."""
+
+    def __init__(self, model: Any):
+        self.account, self.bytes = "body", {"body": 0, "logits": 0}
+        self.layers: list[int] = []
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.keep: list[Any] = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        for layer in _layers(model):
+            layer.register_forward_pre_hook(lambda *_: self.layers.append(-self.bytes["body"]))
+            layer.register_forward_hook(lambda *_: self._close())
+
+    def _close(self) -> None:
+        self.layers[-1] += self.bytes["body"]
+
+    def _pack(self, tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.keep.append(storage)  # an address is not to be used twice
+            self.bytes[self.account] += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _Books:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.hooks.__exit__(*details)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The decoder layers: the longest list of modules that a model has."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))

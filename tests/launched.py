@@ -1,0 +1,104 @@
+"""The command line, whose processes write down what each of them holds: for `test_launch.py`.
+
+python tests/launched.py FOLDER adapt ... --launch zero2 --num-processes 2
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ar2diff.cli.main import main
+
+from ar2diff.launch import Launch
+from ar2diff.ranks import is_launched
+
+
+def numel(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def watch(folder: Path) -> None:
+    """Have the trainer write `rank-N.json`: losses, and numbers of elements held at the end."""
+    import torch
+    from transformers import TrainerCallback
+
+    from ar2diff.training.denoising import Denoising
+
+    class Notes(TrainerCallback):
+        def __init__(self, trainer: Any):
+            self.trainer, self.gradients = trainer, 0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            engine = self.trainer.deepspeed
+            optimizer = self.trainer.optimizer if engine is None else engine.optimizer
+            step = optimizer.step
+
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                self.gradients = held_gradients(self.trainer.model, optimizer)
+                return step(*args, **kwargs)
+
+            optimizer.step = noted
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            trainer, parameters = self.trainer, list(self.trainer.model.parameters())
+            optimizer = trainer.optimizer
+            while hasattr(optimizer, "optimizer"):
+                optimizer = optimizer.optimizer
+            state = [x for held in optimizer.state.values() for x in held.values()]
+            notes = {
+                "engine": type(trainer.model_wrapped).__name__,
+                "processes": torch.distributed.get_world_size(),
+                "kind": trainer.accelerator.distributed_type.value,
+                "parameters": numel(getattr(p, "ds_tensor", p) for p in parameters),
+                "whole": numel(p for p in parameters),
+                "moments": numel(x for x in state if x.ndim),
+                "masters": masters(trainer.deepspeed.optimizer) if trainer.deepspeed else 0,
+                "gradients": self.gradients,
+                "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+            }
+            (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(notes))
+
+    train = Denoising.train
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(Notes(self))
+        return train(self, *args, **kwargs)
+
+    Denoising.train = noted
+
+
+def held_gradients(model: Any, optimizer: Any) -> int:
+    """Elements of the gradients that wait for the optimizer's step: the model's, or where ZeRO
+    keeps its part of them."""
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    parts = getattr(optimizer, "averaged_gradients", {}) if flat is None else {}
+    kept = [x for part in parts.values() for x in (part or ())]
+    return numel([*(p.grad for p in model.parameters()), *kept, flat])
+
+
+def masters(optimizer: Any) -> int:
+    """Elements of the float32 copies that ZeRO steps on; the model's own weights without it."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        if hasattr(optimizer, name):
+            return numel(getattr(optimizer, name))
+    return 0
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv.pop(1))
+    if is_launched():
+        watch(folder)
+    else:
+        command = Launch.command
+
+        def here(self: Launch, arguments: list[str]) -> list[str]:
+            whole = command(self, arguments)
+            at = len(whole) - len(arguments) - 2
+            return [*whole[:at], __file__, str(folder), *arguments]
+
+        Launch.command = here
+    main()
