@@ -88,11 +88,15 @@ def read_lines(path: Path, name: str) -> list[str]:
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a local file, whatever they hold."""
+    """Rows of a local file, whatever they hold; 0 of a parquet file that cannot be read."""
     if path.name.endswith(".parquet"):
+        import pyarrow
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_metadata(path).num_rows
+        try:
+            return pyarrow.parquet.read_metadata(path).num_rows
+        except (OSError, pyarrow.ArrowInvalid):
+            return 0
     return sum(bool(line.strip()) for line in read_lines(path, f"data {path}"))
 
 
