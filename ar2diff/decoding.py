@@ -112,9 +112,18 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         sum(r[name] for r in results) for name in ("new_tokens", "forwards", "seconds")
     )
     many = f"{len(results)} prompts, " if len(results) > 1 else ""
+    drifts = [r["drift"] for r in results if "drift" in r]
+    drift = ""
+    if drifts:
+        mean, same = (sum(d[n] for d in drifts) / len(drifts) for n in ("mean", "same_token"))
+        largest = max(d["largest"] for d in drifts)
+        drift = (
+            f"; the cache moves logits by {mean:.1e} (at most {largest:.1e}) of the largest, "
+            f"{100 * same:.1f} % of the likeliest tokens stay"
+        )
     return (
         f"{many}{tokens} tokens, {forwards} forwards, {tokens / max(forwards, 1):.2f} tokens per "
-        f"forward, {tokens / max(seconds, 1e-9):.0f} tokens/s, {seconds:.2f} s"
+        f"forward, {tokens / max(seconds, 1e-9):.0f} tokens/s, {seconds:.2f} s{drift}"
     )
 
 
@@ -334,6 +343,13 @@ def _result(
         "tokens_per_forward": decided / forwards if forwards else 0.0,
         "seconds": seconds,
     }
+    if canvas.drift:
+        errors, same = zip(*canvas.drift, strict=True)
+        result["drift"] = {
+            "mean": sum(errors) / len(errors),
+            "largest": max(errors),
+            "same_token": sum(same) / len(same),
+        }
     if whole:
         result["filled"] = _filled(tokenizer, ids, gaps.tolist())
         result["suffix_tokens"] = prompt - 1 - int(gaps.nonzero().max())

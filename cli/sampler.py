@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "cfg_scale": (float, "--cfg-scale", "0", "Classifier-free guidance."),
     "draft_length": (int, "--draft-length", "3", "Mode speculative: tokens a draft."),
     "cache_implementation": (Cache, "--cache", None, "prefix, dual: for full attention."),
+    "check_cache": (bool, "--check-cache", None, "Read without the cache too; say what differs."),
     "temperature": (float, "--temperature", "0", "0 is greedy."),
     "top_k": (int, "--top-k", None, "Sample among this many tokens."),
     "top_p": (float, "--top-p", None, "Sample among tokens of this probability together."),

@@ -223,3 +223,14 @@ def test_summary_is_over_all_results():
     assert summary([result]) == "6 tokens, 2 forwards, 3.00 tokens per forward, 12 tokens/s, 0.50 s"
     assert summary([result] * 2).startswith("2 prompts, 12 tokens, 4 forwards, 3.00 tokens")
     assert summary([{"new_tokens": 0, "forwards": 0, "seconds": 0.0}]).startswith("0 tokens")
+
+
+def test_what_a_cache_costs_is_said(checkpoint, full):
+    exact = complete(checkpoint, TEXT, max_new_tokens=12, check_cache=True)["drift"]
+    assert exact["largest"] < 1e-5 and exact["same_token"] == 1
+    result = complete(
+        full, TEXT, max_new_tokens=12, block_length=4, cache_implementation="dual", check_cache=True
+    )
+    assert 1e-4 < result["drift"]["mean"] <= result["drift"]["largest"]
+    assert "of the likeliest tokens stay" in summary([result])
+    assert "stay" not in summary([complete(full, TEXT, max_new_tokens=4)])
