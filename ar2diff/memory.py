@@ -13,7 +13,6 @@ saved tensors are counted.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 
 from .attention import lay_out, model_mask
-from .checkpoint import Checkpoint, find_checkpoint, read_config, read_spec
+from .checkpoint import Checkpoint, find_checkpoint, is_adapter, read_config, read_spec
 from .config import Recipe
 from .convert import convert
 from .errors import Ar2DiffError, first_line
 from .forward import logits_at
 from .objective import cross_entropy
+from .training.adapt import continued, fitted
 
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
@@ -39,11 +39,13 @@ class Shape:
 
     Attributes:
         frozen, trained: elements of each tensor, trained ones by whether they are matrices.
+        quantized: how many of the frozen are held in 4 bits.
         hidden: size. element: bytes of a number in the forward pass.
     """
 
     frozen: list[int]
     trained: list[tuple[int, bool]]
+    quantized: int
     hidden: int
     element: int
     activations: int
@@ -70,13 +72,13 @@ def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
 
 def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[str, int]:
     """Bytes of each part in one process."""
-    frozen, sizes = sum(shape.frozen), [n for n, _ in shape.trained]
-    trained, count = sum(sizes), processes
+    sizes, count = [n for n, _ in shape.trained], processes
+    frozen, trained = sum(shape.frozen), sum(sizes)
     moments = 2 if recipe.train.optimizer == "adamw" else 0
     batch = {"activations": shape.activations, "logits": shape.logits}
     if strategy in ("one", "ddp"):
         return {
-            "weights": 4 * (frozen + trained),
+            "weights": 4 * (frozen + trained) - saved_by_bits(shape, recipe, 4),
             "gradients": 4 * trained,
             "masters": 0,
             "optimizer": 4 * moments * trained,
@@ -94,8 +96,9 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
         groups = [sum(n for n, matrix in shape.trained if matrix is kind) for kind in (True, False)]
         part = sum(2 * ceil(n / (2 * count)) for n in groups)
         weights, live = frozen + trained, 0
+    saved = saved_by_bits(shape, recipe, element) // (count if strategy == "zero3" else 1)
     return {
-        "weights": element * weights,
+        "weights": element * weights - saved,
         "gradients": element * part,
         "masters": 4 * part,
         "optimizer": 4 * moments * part,
@@ -104,23 +107,41 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     }
 
 
+def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
+    """Bytes that quantisation takes off the weights: half a byte each is left, and a scale for 64
+    of them, itself in one byte or in four."""
+    if recipe.quantization is None:
+        return 0
+    scale = (1 + 4 / 256) / 64 if recipe.quantization.double else 4 / 64
+    return int(shape.quantized * (element - recipe.quantization.bits / 8 - scale))
+
+
 def measure(path: Path, recipe: Recipe) -> Shape:
     """Build the model of a folder without storage, convert it, run a micro-batch, and count."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    bf16 = _computes_in_bf16(recipe)
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of addresses, which these tensors do not have
+    if is_adapter(path):
+        raise Ar2DiffError(f"model {path} is an adapter", "give its base, and a peft section")
+    recipe, bf16 = continued(recipe, read_spec(path)), _computes_in_bf16(recipe)
+    with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
-        model = checkpoint.model.train()
-        parameters = list(model.parameters())
-        trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
-        frozen = [p.numel() for p in parameters if not p.requires_grad]
-        activations, logits = _saved(checkpoint, recipe)
+    model = checkpoint.model.train()
+    parameters = list(model.parameters())
+    trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
+    frozen = [p.numel() for p in parameters if not p.requires_grad]
+    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    quantized = sum(
+        p.numel()
+        for p in parameters
+        if not p.requires_grad and p.ndim > 1 and all(p is not end for end in ends)
+    )
+    with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
+        _on_cpu(model)
+        activations, logits = _saved(checkpoint, fitted(recipe, checkpoint))
     if bf16:  # autocast's copies of the weights
         activations += 2 * sum(p.numel() for p in parameters if p.ndim > 1)
     hidden = model.config.get_text_config().hidden_size
-    return Shape(frozen, trained, hidden, 2 if bf16 else 4, activations, logits)
+    return Shape(frozen, trained, quantized, hidden, 2 if bf16 else 4, activations, logits)
 
 
 def _computes_in_bf16(recipe: Recipe) -> bool:
@@ -147,10 +168,27 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
             f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
         ) from error
     checkpoint = Checkpoint(path, model, tokenizer, read_spec(path), {})
+    recipe = fitted(recipe, checkpoint)
     convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
     if recipe.peft is not None:
         add_adapter(checkpoint, recipe)
     return checkpoint
+
+
+def _on_cpu(model: Any) -> None:
+    """Put tensors that claim to be on the CPU in the place of the model's."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        grad = tensor.requires_grad
+                        made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], grad)
+                held[name] = made[id(tensor)]
 
 
 def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:

@@ -94,9 +94,15 @@ def start(launch: Any, sources: Any) -> None:
     launch.run(without_launch(sys.argv[1:]))
 
 
-def planned(launch: Any, recipe: Any) -> dict[str, Any]:
-    """What a dry run says of any verb: the resolved recipe, the launch as a line for a shell."""
+def planned(launch: Any, model: str, recipe: Any) -> dict[str, Any]:
+    """What a dry run says of any verb: the resolved recipe, the bytes that each process needs (by
+    part, where they can be told), and the launch as a line for a shell."""
+    from ..memory import estimate
+
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    strategy = "one" if launch is None else launch.strategy
+    needed = estimate(model, recipe, launch.processes if launch else 1)["bytes"]
+    result["memory"] = needed.get(strategy, "not known for a file's settings or fsdp2")
     if launch is not None:
         told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
         line = [part for part in without_launch(sys.argv[1:]) if part != "--dry-run"]

@@ -87,7 +87,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
                 dry_run=dry_run,
             )
         if dry_run:
-            result |= planned(launch, plan)
+            result |= planned(launch, model, plan)
         if is_main():  # one process speaks for all
             if not as_json and not dry_run:
                 result = {k: v for k, v in result.items() if k not in ("recipe", "versions")}

@@ -418,6 +418,7 @@ def test_dry_run_shows_what_would_be_started(
     assert plan["launch"].startswith("AR2DIFF_LAUNCH=ddp ")
     assert plan["launch"].endswith(" --json")
     assert plan["rows_per_step"] == 8
+    assert plan["memory"]["weights"] == plan["memory"]["buckets"] == 4 * PARAMETERS
     assert plan["recipe"]["train"]["max_steps"] == STEPS
     assert not (tmp_path / "out").exists()
 

@@ -121,6 +121,17 @@ def test_only_wanted_rows_reach_the_head(tiny_checkpoint):
     assert masked.logits == pytest.approx(both.logits / 3, rel=0.01)  # half of the tokens of 3/2
 
 
+def test_adapters_train_little_and_quantised_weights_are_small(converted):
+    full, lora, qlora = (
+        estimate(str(converted), load_recipe(None, more))
+        for more in ([], ["peft.r=2"], ["peft.r=2", "quantization.bits=4"])
+    )
+    assert lora["trainable_parameters"] < full["trainable_parameters"] / 4
+    one = [result["bytes"]["one"] for result in (full, lora, qlora)]
+    assert one[1]["optimizer"] == 8 * lora["trainable_parameters"]
+    assert one[2]["weights"] < 0.7 * one[1]["weights"]
+
+
 def test_what_zero_holds_falls_with_the_processes(tiny_checkpoint):
     recipe = load_recipe(None, SETTINGS)
     shape = measure(tiny_checkpoint, recipe)
