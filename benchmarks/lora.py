@@ -3,9 +3,9 @@ steps, the diffusion bound before and after.
 
     python benchmarks/lora.py [--steps 500] [--seeds 0] [key=value ...]
 
-Full tuning has the recipe's learning rate, 2e-3, adapters 1e-2; neither was searched for. Judged on 64 held-out stories, 64
-tokens each, 8 noise draws. Results are appended to benchmarks/results/lora.jsonl as they come;
-`--table` prints them.
+Full tuning has the recipe's learning rate, 2e-3, adapters 1e-2; neither was searched for. Judged
+on 64 held-out stories, 64 tokens each, 8 noise draws. Results are appended to
+benchmarks/results/lora.jsonl as they come; `--table` prints them.
 """
 
 from __future__ import annotations
