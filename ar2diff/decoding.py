@@ -241,7 +241,7 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
     """
     spec = checkpoint.spec
     _check_converted(checkpoint.path, spec, settings)
-    spec = spec or _causal_spec(checkpoint.model)
+    spec = spec or causal_spec(checkpoint.model)
     suppressed = suppressed_of(checkpoint).nonzero()[:, 0].tolist()
     settings = {
         **settings,
@@ -391,7 +391,8 @@ def _check_converted(path: Path, spec: Spec | None, settings: dict[str, Any]) ->
         )
 
 
-def _causal_spec(model: Any) -> Spec:
+def causal_spec(model: Any) -> Spec:
+    """What an unconverted model is: its AR mode alone, and a mask id that no token has."""
     config = model.config.get_text_config()
     return replace(
         CAUSAL,

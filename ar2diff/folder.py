@@ -86,7 +86,8 @@ def save(
         save_adapter(checkpoint, output_dir, record, weights)
         return
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    write_spec(checkpoint, checkpoint.spec)
+    if checkpoint.spec is not None:
+        write_spec(checkpoint, checkpoint.spec)
     for name, parameter in model.named_parameters():
         dtype = stored_dtype(checkpoint, name)
         parameter.data = parameter.data.to(dtype)
@@ -95,7 +96,8 @@ def save(
     with staged(output_dir) as folder:
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        write_custom_generate(folder)
+        if checkpoint.spec is not None:
+            write_custom_generate(folder)
         write_json(folder / RUN_FILE, record)
 
 

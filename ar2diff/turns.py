@@ -190,11 +190,13 @@ class TurnCollator:
         grid = self.recipe.convert.block_length
         pieces: list[dict[str, Tensor]] = []
         base = 0  # slots so far
-        noisy_slots = sum(turn.stop - self._first(turn) for part in parts for turn in part.turns)
-        clean = noisy_slots  # slot of the part's clean copy
+        control = self.recipe.objective.kind == "ar"
+        denoised = [() if control else part.turns for part in parts]
+        # Slot of the part's clean copy.
+        clean = sum(turn.stop - self._first(turn) for turns in denoised for turn in turns)
         blocks = 0
-        for doc, part in enumerate(parts):
-            for turn in part.turns:
+        for doc, (part, turns) in enumerate(zip(parts, denoised, strict=True)):
+            for turn in turns:
                 piece = self._noisy(part, turn, view)
                 count = len(piece["pos"])
                 piece["doc"] = torch.full((count,), doc)

@@ -14,7 +14,7 @@ from ar2diff.checkpoint import load_checkpoint
 from ar2diff.config import load_recipe, with_values
 from ar2diff.errors import Ar2DiffError
 from ar2diff.folder import FOLDER
-from ar2diff.training.sft import chat_template, read_conversations, sft
+from ar2diff.training.sft import chat_template, make_sft_plan, read_conversations, sft
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]
 CHATS = [
@@ -137,3 +137,35 @@ def test_a_template_that_does_not_mark_the_assistant_is_refused(tiny_tokenizer, 
         chat_template(tokenizer, make_recipe())
     whole = make_recipe(data={"assistant_only": False})
     assert chat_template(tokenizer, whole) == tokenizer.chat_template
+
+
+def test_the_control_is_the_ar_base_tuned_on_the_same_rows(tiny_checkpoint, write_jsonl, tmp_path):
+    data = write_jsonl("rows.jsonl", PAIRS)
+    recipe = recipe_for(data, "objective.kind=ar", "train.max_steps=2")
+    record = sft(str(tiny_checkpoint), recipe, tmp_path / "out")
+    assert record["diffusion"] is None and not (tmp_path / "out" / FOLDER).exists()
+    assert load_checkpoint(str(tmp_path / "out")).spec is None
+
+
+def test_the_controls_loss_is_that_of_next_tokens_over_the_completions(
+    tiny_checkpoint, write_jsonl, tmp_path
+):
+    recipe = recipe_for(write_jsonl("rows.jsonl", PAIRS[:3]), "objective.kind=ar")
+    plan = make_sft_plan(tiny_checkpoint, recipe)
+    trainer = plan.trainer(plan, tmp_path / "run", [])
+    model, tokenizer = plan.checkpoint.model, plan.checkpoint.tokenizer
+    batch = trainer.data_collator([next(iter(trainer.train_dataset))])
+    got = trainer.compute_loss(
+        model, batch, num_items_in_batch=torch.tensor([1.0, float(batch["ar_divisor"])])
+    )
+    total, count = 0.0, 0
+    for row in PAIRS[:3]:
+        prompt = tokenizer(row["prompt"]).input_ids
+        whole = tokenizer(row["prompt"] + row["completion"]).input_ids
+        ids = [*whole, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        ce = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        total, count = total + float(ce[len(prompt) - 1 :].sum()), count + len(ids) - len(prompt)
+    assert int(batch["ar_divisor"]) == count
+    assert got.item() == pytest.approx(total / count, rel=1e-5)

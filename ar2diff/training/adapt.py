@@ -80,7 +80,7 @@ class Plan:
         return {
             "parameters": self.parameters,
             "trainable_parameters": count_parameters(self.checkpoint.model)[0],
-            "diffusion": spec.to_dict(),
+            "diffusion": spec.to_dict() if spec else None,
             "mask_token": self.checkpoint.tokenizer.mask_token,
             "pad_token": self.checkpoint.tokenizer.pad_token,
             "steps": train.max_steps,

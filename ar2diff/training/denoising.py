@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention import Slots, model_mask
 from ..checkpoint import Checkpoint, disk_errors, sync
+from ..decoding import causal_spec
 from ..evaluation import suppressed_of
 from ..forward import logits_at
 from ..objective import cross_entropy
@@ -62,7 +63,7 @@ class Denoising:
 
     def set_up(self, checkpoint: Checkpoint, recipe: Any, args: Any) -> None:
         """Call before the trainer's own `__init__`."""
-        self.recipe, self.spec = recipe, checkpoint.spec
+        self.recipe, self.spec = recipe, checkpoint.spec or causal_spec(checkpoint.model)
         self.suppressed = suppressed_of(checkpoint).to(args.device)
         self._seen = Meter(args.device)
 

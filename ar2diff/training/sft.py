@@ -35,7 +35,8 @@ FORMATS = ("messages", "prompt and completion", "text")
 
 class DiffusionSFTTrainer(Denoising, SFTTrainer):
     """trl's SFTTrainer with the denoising loss: its data preparation, PEFT, accelerate, logging and
-    saving; our noise, masks, packing and loss.
+    saving; our noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
+    copies alone, and the loss is that of the AR mode: the control, on the same stream of rows.
 
     Args:
         rows: conversations as trl takes them, or with `input_ids` and `labels`.
@@ -51,7 +52,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             args=args,
             train_dataset=rows,
             processing_class=checkpoint.tokenizer,
-            data_collator=TurnCollator(recipe, checkpoint.spec.mask_token_id),
+            data_collator=TurnCollator(recipe, self.spec.mask_token_id),
             **kwargs,
         )
         self._loss_shifts_labels = False  # nothing here is counted by labels
@@ -123,7 +124,9 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
         str(path), recipe.train.attn_implementation, quantization=recipe.quantization
     )
     recipe = fitted(recipe, checkpoint)
-    if not control:
+    if control:
+        recipe = with_values(recipe, objective={"ar_weight": 1.0})
+    else:
         convert(
             checkpoint, recipe.convert, recipe.data.max_length, keeps_ar(recipe), recipe.train.seed
         )
@@ -148,27 +151,19 @@ def make_sft_trainer(
 ) -> Any:
     """The trainer of a run on rows of `read_conversations`."""
     disable_dropout(checkpoint.model)
-    control = recipe.objective.kind == "ar"
-    conversational = "messages" in rows[0]
     args = training_arguments(
         recipe,
         run_dir,
         kind=SFTConfig,
-        max_length=recipe.data.max_length if control else None,
-        packing=False,
-        assistant_only_loss=conversational and recipe.data.assistant_only,
+        max_length=None,  # the policy on longer rows is ours
+        packing=False,  # and so is packing
+        assistant_only_loss="messages" in rows[0] and recipe.data.assistant_only,
         dataset_text_field=recipe.data.text_field,
     )
     datasets.disable_progress_bars()
     data = Dataset.from_list(list(rows))
     try:
-        if control:
-            trainer: Any = SFTTrainer(
-                model=checkpoint.model, args=args, train_dataset=data,
-                processing_class=checkpoint.tokenizer, callbacks=callbacks,
-            )  # fmt: skip
-        else:
-            trainer = DiffusionSFTTrainer(checkpoint, recipe, args, data, callbacks=callbacks)
+        trainer = DiffusionSFTTrainer(checkpoint, recipe, args, data, callbacks=callbacks)
     except (ValueError, RuntimeError) as error:
         raise Ar2DiffError(
             f"the rows cannot be prepared: {first_line(error)}",
