@@ -72,7 +72,10 @@ def ours(checkpoint: Checkpoint, limit: int, **settings: Any) -> Way:
         canvas = canvas_of(checkpoint.model, spec, prompts, options)
         for _ in denoise(checkpoint.model, spec, canvas, options):
             pass
+        run.forwards += int(canvas.forwards.sum())  # of each row, which are those it has alone
         return [canvas.new_ids(row) for row in range(len(prompts))]
+
+    run.forwards = 0
 
     return run
 
@@ -214,9 +217,9 @@ def main() -> None:
             rows.append({**about, "batch": batch_size, "way": name, **figures, **quality[name]})
     show(rows)
     for threshold in CURVE:
-        clock.calls = 0
-        figures = judged(ours(model, limit, threshold=threshold), judge, prompts, 1)
-        figures["tokens_per_forward"] = figures["length"] * len(prompts) / clock.calls
+        way = ours(model, limit, threshold=threshold)
+        figures = judged(way, judge, prompts)
+        figures["tokens_per_forward"] = figures["length"] * len(prompts) / way.forwards
         rows.append({**about, "batch": 1, "way": f"threshold {threshold}", **figures})
     show_curve(rows)
     if args.output:

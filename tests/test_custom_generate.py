@@ -117,7 +117,7 @@ def test_nothing_of_it_stays_where_a_save_fails(tiny_checkpoint, tmp_path, monke
         write_custom_generate(folder)
         raise OSError("no more")
 
-    monkeypatch.setattr("ar2diff.training.adapt.write_custom_generate", broken)
+    monkeypatch.setattr("ar2diff.folder.write_custom_generate", broken)
     with pytest.raises(ar2diff.errors.Ar2DiffError, match="no more"):
         convert(tiny_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

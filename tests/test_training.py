@@ -169,7 +169,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(
     checkpoint.model.to(dtype)
     rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
     trainer = make_trainer(checkpoint, recipe, rows, tmp_path, [])
-    parts = [piece for _, row in zip(range(6), rows._packed(), strict=False) for piece in row]
+    parts = [piece for _, (_, row) in zip(range(6), rows, strict=False) for piece in row]
     half = len(parts) // 2
     layouts = {
         "alone": [[(40 + i, [piece]) for i, piece in enumerate(parts)]],
