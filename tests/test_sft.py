@@ -169,3 +169,11 @@ def test_the_controls_loss_is_that_of_next_tokens_over_the_completions(
         total, count = total + float(ce[len(prompt) - 1 :].sum()), count + len(ids) - len(prompt)
     assert int(batch["ar_divisor"]) == count
     assert got.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_what_the_turns_are_like_is_said(convert_tiny, write_jsonl, tmp_path, capsys):
+    rows = [*PAIRS, {"prompt": "a?", "completion": " b" * 60}]
+    sft(str(convert_tiny()), recipe_for(write_jsonl("rows.jsonl", rows)), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "13 turns of 10 tokens in the middle, 121 at most; 0 without an end token" in said
+    assert "1 rows over data.max_length 64 are cut" in said

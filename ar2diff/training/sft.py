@@ -4,8 +4,8 @@ our loss trains on it; `objective.kind: ar` is the control, the AR base tuned on
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     if recipe.peft is not None or is_adapter(path):
         check_base(path, spec)
     recipe = continued(recipe, spec)
-    if "overlong" not in recipe.data.model_fields_set:
+    if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})
     rows = read_conversations(recipe)
     check_rows(len(rows))
@@ -170,18 +170,20 @@ def make_sft_trainer(
             "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
         ) from error
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        print(described(trainer.train_dataset.answers(), recipe), file=sys.stderr)
     return trainer
 
 
-def answers_of(trainer: Any) -> dict[str, Any]:
-    """What the supervised turns are like, for the log and the record."""
-    found: Answers = trainer.train_dataset.answers()
-    lengths = sorted(found.lengths)
-    return {
-        **{k: v for k, v in asdict(found).items() if k != "lengths"},
-        "median_length": lengths[len(lengths) // 2] if lengths else 0,
-        "longest": lengths[-1] if lengths else 0,
-    }
+def described(answers: Answers, recipe: Recipe) -> str:
+    """What the supervised turns are like, in a line."""
+    lengths = sorted(answers.lengths) or [0]
+    over = {"drop": "left out", "truncate": "cut"}[recipe.data.overlong]
+    return (
+        f"{answers.turns} turns of {lengths[len(lengths) // 2]} tokens in the middle, "
+        f"{lengths[-1]} at most; {answers.turns - answers.ended} without an end token; "
+        f"{answers.cut} rows over data.max_length {recipe.data.max_length} are {over}"
+    )
 
 
 def chat_template(tokenizer: Any, recipe: Recipe) -> str:
