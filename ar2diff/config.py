@@ -87,11 +87,22 @@ class Source(_Section):
     split: str = Field("train", description="Hub: split")
 
 
+class Columns(_Section):
+    """sft: where a row holds what: a column's name, or a text with columns in {braces}."""
+
+    prompt: str | None = Field(
+        None, description="sft: a column, or a text with {columns}; null: prompt"
+    )
+    completion: str | None = Field(None, description="likewise")
+    messages: str | None = Field(None, description="sft: a column; null: messages")
+
+
 class Data(_Section):
     """What is trained on."""
 
     sources: tuple[Source, ...] = ()
     text_field: str = "text"
+    columns: Columns = Columns()
     max_length: int = Field(512, gt=1, description="tokens of a row")
     overlong: Literal["split", "truncate", "drop"] = Field(
         "split", description="longer documents; sft: longer rows, never split"

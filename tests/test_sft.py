@@ -116,6 +116,47 @@ def test_a_bad_row_is_named(write_jsonl, line, what):
     assert what in error.value.what and "row" in error.value.what
 
 
+GSM = {"question": "2 + 2?", "answer": "4", "prompt": "other", "messages": "no"}
+QUESTION = r'data.columns.prompt="Question: {question}\nAnswer:"'
+ANSWER = 'data.columns.completion=" {answer}"'
+
+
+@pytest.mark.parametrize(
+    "columns, wanted",
+    [
+        (
+            ["data.columns.prompt=question", "data.columns.completion=answer"],
+            {"prompt": "2 + 2?", "completion": "4"},
+        ),
+        ([QUESTION, ANSWER], {"prompt": "Question: 2 + 2?\nAnswer:", "completion": " 4"}),
+    ],
+)
+def test_columns_say_what_is_prompt_and_completion(write_jsonl, columns, wanted):
+    data = write_jsonl("rows.jsonl", [GSM])
+    assert read_conversations(recipe_for(data, *columns)) == [wanted]
+
+
+def test_columns_say_where_the_messages_are(write_jsonl):
+    data = write_jsonl("rows.jsonl", [{"dialogue": CHATS[0]["messages"], "text": "a"}])
+    assert read_conversations(recipe_for(data, "data.columns.messages=dialogue")) == CHATS[:1]
+
+
+@pytest.mark.parametrize(
+    "columns, what",
+    [
+        ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
+        ("data.columns.prompt='{task}'", "the row has no column 'task'"),
+        ("data.columns.prompt='{number} {question}'", "number is empty or no text"),
+        ("data.columns.prompt=number", "prompt or completion is empty or no text"),
+    ],
+)
+def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):
+    data = write_jsonl("rows.jsonl", [{**GSM, "number": 3}])
+    with pytest.raises(Ar2DiffError) as error:
+        read_conversations(recipe_for(data, columns, "data.columns.completion=answer"))
+    assert what in error.value.what
+
+
 def test_rows_of_several_formats_are_refused(write_jsonl):
     with pytest.raises(Ar2DiffError, match="several formats"):
         read_conversations(recipe_for(write_jsonl("rows.jsonl", [*PAIRS, *CHATS])))

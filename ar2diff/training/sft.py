@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from ..adapters import add_adapter, check_base
 from ..attention import Slots
 from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
+from ..columns import arranged
 from ..config import Recipe, with_values
 from ..convert import convert, end_token
 from ..errors import Ar2DiffError, first_line
@@ -250,7 +251,7 @@ def _conversation(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise Ar2DiffError(f"{where} is not JSON ({error.msg})", "mend or remove it") from None
-    row = row if isinstance(row, dict) else {}
+    row = arranged(row if isinstance(row, dict) else {}, recipe.data.columns, where)
     if "messages" in row:
         messages = row["messages"]
         said = [
@@ -278,5 +279,5 @@ def _conversation(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
     raise Ar2DiffError(
         f"{where} has neither messages nor prompt and completion nor {field!r} "
         f"(it has {', '.join(row) or 'nothing'})",
-        "see the data formats of trl's SFTTrainer",
+        "see data.columns in 'ar2diff config schema data'",
     )
