@@ -21,7 +21,7 @@ from ar2diff.convert import convert
 from ar2diff.data import Collator, Piece, Rows, pieces
 from ar2diff.sources import Documents
 from ar2diff.training.adapt import adapt, make_plan
-from ar2diff.training.denoising import parameter_kinds
+from ar2diff.training.running import parameter_kinds
 from ar2diff.training.trainer import AdaptTrainer, make_trainer
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
