@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from .builds import check_locks
 from .errors import Ar2DiffError, first_line
 from .ranks import CHOSEN, STOPPED, search_path
 
@@ -226,6 +227,7 @@ def _check_machine(strategy: str) -> None:
             f"--launch {strategy}: DeepSpeed compiles for CPUs, and {missing[0]} is not on PATH",
             "install it (pip install ninja)" if missing[0] == "ninja" else "install g++",
         )
+    check_locks()
 
 
 def _accelerators() -> int | None:

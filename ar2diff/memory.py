@@ -9,6 +9,9 @@ saved tensors are counted.
     buckets      of the communication
     activations  of one micro-batch, kept for the backward pass
     logits       of the masked tokens and the AR loss's; no other row reaches the head
+
+Besides `loading`: main memory in which each process holds all weights before they are sharded, for
+the conversion and its probe work on whole ones, under ZeRO-3 and FSDP2 too.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "parameters": sum(shape.frozen) + sum(n for n, _ in shape.trained),
         "trainable_parameters": sum(n for n, _ in shape.trained),
         "processes": processes,
+        "loading": parts["one"]["weights"],
         "bytes": {name: {**part, "total": sum(part.values())} for name, part in parts.items()},
     }
 

@@ -56,4 +56,8 @@ def table(result: dict) -> str:
     for part in result["bytes"][strategies[0]]:
         values = [result["bytes"][name][part] / 1e6 for name in strategies]
         lines.append(f"{part:12}" + "".join(f"{value:12,.1f}" for value in values))
+    lines.append(
+        f"First each process loads all weights: {result['loading'] / 1e6:,.1f} MB of main memory, "
+        "whatever shards them later."
+    )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command line, whose processes write down what each of them holds: for `test_launch.py`.
+"""The command line, whose processes write down what each of them holds: for `test_processes.py`.
 
 python tests/launched.py FOLDER adapt ... --launch zero2 --num-processes 2
 """
@@ -52,7 +52,7 @@ def watch(folder: Path) -> None:
             notes = {
                 "engine": type(trainer.model_wrapped).__name__,
                 "processes": torch.distributed.get_world_size(),
-                "kind": trainer.accelerator.distributed_type.value,
+                "optimizer": type(optimizer).__name__,
                 "parameters": numel(getattr(p, "ds_tensor", p) for p in parameters),
                 "whole": numel(p for p in parameters),
                 "moments": numel(x for x in state if x.ndim),

@@ -1,0 +1,518 @@
+"""Runs in several processes: that DDP and ZeRO really cut what they say and train as one process
+does, and what a kill, a SIGTERM and an error do. What is refused before: `test_launch.py`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ar2diff.builds import check_locks
+from ar2diff.config import load_recipe, with_values
+from ar2diff.errors import Ar2DiffError
+from ar2diff.training.adapt import adapt
+from ar2diff.training.sharding import deepspeed_config
+
+HERE = Path(__file__).resolve().parent
+STEPS, ROWS = 10, 8  # rows of an optimizer step, over all processes
+RECIPE = [
+    "convert.block_length=4",
+    "data.max_length=32",
+    f"train.max_steps={STEPS}",
+    "train.learning_rate=0.003",
+    "train.logging_steps=1",
+    "train.save_steps=2",
+]
+LORA = ["peft.r=4", "convert.block_length=8", "train.learning_rate=0.02"]
+QLORA = [*LORA, "quantization.kind=nf4"]
+KINDS = {  # the verb, and its recipe besides RECIPE; all but the first start from a converted model
+    "adapt": ("adapt", []),
+    "adapt lora": ("adapt", LORA),
+    "sft": ("sft", []),
+    "sft lora": ("sft", LORA),
+    "adapt qlora": ("adapt", QLORA),
+}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+WORDS = "the cat sat on a mat and saw one big red dog run to his old house".split()
+
+
+@pytest.fixture(scope="session")
+def data_for(tmp_path_factory):
+    """Texts for `adapt`, prompts with completions for `sft`."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data")
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    rows = {
+        "adapt": [{"text": words(3, 18)} for _ in range(120)],
+        "sft": [{"prompt": words(2, 5), "completion": f" {words(1, 4)}"} for _ in range(120)],
+    }
+    files = {verb: folder / f"{verb}.jsonl" for verb in rows}
+    for verb, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[verb]))
+    return files
+
+
+@pytest.fixture(scope="session")
+def deepspeed_built():
+    """DeepSpeed's communication for CPUs, compiled once; skips where that cannot be done."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'ar2diff[dev]'")
+    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+    for tool in ("ninja", "g++"):
+        if shutil.which(tool, path=path) is None:
+            pytest.skip(f"{tool} is not on PATH, and DeepSpeed compiles with it")
+    check_locks()
+    code = "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as B; B().load()"
+    env = {**ENV, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def arguments_of(tiny_checkpoint, convert_tiny, data_for):
+    """Factory: the command line of a kind of run, in a number of processes."""
+
+    def arguments(kind: str, output_dir: Path, processes: int, *more: str) -> list[str]:
+        verb, settings = KINDS[kind]
+        model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
+        batch = f"train.per_device_train_batch_size={ROWS // processes}"
+        named = [str(model), "--data", str(data_for[verb]), "--output-dir", str(output_dir)]
+        return [verb, *named, *RECIPE, *settings, batch, *more]
+
+    return arguments
+
+
+def launched(folder: Path, *arguments: str) -> list[str]:
+    """A command whose processes leave notes in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [sys.executable, str(HERE / "launched.py"), str(folder), *arguments]
+
+
+def notes_in(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*"))]
+
+
+@pytest.fixture(scope="session")
+def train_alone(tiny_checkpoint, convert_tiny, data_for, tmp_path_factory):
+    """Factory: train_alone("sft") is (folder, losses) of a run in this process. Made once."""
+
+    @functools.cache
+    def train(kind: str) -> tuple[Path, list[float]]:
+        verb, settings = KINDS[kind]
+        batch = f"train.per_device_train_batch_size={ROWS}"
+        recipe = load_recipe(None, [*RECIPE, *settings, batch])
+        recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
+        run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
+        model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
+        folder = tmp_path_factory.mktemp("alone") / "out"
+        run(str(model), recipe, folder)
+        state = folder / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json"
+        history = json.loads(state.read_text())["log_history"]
+        return folder, [row["loss"] for row in history if "loss" in row]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def train_in_two(request, arguments_of, tmp_path_factory):
+    """Factory: train_in_two("zero2", "sft") is (folder, notes of each process) of a run in two
+    processes. Made once."""
+
+    @functools.cache
+    def train(strategy: str, kind: str) -> tuple[Path, list[dict]]:
+        if strategy.startswith("zero"):
+            request.getfixturevalue("deepspeed_built")
+        folder = tmp_path_factory.mktemp(strategy)
+        arguments = arguments_of(kind, folder / "out", 2, "--launch", strategy)
+        command = launched(folder, *arguments, "--num-processes", "2", "--json")
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == STEPS  # nothing else is on stdout
+        return folder / "out", notes_in(folder)
+
+    return train
+
+
+def weights_of(folder: Path) -> Path:
+    adapter = folder / "adapter_model.safetensors"
+    return adapter if adapter.exists() else folder / "model.safetensors"
+
+
+def apart(a: Path, b: Path) -> float:
+    """Largest difference of two folders' weights, in parts of the tensor's largest."""
+    one, other = load_file(weights_of(a)), load_file(weights_of(b))
+    assert one.keys() == other.keys()
+    return max(((one[n] - other[n]).abs().max() / one[n].abs().max()).item() for n in one)
+
+
+PARAMETERS = 35232  # of the tiny checkpoint with its mask row
+NORMS = 5 * 32  # so few elements that ZeRO-3 keeps them whole beside the shards
+HELD = {  # by a process, of PARAMETERS: weights, gradients, masters, moments
+    "ddp": (1, 1, 0, 2),
+    "zero1": (1, 1 / 2, 1 / 2, 1),
+    "zero2": (1, 1 / 2, 1 / 2, 1),
+    "zero3": (1 / 2, 1 / 2, 1 / 2, 1),
+}
+# Each strategy once with every test run, two with each verb: what depends on the strategy (how
+# weights are cut, gathered, saved) is the same code for both verbs, what depends on the verb (which
+# rows a process gets, divisors) for all strategies. ZeRO-3 with sft is below, under LoRA. The other
+# four combinations are slow tests.
+OFTEN = {("ddp", "sft"), ("zero1", "adapt"), ("zero2", "sft"), ("zero3", "adapt")}
+
+
+@pytest.mark.parametrize(
+    "strategy,kind",
+    [
+        pytest.param(strategy, kind, marks=() if (strategy, kind) in OFTEN else pytest.mark.slow)
+        for strategy in HELD
+        for kind in ("adapt", "sft")
+    ],
+)
+def test_two_processes_cut_what_they_say_and_train_as_one(
+    train_in_two, train_alone, strategy, kind
+):
+    folder, notes = train_in_two(strategy, kind)
+    alone, losses = train_alone(kind)
+    assert len(notes) == 2
+    for note in notes:
+        assert note["processes"] == 2
+        zero = strategy.startswith("zero")
+        assert note["engine"] == ("DeepSpeedEngine" if zero else "DistributedDataParallel")
+        held = [note[name] for name in ("parameters", "gradients", "masters", "moments")]
+        assert held == [part * PARAMETERS for part in HELD[strategy]]
+        assert note["whole"] == (NORMS if strategy == "zero3" else PARAMETERS)
+        assert len(note["losses"]) == STEPS
+        assert note["losses"] == pytest.approx(losses, rel=1e-4)
+    assert apart(folder, alone) < 1e-4
+    config = json.loads((folder / "config.json").read_text())
+    assert config == json.loads((alone / "config.json").read_text())
+
+
+def test_lora_trains_on_zero3_as_in_one_process(train_in_two, train_alone):
+    folder, notes = train_in_two("zero3", "sft lora")
+    alone, losses = train_alone("sft lora")
+    record = json.loads((alone / "ar2diff.json").read_text())
+    assert [note["processes"] for note in notes] == [2, 2]
+    for note in notes:
+        assert note["losses"] == pytest.approx(losses, rel=1e-4)
+        trained = record["trainable_parameters"]
+        assert note["moments"] == pytest.approx(trained, rel=0.01)  # half of two each, padded
+        assert note["parameters"] < 0.55 * record["parameters"]
+    assert losses[-1] < losses[0]
+    assert apart(folder, alone) < 1e-3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+def test_qlora_trains_in_two_processes_as_in_one(train_in_two, train_alone):
+    folder, notes = train_in_two("ddp", "adapt qlora")
+    alone, losses = train_alone("adapt qlora")
+    record = json.loads((alone / "ar2diff.json").read_text())
+    for note in notes:
+        assert note["processes"] == 2
+        assert note["parameters"] < 0.8 * record["parameters"]  # two weights a byte
+        assert note["moments"] == 2 * record["trainable_parameters"]
+        assert note["losses"] == pytest.approx(losses, rel=1e-4)
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    assert apart(folder, alone) < 1e-3
+
+
+def processes_under(pid: int) -> list[int]:
+    """The processes that a launcher started (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=ENV, text=True, start_new_session=True, **pipes)
+
+
+def await_step(process: subprocess.Popen, step: int) -> None:
+    for line in process.stderr:
+        if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
+            return
+    raise AssertionError("the run ended before it was to be killed")
+
+
+def await_saving(process: subprocess.Popen, run_dir: Path) -> None:
+    """Until a checkpoint is being written."""
+    while process.poll() is None and not (run_dir / ".partial").exists():
+        time.sleep(0.001)
+
+
+def await_end(pids: Sequence[int]) -> None:
+    """Until processes are no more; they are no children of ours."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
+
+
+def check_checkpoints(run_dir: Path) -> None:
+    """Whatever is called a checkpoint is whole."""
+    for saved in run_dir.glob("checkpoint-*"):
+        assert load_file(weights_of(saved))
+        json.loads((saved / "trainer_state.json").read_text())
+        states = [*saved.rglob("*optim*.pt")]  # ZeRO: one of each process
+        assert states
+        for state in states:
+            torch.load(state, weights_only=False, map_location="cpu")
+
+
+def kill(process: subprocess.Popen, victim: str) -> None:
+    """SIGKILL a launcher or one of its two processes; all of them end, and the reason is said."""
+    children = processes_under(process.pid)
+    assert len(children) == 2
+    pids = {"the launcher": process.pid, "process 0": children[0], "process 1": children[1]}
+    os.kill(pids[victim], signal.SIGKILL)
+    said = process.communicate()[1]
+    await_end(children)
+    if victim == "the launcher":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 2
+        assert re.search(r"^error: process \d was killed \(SIGKILL\)\n  fix: .*\n\Z", said, re.M)
+
+
+def kill_and_resume(command: list[str], run: Path, whole: Path, seed: int) -> None:
+    """SIGKILL the launcher or one of its two processes after a random step, with an odd seed while
+    a checkpoint is written; a resumed run ends with the bits of one that was left alone."""
+    rng = random.Random(seed)
+    step, victim = rng.randint(1, STEPS - 3), rng.choice(["the launcher", "process 0", "process 1"])
+    odd = " and at the next save" if seed % 2 else ""
+    print(f"kill seed {seed}: SIGKILL to {victim} after step {step}{odd}")
+    process = started(command)
+    await_step(process, step)
+    if seed % 2:
+        await_saving(process, run / "checkpoints")
+    kill(process, victim)
+    check_checkpoints(run / "checkpoints")
+    subprocess.run([*command, "--resume"], check=True, env=ENV, capture_output=True)
+    assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
+
+
+KILLED = {"ddp": "sft", "zero1": "adapt", "zero2": "sft", "zero3": "sft lora"}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+class TestKilledInTwo:
+    @pytest.fixture
+    def kill_one(self, train_in_two, arguments_of, tmp_path) -> Callable[[str, int], None]:
+        def run(strategy: str, seed: int) -> None:
+            whole, _ = train_in_two(strategy, KILLED[strategy])
+            arguments = arguments_of(KILLED[strategy], tmp_path / "out", 2, "--launch", strategy)
+            command = launched(tmp_path, *arguments, "--num-processes", "2")
+            kill_and_resume(command, tmp_path / "out", whole, seed)
+
+        return run
+
+    def test_a_killed_run_resumes_to_the_same_bits(self, kill_one):
+        kill_one("zero2", seed=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("strategy", KILLED)
+    def test_twenty_kills_resume_to_the_same_bits(self, kill_one, strategy, seed):
+        kill_one(strategy, seed)
+
+    def test_sigterm_saves_and_exits(self, arguments_of, tmp_path):
+        arguments = arguments_of("adapt", tmp_path / "out", 2, "--launch", "ddp")
+        command = launched(tmp_path, *arguments, "--num-processes", "2")
+        process = started([*command, "train.max_steps=2000", "train.save_steps=2000"])
+        await_step(process, 3)
+        process.terminate()
+        said = process.communicate()[1]
+        assert process.returncode == 128 + signal.SIGTERM
+        stopped = re.findall(r"^stopped by SIGTERM after step (\d+), which is saved", said, re.M)
+        assert len(stopped) == 1
+        assert "Traceback" not in said
+        saved = tmp_path / "out" / "checkpoints" / f"checkpoint-{stopped[0]}"
+        assert load_file(saved / "model.safetensors")
+        assert not (tmp_path / "out" / "config.json").exists()
+
+
+# `test_training.py` kills `adapt` in one process.
+ALONE = [sys.executable, "-m", "ar2diff.cli"]
+LONGER = ["train.max_steps=120", "train.save_steps=3", "--resume"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(arguments_of, tmp_path_factory):
+    """Factory: folder of a LONGER run in one process. Made once."""
+
+    @functools.cache
+    def run(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "out"
+        command = [*ALONE, *arguments_of(kind, folder, 1, *LONGER)]
+        subprocess.run(command, check=True, env=ENV, capture_output=True)
+        return folder
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["sft", "sft lora", "adapt lora"])
+def test_two_kills_in_one_process_resume_to_the_same_bits(
+    uninterrupted, arguments_of, tmp_path, kind, seed
+):
+    run, whole = tmp_path / "out", uninterrupted(kind)
+    command = [*ALONE, *arguments_of(kind, run, 1, *LONGER)]
+    moments = sorted(random.Random(seed).sample(range(2, 110), 2))
+    print(f"kill seed {seed}: SIGKILL to {kind} after steps {moments}, the second at a save")
+    for number, step in enumerate(moments):
+        process = started(command)
+        await_step(process, step)
+        if number:
+            await_saving(process, run / "checkpoints")
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        check_checkpoints(run / "checkpoints")
+    subprocess.run(command, check=True, env=ENV, capture_output=True)
+    assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["adapt", "sft lora"])
+def test_sigterm_saves_and_exits_in_one_process(
+    train_alone, tiny_checkpoint, convert_tiny, data_for, tmp_path, monkeypatch, kind
+):
+    from ar2diff.training.denoising import Denoising
+
+    verb, settings = KINDS[kind]
+    settings = [*RECIPE, *settings, f"train.per_device_train_batch_size={ROWS}"]
+    recipe = load_recipe(None, [*settings, "train.save_steps=100"])
+    recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
+    run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
+    model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
+    loss = Denoising.denoising_loss
+
+    def terminated_in_step_3(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(Denoising, "denoising_loss", terminated_in_step_3)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        run(str(model), recipe, tmp_path / "out")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-3"]
+    monkeypatch.undo()
+    run(str(model), recipe, tmp_path / "out", resume=True)
+    assert apart(train_alone(kind)[0], tmp_path / "out") == 0
+
+
+def test_an_error_of_two_processes_is_said_once(arguments_of, tiny_checkpoint, tmp_path):
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:9000])
+    verb, _, *rest = arguments_of("adapt", tmp_path / "out", 2)
+    options = ["--launch", "ddp", "--num-processes", "2"]
+    command = launched(tmp_path, verb, str(model), *rest, *options)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* is cut short or damaged\n  fix: .*\n", done.stderr)
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_with_another_sharding_is_refused(train_in_two, tiny_checkpoint, data_for, tmp_path):
+    folder, _ = train_in_two("zero1", "adapt")
+    batch = f"train.per_device_train_batch_size={ROWS // 2}"
+    recipe = load_recipe(None, [*RECIPE, batch, "train.gradient_accumulation_steps=2"])
+    recipe = with_values(recipe, data={"sources": [str(data_for["adapt"])]})
+    shutil.copytree(folder, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
+    record["recipe"] = recipe.model_dump(mode="json")
+    (tmp_path / "out" / "ar2diff.json").write_text(json.dumps(record))
+    with pytest.raises(Ar2DiffError, match="another sharding: zero1 x 2, now None"):
+        adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_two_nodes(arguments_of, folder: Path, strategy: str, kind: str, flags: list[str]) -> None:
+    """Two commands on loopback, a process each; `{rank}` in a flag is the node's number."""
+    nodes = []
+    for rank in range(2):
+        told = [flag.format(rank=rank) for flag in flags]
+        options = ["--launch", strategy, "--num-processes", "1", "--", "--nnodes", "2", *told]
+        arguments = arguments_of(kind, folder / "out", 2, *options)
+        nodes.append(started(launched(folder / "notes", *arguments)))
+    said = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    notes = notes_in(folder / "notes")
+    assert [note["processes"] for note in notes] == [2, 2]
+    assert notes[0]["losses"] == notes[1]["losses"]
+
+
+def test_two_nodes_with_ranks_train_as_two_processes(train_in_two, arguments_of, tmp_path):
+    flags = ["--node-rank", "{rank}", "--master-addr", "127.0.0.1"]
+    flags += ["--master-port", str(free_port())]
+    run_two_nodes(arguments_of, tmp_path, "ddp", "sft", flags)
+    assert apart(tmp_path / "out", train_in_two("ddp", "sft")[0]) == 0
+
+
+@pytest.mark.slow
+def test_two_nodes_at_a_rendezvous_train_as_two_processes(train_in_two, arguments_of, tmp_path):
+    flags = ["--rdzv-backend", "c10d", "--rdzv-id", "two"]
+    flags += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    run_two_nodes(arguments_of, tmp_path, "zero2", "adapt", flags)
+    assert {note["moments"] for note in notes_in(tmp_path / "notes")} == {PARAMETERS}
+    assert apart(tmp_path / "out", train_in_two("zero2", "adapt")[0]) == 0
+
+
+@pytest.mark.slow
+def test_an_accelerate_file_runs_its_processes(train_in_two, arguments_of, tmp_path):
+    (tmp_path / "a.yaml").write_text("{distributed_type: MULTI_GPU, num_processes: 2}")
+    arguments = arguments_of("adapt", tmp_path / "out", 2, "--launch", str(tmp_path / "a.yaml"))
+    command = launched(tmp_path, *arguments)
+    subprocess.run(command, check=True, env=ENV, capture_output=True)
+    assert [note["processes"] for note in notes_in(tmp_path)] == [2, 2]
+    assert apart(tmp_path / "out", train_in_two("ddp", "adapt")[0]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("steps_with", ["AdamW", "DeepSpeedCPUAdam"])
+def test_a_deepspeed_file_offloads(
+    train_alone, arguments_of, deepspeed_built, tmp_path, stage, steps_with
+):
+    config = deepspeed_config(stage)
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if steps_with == "AdamW":  # else accelerate puts DeepSpeed's own in its place, and compiles it
+        config["zero_force_ds_cpu_optimizer"] = False
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    options = ["--launch", str(tmp_path / "ds.json"), "--num-processes", "2"]
+    arguments = arguments_of("adapt", tmp_path / "out", 2, *options)
+    subprocess.run(launched(tmp_path, *arguments), check=True, env=ENV, capture_output=True)
+    assert {note["optimizer"] for note in notes_in(tmp_path)} == {steps_with}
+    assert apart(tmp_path / "out", train_alone("adapt")[0]) < 1e-4
