@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import Ar2DiffError, first_line
+from .sections import Rl
 
 
 class _Section(BaseModel):
@@ -212,6 +213,7 @@ class Recipe(_Section):
     eval: Eval = Eval()
     peft: Peft | None = None
     quantization: Quantization | None = None
+    rl: Rl | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from .generate import generate
 from .memory import memory
 from .merge import merge
 from .recipes import recipes_app
+from .rl import rl
 from .sft import sft
 
 USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("adapt")(adapt)
 app.command("sft")(sft)
+app.command("rl")(rl)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate_command)

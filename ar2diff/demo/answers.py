@@ -16,10 +16,12 @@ from .corpus import corpus, prompt, text
 def answers(
     count: int, seed: int, levels: Sequence[int], split: str = "train"
 ) -> Iterator[dict[str, str]]:
-    """Rows of `prompt` and `completion`; the two together are a story of the corpus."""
+    """Rows of `prompt` and `completion`, a story of the corpus in two, and `answer`, the right
+    number."""
     for example in corpus(count, seed, tuple(levels), split):
         question = prompt(example)
-        yield {"prompt": question, "completion": text(example).removeprefix(question)}
+        completion = text(example).removeprefix(question)
+        yield {"prompt": question, "completion": completion, "answer": str(example["answer"])}
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             shown = " ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in logs.items()
+                for name, value in self.trainer.shown(logs).items()
                 if name not in ("epoch", "total_flos")
             )
             print(

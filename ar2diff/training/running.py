@@ -20,6 +20,17 @@ from .sharding import check_engine
 class Running:
     """Checkpoints are whole or absent; needs `self.recipe`."""
 
+    def save_rank(self, folder: Path) -> None:
+        """What a rank adds to a checkpoint that is being written."""
+
+    def shown(self, logs: dict[str, float]) -> dict[str, float]:
+        """What of the logs a line has room for."""
+        return logs
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's record says besides its tokens."""
+        return {}
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with the recipe's factors on the learning rate of kinds of parameters."""
         optimizer = super().create_optimizer(model)
@@ -59,6 +70,7 @@ class Running:
         try:
             with disk_errors(run_dir):
                 super()._save_checkpoint(model, trial)
+                self.save_rank(stage / f"checkpoint-{self.state.global_step}")
         finally:
             self.args.output_dir = str(run_dir)
         self.accelerator.wait_for_everyone()

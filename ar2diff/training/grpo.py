@@ -1,0 +1,337 @@
+"""Diffusion-GRPO: trl's GRPOTrainer with our rollouts and log-probabilities. Advantages, ratios,
+clipping, KL, rewards, references and logs are trl's."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from ..checkpoint import Checkpoint
+from ..config import Recipe
+from ..decoding import causal_spec
+from ..errors import Ar2DiffError
+from ..estimators import score
+from ..evaluation import suppressed_of
+from ..rollouts import Rollout, sample
+from ..seeds import content_key, keyed_generator
+from .running import Running
+
+SHOWN = (
+    "loss", "reward", "rewards/", "completions/mean_length", "stop_rate", "tokens_per_forward",
+    "kl", "entropy", "clip_ratio/region_mean", "frac_reward_zero_std", "estimator_spread",
+    "grad_norm", "learning_rate", "generation_share", "step_time",
+)  # fmt: skip
+STATE = "rollouts-{}"  # of a rank, in a checkpoint
+
+
+class DiffusionGRPOTrainer(Running, GRPOTrainer):
+    """Group-relative policy optimisation of a converted model; with `objective.kind: ar` of an AR
+    one, the control.
+
+    Args:
+        rows: with `prompt` (text, or messages), and the columns that rewards read.
+        rewards: functions of trl's signature, or reward models.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        args: GRPOConfig,
+        rows: Dataset,
+        rewards: list[Any],
+        **kwargs: Any,
+    ):
+        self.recipe, self.checkpoint = recipe, checkpoint
+        self.diffusion = checkpoint.spec or causal_spec(checkpoint.model)
+        self.suppressed = suppressed_of(checkpoint).to(args.device)
+        self._rollouts: list[Rollout] = []  # that the next scores are of
+        self._good: Tensor | None = None  # [B], for spg
+        self._generation_seconds = 0.0
+        GRPOTrainer.__init__(
+            self,
+            model=checkpoint.model,
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=rows,
+            processing_class=checkpoint.tokenizer,
+            **kwargs,
+        )
+        self.eos_token_ids = list(checkpoint.end_ids)
+        check_reference(self.ref_model, checkpoint)
+
+    # Rollouts
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], None]:
+        start = time.perf_counter()
+        first = self.accelerator.process_index * len(prompt_ids)
+        key = (self.args.seed, self._step, int(self.model.training))
+        # Of the place in the global batch: neither ranks nor shuffles move a row's noise.
+        seeds = [content_key([*key, first + n]) % 2**62 for n in range(len(prompt_ids))]
+        rl = self.recipe.rl
+        settings = {
+            "temperature": 1.0, "max_new_tokens": rl.max_completion_length,
+            "mode": "ar" if rl.estimator == "ar" else "diffusion", **rl.sampler,
+        }  # fmt: skip
+        training = self.model.training
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ),
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            self.checkpoint.model.eval()
+            try:
+                self._rollouts = sample(
+                    self.checkpoint, prompt_ids, seeds, settings, rl.rollout_batch_size
+                )
+            finally:
+                self.checkpoint.model.train(training)
+        self._note_rollouts(time.perf_counter() - start)
+        return [rollout.answer_ids for rollout in self._rollouts], None
+
+    def _note_rollouts(self, seconds: float) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        ends = [r.answer_ids[-1] in self.eos_token_ids for r in self._rollouts]
+        rates = [r.answer / r.forwards for r in self._rollouts]
+        both = torch.tensor([[sum(ends), sum(rates)]], device=self.accelerator.device)
+        stops, rate = (self.accelerator.gather(both).sum(0) / len(ends)).tolist()
+        world = self.accelerator.num_processes
+        metrics["stop_rate"].append(stops / world)
+        metrics["tokens_per_forward"].append(rate / world)
+        self._generation_seconds += seconds
+
+    # Scores
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, C] log-probabilities by the recipe's estimator of `self._rollouts`, on the canvas of
+        the rollout with the noise of its seed; for old, new and reference policy alike."""
+        size = batch_size or len(input_ids)
+        logps, entropies = [], []
+        for first in range(0, len(input_ids), size):
+            rollouts = self._rollouts[first : first + size]
+            with self.accelerator.autocast():
+                scores = score(
+                    model, rollouts, self.recipe.rl, self.diffusion, self.suppressed,
+                    self.accelerator.unwrap_model(model), logits_to_keep,
+                )  # fmt: skip
+            good = None if self._good is None else self._good[first : first + size]
+            logps.append(scores.per_token(good))
+            entropies.append(scores.entropies())
+            if compute_entropy:
+                spread = self.accelerator.gather(scores.spread().detach()).mean().item()
+                self._metrics["train"]["estimator_spread"].append(spread)
+        self._logps = torch.cat(logps)
+        return self._logps, torch.cat(entropies) if compute_entropy else None, None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._good = None
+        output = super()._generate_and_score_completions(inputs)
+        rollouts = self._rollouts
+        length = max(len(r.ids) for r in rollouts)
+        canvas = torch.zeros(len(rollouts), 2, length, dtype=torch.long)
+        for row, rollout in enumerate(rollouts):
+            canvas[row, :, : len(rollout.ids)] = torch.stack([rollout.ids, rollout.step])
+        numbers = [[len(r.ids), r.prompt, r.answer, r.seed] for r in rollouts]
+        output["canvas"], output["canvas_of"] = canvas, torch.tensor(numbers)
+        if self.recipe.rl.estimator == "spg":
+            output.pop("old_per_token_logps", None)  # it has no ratio
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        rl, inputs = self.recipe.rl, dict(inputs)
+        self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
+        self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
+        if not self.beta or rl.kl == "k3":
+            return super()._compute_loss(model, inputs)
+        beta, self.beta = self.beta, 0.0
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        return loss + beta * self._squared_kl(inputs) / self.current_gradient_accumulation_steps
+
+    def _squared_kl(self, inputs: dict[str, Any]) -> Tensor:
+        """(log p - log p_ref)^2 / 2 of sequences, divided by their tokens (ESPO, eq. 13)."""
+        mask = inputs["completion_mask"]
+        difference = ((self._logps - inputs["ref_per_token_logps"]) * mask).sum(1)
+        kl = (difference.square() / 2 / mask.sum(1).clamp(min=1)).mean()
+        self._metrics["train"]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
+        return kl
+
+    # The run
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        rl, args = self.recipe.rl, self.args
+        return Groups(
+            len(self.train_dataset),
+            groups=args.generation_batch_size // rl.num_generations,
+            size=rl.num_generations,
+            repeats=rl.num_iterations * args.steps_per_generation,
+            seed=args.seed,
+            generations=-(-args.max_steps * args.gradient_accumulation_steps
+                          // (rl.num_iterations * args.steps_per_generation)),
+        )  # fmt: skip
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-step; notes the share of an update's time that rollouts take."""
+        loss = super().training_step(*args, **kwargs)
+        if self._current_train_step_time == 0:  # an update is whole
+            metrics = self._metrics["train"]
+            metrics["generation_share"].append(self._generation_seconds / metrics["step_time"][-1])
+            self._generation_seconds = 0.0
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Print some completions when it is time."""
+        every = self.recipe.rl.show_steps
+        if every and self.state.global_step % every == 0 and self.is_world_process_zero():
+            show_completions(self._logs, self.state.global_step)
+        super().log(logs, start_time)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's record says besides."""
+        return {}
+
+    def shown(self, logs: dict[str, float]) -> dict[str, float]:
+        """What of the logs a line has room for."""
+        return {name: value for name, value in logs.items() if name.startswith(SHOWN)}
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """A training checkpoint has none."""
+
+    def save_rank(self, folder: Path) -> None:
+        """Each rank's rollouts in use, and how far it is with them."""
+        name = STATE.format(self.accelerator.process_index)
+        batches = self._buffered_inputs or []
+        tensors = {}
+        for number, batch in enumerate(batches):
+            for key, value in batch.items():
+                tensors[f"{number}.{key}"] = value.contiguous().clone()
+        save_file(tensors, folder / f"{name}.safetensors")
+        state = {"step": self._step, "batches": len(batches)}
+        (folder / f"{name}.json").write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE.format(self.accelerator.process_index)
+        state = json.loads(path.with_suffix(".json").read_text())
+        self._step = state["step"]
+        batches: list[dict[str, Tensor]] = [{} for _ in range(state["batches"])]
+        for name, value in load_file(path.with_suffix(".safetensors")).items():
+            number, _, key = name.partition(".")
+            batches[int(number)][key] = value.to(self.args.device)
+        self._buffered_inputs = batches or None
+
+
+def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
+    """Rollouts as they lie in a batch.
+
+    Args:
+        canvas: [B, 2, T] ids and steps. numbers: [B, 4] length, prompt, answer, seed.
+    """
+    rows = zip(canvas.cpu(), numbers.tolist(), strict=True)
+    return [
+        Rollout(ids[:length], prompt, answer, step[:length], seed)
+        for (ids, step), (length, prompt, answer, seed) in rows
+    ]
+
+
+class Groups(Sampler):
+    """Indices of prompts: `groups` of them, each `size` times, all that `repeats` times; a function
+    of the seed alone, without epochs, so that a resumed run goes on where it was."""
+
+    def __init__(
+        self, rows: int, *, groups: int, size: int, repeats: int, seed: int, generations: int
+    ):
+        self.rows, self.groups, self.size = rows, groups, size
+        self.repeats, self.seed, self.generations = repeats, seed, generations
+
+    def __len__(self) -> int:
+        return self.generations * self.groups * self.size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        stream = self._stream()
+        for _ in range(self.generations):
+            chosen = [next(stream) for _ in range(self.groups)]
+            for _ in range(self.repeats):
+                for index in chosen:
+                    yield from [index] * self.size
+
+    def _stream(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            generator = keyed_generator(self.seed, epoch)
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+            epoch += 1
+
+
+def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
+    """A table on stderr of the newest completions, with their rewards."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"step {step}", show_lines=True)
+    for name in ("prompt", "completion", *logs["rewards"], "advantage"):
+        table.add_column(name)
+    rewards = list(logs["rewards"].values())
+    rows = list(zip(logs["prompt"], logs["completion"], *rewards, logs["advantages"], strict=True))
+    for prompt, completion, *numbers in rows[-count:]:
+        texts = [text if isinstance(text, str) else text[-1]["content"]
+                 for text in (prompt, completion)]  # fmt: skip
+        table.add_row(*map(Text, texts), *(f"{number:.2f}" for number in numbers))
+    Console(file=sys.stderr).print(table)
+
+
+def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
+    """The reference policy must be the model as it began, not the AR model that it was made of.
+
+    Raises:
+        Ar2DiffError: it is another model.
+    """
+    if reference is None:
+        return
+    own, other = (
+        (getattr(m.config, "diffusion", None), getattr(m.config, "is_causal", None))
+        for m in (checkpoint.model, reference)
+    )
+    if own != other:
+        raise Ar2DiffError(
+            "the reference model is not the converted model that is trained",
+            "give the converted folder as the model",
+        )

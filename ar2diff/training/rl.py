@@ -1,0 +1,229 @@
+"""`rl`: a converted model, prompts and rewards in, a model that earns more out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig
+
+from ..adapters import add_adapter, check_base
+from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
+from ..columns import arranged
+from ..config import Recipe
+from ..decoding import CAUSAL
+from ..errors import Ar2DiffError
+from ..forward import context_length
+from ..options import resolve
+from ..ranks import check_rows, world_size
+from ..rewards import make_rewards
+from ..sources import find_file, read_lines
+from .adapt import Plan, adapt, continued
+from .grpo import DiffusionGRPOTrainer
+from .trainer import training_arguments
+
+
+def rl(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> dict[str, Any]:
+    """Tune a converted model (or, with `objective.kind: ar`, an AR one) by its rewards.
+
+    Args:
+        model, recipe, output_dir, flags: as of `adapt`.
+
+    Raises:
+        Ar2DiffError: something the user can mend; nothing was written.
+    """
+    return adapt(model, recipe, output_dir, prepare=make_rl_plan, **flags)
+
+
+def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
+    """Check settings, rewards and rows, load the model. Writes nothing."""
+    spec, control = read_spec(path), recipe.objective.kind == "ar"
+    if recipe.rl is None:
+        raise Ar2DiffError("the recipe has no rl section", "see 'ar2diff config schema rl'")
+    if spec is None and not control:
+        raise Ar2DiffError(
+            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
+        )
+    if recipe.peft is not None or is_adapter(path):
+        check_base(path, spec)
+    check_settings(recipe, spec)
+    recipe = continued(recipe, spec)
+    rewards = make_rewards(recipe.rl.rewards)
+    rows = read_prompts(recipe)
+    check_rows(len(rows))
+    checkpoint = load_checkpoint(
+        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
+    )
+    check_lengths(checkpoint, recipe, rows)
+    add_adapter(checkpoint, recipe)
+
+    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Any:
+        return make_rl_trainer(plan.checkpoint, plan.recipe, rows, rewards, run_dir, callbacks)
+
+    return Plan(checkpoint, recipe, None, [], trainer)
+
+
+def make_rl_trainer(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    rows: list[dict[str, Any]],
+    rewards: list[Any],
+    run_dir: Path,
+    callbacks: list[Any],
+) -> DiffusionGRPOTrainer:
+    """The trainer of a run on rows of `read_prompts`."""
+    rl = recipe.rl
+    args = training_arguments(
+        recipe,
+        run_dir,
+        kind=GRPOConfig,
+        num_generations=rl.num_generations,
+        max_completion_length=rl.max_completion_length,
+        temperature=rl.sampler.get("temperature", 1.0),
+        num_iterations=rl.num_iterations,
+        steps_per_generation=rl.steps_per_generation,
+        importance_sampling_level=rl.level,
+        loss_type=rl.loss_type,
+        epsilon=rl.epsilon,
+        epsilon_high=rl.epsilon_high,
+        scale_rewards=rl.scale_rewards,
+        beta=rl.beta,
+        use_bias_correction_kl=False,
+        mask_truncated_completions=rl.mask_truncated_completions,
+        reward_weights=[reward.weight for reward in rl.rewards],
+        disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
+    )
+    trainer = DiffusionGRPOTrainer(
+        checkpoint, recipe, args, Dataset.from_list(rows), rewards, callbacks=callbacks
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def check_settings(recipe: Recipe, spec: Any) -> None:
+    """Refuse what would be run wrongly, before anything is loaded.
+
+    Raises:
+        Ar2DiffError: naming the setting.
+    """
+    rl, spec = recipe.rl, spec or CAUSAL
+    if not rl.rewards:
+        raise Ar2DiffError(
+            "rl.rewards is empty", "name at least one: see 'ar2diff config schema rl'"
+        )
+    modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
+    mode = rl.sampler.get("mode", modes[0])
+    if mode not in modes:
+        raise Ar2DiffError(
+            f"rl.sampler.mode {mode} does not write what rl.estimator {rl.estimator} scores",
+            f"use mode {modes[0]}",
+        )
+    if rl.estimator == "ar" and not spec.ar_mode:
+        raise Ar2DiffError("rl.estimator ar: the model has no AR mode", "use another estimator")
+    if recipe.objective.kind == "ar" and rl.estimator != "ar":
+        raise Ar2DiffError(
+            f"rl.estimator {rl.estimator}: an AR model has its AR mode alone", "set it to ar"
+        )
+    if rl.prompt_mask and spec.attention != "full":
+        raise Ar2DiffError(
+            f"rl.prompt_mask: {spec.attention} attention shows blocks the clean prompt",
+            "set it to 0; it is for attention full",
+        )
+    if rl.sampler.get("block_length", spec.block_length) != spec.block_length:
+        raise Ar2DiffError(
+            "rl.sampler.block_length differs from the model's: it would be scored on another grid",
+            "leave it out",
+        )
+    if rl.sampler.get("remask") and rl.estimator == "trajectory":
+        raise Ar2DiffError(
+            "rl.sampler.remask: a token that is decided twice has no one step", "leave it out"
+        )
+    if recipe.peft is not None and recipe.peft.dropout:
+        raise Ar2DiffError(
+            "peft.dropout: two scores of one policy would differ, and the ratio be noise",
+            "set it to 0",
+        )
+    resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+    train = recipe.train
+    steps = rl.steps_per_generation or train.gradient_accumulation_steps
+    completions = train.per_device_train_batch_size * steps * world_size()
+    if completions % rl.num_generations:
+        raise Ar2DiffError(
+            f"{completions} completions of a generation are no multiple of rl.num_generations "
+            f"{rl.num_generations}",
+            "change train.per_device_train_batch_size or rl.num_generations",
+        )
+    if train.gradient_accumulation_steps % steps and steps % train.gradient_accumulation_steps:
+        raise Ar2DiffError(
+            f"rl.steps_per_generation {steps} and train.gradient_accumulation_steps "
+            f"{train.gradient_accumulation_steps}: an update would mix generations",
+            "make one a multiple of the other",
+        )
+
+
+def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+    """Refuse prompts that leave no room for a completion.
+
+    Raises:
+        Ar2DiffError: naming the first row.
+    """
+    tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model.config)
+    for number, row in enumerate(rows, 1):
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            count = len(tokenizer(prompt, verbose=False).input_ids)
+        else:
+            count = len(
+                tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            )
+        if longest is not None and count + recipe.rl.max_completion_length > longest:
+            raise Ar2DiffError(
+                f"prompt {number} has {count} tokens: with rl.max_completion_length "
+                f"{recipe.rl.max_completion_length} that is over the context of {longest}",
+                "remove it, or lower rl.max_completion_length",
+            )
+
+
+def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows of all sources with `prompt` (a text, or with `rl.chat` what the user says in it) and
+    the columns that rewards read.
+
+    Raises:
+        Ar2DiffError: naming the file and the row that has none.
+    """
+    if not recipe.data.sources:
+        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
+    rows: list[dict[str, Any]] = []
+    for source in recipe.data.sources:
+        path = find_file(source.path)
+        if path is None:
+            raise Ar2DiffError(f"data {source.path}: no such file", "rl reads local jsonl files")
+        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
+            if line.strip():
+                rows.append(_prompt(line, f"data {path}: row {number}", recipe))
+    if not rows:
+        raise Ar2DiffError("the data is empty", "give a file with rows")
+    return rows
+
+
+def _prompt(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise Ar2DiffError(f"{where} is not JSON ({error.msg})", "mend or remove it") from None
+    row = arranged(row if isinstance(row, dict) else {}, recipe.data.columns, where)
+    prompt = row.get("prompt")
+    chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
+    if not chat and not (isinstance(prompt, str) and prompt):
+        raise Ar2DiffError(
+            f"{where} has no prompt (it has {', '.join(row) or 'nothing'})",
+            "name its column: data.columns.prompt=COLUMN",
+        )
+    if recipe.rl.chat and not chat:
+        row["prompt"] = [{"role": "user", "content": prompt}]
+    return {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}

@@ -1,0 +1,11 @@
+"""`ar2diff rl`."""
+
+from __future__ import annotations
+
+from .training import training_verb
+
+rl = training_verb(
+    "rl",
+    "Tune a converted model by rewards: diffusion-GRPO.",
+    "runs/demo --recipe demo-rl --data questions.jsonl",
+)
