@@ -44,6 +44,16 @@ def _value(row: dict[str, Any], text: str, where: str) -> Any:
                 f"{where}: the row has no column {name!r} (it has {', '.join(row) or 'nothing'})",
                 "name one that it has; columns within a text stand in {braces}",
             )
-        if names and not (isinstance(row[name], str) and row[name]):
+        if names and not _text(row[name]):
             raise Ar2DiffError(f"{where}: {name} is empty or no text", "mend or remove the row")
-    return PLACE.sub(lambda place: row[place[1]], text) if names else row[text]
+    return PLACE.sub(lambda place: _text(row[place[1]]), text) if names else row[text]
+
+
+def _text(value: Any) -> str:
+    """A text or a number as it is, a list of them as "a, b and c"; empty for anything else."""
+    if isinstance(value, list):
+        *first, last = [_text(item) for item in value] or [""]
+        return f"{', '.join(first)} and {last}" if first and last else last
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return ""
+    return str(value)
