@@ -13,7 +13,7 @@ With `full` attention a turn is a row of its own, in which later turns are absen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,14 @@ class Answers:
     Attributes:
         turns: how many. ended: of them with an end token. lengths: tokens of each, that included.
         cut: conversations that were cut or left out at `max_length`.
+        barren: conversations of which nothing is learned.
     """
 
     turns: int
     ended: int
     lengths: tuple[int, ...]
     cut: int
+    barren: int
 
 
 def runs_of(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -76,6 +78,24 @@ def runs_of(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
         elif not wanted and start is not None:
             yield start, place
             start = None
+
+
+def without_separators(
+    ids: Sequence[int],
+    labels: Sequence[int],
+    ends: frozenset[int],
+    blank: Callable[[int], bool],
+) -> list[int]:
+    """The labels without the blank tokens that a template marks behind an end token, as Qwen's and
+    Gemma's do: whoever writes stops at the end token."""
+    labels = list(labels)
+    for start, end in runs_of(labels):
+        last = end - 1
+        while last > start and blank(ids[last]):
+            last -= 1
+        if ids[last] in ends:
+            labels[last + 1 : end] = [IGNORED] * (end - 1 - last)
+    return labels
 
 
 def parts_of(
@@ -117,10 +137,18 @@ class Conversations(IterableDataset):
     Args:
         rows: each with `input_ids` and `labels`.
         ends: ids that end a turn.
+        blank: whether an id is white space alone, which separates turns.
     """
 
-    def __init__(self, rows: Any, ends: Iterable[int], recipe: Recipe):
+    def __init__(
+        self,
+        rows: Any,
+        ends: Iterable[int],
+        recipe: Recipe,
+        blank: Callable[[int], bool] = lambda _: False,
+    ):
         self.rows, self.ends, self.recipe = rows, frozenset(ends), recipe
+        self.blank = blank
 
     def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
         data = self.recipe.data
@@ -131,19 +159,40 @@ class Conversations(IterableDataset):
         while True:
             generator = keyed_generator(self.recipe.train.seed, epoch)
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
-                row = self.rows[number]
-                yield from parts_of(row["input_ids"], row["labels"], epoch, self.ends, self.recipe)
+                yield from parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
             epoch += 1
 
+    def _supervised(self, number: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation."""
+        row = self.rows[number]
+        ids = row["input_ids"]
+        return ids, without_separators(ids, row["labels"], self.ends, self.blank)
+
     def answers(self) -> Answers:
-        """Lengths and ends of all turns, and what does not fit."""
-        lengths, ended, cut = [], 0, 0
-        for row in self.rows:
-            cut += len(row["input_ids"]) > self.recipe.data.max_length
-            for start, end in runs_of(row["labels"]):
+        """Lengths and ends of all turns, what does not fit, and what teaches nothing."""
+        lengths, ended, cut, barren = [], 0, 0, 0
+        for number in range(len(self.rows)):
+            ids, labels = self._supervised(number)
+            cut += len(ids) > self.recipe.data.max_length
+            barren += not parts_of(ids, labels, 0, self.ends, self.recipe)
+            for start, end in runs_of(labels):
                 lengths.append(end - start)
-                ended += row["input_ids"][end - 1] in self.ends
-        return Answers(len(lengths), ended, tuple(lengths), cut)
+                ended += ids[end - 1] in self.ends
+        return Answers(len(lengths), ended, tuple(lengths), cut, barren)
+
+    def example(self) -> tuple[list[int], list[bool]] | None:
+        """Ids of the first conversation that teaches something, as far as it fits, and which of
+        them are learned; None where none does."""
+        for number in range(len(self.rows)):
+            ids, labels = self._supervised(number)
+            parts = parts_of(ids, labels, 0, self.ends, self.recipe)
+            if parts:
+                ids = list(ids[: self.recipe.data.max_length])
+                learned = [False] * len(ids)
+                for turn in (turn for part in parts for turn in part.turns):
+                    learned[turn.start : turn.end] = [True] * (turn.end - turn.start)
+                return ids, learned
+        return None
 
 
 @dataclass(frozen=True)

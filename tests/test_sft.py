@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from ar2diff.checkpoint import load_checkpoint
 from ar2diff.config import load_recipe, with_values
+from ar2diff.conversations import chat_template, read_conversations
 from ar2diff.errors import Ar2DiffError
 from ar2diff.folder import FOLDER
-from ar2diff.training.sft import chat_template, make_sft_plan, read_conversations, sft
+from ar2diff.training.sft import make_sft_plan, sft
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]
 CHATS = [
@@ -100,7 +101,13 @@ def test_stock_trl_leaks_where_attention_goes_both_ways():
 
 BAD = [
     ('{"text": 3}', "neither messages nor prompt and completion"),
-    ('{"prompt": "a", "completion": null}', "prompt or completion is empty or no text"),
+    ('{"prompt": "a", "completion": null}', "completion is null, wanted text"),
+    ('{"prompt": "", "completion": ""}', "prompt and completion are empty"),
+    ('{"prompt": "a", "completion": "\\ud800"}', "is not valid Unicode"),
+    (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
+        "a message without role or content",
+    ),
     ('{"messages": [{"role": "user", "content": "a"}]}', "the assistant says nothing"),
     ('{"messages": [{"role": "user", "content": null}]}', "a message without role or content"),
     ('{"messages": []}', "a message without role or content"),
@@ -147,7 +154,7 @@ def test_columns_say_where_the_messages_are(write_jsonl):
         ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
         ("data.columns.prompt='{task}'", "the row has no column 'task'"),
         ("data.columns.prompt='{number} {question}'", "number is empty or no text"),
-        ("data.columns.prompt=number", "prompt or completion is empty or no text"),
+        ("data.columns.prompt=number", "prompt is int, wanted text"),
     ],
 )
 def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):

@@ -40,7 +40,7 @@ from ..seeds import content_key
 from ..sources import Documents, find_file, read_texts
 from ..spec import Spec
 from .callbacks import Watch
-from .denoising import checkpoints
+from .running import checkpoints
 from .sharding import sharding, whole_weights
 from .trainer import make_collator, make_trainer, rows_per_step
 
@@ -56,6 +56,7 @@ class Plan:
     rows: Rows | None
     eval_rows: list[list[int]]
     trainer: Callable[[Plan, Path, list[Any]], Any] | None = None  # None: that of `adapt`
+    preview: Callable[[Plan], dict[str, Any]] | None = None  # what a dry run says besides
 
     @property
     def parameters(self) -> int:
@@ -127,7 +128,7 @@ def adapt(
     recipe = plan.recipe
     check_disk(output_dir, plan.bytes_needed())
     if dry_run:
-        return plan.summary()
+        return plan.summary() | (plan.preview(plan) if plan.preview else {})
     record = {
         "ar2diff": __version__,
         "base_model": model.rstrip("/"),
@@ -316,7 +317,7 @@ def _train(
     trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
     plan.checkpoint.model.config.use_cache = use_cache
     plan.checkpoint.model.eval()
-    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen}
+    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **trainer.facts()}
     if plan.eval_rows:
         record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
     return record, whole_weights(trainer)

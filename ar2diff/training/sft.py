@@ -3,15 +3,19 @@ our loss trains on it; `objective.kind: ar` is the control, the AR base tuned on
 
 from __future__ import annotations
 
-import json
+import functools
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -19,19 +23,16 @@ from trl import SFTConfig, SFTTrainer
 from ..adapters import add_adapter, check_base
 from ..attention import Slots
 from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
-from ..columns import arranged
 from ..config import Recipe, with_values
+from ..conversations import chat_template, read_conversations, turn_end, uses_tools
 from ..convert import convert, end_token
 from ..errors import Ar2DiffError, first_line
+from ..evaluation import check_length
 from ..ranks import check_rows
-from ..sources import find_file, read_lines
 from ..turns import Answers, Conversations, TurnCollator
 from .adapt import Plan, adapt, continued, fitted, keeps_ar
 from .denoising import Denoising, Task, disable_dropout
 from .trainer import training_arguments
-
-TEMPLATES = Path(__file__).parents[1] / "templates"
-FORMATS = ("messages", "prompt and completion", "text")
 
 
 class DiffusionSFTTrainer(Denoising, SFTTrainer):
@@ -57,7 +58,25 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             **kwargs,
         )
         self._loss_shifts_labels = False  # nothing here is counted by labels
-        self.train_dataset = Conversations(self.train_dataset, checkpoint.end_ids, recipe)
+        self.train_dataset = Conversations(
+            self.train_dataset, checkpoint.end_ids, recipe, blanks(checkpoint.tokenizer)
+        )
+        self.answers = self.train_dataset.answers()
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's record says of the answers."""
+        answers, lengths = self.answers, sorted(self.answers.lengths)
+        return {
+            "answers": {
+                "turns": answers.turns,
+                "ended": answers.ended,
+                "rows_over_max_length": answers.cut,
+                "rows_that_teach_nothing": answers.barren,
+                "mean_length": sum(lengths) / len(lengths),
+                "median_length": lengths[len(lengths) // 2],
+                "longest": lengths[-1],
+            }
+        }
 
     def compute_loss(
         self,
@@ -126,6 +145,7 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     )
     recipe = fitted(recipe, checkpoint)
     if control:
+        check_length(checkpoint, recipe.data.max_length, "data.max_length")
         recipe = with_values(recipe, objective={"ar_weight": 1.0})
     else:
         convert(
@@ -135,12 +155,20 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
     if "messages" in rows[0]:
-        tokenizer.chat_template = chat_template(tokenizer, recipe)
+        tokenizer.chat_template = chat_template(tokenizer, recipe, uses_tools(rows))
+        stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
 
     def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Any:
         return make_sft_trainer(plan.checkpoint, plan.recipe, rows, run_dir, callbacks)
 
-    return Plan(checkpoint, recipe, None, [], trainer)
+    return Plan(checkpoint, recipe, None, [], trainer, preview)
+
+
+def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
+    """Add what ends an answer to what ends a text: that of a base may know documents alone."""
+    known = checkpoint.end_ids
+    if end is not None and end not in known:
+        checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
 def make_sft_trainer(
@@ -150,7 +178,11 @@ def make_sft_trainer(
     run_dir: Path,
     callbacks: list[Any],
 ) -> Any:
-    """The trainer of a run on rows of `read_conversations`."""
+    """The trainer of a run on rows of `read_conversations`.
+
+    Raises:
+        Ar2DiffError: the rows cannot be rendered, or nothing would be learned of them.
+    """
     disable_dropout(checkpoint.model)
     args = training_arguments(
         recipe,
@@ -162,122 +194,102 @@ def make_sft_trainer(
         dataset_text_field=recipe.data.text_field,
     )
     datasets.disable_progress_bars()
-    data = Dataset.from_list(list(rows))
     try:
-        trainer = DiffusionSFTTrainer(checkpoint, recipe, args, data, callbacks=callbacks)
-    except (ValueError, RuntimeError) as error:
+        trainer = DiffusionSFTTrainer(checkpoint, recipe, args, table(rows), callbacks=callbacks)
+    except (ValueError, RuntimeError, TypeError, TemplateError) as error:
         raise Ar2DiffError(
             f"the rows cannot be prepared: {first_line(error)}",
             "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
         ) from error
     trainer.remove_callback(PrinterCallback)
+    check_answers(trainer.answers, len(rows), recipe)
     if trainer.is_world_process_zero():
-        print(described(trainer.train_dataset.answers(), recipe), file=sys.stderr)
+        print(described(trainer.answers, recipe), file=sys.stderr)
     return trainer
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """The rows as a data set that leaves them as they are: Arrow's own types would give each tool
+    call the arguments of all others, as nulls, which templates write."""
+    names = sorted({name for row in rows for name in row})
+    kinds = {
+        name: List(Json()) if name in ("messages", "tools") else Value("string") for name in names
+    }
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    return Dataset.from_list(whole, features=Features(kinds))
+
+
+def blanks(tokenizer: Any) -> Any:
+    """Tells of an id whether its text is white space alone."""
+    return functools.cache(lambda token: tokenizer.decode([token]).isspace())
+
+
+def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
+    """Refuse rows that would teach nothing, or nothing of stopping."""
+    data = recipe.data
+    if answers.barren == rows:
+        if answers.cut:
+            over = {"drop": "left out", "truncate": "cut before an answer is whole"}[data.overlong]
+            raise Ar2DiffError(
+                f"nothing to learn: {answers.cut} of {rows} rows are over data.max_length "
+                f"{data.max_length} and {over}",
+                "raise data.max_length, or give shorter rows",
+            )
+        raise Ar2DiffError(
+            f"nothing to learn: none of the {rows} rows has a supervised token",
+            "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
+        )
+    if not answers.ended and data.assistant_only:
+        raise Ar2DiffError(
+            "no answer has its end token among what is learned: nothing would teach to stop",
+            "move the end token into {% generation %} of the chat template",
+        )
 
 
 def described(answers: Answers, recipe: Recipe) -> str:
     """What the supervised turns are like, in a line."""
     lengths = sorted(answers.lengths) or [0]
     over = {"drop": "left out", "truncate": "cut"}[recipe.data.overlong]
+    barren = f"; {answers.barren} rows teach nothing" if answers.barren else ""
     return (
         f"{answers.turns} turns of {lengths[len(lengths) // 2]} tokens in the middle, "
         f"{lengths[-1]} at most; {answers.turns - answers.ended} without an end token; "
-        f"{answers.cut} rows over data.max_length {recipe.data.max_length} are {over}"
+        f"{answers.cut} rows over data.max_length {recipe.data.max_length} are {over}{barren}"
     )
 
 
-def chat_template(tokenizer: Any, recipe: Recipe) -> str:
-    """The template to render conversations with: the recipe's, else the tokenizer's.
+def preview(plan: Plan) -> dict[str, Any]:
+    """What a dry run says of the rows: what the turns are like, and the first of them with what is
+    learned between ⟦ and ⟧. It makes the trainer of the run, in a folder that is gone behind it."""
+    with tempfile.TemporaryDirectory() as folder, _one_process():
+        trainer = plan.trainer(plan, Path(folder), [])
+    ids, learned = trainer.train_dataset.example()
+    return {
+        "turns": described(trainer.answers, plan.recipe),
+        "example": {
+            "text": marked(plan.checkpoint.tokenizer, ids, learned),
+            "tokens": len(ids),
+            "supervised_tokens": sum(learned),
+        },
+    }
 
-    Raises:
-        Ar2DiffError: there is none, or it cannot tell what the assistant says.
-    """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    name = recipe.data.chat_template
-    if name is not None:
-        path = TEMPLATES / f"{name}.jinja" if not name.endswith((".jinja", ".j2")) else Path(name)
-        if not path.is_file():
-            shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-            raise Ar2DiffError(
-                f"data.chat_template {name}: no such template", f"{shipped}, or a .jinja file"
-            )
-        template = path.read_text(encoding="utf-8")
-    else:
-        template = tokenizer.chat_template
-    if not template:
-        raise Ar2DiffError(
-            "the tokenizer has no chat template", "set data.chat_template, for example to plain"
-        )
-    if not recipe.data.assistant_only or has_generation_markers(template):
-        return template
-    tokenizer.chat_template = template
+def marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
+    """The text of the ids, what is learned between ⟦ and ⟧."""
+    text, before = "", ""
+    for start, (now, last) in enumerate(zip(learned, [False, *learned[:-1]], strict=True)):
+        if now != last:
+            upto = tokenizer.decode(ids[:start])
+            text, before = text + upto[len(before) :] + ("⟦" if now else "⟧"), upto
+    return text + tokenizer.decode(ids)[len(before) :] + ("⟧" if learned[-1] else "")
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """A dry run plans for several processes and is one: no library is to look for the others."""
+    before = os.environ.pop("WORLD_SIZE", None)
     try:
-        return get_training_chat_template(tokenizer) or template
-    except ValueError:
-        raise Ar2DiffError(
-            "the chat template does not mark what the assistant says ({% generation %})",
-            "set data.chat_template to one that does, or data.assistant_only=false",
-        ) from None
-
-
-def read_conversations(recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows of all sources: `messages`, or `prompt` and `completion`, or a text; all of one format.
-
-    Raises:
-        Ar2DiffError: naming the file and the row that is not.
-    """
-    if not recipe.data.sources:
-        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
-    rows: list[dict[str, Any]] = []
-    for source in recipe.data.sources:
-        path = find_file(source.path)
-        if path is None:
-            raise Ar2DiffError(f"data {source.path}: no such file", "sft reads local jsonl files")
-        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
-            if line.strip():
-                rows.append(_conversation(line, f"data {path}: row {number}", recipe))
-    if not rows:
-        raise Ar2DiffError("the data is empty", "give a file with rows")
-    kinds = {tuple(sorted(row)) for row in rows}
-    if len({kind[0] for kind in kinds}) > 1:
-        raise Ar2DiffError("the rows are of several formats", f"one of {', '.join(FORMATS)} alone")
-    return rows
-
-
-def _conversation(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Ar2DiffError(f"{where} is not JSON ({error.msg})", "mend or remove it") from None
-    row = arranged(row if isinstance(row, dict) else {}, recipe.data.columns, where)
-    if "messages" in row:
-        messages = row["messages"]
-        said = [
-            isinstance(m, dict) and isinstance(m.get("role"), str) and (
-                isinstance(m.get("content"), str) or m.get("tool_calls")
-            )
-            for m in (messages if isinstance(messages, list) else [])
-        ]  # fmt: skip
-        if not said or not all(said):
-            raise Ar2DiffError(
-                f"{where}: a message without role or content", "mend or remove the row"
-            )
-        if all(message["role"] != "assistant" for message in messages):
-            raise Ar2DiffError(f"{where}: the assistant says nothing", "mend or remove the row")
-        return {k: row[k] for k in ("messages", "tools") if row.get(k) is not None}
-    if "prompt" in row and "completion" in row:
-        if not all(isinstance(row[k], str) and row[k] for k in ("prompt", "completion")):
-            raise Ar2DiffError(
-                f"{where}: prompt or completion is empty or no text", "mend or remove the row"
-            )
-        return {"prompt": row["prompt"], "completion": row["completion"]}
-    field = recipe.data.text_field
-    if isinstance(row.get(field), str) and row[field]:
-        return {field: row[field]}
-    raise Ar2DiffError(
-        f"{where} has neither messages nor prompt and completion nor {field!r} "
-        f"(it has {', '.join(row) or 'nothing'})",
-        "see data.columns in 'ar2diff config schema data'",
-    )
+        yield
+    finally:
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
