@@ -44,6 +44,7 @@ class Shape:
         frozen, trained: elements of each tensor, trained ones by whether they are matrices.
         quantized: how many of the frozen are held in 4 bits.
         hidden: size. element: bytes of a number in the forward pass.
+        copies: bytes of the bfloat16 copies that autocast makes of float32 weights.
     """
 
     frozen: list[int]
@@ -53,6 +54,7 @@ class Shape:
     element: int
     activations: int
     logits: int
+    copies: int
 
 
 def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     moments = 2 if recipe.train.optimizer == "adamw" else 0
     batch = {"activations": shape.activations, "logits": shape.logits}
     if strategy in ("one", "ddp"):
+        batch["activations"] += shape.copies
         return {
             "weights": 4 * (frozen + trained) - saved_by_bits(shape, recipe, 4),
             "gradients": 4 * trained,
@@ -133,7 +136,10 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     parameters = list(model.parameters())
     trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
     frozen = [p.numel() for p in parameters if not p.requires_grad]
-    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    ends = [
+        getattr(end, "base_layer", end).weight  # the mask row's layer stands around it
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
     quantized = sum(
         p.numel()
         for p in parameters
@@ -142,10 +148,13 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
         _on_cpu(model)
         activations, logits = _saved(checkpoint, fitted(recipe, checkpoint))
-    if bf16:  # autocast's copies of the weights
-        activations += 2 * sum(p.numel() for p in parameters if p.ndim > 1)
+    # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
+    matrices = sum(p.numel() for p in parameters if p.ndim > 1)
+    copied = matrices - (quantized if recipe.quantization is not None else 0)
     hidden = model.config.get_text_config().hidden_size
-    return Shape(frozen, trained, quantized, hidden, 2 if bf16 else 4, activations, logits)
+    return Shape(
+        frozen, trained, quantized, hidden, 2 if bf16 else 4, activations, logits, 2 * copied * bf16
+    )
 
 
 def _computes_in_bf16(recipe: Recipe) -> bool:

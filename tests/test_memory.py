@@ -130,6 +130,19 @@ def test_adapters_train_little_and_quantised_weights_are_small(converted):
     assert one[2]["weights"] < 0.7 * one[1]["weights"]
 
 
+def test_bfloat16_copies_are_those_of_float32_weights(converted):
+    lora, qlora = (
+        estimate(str(converted), load_recipe(None, ["peft.r=2", "train.precision=bf16", *more]))
+        for more in ([], ["quantization.bits=4"])
+    )
+    one, zero = (lora["bytes"][name] for name in ("one", "zero2"))
+    norms = 5 * 32
+    matrices = lora["parameters"] - norms
+    assert one["activations"] - zero["activations"] == pytest.approx(2 * matrices, rel=0.01)
+    less = one["activations"] - qlora["bytes"]["one"]["activations"]
+    assert less == 2 * (matrices - lora["trainable_parameters"] - 2 * 260 * 32)  # but for both ends
+
+
 def test_what_zero_holds_falls_with_the_processes(tiny_checkpoint):
     recipe = load_recipe(None, SETTINGS)
     shape = measure(tiny_checkpoint, recipe)
