@@ -514,5 +514,6 @@ def test_a_deepspeed_file_offloads(
     options = ["--launch", str(tmp_path / "ds.json"), "--num-processes", "2"]
     arguments = arguments_of("adapt", tmp_path / "out", 2, *options)
     subprocess.run(launched(tmp_path, *arguments), check=True, env=ENV, capture_output=True)
-    assert {note["optimizer"] for note in notes_in(tmp_path)} == {steps_with}
+    for note in notes_in(tmp_path):
+        assert (note["processes"], note["offloads"], note["optimizer"]) == (2, True, steps_with)
     assert apart(tmp_path / "out", train_alone("adapt")[0]) < 1e-4

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,7 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
             if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
                 break
         while number % 2 and process.poll() is None and not (run_dir / ".partial").exists():
-            pass  # saving comes every third step
+            time.sleep(0.001)  # saving comes every third step
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         for saved in run_dir.glob("checkpoint-*"):
