@@ -137,8 +137,9 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
     frozen = [p.numel() for p in parameters if not p.requires_grad]
     ends = [
-        getattr(end, "base_layer", end).weight  # the mask row's layer stands around it
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+        parameter
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        for parameter in module.parameters()  # layers of the mask row may stand around the weight
     ]
     quantized = sum(
         p.numel()
