@@ -1,0 +1,190 @@
+"""Every recipe on disk: two steps of it through the command line, sizes alone changed; and what its
+header says: a command that the command line takes, hardware, memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from ar2diff.cli.main import app, main
+
+from ar2diff.checkpoint import ADAPTER_CONFIG, is_adapter, load_checkpoint, read_spec
+from ar2diff.config import load_recipe
+from ar2diff.launch import STRATEGIES
+from ar2diff.training.denoising import Denoising
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+EVERY_RECIPE = pytest.mark.parametrize("name", RECIPES)
+OURS = ("ar2diff", "make", "python")  # how a line of a header begins that is a command
+WORDS = "the cat sat on a mat"
+
+
+def header(name: str) -> str:
+    """The comment that a recipe begins with."""
+    lines = RECIPES[name].read_text(encoding="utf-8").splitlines()
+    first = next(n for n, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:first])
+
+
+def commands(name: str) -> list[list[str]]:
+    """The commands of a header, each as its words."""
+    lines = re.sub(r"\\\n\s*", " ", header(name)).splitlines()
+    return [
+        shlex.split(line) for line in lines if line.startswith("  ") and line.split()[0] in OURS
+    ]
+
+
+def verb(name: str) -> str:
+    """What a recipe is for: the verb of the command that names it; make and the demo adapt."""
+    named = [c[1] for c in commands(name) if c[0] == "ar2diff" and name in c]
+    return named[0] if named else "adapt"
+
+
+def adapt_rows(recipe) -> list[dict]:
+    return [{recipe.data.text_field: f"{n} {WORDS}"} for n in range(24)]
+
+
+def sft_rows(recipe) -> list[dict]:
+    """Conversations in the form that the recipe reads."""
+    columns = recipe.data.columns
+    if columns.prompt and columns.completion:
+        names = re.findall(r"\{(\w+)\}", columns.prompt + columns.completion)
+        return [{column: f"{column[0]}{n}" for column in names} for n in range(24)]
+    if recipe.data.chat_template or columns.messages:
+        turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": WORDS}]
+        return [{columns.messages or "messages": turns}] * 24
+    return [{"prompt": f"say {n}:", "completion": f" {WORDS}"} for n in range(24)]
+
+
+ROWS = {"adapt": adapt_rows, "sft": sft_rows}  # of a new verb: what its recipes read
+
+
+def sizes(recipe) -> list[str]:
+    """A run of two steps that does all that the recipe's does."""
+    train, watch = recipe.train, recipe.eval
+    values = {
+        "train.max_steps": 2,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": min(2, train.gradient_accumulation_steps),
+        "train.warmup_steps": min(1, train.warmup_steps),
+        "train.decay_steps": min(1, train.decay_steps),
+        "train.logging_steps": 1,
+        "data.max_length": 64,
+        "anneal.steps": min(2, recipe.anneal.steps),
+        "eval.steps": min(1, watch.steps),
+        "eval.panel_steps": min(2, watch.panel_steps),
+        "eval.rows": 2,
+        "eval.length": 16,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def run(monkeypatch, capsys, *arguments: object) -> dict:
+    monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments), "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    assert not stop.value.code, captured.err
+    return json.loads(captured.out)
+
+
+@EVERY_RECIPE
+def test_two_steps_of_a_recipe(
+    name, monkeypatch, capsys, tiny_checkpoint, converted, write_jsonl, tmp_path
+):
+    recipe = load_recipe(name)
+    if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed: pip install 'ar2diff[dev]'")
+    seen, train = [], Denoising.train
+    monkeypatch.setattr(Denoising, "train", lambda self, **k: seen.append(self) or train(self, **k))
+    what, out = verb(name), tmp_path / "out"
+    if what not in ROWS:
+        pytest.skip(f"no rows for the verb {what}")
+    model = tiny_checkpoint if what == "adapt" else converted
+    data = write_jsonl("rows.jsonl", ROWS[what](recipe))
+    record = run(
+        monkeypatch, capsys, what, model, "--recipe", name, "--data", data, "--output-dir", out,
+        *sizes(recipe),
+    )  # fmt: skip
+    (trainer,) = seen
+    assert trainer.state.global_step == 2 and record["tokens"] > 0
+    assert all(row["loss"] > 0 for row in trainer.state.log_history if "loss" in row)
+    assert ("eval" in record) == bool(recipe.eval.steps)
+    check_features(trainer, recipe)
+    assert is_adapter(out) == (recipe.peft is not None)
+    tuned = load_checkpoint(str(out))
+    assert tuned.spec.attention == recipe.convert.attention
+    assert tuned.spec.ar_mode == (recipe.objective.ar_weight > 0)
+    if recipe.peft is not None:
+        trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+        assert trained and not any("base_layer" in n for n in trained)
+        assert json.loads((out / ADAPTER_CONFIG).read_text())["r"] == recipe.peft.r
+    else:
+        assert read_spec(out) == tuned.spec
+
+
+def check_features(trainer, recipe) -> None:
+    """What costs or saves memory is really on, on a CPU too."""
+    args, model = trainer.args, trainer.model
+    assert args.bf16 == (recipe.train.precision == "bf16")
+    assert (trainer.accelerator.mixed_precision == "bf16") == args.bf16
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert bool(checkpointed) == recipe.train.gradient_checkpointing
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("Linear4bit" in kinds) == (recipe.quantization is not None)
+    assert hasattr(model, "peft_config") == (recipe.peft is not None)
+
+
+@EVERY_RECIPE
+def test_a_header_says_command_hardware_and_memory(name):
+    text = header(name)
+    assert commands(name), "no command"
+    assert re.search(r"\d CPU cores|\d GB GPUs?\b", text), "no hardware"
+    assert re.search(r"\d GB of memory|Memory: (\d+ GB|not measured)", text), "no memory"
+
+
+@EVERY_RECIPE
+def test_the_commands_of_a_header_exist(name):
+    for command in commands(name):
+        if command[0] == "make":
+            assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif command[0] == "python":
+            check_module(command[1:])
+        else:
+            check_command(command[1:])
+    if not any(command[0] == "make" for command in commands(name)):
+        assert any(name in command for command in commands(name)), "no command has this recipe"
+
+
+def check_command(arguments: list[str]) -> None:
+    """Parsed by the command line itself, which knows verbs and options; recipe, overrides and
+    launch by what the verb does with them."""
+    group = typer.main.get_command(app)
+    command = group.commands[arguments[0]]
+    given = command.make_context(arguments[0], arguments[1:]).params
+    if "recipe" in given:
+        load_recipe(given["recipe"], given["overrides"] or [])
+    assert given.get("launch") in (None, *STRATEGIES)
+    assert (given.get("launch") is None) == (given.get("num_processes") is None)
+
+
+def check_module(arguments: list[str]) -> None:
+    """A module that runs, and has the options."""
+    assert arguments[0] == "-m"
+    command = [sys.executable, "-m", arguments[1], "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = [word for word in arguments[2:] if word.startswith("--")]
+    assert all(option in said.split() for option in options), options
+    for option, value in itertools.pairwise(arguments):
+        if option == "--recipe":
+            load_recipe(value)
