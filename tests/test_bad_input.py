@@ -506,3 +506,106 @@ def test_disk_full_at_a_checkpoint_leaves_nothing_to_mistake(
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
     monkeypatch.setattr("ar2diff.checkpoint.FULL", 1 << 62)  # as if no byte were free
     assert "the disk is full" in adapts_not(tiny_checkpoint, "train.logging_steps=1000")
+
+
+# sft
+
+PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(4)]
+CHATS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+] * 4
+
+
+@pytest.fixture
+def tunes_not(fails, tmp_path, write_jsonl):
+    """`sft MODEL ...` on rows, sound ones unless others are named, and `out` as its folder."""
+
+    def run(model: object, *arguments: object, rows: object = PAIRS) -> str:
+        data = write_jsonl("rows.jsonl", rows)
+        options = ["--data", data, "--max-steps", 1, "--output-dir", tmp_path / "out"]
+        return fails("sft", model, *options, *arguments)
+
+    return run
+
+
+BAD_ROWS = [
+    ({"story": "a"}, "has neither messages nor prompt and completion nor 'text' (it has story)"),
+    ({"prompt": "a"}, "has neither messages nor prompt and completion nor 'text' (it has prompt)"),
+    ({"prompt": "a", "completion": None}, "completion is null, wanted text"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "a message without role or content"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "the assistant says nothing"),
+    ({"prompt": "", "completion": ""}, "prompt and completion are empty"),
+]
+
+
+@pytest.mark.parametrize("row, said", BAD_ROWS)
+def test_row_that_sft_cannot_learn_from(tunes_not, converted, monkeypatch, row, said):
+    monkeypatch.setattr("ar2diff.training.sft.load_checkpoint", None)  # it is said before
+    assert f"rows.jsonl: row 1{'' if 'has' in said else ':'} {said}" in tunes_not(
+        converted, rows=[row]
+    )
+
+
+def test_sft_of_a_model_that_is_not_converted(tunes_not, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("ar2diff.training.sft.load_checkpoint", None)
+    said = tunes_not(tiny_checkpoint)
+    assert "is not converted" in said and f"run 'ar2diff adapt {tiny_checkpoint}" in said
+
+
+def test_assistant_alone_without_a_template_that_marks_it(tunes_not, converted, tmp_path):
+    assert "the tokenizer has no chat template" in tunes_not(converted, rows=CHATS)
+    (tmp_path / "a.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    template = f"data.chat_template={tmp_path / 'a.jinja'}"
+    said = tunes_not(converted, template, rows=CHATS)
+    assert "does not mark what the assistant says" in said and "data.assistant_only=false" in said
+    assert "no such template" in tunes_not(converted, "data.chat_template=plane", rows=CHATS)
+
+
+def test_end_token_outside_of_what_the_template_marks(tunes_not, converted, tmp_path):
+    (tmp_path / "a.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    said = tunes_not(converted, f"data.chat_template={tmp_path / 'a.jinja'}", rows=CHATS)
+    assert "nothing would teach to stop" in said
+
+
+def test_tools_in_a_template_without_them(tunes_not, converted):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert "plain has no tools" in tunes_not(converted, "data.chat_template=plain", rows=[row])
+
+
+@pytest.mark.parametrize(
+    "policy, rows, said",
+    [
+        ("drop", PAIRS, "4 of 4 rows are over data.max_length 8 and left out"),
+        ("truncate", PAIRS, "4 of 4 rows are over data.max_length 8 and cut"),
+    ],
+)
+def test_rows_of_which_nothing_fits(tunes_not, converted, policy, rows, said):
+    said_of = tunes_not(converted, "data.max_length=8", f"data.overlong={policy}", rows=rows)
+    assert f"nothing to learn: {said}" in said_of
+    assert "raise data.max_length" in said_of
+
+
+def test_rows_longer_than_the_models_context(tunes_not, converted, tiny_checkpoint):
+    wanted = "data.max_length 1024 is over the model's context of 512"
+    assert wanted in tunes_not(converted, "data.max_length=1024")
+    control = ["data.max_length=1024", "objective.kind=ar"]
+    assert "context of 512" in tunes_not(tiny_checkpoint, *control)
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [("[q_porj]", "did you mean q_proj?"), ("[lm_head]", "lm_head is the output embeddings")],
+)
+def test_adapter_targets_that_sft_cannot_train(tunes_not, converted, targets, said):
+    assert said in tunes_not(converted, "peft.r=2", f"peft.targets={targets}")
+
+
+def test_launch_of_sft_that_cannot_start(tunes_not, converted, tmp_path):
+    missing = tmp_path / "none.yaml"
+    assert f"launch file {missing}: no such file" in tunes_not(converted, "--launch", missing)
+    said = tunes_not(converted, "--launch", "ddp", "--num-processes", 5)
+    assert "5 processes, and the data has 4 rows" in said and "--num-processes 4" in said

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from ar2diff.cli.main import main
 from conftest import build_model
 from safetensors.torch import load_file
 
@@ -153,12 +155,12 @@ def test_columns_say_where_the_messages_are(write_jsonl):
     [
         ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
         ("data.columns.prompt='{task}'", "the row has no column 'task'"),
-        ("data.columns.prompt='{number} {question}'", "number is empty or no text"),
+        ("data.columns.prompt='{none} {question}'", "none is empty or no text"),
         ("data.columns.prompt=number", "prompt is int, wanted text"),
     ],
 )
 def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):
-    data = write_jsonl("rows.jsonl", [{**GSM, "number": 3}])
+    data = write_jsonl("rows.jsonl", [{**GSM, "number": 3, "none": None}])
     with pytest.raises(Ar2DiffError) as error:
         read_conversations(recipe_for(data, columns, "data.columns.completion=answer"))
     assert what in error.value.what
@@ -225,3 +227,68 @@ def test_what_the_turns_are_like_is_said(convert_tiny, write_jsonl, tmp_path, ca
     said = capsys.readouterr().err
     assert "13 turns of 10 tokens in the middle, 121 at most; 0 without an end token" in said
     assert "1 rows over data.max_length 64 are cut" in said
+
+
+UNKNOWN_END = (  # a base's end token ends texts, the template's another ends answers
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' }}"
+    "{% generation %}{{ m.content + '<unk>\n' }}{% endgeneration %}"
+    "{% else %}{{ 'U: ' + m.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+
+
+def test_a_run_logs_the_answers_and_keeps_what_ends_them(
+    convert_tiny, write_jsonl, tmp_path, capsys
+):
+    (tmp_path / "a.jinja").write_text(UNKNOWN_END)
+    data = write_jsonl("rows.jsonl", CHATS)
+    recipe = recipe_for(data, f"data.chat_template={tmp_path / 'a.jinja'}", "train.max_steps=1")
+    record = sft(str(convert_tiny()), recipe, tmp_path / "out")
+    assert record["answers"] == {
+        "turns": 24,
+        "ended": 24,
+        "rows_over_max_length": 0,
+        "rows_that_teach_nothing": 0,
+        # "0 it is" and "0" for each of 10 numbers, one letter more for 10 and 11; an end token each
+        "mean_length": pytest.approx((10 * (8 + 2) + 2 * (9 + 3)) / 24),
+        "median_length": 8,
+        "longest": 9,
+    }
+    assert json.loads((tmp_path / "out" / "ar2diff.json").read_text())["answers"]["turns"] == 24
+    assert re.search(r"step 1/1: .*eos_share 0?\.\d+", capsys.readouterr().err)
+    tuned = load_checkpoint(str(tmp_path / "out"))
+    assert tuned.end_ids == [2, 0]  # </s> of before, <unk> of the template
+    asked = tuned.tokenizer.apply_chat_template(
+        CHATS[0]["messages"][:1], add_generation_prompt=True, tokenize=False
+    )
+    assert asked == "<s>U: say 0\nA: "
+
+
+@pytest.mark.parametrize("launch", [[], ["--launch", "ddp", "--num-processes", "2"]])
+def test_a_dry_run_shows_what_is_learned_and_writes_nothing(
+    convert_tiny, write_jsonl, tmp_path, monkeypatch, capsys, launch
+):
+    long = {"messages": [{"role": "user", "content": "x" * 80}, *CHATS[0]["messages"][1:]]}
+    data = write_jsonl("rows.jsonl", [long, *CHATS])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    line = ["sft", convert_tiny(), "--data", data, "--output-dir", tmp_path / "out", "--dry-run"]
+    line += ["data.chat_template=plain", "data.max_length=64", "data.overlong=drop", *launch]
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, line), *options])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    plan = json.loads(run("--json"))
+    text = "<s>User: say 0\nAssistant: ⟦0 it is</s>⟧\nUser: again\nAssistant: ⟦0</s>⟧"
+    assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 10}
+    assert "26 turns of 8 tokens in the middle, 9 at most" in plan["turns"]
+    assert "1 rows over data.max_length 64 are left out" in plan["turns"]
+    assert plan["recipe"]["data"]["max_length"] == 64 and "memory" in plan
+    assert ("launch" in plan) == bool(launch)
+    if not launch:
+        assert f"  text: {text}\n  tokens: 58\n  supervised tokens: 10" in run()
+    assert sorted(tmp_path.iterdir()) == before

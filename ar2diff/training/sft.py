@@ -227,6 +227,11 @@ def blanks(tokenizer: Any) -> Any:
 def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
     """Refuse rows that would teach nothing, or nothing of stopping."""
     data = recipe.data
+    if answers.turns and not answers.ended and data.assistant_only:
+        raise Ar2DiffError(
+            "no answer has its end token among what is learned: nothing would teach to stop",
+            "move the end token into {% generation %} of the chat template",
+        )
     if answers.barren == rows:
         if answers.cut:
             over = {"drop": "left out", "truncate": "cut before an answer is whole"}[data.overlong]
@@ -238,11 +243,6 @@ def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
         raise Ar2DiffError(
             f"nothing to learn: none of the {rows} rows has a supervised token",
             "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
-        )
-    if not answers.ended and data.assistant_only:
-        raise Ar2DiffError(
-            "no answer has its end token among what is learned: nothing would teach to stop",
-            "move the end token into {% generation %} of the chat template",
         )
 
 
