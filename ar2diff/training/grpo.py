@@ -26,6 +26,7 @@ from ..estimators import score
 from ..evaluation import suppressed_of
 from ..rollouts import Rollout, sample
 from ..seeds import content_key, keyed_generator
+from .denoising import disable_dropout
 from .running import Running
 
 SHOWN = (
@@ -60,6 +61,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._rollouts: list[Rollout] = []  # that the next scores are of
         self._good: Tensor | None = None  # [B], for spg
         self._generation_seconds = 0.0
+        disable_dropout(checkpoint.model)  # trl's disable_dropout leaves that of attention on
         GRPOTrainer.__init__(
             self,
             model=checkpoint.model,

@@ -132,7 +132,8 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             f"rl.prompt_mask: {spec.attention} attention shows blocks the clean prompt",
             "set it to 0; it is for attention full",
         )
-    if rl.sampler.get("block_length", spec.block_length) != spec.block_length:
+    grid = spec.block_length
+    if grid is not None and rl.sampler.get("block_length", grid) != grid:
         raise Ar2DiffError(
             "rl.sampler.block_length differs from the model's: it would be scored on another grid",
             "leave it out",
@@ -140,6 +141,16 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     if rl.sampler.get("remask") and rl.estimator == "trajectory":
         raise Ar2DiffError(
             "rl.sampler.remask: a token that is decided twice has no one step", "leave it out"
+        )
+    if rl.estimator == "spg" and rl.beta:
+        raise Ar2DiffError(
+            "rl.beta: spg has a bound of its own for bad completions, which has no KL",
+            "set it to 0",
+        )
+    if rl.loss_type == "cispo" and (rl.epsilon_high or rl.epsilon) < 1:
+        raise Ar2DiffError(
+            "rl.epsilon_high: of cispo it is the largest ratio itself; below 1 it cuts all of them",
+            "set it, to 5 for example",
         )
     if recipe.peft is not None and recipe.peft.dropout:
         raise Ar2DiffError(
