@@ -248,6 +248,15 @@ def test_spg_scores_good_and_bad_completions_by_their_own_bounds(trainer_of):
     assert torch.equal(differ, advantage <= 0)
 
 
+def test_the_end_tokens_of_the_sampler_are_those_of_the_trainer(trainer_of):
+    trainer = trainer_of(sampler=LETTERS | {"eos_token_id": [TOKEN, TOKEN + 1]})
+    _, rollouts = batch_of(trainer)
+    ended = [rollout.answer_ids[-1] in (TOKEN, TOKEN + 1) for rollout in rollouts]
+    assert trainer.eos_token_ids == [TOKEN, TOKEN + 1] and any(ended)
+    assert trainer._metrics["train"]["stop_rate"][-1] == sum(ended) / 4
+    assert trainer._metrics["train"]["completions/clipped_ratio"][-1] == 1 - sum(ended) / 4
+
+
 def test_completions_without_an_end_do_not_count_where_that_is_asked_for(trainer_of):
     trainer = trainer_of("one_step", mask_truncated_completions=True, sampler=ENDING)
     inputs, rollouts = batch_of(trainer)
@@ -378,10 +387,10 @@ def test_what_the_trainer_scores_is_what_the_sampler_recorded(
     trainer_of, recorded, estimator, of, change
 ):
     """Prompts of unlike length in one batch, decoded together: no padding, no dropout, no other
-    canvas stands between the two."""
+    canvas, no token that only one of them can mean stands between the two."""
     if estimator == "ar" and of is FULL:
         pytest.skip("full attention has no AR mode")
-    settings = {"threshold": 0.1} if estimator == "trajectory" else {}
+    settings = LETTERS | ({"threshold": 0.1} if estimator == "trajectory" else {})
     trainer = trainer_of(
         estimator, of=of, sampler=settings, change=change, steps_per_generation=4,
         train={"max_steps": 4},
@@ -429,6 +438,18 @@ def test_generations_neither_repeat_a_prompt_nor_mix_its_completions():
 # A run
 
 
+def test_completions_are_shown_when_it_is_time(trainer_of, capsys):
+    trainer = trainer_of(show_steps=2, train={"max_steps": 3, "logging_steps": 1})
+    trainer.train()
+    shown = capsys.readouterr()
+    assert shown.err.count("step 2") == 1 and "step 1" not in shown.err and not shown.out
+    assert "advantage" in shown.err and "length" in shown.err
+    logs = trainer.state.log_history[1]
+    assert {"stop_rate", "tokens_per_forward", "generation_share", "reward"} <= set(logs)
+    assert set(trainer.shown(logs)) < set(logs) and 0 < logs["generation_share"] < 1
+    assert logs["tokens_per_forward"] > 0.5
+
+
 def test_a_reward_is_learned(trainer_of):
     """A letter among twenty: from its twentieth to most of the completion."""
     trainer = trainer_of(
@@ -472,7 +493,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(trainer_of, estimator, r
         assert torch.equal(one, two)
     start = make("start").model
     moved = zip(whole.model.parameters(), start.parameters(), strict=True)
-    assert max(float((one - two).abs().max()) for one, two in moved) > 1e-3
+    assert max((one - two).abs().max().item() for one, two in moved) > 1e-3
 
 
 # Settings
@@ -489,9 +510,8 @@ PUBLISHED = {  # what trl is told of each preset
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_reaches_trl_and_runs(trainer_of, preset):
-    settings = {"prompt_mask": 0.0} if preset == "d1" else {}
-    estimator = PRESETS[preset]["estimator"]
-    trainer = trainer_of(estimator, preset=preset, train={"max_steps": 1}, **settings)
+    estimator, of = PRESETS[preset]["estimator"], FULL if preset == "d1" else BLOCKS
+    trainer = trainer_of(estimator, of=of, preset=preset, train={"max_steps": 1})
     args = trainer.args
     assert {name: getattr(args, name) for name in PUBLISHED[preset]} == PUBLISHED[preset]
     assert args.scale_rewards == "none" and not args.use_bias_correction_kl

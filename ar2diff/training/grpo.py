@@ -57,7 +57,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     ):
         self.recipe, self.checkpoint = recipe, checkpoint
         self.diffusion = checkpoint.spec or causal_spec(checkpoint.model)
-        self.suppressed = suppressed_of(checkpoint).to(args.device)
+        self.suppressed = suppressed_of(checkpoint)
+        self.suppressed[list(recipe.rl.sampler.get("suppress_tokens") or ())] = True
+        self.suppressed = self.suppressed.to(args.device)
         self._rollouts: list[Rollout] = []  # that the next scores are of
         self._good: Tensor | None = None  # [B], for spg
         self._generation_seconds = 0.0
@@ -71,7 +73,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             processing_class=checkpoint.tokenizer,
             **kwargs,
         )
-        self.eos_token_ids = list(checkpoint.end_ids)
+        ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
+        self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
         check_reference(self.ref_model, checkpoint)
 
     # Rollouts
