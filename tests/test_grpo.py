@@ -151,6 +151,20 @@ def test_the_ratio_is_1_at_first_and_then_moves(trainer_of, estimator):
     assert first == 0 and min(later) > 1e-3
 
 
+@pytest.mark.parametrize("estimator", ["coupled", "trajectory"])
+def test_the_ratio_is_1_in_bfloat16_and_with_checkpointed_gradients(trainer_of, estimator):
+    trainer = trainer_of(
+        estimator, prompts=EQUAL, num_iterations=2, train={"precision": "bf16", "max_steps": 2,
+        "gradient_checkpointing": True},
+    )  # fmt: skip
+    trainer.args.learning_rate = 0.0
+    seen = watch(trainer)
+    trainer.train()
+    assert len(seen) == 2 and trainer.model.is_gradient_checkpointing
+    assert all(torch.equal(step.new, step.old) for step in seen)
+    assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
+
+
 def test_each_generation_has_noise_of_its_own_and_each_of_its_iterations_the_same(trainer_of):
     trainer = trainer_of("elbo", num_iterations=2, steps_per_generation=1, train={"max_steps": 4})
     seen = watch(trainer)
@@ -469,7 +483,15 @@ class Killed(TrainerCallback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("estimator, rl", [("elbo", {"beta": 0.1}), ("trajectory", {})])
+@pytest.mark.parametrize(
+    "estimator, rl",
+    [
+        ("elbo", {"beta": 0.1}),
+        ("trajectory", {}),
+        ("one_step", {"beta": 0.1, "peft": {"r": 4, "alpha": 8.0}}),
+    ],
+    ids=["elbo", "trajectory", "adapter"],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(trainer_of, estimator, rl):
     """Killed at update 5, resumed at update 3, in the middle of a generation of four."""
 
