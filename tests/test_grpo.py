@@ -549,6 +549,7 @@ def test_what_a_recipe_says_stands_above_its_preset():
     assert Rl(preset="d1").prompt_mask == 0.15 and Rl(preset="coupled").estimator == "coupled"
 
 
+BATCHES = ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=4"]
 REFUSED = [  # overrides, attention, part of the message
     (["rl.rewards=[]"], BLOCKS, "rl.rewards is empty"),
     (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode ar does not write"),
@@ -567,6 +568,11 @@ REFUSED = [  # overrides, attention, part of the message
         ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=3"],
         BLOCKS,
         "an update would mix generations",
+    ),
+    (
+        [*BATCHES, "rl.num_iterations=2"],
+        BLOCKS,
+        "several of them would be one update",
     ),
 ]
 
@@ -589,6 +595,7 @@ ALLOWED = [
     (["rl.sampler.block_length=4"], BLOCKS),
     (["rl.sampler={remask: 0.1, steps: 4}"], FULL),
     (["rl.steps_per_generation=4", "train.gradient_accumulation_steps=2"], BLOCKS),
+    (BATCHES, BLOCKS),
 ]
 
 

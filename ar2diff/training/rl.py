@@ -173,6 +173,13 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             f"{train.gradient_accumulation_steps}: an update would mix generations",
             "make one a multiple of the other",
         )
+    if rl.num_iterations > 1 and steps % train.gradient_accumulation_steps:
+        raise Ar2DiffError(
+            f"rl.num_iterations {rl.num_iterations}: with rl.steps_per_generation {steps} below "
+            f"train.gradient_accumulation_steps {train.gradient_accumulation_steps} several of "
+            "them would be one update",
+            "set rl.steps_per_generation to a multiple of it, or leave it out",
+        )
 
 
 def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
