@@ -49,25 +49,38 @@ def read_conversations(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         Ar2DiffError: naming the file and the row that is not.
     """
-    if not recipe.data.sources:
-        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
-    rows: list[dict[str, Any]] = []
-    for source in recipe.data.sources:
-        path = find_file(source.path)
-        if path is None:
-            raise Ar2DiffError(f"data {source.path}: no such file", "sft reads local jsonl files")
-        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
-            if line.strip():
-                rows.append(_conversation(line, f"data {path}: row {number}", recipe))
-    if not rows:
-        raise Ar2DiffError("the data is empty", "give a file with rows")
+    rows = [_conversation(row, where, recipe) for where, row in read_rows(recipe)]
     kinds = {tuple(sorted(row)) for row in rows}
     if len({kind[0] for kind in kinds}) > 1:
         raise Ar2DiffError("the rows are of several formats", f"one of {', '.join(FORMATS)} alone")
     return rows
 
 
-def _conversation(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
+def read_rows(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
+    """(what an error calls it, row) of all sources, columns where the recipe says they are.
+
+    Raises:
+        Ar2DiffError: naming the file and the row that cannot be read.
+    """
+    if not recipe.data.sources:
+        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for source in recipe.data.sources:
+        path = find_file(source.path)
+        if path is None:
+            raise Ar2DiffError(
+                f"data {source.path}: no such file", "sft and rl read local jsonl files"
+            )
+        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
+            where = f"data {path}: row {number}"
+            if line.strip():
+                rows.append((where, arranged(_parsed(line, where), recipe.data.columns, where)))
+    if not rows:
+        raise Ar2DiffError("the data is empty", "give a file with rows")
+    return rows
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -76,7 +89,10 @@ def _conversation(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise Ar2DiffError(f"{where} is not valid Unicode", "mend or remove it") from None
-    row = arranged(row if isinstance(row, dict) else {}, recipe.data.columns, where)
+    return row if isinstance(row, dict) else {}
+
+
+def _conversation(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     if "messages" in row:
         messages = row["messages"]
         said = [

@@ -19,7 +19,7 @@ from ar2diff.cli.main import app, main
 from ar2diff.checkpoint import ADAPTER_CONFIG, is_adapter, load_checkpoint, read_spec
 from ar2diff.config import load_recipe
 from ar2diff.launch import STRATEGIES
-from ar2diff.training.denoising import Denoising
+from ar2diff.training.running import Running
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
@@ -65,7 +65,16 @@ def sft_rows(recipe) -> list[dict]:
     return [{"prompt": f"say {n}:", "completion": f" {WORDS}"} for n in range(24)]
 
 
-ROWS = {"adapt": adapt_rows, "sft": sft_rows}  # of a new verb: what its recipes read
+def rl_rows(recipe) -> list[dict]:
+    """Tasks with the columns of every reward."""
+    row = {
+        "answer": "3", "question": "1 + 2?", "numbers": [1, 2, 3], "target": 6, "words": ["cat"],
+        "puzzle": "1034", "solution": "1234",
+    }  # fmt: skip
+    return [{"prompt": f"say {n}:", **row} for n in range(24)]
+
+
+ROWS = {"adapt": adapt_rows, "sft": sft_rows, "rl": rl_rows}  # what a verb's recipes read
 
 
 def sizes(recipe) -> list[str]:
@@ -85,6 +94,13 @@ def sizes(recipe) -> list[str]:
         "eval.rows": 2,
         "eval.length": 16,
     }
+    if recipe.rl is not None:
+        values |= {
+            "rl.num_generations": 2,
+            "rl.max_completion_length": 8,
+            "rl.num_iterations": min(2, recipe.rl.num_iterations),
+            "rl.show_steps": min(2, recipe.rl.show_steps),
+        }
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -105,11 +121,9 @@ def test_two_steps_of_a_recipe(
     recipe = load_recipe(name)
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'ar2diff[dev]'")
-    seen, train = [], Denoising.train
-    monkeypatch.setattr(Denoising, "train", lambda self, **k: seen.append(self) or train(self, **k))
+    seen, train = [], Running.train
+    monkeypatch.setattr(Running, "train", lambda self, **k: seen.append(self) or train(self, **k))
     what, out = verb(name), tmp_path / "out"
-    if what not in ROWS:
-        pytest.skip(f"no rows for the verb {what}")
     model = tiny_checkpoint if what == "adapt" else converted
     data = write_jsonl("rows.jsonl", ROWS[what](recipe))
     record = run(
@@ -118,13 +132,15 @@ def test_two_steps_of_a_recipe(
     )  # fmt: skip
     (trainer,) = seen
     assert trainer.state.global_step == 2 and record["tokens"] > 0
-    assert all(row["loss"] > 0 for row in trainer.state.log_history if "loss" in row)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert all("loss" in row and (what == "rl" or row["loss"] > 0) for row in rows)
+    assert ("reward" in rows[0]) == (what == "rl")
     assert ("eval" in record) == bool(recipe.eval.steps)
     check_features(trainer, recipe)
     assert is_adapter(out) == (recipe.peft is not None)
     tuned = load_checkpoint(str(out))
     assert tuned.spec.attention == recipe.convert.attention
-    assert tuned.spec.ar_mode == (recipe.objective.ar_weight > 0)
+    assert tuned.spec.ar_mode == (recipe.objective.ar_weight > 0 or what == "rl")
     if recipe.peft is not None:
         trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
         assert trained and not any("base_layer" in n for n in trained)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ from trl import GRPOConfig
 
 from ..adapters import add_adapter, check_base
 from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
-from ..columns import arranged
-from ..config import Recipe
+from ..config import Recipe, with_values
+from ..conversations import chat_template, read_rows
 from ..decoding import CAUSAL
 from ..errors import Ar2DiffError
 from ..forward import context_length
 from ..options import resolve
 from ..ranks import check_rows, world_size
 from ..rewards import make_rewards
-from ..sources import find_file, read_lines
 from .adapt import Plan, adapt, continued
 from .grpo import DiffusionGRPOTrainer
 from .trainer import training_arguments
@@ -57,6 +55,10 @@ def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
     checkpoint = load_checkpoint(
         str(path), recipe.train.attn_implementation, quantization=recipe.quantization
     )
+    if not isinstance(rows[0]["prompt"], str):
+        # What the assistant says need not be marked: nothing is learned from a given one.
+        plain = with_values(recipe, data={"assistant_only": False})
+        checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
     check_lengths(checkpoint, recipe, rows)
     add_adapter(checkpoint, recipe)
 
@@ -214,27 +216,10 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         Ar2DiffError: naming the file and the row that has none.
     """
-    if not recipe.data.sources:
-        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
-    rows: list[dict[str, Any]] = []
-    for source in recipe.data.sources:
-        path = find_file(source.path)
-        if path is None:
-            raise Ar2DiffError(f"data {source.path}: no such file", "rl reads local jsonl files")
-        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
-            if line.strip():
-                rows.append(_prompt(line, f"data {path}: row {number}", recipe))
-    if not rows:
-        raise Ar2DiffError("the data is empty", "give a file with rows")
-    return rows
+    return [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
 
 
-def _prompt(line: str, where: str, recipe: Recipe) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Ar2DiffError(f"{where} is not JSON ({error.msg})", "mend or remove it") from None
-    row = arranged(row if isinstance(row, dict) else {}, recipe.data.columns, where)
+def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
     chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
     if not chat and not (isinstance(prompt, str) and prompt):
