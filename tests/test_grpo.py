@@ -20,6 +20,7 @@ from ar2diff.errors import Ar2DiffError
 from ar2diff.estimators import score
 from ar2diff.rollouts import sample
 from ar2diff.sections import PRESETS, Rl
+from ar2diff.training import grpo
 from ar2diff.training.grpo import Groups, check_reference, rollouts_of
 from ar2diff.training.rl import check_settings, make_rl_trainer
 from ar2diff.training.running import checkpoints
@@ -419,6 +420,18 @@ def test_what_the_trainer_scores_is_what_the_sampler_recorded(
         ):
             want = recorded[seed]
             torch.testing.assert_close(new[:answer], want[:answer], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler, temperature", [({}, 1.0), ({"temperature": 0.7}, 0.7)])
+def test_rollouts_are_drawn_at_the_temperature_of_the_scores(
+    trainer_of, monkeypatch, sampler, temperature
+):
+    seen = []
+    monkeypatch.setattr(grpo, "sample", lambda *args: seen.append(args[3]) or sample(*args))
+    trainer = trainer_of(sampler=sampler)
+    batch_of(trainer)
+    assert seen == [{"temperature": temperature, "max_new_tokens": 6, "mode": "diffusion"}]
+    assert trainer.args.temperature == temperature
 
 
 def test_a_rollout_is_a_function_of_its_seed_and_not_of_its_batch(convert_tiny):
