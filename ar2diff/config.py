@@ -112,7 +112,7 @@ class Data(_Section):
     streaming: bool = Field(False, description="read Hub data sets as they come")
     assistant_only: bool = Field(True, description="sft: learn what the assistant says alone")
     chat_template: str | None = Field(
-        None, description="sft: plain, or a .jinja file; null: the tokenizer's"
+        None, description="sft, rl: one of ours by name, or a .jinja file; null: the tokenizer's"
     )
 
     @model_validator(mode="before")

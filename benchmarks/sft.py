@@ -1,20 +1,21 @@
-"""What tuning on answers gives, beside the AR base tuned alike (`objective.kind: ar`: the same rows,
-order, tokens, schedule and learning rate).
+"""What tuning on answers gives, beside the AR base tuned alike (`objective.kind: ar`: the same
+rows, order, tokens, schedule and learning rate).
 
-    python benchmarks/sft.py answers runs/demo                    # recipe demo-sft
-    python benchmarks/sft.py words runs/stories3m --base path/to/stories3M-hf   # recipe stories-chat
+    python benchmarks/sft.py answers runs/demo                                  # demo-sft
+    python benchmarks/sft.py words runs/stories3m --base path/to/stories3M-hf   # stories-chat
 
 `answers`: the embedded default, converted by `make demo`; counting questions of levels 1 and 2.
-Judged on held-out questions (their stories are in no training file), greedy: share of exact answers,
-share that stop by themselves, tokens per forward (commits counted), at several settings.
+Judged on held-out questions (their stories are in no training file), greedy: the share of exact
+answers, the share that stop by themselves, tokens per forward (commits counted), at several
+settings.
 
 `words`: a converted stories3M and the files tinystories-chat/train and /valid of `AR2DIFF_DATA`.
 Judged on the rows of kind `words` of the valid file, some samples of each, with a limit of tokens:
 the share of the requested words that the story has (whole word, any case), the share that stop by
-themselves, distinct-2 (different bigrams of words over all bigrams, mean over samples of one
-story, and over the whole set). Standard errors are over prompts.
+themselves, distinct-2 (different bigrams of words over all bigrams: mean over the stories, and of
+all stories together). Standard errors are over prompts.
 
-Models are kept in --work and used again; `--seconds` of tuning are those of the run that made them.
+Models are kept in --work and used again.
 """
 
 from __future__ import annotations
@@ -62,9 +63,7 @@ def tuned(kind: str, model: str, recipe: str, data: str, work: Path, given: Sequ
     folder = work / f"{recipe}-{kind}"
     if not (folder / "config.json").exists():
         fields = [f"data.sources=[{data}]", f"objective.kind={kind}", *given]
-        start = time.monotonic()
         sft(model, load_recipe(recipe, fields), folder, resume=folder.exists())
-        (folder / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}")
     return folder
 
 
