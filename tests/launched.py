@@ -26,7 +26,7 @@ def watch(folder: Path) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from ar2diff.training.denoising import Denoising
+    from ar2diff.training.running import Running
 
     class Notes(TrainerCallback):
         def __init__(self, trainer: Any):
@@ -63,13 +63,13 @@ def watch(folder: Path) -> None:
             }
             (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(notes))
 
-    train = Denoising.train
+    train = Running.train
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.add_callback(Notes(self))
         return train(self, *args, **kwargs)
 
-    Denoising.train = noted
+    Running.train = noted
 
 
 def held_gradients(model: Any, optimizer: Any) -> int:

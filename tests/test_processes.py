@@ -41,12 +41,33 @@ RECIPE = [
 ]
 LORA = ["peft.r=4", "convert.block_length=8", "train.learning_rate=0.02"]
 QLORA = [*LORA, "quantization.kind=nf4"]
+RL = [
+    "rl.num_generations=4",
+    "rl.max_completion_length=8",
+    "rl.sampler={temperature: 2.0}",  # the tiny model would say one thing again and again
+    "rl.estimator=coupled",
+    "train.max_steps=3",
+    "train.learning_rate=0.001",
+]
+LONG_RL = [  # five and ten updates end amid the four updates of a generation
+    *RL,
+    "rl.num_iterations=2",
+    "rl.steps_per_generation=2",
+    "rl.beta=0.1",
+    "train.max_steps=14",
+    "train.save_steps=5",
+]
 KINDS = {  # the verb, and its recipe besides RECIPE; all but the first start from a converted model
     "adapt": ("adapt", []),
     "adapt lora": ("adapt", LORA),
     "sft": ("sft", []),
     "sft lora": ("sft", LORA),
     "adapt qlora": ("adapt", QLORA),
+    "sft qlora": ("sft", QLORA),
+    "rl": ("rl", RL),
+    "rl lora": ("rl", [*LORA, *RL, "rl.num_iterations=2", "rl.beta=0.1"]),
+    "rl long": ("rl", LONG_RL),
+    "rl qlora": ("rl", [*QLORA, *RL]),
 }
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house".split()
@@ -63,6 +84,7 @@ def data_for(tmp_path_factory):
     rows = {
         "adapt": [{"text": words(3, 18)} for _ in range(120)],
         "sft": [{"prompt": words(2, 5), "completion": f" {words(1, 4)}"} for _ in range(120)],
+        "rl": [{"prompt": words(1, 5)} for _ in range(20)],
     }
     files = {verb: folder / f"{verb}.jsonl" for verb in rows}
     for verb, file in files.items():
@@ -85,16 +107,27 @@ def deepspeed_built():
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
 
 
+def settings_of(kind: str, folder: Path, processes: int) -> list[str]:
+    """The recipe of a kind of run. `folder`: where rewards write down what they judge."""
+    verb, settings = KINDS[kind]
+    judge = f"rl.rewards=[{{name: '{HERE / 'graded.py'}:graded', args: {{folder: '{folder}'}}}}]"
+    batch = f"train.per_device_train_batch_size={ROWS // processes}"
+    return [*RECIPE, *settings, batch, *([judge] if verb == "rl" else [])]
+
+
+def steps_of(kind: str) -> int:
+    return load_recipe(None, [*RECIPE, *KINDS[kind][1]]).train.max_steps
+
+
 @pytest.fixture(scope="session")
 def arguments_of(tiny_checkpoint, convert_tiny, data_for):
     """Factory: the command line of a kind of run, in a number of processes."""
 
     def arguments(kind: str, output_dir: Path, processes: int, *more: str) -> list[str]:
-        verb, settings = KINDS[kind]
+        verb, _ = KINDS[kind]
         model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-        batch = f"train.per_device_train_batch_size={ROWS // processes}"
         named = [str(model), "--data", str(data_for[verb]), "--output-dir", str(output_dir)]
-        return [verb, *named, *RECIPE, *settings, batch, *more]
+        return [verb, *named, *settings_of(kind, output_dir.parent, processes), *more]
 
     return arguments
 
@@ -109,23 +142,26 @@ def notes_in(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*"))]
 
 
+def logs_of(folder: Path) -> list[dict]:
+    """The logs of each step of a run, as its last checkpoint has them."""
+    states = sorted(folder.glob("checkpoints/*/trainer_state.json"), key=os.path.getmtime)
+    return [row for row in json.loads(states[-1].read_text())["log_history"] if "loss" in row]
+
+
 @pytest.fixture(scope="session")
 def train_alone(tiny_checkpoint, convert_tiny, data_for, tmp_path_factory):
     """Factory: train_alone("sft") is (folder, losses) of a run in this process. Made once."""
 
     @functools.cache
     def train(kind: str) -> tuple[Path, list[float]]:
-        verb, settings = KINDS[kind]
-        batch = f"train.per_device_train_batch_size={ROWS}"
-        recipe = load_recipe(None, [*RECIPE, *settings, batch])
+        verb, _ = KINDS[kind]
+        folder = tmp_path_factory.mktemp("alone") / "out"
+        recipe = load_recipe(None, settings_of(kind, folder.parent, 1))
         recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
         run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
         model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-        folder = tmp_path_factory.mktemp("alone") / "out"
         run(str(model), recipe, folder)
-        state = folder / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json"
-        history = json.loads(state.read_text())["log_history"]
-        return folder, [row["loss"] for row in history if "loss" in row]
+        return folder, [row["loss"] for row in logs_of(folder)]
 
     return train
 
@@ -144,7 +180,7 @@ def train_in_two(request, arguments_of, tmp_path_factory):
         command = launched(folder, *arguments, "--num-processes", "2", "--json")
         done = subprocess.run(command, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["steps"] == STEPS  # nothing else is on stdout
+        assert json.loads(done.stdout)["steps"] == steps_of(kind)  # nothing else is on stdout
         return folder / "out", notes_in(folder)
 
     return train
@@ -235,6 +271,56 @@ def test_qlora_trains_in_two_processes_as_in_one(train_in_two, train_alone):
     assert apart(folder, alone) < 1e-3
 
 
+def judged_in(folder: Path) -> list[tuple[list, list]]:
+    """(completions, rewards) of each generation, ranks in their order."""
+    ranks = [path.read_text().splitlines() for path in sorted(folder.glob("judged-*"))]
+    each = [[json.loads(line) for line in lines] for lines in zip(*ranks, strict=True)]
+    return [tuple([row for part in parts for row in part[n]] for n in (0, 1)) for parts in each]
+
+
+REWARDED = ("reward", "reward_std", "kl", "stop_rate", "tokens_per_forward", "estimator_spread",
+            "entropy", "completions/mean_length", "grad_norm")  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy, kind", [("ddp", "rl lora"), ("zero2", "rl"), ("zero3", "rl")])
+def test_rl_in_two_processes_writes_judges_and_learns_as_in_one(
+    train_in_two, train_alone, strategy, kind
+):
+    """A row's noise is that of its place in the global batch; what is logged is of all of it."""
+    folder, notes = train_in_two(strategy, kind)
+    alone, _ = train_alone(kind)
+    judged, wanted = judged_in(folder.parent), judged_in(alone.parent)
+    assert len(judged) == len(wanted) == (2 if kind == "rl lora" else 3)
+    assert len({tuple(ids) for ids, _ in [*zip(*wanted[0], strict=True)]}) > 4
+    assert judged == wanted
+    for got, want in zip(logs_of(folder), logs_of(alone), strict=True):
+        for name in {*REWARDED} & want.keys():
+            assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+    assert {"kl"} & {*want} == ({"kl"} if kind == "rl lora" else set())
+    for note in notes:
+        zero = strategy.startswith("zero")
+        assert note["engine"] == ("DeepSpeedEngine" if zero else "DistributedDataParallel")
+        held = [note[name] for name in ("parameters", "gradients", "masters", "moments")]
+        if kind == "rl":  # an adapter's numbers are padded
+            assert held == [part * PARAMETERS for part in HELD[strategy]]
+            assert note["whole"] == (NORMS if strategy == "zero3" else PARAMETERS)
+    assert apart(folder, alone) < 1e-4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+@pytest.mark.parametrize("kind", ["sft qlora", "rl qlora"])
+def test_adapters_of_quantised_models_stay_in_float32(train_alone, kind):
+    """trl rounds them to bfloat16; the base below them does not move."""
+    folder, losses = train_alone(kind)
+    weights = load_file(weights_of(folder))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in weights.values())
+    assert all(0 < tensor.abs().max() for name, tensor in weights.items() if "lora_B" in name)
+    assert len(losses) == steps_of(kind)
+
+
 def processes_under(pid: int) -> list[int]:
     """The processes that a launcher started (Linux)."""
     found = []
@@ -298,11 +384,13 @@ def kill(process: subprocess.Popen, victim: str) -> None:
         assert re.search(r"^error: process \d was killed \(SIGKILL\)\n  fix: .*\n\Z", said, re.M)
 
 
-def kill_and_resume(command: list[str], run: Path, whole: Path, seed: int) -> None:
+def kill_and_resume(
+    command: list[str], run: Path, whole: Path, seed: int, steps: int = STEPS
+) -> None:
     """SIGKILL the launcher or one of its two processes after a random step, with an odd seed while
     a checkpoint is written; a resumed run ends with the bits of one that was left alone."""
     rng = random.Random(seed)
-    step, victim = rng.randint(1, STEPS - 3), rng.choice(["the launcher", "process 0", "process 1"])
+    step, victim = rng.randint(1, steps - 3), rng.choice(["the launcher", "process 0", "process 1"])
     odd = " and at the next save" if seed % 2 else ""
     print(f"kill seed {seed}: SIGKILL to {victim} after step {step}{odd}")
     process = started(command)
@@ -315,6 +403,7 @@ def kill_and_resume(command: list[str], run: Path, whole: Path, seed: int) -> No
     assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
 
 
+RL_KILLED = ("ddp", "zero2", "zero3")
 KILLED = {"ddp": "sft", "zero1": "adapt", "zero2": "sft", "zero3": "sft lora"}
 
 
@@ -322,11 +411,12 @@ KILLED = {"ddp": "sft", "zero1": "adapt", "zero2": "sft", "zero3": "sft lora"}
 class TestKilledInTwo:
     @pytest.fixture
     def kill_one(self, train_in_two, arguments_of, tmp_path) -> Callable[[str, int], None]:
-        def run(strategy: str, seed: int) -> None:
-            whole, _ = train_in_two(strategy, KILLED[strategy])
-            arguments = arguments_of(KILLED[strategy], tmp_path / "out", 2, "--launch", strategy)
+        def run(strategy: str, seed: int, kind: str | None = None) -> None:
+            kind = kind or KILLED[strategy]
+            whole, _ = train_in_two(strategy, kind)
+            arguments = arguments_of(kind, tmp_path / "out", 2, "--launch", strategy)
             command = launched(tmp_path, *arguments, "--num-processes", "2")
-            kill_and_resume(command, tmp_path / "out", whole, seed)
+            kill_and_resume(command, tmp_path / "out", whole, seed, steps_of(kind))
 
         return run
 
@@ -338,8 +428,14 @@ class TestKilledInTwo:
     def test_twenty_kills_resume_to_the_same_bits(self, kill_one, seed):
         kill_one(list(KILLED)[seed // 5], seed)
 
-    def test_sigterm_saves_and_exits(self, arguments_of, tmp_path):
-        arguments = arguments_of("adapt", tmp_path / "out", 2, "--launch", "ddp")
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(6))
+    def test_six_kills_of_rl_resume_to_the_same_bits(self, kill_one, seed):
+        kill_one(RL_KILLED[seed // 2], seed, "rl long")
+
+    @pytest.mark.parametrize("kind", ["adapt", pytest.param("rl long", marks=pytest.mark.slow)])
+    def test_sigterm_saves_and_exits(self, arguments_of, tmp_path, kind):
+        arguments = arguments_of(kind, tmp_path / "out", 2, "--launch", "ddp")
         command = launched(tmp_path, *arguments, "--num-processes", "2")
         process = started([*command, "train.max_steps=2000", "train.save_steps=2000"])
         await_step(process, 3)
@@ -396,26 +492,46 @@ def test_two_kills_in_one_process_resume_to_the_same_bits(
     assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["adapt", "sft lora"])
+def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
+    train_alone, arguments_of, tmp_path
+):
+    run, (whole, _) = tmp_path / "out", train_alone("rl long")
+    command = [*ALONE, *arguments_of("rl long", run, 1)]
+    process = started(command)
+    await_step(process, 7)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    check_checkpoints(run / "checkpoints")
+    saved = json.loads((run / "checkpoints/checkpoint-5/rollouts-0.json").read_text())
+    assert saved == {"step": 5, "batches": 2}
+    subprocess.run([*command, "--resume"], check=True, env=ENV, capture_output=True)
+    assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["adapt", "sft lora", "rl long"])
 def test_sigterm_saves_and_exits_in_one_process(
     train_alone, tiny_checkpoint, convert_tiny, data_for, tmp_path, monkeypatch, kind
 ):
     from ar2diff.training.denoising import Denoising
+    from ar2diff.training.grpo import DiffusionGRPOTrainer
 
-    verb, settings = KINDS[kind]
-    settings = [*RECIPE, *settings, f"train.per_device_train_batch_size={ROWS}"]
-    recipe = load_recipe(None, [*settings, "train.save_steps=100"])
+    verb, _ = KINDS[kind]
+    recipe = load_recipe(None, [*settings_of(kind, tmp_path, 1), "train.save_steps=100"])
     recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
     run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
     model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-    loss = Denoising.denoising_loss
+    trainer, name = (
+        (DiffusionGRPOTrainer, "_compute_loss") if verb == "rl" else (Denoising, "denoising_loss")
+    )
+    loss = getattr(trainer, name)
 
     def terminated_in_step_3(self, *args, **kwargs):
         if self.state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(Denoising, "denoising_loss", terminated_in_step_3)
+    monkeypatch.setattr(trainer, name, terminated_in_step_3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         run(str(model), recipe, tmp_path / "out")

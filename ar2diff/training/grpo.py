@@ -27,7 +27,7 @@ from ..evaluation import suppressed_of
 from ..rollouts import Rollout, sample
 from ..seeds import content_key, keyed_generator
 from .denoising import disable_dropout
-from .running import Running
+from .running import Running, weights_kept
 
 SHOWN = (
     "loss", "reward", "rewards/", "completions/mean_length", "stop_rate", "tokens_per_forward",
@@ -64,15 +64,16 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._good: Tensor | None = None  # [B], for spg
         self._generation_seconds = 0.0
         disable_dropout(checkpoint.model)  # trl's disable_dropout leaves that of attention on
-        GRPOTrainer.__init__(
-            self,
-            model=checkpoint.model,
-            reward_funcs=rewards,
-            args=args,
-            train_dataset=rows,
-            processing_class=checkpoint.tokenizer,
-            **kwargs,
-        )
+        with weights_kept(checkpoint.model):
+            GRPOTrainer.__init__(
+                self,
+                model=checkpoint.model,
+                reward_funcs=rewards,
+                args=args,
+                train_dataset=rows,
+                processing_class=checkpoint.tokenizer,
+                **kwargs,
+            )
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
         check_reference(self.ref_model, checkpoint)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,17 @@ class Running:
         if self.args.should_save:
             publish_checkpoint(run_dir, self.state.global_step, self.recipe.train.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def weights_kept(model: Any) -> Iterator[None]:
+    """Around the `__init__` of a trainer of trl's, which rounds adapters of quantised models to
+    bfloat16: updates below its 8 bits would be lost, and the mask token's row begin elsewhere."""
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in kept:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:

@@ -32,6 +32,7 @@ from ..ranks import check_rows
 from ..turns import Answers, Conversations, TurnCollator
 from .adapt import Plan, adapt, continued, fitted, keeps_ar
 from .denoising import Denoising, Task, disable_dropout
+from .running import weights_kept
 from .trainer import training_arguments
 
 
@@ -48,15 +49,16 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         self, checkpoint: Checkpoint, recipe: Recipe, args: SFTConfig, rows: Dataset, **kwargs: Any
     ):
         self.set_up(checkpoint, recipe, args)
-        SFTTrainer.__init__(
-            self,
-            model=checkpoint.model,
-            args=args,
-            train_dataset=rows,
-            processing_class=checkpoint.tokenizer,
-            data_collator=TurnCollator(recipe, self.spec.mask_token_id),
-            **kwargs,
-        )
+        with weights_kept(checkpoint.model):
+            SFTTrainer.__init__(
+                self,
+                model=checkpoint.model,
+                args=args,
+                train_dataset=rows,
+                processing_class=checkpoint.tokenizer,
+                data_collator=TurnCollator(recipe, self.spec.mask_token_id),
+                **kwargs,
+            )
         self._loss_shifts_labels = False  # nothing here is counted by labels
         self.train_dataset = Conversations(
             self.train_dataset, checkpoint.end_ids, recipe, blanks(checkpoint.tokenizer)
