@@ -142,6 +142,24 @@ def uses_tools(rows: Sequence[dict[str, Any]]) -> bool:
     )
 
 
+def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 64) -> int:
+    """Of how many of the first rows the last answer is taught behind other tokens than those that
+    ask for it in a chat: a tokenizer may join what ends the prompt to what begins the answer."""
+    found = 0
+    for row in rows[:most]:
+        messages, tools = row["messages"], row.get("tools")
+        if messages[-1]["role"] != "assistant":
+            continue
+        asked, whole = (
+            tokenizer.apply_chat_template(
+                part, tools=tools, add_generation_prompt=part is not messages, return_dict=True
+            )["input_ids"]
+            for part in (messages[:-1], messages)
+        )
+        found += whole[: len(asked)] != asked
+    return found
+
+
 def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
     """The template to render conversations with: the recipe's, else the tokenizer's; where that
     does not mark what the assistant says, one that writes the same and does: trl's, or ours.

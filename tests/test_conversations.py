@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import trl
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from ar2diff.config import load_recipe, with_values
-from ar2diff.conversations import TEMPLATES, chat_template, rendered, turn_end
+from ar2diff.conversations import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
 from ar2diff.errors import Ar2DiffError
 from ar2diff.training.sft import make_sft_plan
 from ar2diff.turns import Conversations
@@ -350,7 +354,7 @@ WRITTEN = [  # template, conversation, what it writes
     (
         "plain",
         chat("S s", "U a", "U b", "A c", "U d", "A "),
-        "<s>s\nUser: a\nUser: b\nAssistant: ⟦c</s>⟧\nUser: d\nAssistant: ⟦</s>⟧",
+        "<s>s\nUser: a\nUser: b\nAssistant:⟦ c</s>⟧\nUser: d\nAssistant:⟦</s>⟧",
     ),
 ]
 
@@ -371,7 +375,7 @@ PROMPTS = {
     "llama3.1": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "llama3.2": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "chatml": "<|im_start|>assistant\n",
-    "plain": "Assistant: ",
+    "plain": "Assistant:",
 }
 
 
@@ -380,7 +384,25 @@ def test_a_template_asks_for_an_answer_where_training_had_one(tokenizer, name):
     before, whole = chat("U a")["messages"], chat("U a", "A b")["messages"]
     asked = rendered(tokenizer, shipped(name), before, add_generation_prompt=True)
     assert asked.endswith(PROMPTS[name])
-    assert rendered(tokenizer, shipped(name), whole).startswith(asked + "b")
+    answer = " b" if name == "plain" else "b"
+    assert rendered(tokenizer, shipped(name), whole).startswith(asked + answer)
+
+
+@pytest.mark.parametrize("space, otherwise", [("before the marks", 1), ("within the marks", 0)])
+def test_a_prompt_whose_end_the_answer_swallows_is_noticed(space, otherwise):
+    """Tokens begin at spaces, as in sentencepiece."""
+    words = {"▁Q:": 0, "▁a": 1, "▁A:": 2, "▁b": 3, "▁": 4}
+    backend = Tokenizer(WordLevel(words, unk_token="▁"))
+    backend.pre_tokenizer = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    outside, inside = (" ", "") if space == "before the marks" else ("", " ")
+    tokenizer.chat_template = (
+        "{%- for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content }}{% else %}"
+        f"{{{{ ' A:{outside}' }}}}{{% generation %}}{{{{ '{inside}' + m.content }}}}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+        f"{{%- if add_generation_prompt %}}{{{{ ' A:{outside}' }}}}{{% endif %}}"
+    )
+    assert asked_otherwise(tokenizer, [chat("U a", "A b")]) == otherwise
 
 
 TOOL_ROW = chat("U a", {"x": [1, "é"]}, "T {}", "A b", **TOOLS)

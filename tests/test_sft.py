@@ -60,7 +60,7 @@ def test_a_tuned_folder_is_a_converted_folder(convert_tiny, write_jsonl, tmp_pat
         ids = tuned.tokenizer.apply_chat_template(
             CHATS[0]["messages"][:1], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        assert tuned.tokenizer.decode(ids).endswith("User: say 0\nAssistant: ")
+        assert tuned.tokenizer.decode(ids).endswith("User: say 0\nAssistant:")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(convert_tiny, write_jsonl, tmp_path, monkeypatch):
@@ -283,7 +283,7 @@ def test_a_dry_run_shows_what_is_learned_and_writes_nothing(
         return capsys.readouterr().out
 
     plan = json.loads(run("--json"))
-    text = "<s>User: say 0\nAssistant: ⟦0 it is</s>⟧\nUser: again\nAssistant: ⟦0</s>⟧"
+    text = "<s>User: say 0\nAssistant:⟦ 0 it is</s>⟧\nUser: again\nAssistant:⟦ 0</s>⟧"
     assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 10}
     assert "26 turns of 8 tokens in the middle, 9 at most" in plan["turns"]
     assert "1 rows over data.max_length 64 are left out" in plan["turns"]

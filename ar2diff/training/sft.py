@@ -24,7 +24,13 @@ from ..adapters import add_adapter, check_base
 from ..attention import Slots
 from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
 from ..config import Recipe, with_values
-from ..conversations import chat_template, read_conversations, turn_end, uses_tools
+from ..conversations import (
+    asked_otherwise,
+    chat_template,
+    read_conversations,
+    turn_end,
+    uses_tools,
+)
 from ..convert import convert, end_token
 from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length
@@ -207,6 +213,13 @@ def make_sft_trainer(
     check_answers(trainer.answers, len(rows), recipe)
     if trainer.is_world_process_zero():
         print(described(trainer.answers, recipe), file=sys.stderr)
+        if "messages" in rows[0] and (count := asked_otherwise(checkpoint.tokenizer, rows)):
+            print(
+                f"warning: a chat asks for {count} of the first answers with other tokens than "
+                "those they are taught behind: compare what the chat template writes with and "
+                "without add_generation_prompt",
+                file=sys.stderr,
+            )
     return trainer
 
 
