@@ -10,6 +10,13 @@ saved tensors are counted.
     activations  of one micro-batch, kept for the backward pass
     logits       of the masked tokens and the AR loss's; no other row reaches the head
 
+    reference    rl: the model as it began, where its KL counts and no adapter can be switched off
+
+A recipe with an `rl` section is estimated on canvases of `data.max_length` tokens that end with
+completions of `rl.max_completion_length`, in all views that the estimator scores: the update, which
+needs most. Not counted: the caches of rollouts, reward models, and, under ZeRO-3, the whole weights
+that each process gathers for the rollouts.
+
 Besides `loading`: main memory in which each process holds all weights before they are sharded, for
 the conversion and its probe work on whole ones, under ZeRO-3 and FSDP2 too.
 """
@@ -23,7 +30,7 @@ from typing import Any
 
 import torch
 
-from .attention import lay_out, model_mask
+from .attention import Slots, lay_out, model_mask
 from .checkpoint import Checkpoint, find_checkpoint, is_adapter, read_config, read_spec
 from .config import Recipe
 from .convert import convert
@@ -84,6 +91,8 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     batch = {"activations": shape.activations, "logits": shape.logits}
     if strategy in ("one", "ddp"):
         batch["activations"] += shape.copies
+        if has_reference(recipe):
+            batch["reference"] = 4 * (frozen + trained)
         return {
             "weights": 4 * (frozen + trained) - saved_by_bits(shape, recipe, 4),
             "gradients": 4 * trained,
@@ -103,6 +112,8 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
         groups = [sum(n for n, matrix in shape.trained if matrix is kind) for kind in (True, False)]
         part = sum(2 * ceil(n / (2 * count)) for n in groups)
         weights, live = frozen + trained, 0
+    if has_reference(recipe):
+        batch["reference"] = element * weights
     saved = saved_by_bits(shape, recipe, element) // (count if strategy == "zero3" else 1)
     return {
         "weights": element * weights - saved,
@@ -112,6 +123,11 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
         "buckets": element * (live + shape.hidden**2),
         **batch,
     }
+
+
+def has_reference(recipe: Recipe) -> bool:
+    """Whether the model as it began is held beside the one that is trained."""
+    return recipe.rl is not None and recipe.rl.beta > 0 and recipe.peft is None
 
 
 def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
@@ -210,12 +226,15 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     model, spec = checkpoint.model, checkpoint.spec
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length
-    ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
-    pos = torch.arange(length).expand(rows, length)
-    input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
+    if recipe.rl is None:
+        ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
+        pos = torch.arange(length).expand(rows, length)
+        input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
+        # Half of the tokens are masked, on average; the AR loss reads all of the clean copy.
+        wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
+    else:
+        input_ids, slots, wanted = _rollouts(recipe, spec)
     mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
-    # Half of the tokens are masked, on average; the AR loss reads all of the clean copy.
-    wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
     books = _Books(model)
     with books, torch.enable_grad():
         logits = logits_at(
@@ -224,15 +243,41 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
         )  # fmt: skip
         books.account = "logits"
         suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+        if recipe.rl is None:
+            cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+        else:
+            (logits / 1.0).masked_fill(suppressed, 0.0).log_softmax(-1).sum()
     states = input_ids.numel() * model.config.get_text_config().hidden_size
     kept, layers = books.bytes["body"], books.layers
     if recipe.train.gradient_checkpointing and layers:
         # Each layer keeps what goes in; one at a time is run again.
         element = next(model.parameters()).element_size()
         kept = kept - sum(layers) + max(layers) + len(layers) * element * states
-    # Logits, and in the backward pass their gradient, besides what the loss keeps.
-    return kept, books.bytes["logits"] + 2 * 4 * logits.numel()
+    # Logits, and in the backward pass their gradient, besides what the loss keeps; rl's entropies
+    # take as many more while they are made.
+    copies = 2 if recipe.rl is None else 3
+    return kept, books.bytes["logits"] + copies * 4 * logits.numel()
+
+
+def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
+    """Ids, their layout and the number of scored tokens of a micro-batch of rl."""
+    rl, rows = recipe.rl, recipe.train.per_device_train_batch_size
+    length = max(recipe.data.max_length, rl.max_completion_length + 1)
+    answer, block = rl.max_completion_length, spec.block_length or rl.max_completion_length
+    views, scored = {
+        "coupled": (2 * rl.samples + 1, rl.samples + 1),
+        "elbo": (2 * rl.samples, rl.samples),
+        "spg": (2 * rl.samples, rl.samples),
+        "trajectory": (min(block, rl.segments or block), 1),
+    }.get(rl.estimator, (1, 1))
+    if rl.estimator == "ar":
+        shape = (rows, length)
+    elif spec.attention == "full":
+        shape = (rows * views, length)
+    else:  # all views of the answer in a row, before the clean canvas
+        shape = (rows, views * answer + length)
+    zeros = torch.zeros(shape, dtype=torch.long)
+    return zeros, Slots(zeros, zeros, zeros.bool(), zeros, zeros), rows * scored * answer
 
 
 class _Books:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from ar2diff.cli.main import main
 
+from ar2diff.checkpoint import load_checkpoint
 from ar2diff.config import load_recipe, with_values
+from ar2diff.estimators import score
 from ar2diff.memory import estimate, held, measure
+from ar2diff.rollouts import Rollout
 from ar2diff.training.adapt import make_plan
 from ar2diff.training.trainer import make_collator, make_trainer
 
@@ -168,3 +171,51 @@ def test_memory_prints_a_table_and_json(monkeypatch, capsys, tiny_checkpoint):
     weights = next(line for line in lines if line.startswith("weights")).split()
     assert f"First each process loads all weights: {weights[1]} MB" in lines[-1]
     assert list(json.loads(run("--launch", "zero2", "--json"))["bytes"]) == ["zero2"]
+
+
+RL = ["rl.num_generations=4", "rl.max_completion_length=24", "train.per_device_train_batch_size=4"]
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+@pytest.mark.parametrize("estimator", ["one_step", "coupled", "elbo", "trajectory", "ar"])
+def test_an_update_of_rl_is_near_the_measured_peak(convert_tiny, tmp_path, estimator, attention):
+    if (estimator, attention) == ("ar", "full"):
+        pytest.skip("full attention has no AR mode")
+    of = [f"convert.attention={attention}", *(BLOCKS[attention] or ["convert.block_length=4"])]
+    prompt = 40  # tokens; none of the completions ends
+    wanted = [*of, *RL, f"data.max_length={prompt + 24}", f"rl.estimator={estimator}"]
+    wanted += ["rl.segments=4"] if estimator == "trajectory" else []
+    recipe = load_recipe(None, wanted)
+    checkpoint = load_checkpoint(str(convert_tiny(*of)))
+    draw = random.Random(0)
+    step = torch.tensor([0] * prompt + [1 + n % 4 for n in range(24)])
+    rollouts = [
+        Rollout(torch.tensor([draw.randrange(259) for _ in step]), prompt, 24, step, seed)
+        for seed in range(4)
+    ]
+    suppressed = torch.zeros(260, dtype=torch.bool)
+
+    def update():
+        checkpoint.model.zero_grad()
+        scores = score(checkpoint.model, rollouts, recipe.rl, checkpoint.spec, suppressed)
+        scores.per_token().sum().backward()
+
+    checkpoint.model.train()
+    update()
+    checkpoint.model.zero_grad()
+    said = estimate(str(convert_tiny(*of)), recipe)["bytes"]["one"]
+    measured = peak_of(update, tmp_path)
+    counted = said["activations"] + said["logits"] + said["gradients"]
+    assert counted / 1.1 < measured < counted * 1.1
+
+
+def test_rl_holds_a_reference_where_its_kl_counts(converted):
+    plain, beta, lora = (
+        estimate(str(converted), load_recipe("demo-rl", more), 2)["bytes"]
+        for more in ([], ["rl.beta=0.1"], ["rl.beta=0.1", "peft.r=2"])
+    )
+    assert all("reference" not in part for part in (*plain.values(), *lora.values()))
+    assert beta["ddp"]["reference"] == beta["ddp"]["weights"]
+    assert beta["zero2"]["reference"] == beta["zero2"]["weights"]
+    assert beta["zero3"]["reference"] == beta["zero3"]["weights"] < beta["zero2"]["weights"]
+    assert beta["one"]["total"] == plain["one"]["total"] + beta["one"]["reference"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Json
+from jinja2 import TemplateError
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
@@ -14,14 +15,16 @@ from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
 from ..config import Recipe, with_values
 from ..conversations import chat_template, read_rows
 from ..decoding import CAUSAL
-from ..errors import Ar2DiffError
+from ..errors import Ar2DiffError, first_line
 from ..forward import context_length
 from ..options import resolve
 from ..ranks import check_rows, world_size
-from ..rewards import make_rewards
+from ..rewards import PASSED, make_rewards
 from .adapt import Plan, adapt, continued
 from .grpo import DiffusionGRPOTrainer
 from .trainer import training_arguments
+
+RESERVED = (*PASSED, "image", "images", "environments")  # what a column may not be called
 
 
 def rl(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> dict[str, Any]:
@@ -65,7 +68,15 @@ def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
     def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Any:
         return make_rl_trainer(plan.checkpoint, plan.recipe, rows, rewards, run_dir, callbacks)
 
-    return Plan(checkpoint, recipe, None, [], trainer)
+    def preview(plan: Plan) -> dict[str, Any]:
+        ids = prompt_ids(plan.checkpoint.tokenizer, rows[0]["prompt"])
+        return {
+            "prompts": len(rows),
+            "first_prompt": {"text": plan.checkpoint.tokenizer.decode(ids), "tokens": len(ids)},
+            "rewards": [getattr(reward, "__name__", reward) for reward in rewards],
+        }
+
+    return Plan(checkpoint, recipe, None, [], trainer, preview)
 
 
 def make_rl_trainer(
@@ -99,7 +110,7 @@ def make_rl_trainer(
         disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
     )
     trainer = DiffusionGRPOTrainer(
-        checkpoint, recipe, args, Dataset.from_list(rows), rewards, callbacks=callbacks
+        checkpoint, recipe, args, table(rows), rewards, callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -192,21 +203,35 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
     """
     tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model.config)
     for number, row in enumerate(rows, 1):
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            count = len(tokenizer(prompt, verbose=False).input_ids)
-        else:
-            count = len(
-                tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
-            )
+        try:
+            count = len(prompt_ids(tokenizer, row["prompt"]))
+        except (ValueError, TypeError, TemplateError) as error:
+            raise Ar2DiffError(
+                f"the chat template does not render prompt {number}: {first_line(error)}",
+                "mend the prompt, or set data.chat_template",
+            ) from error
         if longest is not None and count + recipe.rl.max_completion_length > longest:
             raise Ar2DiffError(
                 f"prompt {number} has {count} tokens: with rl.max_completion_length "
                 f"{recipe.rl.max_completion_length} that is over the context of {longest}",
                 "remove it, or lower rl.max_completion_length",
             )
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """A prompt as the model sees it, which is as trl tokenizes it."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt, verbose=False).input_ids
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return rendered["input_ids"]
+
+
+def table(rows: list[dict[str, Any]]) -> Dataset:
+    """The rows as a data set that leaves them as they are: Arrow's own types know one type a
+    column, and the columns of the first row alone."""
+    names = sorted({name for row in rows for name in row})
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    return Dataset.from_list(whole, features=Features({name: Json() for name in names}))
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
@@ -216,17 +241,34 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         Ar2DiffError: naming the file and the row that has none.
     """
-    return [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
+    rows = [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
+    if len({type(row["prompt"]) for row in rows}) > 1:
+        raise Ar2DiffError(
+            "some prompts are texts and some are messages", "set rl.chat, or give one kind alone"
+        )
+    return rows
 
 
 def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
-    chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
+    chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
     if not chat and not (isinstance(prompt, str) and prompt):
         raise Ar2DiffError(
             f"{where} has no prompt (it has {', '.join(row) or 'nothing'})",
-            "name its column: data.columns.prompt=COLUMN",
+            "name its column: data.columns.prompt=COLUMN; a prompt is a text, or messages",
         )
+    row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
+    for name in RESERVED:
+        if name in row:
+            raise Ar2DiffError(
+                f"{where}: trl gives column {name!r} a sense of its own", "rename it"
+            )
     if recipe.rl.chat and not chat:
         row["prompt"] = [{"role": "user", "content": prompt}]
-    return {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
+    return row
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) for name in ("role", "content")
+    )
