@@ -284,11 +284,11 @@ def test_a_dry_run_shows_what_is_learned_and_writes_nothing(
 
     plan = json.loads(run("--json"))
     text = "<s>User: say 0\nAssistant:⟦ 0 it is</s>⟧\nUser: again\nAssistant:⟦ 0</s>⟧"
-    assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 10}
-    assert "26 turns of 8 tokens in the middle, 9 at most" in plan["turns"]
+    assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 12}
+    assert "26 turns of 9 tokens in the middle, 10 at most" in plan["turns"]
     assert "1 rows over data.max_length 64 are left out" in plan["turns"]
     assert plan["recipe"]["data"]["max_length"] == 64 and "memory" in plan
     assert ("launch" in plan) == bool(launch)
     if not launch:
-        assert f"  text: {text}\n  tokens: 58\n  supervised tokens: 10" in run()
+        assert f"  text: {text}\n  tokens: 58\n  supervised tokens: 12" in run()
     assert sorted(tmp_path.iterdir()) == before
