@@ -28,6 +28,7 @@ from ..rollouts import Rollout, sample
 from ..seeds import content_key, keyed_generator
 from .denoising import disable_dropout
 from .running import Running, weights_kept
+from .sharding import join_deepspeed
 
 SHOWN = (
     "loss", "reward", "rewards/", "completions/mean_length", "stop_rate", "tokens_per_forward",
@@ -64,6 +65,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._good: Tensor | None = None  # [B], for spg
         self._generation_seconds = 0.0
         disable_dropout(checkpoint.model)  # trl's disable_dropout leaves that of attention on
+        join_deepspeed(args)  # for the reference
         with weights_kept(checkpoint.model):
             GRPOTrainer.__init__(
                 self,
@@ -76,7 +78,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             )
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
-        check_reference(self.ref_model, checkpoint)
+        # DeepSpeed's engine around it has a `config` of its own.
+        check_reference(getattr(self.ref_model, "module", self.ref_model), checkpoint)
 
     # Rollouts
 

@@ -74,6 +74,15 @@ def check_engine(accelerator: Any) -> None:
         )
 
 
+def join_deepspeed(args: Any) -> None:
+    """Let DeepSpeed know the processes before a model is loaded: ZeRO-3 cuts it as it is made, by
+    default for one process."""
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=None if args.device.type == "cuda" else "gloo")
+
+
 def holds_shards(trainer: Any) -> bool:
     """Whether each process holds a part of each weight, so that a forward takes all processes."""
     from transformers.integrations import is_deepspeed_zero3_enabled
