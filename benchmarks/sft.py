@@ -169,7 +169,7 @@ def measure(
         rows.append({
             "model": model, "way": name, **settings, "prompts": len(prompts), "samples": samples,
             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-            "trained_tokens": record["tokens"], "steps": record["steps"],
+            "trained_tokens": record["tokens"], "trained_steps": record["steps"],
             "stop": stops, "stop_error": error, **judge(texts, stopped), **result,
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
