@@ -196,6 +196,22 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
     return Plan(checkpoint, recipe, rows, eval_rows)
 
 
+def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
+    """Refuse to tune an unconverted model, or to make a control of a converted one."""
+    control = recipe.objective.kind == "ar"
+    if spec is None and not control:
+        raise Ar2DiffError(
+            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
+        )
+    if spec is not None and control:
+        raise Ar2DiffError(
+            f"model {path} is converted: the control tunes the AR base",
+            "name the base, or leave objective.kind out",
+        )
+    if recipe.peft is not None or is_adapter(path):
+        check_base(path, spec)
+
+
 def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     """The recipe with what it leaves open taken from the spec of a model converted before."""
     if spec is None:

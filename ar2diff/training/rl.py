@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from ..adapters import add_adapter, check_base
-from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
+from ..adapters import add_adapter
+from ..checkpoint import Checkpoint, load_checkpoint, read_spec
 from ..config import Recipe, with_values
 from ..conversations import chat_template, read_rows
 from ..decoding import CAUSAL
@@ -20,7 +20,7 @@ from ..forward import context_length
 from ..options import resolve
 from ..ranks import check_rows, world_size
 from ..rewards import PASSED, make_rewards
-from .adapt import Plan, adapt, continued
+from .adapt import Plan, adapt, check_kind, continued
 from .grpo import DiffusionGRPOTrainer
 from .trainer import training_arguments
 
@@ -41,15 +41,10 @@ def rl(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> dic
 
 def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
     """Check settings, rewards and rows, load the model. Writes nothing."""
-    spec, control = read_spec(path), recipe.objective.kind == "ar"
+    spec = read_spec(path)
     if recipe.rl is None:
         raise Ar2DiffError("the recipe has no rl section", "see 'ar2diff config schema rl'")
-    if spec is None and not control:
-        raise Ar2DiffError(
-            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
-        )
-    if recipe.peft is not None or is_adapter(path):
-        check_base(path, spec)
+    check_kind(path, spec, recipe)
     check_settings(recipe, spec)
     recipe = continued(recipe, spec)
     rewards = make_rewards(recipe.rl.rewards)

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..adapters import add_adapter, check_base
+from ..adapters import add_adapter
 from ..attention import Slots
-from ..checkpoint import Checkpoint, is_adapter, load_checkpoint, read_spec
+from ..checkpoint import Checkpoint, load_checkpoint, read_spec
 from ..config import Recipe, with_values
 from ..conversations import (
     asked_otherwise,
@@ -36,7 +36,7 @@ from ..errors import Ar2DiffError, first_line
 from ..evaluation import check_length
 from ..ranks import check_rows
 from ..turns import Answers, Conversations, TurnCollator
-from .adapt import Plan, adapt, continued, fitted, keeps_ar
+from .adapt import Plan, adapt, check_kind, continued, fitted, keeps_ar
 from .denoising import Denoising, Task, disable_dropout
 from .running import weights_kept
 from .trainer import training_arguments
@@ -132,17 +132,7 @@ def sft(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> di
 def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     """Check and read the rows, load the model. Writes nothing."""
     spec, control = read_spec(path), recipe.objective.kind == "ar"
-    if spec is None and not control:
-        raise Ar2DiffError(
-            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
-        )
-    if spec is not None and control:
-        raise Ar2DiffError(
-            f"model {path} is converted: the control tunes the AR base",
-            "name the base, or leave objective.kind out",
-        )
-    if recipe.peft is not None or is_adapter(path):
-        check_base(path, spec)
+    check_kind(path, spec, recipe)
     recipe = continued(recipe, spec)
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})
