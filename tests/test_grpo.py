@@ -73,8 +73,11 @@ def watch(trainer):
         loss = compute(model, inputs)
         old = inputs.get("old_per_token_logps")
         new = trainer._logps.detach()
+        # Without a KL a row that has no advantage is not scored.
+        live = (inputs["advantages"] != 0) | bool(trainer.beta)
+        mask = inputs["completion_mask"] * live[:, None]
         seen.append(
-            SimpleNamespace(new=new, old=old, mask=inputs["completion_mask"], mode=model.training,
+            SimpleNamespace(new=new, old=old, mask=mask, mode=model.training,
                             inputs=inputs, loss=loss.detach())
         )  # fmt: skip
         return loss
@@ -235,6 +238,41 @@ def test_the_gradient_of_each_estimator_is_that_of_its_log_p(trainer_of, estimat
     assert_gradients(
         trainer, inputs, SURROGATES["grpo"](inputs["advantages"][:, None] * logps, inputs)
     )
+
+
+def earned_by_some(completion_ids, prompts, **_):
+    """The completions of two prompts are told apart, those of the others are not."""
+    numbers = range(len(completion_ids))
+    return [float(n % 3 == 0 and p in PROMPTS[:2]) for n, p in zip(numbers, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("estimator, iterations", [("elbo", 2), ("spg", 1), ("trajectory", 1)])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_a_row_without_an_advantage_is_not_scored_and_changes_nothing(
+    trainer_of, estimator, iterations, loss_type, monkeypatch
+):
+    trainer = trainer_of(
+        estimator, reward=earned_by_some, loss_type=loss_type, num_iterations=iterations,
+        train={"per_device_train_batch_size": 16},
+    )  # fmt: skip
+    inputs, rollouts = batch_of(trainer)
+    advantage = inputs["advantages"]
+    assert (advantage == 0).sum() == 8
+    good = advantage > 0 if estimator == "spg" else None
+    logps = own_logps(trainer, rollouts, inputs, good=good)
+    want = SURROGATES[loss_type](advantage[:, None] * logps, inputs)
+    scored = []
+    monkeypatch.setattr(grpo, "score", lambda m, r, *a: scored.append(len(r)) or score(m, r, *a))
+    assert_gradients(trainer, inputs, want)
+    assert scored == [8]
+
+
+def test_where_no_row_has_an_advantage_one_is_scored_and_nothing_is_learned(trainer_of):
+    trainer = trainer_of(reward=lambda completion_ids, **_: [1.0] * len(completion_ids))
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    after = trainer.model.parameters()
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
 def test_the_ratio_of_sequences_is_that_of_means(trainer_of):

@@ -63,6 +63,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self.suppressed = self.suppressed.to(args.device)
         self._rollouts: list[Rollout] = []  # that the next scores are of
         self._good: Tensor | None = None  # [B], for spg
+        self._live: Tensor | None = None  # [B], the rows that a gradient can come from; null: all
         self._generation_seconds = 0.0
         disable_dropout(checkpoint.model)  # trl's disable_dropout leaves that of attention on
         join_deepspeed(args)  # for the reference
@@ -147,23 +148,28 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, C] log-probabilities by the recipe's estimator of `self._rollouts`, on the canvas of
         the rollout with the noise of its seed; for old, new and reference policy alike."""
-        size = batch_size or len(input_ids)
+        live = torch.ones(len(input_ids), dtype=torch.bool) if self._live is None else self._live
+        numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
-        for first in range(0, len(input_ids), size):
-            rollouts = self._rollouts[first : first + size]
+        for rows in numbers.split(batch_size or len(input_ids)):
             with self.accelerator.autocast():
                 scores = score(
-                    model, rollouts, self.recipe.rl, self.diffusion, self.suppressed,
-                    self.accelerator.unwrap_model(model), logits_to_keep,
+                    model, [self._rollouts[row] for row in rows], self.recipe.rl, self.diffusion,
+                    self.suppressed, self.accelerator.unwrap_model(model), logits_to_keep,
                 )  # fmt: skip
-            good = None if self._good is None else self._good[first : first + size]
-            logps.append(scores.per_token(good))
+            logps.append(scores.per_token(None if self._good is None else self._good[rows]))
             entropies.append(scores.entropies())
             if compute_entropy:
-                spread = self.accelerator.gather(scores.spread().detach()).mean().item()
+                spread = self.accelerator.gather(scores.spread().detach().mean()).mean().item()
                 self._metrics["train"]["estimator_spread"].append(spread)
-        self._logps = torch.cat(logps)
-        return self._logps, torch.cat(entropies) if compute_entropy else None, None
+        self._logps, entropy = torch.cat(logps), torch.cat(entropies)
+        if not live.all():
+            seen = attention_mask[numbers, -logits_to_keep:]
+            mean = (entropy * seen).sum() / seen.sum().clamp(min=1)  # so that trl's mean is of these
+            whole = self._logps.new_zeros(len(live), logits_to_keep)
+            self._logps = whole.index_put((numbers,), self._logps)
+            entropy = (whole + mean).index_put((numbers,), entropy)
+        return self._logps, entropy if compute_entropy else None, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._good = None
@@ -183,7 +189,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
         self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
-        if not self.beta or rl.kl == "k3":
+        if not self.beta:
+            return self._loss_of_live_rows(model, inputs)
+        if rl.kl == "k3":
             return super()._compute_loss(model, inputs)
         beta, self.beta = self.beta, 0.0
         try:
@@ -191,6 +199,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         finally:
             self.beta = beta
         return loss + beta * self._squared_kl(inputs) / self.current_gradient_accumulation_steps
+
+    def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """trl's loss, in which a row without an advantage is worth nothing and is not scored."""
+        live = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
+        live[0] |= ~live.any()  # ranks wait for each other in a forward
+        if "old_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * live[:, None]
+        self._live = live.cpu()
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._live = None
 
     def _squared_kl(self, inputs: dict[str, Any]) -> Tensor:
         """(log p - log p_ref)^2 / 2 of sequences, divided by their tokens (ESPO, eq. 13)."""
