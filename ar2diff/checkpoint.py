@@ -28,7 +28,7 @@ OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
     RUN_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "additional_chat_templates", "custom_generate", "checkpoints",
-    ADAPTER_CONFIG, DIFFUSION,
+    ADAPTER_CONFIG, DIFFUSION, "configuration_*.py",
     "*.partial",
 ]  # fmt: skip
 

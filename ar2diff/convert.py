@@ -41,7 +41,7 @@ def convert(
     _check_lengths(config, wanted, max_length)
     if old is None:
         mask_token_id = _add_mask_token(model, tokenizer, wanted.mask_token, seed)
-        _set_pad(model, tokenizer, mask_token_id)
+        set_pad(model, tokenizer, mask_token_id)
     else:
         _check_continuation(old, wanted)
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
@@ -200,7 +200,7 @@ def _init_row(model: Any, row: int, tokens: int, seed: int) -> None:
         outputs.bias[row] = mean_of_others(outputs.bias)
 
 
-def _set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
+def set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
     """Pad is the tokenizer's own if it is no EOS, else a reserved token, else unk, else one more
     row: a pad that is the EOS cannot be told from an end."""
     ends = {*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}

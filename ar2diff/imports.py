@@ -1,0 +1,379 @@
+"""Checkpoints of other diffusion families, brought into the contract: the stock class's config,
+its names for the same bytes, and the spec. None of their code runs, and no tensor is loaded.
+
+Weights are copied from file to file, so the dtype stays what it is and memory does not depend on
+the size of the model. Whether the result does what its spec says is for `ar2diff check`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from . import __version__
+from .checkpoint import (
+    RUN_FILE,
+    WEIGHTS,
+    Checkpoint,
+    check_disk,
+    check_output,
+    clear_output,
+    find_checkpoint,
+    is_adapter,
+    load_tokenizer,
+    read_config,
+    read_json,
+    staged,
+    stored_dtypes,
+    write_json,
+)
+from .convert import MASK_TOKEN, set_pad, write_spec
+from .errors import Ar2DiffError
+from .families import QKV, Family, family_of
+from .folder import write_custom_generate
+from .forward import context_length
+from .spec import FORMAT, Spec
+
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "*.model", "chat_template.jinja",
+)  # fmt: skip
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+# What no shape of a tensor tells, so that a default would go unseen.
+REQUIRED = (
+    "num_attention_heads", "rms_norm_eps", "num_experts_per_tok", "routed_scaling_factor",
+    "n_group", "topk_group",
+)  # fmt: skip
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+CHUNK = 1 << 24  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the bytes of a stock tensor lie in a foreign safetensors file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return self.size // max(math.prod(self.shape), 1)
+
+
+def import_checkpoint(
+    reference: str,
+    output_dir: str | Path,
+    *,
+    block_length: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write a foreign diffusion checkpoint as a converted folder of ours.
+
+    Args:
+        reference: folder or Hub id.
+        block_length: it was trained on blocks of this length; None: what its config says, else
+            what its family is known for.
+
+    Returns:
+        model, family, loads_as (the stock class), dtype, parameters, diffusion (the spec).
+
+    Raises:
+        Ar2DiffError: its family is not known, no stock class computes what its config asks for,
+            its tensors are not those of the class, its mask token is not to be found.
+    """
+    path, output_dir = find_checkpoint(reference), Path(output_dir)
+    if is_adapter(path):
+        raise Ar2DiffError(
+            f"model {path} is an adapter", "merge it into its base with the code it came from"
+        )
+    theirs = read_config(path)
+    family = family_of(theirs, path)
+    check_output(output_dir, [path], False, overwrite)
+    stored = stored_dtypes(path)
+    config = _stock_config(family, theirs, path)
+    config.dtype = DTYPES.get(max(stored.values(), key=list(stored.values()).count), "float32")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    tokenizer = _tokenizer(path, model.config, family)
+    model.generation_config = GenerationConfig(**_ends(path, theirs, tokenizer))
+    checkpoint = Checkpoint(path, model, tokenizer, None, stored)
+    mask_token_id = _set_mask(checkpoint, theirs, family)
+    _set_pad(checkpoint, mask_token_id)
+    shards = [[*_pieces(file, family, model)] for file in _files(path)]
+    _check_names(shards, model, path)
+    write_spec(checkpoint, _spec(family, theirs, path, model.config, mask_token_id, block_length))
+    result = {
+        "model": reference,
+        "family": family.name,
+        "loads_as": type(model).__name__,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "parameters": sum(math.prod(piece.shape) for shard in shards for piece in shard),
+        "diffusion": checkpoint.spec.to_dict(),
+    }
+    if dry_run:
+        return result
+    check_disk(output_dir, sum(piece.size for shard in shards for piece in shard))
+    if overwrite and output_dir.is_dir():
+        clear_output(output_dir)
+    with staged(output_dir) as folder:
+        _write_shards(folder, shards)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_custom_generate(folder)
+        write_json(folder / RUN_FILE, _record(reference, path) | result)
+    return result
+
+
+def _record(reference: str, path: Path) -> dict[str, Any]:
+    commit = path.name if path.parent.name == "snapshots" else None
+    return {
+        "ar2diff": __version__,
+        "base_model": reference.rstrip("/"),
+        "base_commit": commit,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _stock_config(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
+    """The stock class's config with their values: those that it knows, under its names."""
+    stock = CONFIG_MAPPING[family.stock]
+    known = {*stock().to_dict(), *stock.attribute_map, "head_dim", *ROPE}
+    known -= {"architectures", "model_type", "transformers_version", "_name_or_path", "dtype"}
+    values = {name: theirs.get(name) for name in known}
+    for name, key in family.keys.items():
+        values[name] = values.get(name) if theirs.get(key) is None else theirs[key]
+    values = {n: v for n, v in (values | family.values).items() if v is not None}
+    rope = {**values, **(values.get("rope_parameters") or {})}
+    missing = [name for name in REQUIRED if name in known and name not in values]
+    missing += [] if "rope_theta" in rope else ["rope_theta"]
+    if missing:
+        raise Ar2DiffError(
+            f"model {path}: its config.json does not say {family.keys.get(missing[0], missing[0])}",
+            "add what its own code takes for it",
+        )
+    return stock(**values)
+
+
+def _tokenizer(path: Path, config: Any, family: Family) -> Any:
+    """Their tokenizer, loaded as a stock one: code of its own is left where it is."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for pattern in TOKENIZER:
+            for file in path.glob(pattern):
+                if file.is_file() and file.suffix != ".py":
+                    shutil.copy(file, folder)
+        settings = folder / "tokenizer_config.json"
+        values = read_json(settings, "put it beside the weights") if settings.is_file() else {}
+        values.pop("auto_map", None)
+        if not hasattr(transformers, values.get("tokenizer_class") or ""):
+            whole = (folder / "tokenizer.json").is_file()
+            values["tokenizer_class"] = "PreTrainedTokenizerFast" if whole else family.tokenizer
+        write_json(settings, {name: value for name, value in values.items() if value is not None})
+        config.save_pretrained(folder)
+        try:
+            tokenizer = load_tokenizer(folder)
+        except Ar2DiffError as error:
+            raise Ar2DiffError(error.what.replace(str(folder), str(path)), error.fix) from error
+    tokenizer.name_or_path = ""
+    return tokenizer
+
+
+def _ends(path: Path, theirs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Their end tokens: those of the generation config, or the config, and the tokenizer's. Other
+    settings are those of another sampler."""
+    file = path / "generation_config.json"
+    said = read_json(file, "") if file.is_file() else {}
+    ends = said.get("eos_token_id", theirs.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    return {
+        "bos_token_id": said.get("bos_token_id", tokenizer.bos_token_id),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+
+
+def _set_mask(checkpoint: Checkpoint, theirs: Mapping[str, Any], family: Family) -> int:
+    """Name the mask token in the tokenizer: it has a trained row, and must be no word."""
+    tokenizer, path = checkpoint.tokenizer, checkpoint.path
+    wanted = theirs.get("mask_token_id")
+    if wanted is None and tokenizer.mask_token is None:
+        wanted = family.mask_token_id
+    token = tokenizer.mask_token or MASK_TOKEN
+    if wanted is not None and wanted != tokenizer.mask_token_id:
+        if tokenizer.mask_token is not None:
+            raise Ar2DiffError(
+                f"model {path}: mask_token_id is {wanted} in its config.json, the tokenizer's mask "
+                f"token {token} is {tokenizer.mask_token_id}",
+                "make the two equal; the code that it came with tells which is right",
+            )
+        if wanted < len(tokenizer):
+            token = tokenizer.convert_ids_to_tokens(wanted)
+    known = tokenizer.get_vocab().get(token)
+    if known is not None and known not in tokenizer.added_tokens_decoder:
+        raise Ar2DiffError(
+            f"model {path}: its mask token {token!r} ({known}) is a word of the vocabulary",
+            "check mask_token_id in its config.json",
+        )
+    tokenizer.add_special_tokens({"mask_token": token})
+    rows = checkpoint.model.config.vocab_size
+    if tokenizer.mask_token_id >= rows or wanted not in (None, tokenizer.mask_token_id):
+        raise Ar2DiffError(
+            f"model {path}: mask_token_id {wanted or tokenizer.mask_token_id} is none of the "
+            f"{len(tokenizer) - (known is None)} tokens of the tokenizer and {rows} rows of the "
+            "weights",
+            "use the tokenizer that the model was trained with",
+        )
+    return tokenizer.mask_token_id
+
+
+def _set_pad(checkpoint: Checkpoint, mask_token_id: int) -> None:
+    rows = checkpoint.model.config.vocab_size
+    set_pad(checkpoint.model, checkpoint.tokenizer, mask_token_id)
+    if checkpoint.tokenizer.pad_token_id >= rows:
+        raise Ar2DiffError(
+            f"model {checkpoint.path}: its pad token ends texts, and no row is left for another",
+            "give its tokenizer a pad token that is no end token",
+        )
+
+
+def _spec(
+    family: Family,
+    theirs: Mapping[str, Any],
+    path: Path,
+    config: Any,
+    mask_token_id: int,
+    block_length: int | None,
+) -> Spec:
+    attention = family.attention
+    if block_length is not None and not family.blocks:
+        blocks = "whole rows" if attention == "full" else f"blocks of {family.block_length}"
+        raise Ar2DiffError(
+            f"model {path}: {family.name} models are trained on {blocks}",
+            "leave --block-length out",
+        )
+    if block_length is not None:
+        attention = "block_causal"
+    elif attention == "block_causal":
+        said = theirs.get("block_size") if family.blocks else None
+        block_length = said if type(said) is int and said > 0 else family.block_length
+    context = context_length(config)
+    return Spec(
+        format=FORMAT,
+        noise="mask",
+        mask_token_id=mask_token_id,
+        attention=attention,
+        block_length=block_length,
+        prediction=family.prediction,
+        ar_mode=False,
+        local_window=None,
+        max_length=min(family.max_length or context, context),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return [path / WEIGHTS]
+    names = read_json(index, "download the checkpoint again")["weight_map"].values()
+    return [path / name for name in sorted(set(names))]
+
+
+def _pieces(file: Path, family: Family, model: Any) -> Iterable[Piece]:
+    """What of a foreign file the stock class takes, under its names."""
+    config = model.config
+    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        renamed, shape = family.rename(name), tuple(entry["shape"])
+        if renamed in tied or renamed.endswith("rotary_emb.inv_freq"):
+            continue  # made anew by the class
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        parts = _rows(config) if QKV in renamed else {"": shape[0] if shape else 1}
+        row = (end - start) // max(sum(parts.values()), 1)
+        for part, rows in parts.items():
+            cut = (rows, *shape[1:]) if shape else shape
+            full = renamed.replace(QKV, part)
+            yield Piece(full, entry["dtype"], cut, file, start, rows * row)
+            start += rows * row
+
+
+def _rows(config: Any) -> dict[str, int]:
+    """Rows of query, key and value in a tensor that holds all three."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = config.num_key_value_heads * head
+    return {"q": config.num_attention_heads * head, "k": keys, "v": keys}
+
+
+def _check_names(shards: list[list[Piece]], model: Any, path: Path) -> None:
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    wanted = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
+    found = {piece.name: piece.shape for shard in shards for piece in shard}
+    stock, fix = type(model).__name__, "check that config.json and the weights belong together"
+    for names, what in (
+        (wanted.keys() - found.keys(), f"lack {{}}, which {stock} needs"),
+        (found.keys() - wanted.keys(), f"hold {{}}, which {stock} has no place for"),
+    ):
+        if names:
+            raise Ar2DiffError(f"model {path}: its weights {what.format(min(names))}", fix)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise Ar2DiffError(
+                f"model {path}: {name} has shape {list(found[name])}, {stock} needs {list(shape)}",
+                fix,
+            )
+
+
+def _write_shards(folder: Path, shards: list[list[Piece]]) -> None:
+    if len(shards) == 1:
+        _write_weights(folder / WEIGHTS, shards[0])
+        return
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_weights(folder / name, shard)
+        places |= {piece.name: name for piece in shard}
+    size = sum(piece.size for shard in shards for piece in shard)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    write_json(folder / f"{WEIGHTS}.index.json", index)
+
+
+def _write_weights(target: Path, pieces: list[Piece]) -> None:
+    """A safetensors file of bytes that lie in others: the widest numbers first, so that each tensor
+    starts at a multiple of its own."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, pieces = 0, sorted(pieces, key=lambda piece: (-piece.itemsize, piece.name))
+    for piece in pieces:
+        ends = [offset, offset := offset + piece.size]
+        header[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": ends}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            with piece.file.open("rb") as stream:
+                stream.seek(piece.start)
+                for left in range(piece.size, 0, -CHUNK):
+                    out.write(stream.read(min(left, CHUNK)))

@@ -1,0 +1,44 @@
+"""`ar2diff import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import HELP_JSON, quiet, report
+
+
+def import_command(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id: Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR, A2D.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
+    block_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Block length it was trained on.",
+            show_default="as its config says, else its family's; of A2D, whole rows",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+) -> None:
+    """Make a diffusion model that came with code of its own one of ours: a stock class, no code.
+
+    Example: ar2diff import Dream-org/Dream-v0-Instruct-7B --output-dir runs/dream
+    """
+    quiet()
+    from ..imports import import_checkpoint
+
+    result = import_checkpoint(
+        model, output_dir, block_length=block_length, overwrite=overwrite, dry_run=dry_run
+    )
+    report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
+    if not (as_json or dry_run):
+        typer.echo(f"next: ar2diff check {output_dir}")
