@@ -165,7 +165,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._logps, entropy = torch.cat(logps), torch.cat(entropies)
         if not live.all():
             seen = attention_mask[numbers, -logits_to_keep:]
-            mean = (entropy * seen).sum() / seen.sum().clamp(min=1)  # so that trl's mean is of these
+            mean = (entropy * seen).sum() / seen.sum().clamp(min=1)  # and trl's is of these rows
             whole = self._logps.new_zeros(len(live), logits_to_keep)
             self._logps = whole.index_put((numbers,), self._logps)
             entropy = (whole + mean).index_put((numbers,), entropy)
