@@ -226,10 +226,10 @@ def merge(
     checkpoint = load_adapter(path, device="auto", base=base)
     name = checkpoint.base.reference
     check_output(output_dir, [path, Path(name)], False, overwrite)
-    before = _logits(checkpoint)
+    before = fixed_logits(checkpoint)
     checkpoint.model, checkpoint.base = checkpoint.model.merge_and_unload(), None
-    merged = _logits(checkpoint)
-    difference = _far(before, merged)
+    merged = fixed_logits(checkpoint)
+    difference = far(before, merged)
     if not difference <= MERGED:
         raise Ar2DiffError(
             f"adapter {path}: merging changes the logits by {difference:.1e}, over {MERGED:.0e}",
@@ -242,7 +242,7 @@ def merge(
         "base_model": name,
         "parameters": count_parameters(checkpoint.model)[1],
         "difference": difference,
-        "rounding": _far(merged, _logits(checkpoint)),
+        "rounding": far(merged, fixed_logits(checkpoint)),
     }
     if dry_run:
         return result
@@ -438,15 +438,17 @@ def _load_weights(model: Any, path: Path) -> None:
         raise damaged
 
 
-def _logits(checkpoint: Checkpoint) -> Tensor:
-    """Logits of fixed rows, masks among them."""
+@torch.no_grad()
+def fixed_logits(checkpoint: Checkpoint) -> Tensor:
+    """[4, 32, V] logits of fixed rows, masks among them; two loads of a model have the same."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(checkpoint.tokenizer), (4, 32), generator=generator)
     masked = torch.rand(ids.shape, generator=generator) < 0.3
     ids = ids.masked_fill(masked, checkpoint.spec.mask_token_id)
     model = checkpoint.model
-    return torch.cat([model(row[None].to(model.device)).logits[0].cpu() for row in ids])
+    return torch.stack([model(row[None].to(model.device)).logits[0].cpu() for row in ids])
 
 
-def _far(before: Tensor, after: Tensor) -> float:
+def far(before: Tensor, after: Tensor) -> float:
+    """The largest difference of logits over the largest logit."""
     return ((before - after).abs().max() / before.abs().max()).item()
