@@ -139,7 +139,19 @@ def stored_dtypes(path: Path) -> dict[str, str]:
     """Dtype of each stored tensor, read from the safetensors headers; checks that no file is cut.
 
     Raises:
-        Ar2DiffError: no safetensors (pickles are never opened), a missing shard, a cut file.
+        Ar2DiffError: as `weight_files`; a missing shard, a cut file.
+    """
+    dtypes: dict[str, str] = {}
+    for file in weight_files(path):
+        dtypes |= tensor_dtypes(file)
+    return dtypes
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder, in the order of their names.
+
+    Raises:
+        Ar2DiffError: there are none (pickles are never opened).
     """
     index = path / f"{WEIGHTS}.index.json"
     if index.is_file():
@@ -160,10 +172,7 @@ def stored_dtypes(path: Path) -> dict[str, str]:
             f"model {path}: config.json is there but {shards[0]} is not",
             "download the checkpoint again",
         )
-    dtypes: dict[str, str] = {}
-    for shard in shards:
-        dtypes |= tensor_dtypes(path / shard)
-    return dtypes
+    return [path / shard for shard in shards]
 
 
 def tensor_dtypes(file: Path) -> dict[str, str]:

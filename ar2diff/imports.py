@@ -36,6 +36,7 @@ from .checkpoint import (
     read_json,
     staged,
     stored_dtypes,
+    weight_files,
     write_json,
 )
 from .convert import MASK_TOKEN, set_pad, write_spec
@@ -117,7 +118,7 @@ def import_checkpoint(
     checkpoint = Checkpoint(path, model, tokenizer, None, stored)
     mask_token_id = _set_mask(checkpoint, theirs, family)
     _set_pad(checkpoint, mask_token_id)
-    shards = [[*_pieces(file, family, model)] for file in _files(path)]
+    shards = [[*_pieces(file, family, model)] for file in weight_files(path)]
     _check_names(shards, model, path)
     write_spec(checkpoint, _spec(family, theirs, path, model.config, mask_token_id, block_length))
     result = {
@@ -287,14 +288,6 @@ def _spec(
         local_window=None,
         max_length=min(family.max_length or context, context),
     )
-
-
-def _files(path: Path) -> list[Path]:
-    index = path / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        return [path / WEIGHTS]
-    names = read_json(index, "download the checkpoint again")["weight_map"].values()
-    return [path / name for name in sorted(set(names))]
 
 
 def _pieces(file: Path, family: Family, model: Any) -> Iterable[Piece]:

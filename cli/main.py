@@ -17,7 +17,9 @@ from .check import check
 from .config import config_app
 from .doctor import doctor
 from .eval import evaluate_command
+from .export import export
 from .generate import generate
+from .import_ import import_command
 from .memory import memory
 from .merge import merge
 from .recipes import recipes_app
@@ -41,6 +43,8 @@ app.command("chat")(chat)
 app.command("eval")(evaluate_command)
 app.command("check")(check)
 app.command("merge")(merge)
+app.command("import")(import_command)
+app.command("export")(export)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
 app.command("doctor")(doctor)

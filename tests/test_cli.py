@@ -26,6 +26,8 @@ VERBS = (
     ["eval"],
     ["check"],
     ["merge"],
+    ["import"],
+    ["export"],
     ["doctor"],
     ["memory"],
     ["recipes", "ls"],

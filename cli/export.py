@@ -1,0 +1,37 @@
+"""`ar2diff export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import HELP_JSON, quiet, report
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
+    output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
+    to: Annotated[
+        str,
+        typer.Option(help="sdar: block_causal Qwen3 for SGLang, LMDeploy; ar: causal_context."),
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+) -> None:
+    """Write a converted model in a layout that engines read, with the same weights.
+
+    Example: ar2diff export runs/qwen --to ar --output-dir runs/qwen-ar
+    """
+    quiet()
+    from ..exports import export_checkpoint
+
+    result = export_checkpoint(model, output_dir, to, overwrite=overwrite, dry_run=dry_run)
+    result = {"dry_run": dry_run, "output_dir": str(output_dir), **result}
+    report(result if as_json else {k: v for k, v in result.items() if k != "notes"}, as_json)
+    if not as_json:
+        typer.echo("\n".join(f"note: {note}" for note in result["notes"]))

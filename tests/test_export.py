@@ -1,0 +1,268 @@
+"""Exports: what an engine reads of the folder is the model that it was."""
+
+from __future__ import annotations
+
+import json
+
+import foreign
+import pytest
+import torch
+from ar2diff.cli.main import main
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.decoding import complete
+from ar2diff.exports import export_checkpoint
+from ar2diff.imports import import_checkpoint
+
+QWEN_TOKENS, QWEN_ROWS, SDAR_MASK = 151669, 151936, 151669
+IDS = torch.tensor([1, 17, SDAR_MASK, 5, 99, SDAR_MASK, SDAR_MASK, 42, 8, SDAR_MASK, 7])
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """As long as Qwen3's: the next free id is the one that engines take for the mask."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, QWEN_TOKENS)}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def sdar(qwen_tokenizer, tmp_path_factory):
+    """Factory: (foreign checkpoint, its weights, the folder of ours that it was imported to)."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("sdar")
+            build = {"dense": foreign.sdar, "moe": foreign.sdar_moe}[kind]
+            theirs = build(vocab_size=QWEN_ROWS, mask_token_id=SDAR_MASK, block_size=8)
+            weights = theirs.weights()
+            foreign.save(theirs, folder / "theirs", qwen_tokenizer, weights, shards=2)
+            import_checkpoint(str(folder / "theirs"), folder / "ours")
+            made[kind] = theirs, weights, folder / "ours"
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def fails(run, tmp_path):
+    """The export must exit with 2, say two lines, and write nothing."""
+
+    def call(folder, to):
+        arguments = ("--to", to, "--output-dir", tmp_path / "out")
+        code, out, err = run("export", folder, *arguments)
+        lines = err.strip().splitlines()
+        assert (code, out, len(lines)) == (2, "", 2), err
+        assert lines[0].startswith("error: ")
+        assert lines[1].startswith("  fix: ")
+        assert not (tmp_path / "out").exists()
+        return err
+
+    return call
+
+
+def logits_of(folder, ids=IDS):
+    checkpoint = load_checkpoint(str(folder))
+    with torch.no_grad():
+        return checkpoint, checkpoint.model(ids[None], use_cache=False).logits[0]
+
+
+def edited(folder, target, **values):
+    """The folder with other values in its config.json, and in its diffusion block."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["diffusion"] |= {k: v for k, v in values.items() if k in config["diffusion"]}
+    config |= {k: v for k, v in values.items() if k not in config["diffusion"]}
+    config["mask_token_id"] = config["diffusion"]["mask_token_id"]
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_export_to_sdar_and_import_give_the_same_model(sdar, tmp_path, kind):
+    _, weights, ours = sdar(kind)
+    export_checkpoint(str(ours), tmp_path / "sdar", "sdar")
+    stored = {}
+    for file in (tmp_path / "sdar").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weights[name]) for name in weights)
+    import_checkpoint(str(tmp_path / "sdar"), tmp_path / "again")
+    one, before = logits_of(ours)
+    other, after = logits_of(tmp_path / "again")
+    assert torch.equal(before, after)
+    assert one.spec == other.spec
+    assert one.end_ids == other.end_ids
+    assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_engine_finds_in_the_sdar_config_what_it_reads(sdar, tmp_path, kind):
+    """The names that SGLang and LMDeploy read, by `getattr` with their defaults."""
+    theirs, _, ours = sdar(kind)
+    export_checkpoint(str(ours), tmp_path / "sdar", "sdar")
+    config = AutoConfig.from_pretrained(tmp_path / "sdar", trust_remote_code=True)
+    moe = "Moe" if kind == "moe" else ""
+    assert config.architectures == [f"SDAR{moe}ForCausalLM"]
+    assert config.model_type == f"sdar{moe and '_moe'}"
+    read = {
+        "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 32768,
+        "head_dim": None, "attention_bias": False, "num_attention_heads": None,
+        "num_key_value_heads": None, "hidden_size": None, "rms_norm_eps": None,
+        "vocab_size": None, "num_hidden_layers": None, "tie_word_embeddings": None,
+    }  # fmt: skip
+    if moe:
+        read |= dict.fromkeys(
+            ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        )
+    for name, default in read.items():
+        assert getattr(config, name, default) == theirs.config[name], name
+    plain = json.loads((tmp_path / "sdar" / "config.json").read_text())
+    assert plain["rope_theta"] == 1000.0
+    assert plain["torch_dtype"] == "float32"
+    assert not {"diffusion", "is_causal"} & set(plain)
+    assert not (tmp_path / "sdar" / "custom_generate").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sdar", trust_remote_code=True)
+    assert tokenizer.mask_token_id == SDAR_MASK
+
+
+def test_scaled_rotary_embeddings_stay_scaled(sdar, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {"rope_parameters": yarn | {"rope_theta": 1000.0}}
+    folder = edited(sdar("dense")[2], tmp_path / "yarn", **rope)
+    export_checkpoint(str(folder), tmp_path / "sdar", "sdar")
+    plain = json.loads((tmp_path / "sdar" / "config.json").read_text())
+    assert (plain["rope_theta"], plain["rope_scaling"]) == (1000.0, yarn)
+    import_checkpoint(str(tmp_path / "sdar"), tmp_path / "again")
+    again = load_checkpoint(str(tmp_path / "again")).model.config
+    assert again.rope_parameters == rope["rope_parameters"]
+
+
+def test_the_notes_say_how_to_serve_it(sdar, run, tmp_path):
+    code, out, _ = run("export", sdar("dense")[2], "--to", "sdar", "--output-dir", tmp_path / "out")
+    assert code == 0
+    assert "loads as: SDARForCausalLM" in out
+    assert "block_size: 8" in out
+    assert "--dllm-block-length 8" in out
+
+
+# To AR
+
+
+def test_export_to_ar_is_the_models_ar_mode(converted, tiny_checkpoint, tmp_path):
+    export_checkpoint(str(converted), tmp_path / "ar", "ar")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ar").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    checkpoint, before = logits_of(converted, ids[0])
+    with torch.no_grad():
+        after = plain(ids).logits[0]
+        assert torch.equal(after, before)
+        assert torch.equal(after[:, :259], base(ids).logits[0])  # not trained: the base's own
+    config = json.loads((tmp_path / "ar" / "config.json").read_text())
+    assert not {"diffusion", "mask_token_id", "is_causal"} & set(config)
+    assert not (tmp_path / "ar" / "custom_generate").exists()
+    text = complete(checkpoint, "the cat", mode="ar", max_new_tokens=12)["token_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
+    prompt = tokenizer("the cat", return_tensors="pt").input_ids
+    said = plain.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert said.tolist() == text
+
+
+def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run, write_jsonl):
+    export_checkpoint(str(converted), tmp_path / "ar", "ar")
+    arguments = ("--max-steps", 0, "--output-dir", tmp_path / "again", "--json")
+    code, out, err = run("adapt", tmp_path / "ar", *arguments)
+    assert code == 0, err
+    assert json.loads(out)["diffusion"]["mask_token_id"] == 259
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    (
+        ({"attention": "full", "block_length": None}, "its attention is full"),
+        ({"prediction": "shift"}, "its prediction is shift"),
+        ({"mask_token_id": 7}, "its mask token is 7, the engines have 151669 in their code"),
+        ({"use_sliding_window": True, "sliding_window": 4}, "it has a sliding window"),
+        ({"hidden_act": "gelu"}, "its activation is gelu"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "its class is Llama"),
+    ),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_sdar_engines_would_get_wrong_is_refused(sdar, fails, tmp_path, values, said):
+    assert said in fails(edited(sdar("dense")[2], tmp_path / "ours", **values), "sdar")
+
+
+def test_experts_in_some_layers_alone_are_refused(sdar, fails, tmp_path):
+    folder = edited(sdar("moe")[2], tmp_path / "ours", mlp_only_layers=[0])
+    assert "some of its layers have no experts" in fails(folder, "sdar")
+
+
+def test_models_without_an_ar_mode_are_refused(sdar, fails, converted, tmp_path):
+    assert "its attention is block_causal" in fails(sdar("dense")[2], "ar")
+    dead = edited(converted, tmp_path / "dead", ar_mode=False)
+    assert "it was not trained along" in fails(dead, "ar")
+
+
+def test_unconverted_models_and_adapters_are_refused(fails, tiny_checkpoint, tmp_path):
+    assert "is not converted" in fails(tiny_checkpoint, "ar")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    said = fails(tmp_path / "lora", "ar")
+    assert "is an adapter" in said
+    assert "ar2diff merge" in said
+
+
+def test_an_unknown_layout_is_refused_with_those_there_are(fails, converted):
+    said = fails(converted, "gguf")
+    assert "--to gguf is no layout" in said
+    assert "give one of sdar, ar" in said
+
+
+def test_a_folder_in_use_is_refused_and_ours_is_replaced_on_demand(run, converted, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    arguments = ("export", converted, "--to", "ar", "--output-dir", out)
+    code, _, err = run(*arguments, "--overwrite")
+    assert code == 2
+    assert "did not write" in err
+    (out / "mine.txt").unlink()
+    assert run(*arguments)[0] == 0
+    assert run(*arguments)[0] == 2
+    assert run(*arguments, "--overwrite")[0] == 0
+
+
+def test_a_dry_run_says_all_and_writes_nothing(run, converted, tmp_path):
+    arguments = ("--to", "ar", "--output-dir", tmp_path / "out", "--dry-run", "--json")
+    code, out, _ = run("export", converted, *arguments)
+    assert code == 0
+    assert json.loads(out)["loads_as"] == "LlamaForCausalLM"
+    assert not (tmp_path / "out").exists()
