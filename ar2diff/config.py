@@ -29,7 +29,9 @@ class Convert(_Section):
     attention: Literal["causal_context", "block_causal", "full"] = "causal_context"
     block_length: int | None = Field(8, gt=0, description="null for full")
     prediction: Literal["same", "shift"] = "shift"
-    local_window: Literal["kept", "dropped"] = Field("kept", description="the base's window")
+    local_window: Literal["kept", "dropped"] | None = Field(
+        None, description="the base's window; null: kept where rows are longer than it"
+    )
     mask_token: str | None = Field(None, description="null: chosen; or a special token's text")
     reconvert: bool = Field(
         False, description="give a converted model another attention or prediction"

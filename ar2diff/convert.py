@@ -46,10 +46,7 @@ def convert(
         _check_continuation(old, wanted)
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
         ar_mode = ar_mode and old.ar_mode
-    windowed = any(layer_windows(config.get_text_config(), "kept").values())
-    local_window = wanted.local_window if windowed else old.local_window if old else None
-    if local_window == "dropped":
-        _drop_windows(config.get_text_config())
+    local_window = _local_window(config.get_text_config(), old, wanted, max_length)
     spec = Spec(
         format=FORMAT,
         noise="mask",
@@ -98,11 +95,25 @@ def end_token(checkpoint: Checkpoint) -> int:
     )
 
 
-def _drop_windows(config: Any) -> None:
-    """A stock forward of the converted model must not see the window that ours does not have."""
-    config.sliding_window = None
-    if getattr(config, "layer_types", None):
-        config.layer_types = ["full_attention"] * len(config.layer_types)
+def _local_window(config: Any, old: Spec | None, wanted: Convert, max_length: int) -> str | None:
+    """What becomes of the base's sliding window, `local_window` of the spec. A dropped one is taken
+    out of the config: a stock forward must not see what ours does not have.
+
+    Layers keep their types, which may decide more than the window (a layer's rotary base, its
+    heads): their window gets as long as the context.
+    """
+    before = old.local_window if old else None
+    if before == "dropped":
+        return before
+    sizes = [size for size in layer_windows(config, "kept").values() if size]
+    if not sizes:
+        return None
+    fitting = "kept" if max_length > min(sizes) else "dropped"
+    if (wanted.local_window or before or fitting) == "kept":
+        return "kept"
+    typed = getattr(config, "layer_types", None)
+    config.sliding_window = (context_length(config) or max_length) if typed else None
+    return "dropped"
 
 
 def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
@@ -123,7 +134,8 @@ def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
 def _check_continuation(old: Spec, wanted: Convert) -> None:
     if wanted.reconvert:
         return
-    names = ["attention", "prediction", *(["local_window"] if old.local_window else [])]
+    windowed = old.local_window and wanted.local_window
+    names = ["attention", "prediction", *(["local_window"] if windowed else [])]
     for name in names:
         if getattr(old, name) != getattr(wanted, name):
             raise Ar2DiffError(

@@ -230,7 +230,7 @@ def score(
     slots = Slots(doc, pos, noisy, start, block)
     mask = model_mask(inner, slots, spec.attention, spec.block_length, spec.local_window)
     logits = logits_at(
-        model, at[:, 0] * ids.shape[1] + at[:, 1], head=inner.get_output_embeddings(),
+        model, at[:, 0] * ids.shape[1] + at[:, 1], inner=inner,
         input_ids=ids, attention_mask=mask, position_ids=pos,
     )  # fmt: skip
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -10,39 +10,84 @@ from typing import Any
 
 from torch import Tensor
 
+FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # of the routers' loss, as configs call it
+
 
 def context_length(config: Any) -> int | None:
     """Longest row a model takes, in tokens; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def quiet_routers(model: Any) -> dict[str, bool]:
+    """Arguments of a forward whose routers (mixtures of experts) are not judged: where its config
+    asks for that, a model would do it in every forward, and reads a 2-D mask for it."""
+    return {"output_router_logits": False} if _judges_routers(model) else {}
+
+
+def router_loss(model: Any, output: Any) -> Tensor | float:
+    """The routers' own loss in an output of `output_at`, times the config's factor; else 0."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return 0.0
+    config = model.config.get_text_config()
+    return loss * next(getattr(config, name) for name in FACTORS if hasattr(config, name))
+
+
 def logits_at(
-    model: Any, index: Tensor, head: Any = None, cache: Any = None, **inputs: Any
+    model: Any, index: Tensor, inner: Any = None, cache: Any = None, **inputs: Any
 ) -> Tensor:
-    """Logits [N, V] at the wanted slots alone; the [B * S, V] tensor is never built.
+    """Logits [N, V] at the wanted slots alone; arguments as `output_at`."""
+    return output_at(model, index, inner, cache, **inputs).logits[0]
+
+
+def output_at(
+    model: Any,
+    index: Tensor,
+    inner: Any = None,
+    cache: Any = None,
+    real: Tensor | None = None,
+    **inputs: Any,
+) -> Any:
+    """A forward's output whose logits [1, N, V] are those at the wanted slots alone; the
+    [B * S, V] tensor is never built.
 
     The rows are picked by a pre-hook on the output embeddings, so that soft caps and scales stay
-    the model's own. It leaves the forwards of other threads alone.
+    the model's own. Hooks leave the forwards of other threads alone.
 
     Args:
         model: a causal LM, wrapped (DDP) or not.
         index: [N] int, slots of the flattened [B * S].
-        head: output embeddings, where `model` is a wrapper that hides them.
+        inner: the causal LM, where `model` is a wrapper that hides it.
         cache: a cache of transformers that holds the keys before the slots and gets theirs.
+        real: [B, S] bool, no padding: routers are judged by these, where the config asks for it.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
-
-    own = get_ident()
+    inner, own = inner or model, get_ident()
 
     def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if get_ident() != own:
             return None
         return (args[0].flatten(0, 1)[index].unsqueeze(0),)
 
-    handle = (head or model.get_output_embeddings()).register_forward_pre_hook(pick)
+    hooks = [inner.get_output_embeddings().register_forward_pre_hook(pick)]
+    if real is None:
+        inputs |= quiet_routers(inner)
+    elif _judges_routers(inner):
+        # The causal LM judges its routers by a 2-D mask; the layers under it get ours.
+        mask, inputs["attention_mask"] = inputs["attention_mask"], real
+
+        def swap(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            return (args, kwargs | {"attention_mask": mask}) if get_ident() == own else None
+
+        hooks.append(inner.get_decoder().register_forward_pre_hook(swap, with_kwargs=True))
     try:
         if cache is None:
-            return model(**inputs, use_cache=False).logits[0]
-        return model(**inputs, past_key_values=cache, use_cache=True).logits[0]
+            return model(**inputs, use_cache=False)
+        return model(**inputs, past_key_values=cache, use_cache=True)
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _judges_routers(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))

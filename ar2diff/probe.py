@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .attention import Slots, allowed_edges, dense_mask, lay_out, layer_windows, model_mask
+from .cache import ContextCache
 from .errors import first_line
+from .forward import quiet_routers
 from .spec import Spec
 
 BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
 LENGTH = 10  # two blocks and a ragged tail
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what transformers' masks read of a config
 WINDOW = 5
 TOLERANCE = 1e-4  # of the largest logit; a wrong mask is off by whole logits
 ROUNDED = (torch.bfloat16, torch.float16)
@@ -33,11 +36,12 @@ def probe(model: Any, spec: Spec) -> list[str]:
     """
     block = None if spec.attention == "full" else min(BLOCK, spec.block_length)
     try:
-        with _short_windows(model.config.get_text_config()):
+        with _short_windows(model.config.get_text_config(), spec.local_window):
             prober = _Prober(model, spec, block)
             return [
                 *prober.dependencies(),
                 *(prober.mask_free() if spec.attention == "full" else prober.blocks()),
+                *(prober.cache() if spec.attention != "full" else []),
                 *(prober.ar_mode() if spec.ar_mode and spec.attention == "causal_context" else []),
                 *prober.packing(),
             ]
@@ -46,16 +50,20 @@ def probe(model: Any, spec: Spec) -> list[str]:
 
 
 @contextmanager
-def _short_windows(config: Any) -> Iterator[None]:
-    """A window longer than the probe's rows would go unseen: it is short while we look."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None:
-        config.sliding_window = min(window, WINDOW)
+def _short_windows(config: Any, local_window: str | None) -> Iterator[None]:
+    """A window or chunk longer than the probe's rows would go unseen: it is short while we look;
+    but a dropped one, which is as long as the context."""
+    found = {name: getattr(config, name, None) for name in WINDOWS}
+    if local_window == "dropped":
+        found["sliding_window"] = None
+    found = {name: size for name, size in found.items() if size is not None}
+    for name, size in found.items():
+        setattr(config, name, min(size, WINDOW))
     try:
         yield
     finally:
-        if window is not None:
-            config.sliding_window = window
+        for name, size in found.items():
+            setattr(config, name, size)
 
 
 class _Prober:
@@ -72,13 +80,25 @@ class _Prober:
         self.doc = torch.zeros_like(self.pos)
         self.dtypes = {p.dtype for p in model.parameters() if p.dtype in ROUNDED}
 
-    def run(self, input_ids: Tensor, slots: Slots) -> Tensor:
+    def run(
+        self, input_ids: Tensor, slots: Slots, cache: Any = None, queries: range | None = None
+    ) -> Tensor:
+        """Logits of the slots, or of those of `queries` behind what stands in a cache."""
         mask = model_mask(
-            self.model, slots, self.spec.attention, self.block, self.spec.local_window
+            self.model, slots, self.spec.attention, self.block, self.spec.local_window,
+            queries=queries,
+        )  # fmt: skip
+        read = slice(None) if queries is None else slice(queries.start, queries.stop)
+        return self.plain(
+            input_ids=input_ids[:, read],
+            attention_mask=mask,
+            position_ids=slots.pos[:, read],
+            use_cache=cache is not None,
+            **({} if cache is None else {"past_key_values": cache}),
         )
-        return self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=slots.pos, use_cache=False
-        ).logits
+
+    def plain(self, **inputs: Any) -> Tensor:
+        return self.model(**{"use_cache": False} | inputs, **quiet_routers(self.model)).logits
 
     def differ(self, a: Tensor, b: Tensor) -> bool:
         """Whether they differ by more than rounding, in parts of the largest logit."""
@@ -116,7 +136,7 @@ class _Prober:
     def mask_free(self) -> list[str]:
         """`full`: a stock forward without a mask must be the full one, as config.is_causal says."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, "full")
-        plain = self.model(input_ids=input_ids, use_cache=False, is_causal=False).logits
+        plain = self.plain(input_ids=input_ids, is_causal=False)
         if self.differ(plain, self.run(input_ids, slots)):
             return ["is_causal=false is not honoured: a plain forward stays causal"]
         return []
@@ -134,11 +154,28 @@ class _Prober:
                 return ["a block in [noisy | clean] differs from the block alone"]
         return []
 
+    def cache(self) -> list[str]:
+        """A block behind a cached context must equal the block in one forward."""
+        start, end = self.block, min(2 * self.block, LENGTH)
+        row = torch.cat([self.x0[:, :start], self.xt[:, start:end]], 1)
+        noisy = (torch.arange(end, device=row.device) >= start)[None]
+        slots = Slots(self.doc[:, :end], self.pos[:, :end], noisy)
+        context = Slots(self.doc[:, :start], self.pos[:, :start], noisy[:, :start])
+        cache = ContextCache(self.model, 1).stock
+        try:
+            self.run(row, context, cache, range(start))
+            behind = self.run(row, slots, cache, range(start, end))
+        except Exception as error:  # a cache of another kind, or none
+            return [f"it does not decode from a cache of keys and values ({first_line(error)})"]
+        if self.differ(behind, self.run(row, slots)[:, start:]):
+            return ["a block behind a cached context differs from the block in one forward"]
+        return []
+
     def ar_mode(self) -> list[str]:
         """The clean half must be the model that a stock, mask-less forward runs."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
         clean = self.run(input_ids, slots)[:, LENGTH:]
-        plain = self.model(input_ids=self.x0, use_cache=False).logits
+        plain = self.plain(input_ids=self.x0)
         if self.differ(clean, plain):
             return ["the clean half differs from the model's own left-to-right forward"]
         return []

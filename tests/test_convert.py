@@ -201,8 +201,8 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
     import ar2diff.probe as module
     from ar2diff.attention import allowed_edges, dense_mask
 
-    def as_bool(model, slots, attention, block_length, local_window):
-        return dense_mask(allowed_edges(slots, attention, block_length), slots)
+    def as_bool(model, slots, attention, block_length, local_window, queries=None):
+        return dense_mask(allowed_edges(slots, attention, block_length), slots, queries)
 
     monkeypatch.setattr(module, "model_mask", as_bool)
     problems = probe(tiny_model("llama", "eager"), Spec(**SPEC))

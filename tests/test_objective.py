@@ -235,7 +235,7 @@ def test_a_forward_afterwards_is_a_whole_one_again(tiny_model):
         assert model(input_ids=ids).logits.shape == (1, 5, 64)
 
 
-def test_a_wrapper_that_hides_its_head_can_name_it(tiny_model):
+def test_a_wrapper_that_hides_its_model_can_name_it(tiny_model):
     model, ids = tiny_model("llama"), words(1, 5)
 
     class Wrapper(torch.nn.Module):
@@ -243,7 +243,7 @@ def test_a_wrapper_that_hides_its_head_can_name_it(tiny_model):
             return model(**inputs)
 
     with torch.no_grad():
-        got = logits_at(Wrapper(), torch.tensor([4]), head=model.lm_head, input_ids=ids)
+        got = logits_at(Wrapper(), torch.tensor([4]), inner=model, input_ids=ids)
         assert torch.equal(got, logits_at(model, torch.tensor([4]), input_ids=ids))
 
 

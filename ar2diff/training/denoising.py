@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import Slots, model_mask
+from ..attention import PADDING, Slots, model_mask
 from ..checkpoint import Checkpoint
 from ..decoding import causal_spec
 from ..evaluation import suppressed_of
-from ..forward import logits_at
+from ..forward import output_at, router_loss
 from ..objective import cross_entropy
 from .meter import Meter
 from .running import Running
@@ -67,7 +67,8 @@ class Denoising(Running):
         return {}
 
     def denoising_loss(self, model: Any, task: Task, divisors: Tensor) -> Tensor:
-        """Masked cross-entropy of the noisy copy plus the AR loss of the clean one.
+        """Masked cross-entropy of the noisy copy plus the AR loss of the clean one, and the loss
+        of the routers of a mixture of experts where its config asks for it.
 
         Args:
             divisors: [2] of the diffusion and the AR loss, over the global batch.
@@ -78,14 +79,16 @@ class Denoising(Running):
             task.reveal,
         )  # fmt: skip
         # Logits are computed where they are wanted: masked tokens, then tokens of the AR loss.
-        logits = logits_at(
+        output = output_at(
             model,
             torch.cat([task.index, task.ar_index]),
-            head=inner.get_output_embeddings(),
+            inner=inner,
+            real=task.slots.doc != PADDING,
             input_ids=task.input_ids,
             attention_mask=mask,
             position_ids=task.slots.pos,
         )
+        logits = output.logits[0]
         count, (divisor, ar_divisor) = len(task.index), divisors
         ce = cross_entropy(logits[:count], task.target, self.suppressed)
         loss = (task.coef * ce).sum() / divisor
@@ -94,7 +97,9 @@ class Denoising(Running):
             loss = loss + self.recipe.objective.ar_weight * ar_ce.sum() / ar_divisor
             self._seen.add_ar(ar_ce)
         self._seen.add(task, logits[:count], ce)
-        return loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        # Gradients are averaged over ranks. The routers' loss is a mean over each micro-batch.
+        routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
+        return loss * self.accelerator.num_processes + routers
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[2] divisors of the diffusion and the AR loss, over all accumulation steps and ranks."""
