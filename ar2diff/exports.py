@@ -89,9 +89,9 @@ def export_checkpoint(
     Raises:
         Ar2DiffError: the target cannot carry what the model is.
     """
-    path, output_dir = find_checkpoint(reference), Path(output_dir)
     if to not in TARGETS:
         raise Ar2DiffError(f"--to {to} is no layout", f"give one of {', '.join(TARGETS)}")
+    path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', and export DIR"
@@ -102,7 +102,6 @@ def export_checkpoint(
             f"model {path} is not converted",
             f"run 'ar2diff adapt {path}' first, or use it as it is",
         )
-    stored_dtypes(path)
     check_output(output_dir, [path], False, overwrite)
     if to == "sdar":
         _check_sdar(path, spec, config)
@@ -110,6 +109,8 @@ def export_checkpoint(
     else:
         _check_ar(path, spec)
         exported, notes = _ar_config(config), _ar_notes(spec)
+    path = find_checkpoint(reference)
+    stored_dtypes(path)
     tokenizer, generation = load_tokenizer(path), _generation(path)
     loads_as = exported["architectures"][0]
     result = {"model": reference, "to": to, "loads_as": loads_as, "notes": notes}

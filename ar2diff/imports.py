@@ -7,24 +7,20 @@ the size of the model. Whether the result does what its spec says is for `ar2dif
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from . import __version__
 from .checkpoint import (
     RUN_FILE,
-    WEIGHTS,
     Checkpoint,
     check_disk,
     check_output,
@@ -40,10 +36,11 @@ from .checkpoint import (
     write_json,
 )
 from .convert import MASK_TOKEN, set_pad, write_spec
-from .errors import Ar2DiffError
-from .families import QKV, Family, family_of
+from .errors import Ar2DiffError, first_line
+from .families import Family, family_of
 from .folder import write_custom_generate
 from .forward import context_length
+from .pieces import check_pieces, pieces_of, write_shards
 from .spec import FORMAT, Spec
 
 TOKENIZER = (
@@ -57,24 +54,6 @@ REQUIRED = (
     "n_group", "topk_group",
 )  # fmt: skip
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-CHUNK = 1 << 24  # bytes copied at a time
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where the bytes of a stock tensor lie in a foreign safetensors file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    size: int
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return self.size // max(math.prod(self.shape), 1)
 
 
 def import_checkpoint(
@@ -99,7 +78,7 @@ def import_checkpoint(
         Ar2DiffError: its family is not known, no stock class computes what its config asks for,
             its tensors are not those of the class, its mask token is not to be found.
     """
-    path, output_dir = find_checkpoint(reference), Path(output_dir)
+    path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter", "merge it into its base with the code it came from"
@@ -107,25 +86,24 @@ def import_checkpoint(
     theirs = read_config(path)
     family = family_of(theirs, path)
     check_output(output_dir, [path], False, overwrite)
+    path = find_checkpoint(reference)
     stored = stored_dtypes(path)
-    config = _stock_config(family, theirs, path)
-    config.dtype = DTYPES.get(max(stored.values(), key=list(stored.values()).count), "float32")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.config.architectures = [type(model).__name__]
+    model = _stock_model(family, theirs, path)
+    common = max(stored.values(), key=list(stored.values()).count)
+    model.config.dtype = DTYPES.get(common, "float32")
     tokenizer = _tokenizer(path, model.config, family)
     model.generation_config = GenerationConfig(**_ends(path, theirs, tokenizer))
     checkpoint = Checkpoint(path, model, tokenizer, None, stored)
     mask_token_id = _set_mask(checkpoint, theirs, family)
     _set_pad(checkpoint, mask_token_id)
-    shards = [[*_pieces(file, family, model)] for file in weight_files(path)]
-    _check_names(shards, model, path)
+    shards = [[*pieces_of(file, family, model)] for file in weight_files(path)]
+    check_pieces(shards, model, path)
     write_spec(checkpoint, _spec(family, theirs, path, model.config, mask_token_id, block_length))
     result = {
         "model": reference,
         "family": family.name,
         "loads_as": type(model).__name__,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": str(model.config.dtype).removeprefix("torch."),
         "parameters": sum(math.prod(piece.shape) for shard in shards for piece in shard),
         "diffusion": checkpoint.spec.to_dict(),
     }
@@ -135,7 +113,7 @@ def import_checkpoint(
     if overwrite and output_dir.is_dir():
         clear_output(output_dir)
     with staged(output_dir) as folder:
-        _write_shards(folder, shards)
+        write_shards(folder, shards)
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -154,8 +132,9 @@ def _record(reference: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _stock_config(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
-    """The stock class's config with their values: those that it knows, under its names."""
+def _stock_model(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
+    """The stock class without storage, of their config's values: those that it knows, under its
+    names."""
     stock = CONFIG_MAPPING[family.stock]
     known = {*stock().to_dict(), *stock.attribute_map, "head_dim", *ROPE}
     known -= {"architectures", "model_type", "transformers_version", "_name_or_path", "dtype"}
@@ -171,7 +150,16 @@ def _stock_config(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
             f"model {path}: its config.json does not say {family.keys.get(missing[0], missing[0])}",
             "add what its own code takes for it",
         )
-    return stock(**values)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(stock(**values))
+    except Exception as error:  # a value of the wrong type, heads that do not divide
+        raise Ar2DiffError(
+            f"model {path}: its config.json makes no {family.stock} model ({first_line(error)})",
+            "download it again, or mend it",
+        ) from error
+    model.config.architectures = [type(model).__name__]
+    return model
 
 
 def _tokenizer(path: Path, config: Any, family: Family) -> Any:
@@ -219,6 +207,11 @@ def _set_mask(checkpoint: Checkpoint, theirs: Mapping[str, Any], family: Family)
     if wanted is None and tokenizer.mask_token is None:
         wanted = family.mask_token_id
     token = tokenizer.mask_token or MASK_TOKEN
+    if wanted is not None and type(wanted) is not int:
+        raise Ar2DiffError(
+            f"model {path}: mask_token_id is {wanted!r} in its config.json, wanted a whole number",
+            "set it to the id that its own code masks with",
+        )
     if wanted is not None and wanted != tokenizer.mask_token_id:
         if tokenizer.mask_token is not None:
             raise Ar2DiffError(
@@ -288,85 +281,3 @@ def _spec(
         local_window=None,
         max_length=min(family.max_length or context, context),
     )
-
-
-def _pieces(file: Path, family: Family, model: Any) -> Iterable[Piece]:
-    """What of a foreign file the stock class takes, under its names."""
-    config = model.config
-    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        renamed, shape = family.rename(name), tuple(entry["shape"])
-        if renamed in tied or renamed.endswith("rotary_emb.inv_freq"):
-            continue  # made anew by the class
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        parts = _rows(config) if QKV in renamed else {"": shape[0] if shape else 1}
-        row = (end - start) // max(sum(parts.values()), 1)
-        for part, rows in parts.items():
-            cut = (rows, *shape[1:]) if shape else shape
-            full = renamed.replace(QKV, part)
-            yield Piece(full, entry["dtype"], cut, file, start, rows * row)
-            start += rows * row
-
-
-def _rows(config: Any) -> dict[str, int]:
-    """Rows of query, key and value in a tensor that holds all three."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = config.num_key_value_heads * head
-    return {"q": config.num_attention_heads * head, "k": keys, "v": keys}
-
-
-def _check_names(shards: list[list[Piece]], model: Any, path: Path) -> None:
-    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    wanted = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
-    found = {piece.name: piece.shape for shard in shards for piece in shard}
-    stock, fix = type(model).__name__, "check that config.json and the weights belong together"
-    for names, what in (
-        (wanted.keys() - found.keys(), f"lack {{}}, which {stock} needs"),
-        (found.keys() - wanted.keys(), f"hold {{}}, which {stock} has no place for"),
-    ):
-        if names:
-            raise Ar2DiffError(f"model {path}: its weights {what.format(min(names))}", fix)
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise Ar2DiffError(
-                f"model {path}: {name} has shape {list(found[name])}, {stock} needs {list(shape)}",
-                fix,
-            )
-
-
-def _write_shards(folder: Path, shards: list[list[Piece]]) -> None:
-    if len(shards) == 1:
-        _write_weights(folder / WEIGHTS, shards[0])
-        return
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_weights(folder / name, shard)
-        places |= {piece.name: name for piece in shard}
-    size = sum(piece.size for shard in shards for piece in shard)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    write_json(folder / f"{WEIGHTS}.index.json", index)
-
-
-def _write_weights(target: Path, pieces: list[Piece]) -> None:
-    """A safetensors file of bytes that lie in others: the widest numbers first, so that each tensor
-    starts at a multiple of its own."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, pieces = 0, sorted(pieces, key=lambda piece: (-piece.itemsize, piece.name))
-    for piece in pieces:
-        ends = [offset, offset := offset + piece.size]
-        header[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": ends}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            with piece.file.open("rb") as stream:
-                stream.seek(piece.start)
-                for left in range(piece.size, 0, -CHUNK):
-                    out.write(stream.read(min(left, CHUNK)))

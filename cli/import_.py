@@ -29,7 +29,7 @@ def import_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
 ) -> None:
-    """Make a diffusion model that came with code of its own one of ours: a stock class, no code.
+    """Bring in a diffusion model that comes with code of its own, as a stock class without any.
 
     Example: ar2diff import Dream-org/Dream-v0-Instruct-7B --output-dir runs/dream
     """

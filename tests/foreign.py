@@ -166,9 +166,9 @@ QWEN = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": LAYERS,
+    "use_sliding_window": True,  # their masks leave windows out
+    "sliding_window": 3,
+    "max_window_layers": 1,
     "bos_token_id": 1,
     "eos_token_id": EOS,
     "pad_token_id": EOS,

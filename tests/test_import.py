@@ -352,6 +352,12 @@ def test_shapes_that_the_config_does_not_mean_are_refused(make, fails):
     )
 
 
+def test_fused_rows_that_the_config_does_not_mean_are_refused(make, fails):
+    theirs = foreign.llada2()
+    theirs.config["num_key_value_heads"] = foreign.HEADS
+    assert "query_key_value.weight has 128 rows, its config.json means 192" in fails(make(theirs))
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     (
@@ -359,9 +365,11 @@ def test_shapes_that_the_config_does_not_mean_are_refused(make, fails):
         ({"architectures": ["LlamaForCausalLM"], "auto_map": None}, "ar2diff adapt"),
         ({"mask_token_id": 64}, "is a word of the vocabulary"),
         ({"mask_token_id": 271}, "mask_token_id 271 is none of the 262 tokens"),
+        ({"mask_token_id": "260"}, "mask_token_id is '260' in its config.json, wanted a whole"),
         ({"use_mrope": True}, "use_mrope is True"),
+        ({"hidden_size": "wide"}, "its config.json makes no qwen2 model"),
     ),
-    ids=["unknown", "AR", "word", "no-token", "config"],
+    ids=["unknown", "AR", "word", "no-token", "text", "config", "type"],
 )
 def test_refusals_say_why(make, fails, config, said):
     theirs = foreign.dream()
