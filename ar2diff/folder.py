@@ -62,8 +62,12 @@ def read_custom_generate(folder: Path) -> CustomGenerate:
     }
     if "generate.py" not in found:
         return CustomGenerate("missing", None)
-    digest = hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
-    return CustomGenerate("ok" if found == custom_generate() else "differs", digest)
+    return CustomGenerate("ok" if found == custom_generate() else "differs", digest(found))
+
+
+def digest(files: dict[str, bytes]) -> str:
+    """What `CustomGenerate.sha256` says of files."""
+    return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 
 
 @torch.no_grad()

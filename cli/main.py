@@ -12,6 +12,7 @@ import typer
 from ..errors import Ar2DiffError
 from ..ranks import is_launched, report_error
 from .adapt import adapt
+from .card import card
 from .chat import chat
 from .check import check
 from .config import config_app
@@ -22,6 +23,7 @@ from .generate import generate
 from .import_ import import_command
 from .memory import memory
 from .merge import merge
+from .push import push
 from .recipes import recipes_app
 from .rl import rl
 from .sft import sft
@@ -43,6 +45,8 @@ app.command("chat")(chat)
 app.command("eval")(evaluate_command)
 app.command("check")(check)
 app.command("merge")(merge)
+app.command("push")(push)
+app.command("card")(card)
 app.command("import")(import_command)
 app.command("export")(export)
 app.add_typer(recipes_app, name="recipes")

@@ -11,6 +11,7 @@ import typer
 
 from .launch import planned, start, with_launch
 from .output import HELP_JSON, quiet, report
+from .push import publish
 
 
 def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
@@ -46,6 +47,9 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Check all, write nothing.")
         ] = False,
+        push_to_hub: Annotated[
+            str | None, typer.Option(metavar="REPO", help="Publish the result, as 'push' does.")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
         *,
         launch: Any = None,
@@ -53,7 +57,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         from ..config import load_recipe, with_values
         from ..errors import Ar2DiffError
         from ..launch import planned_world
-        from ..ranks import at_work, is_main
+        from ..ranks import at_work, is_launched, is_main
 
         if resume and overwrite:
             raise Ar2DiffError("--resume and --overwrite contradict each other", "choose one")
@@ -73,6 +77,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             stem = model.rstrip("/").split("/")[-1].partition("@")[0]
             suffix = plan.convert.attention if name == "adapt" else name
             output_dir = Path("runs") / f"{stem}-{suffix}"
+        if push_to_hub is not None and not is_launched():
+            from ..publication import check_before
+
+            check_before(push_to_hub, model, plan)
         if not dry_run:
             start(launch, plan.data.sources)
         quiet()
@@ -91,7 +99,20 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         if is_main():  # one process speaks for all
             if not as_json and not dry_run:
                 result = {k: v for k, v in result.items() if k not in ("recipe", "versions")}
+            if push_to_hub is not None and not dry_run:
+                result |= {"published": _published(output_dir, push_to_hub)}
             report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
 
     verb.__name__, verb.__doc__ = name, f"{text}\n\n    Example: ar2diff {name} {example}\n    "
     return with_launch(verb)
+
+
+def _published(output_dir: Path, repo: str) -> dict[str, Any]:
+    from ..errors import Ar2DiffError
+
+    try:
+        done = publish(output_dir, repo)
+    except Ar2DiffError as error:
+        again = f"ar2diff push {output_dir} {repo}"
+        raise Ar2DiffError(error.what, f"{error.fix}; the run has ended, so: {again}") from None
+    return {name: done[name] for name in ("url", "commit", "difference", "tokens")}

@@ -1,0 +1,27 @@
+"""`ar2diff card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import quiet
+from .push import BASE, LICENSE, PROMPT
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
+    base: Annotated[str | None, BASE] = None,
+    license: Annotated[str | None, LICENSE] = None,
+    prompt: Annotated[str | None, PROMPT] = None,
+) -> None:
+    """Print the model card that 'push' would publish.
+
+    Example: ar2diff card runs/demo
+    """
+    quiet()
+    from ..publication import preview
+
+    typer.echo(preview(folder, base=base, license=license, prompt=prompt), nl=False)
