@@ -331,7 +331,9 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
         raise Ar2DiffError(
             f"model {path}: {', '.join(names) or 'it'} is not a decoder-only causal LM",
-            "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
+            "bring it in with 'ar2diff import', if it is a diffusion model of another family"
+            if "auto_map" in config
+            else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
         )
 
 

@@ -402,6 +402,14 @@ def test_a_converted_model_is_refused(make, fails, tmp_path):
     assert "is a converted model already" in fails(tmp_path / "ours")
 
 
+@pytest.mark.parametrize("verb", [("check",), ("adapt", "--max-steps", 0)], ids=["check", "adapt"])
+def test_other_verbs_point_to_the_import(make, run, tmp_path, verb):
+    more = ("--output-dir", tmp_path / "out") if verb[0] == "adapt" else ()
+    code, _, err = run(*verb, make(foreign.dream()), *more)
+    assert code == 2
+    assert "bring it in with 'ar2diff import'" in err
+
+
 def test_pickled_weights_are_refused(make, fails):
     folder = make(foreign.llada())
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
