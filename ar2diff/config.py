@@ -47,16 +47,19 @@ class Convert(_Section):
 class Anneal(_Section):
     """How attention gets from causal to its goal."""
 
-    kind: Literal["none", "reveal", "grow"] = "none"
+    kind: Literal["none", "reveal", "grow", "wsd"] = "none"
     steps: int = Field(0, ge=0, description="optimiser steps until the goal is reached")
-    lengths: tuple[int, ...] = Field((), description="grow: block lengths before the goal's")
+    lengths: tuple[int, ...] = Field(
+        (), description="block lengths before the goal's, for as long each; wsd: longer ones too"
+    )
 
     @model_validator(mode="after")
     def _needs_steps(self) -> Anneal:
         if (self.kind == "none") != (self.steps == 0):
             raise ValueError("steps is 0 for kind none, and at least 1 otherwise")
-        if (self.kind == "grow") != bool(self.lengths) or any(n < 1 for n in self.lengths):
-            raise ValueError("lengths (each at least 1) belong to kind grow, which needs them")
+        by_length = self.kind in ("grow", "wsd")
+        if by_length != bool(self.lengths) or any(n < 1 for n in self.lengths):
+            raise ValueError("lengths of at least 1 belong to kinds grow and wsd, which need them")
         return self
 
 
@@ -109,6 +112,9 @@ class Data(_Section):
     max_length: int = Field(512, gt=1, description="tokens of a row")
     overlong: Literal["split", "truncate", "drop"] = Field(
         "split", description="longer documents; sft: longer rows, never split"
+    )
+    cut_share: float = Field(
+        0.0, ge=0, lt=1, description="adapt, full: this share of rows' parts has a random length"
     )
     packing: bool = Field(True, description="several documents in a row, isolated")
     streaming: bool = Field(False, description="read Hub data sets as they come")
@@ -252,8 +258,11 @@ class Recipe(_Section):
             raise ValueError("data.max_length must be a multiple of convert.block_length")
         if self.train.max_steps and self.anneal.steps > self.train.max_steps:
             raise ValueError("anneal.steps must not exceed train.max_steps")
-        if any(not full and n > self.convert.block_length for n in self.anneal.lengths):
-            raise ValueError("anneal.lengths must not exceed convert.block_length")
+        if self.anneal.kind == "grow" and not full:
+            if max(self.anneal.lengths) > self.convert.block_length:
+                raise ValueError("anneal.lengths must not exceed convert.block_length, but for wsd")
+        if self.data.cut_share and not full:
+            raise ValueError("data.cut_share needs attention full: blocks are cut at the grid")
         return self
 
 

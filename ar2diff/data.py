@@ -68,7 +68,13 @@ def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) 
                     torch.randint(room + 1, (), generator=keyed_generator(seed, epoch, document))
                 )
             part += [eos] * tail
-        yield Piece(part, real, len(part) - real + 1 if last else 0, epoch, document)
+        run = len(part) - real + 1 if last else 0
+        if data.cut_share:
+            generator = keyed_generator(seed, epoch, document, start)
+            if torch.rand((), generator=generator) < data.cut_share:
+                real = min(real, int(torch.randint(2, len(part) + 1, (), generator=generator)))
+                part, run = part[:real], 0
+        yield Piece(part, real, run, epoch, document)
         if data.overlong == "truncate":
             return
 
@@ -149,9 +155,9 @@ def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
 
 
 def block_length_at(recipe: Recipe, step: int) -> int | None:
-    """Block length that the anneal `grow` has reached at an optimiser step (None: one block)."""
+    """Block length that an anneal by lengths has reached at an optimiser step (None: one block)."""
     anneal = recipe.anneal
-    if anneal.kind != "grow" or step >= anneal.steps:
+    if not anneal.lengths or step >= anneal.steps:
         return recipe.convert.block_length
     return anneal.lengths[step * len(anneal.lengths) // anneal.steps]
 

@@ -1,4 +1,4 @@
-"""Generations of a converted model beside its AR mode, to be read by eye.
+"""Generations of a converted model beside its AR mode, where it has one, to be read by eye.
 
     python benchmarks/generations.py runs/stories260k --data tinystories/valid [--count 10]
 
@@ -8,10 +8,28 @@ Each prompt is the start of a held-out story; both modes are greedy.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
-from ar2diff.checkpoint import load_checkpoint
+from ar2diff.checkpoint import Checkpoint, load_checkpoint
 from ar2diff.decoding import complete
 from ar2diff.sources import find_file, read_texts
+
+
+def generations(
+    checkpoint: Checkpoint, data: str, count: int, words: int, **settings: Any
+) -> Iterator[str]:
+    """Lines: a prompt of so many words, what each mode writes behind it, and tokens a forward."""
+    modes = ("ar", "diffusion") if checkpoint.spec.ar_mode else ("diffusion",)
+    tokens = forwards = 0
+    for text in read_texts(find_file(data), "text")[:count]:
+        prompt = " ".join(text.split()[:words])
+        yield f"\n{prompt} ..."
+        for mode in modes:
+            result = complete(checkpoint, prompt, mode=mode, **settings)
+            yield f"  {mode:9} |{' '.join(result['text'].split())}"
+        tokens, forwards = tokens + result["new_tokens"], forwards + result["forwards"]
+    yield f"\ndiffusion: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward"
 
 
 def main() -> None:
@@ -25,24 +43,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=80)
     parser.add_argument("--threshold", type=float, default=0.9)
     args = parser.parse_args()
+    settings = {"max_new_tokens": args.max_new_tokens, "threshold": args.threshold}
     checkpoint = load_checkpoint(args.model)
-    totals = {"diffusion": [0, 0], "ar": [0, 0]}
-    for text in read_texts(find_file(args.data), "text")[: args.count]:
-        prompt = " ".join(text.split()[: args.words])
-        print(f"\n{prompt} ...")
-        for mode in ("ar", "diffusion"):
-            result = complete(
-                checkpoint,
-                prompt,
-                max_new_tokens=args.max_new_tokens,
-                mode=mode,
-                threshold=args.threshold,
-            )
-            totals[mode][0] += result["new_tokens"]
-            totals[mode][1] += result["forwards"]
-            print(f"  {mode:9} |{' '.join(result['text'].split())}")
-    tokens, forwards = totals["diffusion"]
-    print(f"\ndiffusion: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward")
+    for line in generations(checkpoint, args.data, args.count, args.words, **settings):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,11 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     """Check and read the rows, load the model. Writes nothing."""
     spec, control = read_spec(path), recipe.objective.kind == "ar"
     check_kind(path, spec, recipe)
+    if recipe.objective.weight == "cart":
+        raise Ar2DiffError(
+            "objective.weight cart is for adapt: the weights of answers depend on no context",
+            "use uniform or 1/t",
+        )
     recipe = continued(recipe, spec)
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})

@@ -66,6 +66,8 @@ class AdaptTrainer(Denoising, Trainer):
         block_length = block_length_at(self.recipe, step)
         if attention == "full" and block_length is not None:
             attention = "block_causal"  # growing: blocks until the goal
+        if attention == "block_causal" and block_length >= self.recipe.data.max_length:
+            attention = "full"  # one block: nothing reads the clean copy
         reveal = None
         if anneal.kind == "reveal":
             length = self.recipe.data.max_length

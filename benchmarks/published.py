@@ -1,0 +1,151 @@
+"""The published recipes on one small model: one table, and ten generations of each.
+
+    AR2DIFF_DATA=path/to/data python benchmarks/published.py [stories260K-hf] [--only NAME ...]
+    AR2DIFF_DATA=path/to/data python benchmarks/published.py stories3M-hf --only A B C --steps 1000
+
+What a recipe keeps is its method: attention, prediction, anneal, noise, objective. Rows, data,
+steps and optimisation, the learning rate too, are for all of them those of the recipe that was
+chosen for the model (`stories260k`, `stories3m`). An anneal takes the same part of the steps as
+published; two views of each row take half the steps, so that the tokens are the same for all.
+
+The protocol is that of benchmarks/stories260k.py: float32 on a CPU, tinystories/train and
+stories3M-samples; judged on the first 64 stories of tinystories/valid with >= 128 tokens, BOS +
+127, position 0 never scored, 8 exact-k draws a window, mask id suppressed. Rows are appended to
+benchmarks/results/published.jsonl as they come, an interrupted run goes on where it was; the models
+stay in runs/published. `--table` prints the table that is in published.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from generations import generations
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, TABLE = RESULTS / "published.jsonl", RESULTS / "published.md"
+RUNS = Path("runs") / "published"
+OWN = {"stories260K-hf": "stories260k", "stories3M-hf": "stories3m"}  # what was chosen for a model
+# SFT recipes run on the stories as texts: the method is in what they do with a row. llada-sft is
+# llada's method on answers.
+PUBLISHED = (
+    "diffugpt",
+    "diffullama",
+    "dream",
+    "llada",
+    "sdar",
+    "fast-dllm-v2",
+    "llada2",
+    "tiny-a2d",
+)
+SOURCES = [{"path": "tinystories/train"}, {"path": "stories3M-samples"}]
+
+
+def recipe_of(name: str, model: str, steps: int | None) -> Any:
+    """A recipe's method with the sizes, data and optimisation of the model's own recipe."""
+    from ar2diff.config import load_recipe, with_values
+
+    published, own = load_recipe(name), load_recipe(OWN[model])
+    steps = steps or own.train.max_steps
+    share = published.anneal.steps / published.train.max_steps
+    steps = steps // 2 if published.noise.complementary else steps
+    sections = {
+        "train": own.train.model_dump() | {"max_steps": steps},
+        "data": own.data.model_dump() | {"sources": SOURCES, "cut_share": published.data.cut_share},
+        "anneal": {"steps": round(share * steps)},
+        "eval": {"steps": 0, "panel_steps": 0},
+    }
+    return with_values(published, **sections)
+
+
+def run(name: str, model: str, steps: int | None, folder: Path) -> dict[str, Any]:
+    """Train and judge a recipe, and write its generations."""
+    from ar2diff.checkpoint import load_checkpoint
+    from ar2diff.evaluation import evaluate
+    from ar2diff.training.adapt import adapt
+
+    base = str(Path(os.environ["AR2DIFF_DATA"]) / model)
+    recipe = recipe_of(name, model, steps)
+    resumed, start = folder.exists(), time.monotonic()
+    record = adapt(base, recipe, folder, resume=True)
+    seconds = None if resumed else round(time.monotonic() - start)
+    checkpoint = load_checkpoint(str(folder))
+    result = evaluate(checkpoint, "tinystories/valid", limit=64)
+    settings = {"max_new_tokens": 80, "threshold": 0.9}
+    lines = list(generations(checkpoint, "tinystories/valid", 10, 14, **settings))
+    texts = RESULTS / f"published-{OWN[model]}-{name}.txt"
+    texts.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
+    return {
+        "model": model,
+        "recipe": name,
+        "steps": recipe.train.max_steps,
+        "learning_rate": recipe.train.learning_rate,
+        "tokens": record["tokens"],
+        "seconds": seconds,
+        "bound": result["bound"]["nats_per_token"],
+        "se": result["bound"]["standard_error"],
+        "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
+        "tokens_a_forward": float(lines[-1].split()[-3]),
+    }
+
+
+def base_row(model: str) -> dict[str, Any]:
+    """The AR NLL of the unconverted model."""
+    from ar2diff.checkpoint import load_checkpoint
+    from ar2diff.evaluation import evaluate
+
+    checkpoint = load_checkpoint(str(Path(os.environ["AR2DIFF_DATA"]) / model))
+    result = evaluate(checkpoint, "tinystories/valid", limit=64)
+    return {"model": model, "recipe": "base", "ar_nll": result["ar_nll"]["nats_per_token"]}
+
+
+def rows() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def table() -> str:
+    """A table a model, the best bound first."""
+    lines = [
+        "| model | recipe | steps | tokens | seconds | bound | AR NLL | tokens a forward |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows(), key=lambda row: (row["model"], row.get("bound", 0))):
+        ar = f"{row['ar_nll']:.3f}" if row["ar_nll"] else "-"
+        if row["recipe"] == "base":
+            lines.append(f"| {row['model']} | base | - | - | - | - | {ar} | 1.00 |")
+            continue
+        lines.append(
+            f"| {row['model']} | {row['recipe']} | {row['steps']} | {row['tokens']:,} "
+            f"| {row['seconds'] or '-'} | {row['bound']:.3f} ± {row['se']:.3f} | {ar} "
+            f"| {row['tokens_a_forward']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", choices=OWN, default="stories260K-hf")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="recipes; else all and our own")
+    parser.add_argument("--steps", type=int, help="else those of the model's own recipe")
+    parser.add_argument("--table", action="store_true", help="print what was measured")
+    args = parser.parse_args()
+    for name in [] if args.table else ["base", *(args.only or [*PUBLISHED, OWN[args.model]])]:
+        done = {(row["model"], row["recipe"]): row for row in rows()}
+        if (args.model, name) in done:
+            continue
+        folder = RUNS / OWN[args.model] / name
+        row = base_row(args.model) if name == "base" else run(name, args.model, args.steps, folder)
+        print(json.dumps(row), flush=True)
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        TABLE.write_text(table() + "\n", encoding="utf-8")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
