@@ -9,21 +9,24 @@ import copy
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import foreign
 import pytest
 import torch
 from ar2diff.cli.main import main
 from foreign import EOS, FAMILIES, MASK, ROWS, TOKENS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_likelihood import raw_logits
 from transformers import Qwen2Tokenizer
 
 from ar2diff.canvas import Canvas
 from ar2diff.checkpoint import load_checkpoint, stored_dtypes
 from ar2diff.denoise import denoise
+from ar2diff.families import FAMILIES as TABLE
 from ar2diff.imports import import_checkpoint
 from ar2diff.options import resolve
+from ar2diff.pieces import pieces_of, write_shards
 
 IDS = torch.tensor([1, 17, MASK, 5, 99, MASK, MASK, 42, 8, MASK, 7])
 
@@ -201,6 +204,20 @@ def test_every_byte_is_theirs(make, tmp_path, dtype):
         {"F32"} if dtype == torch.float32 else {"BF16", "F32"}
     )
     load_checkpoint(str(tmp_path / "ours"))
+
+
+def test_numbers_of_any_width_stand_where_they_can_be_read(tmp_path):
+    """An odd number of bfloat16 before a float32 would set it off its bounds."""
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(2.0)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=False))
+    pieces = [*pieces_of(tmp_path / "theirs.safetensors", TABLE[0], model)]
+    write_shards(tmp_path, [sorted(pieces, key=lambda piece: piece.name)])
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    length = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads((tmp_path / "model.safetensors").read_bytes()[8 : 8 + length])
+    assert (8 + length + header["b"]["data_offsets"][0]) % 4 == 0
 
 
 @pytest.mark.slow
