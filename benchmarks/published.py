@@ -70,9 +70,9 @@ def run(name: str, model: str, steps: int | None, folder: Path) -> dict[str, Any
 
     base = str(Path(os.environ["AR2DIFF_DATA"]) / model)
     recipe = recipe_of(name, model, steps)
-    resumed, start = folder.exists(), time.monotonic()
+    resumed, start = folder.exists(), time.process_time()
     record = adapt(base, recipe, folder, resume=True)
-    seconds = None if resumed else round(time.monotonic() - start)
+    seconds = None if resumed else round(time.process_time() - start)
     checkpoint = load_checkpoint(str(folder))
     result = evaluate(checkpoint, "tinystories/valid", limit=64)
     settings = {"max_new_tokens": 80, "threshold": 0.9}
@@ -82,10 +82,13 @@ def run(name: str, model: str, steps: int | None, folder: Path) -> dict[str, Any
     return {
         "model": model,
         "recipe": name,
+        "attention": recipe.convert.attention,
+        "block_length": recipe.convert.block_length,
+        "prediction": recipe.convert.prediction,
         "steps": recipe.train.max_steps,
         "learning_rate": recipe.train.learning_rate,
         "tokens": record["tokens"],
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "bound": result["bound"]["nats_per_token"],
         "se": result["bound"]["standard_error"],
         "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
@@ -109,20 +112,21 @@ def rows() -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """A table a model, the best bound first."""
+    """A row a recipe, the best bound of a model first."""
     lines = [
-        "| model | recipe | steps | tokens | seconds | bound | AR NLL | tokens a forward |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | recipe | attention | steps | tokens | CPU s | bound | AR NLL | tokens/forward |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows(), key=lambda row: (row["model"], row.get("bound", 0))):
         ar = f"{row['ar_nll']:.3f}" if row["ar_nll"] else "-"
         if row["recipe"] == "base":
-            lines.append(f"| {row['model']} | base | - | - | - | - | {ar} | 1.00 |")
+            lines.append(f"| {row['model']} | base | causal | - | - | - | - | {ar} | 1.00 |")
             continue
+        blocks = f" {row['block_length']}" if row["block_length"] else ""
         lines.append(
-            f"| {row['model']} | {row['recipe']} | {row['steps']} | {row['tokens']:,} "
-            f"| {row['seconds'] or '-'} | {row['bound']:.3f} ± {row['se']:.3f} | {ar} "
-            f"| {row['tokens_a_forward']:.2f} |"
+            f"| {row['model']} | {row['recipe']} | {row['attention']}{blocks}, {row['prediction']} "
+            f"| {row['steps']} | {row['tokens']:,} | {row['cpu_seconds'] or '-'} "
+            f"| {row['bound']:.3f} ± {row['se']:.3f} | {ar} | {row['tokens_a_forward']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -429,14 +429,14 @@ def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_pa
 
 
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
-@pytest.mark.parametrize("kind", ["none", "reveal", "grow"])
+@pytest.mark.parametrize("kind", ["none", "reveal", "grow", "wsd"])
 def test_every_attention_trains_under_every_anneal(
     tiny_checkpoint, text_file, tmp_path, attention, kind
 ):
     anneal = {
         "kind": kind,
         "steps": 4 if kind != "none" else 0,
-        "lengths": [1, 2] if kind == "grow" else [],
+        "lengths": {"grow": [1, 2], "wsd": [1, 32, 8]}.get(kind, []),
     }
     block = None if attention == "full" else 4
     recipe = recipe_of(

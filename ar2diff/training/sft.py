@@ -135,7 +135,7 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     check_kind(path, spec, recipe)
     if recipe.objective.weight == "cart":
         raise Ar2DiffError(
-            "objective.weight cart is for adapt: the weights of answers depend on no context",
+            "objective.weight cart is for adapt: sft does not weigh by context",
             "use uniform or 1/t",
         )
     recipe = continued(recipe, spec)
