@@ -62,7 +62,12 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     for settings in SETTINGS if every else SETTINGS[:1]:
         if settings.get("mode") == "speculative" and not checkpoint.spec.ar_mode:
             continue
-        chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
+        try:
+            chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
+        except Ar2DiffError:
+            if settings:  # they do not go with the folder's own
+                continue
+            raise
         for event in chat.events(prompt):
             if isinstance(event, Problem):
                 raise Ar2DiffError(f"prompt {prompt!r}: {event.what}", "give another --prompt")

@@ -18,7 +18,7 @@ from .sources import SUFFIXES, find_file
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link")  # keys of a card's front matter
 HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how a path begins that is one on sight
-FILES = ("base_model", "adapter", "path", "data")  # keys of a record that may name a file
+FILES = ("base_model", "adapter", "path", "data")  # keys whose value is a file, or on the Hub
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,21 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
     Args:
         commit: what the record has: None where it was a folder, empty where it does not say.
     """
-    folder = Path(reference).expanduser()
-    if not (folder.is_dir() or commit is None or HERE.match(reference)):
-        name, _, revision = reference.partition("@")
-        return _published(name, commit or revision or None)
-    licence = _front_matter(folder / CARD)
-    record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
-    found = Origin(None, unknown=f"its base {reference} was never published")
-    if record.get("base_model") and Path(record["base_model"]) != Path(reference):
-        found = origin_of_base(str(record["base_model"]), record.get("base_commit", ""))
+    licence: dict[str, Any] = {}
+    seen: set[str] = set()
+    while True:
+        folder = Path(reference).expanduser()
+        if commit or not (commit is None or folder.is_dir() or HERE.match(reference)):
+            name, _, revision = reference.partition("@")
+            found = _published(name, commit or revision or None)
+            break
+        licence = licence or _front_matter(folder / CARD)
+        record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
+        seen.add(reference)
+        if record.get("base_model", reference) in seen:
+            found = Origin(None, unknown=f"its base {reference} was never published")
+            break
+        reference, commit = str(record["base_model"]), record.get("base_commit", "")
     return Origin(found.name, found.commit, licence or found.licence, found.unknown)
 
 
@@ -103,11 +109,13 @@ def _clean(value: Any, key: str = "") -> Any:
 
 
 def _is_file(value: str, key: str) -> bool:
-    """Whether a relative path names something here, and not on the Hub."""
-    if key not in FILES:
-        return False
+    """Whether a value names something here, and not on the Hub."""
     try:
+        if key not in FILES:
+            return "/" in value and Path(value.partition(":")[0]).exists()  # a file:function, too
         return value.endswith(SUFFIXES) or Path(value).exists() or find_file(value) is not None
+    except OSError:  # too long for a path
+        return False
     except Ar2DiffError:
         return True
 

@@ -136,8 +136,12 @@ def held(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
-def digests(folder: Path, names: list[str]) -> list[str]:
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+def forget(hub: Hub, sharded: Path) -> list[str]:
+    """Objects of the two files, which the Hub has not got then."""
+    oids = [hashlib.sha256((sharded / part).read_bytes()).hexdigest() for part in PARTS]
+    for oid in oids:
+        hub.objects.pop(oid, None)
+    return oids
 
 
 def front_matter(text: str) -> dict:
@@ -269,9 +273,7 @@ def test_a_push_that_fails_half_way_leaves_no_half_model(
     hub, client, fails, pushes, sharded, fault
 ):
     """One object arrives, the other breaks off; or both arrive, and the commit breaks off."""
-    first, second = digests(sharded, PARTS)
-    for oid in (first, second):
-        hub.objects.pop(oid, None)
+    first, second = forget(hub, sharded)
     before = len(hub.uploaded)
     with hub.failing(fault, spared=[first]):
         said = fails(sharded, f"ana/half-{fault}")
@@ -287,29 +289,24 @@ def test_a_push_that_fails_half_way_leaves_no_half_model(
     assert len(repo.commits) == 2 and {*PARTS} < set(repo.files)
 
 
-def test_a_failed_update_leaves_the_old_model(hub, fails, pushes, published, base, train):
+def test_a_failed_update_leaves_the_old_model(hub, fails, published, sharded):
     repo = hub.add_repo("ana/updated", published.files)
-    changed = train(base, "changed", "train.seed=5")
-    before = repo.files
+    forget(hub, sharded)
     with hub.failing("refuse"):
-        fails(changed, "ana/updated")
-    assert repo.files == before
-    pushes(changed, "ana/updated")
-    assert repo.files["model.safetensors"] == (changed / "model.safetensors").read_bytes()
+        fails(sharded, "ana/updated")
+    assert len(repo.commits) == 1
 
 
-def test_a_connection_that_breaks_once_does_not_end_a_push(hub, pushes, base, train):
-    folder = train(base, "cut", "train.seed=6")
+def test_a_connection_that_breaks_once_does_not_end_a_push(hub, pushes, sharded):
+    forget(hub, sharded)
     with hub.failing("cut"):
-        pushes(folder, "ana/cut")
+        pushes(sharded, "ana/cut")
     assert len(hub.model("ana/cut").commits) == 2
 
 
 @pytest.mark.slow
 def test_a_killed_push_leaves_no_half_model(hub, pushes, sharded, tmp_path):
-    first, second = digests(sharded, PARTS)
-    for oid in (first, second):
-        hub.objects.pop(oid, None)
+    first, _ = forget(hub, sharded)
     command = [sys.executable, "-m", "ar2diff.cli", "push", sharded, "ana/killed"]
     environment = hub_environment(tmp_path / "home", hub.url) | {"HF_TOKEN": TOKEN}
     with hub.failing("hang", spared=[first]):
@@ -325,19 +322,17 @@ def test_a_killed_push_leaves_no_half_model(hub, pushes, sharded, tmp_path):
 
 @pytest.mark.slow
 def test_a_connection_that_is_gone_ends_a_push_after_some_tries(hub, fails, sharded):
-    for oid in digests(sharded, PARTS):
-        hub.objects.pop(oid, None)
+    forget(hub, sharded)
     with hub.failing("hang"):
         hub.released.set()  # it hangs up at once, each time
         assert "broke off" in fails(sharded, "ana/gone")
     assert set(hub.model("ana/gone").files) == {".gitattributes"}
 
 
-def test_a_repository_that_changes_meanwhile_is_not_overwritten(hub, fails, base, train):
-    folder = train(base, "raced", "train.seed=7")
+def test_a_repository_that_changes_meanwhile_is_not_overwritten(hub, fails, model):
     repo = hub.add_repo("ana/raced")
     with hub.failing("race"):
-        assert "has changed in the meantime" in fails(folder, "ana/raced")
+        assert "has changed in the meantime" in fails(model, "ana/raced")
     assert repo.messages[-1] == "somebody else's" and "model.safetensors" not in repo.files
 
 
@@ -411,7 +406,7 @@ def test_an_adapter_on_a_base_of_this_machine_is_refused(fails, adapter, model):
 
 
 def test_an_adapter_on_another_base_is_refused_before_the_upload(hub, fails, adapter, base, train):
-    wrong = held(train(base, "wrong", "convert.block_length=4", "train.seed=8"))
+    wrong = held(train(base, "wrong", "train.seed=8", steps=0))
     hub.add_repo("ana/wrong", wrong | {"README.md": b"---\nlicense: mit\n---\n"})
     assert "another embedding" in fails(adapter, "ana/misled", "--base", "ana/wrong")
     assert "is not on the Hub" in fails(adapter, "ana/misled", "--base", "ana/none")

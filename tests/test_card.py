@@ -1,0 +1,247 @@
+"""The model card: what it says is so, its code runs, and no path of this machine is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from ar2diff.cli.main import main
+
+from ar2diff.adapters import merge
+from ar2diff.card import PROMPT, SETTINGS, TOKENS, changes, measure
+from ar2diff.chat import Chat
+from ar2diff.checkpoint import load_checkpoint
+from ar2diff.config import load_recipe
+from ar2diff.decoding import complete
+from ar2diff.folder import read_custom_generate
+from ar2diff.origin import Origin, origin_of, without_paths
+from ar2diff.publication import preview
+from ar2diff.training.adapt import adapt
+
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tmp_path_factory):
+    """Factory: a folder after two steps on text that it was told nothing of. Never write to it."""
+    place = tmp_path_factory.mktemp("runs")
+    data = place / "secret.jsonl"
+    rows = [{"text": f"the cat number {n} sat on the mat and saw a dog"} for n in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name, *overrides, model=tiny_checkpoint):
+        settings = [f"data.sources=[{data}]", "train.max_steps=2", "data.max_length=32"]
+        adapt(str(model), load_recipe(None, [*settings, *overrides]), place / name)
+        return place / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    return run("trained", "eval.steps=2", "eval.rows=3", "eval.length=8", "eval.samples=2")
+
+
+@pytest.fixture(scope="module")
+def card(trained):
+    return preview(trained, license="mit")
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.S)[1])
+
+
+def first_block(card: str) -> str:
+    block = card[card.index("```") :].split("```")[1]
+    assert block.startswith("python\n")
+    return block.removeprefix("python\n")
+
+
+def answer_of(block: str, folder: Path) -> str:
+    """What the code of a card prints, where its repository is a folder."""
+    code = re.sub(r'name = "[^"]*"', f"name = {str(folder)!r}", block)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    return out.getvalue().strip()
+
+
+def test_the_front_matter(card):
+    assert front_matter(card) == {
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ar2diff", "diffusion-lm", "custom_generate", "block-diffusion", "llama"],
+    }
+
+
+def test_a_published_base_is_named(trained, monkeypatch):
+    said = front_matter(preview(trained, license="mit", base="someone/tiny"))
+    assert (said["base_model"], said["base_model_relation"]) == ("someone/tiny", "finetune")
+
+
+def test_the_first_block_trusts_and_denoises(card, trained):
+    block = first_block(card)
+    assert "trust_remote_code=True" in block
+    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS)["text"]
+    assert answer_of(block, trained) == (PROMPT + text).strip()
+
+
+def test_with_a_chat_template_the_first_block_asks_through_it(run, trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "chat"))
+    (folder / "chat_template.jinja").write_text(CHAT)
+    said = preview(folder, license="mit", prompt='Say "hi"\n')
+    block = first_block(said)
+    assert r'"content": "Say \"hi\"\n"' in block
+    chat = Chat(load_checkpoint(str(folder)), {"max_new_tokens": TOKENS})
+    *_, answer = chat.events('Say "hi"\n')
+    assert answer_of(block, folder).endswith(answer.text.strip())
+
+
+@pytest.mark.parametrize(
+    "attention,trust,blocks",
+    [
+        ("causal_context", "the text is that of the AR mode", "a block of 8 tokens"),
+        ("block_causal", "the text is wrong", "a block of 8 tokens"),
+        ("full", "the text is wrong", "the whole text at once"),
+    ],
+)
+def test_it_says_what_happens_without_trust(convert_tiny, attention, trust, blocks):
+    block = ["convert.block_length=null"] * (attention == "full")
+    folder = convert_tiny(f"convert.attention={attention}", *block)
+    said = preview(folder, license="mit")
+    below = said.split("```")[2].strip()
+    assert below.startswith("**Without `trust_remote_code=True` nothing fails and nothing warns.**")
+    assert trust in below.split("\n\n")[0] and blocks in said
+    assert "converted without training: it does not denoise yet" in said
+    assert ("speculative" in said) == (attention == "causal_context")
+
+
+def test_an_ar_mode_that_was_not_trained_along_is_not_praised(run):
+    said = preview(run("alone", "objective.ar_weight=0"), license="mit")
+    assert "an AR mode that was not trained along" in said and "speculative" not in said
+
+
+def test_the_measured_rates_are_those_of_generate(card, trained):
+    checkpoint = load_checkpoint(str(trained))
+    samples = measure(checkpoint, PROMPT)
+    assert [sample.settings for sample in samples] == list(SETTINGS)
+    for sample in samples:
+        found = complete(checkpoint, PROMPT, max_new_tokens=TOKENS, **sample.settings)
+        assert (sample.text, sample.tokens) == (found["text"], found["new_tokens"])
+        assert sample.rate == found["tokens_per_forward"]
+        row = f"| {sample.tokens} | {sample.forwards} | {sample.rate:.2f} |"
+        assert row in card
+    assert "| as it comes: `threshold=0.9` |" in card and '| `mode="speculative"` |' in card
+
+
+def test_settings_of_the_folder_do_not_make_the_sample_random(trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "hot"))
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) | {"temperature": 2.0, "steps": 2, "do_sample": True}
+    file.write_text(json.dumps(settings))
+    checkpoint = load_checkpoint(str(folder))
+    samples = measure(checkpoint, PROMPT)
+    assert samples == measure(checkpoint, PROMPT)
+    assert [sample.settings for sample in samples] == list(SETTINGS[:2])  # steps, no speculation
+    assert "| as it comes: `threshold=0.9, steps=2` |" in preview(folder, license="mit")
+
+
+def test_the_likelihood_is_the_records(card, trained):
+    found = json.loads((trained / "ar2diff.json").read_text())["eval"]
+    bound, ar = found["bound"], found["ar_nll"]
+    assert f"On 3 windows of text that was held out of training ({found['tokens']} tokens)" in card
+    assert f"{bound['nats_per_token']:.3f} ± {bound['standard_error']:.3f} |" in card
+    assert (
+        f"| NLL of the AR mode | {ar['nats_per_token']:.3f} | {ar['bits_per_byte']:.3f} |" in card
+    )
+
+
+def test_the_code_is_named_by_its_hash(card, trained):
+    assert read_custom_generate(trained).sha256 in card
+
+
+def test_every_table_has_as_many_cells_in_each_row(card):
+    for table in re.findall(r"(?:^\|.*\|\n)+", card, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+def test_the_recipe_is_what_is_not_by_default(card):
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["train"] == {"max_steps": 2}
+    assert recipe["data"]["sources"][0]["path"] == "secret.jsonl"
+    assert changes(load_recipe(None).model_dump(mode="json")) == {}
+
+
+def test_no_path_of_this_machine_is_in_a_card(card, trained, tiny_checkpoint):
+    for path in (trained.parent, tiny_checkpoint.parent, Path.home()):
+        assert str(path) not in card
+
+
+def test_a_merged_model_says_so(trained, run, tmp_path):
+    lora = run("lora", "peft.r=2", "peft.alpha=4", model=trained)
+    merge(str(lora), tmp_path / "merged")
+    said = preview(tmp_path / "merged", license="mit")
+    assert "The adapter `lora` was merged into it." in said and "in 2 steps" in said
+    assert str(lora.parent) not in said
+
+
+def test_the_command_prints_it(trained, card, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ar2diff", "card", str(trained), "--license", "mit"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0 and capsys.readouterr().out == card
+
+
+# Where a model comes from
+
+
+@pytest.mark.parametrize(
+    "key,value,published",
+    [
+        ("base_model", "/home/ana/models/qwen", "qwen"),
+        ("base_model", "~/qwen", "qwen"),
+        ("base_model", "../qwen", "qwen"),
+        ("base_model", "C:/models/qwen", "qwen"),
+        ("base_model", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("path", "data/customers.jsonl", "customers.jsonl"),
+        ("path", "here/rows", "rows"),
+        ("path", "roneneldan/TinyStories", "roneneldan/TinyStories"),
+        ("name", "/home/ana/judge.py:judge", "judge.py:judge"),
+        ("name", "here/judge.py:judge", "judge.py:judge"),
+        ("pattern", r"<a>(.*)</a>", r"<a>(.*)</a>"),
+        ("chat_template", "here/rows", "rows"),
+        ("description", "x" * 5000 + "/y", "x" * 5000 + "/y"),
+        ("max_steps", 3, 3),
+    ],
+)
+def test_a_record_is_published_without_paths(tmp_path, monkeypatch, key, value, published):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "rows").mkdir(parents=True)
+    (tmp_path / "here" / "judge.py").touch()
+    record = {"run": [{key: value}]}
+    cleaned = without_paths(record, Origin(None))["run"][0][key]
+    assert cleaned == published
+
+
+def test_a_licence_and_a_base_are_looked_for_upstream(tmp_path, monkeypatch):
+    """runs/b on runs/a on a folder whose card has a licence; and a circle ends."""
+    monkeypatch.chdir(tmp_path)
+    bases = {"b": "runs/a", "a": str(tmp_path / "ar"), "c": "runs/d", "d": "runs/c"}
+    for name, base in bases.items():
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        record = {"base_model": base, "base_commit": None}
+        (folder / "ar2diff.json").write_text(json.dumps(record))
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar" / "README.md").write_text("---\nlicense: gemma\n---\n")
+    found = origin_of(tmp_path / "runs" / "b")
+    assert (found.name, found.licence) == (None, {"license": "gemma"})
+    circle = origin_of(tmp_path / "runs" / "c")
+    assert circle.licence == {} and "never published" in circle.unknown
