@@ -37,6 +37,7 @@ from .spec import Spec
 TARGETS = ("sdar", "ar")
 SDAR_MASK = 151669  # in the engines' code: no option of theirs changes it
 SDAR_BLOCK = 4  # SGLang's default
+ROPE = ("rope_theta", "partial_rotary_factor")  # once at the top of a config
 
 
 @dataclass(frozen=True)
@@ -191,23 +192,15 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
 
 
 def _sdar_config(spec: Spec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Engines read rope_theta, rope_scaling and the experts at the top, under their old names."""
     layout = SDAR[config["model_type"]]
     kept = _without(config, "diffusion", "is_causal", "layer_types", "max_window_layers")
-    rope = dict(config.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
-    scaling = rope if rope.get("rope_type", "default") != "default" else None
-    if "num_local_experts" in kept:
+    if "num_local_experts" in kept:  # the engines know the older name
         kept["num_experts"] = kept["num_local_experts"]
-    module = f"configuration_{layout.model_type}"
     return {
-        **kept,
+        **_with_old_names(kept),
         "architectures": [layout.architecture],
         "model_type": layout.model_type,
-        "auto_map": {"AutoConfig": f"{module}.{layout.config_class}"},
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "torch_dtype": config.get("dtype"),
+        "auto_map": {"AutoConfig": f"configuration_{layout.model_type}.{layout.config_class}"},
         "block_size": spec.block_length,
     }
 
@@ -239,7 +232,7 @@ def _check_ar(path: Path, spec: Spec) -> None:
 
 
 def _ar_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _without(config, "diffusion", "mask_token_id")
+    return _with_old_names(_without(config, "diffusion", "mask_token_id"))
 
 
 def _ar_notes(spec: Spec) -> list[str]:
@@ -256,6 +249,17 @@ def _generation(path: Path) -> dict[str, Any]:
     values = read_json(file, "") if file.is_file() else {}
     known = GenerationConfig().to_dict().keys()
     return {name: value for name, value in values.items() if name in known}
+
+
+def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes rotary settings and the dtype under new names alone; a reader of the
+    old ones would take its defaults, silently. So both stand there."""
+    named = {"torch_dtype": config.get("dtype")}
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        named |= {name: rope.pop(name) for name in ROPE if name in rope}
+        named["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return {**config, **named}
 
 
 def _without(config: Mapping[str, Any], *names: str) -> dict[str, Any]:

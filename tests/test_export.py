@@ -193,6 +193,27 @@ def test_export_to_ar_is_the_models_ar_mode(converted, tiny_checkpoint, tmp_path
     assert said.tolist() == text
 
 
+def test_older_readers_find_the_rotary_settings_too(converted, tmp_path):
+    """Under the names of transformers 4: what is left when those of 5 are taken away."""
+    scaled = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_theta": 5000.0,
+    }  # fmt: skip
+    folder = edited(converted, tmp_path / "scaled", rope_parameters=scaled)
+    export_checkpoint(str(folder), tmp_path / "ar", "ar")
+    ids = torch.arange(3, 53)
+    before = logits_of(folder, ids)[1]
+    file = tmp_path / "ar" / "config.json"
+    config = json.loads(file.read_text())
+    for shown in (config, {k: v for k, v in config.items() if k != "rope_parameters"}):
+        file.write_text(json.dumps(shown))
+        with torch.no_grad():
+            plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ar").eval()
+            assert torch.equal(plain(ids[None]).logits[0], before)
+    assert (before - logits_of(converted, ids)[1]).abs().max() > 0.01
+    assert config["torch_dtype"] == "float32"
+
+
 def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run, write_jsonl):
     export_checkpoint(str(converted), tmp_path / "ar", "ar")
     arguments = ("--max-steps", 0, "--output-dir", tmp_path / "again", "--json")
