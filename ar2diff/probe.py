@@ -20,8 +20,9 @@ from .spec import Spec
 
 BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
 LENGTH = 10  # two blocks and a ragged tail
-WINDOWS = ("sliding_window", "attention_chunk_size")  # what transformers' masks read of a config
-WINDOW = 5
+# How far a layer reads, or how many tokens, in the words of transformers' configs.
+WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
+WINDOW = 3  # shorter than either of two packed documents
 TOLERANCE = 1e-4  # of the largest logit; a wrong mask is off by whole logits
 ROUNDED = (torch.bfloat16, torch.float16)
 ROUNDING = 8  # of their steps near 1: what two shapes of the same sums differ by (measured: 1.5)
@@ -36,7 +37,7 @@ def probe(model: Any, spec: Spec) -> list[str]:
     """
     block = None if spec.attention == "full" else min(BLOCK, spec.block_length)
     try:
-        with _short_windows(model.config.get_text_config(), spec.local_window):
+        with _short_windows(model, spec.local_window):
             prober = _Prober(model, spec, block)
             return [
                 *prober.dependencies(),
@@ -50,20 +51,24 @@ def probe(model: Any, spec: Spec) -> list[str]:
 
 
 @contextmanager
-def _short_windows(config: Any, local_window: str | None) -> Iterator[None]:
-    """A window or chunk longer than the probe's rows would go unseen: it is short while we look;
-    but a dropped one, which is as long as the context."""
-    found = {name: getattr(config, name, None) for name in WINDOWS}
-    if local_window == "dropped":
-        found["sliding_window"] = None
-    found = {name: size for name, size in found.items() if size is not None}
-    for name, size in found.items():
-        setattr(config, name, min(size, WINDOW))
+def _short_windows(model: Any, local_window: str | None) -> Iterator[None]:
+    """A window longer than the probe's rows would go unseen: it is short while we look; but a
+    dropped one, which is as long as the context."""
+    names = WINDOWS[1:] if local_window == "dropped" else WINDOWS
+    config = model.config.get_text_config()
+    found = [
+        (holder, name, size)
+        for holder in (config, *model.modules())  # some keep what they read of it
+        for name in names
+        if type(size := vars(holder).get(name)) is int
+    ]
+    for holder, name, size in found:
+        setattr(holder, name, min(size, WINDOW))
     try:
         yield
     finally:
-        for name, size in found.items():
-            setattr(config, name, size)
+        for holder, name, size in found:
+            setattr(holder, name, size)
 
 
 class _Prober:
