@@ -45,7 +45,7 @@ PUBLISHED = (
 SOURCES = [{"path": "tinystories/train"}, {"path": "stories3M-samples"}]
 
 
-def recipe_of(name: str, model: str, steps: int | None) -> Any:
+def recipe_of(name: str, model: str, steps: int | None, learning_rate: float | None) -> Any:
     """A recipe's method with the sizes, data and optimisation of the model's own recipe."""
     from ar2diff.config import load_recipe, with_values
 
@@ -54,7 +54,8 @@ def recipe_of(name: str, model: str, steps: int | None) -> Any:
     share = published.anneal.steps / published.train.max_steps
     steps = steps // 2 if published.noise.complementary else steps
     sections = {
-        "train": own.train.model_dump() | {"max_steps": steps},
+        "train": own.train.model_dump()
+        | {"max_steps": steps, "learning_rate": learning_rate or own.train.learning_rate},
         "data": own.data.model_dump() | {"sources": SOURCES, "cut_share": published.data.cut_share},
         "anneal": {"steps": round(share * steps)},
         "eval": {"steps": 0, "panel_steps": 0},
@@ -62,14 +63,13 @@ def recipe_of(name: str, model: str, steps: int | None) -> Any:
     return with_values(published, **sections)
 
 
-def run(name: str, model: str, steps: int | None, folder: Path) -> dict[str, Any]:
+def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
     """Train and judge a recipe, and write its generations."""
     from ar2diff.checkpoint import load_checkpoint
     from ar2diff.evaluation import evaluate
     from ar2diff.training.adapt import adapt
 
     base = str(Path(os.environ["AR2DIFF_DATA"]) / model)
-    recipe = recipe_of(name, model, steps)
     resumed, start = folder.exists(), time.process_time()
     record = adapt(base, recipe, folder, resume=True)
     seconds = None if resumed else round(time.process_time() - start)
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=OWN, default="stories260K-hf")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="recipes; else all and our own")
     parser.add_argument("--steps", type=int, help="else those of the model's own recipe")
+    parser.add_argument("--learning-rate", type=float, help="of all; else that recipe's")
     parser.add_argument("--table", action="store_true", help="print what was measured")
     args = parser.parse_args()
     for name in [] if args.table else ["base", *(args.only or [*PUBLISHED, OWN[args.model]])]:
@@ -143,7 +144,11 @@ def main() -> None:
         if (args.model, name) in done:
             continue
         folder = RUNS / OWN[args.model] / name
-        row = base_row(args.model) if name == "base" else run(name, args.model, args.steps, folder)
+        if name == "base":
+            row = base_row(args.model)
+        else:
+            recipe = recipe_of(name, args.model, args.steps, args.learning_rate)
+            row = run(name, args.model, recipe, folder)
         print(json.dumps(row), flush=True)
         with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
