@@ -352,7 +352,7 @@ def llada2():
         "model_type": "llada2_moe",
         "auto_map": {"AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"},
         "head_dim": 16,
-        "partial_rotary_factor": 0.5,
+        "partial_rotary_factor": 0.25,  # the stock default is 0.5
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "num_shared_experts": 1,
@@ -401,7 +401,7 @@ def llada2():
             q, k, v = fused.split([HEADS, KEYS, KEYS], 1)
             q = rms(q, w[f"{p}.attention.query_layernorm.weight"], 1e-3)
             k = rms(k, w[f"{p}.attention.key_layernorm.weight"], 1e-3)
-            seen = attend(q, k, v, allowed, 1000.0, 8)
+            seen = attend(q, k, v, allowed, 1000.0, 4)
             x = x + linear(seen, w[f"{p}.attention.dense.weight"])
             n = rms(x, w[f"{p}.post_attention_layernorm.weight"], 1e-3)
             if i == 0:
