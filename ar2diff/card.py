@@ -22,7 +22,6 @@ from .origin import Origin
 from .spec import Spec
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
-PROMPT = "Once upon a time"
 TOKENS = 32  # of a sample, at most: it may be a large model on a CPU
 # The first is what a folder does when nothing is asked.
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})

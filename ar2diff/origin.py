@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, ModelCard
 from .checkpoint import ADAPTER_CONFIG, RUN_FILE, is_adapter, read_json
 from .errors import Ar2DiffError
 from .hub import asking, reason
-from .sources import SUFFIXES, find_file
 
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link")  # keys of a card's front matter
@@ -84,7 +83,7 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
         record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
         seen.add(reference)
         if record.get("base_model", reference) in seen:
-            found = Origin(None, unknown=f"its base {reference} was never published")
+            found = Origin(None, unknown=f"{reference} is a folder here, whose card does not say")
             break
         reference, commit = str(record["base_model"]), record.get("base_commit", "")
     return Origin(found.name, found.commit, licence or found.licence, found.unknown)
@@ -110,6 +109,8 @@ def _clean(value: Any, key: str = "") -> Any:
 
 def _is_file(value: str, key: str) -> bool:
     """Whether a value names something here, and not on the Hub."""
+    from .sources import SUFFIXES, find_file
+
     try:
         if key not in FILES:
             return "/" in value and Path(value.partition(":")[0]).exists()  # a file:function, too

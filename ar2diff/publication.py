@@ -1,5 +1,5 @@
 """Publishing: a folder that ar2diff wrote becomes a repository of the Hub in one commit, comes down
-again, and is compared with what went up."""
+again, and is compared with what went up. What is wrong is found before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .adapters import MERGED, far, fixed_logits, load_adapter
-from .card import PROMPT, Sample, make_card, measure
 from .checkpoint import (
     ADAPTER_CONFIG,
     LAST,
     OURS,
     RUN_FILE,
-    Checkpoint,
     is_adapter,
     read_json,
     read_spec,
 )
 from .config import Recipe
-from .decoding import load
 from .errors import Ar2DiffError
-from .folder import FOLDER, custom_generate, read_custom_generate
 from .hub import Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
+PROMPT = "Once upon a time"
 PUBLISHED = [pattern for pattern in OURS if pattern not in ("checkpoints", "*.partial")]
 MODELS = ["config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
@@ -67,10 +63,13 @@ def push(
     record = check_folder(folder)
     target = find_target(name, private)
     origin = known_origin(folder, base, license)
-    same = without_paths(record, origin)
-    if base is not None:  # it was a folder's name before
-        same["base_model"] = None
-    check_same(target, same, is_adapter(folder))
+    # With --base it has another name than an earlier push may have given it.
+    known = None if base else origin.name or record.get("base_model")
+    check_same(target, record | {"base_model": known}, is_adapter(folder))
+    from .adapters import fixed_logits
+    from .card import measure
+    from .golden import check_published_base, load_local, verify
+
     tell("measuring")
     checkpoint = load_local(folder, origin)
     samples, logits = measure(checkpoint, prompt), fixed_logits(checkpoint)
@@ -84,8 +83,7 @@ def push(
     if dry_run:
         return result
     if checkpoint.base is not None:
-        hub = load_adapter(folder, device="auto", base=f"{origin.name}@{origin.commit}")
-        _compare(logits, fixed_logits(hub), f"adapter {folder}: on {origin.name} it")
+        check_published_base(folder, origin, logits)
     del checkpoint
     tell(f"uploading {len(files)} files, {sum(result['files'].values()) / 1e6:,.1f} MB")
     commit = upload(target, files, result["removed"], f"{folder.resolve().name}, by ar2diff")
@@ -114,6 +112,9 @@ def preview(
     """
     folder, prompt = Path(folder), PROMPT if prompt is None else prompt
     record, origin = check_folder(folder), known_origin(folder, base, license)
+    from .card import measure
+    from .golden import load_local
+
     checkpoint = load_local(folder, origin)
     name = f"USER/{folder.resolve().name}"
     return _text(
@@ -140,7 +141,7 @@ def check_before(name: str, model: str, recipe: Recipe) -> None:
             "leave it out, then push the base and, with --base, the adapter ('ar2diff push')",
         )
     origin = origin_of_base(model.rstrip("/"), None if here else "")
-    check_same(target, without_paths({"base_model": model.rstrip("/")}, origin), adapter)
+    check_same(target, {"base_model": origin.name or model}, adapter)
     if not origin.licence:
         raise Ar2DiffError(
             f"--push-to-hub: the licence of {model} is not known ({origin.unknown})",
@@ -214,26 +215,20 @@ def known_origin(folder: Path, base: str | None, license: str | None) -> Origin:
     return origin
 
 
-def load_local(folder: Path, origin: Origin) -> Checkpoint:
-    """The model that is published; an adapter on the base it was trained on, while that is here."""
-    if not is_adapter(folder):
-        return load(str(folder))
-    named = str(read_json(folder / ADAPTER_CONFIG, "").get("base_model_name_or_path"))
-    published = f"{origin.name}@{origin.commit}" if origin.commit else origin.name
-    return load_adapter(folder, device="auto", base=named if Path(named).is_dir() else published)
-
-
 def files_of(
     folder: Path,
     name: str,
-    checkpoint: Checkpoint,
+    checkpoint: Any,
     record: dict[str, Any],
     origin: Origin,
     prompt: str,
-    samples: list[Sample],
+    samples: list[Any],
 ) -> dict[str, Path | bytes]:
     """What is published, by its path there: the folder's own files as they are, this version's
     decoding code, the record and an adapter's base by names that others can follow, the card."""
+    from .card import make_card
+    from .folder import FOLDER, custom_generate
+
     files: dict[str, Path | bytes] = {}
     for pattern in PUBLISHED:
         for entry in sorted(folder.glob(pattern)):
@@ -253,40 +248,6 @@ def files_of(
     card = make_card(name, checkpoint, published, origin, prompt, samples)
     files[CARD] = own if own.is_file() else card.encode()
     return files
-
-
-def verify(name: str, commit: str, logits: Any, golden: Sample, prompt: str) -> float:
-    """Download a commit to a fresh folder and compare it with what went up.
-
-    Args:
-        logits: of `fixed_logits`, of the local model. golden: what that wrote.
-
-    Returns:
-        The largest difference of logits, over the largest logit.
-
-    Raises:
-        Ar2DiffError: it is another model.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        folder = download(name, commit, Path(place) / "model")
-        checkpoint = load(str(folder))
-        difference = _compare(logits, fixed_logits(checkpoint), f"{name}: what came down")
-        again = measure(checkpoint, prompt, every=False)[0]
-        code = read_custom_generate(folder).state if checkpoint.base is None else "ok"
-        if again != golden or code != "ok":
-            what = "decoding code" if code != "ok" else f"answer to {prompt!r}"
-            raise Ar2DiffError(f"{name}: what came down has another {what}", "push again")
-    return difference
-
-
-def _compare(before: Any, after: Any, what: str) -> float:
-    difference = far(before, after) if before.shape == after.shape else float("inf")
-    if not difference <= MERGED:
-        raise Ar2DiffError(
-            f"{what} has other logits than the local model, by {difference:.1e} of the largest",
-            "push again; if it stays so, compare the files",
-        )
-    return difference
 
 
 def _identity(record: dict[str, Any], adapter: bool) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import yaml
 from ar2diff.cli.main import main
 
 from ar2diff.adapters import merge
-from ar2diff.card import PROMPT, SETTINGS, TOKENS, changes, measure
+from ar2diff.card import SETTINGS, TOKENS, changes, measure
 from ar2diff.chat import Chat
 from ar2diff.checkpoint import load_checkpoint
 from ar2diff.config import load_recipe
 from ar2diff.decoding import complete
 from ar2diff.folder import read_custom_generate
 from ar2diff.origin import Origin, origin_of, without_paths
-from ar2diff.publication import preview
+from ar2diff.publication import PROMPT, preview
 from ar2diff.training.adapt import adapt
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -244,4 +244,4 @@ def test_a_licence_and_a_base_are_looked_for_upstream(tmp_path, monkeypatch):
     found = origin_of(tmp_path / "runs" / "b")
     assert (found.name, found.licence) == (None, {"license": "gemma"})
     circle = origin_of(tmp_path / "runs" / "c")
-    assert circle.licence == {} and "never published" in circle.unknown
+    assert circle.licence == {} and "is a folder here, whose card does not say" in circle.unknown

@@ -563,6 +563,20 @@ def test_a_folder_that_is_no_model_of_ours(fails, model, base, tmp_path):
     assert "ar2diff.json: no such file" in fails(folder, "ana/x")
 
 
+def test_what_is_wrong_is_said_before_torch_is_imported(hub, model, tmp_path):
+    hub.add_repo("ana/theirs", {"model.safetensors": b""})
+    code = "import sys\nfrom ar2diff.cli.main import main\ntry:\n    main()\nfinally:\n"
+    code += "    print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "push", model, "ana/theirs"],
+        env=hub_environment(tmp_path, hub.url) | {"HF_TOKEN": TOKEN},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "did not write" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def unlicensed(tiny_checkpoint, train):
     return train(tiny_checkpoint, "unlicensed", steps=0)
