@@ -140,7 +140,11 @@ def changed(before: Path, after: Path) -> set[str]:
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
     assert old.keys() == new.keys()
     assert all(torch.isfinite(tensor).all() for tensor in new.values())
-    return {name for name, was in old.items() if not torch.equal(new[name][: len(was)], was)}
+    return {
+        name
+        for name, was in old.items()
+        if not torch.equal(new[name][: len(was)] if was.ndim else new[name], was)
+    }
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
@@ -262,13 +266,13 @@ def test_the_routers_loss_is_in_the_training_loss(kind, save_base, trains, monke
         return loss
 
     monkeypatch.setattr(AdaptTrainer, "compute_loss", noted)
-    settings = ("train.max_steps=1", "train.gradient_accumulation_steps=2", "data.packing=false")
+    settings = ("train.gradient_accumulation_steps=2", "data.packing=false")
     losses = {}
     for factor in (0.0, 50.0):
         base = save_base(kind, router_aux_loss_coef=factor)
         trains(base, "causal_context", *settings)
         losses[factor] = [loss for _, loss in seen]
-        batches = [inputs for inputs, _ in seen]
+        batches = [inputs for inputs, _ in seen[:2]]  # of the first step
         seen.clear()
     start = load_checkpoint(str(base))
     spec = convert(start, Convert(block_length=4), LENGTH, True, 0)
@@ -278,14 +282,14 @@ def test_the_routers_loss_is_in_the_training_loss(kind, save_base, trains, monke
         ids, slots = lay_out(inputs["xt"], x0, doc, pos, "causal_context")
         mask = model_mask(model, slots, "causal_context", 4, spec.local_window)
         with torch.no_grad():
-            out = model.model(
+            routed = model.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=slots.pos,
                 output_router_logits=True,
-            )
+            ).router_logits
         assert (slots.doc == PADDING).any()
-        want = switch_loss(out.router_logits, slots.doc != PADDING, 2)
+        want = switch_loss(routed, slots.doc != PADDING, 2)
         got = (losses[50.0][number] - losses[0.0][number]) / 50 * 2  # of two micro-batches
         assert got == pytest.approx(want, rel=1e-3)
 
@@ -335,17 +339,16 @@ def refuses(run, save_base, texts, tmp_path):
             "adapt", save_base(kind, **changes), "--data", texts, "--max-steps", 1, *settings,
             "--output-dir", tmp_path / "out", f"convert.attention={attention}",
             f"convert.block_length={'null' if attention == 'full' else 4}", "noise.time=document",
-            "objective.ar_weight=0", f"data.max_length={LENGTH}",
+            f"objective.ar_weight={0.3 if attention == 'causal_context' else 0}",
+            f"data.max_length={LENGTH}",
         )  # fmt: skip
         lines = err.strip().splitlines()
         assert (code, out, len(lines)) == (2, "", 2), err
         assert lines[1].startswith("  fix: ")
         assert not (tmp_path / "out").exists()
-        said = re.fullmatch(
-            rf"error: .* cannot be converted to {attention} attention: (.*)", lines[0]
-        )
+        said = lines[0].partition(f" cannot be converted to {attention} attention: ")[2]
         assert said, lines[0]
-        return said[1]
+        return said
 
     return call
 
@@ -353,14 +356,14 @@ def refuses(run, save_base, texts, tmp_path):
 CAUSAL = "attention stays causal: tokens ahead are not read"
 LEAK = "a token is read where the mask forbids it"
 NO_MASK = r"it does not take an attention mask of ours \(.*\)"
-BLOCK = "a block in .noisy | clean. differs from the block alone"
+BLOCK = re.escape("a block in [noisy | clean] differs from the block alone")
 PLAIN = "is_causal=false is not honoured: a plain forward stays causal"
 REASONS = [
     *(("gpt_neo", attention, CAUSAL) for attention in ATTENTIONS),
     *(("bloom", attention, NO_MASK) for attention in ATTENTIONS),
     *(("mpt", attention, BLOCK) for attention in BLOCKWISE),
-    ("mpt", "full", PLAIN),
-    *((kind, "full", PLAIN) for kind in ("stablelm", "nemotron", "falcon", "gptj", "codegen")),
+    ("mpt", "full", NO_MASK),
+    *((kind, "full", PLAIN) for kind in ("stablelm", "nemotron")),
     *(
         (kind, attention, LEAK)
         for kind in ("jamba", "recurrent_gemma", "qwen3_next", "falcon_h1")
@@ -379,9 +382,9 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(refuses, kind, attentio
     assert re.fullmatch(reason, refuses(kind, attention))
 
 
-def test_alibi_is_refused_for_blocks(refuses):
-    """A falcon with ALiBi counts distances from the slots, whatever positions it is told."""
-    assert refuses("falcon", "causal_context", alibi=True)
+def test_alibi_is_refused(refuses):
+    """With it a falcon counts distances between slots, whatever positions it is told."""
+    assert re.fullmatch(NO_MASK, refuses("falcon", "causal_context", alibi=True))
 
 
 def test_who_stays_causal_under_sdpa_is_converted_with_eager(save_base, trains):
