@@ -1,4 +1,4 @@
-# make demo | make test | make slow | make elsewhere | make stories3m
+# make demo | make demo-rl | make test | make slow | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo test slow elsewhere lint stories3m clean
+.PHONY: install demo demo-rl test slow elsewhere lint stories3m clean
 
 install: $(STAMP)
 
@@ -26,6 +26,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m ar2diff.demo
+
+# After make demo: the model tuned on easy questions alone, then rewarded for answers to harder ones.
+demo-rl: $(STAMP)
+	$(BIN)/python -m ar2diff.demo.answers runs/easy.jsonl --levels 1 --largest 0 10
+	$(BIN)/ar2diff sft runs/demo --recipe demo-easy --data runs/easy.jsonl \
+	  --output-dir runs/demo-easy --overwrite
+	$(BIN)/python -m ar2diff.demo.answers runs/hard.jsonl --levels 2 --largest 11 20 --seed 7
+	$(BIN)/ar2diff rl runs/demo-easy --recipe demo-rl --data runs/hard.jsonl \
+	  --output-dir runs/demo-rl --overwrite
 
 # A worker a core, a file to one of them: what a file builds is built once.
 test: $(STAMP)

@@ -59,7 +59,7 @@ class Rl(Section):
     max_completion_length: int = Field(64, gt=0, description="tokens")
     sampler: dict[str, Any] = Field({}, description="options of generate for the rollouts")
     estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
-        "one_step", description="of the log-likelihood of a completion"
+        "trajectory", description="of the log-likelihood of a completion"
     )
     samples: int = Field(1, gt=0, description="coupled, elbo, spg: draws of the noise")
     segments: int | None = Field(

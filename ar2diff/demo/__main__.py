@@ -61,6 +61,8 @@ Likelihood on {len(rows)} held-out stories, nats per token
 {record["tokens"]:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
+Next, what rewards teach it in three minutes:
+  make demo-rl      (without make: the commands that 'ar2diff recipes show demo-rl' begins with)
 """)
 
 

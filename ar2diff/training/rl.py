@@ -148,7 +148,8 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
         )
     if rl.sampler.get("remask") and rl.estimator == "trajectory":
         raise Ar2DiffError(
-            "rl.sampler.remask: a token that is decided twice has no one step", "leave it out"
+            "rl.sampler.remask: a token that is decided twice has no one step",
+            "leave it out, or set rl.estimator to elbo",
         )
     if rl.estimator == "spg" and rl.beta:
         raise Ar2DiffError(
