@@ -61,6 +61,7 @@ class Denoising(Running):
         self.recipe, self.spec = recipe, checkpoint.spec or causal_spec(checkpoint.model)
         self.suppressed = suppressed_of(checkpoint).to(args.device)
         self._seen = Meter(args.device)
+        self.current_gradient_accumulation_steps = 1  # until `train` counts
 
     def facts(self) -> dict[str, Any]:
         """What the run's record says of the data."""
