@@ -253,9 +253,9 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
         # Each layer keeps what goes in; one at a time is run again.
         element = next(model.parameters()).element_size()
         kept = kept - sum(layers) + max(layers) + len(layers) * element * states
-    # Logits, and in the backward pass their gradient, besides what the loss keeps; rl's entropies
-    # take as many more while they are made.
-    copies = 2 if recipe.rl is None else 3
+    # In the backward pass the logits' gradient, besides what the loss keeps; rl keeps logits apart,
+    # and its entropies take as many more while they are made.
+    copies = 1 if recipe.rl is None else 3
     return kept, books.bytes["logits"] + copies * 4 * logits.numel()
 
 

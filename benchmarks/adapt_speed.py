@@ -15,7 +15,7 @@ gradients, which is checked first:
 
 Every repeat runs a step of every way, interleaved, in one process; ratios are taken within a
 repeat, figures are medians. A token counts once, however many copies of it are computed. Memory
-is the peak above the loaded model over two steps (gradients and optimizer included) in a fresh
+is the peak above the loaded model over a step (gradients and optimizer included) in a fresh
 process for each way. Prediction is `same`, so that the noisy copy alone is enough for the others,
 and no id is suppressed, as they do not. Results replace benchmarks/results/adapt_speed.jsonl.
 """
@@ -186,6 +186,13 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def make_state(self) -> None:
+        """The optimizer's, by a step without gradients."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     def check(self) -> None:
         """All ways compute one loss and its gradients."""
         tolerance = 1e-2 if self.job.peak else 1e-5  # bf16
@@ -212,9 +219,8 @@ def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterato
     """Rows of results of all ways."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(job, attention, ar_weight, folder)
-        bench.check()
-        for way in WAYS:  # the optimizer's state, and whatever compiles
-            bench.step(way)
+        bench.check()  # every way has run once, and what compiles has compiled
+        bench.make_state()
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for repeat in range(repeats):
             turn = repeat % len(WAYS)
@@ -223,8 +229,7 @@ def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterato
         flops, tokens = bench.flops, bench.batch["x0"].numel()
     del bench
     for way in WAYS:
-        fresh = multiprocessing.get_context("spawn").Pool(1)
-        with fresh:
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
             memory = fresh.apply(peak_memory, (job, attention, ar_weight, way))
         yield {
             "attention": attention, "ar_weight": ar_weight, "way": way,
@@ -238,7 +243,7 @@ def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterato
 
 
 def peak_memory(job: Job, attention: str, ar_weight: float, way: str) -> int:
-    """Bytes above the loaded model over two steps, of this process or of its GPU."""
+    """Bytes above the loaded model over a step, of this process or of its GPU."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(job, attention, ar_weight, folder)
@@ -248,8 +253,8 @@ def peak_memory(job: Job, attention: str, ar_weight: float, way: str) -> int:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what there is
             before = status("VmRSS")
-        for _ in range(2):
-            bench.step(way)
+        bench.make_state()
+        bench.step(way)
         return (torch.cuda.max_memory_allocated() if job.peak else status("VmHWM")) - before
 
 

@@ -91,10 +91,11 @@ class Denoising(Running):
         )
         logits = output.logits[0]
         count, (divisor, ar_divisor) = len(task.index), divisors
-        ce = cross_entropy(logits[:count], task.target, self.suppressed)
+        # The AR mode keeps the whole vocabulary.
+        target = torch.cat([task.target, task.ar_target])
+        ce, ar_ce = cross_entropy(logits, target, self.suppressed, count).tensor_split([count])
         loss = (task.coef * ce).sum() / divisor
-        if len(task.ar_index):  # the AR mode keeps the whole vocabulary
-            ar_ce = cross_entropy(logits[count:], task.ar_target)
+        if len(ar_ce):
             loss = loss + self.recipe.objective.ar_weight * ar_ce.sum() / ar_divisor
             self._seen.add_ar(ar_ce)
         self._seen.add(task, logits[:count], ce)
