@@ -167,7 +167,7 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
             "convert a Qwen3 model with its own tokenizer, whose next free id that is",
         ),
         (
-            bool(config.get("use_sliding_window")),
+            bool(config.get("use_sliding_window")) and spec.local_window != "dropped",
             "it has a sliding window, which the engines leave out",
             again("convert.local_window=dropped"),
         ),

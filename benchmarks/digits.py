@@ -2,10 +2,11 @@
 
     python benchmarks/digits.py runs/demo      # the embedded default, adapted; needs AR2DIFF_DATA
 
-The model is tuned for a short while on sequences of 1 to 8 more digits, all but those that
-rl-digits/test asks for, then trained by recipe `digits` on the prompts of rl-digits/train, of which
-it is told whether the answer is right. Judged on the prompts of both files, greedily and as it
-samples, one seed. No prompt of the test file is in either training.
+The model is tuned on sequences that go on for an even number of digits, and on some of those that
+go on for an odd number: where the step is 1. The task asks for 3, 5 or 7 more at all steps:
+recipe `digits` trains on the prompts of rl-digits/train and is told whether an answer is right.
+Judged on the prompts of both files, greedily and as it samples, one seed. No prompt of the test
+file is in either training.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from ar2diff.training.rl import rl
 from ar2diff.training.sft import sft
 
 RESULTS = Path(__file__).parent / "results"
-LENGTHS = range(1, 9)
+LENGTHS, ODD_STEPS = range(1, 9), (1,)
 
 
 def sequences() -> list[dict[str, str]]:
-    """Rows of SFT: all starts, steps and lengths that are not of the test."""
+    """Rows of SFT."""
     held_out = {row["prompt"] for row in rows_of("test")}
     rows = []
     for start, step, length in itertools.product(range(10), range(1, 10), LENGTHS):
+        if length % 2 and step not in ODD_STEPS:
+            continue
         digits = [str((start + step * k) % 10) for k in range(3 + length)]
         prompt = f"{','.join(digits[:3])}:{length}"
         rows.append({"prompt": prompt, "completion": f" {','.join(digits[3:])}"})
@@ -74,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="the embedded default, converted")
     parser.add_argument("overrides", nargs="*", help="recipe fields, of RL")
-    parser.add_argument("--sft-steps", type=int, default=165)
+    parser.add_argument("--sft-steps", type=int, default=220)
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/digits"))
     parser.add_argument("--output", type=Path, default=RESULTS / "digits.json")

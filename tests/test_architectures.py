@@ -397,6 +397,7 @@ def test_who_stays_causal_under_sdpa_is_converted_with_eager(save_base, trains):
 # The README's table
 
 
+@pytest.mark.slow
 def test_the_readme_has_the_table_of_what_the_classes_can_be():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if BEGIN not in readme:
