@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import Ar2DiffError
@@ -192,18 +192,7 @@ _SDAR = Family(
     values=WINDOWLESS,
     tokenizer="Qwen2Tokenizer",
 )
-_SDAR_MOE = Family(
-    name="SDAR",
-    architectures=("SDARMoeForCausalLM",),
-    stock="qwen3_moe",
-    attention="block_causal",
-    block_length=4,
-    blocks=True,
-    prediction="same",
-    mask_token_id=151669,
-    values=WINDOWLESS,
-    tokenizer="Qwen2Tokenizer",
-)
+_SDAR_MOE = replace(_SDAR, architectures=("SDARMoeForCausalLM",), stock="qwen3_moe")
 
 
 def _a2d(architecture: str, stock: str) -> Family:

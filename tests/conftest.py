@@ -128,6 +128,21 @@ def shared_data():
 
 
 @pytest.fixture
+def run_both(monkeypatch, capsys):
+    """Run the command line in this process: exit code, stdout and stderr."""
+    from ar2diff.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def write_jsonl(tmp_path):
     """Factory: write_jsonl("a.jsonl", rows) writes dicts, or strings as raw lines."""
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from ar2diff.cli.main import main
 from architectures import (
     BEGIN,
     END,
@@ -53,25 +52,11 @@ CONVERTED = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def succeeds(run):
+def succeeds(run_both):
     """Run it; it must succeed: what `--json` prints."""
 
     def call(*arguments: object) -> dict[str, Any]:
-        code, out, err = run(*arguments, "--json")
+        code, out, err = run_both(*arguments, "--json")
         assert code == 0, err
         return json.loads(out)
 
@@ -333,11 +318,11 @@ def test_windows_are_kept_where_rows_are_longer_and_dropped_elsewhere(
 
 
 @pytest.fixture
-def refuses(run, save_base, texts, tmp_path):
+def refuses(run_both, save_base, texts, tmp_path):
     """Factory: the reason why a class is not converted: two lines, exit 2, nothing written."""
 
     def call(kind: str, attention: str, *settings: str, **changes: Any) -> str:
-        code, out, err = run(
+        code, out, err = run_both(
             "adapt", save_base(kind, **changes), "--data", texts, "--max-steps", 1, *settings,
             "--output-dir", tmp_path / "out", f"convert.attention={attention}",
             f"convert.block_length={'null' if attention == 'full' else 4}", "noise.time=document",
@@ -400,7 +385,6 @@ def test_who_stays_causal_under_sdpa_is_converted_with_eager(save_base, trains):
 @pytest.mark.slow
 def test_the_readme_has_the_table_of_what_the_classes_can_be():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if BEGIN not in readme:
-        pytest.skip(f"the README has no {BEGIN}")
+    assert BEGIN in readme
     shown = readme.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table(findings(SHAPES)), "python tests/architectures.py prints it"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ar2diff.cli.main import main
 
 from ar2diff.config import Recipe, field_names, load_recipe, recipe_names
 
@@ -36,20 +35,6 @@ VERBS = (
     ["recipes", "validate"],
     ["config", "schema"],
 )
-
-
-@pytest.fixture
-def run_both(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import foreign
 import pytest
 import torch
-from ar2diff.cli.main import main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -52,26 +51,12 @@ def sdar(qwen_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def fails(run, tmp_path):
+def fails(run_both, tmp_path):
     """The export must exit with 2, say two lines, and write nothing."""
 
     def call(folder, to):
         arguments = ("--to", to, "--output-dir", tmp_path / "out")
-        code, out, err = run("export", folder, *arguments)
+        code, out, err = run_both("export", folder, *arguments)
         lines = err.strip().splitlines()
         assert (code, out, len(lines)) == (2, "", 2), err
         assert lines[0].startswith("error: ")
@@ -162,8 +147,10 @@ def test_scaled_rotary_embeddings_stay_scaled(sdar, tmp_path):
     assert again.rope_parameters == rope["rope_parameters"]
 
 
-def test_the_notes_say_how_to_serve_it(sdar, run, tmp_path):
-    code, out, _ = run("export", sdar("dense")[2], "--to", "sdar", "--output-dir", tmp_path / "out")
+def test_the_notes_say_how_to_serve_it(sdar, run_both, tmp_path):
+    code, out, _ = run_both(
+        "export", sdar("dense")[2], "--to", "sdar", "--output-dir", tmp_path / "out"
+    )
     assert code == 0
     assert "loads as: SDARForCausalLM" in out
     assert "block_size: 8" in out
@@ -214,10 +201,10 @@ def test_older_readers_find_the_rotary_settings_too(converted, tmp_path):
     assert config["torch_dtype"] == "float32"
 
 
-def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run, write_jsonl):
+def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run_both, write_jsonl):
     export_checkpoint(str(converted), tmp_path / "ar", "ar")
     arguments = ("--max-steps", 0, "--output-dir", tmp_path / "again", "--json")
-    code, out, err = run("adapt", tmp_path / "ar", *arguments)
+    code, out, err = run_both("adapt", tmp_path / "ar", *arguments)
     assert code == 0, err
     assert json.loads(out)["diffusion"]["mask_token_id"] == 259
 
@@ -267,23 +254,23 @@ def test_an_unknown_layout_is_refused_with_those_there_are(fails, converted):
     assert "give one of sdar, ar" in said
 
 
-def test_a_folder_in_use_is_refused_and_ours_is_replaced_on_demand(run, converted, tmp_path):
+def test_a_folder_in_use_is_refused_and_ours_is_replaced_on_demand(run_both, converted, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     arguments = ("export", converted, "--to", "ar", "--output-dir", out)
-    code, _, err = run(*arguments, "--overwrite")
+    code, _, err = run_both(*arguments, "--overwrite")
     assert code == 2
     assert "did not write" in err
     (out / "mine.txt").unlink()
-    assert run(*arguments)[0] == 0
-    assert run(*arguments)[0] == 2
-    assert run(*arguments, "--overwrite")[0] == 0
+    assert run_both(*arguments)[0] == 0
+    assert run_both(*arguments)[0] == 2
+    assert run_both(*arguments, "--overwrite")[0] == 0
 
 
-def test_a_dry_run_says_all_and_writes_nothing(run, converted, tmp_path):
+def test_a_dry_run_says_all_and_writes_nothing(run_both, converted, tmp_path):
     arguments = ("--to", "ar", "--output-dir", tmp_path / "out", "--dry-run", "--json")
-    code, out, _ = run("export", converted, *arguments)
+    code, out, _ = run_both("export", converted, *arguments)
     assert code == 0
     assert json.loads(out)["loads_as"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import foreign
 import pytest
 import torch
-from ar2diff.cli.main import main
 from foreign import EOS, FAMILIES, MASK, ROWS, TOKENS
 from safetensors.torch import load_file, save_file
 from test_likelihood import raw_logits
@@ -52,25 +51,11 @@ def make(their_tokenizer, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["ar2diff", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def fails(run, tmp_path):
+def fails(run_both, tmp_path):
     """The import must exit with 2, say two lines, and write nothing."""
 
     def call(folder, *arguments):
-        code, out, err = run("import", folder, "--output-dir", tmp_path / "out", *arguments)
+        code, out, err = run_both("import", folder, "--output-dir", tmp_path / "out", *arguments)
         lines = err.strip().splitlines()
         assert (code, out, len(lines)) == (2, "", 2), err
         assert lines[0].startswith("error: ")
@@ -119,18 +104,18 @@ def test_the_stock_class_computes_what_their_code_does(make, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["dream", "llada", "llada2", "sdar", "a2d_qwen3"])
-def test_check_generate_and_eval_run_on_it(run, make, tmp_path, write_jsonl, name):
+def test_check_generate_and_eval_run_on_it(run_both, make, tmp_path, write_jsonl, name):
     folder, out = make(FAMILIES[name][0]()), tmp_path / "ours"
-    code, said, _ = run("import", folder, "--output-dir", out)
+    code, said, _ = run_both("import", folder, "--output-dir", out)
     assert code == 0
     assert f"next: ar2diff check {out}" in said
-    code, said, err = run("check", out)
+    code, said, err = run_both("check", out)
     assert code == 0, said + err
     assert "FAIL" not in said
     arguments = ("--prompt", "the cat", "--max-new-tokens", 6, "--json")
-    assert json.loads(run("generate", out, *arguments)[1])["new_tokens"] <= 6
+    assert json.loads(run_both("generate", out, *arguments)[1])["new_tokens"] <= 6
     data = write_jsonl("a.jsonl", [{"text": "the cat sat on the mat and slept"}] * 2)
-    code, said, _ = run("eval", out, "--data", data, "--length", 24, "--json")
+    code, said, _ = run_both("eval", out, "--data", data, "--length", 24, "--json")
     assert code == 0
     assert json.loads(said)["bound"]["nats_per_token"] > 0
 
@@ -157,10 +142,10 @@ def test_the_folder_denoises_without_us(make, tmp_path):
     assert json.loads(done.stdout) == said
 
 
-def test_blocks_that_no_config_tells_are_the_users_to_name(make, run, tmp_path):
+def test_blocks_that_no_config_tells_are_the_users_to_name(make, run_both, tmp_path):
     """dLLM's BD3LM has the classes of its MDLM."""
     theirs = foreign.a2d()
-    code, out, _ = run(
+    code, out, _ = run_both(
         "import", make(theirs), "--output-dir", tmp_path / "ours", "--block-length", 4, "--json"
     )
     assert code == 0
@@ -420,9 +405,9 @@ def test_a_converted_model_is_refused(make, fails, tmp_path):
 
 
 @pytest.mark.parametrize("verb", [("check",), ("adapt", "--max-steps", 0)], ids=["check", "adapt"])
-def test_other_verbs_point_to_the_import(make, run, tmp_path, verb):
+def test_other_verbs_point_to_the_import(make, run_both, tmp_path, verb):
     more = ("--output-dir", tmp_path / "out") if verb[0] == "adapt" else ()
-    code, _, err = run(*verb, make(foreign.dream()), *more)
+    code, _, err = run_both(*verb, make(foreign.dream()), *more)
     assert code == 2
     assert "bring it in with 'ar2diff import'" in err
 
@@ -433,29 +418,31 @@ def test_pickled_weights_are_refused(make, fails):
     assert "pickled" in fails(folder)
 
 
-def test_a_folder_in_use_is_refused_and_left_alone(make, run, tmp_path):
+def test_a_folder_in_use_is_refused_and_left_alone(make, run_both, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    code, _, err = run("import", make(foreign.llada()), "--output-dir", tmp_path / "out")
+    code, _, err = run_both("import", make(foreign.llada()), "--output-dir", tmp_path / "out")
     assert code == 2
     assert "is not empty" in err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_dry_run_says_all_and_writes_nothing(make, run, tmp_path):
+def test_a_dry_run_says_all_and_writes_nothing(make, run_both, tmp_path):
     folder = make(foreign.llada())
-    code, out, _ = run("import", folder, "--output-dir", tmp_path / "out", "--dry-run", "--json")
+    code, out, _ = run_both(
+        "import", folder, "--output-dir", tmp_path / "out", "--dry-run", "--json"
+    )
     assert code == 0
     assert json.loads(out)["loads_as"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_leaves_nothing(make, run, tmp_path, monkeypatch):
+def test_a_disk_that_fills_leaves_nothing(make, run_both, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ar2diff.checkpoint.os.fsync", full)
-    code, _, err = run("import", make(foreign.llada()), "--output-dir", tmp_path / "out")
+    code, _, err = run_both("import", make(foreign.llada()), "--output-dir", tmp_path / "out")
     assert code == 2
     assert "the disk is full" in err
     assert not (tmp_path / "out").exists()
