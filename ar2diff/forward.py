@@ -5,6 +5,7 @@ This file is copied into converted folders: it imports torch and the standard li
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -46,6 +47,7 @@ def output_at(
     inner: Any = None,
     cache: Any = None,
     real: Tensor | None = None,
+    instead: Callable[[Any, Tensor], None] | None = None,
     **inputs: Any,
 ) -> Any:
     """A forward's output whose logits [1, N, V] are those at the wanted slots alone; the
@@ -60,14 +62,20 @@ def output_at(
         inner: the causal LM, where `model` is a wrapper that hides it.
         cache: a cache of transformers that holds the keys before the slots and gets theirs.
         real: [B, S] bool, no padding: routers are judged by these, where the config asks for it.
+        instead: called with the output embeddings and the [N, H] that would go in; the logits are
+            then those of the first slot alone.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
     inner, own = inner or model, get_ident()
 
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def pick(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if get_ident() != own:
             return None
-        return (args[0].flatten(0, 1)[index].unsqueeze(0),)
+        states = args[0].flatten(0, 1)[index]
+        if instead is not None:
+            instead(module, states)
+            states = states[:1]
+        return (states.unsqueeze(0),)
 
     hooks = [inner.get_output_embeddings().register_forward_pre_hook(pick)]
     if real is None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .attention import PADDING, Slots, lay_out, model_mask, reading_slot
+from .cross_entropy import cross_entropy
 from .forward import logits_at
 from .noise import corrupt, draw_times
-from .objective import cross_entropy, time_weights
+from .objective import time_weights
 from .seeds import content_key, keyed_generator
 from .spec import Spec
 

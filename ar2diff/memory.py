@@ -8,7 +8,8 @@ saved tensors are counted.
     optimizer    two moments of AdamW; none of SGD
     buckets      of the communication
     activations  of one micro-batch, kept for the backward pass
-    logits       of the masked tokens and the AR loss's; no other row reaches the head
+    logits       of the masked tokens and the AR loss's, no other row reaches the head: a part of
+                 them and the head's gradient; all under ZeRO-3 and of heads with a cap or adapter
 
     reference    rl: the model as it began, where its KL counts and no adapter can be switched off
 
@@ -34,9 +35,9 @@ from .attention import Slots, lay_out, model_mask
 from .checkpoint import Checkpoint, find_checkpoint, is_adapter, read_config, read_spec
 from .config import Recipe
 from .convert import convert
+from .cross_entropy import PART, cross_entropy
 from .errors import Ar2DiffError, first_line
-from .forward import logits_at
-from .objective import cross_entropy
+from .forward import output_at
 from .training.adapt import continued, fitted
 
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
@@ -51,6 +52,7 @@ class Shape:
         frozen, trained: elements of each tensor, trained ones by whether they are matrices.
         quantized: how many of the frozen are held in 4 bits.
         hidden: size. element: bytes of a number in the forward pass.
+        logits, parts: bytes of all logits and their loss, and of a part at a time.
         copies: bytes of the bfloat16 copies that autocast makes of float32 weights.
     """
 
@@ -61,6 +63,7 @@ class Shape:
     element: int
     activations: int
     logits: int
+    parts: int
     copies: int
 
 
@@ -88,7 +91,8 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     sizes, count = [n for n, _ in shape.trained], processes
     frozen, trained = sum(shape.frozen), sum(sizes)
     moments = 2 if recipe.train.optimizer == "adamw" else 0
-    batch = {"activations": shape.activations, "logits": shape.logits}
+    logits = shape.logits if strategy == "zero3" else shape.parts
+    batch = {"activations": shape.activations, "logits": logits}
     if strategy in ("one", "ddp"):
         batch["activations"] += shape.copies
         if has_reference(recipe):
@@ -164,14 +168,12 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     )
     with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
         _on_cpu(model)
-        activations, logits = _saved(checkpoint, fitted(recipe, checkpoint))
+        saved = _saved(checkpoint, fitted(recipe, checkpoint))
     # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
     matrices = sum(p.numel() for p in parameters if p.ndim > 1)
     copied = matrices - (quantized if recipe.quantization is not None else 0)
     hidden = model.config.get_text_config().hidden_size
-    return Shape(
-        frozen, trained, quantized, hidden, 2 if bf16 else 4, activations, logits, 2 * copied * bf16
-    )
+    return Shape(frozen, trained, quantized, hidden, 2 if bf16 else 4, *saved, 2 * copied * bf16)
 
 
 def _computes_in_bf16(recipe: Recipe) -> bool:
@@ -221,8 +223,9 @@ def _on_cpu(model: Any) -> None:
                 held[name] = made[id(tensor)]
 
 
-def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
-    """Bytes kept for the backward pass of a micro-batch: of the layers, of logits and loss."""
+def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass of a micro-batch: of the layers, of logits and loss, and of
+    these in parts."""
     model, spec = checkpoint.model, checkpoint.spec
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length
@@ -235,13 +238,14 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     else:
         input_ids, slots, wanted = _rollouts(recipe, spec)
     mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
-    books = _Books(model)
+    books, head, made = _Books(model), model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _module, _args, output: made.append(output))
     with books, torch.enable_grad():
-        logits = logits_at(
+        output = output_at(
             model, torch.zeros(wanted).long(), input_ids=input_ids, attention_mask=mask,
             position_ids=slots.pos,
         )  # fmt: skip
-        books.account = "logits"
+        logits, books.account = output.logits[0], "logits"
         suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
         if recipe.rl is None:
             cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
@@ -256,7 +260,11 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int]:
     # In the backward pass the logits' gradient, besides what the loss keeps; rl keeps logits apart,
     # and its entropies take as many more while they are made.
     copies = 1 if recipe.rl is None else 3
-    return kept, books.bytes["logits"] + copies * 4 * logits.numel()
+    whole = parts = books.bytes["logits"] + copies * 4 * logits.numel()
+    if recipe.rl is None and type(head) is torch.nn.Linear and output.logits is made[0]:
+        gradient = head.weight.numel() * head.weight.requires_grad + wanted * head.in_features
+        parts = 4 * (gradient + 2 * min(logits.numel(), PART))
+    return kept, whole, parts
 
 
 def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:

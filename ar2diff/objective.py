@@ -1,4 +1,4 @@
-"""The loss: weighted cross-entropy of masked tokens, its weights and its divisors.
+"""The weights of the loss, which is a weighted cross-entropy of masked tokens, and its divisors.
 
     loss = sum_i coef_i * -log p(x0_i | xt) / divisor,   coef_i = w(t) * weight_i
 
@@ -9,16 +9,10 @@ steps and ranks, so that no split of the batch changes the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attention import PADDING
-
-PART = 1 << 22  # logits that the cross-entropy is worked out of at a time
 
 
 def coefficients(
@@ -79,68 +73,6 @@ def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p:
     inside = (block[:, None, :] == block[:, :, None]) & ~masked[:, None, :]
     visible = (earlier | inside) & context[:, None, :] & (seq[:, :, None] == seq[:, None, :])
     return 0.5 * (visible * geometric).sum(-1)
-
-
-def cross_entropy(
-    logits: Tensor, target: Tensor, suppressed: Tensor | None = None, first: int | None = None
-) -> Tensor:
-    """-log p(target), [N], in float32 or better.
-
-    Nothing of the logits' size is kept for the backward pass but the logits, and nothing is made
-    in it but their gradient: the vocabulary is most of a small model's memory.
-
-    Args:
-        logits: [N, V]. target: [N] int.
-        suppressed: [V] bool, ids that no position can hold (the mask, rows without a token): their
-            logit is -inf, as in the sampler.
-        first: how many positions, from the first, `suppressed` is for; None: all.
-    """
-    if suppressed is None:
-        first = 0
-    return _CrossEntropy.apply(logits, target, suppressed, len(logits) if first is None else first)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """A few rows at a time, so that what lies between logits and loss stays in the caches."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, suppressed: Tensor | None, first: int
-    ) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total, own = logits.new_empty(2, len(logits), dtype=dtype)
-        for rows, ids in _parts(logits, suppressed, first):
-            part = logits[rows].to(dtype)
-            if ids is not None:
-                part = part.masked_fill(ids, float("-inf"))
-            total[rows] = part.logsumexp(1)
-            own[rows] = part.gather(1, target[rows, None])[:, 0]
-        ctx.save_for_backward(logits, target, suppressed, total)
-        ctx.first = first
-        return total - own
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, target, suppressed, total = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for rows, ids in _parts(logits, suppressed, ctx.first):
-            factor = given[rows, None]
-            part = (logits[rows] - total[rows, None]).exp_().mul_(factor)  # p(id)
-            if ids is not None:
-                part.masked_fill_(ids, 0)
-            gradient[rows] = part.scatter_add_(1, target[rows, None], -factor)
-        return gradient, None, None, None
-
-
-def _parts(
-    logits: Tensor, suppressed: Tensor | None, first: int
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slices of few rows, and which ids are suppressed in them."""
-    size = max(1, PART // logits.shape[1])
-    for begin, end, ids in ((0, first, suppressed), (first, len(logits), None)):
-        for start in range(begin, end, size):
-            yield slice(start, min(start + size, end)), ids
 
 
 def suppressed_ids(mask_token_id: int | None, tokens: int, rows: int) -> Tensor:

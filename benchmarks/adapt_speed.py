@@ -8,16 +8,18 @@ A model of random weights, and rows of one document that fills them; a step is l
 the gradient's norm and AdamW. The ways compute the same loss of the same noise, and the same
 gradient, to 1e-5: the learning rate is 0, so that every step is checked.
 
-    ours          logits at the masked tokens, and at those of the AR loss
+    ours          the loss of masked tokens, and of those of the AR loss, through the head in parts
     all logits    logits at all positions; without an AR loss, cross-entropy of the noisy copy
     dense masks   ours, but masks are written out as others do; on CPUs ours are dense too
     both          of these
 
 Every repeat runs a step of every way, interleaved, in one process; ratios are taken within a
-repeat, figures are medians. A token counts once, however many copies of it are computed. Memory
-is the peak above the loaded model over a step (gradients and optimizer included) in a fresh
-process for each way. Prediction is `same`, so that the noisy copy alone is enough for the others,
-and no id is suppressed, as they do not. Results replace benchmarks/results/adapt_speed.jsonl.
+repeat, figures are medians. Seconds on CPUs are those of the process, so that other load counts
+little; with one thread they are a quiet core's. A token counts once, however many copies of it are
+computed. Memory is the peak above the loaded model over a step (gradients and optimizer included)
+in a fresh process for each way. Prediction is `same`, so that the noisy copy alone is enough for
+the others, and no id is suppressed, as they do not. Results replace
+benchmarks/results/adapt_speed.jsonl.
 """
 
 from __future__ import annotations
@@ -170,7 +172,8 @@ class Bench:
         self.trainer.way = way
         if self.job.peak:
             self.model.set_attn_implementation("sdpa" if WAYS[way][1] else "flex_attention")
-        start = time.perf_counter()
+        clock = time.perf_counter if self.job.peak else time.process_time
+        start = clock()
         divisors = torch.stack([self.batch["divisor"], self.batch["ar_divisor"]]).float()
         with self.trainer.compute_loss_context_manager():
             loss = self.trainer.compute_loss(self.model, self.batch, num_items_in_batch=divisors)
@@ -179,7 +182,7 @@ class Bench:
         self.optimizer.step()
         if self.job.peak:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         found = [loss.detach()[None], *(p.grad.flatten() for p in self.model.parameters())]
         self.optimizer.zero_grad()
         return seconds, torch.cat(found)
@@ -305,9 +308,11 @@ def main() -> None:
         args.length or (512 if args.gpu else 128),
         args.peak_tflops * 1e12 if args.gpu else None,
     )
-    timed = [row for case in CASES for row in measure(job, *case, args.repeats)]
-    results = list(with_memory(job, timed))
-    args.output.write_text("".join(f"{json.dumps(row)}\n" for row in results))
+    args.output.write_text("")
+    results = []
+    for case in CASES:
+        results += with_memory(job, list(measure(job, *case, args.repeats)))
+        args.output.write_text("".join(f"{json.dumps(row)}\n" for row in results))
     print(table(results))
 
 

@@ -11,10 +11,11 @@ from numpy.polynomial.legendre import leggauss
 
 from ar2diff import likelihood
 from ar2diff.attention import lay_out, model_mask, reading_slot, reveal_edges
+from ar2diff.cross_entropy import cross_entropy
 from ar2diff.forward import logits_at
 from ar2diff.likelihood import ar_nll, bound, masked_nll
 from ar2diff.noise import corrupt
-from ar2diff.objective import cross_entropy, suppressed_ids, time_weights
+from ar2diff.objective import suppressed_ids, time_weights
 from ar2diff.seeds import keyed_generator
 
 BLOCK = 4

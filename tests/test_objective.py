@@ -6,15 +6,14 @@ import pytest
 import torch
 from conftest import CLASSES, MASK, tiny_spec
 
-from ar2diff import objective
 from ar2diff.attention import PADDING, lay_out, model_mask, reading_slot
+from ar2diff.cross_entropy import cross_entropy
 from ar2diff.data import Collator, Piece
 from ar2diff.forward import logits_at
 from ar2diff.likelihood import masked_nll
 from ar2diff.objective import (
     cart_weights,
     coefficients,
-    cross_entropy,
     suppressed_ids,
     time_weights,
 )
@@ -254,63 +253,6 @@ def test_a_wrapper_that_hides_its_model_can_name_it(tiny_model):
 def test_suppressed_ids_are_the_mask_and_the_rows_without_a_token():
     assert suppressed_ids(5, 8, 10).nonzero()[:, 0].tolist() == [5, 8, 9]
     assert suppressed_ids(None, 10, 10).sum() == 0
-
-
-def test_suppressing_ids_is_a_smaller_vocabulary_and_changes_nothing_else():
-    logits = torch.randn(9, 64, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)  # 61 and 63 go
-    keep = (~suppressed).nonzero()[:, 0]
-    want = torch.nn.functional.cross_entropy(
-        logits[:, keep], torch.searchsorted(keep, target), reduction="none"
-    )
-    got = cross_entropy(logits, target, suppressed)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    nothing = torch.zeros(64, dtype=torch.bool)
-    assert torch.equal(cross_entropy(logits, target, nothing), cross_entropy(logits, target))
-
-
-def test_cross_entropy_is_at_least_float32():
-    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    target = words(4)
-    for dtype, out in (
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ):
-        ce = cross_entropy(logits.to(dtype), target)
-        assert ce.dtype == out
-        want = -logits.to(dtype).double().log_softmax(-1).gather(1, target[:, None])[:, 0]
-        torch.testing.assert_close(ce.double(), want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("first", [None, 0, 4, 9])
-@pytest.mark.parametrize("part", [1, 2 * 64, 1 << 22])  # logits at a time: a row, two, all
-def test_cross_entropy_and_its_gradient_are_those_of_torch(monkeypatch, part, first):
-    """The first rows lack the suppressed ids, the others have all."""
-    monkeypatch.setattr(objective, "PART", part)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 64, dtype=torch.double, generator=generator, requires_grad=True)
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)
-    coef = torch.rand(9, dtype=torch.double, generator=generator)
-    of = suppressed & (torch.arange(9) < (9 if first is None else first))[:, None]
-    want = torch.nn.functional.cross_entropy(
-        logits.masked_fill(of, float("-inf")), target, reduction="none"
-    )
-    got = cross_entropy(logits, target, suppressed, first)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad((coef * ce).sum(), logits)[0] for ce in (got, want)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_keeps_nothing_of_the_logits_size_but_them(dtype):
-    logits = torch.randn(64, 512).to(dtype).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        cross_entropy(logits, words(64), suppressed_ids(MASK, 512, 512)).sum()
-    large = [x for x in kept if x.numel() >= 512 * 8]
-    assert [x.data_ptr() for x in large] == [logits.data_ptr()]
 
 
 def batch_of(attention, seed=0):

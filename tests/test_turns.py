@@ -7,8 +7,8 @@ import torch
 from conftest import MASK, build_model, tiny_spec
 
 from ar2diff.attention import PADDING, Slots, model_mask
+from ar2diff.cross_entropy import cross_entropy
 from ar2diff.forward import logits_at
-from ar2diff.objective import cross_entropy
 from ar2diff.readers import BlockReader, FullReader
 from ar2diff.turns import IGNORED, Conversations, Part, Turn, TurnCollator, parts_of, runs_of
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..attention import PADDING, Slots, model_mask
 from ..checkpoint import Checkpoint
+from ..cross_entropy import WeightedLoss, has_plain_head
 from ..decoding import causal_spec
 from ..evaluation import suppressed_of
 from ..forward import output_at, router_loss
-from ..objective import cross_entropy
 from .meter import Meter
 from .running import Running
 
@@ -61,6 +61,7 @@ class Denoising(Running):
         self.recipe, self.spec = recipe, checkpoint.spec or causal_spec(checkpoint.model)
         self.suppressed = suppressed_of(checkpoint).to(args.device)
         self._seen = Meter(args.device)
+        self._plain: bool | None = None  # the head, once it is where it trains
         self.current_gradient_accumulation_steps = 1  # until `train` counts
 
     def facts(self) -> dict[str, Any]:
@@ -79,29 +80,34 @@ class Denoising(Running):
             inner, task.slots, task.attention, task.block_length, self.spec.local_window,
             task.reveal,
         )  # fmt: skip
-        # Logits are computed where they are wanted: masked tokens, then tokens of the AR loss.
+        # Masked tokens, then tokens of the AR loss, whose mode keeps the whole vocabulary.
+        count, (divisor, ar_divisor) = len(task.index), divisors
+        ar_coef = self.recipe.objective.ar_weight / ar_divisor
+        weighted = WeightedLoss(
+            torch.cat([task.target, task.ar_target]),
+            torch.cat([task.coef / divisor, ar_coef.expand(len(task.ar_index))]),
+            self.suppressed,
+            count,
+        )
+        if self._plain is None:
+            self._plain = has_plain_head(inner)
         output = output_at(
             model,
             torch.cat([task.index, task.ar_index]),
             inner=inner,
             real=task.slots.doc != PADDING,
+            instead=weighted if self._plain else None,
             input_ids=task.input_ids,
             attention_mask=mask,
             position_ids=task.slots.pos,
         )
-        logits = output.logits[0]
-        count, (divisor, ar_divisor) = len(task.index), divisors
-        # The AR mode keeps the whole vocabulary.
-        target = torch.cat([task.target, task.ar_target])
-        ce, ar_ce = cross_entropy(logits, target, self.suppressed, count).tensor_split([count])
-        loss = (task.coef * ce).sum() / divisor
-        if len(ar_ce):
-            loss = loss + self.recipe.objective.ar_weight * ar_ce.sum() / ar_divisor
-            self._seen.add_ar(ar_ce)
-        self._seen.add(task, logits[:count], ce)
+        if not self._plain:
+            weighted.of_logits(output.logits[0])
+        self._seen.add(task, weighted.right[:count], weighted.ce[:count])
+        self._seen.add_ar(weighted.ce[count:])
         # Gradients are averaged over ranks. The routers' loss is a mean over each micro-batch.
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
-        return loss * self.accelerator.num_processes + routers
+        return weighted.loss * self.accelerator.num_processes + routers
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[2] divisors of the diffusion and the AR loss, over all accumulation steps and ranks."""

@@ -25,18 +25,19 @@ class Meter:
         self.start = time.monotonic()
 
     @torch.no_grad()
-    def add(self, task: Any, logits: Tensor, ce: Tensor) -> None:
+    def add(self, task: Any, right: Tensor, ce: Tensor) -> None:
         """Masked tokens of a micro-batch.
 
         Args:
-            task: what was asked. logits: [N, V]. ce: [N], cross-entropy of the masked tokens.
+            task: what was asked. right: [N] bool, whether the likeliest token is the right one.
+            ce: [N], cross-entropy of the masked tokens.
         """
         ce = ce.double()
         bins = (task.t * T_BINS).ceil().long().clamp(1, T_BINS) - 1
         self.ce.index_add_(0, bins, ce)
         self.count.index_add_(0, bins, torch.ones_like(ce))
         loss = task.coef * ce
-        self.sums["right"] += (logits.argmax(-1) == task.target).sum()
+        self.sums["right"] += right.sum()
         self.sums["eos_loss"] += loss[task.eos].sum()
         self.sums["loss"] += loss.sum()
         self.sums["tokens"] += task.tokens

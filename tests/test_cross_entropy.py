@@ -1,0 +1,203 @@
+"""Cross-entropy of logits and through the head against torch's, and who takes which."""
+
+import copy
+
+import pytest
+import torch
+from conftest import MASK, build_model
+
+from ar2diff import cross_entropy as module
+from ar2diff.cross_entropy import WeightedLoss, cross_entropy, has_plain_head
+from ar2diff.forward import output_at
+from ar2diff.objective import suppressed_ids
+
+PARTS = [1, 2 * 64, 1 << 22]  # logits at a time: a row, two, all
+
+
+def words(*size, seed=0):
+    return torch.randint(3, MASK, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_suppressing_ids_is_a_smaller_vocabulary_and_changes_nothing_else():
+    logits = torch.randn(9, 64, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)  # 61 and 63 go
+    keep = (~suppressed).nonzero()[:, 0]
+    want = torch.nn.functional.cross_entropy(
+        logits[:, keep], torch.searchsorted(keep, target), reduction="none"
+    )
+    got = cross_entropy(logits, target, suppressed)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    nothing = torch.zeros(64, dtype=torch.bool)
+    assert torch.equal(cross_entropy(logits, target, nothing), cross_entropy(logits, target))
+
+
+def test_cross_entropy_is_at_least_float32():
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    target = words(4)
+    for dtype, out in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        ce = cross_entropy(logits.to(dtype), target)
+        assert ce.dtype == out
+        want = -logits.to(dtype).double().log_softmax(-1).gather(1, target[:, None])[:, 0]
+        torch.testing.assert_close(ce.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [None, 0, 4, 9])
+@pytest.mark.parametrize("part", PARTS)
+def test_cross_entropy_and_its_gradient_are_those_of_torch(monkeypatch, part, first):
+    """The first rows lack the suppressed ids, the others have all."""
+    monkeypatch.setattr(module, "PART", part)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 64, dtype=torch.double, generator=generator, requires_grad=True)
+    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)
+    coef = torch.rand(9, dtype=torch.double, generator=generator)
+    of = suppressed & (torch.arange(9) < (9 if first is None else first))[:, None]
+    want = torch.nn.functional.cross_entropy(
+        logits.masked_fill(of, float("-inf")), target, reduction="none"
+    )
+    got = cross_entropy(logits, target, suppressed, first)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad((coef * ce).sum(), logits)[0] for ce in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_keeps_nothing_of_the_logits_size_but_them(dtype):
+    logits = torch.randn(64, 512).to(dtype).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        cross_entropy(logits, words(64), suppressed_ids(MASK, 512, 512)).sum()
+    large = [x for x in kept if x.numel() >= 512 * 8]
+    assert [x.data_ptr() for x in large] == [logits.data_ptr()]
+
+
+# Through the head
+
+
+def random(*size, seed=0):
+    return torch.randn(*size, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("first", [0, 4, 9])
+@pytest.mark.parametrize("part", PARTS)
+def test_through_the_head_all_is_as_with_torchs_logits(monkeypatch, part, first, bias):
+    monkeypatch.setattr(module, "PART", part)
+    head = torch.nn.Linear(8, 64, bias=bias, dtype=torch.double)
+    hidden = random(9, 8).requires_grad_()
+    inputs = [hidden, *head.parameters()]
+    target, suppressed, coef = words(9) % 60, suppressed_ids(61, 63, 64), random(9, seed=1)
+    logits = head(hidden).masked_fill(
+        suppressed & (torch.arange(9) < first)[:, None], float("-inf")
+    )
+    want = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    right = [torch.autograd.grad(7 * (coef * want).sum(), inputs), want, logits.argmax(1) == target]
+    for way in ("hidden", "logits"):
+        loss = WeightedLoss(target, coef, suppressed, first)
+        if way == "hidden":
+            loss(head, hidden)
+        else:
+            loss.of_logits(head(hidden))
+        found = [torch.autograd.grad(7 * loss.loss, inputs), loss.ce, loss.right]
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+        assert not loss.ce.requires_grad
+
+
+def test_the_likeliest_is_right():
+    hidden, head = random(5, 8), torch.nn.Linear(8, 64, bias=False, dtype=torch.double)
+    likeliest = head(hidden).argmax(1)
+    target = torch.where(torch.arange(5) < 3, likeliest, (likeliest + 1) % 64)
+    loss = WeightedLoss(target, torch.ones(5), None, 0)
+    loss(head, hidden)
+    assert loss.right.tolist() == [True] * 3 + [False] * 2
+
+
+def test_a_frozen_head_gets_no_gradient_and_its_inputs_get_theirs():
+    head = torch.nn.Linear(8, 64, bias=False, dtype=torch.double).requires_grad_(False)
+    hidden = random(9, 8).requires_grad_()
+    loss = WeightedLoss(words(9), torch.ones(9), None, 9)
+    loss(head, hidden)
+    loss.loss.backward()
+    assert head.weight.grad is None
+    want = cross_entropy(head(hidden), words(9)).sum()
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(want, hidden)[0])
+
+
+def test_no_token_is_no_loss_and_a_gradient_of_0():
+    head = torch.nn.Linear(8, 64, bias=False)
+    loss = WeightedLoss(words(0), torch.ones(0), suppressed_ids(61, 63, 64), 0)
+    loss(head, torch.zeros(0, 8))
+    loss.loss.backward()  # a rank without masked tokens must not leave the others waiting
+    assert loss.loss == 0 and not head.weight.grad.any()
+
+
+def test_autocast_computes_as_it_does_with_logits():
+    head = torch.nn.Linear(64, 64, bias=True)
+    hidden = random(40, 64).float().requires_grad_()
+    inputs, found = [hidden, *head.parameters()], []
+    for way in ("hidden", "logits"):
+        loss = WeightedLoss(words(40), torch.ones(40) / 40, suppressed_ids(61, 63, 64), 20)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss(head, hidden) if way == "hidden" else loss.of_logits(head(hidden))
+        assert loss.loss.dtype == torch.float32
+        found.append([loss.loss, loss.ce, *torch.autograd.grad(loss.loss, inputs)])
+    assert [x.dtype for x in found[0]] == [torch.float32] * 5
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [0, 20])
+def test_nothing_of_the_logits_size_is_kept(first):
+    head, hidden, kept = torch.nn.Linear(8, 512), random(300, 8).float().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = WeightedLoss(words(300), torch.ones(300), suppressed_ids(MASK, 512, 512), first)
+        loss(head, hidden)
+    assert max(x.numel() for x in kept) == 512 * 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [("llama", True), ("qwen3", True), ("gpt2", True), ("gemma2", False), ("granite", False)],
+)
+def test_a_head_with_a_cap_or_a_scale_is_not_plain(kind, plain):
+    for dtype in (torch.float64, torch.bfloat16):
+        assert has_plain_head(build_model(kind, "eager", dtype)) is plain
+
+
+def test_a_head_of_zeros_with_a_scale_is_not_plain():
+    model = copy.deepcopy(build_model("granite"))
+    model.lm_head.weight.data.zero_()
+    assert not has_plain_head(model)
+
+
+def test_an_adapter_on_the_head_is_not_passed_by():
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(target):
+        model = copy.deepcopy(build_model("llama", dtype=torch.float32))
+        return get_peft_model(model, LoraConfig(r=2, target_modules=target))
+
+    assert has_plain_head(adapted(["q_proj"]))
+    assert not has_plain_head(adapted(["lm_head"]))
+    assert not has_plain_head(adapted(["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_the_heads_place_the_whole_models_gradient_is_the_same(tied):
+    model = copy.deepcopy(build_model("llama", tie_word_embeddings=tied))
+    ids, index = words(2, 7), torch.tensor([0, 3, 3, 12])
+    target, coef, found = words(4, seed=1), random(4, seed=2), []
+    for way in ("hidden", "logits"):
+        loss = WeightedLoss(target, coef, suppressed_ids(MASK, 64, 64), 2)
+        output = output_at(
+            model, index, input_ids=ids, attention_mask=None,
+            instead=loss if way == "hidden" else None,
+        )  # fmt: skip
+        assert output.logits.shape == (1, 1 if way == "hidden" else 4, 64)
+        if way == "logits":
+            loss.of_logits(output.logits[0])
+        found.append([loss.loss, *torch.autograd.grad(loss.loss, list(model.parameters()))])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
