@@ -160,6 +160,7 @@ class Train(_Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
         "auto", description="auto: sdpa, or eager where the class lacks it"
     )
+    compile: bool = Field(False, description="torch.compile of the layers: slow first steps")
     seed: int = Field(0, ge=0)
     logging_steps: int = Field(25, gt=0)
     save_steps: int = Field(500, gt=0)
@@ -247,6 +248,8 @@ class Recipe(_Section):
         weighted = [source.weight is not None for source in self.data.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("data.sources: give every source a weight, or none")
+        if self.train.compile and self.rl is not None:
+            raise ValueError("train.compile is not for rl, whose rollouts would be compiled anew")
         if self.train.decay_steps and self.train.schedule != "wsd":
             raise ValueError("train.decay_steps belongs to train.schedule wsd")
         if self.train.schedule == "wsd" and self.train.max_steps:

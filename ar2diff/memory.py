@@ -39,6 +39,7 @@ from .cross_entropy import PART, cross_entropy
 from .errors import Ar2DiffError, first_line
 from .forward import output_at
 from .training.adapt import continued, fitted
+from .training.denoising import layers_of
 
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
@@ -297,7 +298,7 @@ class _Books:
         self.known = {p.untyped_storage()._cdata for p in model.parameters()}
         self.keep: list[Any] = []
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-        for layer in _layers(model):
+        for layer in layers_of(model):
             layer.register_forward_pre_hook(lambda *_: self.layers.append(-self.bytes["body"]))
             layer.register_forward_hook(lambda *_: self._close())
 
@@ -318,9 +319,3 @@ class _Books:
 
     def __exit__(self, *details: Any) -> None:
         self.hooks.__exit__(*details)
-
-
-def _layers(model: Any) -> list[Any]:
-    """The decoder layers: the longest list of modules that a model has."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))

@@ -1,232 +1,318 @@
-"""Speed of training: the trainer of `sft` against that of `adapt` and against trl's own.
+"""Speed and memory of a step of `adapt` against the two ways in which others do it.
 
-    AR2DIFF_DATA=path/to/data python benchmarks/train_speed.py
-    python benchmarks/train_speed.py --models demo --repeats 3 --steps 8    # quick
+    OMP_NUM_THREADS=1 python benchmarks/train_speed.py              # stories3M's shape, 32k rows
+    python benchmarks/train_speed.py --vocabulary 4096 --rows 8     # quicker
+    python benchmarks/train_speed.py --gpu                          # Qwen3 0.6B's shape; needs CUDA
 
-Models: the embedded default and, where AR2DIFF_DATA names it, stories3M; each converted without
-training. One process. Every repeat runs every way once, one after the other (interleaved), each
-time from a new trainer and in another order; the first `--warmup` steps do not count. Figures are
-medians over the repeats; ratios are taken within a repeat, and their median is printed.
+A model of random weights, and rows of one document that fills them; a step is loss, backward pass,
+the gradient's norm and AdamW. The ways compute the same loss of the same noise, and the same
+gradient, to 1e-5: the learning rate is 0, so that every step is checked.
 
-Every way sees the same texts in rows of exactly `--length` tokens, so that none pads and packing
-has nothing to do. A token counts once, however many copies of it a way computes: `adapt` and `sft`
-run a noisy copy beside the clean one. Two shapes of the rows:
+    ours          the loss of masked tokens, and of those of the AR loss, through the head in parts
+    all logits    logits at all positions; without an AR loss, cross-entropy of the noisy copy
+    dense masks   ours, but masks are written out as others do; on CPUs ours are dense too
+    both          of these
 
-    text   all of a row is learned: `sft` computes what `adapt` does
-    pairs  the second half is a completion: `sft` has noisy copies of that half alone
-
-Ways: `adapt`; `sft`; `sft, ar` is the control (`objective.kind: ar`) on the AR base; `trl` is
-trl.SFTTrainer as it comes on that base, its default loss and metrics included, with the same
-batch, optimizer, precision and no gradient checkpointing. Results replace
-benchmarks/results/train_speed.jsonl; `--table` prints them.
+Every repeat runs a step of every way, interleaved, in one process; ratios are taken within a
+repeat, figures are medians. Seconds on CPUs are those of the process, so that other load counts
+little; with one thread they are a quiet core's. A token counts once, however many copies of it are
+computed. Memory is the peak above the loaded model over a step (gradients and optimizer included)
+in a fresh process for each way. Prediction is `same`, so that the noisy copy alone is enough for
+the others, and no id is suppressed, as they do not. Results replace
+benchmarks/results/train_speed.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from ar2diff.cli.output import quiet
-from transformers import PrinterCallback, TrainerCallback
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import Recipe, load_recipe
-from ar2diff.demo.__main__ import MODEL
-from ar2diff.demo.corpus import PRETRAIN_LEVELS, corpus, text
-from ar2diff.sources import find_file, read_texts
-from ar2diff.training.adapt import adapt, make_plan
-from ar2diff.training.sft import make_sft_plan
-from ar2diff.training.trainer import make_trainer, training_arguments
+from ar2diff.attention import PADDING, Slots, model_mask
+from ar2diff.checkpoint import Checkpoint
+from ar2diff.config import load_recipe
+from ar2diff.data import Piece
+from ar2diff.spec import Spec
+from ar2diff.training import denoising
+from ar2diff.training.trainer import AdaptTrainer, make_collator, training_arguments
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.jsonl"
-WAYS = ("adapt", "sft", "sft, ar", "trl")
-SHAPES = ("text", "pairs")
+IGNORED = -100
+STORIES3M = {
+    "model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+CASES = (("full", 0.0), ("block_causal", 0.0), ("causal_context", 0.0), ("causal_context", 0.3))
+WAYS = {  # name: logits at all positions?, masks as others write them?
+    "ours": (False, False),
+    "all logits": (True, False),
+    "dense masks": (False, True),
+    "both": (True, True),
+}
 
 
-class Stopwatch(TrainerCallback):
-    """Tokens a second of a trainer, its first steps not counted."""
+@dataclass(frozen=True)
+class Job:
+    """What is measured; `peak` is the device's FLOP/s, None on CPUs."""
 
-    def __init__(self, trainer: Any, warmup: int):
-        self.warmup, self.tokens, self.ends = warmup, [], []
-        step = trainer.training_step
-
-        def counted(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
-            real = inputs["tokens"] if "tokens" in inputs else inputs["attention_mask"].sum()
-            self.tokens.append(int(real))
-            return step(model, inputs, *args)
-
-        trainer.training_step = counted
-        trainer.add_callback(self)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+    shape: dict[str, Any]
+    vocabulary: int
+    rows: int
+    length: int
+    peak: float | None
 
     @property
-    def rate(self) -> float:
-        seconds = self.ends[-1] - self.ends[self.warmup - 1]
-        return sum(self.tokens[self.warmup :]) / seconds
+    def device(self) -> str:
+        return "cuda" if self.peak else "cpu"
 
 
-def texts_of(name: str, count: int) -> list[str]:
-    if name == "demo":
-        return [text(example) for example in corpus(count, 1, PRETRAIN_LEVELS)]
-    return read_texts(find_file("tinystories/valid"), "text")
+def dense(_model: Any, slots: Slots, attention: str, block: int | None, *_: Any) -> Tensor:
+    """[B, 1, S, S] bool, from the layout of a row and the padding, as BD3LM's code does it."""
+    real, index = slots.doc != PADDING, torch.arange(slots.doc.shape[1], device=slots.doc.device)
+    if attention == "full":
+        edges = torch.ones(len(index), len(index), dtype=torch.bool, device=index.device)
+        return edges & real[:, None, None, :]
+    half = len(index) // 2
+    q, k = index[:, None], index[None, :]
+    of_q, of_k, clean_q, clean_k = q % half // block, k % half // block, q >= half, k >= half
+    inside = (of_q == of_k) & ~clean_q & ~clean_k
+    before = (of_q > of_k) & ~clean_q & clean_k
+    past = q >= k if attention == "causal_context" else of_q >= of_k
+    return (inside | before | (past & clean_q & clean_k)) & real[:, None, None, :]
 
 
-def rows_of(texts: list[str], tokenizer: Any, shape: str, length: int, count: int) -> list[dict]:
-    """Texts, joined until they are longer than a row; `pairs` are cut at half of its tokens."""
-    rows, whole = [], ""
-    for one in texts:
-        whole = f"{whole} {one}".strip()
-        found = tokenizer(whole, return_offsets_mapping=True)
-        if len(found.input_ids) <= length:
-            continue
-        at = found.offset_mapping[length // 2][0]
-        pair = {"prompt": whole[:at], "completion": whole[at:]}
-        rows.append({"text": whole} if shape == "text" else pair)
-        whole = ""
-        if len(rows) == count:
-            return rows
-    raise SystemExit(f"only {len(rows)} rows of {length} tokens, wanted {count}")
+class Step(AdaptTrainer):
+    """Our trainer, or our trainer with its loss as others compute it."""
+
+    way = "ours"
+
+    def denoising_loss(self, model: Any, task: denoising.Task, divisors: Tensor) -> Tensor:
+        everywhere, rebuilt = WAYS[self.way]
+        mask_of = dense if rebuilt else model_mask
+        if not everywhere:
+            with patch.object(denoising, "model_mask", mask_of):
+                return super().denoising_loss(model, task, divisors)
+        mask = mask_of(model, task.slots, task.attention, task.block_length, None)
+        logits = model(
+            input_ids=task.input_ids, attention_mask=mask, position_ids=task.slots.pos,
+            use_cache=False,
+        ).logits  # fmt: skip
+        weight = torch.zeros(task.input_ids.numel(), device=logits.device)
+        labels = torch.full_like(weight, IGNORED, dtype=torch.long)
+        labels[task.index], weight[task.index] = task.target, task.coef / divisors[0]
+        ar_weight = self.recipe.objective.ar_weight
+        labels[task.ar_index], weight[task.ar_index] = task.ar_target, ar_weight / divisors[1]
+        labels, weight = labels.view_as(task.input_ids), weight.view_as(task.input_ids)
+        if task.attention != "full" and not len(task.ar_index):  # the noisy copy alone
+            half = labels.shape[1] // 2
+            logits, labels, weight = logits[:, :half], labels[:, :half], weight[:, :half]
+        ce = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return (weight.flatten() * ce).sum()
 
 
-def recipe_for(args: argparse.Namespace, data: Path, *more: str) -> Recipe:
-    settings = [
-        f"data.sources=[{data}]", f"data.max_length={args.length}", "data.overlong=truncate",
-        "data.assistant_only=false", f"train.max_steps={args.steps + args.warmup}",
-        f"train.per_device_train_batch_size={args.rows}", "train.logging_steps=1000000",
-        "train.save_steps=1000000", f"train.gradient_checkpointing={args.gradient_checkpointing}",
-    ]  # fmt: skip
-    return load_recipe(None, [*settings, *more])
+class Bench:
+    """One model, its optimizer and one noised batch, that any way may take a step with."""
+
+    def __init__(self, job: Job, attention: str, ar_weight: float, folder: str):
+        self.job = job
+        recipe = load_recipe(
+            None,
+            [
+                f"convert.attention={attention}", "convert.prediction=same",
+                f"objective.ar_weight={ar_weight}", f"data.max_length={job.length}",
+                f"train.per_device_train_batch_size={job.rows}",
+            ],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(**job.shape, vocab_size=job.vocabulary)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(job.device)
+        mask = job.vocabulary - 1
+        spec = Spec(
+            format=1, noise="mask", mask_token_id=mask, attention=attention, prediction="same",
+            ar_mode=ar_weight > 0, block_length=recipe.convert.block_length,
+            local_window=None, max_length=job.length,
+        )  # fmt: skip
+        checkpoint = Checkpoint(Path(folder), self.model, range(job.vocabulary), spec, {})
+        collator = make_collator(recipe, mask)
+        arguments = training_arguments(recipe, Path(folder))
+        self.trainer = Step(checkpoint, recipe, arguments, data_collator=collator)
+        self.trainer.suppressed[:] = False
+        ids = torch.randint(3, mask, (job.rows, job.length)).tolist()
+        batch = collator([(i, [Piece(row, job.length, 1, 0, i)]) for i, row in enumerate(ids)])
+        self.batch = {name: value.to(job.device) for name, value in batch.items()}
+        self.logits = int(batch["masked"].sum() + (ar_weight > 0) * batch["ar"].sum())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)  # every step is alike
+
+    def step(self, way: str) -> tuple[float, Tensor]:
+        """Seconds of a training step, and its loss and gradient in one."""
+        self.trainer.way = way
+        if self.job.peak:
+            self.model.set_attn_implementation("sdpa" if WAYS[way][1] else "flex_attention")
+        clock = time.perf_counter if self.job.peak else time.process_time
+        start = clock()
+        divisors = torch.stack([self.batch["divisor"], self.batch["ar_divisor"]]).float()
+        with self.trainer.compute_loss_context_manager():
+            loss = self.trainer.compute_loss(self.model, self.batch, num_items_in_batch=divisors)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
+        self.optimizer.step()
+        if self.job.peak:
+            torch.cuda.synchronize()
+        seconds = clock() - start
+        found = [loss.detach()[None], *(p.grad.flatten() for p in self.model.parameters())]
+        self.optimizer.zero_grad()
+        return seconds, torch.cat(found)
+
+    def make_state(self) -> None:
+        """The optimizer's, by a step without gradients."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def flops(self) -> float:
+        """Of our step: 6 a parameter for each slot of the layers and each wanted logit of the head,
+        attention left out."""
+        head = self.model.get_output_embeddings().weight.numel()
+        layers = sum(p.numel() for p in self.model.parameters()) - head
+        copies = 1 if self.trainer.spec.attention == "full" else 2
+        return 6.0 * (layers * copies * self.batch["x0"].numel() + head * self.logits)
 
 
-def trainer_of(way: str, base: Path, args: argparse.Namespace, work: Path) -> Any:
-    """A new trainer of a way; `work` holds the converted model and the rows of both forms."""
-    if way == "adapt":
-        plan = make_plan(work / "converted", recipe_for(args, work / "texts.jsonl"))
-        return make_trainer(plan.checkpoint, plan.recipe, plan.rows, work / "run", [])
-    if way == "trl":
-        return stock_trainer(base, args, work)
-    control = way == "sft, ar"
-    more = ["objective.kind=ar"] if control else []
-    recipe = recipe_for(args, work / "rows.jsonl", *more)
-    plan = make_sft_plan(base if control else work / "converted", recipe)
-    return plan.trainer(plan, work / "run", [])
-
-
-def stock_trainer(base: Path, args: argparse.Namespace, work: Path) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    recipe, checkpoint = recipe_for(args, work / "rows.jsonl"), load_checkpoint(str(base))
-    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
-    config = training_arguments(recipe, work / "run", kind=SFTConfig, max_length=args.length)
-    tokenizer = checkpoint.tokenizer
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return SFTTrainer(
-        checkpoint.model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
-
-
-def measure(name: str, base: Path, shape: str, args: argparse.Namespace) -> Iterator[dict]:
-    """A row of results for each way and repeat."""
-    tokenizer = load_checkpoint(str(base)).tokenizer
-    texts = texts_of(name, 40 * args.examples)
+def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows of results of all ways."""
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        adapt(str(base), load_recipe(None, ["train.max_steps=0"]), work / "converted")
-        for form, file in (("text", "texts.jsonl"), (shape, "rows.jsonl")):
-            rows = rows_of(texts, tokenizer, form, args.length, args.examples)
-            (work / file).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        for repeat in range(args.repeats):
+        warm = Bench(replace(job, rows=2), attention, ar_weight, folder)
+        bench = Bench(job, attention, ar_weight, folder)
+        bench.make_state()
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        right, tolerance = None, 1e-2 if job.peak else 1e-5  # bf16
+        for way in WAYS:
+            warm.step(way)
+        for repeat in range(repeats):
             turn = repeat % len(WAYS)
-            for way in WAYS[turn:] + WAYS[:turn]:
-                torch.manual_seed(repeat)
-                trainer = trainer_of(way, base, args, work)
-                trainer.remove_callback(PrinterCallback)
-                watch = Stopwatch(trainer, args.warmup)
-                trainer.train()
-                yield {
-                    "model": name,
-                    "shape": shape,
-                    "way": way,
-                    "repeat": repeat,
-                    "tokens_per_second": round(watch.rate, 1),
-                    "tokens_per_step": statistics.mean(watch.tokens),
-                    "length": args.length,
-                    "rows": args.rows,
-                    "steps": args.steps,
-                    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                    "threads": torch.get_num_threads(),
-                }
+            for way in [*WAYS][turn:] + [*WAYS][:turn]:
+                taken, found = bench.step(way)
+                seconds[way].append(taken)
+                right = found if right is None else right
+                torch.testing.assert_close(found, right, rtol=0, atol=tolerance)
+        flops, tokens = bench.flops, bench.batch["x0"].numel()
+    for way in WAYS:
+        yield {
+            "attention": attention, "ar_weight": ar_weight, "way": way,
+            "tokens_per_second": [round(tokens / s, 1) for s in seconds[way]],
+            "mfu": flops / statistics.median(seconds[way]) / job.peak if job.peak else None,
+            "model": job.shape["model_type"], "vocabulary": job.vocabulary, "rows": job.rows,
+            "length": job.length, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if job.peak else "cpu",
+        }  # fmt: skip
 
 
-def table(results: list[dict]) -> str:
+def with_memory(job: Job, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of results, each with what a fresh process needs."""
+    for row in rows:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            of = (row["attention"], row["ar_weight"], row["way"])
+            yield row | {"memory_mb": round(fresh.submit(peak_memory, job, *of).result() / 1e6)}
+
+
+def peak_memory(job: Job, attention: str, ar_weight: float, way: str) -> int:
+    """Bytes above the loaded model over a step, of this process or of its GPU."""
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(job, attention, ar_weight, folder)
+        if job.peak:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what there is
+            before = status("VmRSS")
+        bench.make_state()
+        bench.step(way)
+        return (torch.cuda.max_memory_allocated() if job.peak else status("VmHWM")) - before
+
+
+def status(name: str) -> int:
+    """Bytes, of this process (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | rows | way | tokens/s | of adapt's | of trl's | tokens a step |",
+        "| attention | AR loss | way | tokens/s | ours is | memory above the model | ours is |",
         "|---|---|---|---|---|---|---|",
     ]
-    for model, shape in dict.fromkeys((r["model"], r["shape"]) for r in results):
-        of = [r for r in results if (r["model"], r["shape"]) == (model, shape)]
-        rates = {way: {r["repeat"]: r for r in of if r["way"] == way} for way in WAYS}
-        for way in WAYS:
-            mine = rates[way].values()
-            cells = [statistics.median(r["tokens_per_second"] for r in mine)]
-            for other in ("adapt", "trl"):
-                pairs = [
-                    (r, rates[other][r["repeat"]]) for r in mine if r["repeat"] in rates[other]
-                ]
-                cells.append(
-                    statistics.median(
-                        a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs
-                    )
-                )
-            step = statistics.mean(r["tokens_per_step"] for r in mine)
-            lines.append(
-                f"| {model} | {shape} | {way} | {cells[0]:,.0f} | {cells[1]:.2f}x "
-                f"| {cells[2]:.2f}x | {step:,.0f} |"
-            )
+    ours: dict[str, Any] = {}
+    for row in results:
+        ours = row if row["way"] == "ours" else ours
+        pairs = zip(ours["tokens_per_second"], row["tokens_per_second"], strict=True)
+        faster = statistics.median(a / b for a, b in pairs)
+        mfu = f" (MFU {row['mfu']:.0%})" if row["mfu"] else ""
+        lines.append(
+            f"| {row['attention']} | {'yes' if row['ar_weight'] else 'no'} | {row['way']} "
+            f"| {statistics.median(row['tokens_per_second']):,.0f}{mfu} | {faster:.2f}x "
+            f"| {row['memory_mb']:,} MB | {ours['memory_mb'] / row['memory_mb']:.2f}x |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found = {"demo": MODEL}
-    if "AR2DIFF_DATA" in os.environ:
-        found["stories3M"] = Path(os.environ["AR2DIFF_DATA"]) / "stories3M-hf"
-    parser.add_argument("--models", nargs="+", choices=found, default=list(found))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count")
+    parser.add_argument("--gpu", action="store_true", help="Qwen3 0.6B's shape, bf16, BlockMask")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="of the GPU in bf16")
+    parser.add_argument("--vocabulary", type=int, help="32000; with --gpu 151936")
+    parser.add_argument("--rows", type=int, help="of a step: 32; with --gpu 8")
+    parser.add_argument("--length", type=int, help="tokens of a row: 128; with --gpu 512")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=128, help="different rows")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
         print(table([json.loads(line) for line in args.output.read_text().splitlines()]))
         return
+    if args.gpu and not torch.cuda.is_available():
+        print("error: --gpu: torch finds no CUDA device", file=sys.stderr)
+        print("  fix: run it where there is one, or leave --gpu out", file=sys.stderr)
+        sys.exit(2)
     quiet()
-    warnings.simplefilter("ignore", FutureWarning)
+    job = Job(
+        QWEN3 if args.gpu else STORIES3M,
+        args.vocabulary or (151_936 if args.gpu else 32_000),
+        args.rows or (8 if args.gpu else 32),
+        args.length or (512 if args.gpu else 128),
+        args.peak_tflops * 1e12 if args.gpu else None,
+    )
+    args.output.write_text("")
     results = []
-    for name in args.models:
-        for shape in args.shapes:
-            results += measure(name, found[name], shape, args)
-    args.output.write_text("".join(f"{json.dumps(row)}\n" for row in results))
+    for case in CASES:
+        results += with_memory(job, list(measure(job, *case, args.repeats)))
+        args.output.write_text("".join(f"{json.dumps(row)}\n" for row in results))
     print(table(results))
 
 

@@ -82,6 +82,7 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["train.per_device_train_batch_size=6"], ROWS, "6 completions of a generation"),
     (["rl.sampler.temperature=0"], ROWS, "sampler.temperature must be above 0"),
     (["rl.sampler.nonsense=1"], ROWS, "nonsense"),
+    (["train.compile=true"], ROWS, "train.compile is not for rl"),
     (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens is not for rollouts"),
     (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode ar does not write"),
     (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout: two scores of one policy"),

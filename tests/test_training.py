@@ -463,6 +463,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, text_file, tmp_
     assert far_apart(*runs) < 1e-6
 
 
+@pytest.mark.slow
+def test_compiled_layers_change_nothing_and_share_one_graph(tiny_checkpoint, text_file, tmp_path):
+    from torch._dynamo.utils import counters
+
+    made = []
+    for on in (False, True):
+        counters.clear()
+        settings = {"max_steps": 3, "compile": on}
+        recipe = recipe_of(text_file, train=settings)
+        made.append(train(tiny_checkpoint, recipe, tmp_path / str(on)))
+        assert counters["stats"]["unique_graphs"] == int(on)  # of two layers
+    assert far_apart(made[0][0], made[1][0]) < 1e-5
+
+
 def test_learning_rate_scale_zero_freezes_that_kind_alone(tiny_checkpoint, text_file, tmp_path):
     recipe = recipe_of(
         text_file, train={"max_steps": 3, "lr_scale": {"attention": 1, "mlp": 0, "embeddings": 0.5}}

@@ -91,6 +91,8 @@ class Denoising(Running):
         )
         if self._plain is None:
             self._plain = has_plain_head(inner)
+            if self.recipe.train.compile:  # not before: that was a forward of another shape
+                compile_layers(inner)
         output = output_at(
             model,
             torch.cat([task.index, task.ar_index]),
@@ -141,3 +143,17 @@ def disable_dropout(model: Any) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers: the longest list of modules directly in the decoder."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lists = [m for m in inner.get_decoder().children() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))
+
+
+def compile_layers(model: Any) -> None:
+    """torch.compile of each decoder layer, in place: one graph serves all, names of weights stay,
+    and what lies around the layers (hooks on the head) is as ever."""
+    for layer in layers_of(model):
+        layer.compile()
