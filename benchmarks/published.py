@@ -1,7 +1,8 @@
 """The published recipes on one small model: one table, and ten generations of each.
 
     AR2DIFF_DATA=path/to/data python benchmarks/published.py [stories260K-hf] [--only NAME ...]
-    AR2DIFF_DATA=path/to/data python benchmarks/published.py stories3M-hf --only A B C --steps 1000
+    AR2DIFF_DATA=path/to/data python benchmarks/published.py stories3M-hf \\
+      --only sdar tiny-a2d fast-dllm-v2 --steps 2000 --learning-rate 3e-4
 
 What a recipe keeps is its method: attention, prediction, anneal, noise, objective. Rows, data,
 steps and optimisation, the learning rate too, are for all of them those of the recipe that was
