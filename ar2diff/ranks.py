@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -63,6 +64,31 @@ def at_work() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a command line, before anything heavy is imported. A launched process ends when its
+    exit handlers have run, and Python is not taken apart: a thread of gloo's that still has tensors
+    of a collective to let go would ask for Python's lock then, be refused, and abort a process that
+    had done all it should (pytorch #179291)."""
+    if not is_launched():
+        yield
+        return
+    code = 1
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the first to be registered is the last to run
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
 
 
 def _disconnect() -> None:

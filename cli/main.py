@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from ..errors import Ar2DiffError
-from ..ranks import is_launched, report_error
+from ..ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
 from .chat import chat
@@ -97,7 +97,7 @@ def say(error: Exception, text: str) -> None:
 
 def main() -> None:
     """Run the command line."""
-    with boundary():
+    with ending(), boundary():
         try:
             sys.exit(app(standalone_mode=False) or 0)
         except USAGE as error:

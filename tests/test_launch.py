@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ar2diff.builds import STALE, check_locks
 from ar2diff.config import load_recipe
 from ar2diff.errors import Ar2DiffError
 from ar2diff.launch import Launch, make_launch, strategy_of
+from ar2diff.ranks import CHOSEN, ERROR_FILE
 from ar2diff.training.sharding import deepspeed_config
 
 STEPS, PARAMETERS = 10, 35232  # of the tiny checkpoint with its mask row
@@ -276,3 +278,32 @@ def test_the_benchmarks_offloading_is_ours_otherwise(stage):
     offloaded = [name for name in list(zero) if name.startswith("offload_") and zero.pop(name)]
     assert offloaded == ["offload_optimizer", "offload_param"][: stage - 1]
     assert config == deepspeed_config(stage)
+
+
+@pytest.mark.parametrize("arguments,code", [(["--version"], 0), (["check", "nowhere"], 2)])
+def test_a_launched_process_leaves_without_taking_python_apart(tmp_path, arguments, code):
+    """Its exit handlers run and its exit code stands, but nothing is torn down: threads of gloo's
+    that are still at work would abort it."""
+    script = f"""
+import atexit, sys
+from ar2diff.cli import main as cli
+class Torn:
+    def __del__(self, write=sys.stderr.write):
+        write("torn down")
+def library(app=cli.app, **options):
+    atexit.register(sys.stderr.write, "handled ")
+    return app(**options)
+torn, cli.app, sys.argv = Torn(), library, ["ar2diff", *{arguments}]
+cli.main()
+"""
+    told = {CHOSEN: "ddp", ERROR_FILE: str(tmp_path / "error.json")}
+
+    def run(**told: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True)
+
+    launched, alone = run(**told), run()
+    assert (launched.returncode, alone.returncode) == (code, code)
+    assert alone.stderr.endswith("handled torn down")
+    assert launched.stderr.endswith("handled ")
+    assert launched.stdout == alone.stdout
