@@ -20,9 +20,7 @@ from .forward import quiet_routers
 PART = 1 << 23  # logits that are worked on at a time
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, suppressed: Tensor | None = None, first: int | None = None
-) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = None) -> Tensor:
     """-log p(target), [N], in float32 or better.
 
     Nothing of the logits' size is kept for the backward pass but the logits, and nothing is made
@@ -32,16 +30,16 @@ def cross_entropy(
         logits: [N, V]. target: [N] int.
         suppressed: [V] bool, ids that no position can hold (the mask, rows without a token): their
             logit is -inf, as in the sampler.
-        first: how many positions, from the first, `suppressed` is for; None: all.
     """
-    return _OfLogits.apply(logits, target, suppressed, len(logits) if first is None else first)[0]
+    return _OfLogits.apply(logits, target, suppressed, len(logits))[0]
 
 
 class WeightedLoss:
     """sum_i coef_i * -log p(target_i), of logits or in the head's place (`output_at`).
 
     Args:
-        target: [N] int. coef: [N] float. suppressed, first: as for `cross_entropy`.
+        target: [N] int. coef: [N] float. suppressed: as for `cross_entropy`.
+        first: how many positions, from the first, `suppressed` is for.
 
     Attributes:
         loss: scalar. ce: [N] -log p(target), without gradient. right: [N] bool, whether the target

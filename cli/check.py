@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, quiet, report
 
 
 def check(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.")],
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is, whether it does what its spec promises, and who decodes it wrongly.
 

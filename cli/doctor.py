@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, quiet, report
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Look at this machine: versions, accelerator, memory, disk, Hub, stray settings.
 
     Example: ar2diff doctor

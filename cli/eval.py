@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, quiet, report
 
 
 def evaluate_command(
@@ -21,7 +21,7 @@ def evaluate_command(
         int | None, typer.Option(min=1, help="Windows, from the file's start.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Likelihood on held-out text: the diffusion bound with its error, the AR mode's NLL.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, DryRun, Overwrite, quiet, report
 
 
 def export(
@@ -17,11 +17,9 @@ def export(
         str,
         typer.Option(help="sdar: block_causal Qwen3 for SGLang, LMDeploy; ar: causal_context."),
     ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model there.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a converted model in a layout that engines read, with the same weights.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import HELP_JSON, progress, quiet, report
+from .output import AsJson, progress, quiet, report
 from .sampler import with_sampler
 
 
@@ -35,7 +35,7 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print text as it is decided; for one prompt.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    as_json: AsJson = False,
     *,
     settings: dict[str, Any],
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, DryRun, Overwrite, quiet, report
 
 
 def import_command(
@@ -23,11 +23,9 @@ def import_command(
             show_default="as its config says, else its family's; of A2D, whole rows",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model there.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring in a diffusion model that comes with code of its own, as a stock class without any.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, quiet, report
 
 
 def memory(
@@ -19,7 +19,7 @@ def memory(
         str | None, typer.Option(metavar="STRATEGY", help="One of them; all if left out.")
     ] = None,
     num_processes: Annotated[int, typer.Option(metavar="N", help="To cut it over.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that each process of a run needs.
 

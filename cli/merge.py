@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, DryRun, Overwrite, quiet, report
 
 
 def merge(
@@ -17,11 +17,9 @@ def merge(
         str | None,
         typer.Option(help="Folder or Hub id of its base.", show_default="as the adapter says"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the model there.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a whole model of an adapter and its base, and say how far its logits moved.
 

@@ -1,4 +1,5 @@
-"""What verbs print: JSON on stdout where asked for, else lines; logs always on stderr."""
+"""What verbs print, JSON on stdout where asked for, else lines, with logs on stderr; and options
+that many of them have."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
-HELP_JSON = "Print one JSON object on stdout."
+import typer
+
+# Options that several verbs have.
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model there.")]
 
 
 def quiet() -> None:

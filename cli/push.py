@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, quiet, report
 
 BASE = typer.Option(metavar="REPO", help="Hub id of its base, if that was a folder.")
 LICENSE = typer.Option(metavar="ID", help="As the Hub calls it.", show_default="the base's")
@@ -26,7 +26,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the files and the card, change nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Publish a model or an adapter on the Hub, download it again and compare the two.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .launch import planned, start, with_launch
-from .output import HELP_JSON, quiet, report
+from .output import AsJson, DryRun, quiet, report
 from .push import publish
 
 
@@ -44,13 +44,11 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         overwrite: Annotated[
             bool, typer.Option("--overwrite", help="Replace the run there.")
         ] = False,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Check all, write nothing.")
-        ] = False,
+        dry_run: DryRun = False,
         push_to_hub: Annotated[
             str | None, typer.Option(metavar="REPO", help="Publish the result, as 'push' does.")
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help=HELP_JSON)] = False,
+        as_json: AsJson = False,
         *,
         launch: Any = None,
     ) -> None:
