@@ -1,9 +1,10 @@
-"""What DeepSpeed compiles when it is first used. A build that is killed leaves a lock behind, for
+"""What is compiled when it is first used. A build by DeepSpeed that is killed leaves a lock, for
 which torch would have every later run wait without an end and without a word."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,22 @@ from .errors import Ar2DiffError
 
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam")  # communication on CPUs; offloaded optimizers
 STALE = 300  # seconds; a build takes one or two minutes, on another node unseen by us
+
+
+def check_compiler() -> None:
+    """Refuse torch.compile on a machine that cannot compile.
+
+    Raises:
+        Ar2DiffError: CPUs alone, and no C++ compiler.
+    """
+    import torch
+
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise Ar2DiffError(
+            f"train.compile: torch compiles for CPUs with {compiler}, which is not on PATH",
+            "install it, name another in CXX, or leave train.compile out",
+        )
 
 
 def check_locks() -> None:

@@ -197,6 +197,13 @@ def test_output_folder_that_holds_the_model(fails, broken):
     assert (broken / "model.safetensors").is_file()
 
 
+def test_compile_without_a_compiler(adapts_not, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = adapts_not(tiny_checkpoint, "train.compile=true")
+    assert "train.compile: torch compiles for CPUs with no-such-compiler" in said
+
+
 def test_disk_too_full_to_start(adapts_not, tiny_checkpoint, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("ar2diff.checkpoint.shutil.disk_usage", lambda path: usage)

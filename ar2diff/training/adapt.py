@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..adapters import add_adapter, check_base, count_parameters
+from ..builds import check_compiler
 from ..checkpoint import (
     LAST,
     RUN_FILE,
@@ -119,6 +120,8 @@ def adapt(
         Ar2DiffError: something the user can mend; nothing was written.
     """
     output_dir = Path(output_dir)
+    if recipe.train.compile:
+        check_compiler()
     path = find_checkpoint(model)  # once: a Hub id is a download
     inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
     main = is_main()
