@@ -68,11 +68,12 @@ def at_work() -> Iterator[None]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Around a command line, before anything heavy is imported. A launched process ends when its
-    exit handlers have run, and Python is not taken apart: a thread of gloo's that still has tensors
-    of a collective to let go would ask for Python's lock then, be refused, and abort a process that
-    had done all it should (pytorch #179291)."""
-    if not is_launched():
+    """Around a command line, before anything heavy is imported. One process among several, also
+    under a launcher that is not ours, ends when its exit handlers have run, and Python is not taken
+    apart: a thread of gloo's that still has tensors of a collective to let go would ask for
+    Python's lock then, be refused, and abort a process that had done all it should (pytorch
+    #179291)."""
+    if "RANK" not in os.environ:
         yield
         return
     code = 1

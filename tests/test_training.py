@@ -237,7 +237,9 @@ def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
     assert far_apart(one, two) < 1e-5
 
 
-def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, kills: int) -> None:
+def kill_and_resume(
+    checkpoint: Path, text_file: Path, folder: Path, seed: int, kills: int, max_steps: int = 240
+) -> None:
     """Run `adapt` with kills at random times; at the end it must equal the uninterrupted run."""
     arguments = [
         sys.executable,
@@ -249,13 +251,13 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
         str(text_file),
         "convert.block_length=4",
         "data.max_length=32",
-        "train.max_steps=240",
+        f"train.max_steps={max_steps}",
         "train.per_device_train_batch_size=4",
         "train.save_steps=3",
         "train.logging_steps=1",
         "train.learning_rate=0.003",
         "anneal.kind=reveal",
-        "anneal.steps=200",
+        f"anneal.steps={max_steps * 5 // 6}",
         "eval.steps=50",
         "eval.length=8",
         "eval.rows=4",
@@ -265,7 +267,7 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
         [*arguments, "--output-dir", folder / "whole"], check=True, env=env, capture_output=True
     )
     rng, run_dir = random.Random(seed), folder / "killed" / "checkpoints"
-    steps = sorted(rng.sample(range(2, 236), kills))
+    steps = sorted(rng.sample(range(2, max_steps - 4), kills))
     print(
         f"kill seed {seed}: SIGKILL after steps {steps}, every second one while a file is written"
     )
@@ -300,7 +302,7 @@ def kill_and_resume(checkpoint: Path, text_file: Path, folder: Path, seed: int, 
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny_checkpoint, text_file, tmp_path):
-    kill_and_resume(tiny_checkpoint, text_file, tmp_path, seed=11, kills=2)
+    kill_and_resume(tiny_checkpoint, text_file, tmp_path, 11, 2, max_steps=60)
 
 
 @pytest.mark.slow

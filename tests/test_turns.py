@@ -90,10 +90,12 @@ def test_the_prompt_is_never_corrupted(sft_recipe, attention, complementary):
     """10,000 draws."""
     recipe = sft_recipe(attention, noise={"complementary": complementary})
     collator, seen = TurnCollator(recipe, MASK), torch.zeros(64)
-    for epoch in range(10_000 // 50):
+    views = 2 if complementary else 1
+    for epoch in range(10_000 // 50 // views):
         rows = [(n, parts_of(IDS, LABELS, 50 * epoch + n, ENDS, recipe)) for n in range(50)]
         batch = collator(rows)
         masked = batch["masked"]
+        assert len(masked) == 50 * views
         assert (batch["input_ids"][masked] == MASK).all()
         assert torch.equal(batch["input_ids"][~masked], batch["target"][~masked])
         user = torch.isin(batch["target"], torch.tensor([1, 10, 11, 12, 13, 14]))
