@@ -9,6 +9,7 @@ the gradient's norm and AdamW. The ways compute the same loss of the same noise,
 gradient, to 1e-5: the learning rate is 0, so that every step is checked.
 
     ours          the loss of masked tokens, and of those of the AR loss, through the head in parts
+    compiled      the same with train.compile
     all logits    logits at all positions; without an AR loss, cross-entropy of the noisy copy
     dense masks   ours, but masks are written out as others do; on CPUs ours are dense too
     both          of these
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,12 @@ QWEN3 = {
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
 CASES = (("full", 0.0), ("block_causal", 0.0), ("causal_context", 0.0), ("causal_context", 0.3))
-WAYS = {  # name: logits at all positions?, masks as others write them?
-    "ours": (False, False),
-    "all logits": (True, False),
-    "dense masks": (False, True),
-    "both": (True, True),
+WAYS = {  # name: logits at all positions?, masks as others write them?, train.compile?
+    "ours": (False, False, False),
+    "compiled": (False, False, True),
+    "all logits": (True, False, False),
+    "dense masks": (False, True, False),
+    "both": (True, True, False),
 }
 
 
@@ -109,7 +111,7 @@ class Step(AdaptTrainer):
     way = "ours"
 
     def denoising_loss(self, model: Any, task: denoising.Task, divisors: Tensor) -> Tensor:
-        everywhere, rebuilt = WAYS[self.way]
+        everywhere, rebuilt, _ = WAYS[self.way]
         mask_of = dense if rebuilt else model_mask
         if not everywhere:
             with patch.object(denoising, "model_mask", mask_of):
@@ -135,16 +137,17 @@ class Step(AdaptTrainer):
 
 
 class Bench:
-    """One model, its optimizer and one noised batch, that any way may take a step with."""
+    """One model, its optimizer and one noised batch, that any way may take a step with; compiled
+    ways have one of their own."""
 
-    def __init__(self, job: Job, attention: str, ar_weight: float, folder: str):
+    def __init__(self, job: Job, attention: str, ar_weight: float, folder: str, compiled: bool):
         self.job = job
         recipe = load_recipe(
             None,
             [
                 f"convert.attention={attention}", "convert.prediction=same",
                 f"objective.ar_weight={ar_weight}", f"data.max_length={job.length}",
-                f"train.per_device_train_batch_size={job.rows}",
+                f"train.per_device_train_batch_size={job.rows}", f"train.compile={compiled}",
             ],
         )  # fmt: skip
         torch.manual_seed(0)
@@ -207,21 +210,21 @@ class Bench:
 def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of results of all ways."""
     with tempfile.TemporaryDirectory() as folder:
-        warm = Bench(replace(job, rows=2), attention, ar_weight, folder)
-        bench = Bench(job, attention, ar_weight, folder)
-        bench.make_state()
+        benches = [Bench(job, attention, ar_weight, folder, on) for on in (False, True)]
+        for bench in benches:
+            bench.make_state()
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         right, tolerance = None, 1e-2 if job.peak else 1e-5  # bf16
         for way in WAYS:
-            warm.step(way)
+            benches[WAYS[way][2]].step(way)
         for repeat in range(repeats):
             turn = repeat % len(WAYS)
             for way in [*WAYS][turn:] + [*WAYS][:turn]:
-                taken, found = bench.step(way)
+                taken, found = benches[WAYS[way][2]].step(way)
                 seconds[way].append(taken)
                 right = found if right is None else right
                 torch.testing.assert_close(found, right, rtol=0, atol=tolerance)
-        flops, tokens = bench.flops, bench.batch["x0"].numel()
+        flops, tokens = benches[0].flops, benches[0].batch["x0"].numel()
     for way in WAYS:
         yield {
             "attention": attention, "ar_weight": ar_weight, "way": way,
@@ -245,7 +248,7 @@ def peak_memory(job: Job, attention: str, ar_weight: float, way: str) -> int:
     """Bytes above the loaded model over a step, of this process or of its GPU."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(job, attention, ar_weight, folder)
+        bench = Bench(job, attention, ar_weight, folder, WAYS[way][2])
         if job.peak:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
