@@ -56,7 +56,7 @@ def watch(folder: Path) -> None:
                 "offloads": bool(trainer.deepspeed and trainer.deepspeed.zero_cpu_offload()),
                 "parameters": numel(getattr(p, "ds_tensor", p) for p in parameters),
                 "whole": numel(p for p in parameters),
-                "moments": numel(x for x in state if x.ndim),
+                "moments": numel(x for x in state if torch.is_tensor(x) and x.ndim),
                 "masters": masters(trainer.deepspeed.optimizer) if trainer.deepspeed else 0,
                 "gradients": self.gradients,
                 "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
