@@ -36,10 +36,9 @@ demo-rl: $(STAMP)
 	$(BIN)/ar2diff rl runs/demo-easy --recipe demo-rl --data runs/hard.jsonl \
 	  --output-dir runs/demo-rl --overwrite
 
-# A worker a core, a file to one of them: what a file builds is built once. In the order of names:
-# the file with the longest tests, of which it has few, would else come last, beside an idle core.
+# A worker a core, a file to one of them: what a file builds is built once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -36,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -66,12 +66,22 @@ QWEN3 = {
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
 CASES = (("full", 0.0), ("block_causal", 0.0), ("causal_context", 0.0), ("causal_context", 0.3))
-WAYS = {  # name: logits at all positions?, masks as others write them?, train.compile?
-    "ours": (False, False, False),
-    "compiled": (False, False, True),
-    "all logits": (True, False, False),
-    "dense masks": (False, True, False),
-    "both": (True, True, False),
+
+
+class Way(NamedTuple):
+    """Logits at all positions? Masks as others write them? `train.compile`?"""
+
+    everywhere: bool = False
+    rebuilt: bool = False
+    compiled: bool = False
+
+
+WAYS = {
+    "ours": Way(),
+    "compiled": Way(compiled=True),
+    "all logits": Way(everywhere=True),
+    "dense masks": Way(rebuilt=True),
+    "both": Way(everywhere=True, rebuilt=True),
 }
 
 
@@ -111,9 +121,8 @@ class Step(AdaptTrainer):
     way = "ours"
 
     def denoising_loss(self, model: Any, task: denoising.Task, divisors: Tensor) -> Tensor:
-        everywhere, rebuilt, _ = WAYS[self.way]
-        mask_of = dense if rebuilt else model_mask
-        if not everywhere:
+        mask_of = dense if WAYS[self.way].rebuilt else model_mask
+        if not WAYS[self.way].everywhere:
             with patch.object(denoising, "model_mask", mask_of):
                 return super().denoising_loss(model, task, divisors)
         mask = mask_of(model, task.slots, task.attention, task.block_length, None)
@@ -174,7 +183,7 @@ class Bench:
         """Seconds of a training step, and its loss and gradient in one."""
         self.trainer.way = way
         if self.job.peak:
-            self.model.set_attn_implementation("sdpa" if WAYS[way][1] else "flex_attention")
+            self.model.set_attn_implementation("sdpa" if WAYS[way].rebuilt else "flex_attention")
         clock = time.perf_counter if self.job.peak else time.process_time
         start = clock()
         divisors = torch.stack([self.batch["divisor"], self.batch["ar_divisor"]]).float()
@@ -216,11 +225,11 @@ def measure(job: Job, attention: str, ar_weight: float, repeats: int) -> Iterato
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         right, tolerance = None, 1e-2 if job.peak else 1e-5  # bf16
         for way in WAYS:
-            benches[WAYS[way][2]].step(way)
+            benches[WAYS[way].compiled].step(way)
         for repeat in range(repeats):
             turn = repeat % len(WAYS)
             for way in [*WAYS][turn:] + [*WAYS][:turn]:
-                taken, found = benches[WAYS[way][2]].step(way)
+                taken, found = benches[WAYS[way].compiled].step(way)
                 seconds[way].append(taken)
                 right = found if right is None else right
                 torch.testing.assert_close(found, right, rtol=0, atol=tolerance)
@@ -248,7 +257,7 @@ def peak_memory(job: Job, attention: str, ar_weight: float, way: str) -> int:
     """Bytes above the loaded model over a step, of this process or of its GPU."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(job, attention, ar_weight, folder, WAYS[way][2])
+        bench = Bench(job, attention, ar_weight, folder, WAYS[way].compiled)
         if job.peak:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
