@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.decoding import settings_of
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.core.denoise import denoise
+from ar2diff.core.generate import canvas_of
 from ar2diff.demo import corpus
-from ar2diff.denoise import denoise
-from ar2diff.generate import canvas_of
+from ar2diff.generation.complete import settings_of
 
 BATCH = 20
 

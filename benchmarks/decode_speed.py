@@ -28,15 +28,15 @@ from typing import Any
 
 import torch
 
-from ar2diff import speculation
-from ar2diff.checkpoint import Checkpoint, load_checkpoint
-from ar2diff.decoding import settings_of
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.core import speculation
+from ar2diff.core.denoise import _Denoiser, denoise
+from ar2diff.core.generate import canvas_of
+from ar2diff.data.sources import find_file, read_texts
 from ar2diff.demo import corpus
-from ar2diff.denoise import _Denoiser, denoise
-from ar2diff.evaluation import suppressed_of
-from ar2diff.generate import canvas_of
-from ar2diff.likelihood import ar_nll
-from ar2diff.sources import find_file, read_texts
+from ar2diff.diffusion.likelihood import ar_nll
+from ar2diff.generation.complete import settings_of
 
 DEMO = Path(__file__).parents[1] / "ar2diff" / "demo" / "model"
 SETTINGS = {"safe": 0.98, "balanced": 0.9, "fast": 0.7}
@@ -136,7 +136,7 @@ class Judge:
 
     def __init__(self, base: Checkpoint, prompts: list[list[int]], examples: list[Any]):
         self.base, self.prompts, self.examples = base, prompts, examples
-        self.suppressed = suppressed_of(base)
+        self.suppressed = base.suppressed
         self.given = ar_nll(base.model, prompts, self.suppressed).nats
 
     def __call__(self, answers: list[list[int]]) -> dict[str, float]:

@@ -22,9 +22,9 @@ import torch
 from rl import write_rows
 from sft import decoded, distinct_2
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.sources import find_file, read_lines
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.data.sources import find_file, read_lines
 from ar2diff.training.rl import rl
 from ar2diff.training.sft import sft
 

@@ -52,8 +52,8 @@ def make(folder: Path, attention: str = "causal_context") -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import ar2diff.demo
-    from ar2diff.config import load_recipe
-    from ar2diff.generate import generate
+    from ar2diff.config.recipe import load_recipe
+    from ar2diff.core.generate import generate
     from ar2diff.training.adapt import adapt
 
     torch.set_num_threads(1)

@@ -21,13 +21,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ar2diff.checkpoint import Checkpoint, load_checkpoint
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.rl import Rl
+from ar2diff.core.readers import BlockReader, FullReader
 from ar2diff.demo import corpus
-from ar2diff.estimators import score, views
-from ar2diff.evaluation import suppressed_of
-from ar2diff.readers import BlockReader, FullReader
-from ar2diff.rollouts import Rollout, sample
-from ar2diff.sections import Rl
+from ar2diff.training.estimators import score, views
+from ar2diff.training.rollouts import Rollout, sample
 
 WAYS = [
     {"estimator": "one_step"},
@@ -84,7 +84,7 @@ def subset_logps(
     else:
         reader = BlockReader(model, spec, len(hidden), ids.shape[1], size, "none")
     logits = reader.read(ids, first, masked)
-    logp = logits.masked_fill(suppressed_of(checkpoint), -math.inf).log_softmax(-1)
+    logp = logits.masked_fill(checkpoint.suppressed, -math.inf).log_softmax(-1)
     row, place = masked.nonzero(as_tuple=True)
     values = logp.gather(1, rollout.ids[start + place][:, None])[:, 0].tolist()
     found: list[dict[int, float]] = [{} for _ in range(len(hidden) + 1)]
@@ -96,7 +96,7 @@ def subset_logps(
 @torch.no_grad()
 def estimates(checkpoint: Checkpoint, rollouts: list[Rollout], rl: Rl, seeds: int) -> Tensor:
     """[R, seeds]"""
-    suppressed, values = suppressed_of(checkpoint), []
+    suppressed, values = checkpoint.suppressed, []
     drawn = [replace(r, seed=seed) for r in rollouts for seed in range(seeds)]
     for first in range(0, len(drawn), BATCH):
         part = drawn[first : first + BATCH]

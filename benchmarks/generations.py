@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from ar2diff.checkpoint import Checkpoint, load_checkpoint
-from ar2diff.decoding import complete
-from ar2diff.sources import find_file, read_texts
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.data.sources import find_file, read_texts
+from ar2diff.generation.complete import complete
 
 
 def generations(

@@ -29,8 +29,8 @@ WAYS: dict[str, list[str]] = {
 
 
 def run(way: str, overrides: list[str], steps: int, seed: int, work: Path) -> dict:
-    from ar2diff.checkpoint import load_checkpoint
-    from ar2diff.config import load_recipe
+    from ar2diff.checkpoint.io import load_checkpoint
+    from ar2diff.config.recipe import load_recipe
     from ar2diff.demo.__main__ import MODEL, write_stories
     from ar2diff.training.adapt import adapt
 
@@ -61,7 +61,7 @@ def run(way: str, overrides: list[str], steps: int, seed: int, work: Path) -> di
 
 def bound(checkpoint) -> float:
     from ar2diff.demo.corpus import PRETRAIN_LEVELS, corpus, text
-    from ar2diff.evaluation import score, windows
+    from ar2diff.evaluation.score import score, windows
 
     held_out = [text(e) for e in corpus(JUDGED * 4, 0, PRETRAIN_LEVELS, "valid")]
     rows = windows(held_out, checkpoint.tokenizer, LENGTH, JUDGED)

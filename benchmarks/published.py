@@ -48,7 +48,7 @@ SOURCES = [{"path": "tinystories/train"}, {"path": "stories3M-samples"}]
 
 def recipe_of(name: str, model: str, steps: int | None, learning_rate: float | None) -> Any:
     """A recipe's method with the sizes, data and optimisation of the model's own recipe."""
-    from ar2diff.config import load_recipe, with_values
+    from ar2diff.config.recipe import load_recipe, with_values
 
     published, own = load_recipe(name), load_recipe(OWN[model])
     steps = steps or own.train.max_steps
@@ -66,8 +66,8 @@ def recipe_of(name: str, model: str, steps: int | None, learning_rate: float | N
 
 def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
     """Train and judge a recipe, and write its generations."""
-    from ar2diff.checkpoint import load_checkpoint
-    from ar2diff.evaluation import evaluate
+    from ar2diff.checkpoint.io import load_checkpoint
+    from ar2diff.evaluation.score import evaluate
     from ar2diff.training.adapt import adapt
 
     base = str(Path(os.environ["AR2DIFF_DATA"]) / model)
@@ -99,8 +99,8 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
 
 def base_row(model: str) -> dict[str, Any]:
     """The AR NLL of the unconverted model."""
-    from ar2diff.checkpoint import load_checkpoint
-    from ar2diff.evaluation import evaluate
+    from ar2diff.checkpoint.io import load_checkpoint
+    from ar2diff.evaluation.score import evaluate
 
     checkpoint = load_checkpoint(str(Path(os.environ["AR2DIFF_DATA"]) / model))
     result = evaluate(checkpoint, "tinystories/valid", limit=64)

@@ -31,8 +31,8 @@ import torch
 from sft import decoded, distinct_2, mean_and_error
 from transformers import TrainerCallback
 
-from ar2diff.checkpoint import Checkpoint
-from ar2diff.config import Recipe, load_recipe
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import Recipe, load_recipe
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.answers import answers, examples
 from ar2diff.demo.corpus import prompt, score

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ar2diff.attention import PADDING, Slots, model_mask
-from ar2diff.checkpoint import Checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.rollouts import Rollout
-from ar2diff.seeds import keyed_generator
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.core.attention import PADDING, Slots, model_mask
+from ar2diff.core.seeds import keyed_generator
 from ar2diff.training import grpo
 from ar2diff.training.rl import make_rl_plan
+from ar2diff.training.rollouts import Rollout
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS_A_STEP = 2

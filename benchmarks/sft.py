@@ -32,13 +32,14 @@ from typing import Any
 
 import torch
 
-from ar2diff.checkpoint import Checkpoint, load_checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.decoding import begin, settings_of, text_behind
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.data.sources import find_file, read_lines
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.answers import answers
 from ar2diff.demo.corpus import corpus, prompt, score
-from ar2diff.sources import find_file, read_lines
+from ar2diff.generation.complete import begin, settings_of, text_behind
 from ar2diff.training.sft import sft
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,14 +38,14 @@ import torch
 from ar2diff.cli.output import quiet
 from transformers import PrinterCallback, TrainerCallback
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import Recipe, load_recipe
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import Recipe, load_recipe
+from ar2diff.data.sources import find_file, read_texts
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.corpus import PRETRAIN_LEVELS, corpus, text
-from ar2diff.sources import find_file, read_texts
-from ar2diff.training.adapt import adapt, make_plan
+from ar2diff.training.adapt import adapt, make_plan, make_trainer
+from ar2diff.training.arguments import training_arguments
 from ar2diff.training.sft import make_sft_plan
-from ar2diff.training.trainer import make_trainer, training_arguments
 
 RESULTS = Path(__file__).parent / "results" / "sft_speed.jsonl"
 WAYS = ("adapt", "sft", "sft, ar", "trl")
@@ -115,7 +115,7 @@ def trainer_of(way: str, base: Path, args: argparse.Namespace, work: Path) -> An
     """A new trainer of a way; `work` holds the converted model and the rows of both forms."""
     if way == "adapt":
         plan = make_plan(work / "converted", recipe_for(args, work / "texts.jsonl"))
-        return make_trainer(plan.checkpoint, plan.recipe, plan.rows, work / "run", [])
+        return make_trainer(plan, work / "run", [])
     if way == "trl":
         return stock_trainer(base, args, work)
     control = way == "sft, ar"

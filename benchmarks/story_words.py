@@ -20,9 +20,9 @@ import torch
 from rl import Budget
 from sft import decoded, distinct_2, judge_words
 
-from ar2diff.checkpoint import Checkpoint
-from ar2diff.config import load_recipe, with_values
-from ar2diff.evaluation import evaluate
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import load_recipe, with_values
+from ar2diff.evaluation.score import evaluate
 from ar2diff.training.rl import make_rl_plan, prompt_ids, read_prompts
 
 RESULTS = Path(__file__).parent / "results"

@@ -45,13 +45,14 @@ from ar2diff.cli.output import quiet
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ar2diff.attention import PADDING, Slots, model_mask
-from ar2diff.checkpoint import Checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.data import Piece
-from ar2diff.spec import Spec
-from ar2diff.training import denoising
-from ar2diff.training.trainer import AdaptTrainer, make_collator, training_arguments
+from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.core.attention import PADDING, Slots, model_mask
+from ar2diff.core.spec import Spec
+from ar2diff.data.documents import Piece
+from ar2diff.training import loss as denoising
+from ar2diff.training.adapt import AdaptTrainer, make_collator
+from ar2diff.training.arguments import training_arguments
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.jsonl"
 IGNORED = -100

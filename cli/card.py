@@ -22,6 +22,6 @@ def card(
     Example: ar2diff card runs/demo
     """
     quiet()
-    from ..publication import preview
+    from ..hub.push import preview
 
     typer.echo(preview(folder, base=base, license=license, prompt=prompt), nl=False)

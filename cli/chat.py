@@ -15,7 +15,7 @@ from .output import quiet
 from .sampler import with_sampler
 
 if TYPE_CHECKING:
-    from ..chat import Chat, State
+    from ..generation.chat import Chat, State
 
 FRAME = 1 / 30  # seconds; nobody sees more frames
 UNDECIDED, FRESH = "dim", "bold green"
@@ -38,8 +38,8 @@ def chat(
     Example: ar2diff chat runs/demo --temperature 0.7 --pause 0.05
     """
     quiet()
-    from ..chat import Chat
-    from ..decoding import check_request, load
+    from ..generation.chat import Chat
+    from ..generation.complete import check_request, load
 
     check_request(model, None, settings)
     session = Chat(load(model), settings, system)
@@ -58,7 +58,7 @@ class Plain:
 
     def follow(self, session: Chat, line: str) -> bool:
         """Draw what a line leads to; whether it is the end."""
-        from ..chat import End
+        from ..generation.chat import End
 
         for event in session.events(line):
             if isinstance(event, End):
@@ -68,7 +68,7 @@ class Plain:
 
     def draw(self, event: Any) -> None:
         """Draw one event."""
-        from ..chat import Answer, Note, Problem
+        from ..generation.chat import Answer, Note, Problem
 
         match event:
             case Note(text):
@@ -109,7 +109,7 @@ class Screen(Plain):
 
     def draw(self, event: Any) -> None:
         """Draw one event."""
-        from ..chat import Answer, State
+        from ..generation.chat import Answer, State
 
         if isinstance(event, State):
             self.step(event)
@@ -133,7 +133,7 @@ class Screen(Plain):
         """The tokens of a state: dots where undecided, bright where new on the screen."""
         from rich.text import Text
 
-        from ..decoding import draw_tokens
+        from ..generation.complete import draw_tokens
 
         text = Text()
         pieces = draw_tokens(self.tokenizer, state.ids, state.mask_token_id)

@@ -18,7 +18,7 @@ def check(
     Example: ar2diff check runs/demo
     """
     quiet()
-    from ..check import inspect
+    from ..evaluation.check import inspect
 
     result = inspect(model)
     if as_json:

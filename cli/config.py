@@ -26,8 +26,8 @@ def schema(
 
     Example: ar2diff config schema train
     """
-    from ..config import Recipe, describe_fields
-    from ..errors import Ar2DiffError
+    from ..config.recipe import Recipe, describe_fields
+    from ..core.errors import Ar2DiffError
 
     names = list(Recipe.model_fields)
     if section is not None and section not in names:

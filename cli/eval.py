@@ -28,8 +28,8 @@ def evaluate_command(
     Example: ar2diff eval runs/demo --data valid.jsonl --limit 64
     """
     quiet()
-    from ..checkpoint import load_checkpoint
-    from ..evaluation import evaluate
+    from ..checkpoint.io import load_checkpoint
+    from ..evaluation.score import evaluate
 
     checkpoint = load_checkpoint(model, device="auto")
     result = evaluate(

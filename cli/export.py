@@ -26,7 +26,7 @@ def export(
     Example: ar2diff export runs/qwen --to ar --output-dir runs/qwen-ar
     """
     quiet()
-    from ..exports import export_checkpoint
+    from ..conversion.exports import export_checkpoint
 
     result = export_checkpoint(model, output_dir, to, overwrite=overwrite, dry_run=dry_run)
     result = {"dry_run": dry_run, "output_dir": str(output_dir), **result}

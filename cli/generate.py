@@ -43,7 +43,7 @@ def generate(
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
-    from ..prompts import check_stream, check_target, request_of, write_results
+    from ..generation.prompts import check_stream, check_target, request_of, write_results
 
     request = request_of(prompt, prompts_file, prefix, suffix, length or ())
     if stream:
@@ -51,8 +51,8 @@ def generate(
     if output is not None:
         check_target(output, overwrite)
     quiet()
-    from ..decoding import answer, check_request, load, summary, unread_note
-    from ..decoding import stream as stream_text
+    from ..generation.complete import answer, check_request, load, summary, unread_note
+    from ..generation.complete import stream as stream_text
 
     check_request(model, request, settings)
     checkpoint = load(model)

@@ -45,7 +45,7 @@ def with_launch(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def verb(**values: Any) -> None:
-        from ..launch import make_launch
+        from ..distributed.launch import make_launch
 
         flags = behind_dashes(sys.argv)
         if flags:  # they arrive as arguments
@@ -85,8 +85,8 @@ def start(launch: Any, sources: Any) -> None:
     """
     if launch is None:
         return
-    from ..ranks import check_rows
-    from ..sources import count_rows, find_file
+    from ..data.sources import count_rows, find_file
+    from ..distributed.ranks import check_rows
 
     files = [find_file(source.path) for source in sources]
     if all(files) and sum(file.stat().st_size for file in files) < SMALL * launch.processes:
@@ -97,7 +97,7 @@ def start(launch: Any, sources: Any) -> None:
 def planned(launch: Any, model: str, recipe: Any) -> dict[str, Any]:
     """What a dry run says of any verb: the resolved recipe, the bytes that each process needs (by
     part, where they can be told), and the launch as a line for a shell."""
-    from ..memory import estimate
+    from ..training.memory import estimate
 
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     strategy = "one" if launch is None else launch.strategy

@@ -25,14 +25,14 @@ def memory(
 
     Example: ar2diff memory Qwen/Qwen3-0.6B --recipe qwen3-0.6b --num-processes 2
     """
-    from ..config import load_recipe
-    from ..errors import Ar2DiffError
+    from ..config.recipe import load_recipe
+    from ..core.errors import Ar2DiffError
 
     plan = load_recipe(recipe, overrides or [])
     if num_processes < 1:
         raise Ar2DiffError(f"--num-processes {num_processes}: at least one", "give 1 or more")
     quiet()
-    from ..memory import STRATEGIES, estimate
+    from ..training.memory import STRATEGIES, estimate
 
     if launch not in (None, *STRATEGIES):
         raise Ar2DiffError(f"--launch {launch!r} is unknown", f"one of {', '.join(STRATEGIES)}")

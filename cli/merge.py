@@ -26,7 +26,7 @@ def merge(
     Example: ar2diff merge runs/lora runs/merged
     """
     quiet()
-    from ..adapters import merge as run
+    from ..checkpoint.merge import merge as run
 
     result = run(adapter, output_dir, base=base, overwrite=overwrite, dry_run=dry_run)
     report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)

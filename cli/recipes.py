@@ -16,7 +16,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
     Example: ar2diff recipes ls
     """
-    from ..config import load_recipe, recipe_names
+    from ..config.recipe import load_recipe, recipe_names
     from .output import report
 
     described = {name: load_recipe(name).description for name in recipe_names()}
@@ -36,7 +36,7 @@ def show(
 
     Example: ar2diff recipes show demo
     """
-    from ..config import dump_recipe, load_recipe, recipe_text
+    from ..config.recipe import dump_recipe, load_recipe, recipe_text
 
     typer.echo(dump_recipe(load_recipe(recipe)) if resolved else recipe_text(recipe), nl=False)
 
@@ -51,8 +51,8 @@ def cp(
 
     Example: ar2diff recipes cp demo my.yaml
     """
-    from ..config import recipe_text
-    from ..errors import Ar2DiffError
+    from ..config.recipe import recipe_text
+    from ..core.errors import Ar2DiffError
 
     text = recipe_text(recipe)
     if target.is_dir():
@@ -76,7 +76,7 @@ def validate(
 
     Example: ar2diff recipes validate my.yaml train.learning_rate=1e-3
     """
-    from ..config import load_recipe
+    from ..config.recipe import load_recipe
 
     load_recipe(recipe, overrides or [])
     typer.echo(f"{recipe}: valid")

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import Ar2DiffError
-from ..options import CACHES, MODES, ORDERS
+from ..core.errors import Ar2DiffError
+from ..core.options import CACHES, MODES, ORDERS
 
 Mode = StrEnum("Mode", {name: name for name in MODES})
 Order = StrEnum("Order", {name: name for name in ORDERS})

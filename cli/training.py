@@ -52,10 +52,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         *,
         launch: Any = None,
     ) -> None:
-        from ..config import load_recipe, with_values
-        from ..errors import Ar2DiffError
-        from ..launch import planned_world
-        from ..ranks import at_work, is_launched, is_main
+        from ..config.recipe import load_recipe, with_values
+        from ..core.errors import Ar2DiffError
+        from ..distributed.launch import planned_world
+        from ..distributed.ranks import at_work, is_launched, is_main
 
         if resume and overwrite:
             raise Ar2DiffError("--resume and --overwrite contradict each other", "choose one")
@@ -76,7 +76,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             suffix = plan.convert.attention if name == "adapt" else name
             output_dir = Path("runs") / f"{stem}-{suffix}"
         if push_to_hub is not None and not is_launched():
-            from ..publication import check_before
+            from ..hub.push import check_before
 
             check_before(push_to_hub, model, plan)
         if not dry_run:
@@ -106,7 +106,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
 
 
 def _published(output_dir: Path, repo: str) -> dict[str, Any]:
-    from ..errors import Ar2DiffError
+    from ..core.errors import Ar2DiffError
 
     try:
         done = publish(output_dir, repo)

@@ -19,9 +19,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ar2diff.attention import layer_windows
-from ar2diff.probe import probe
-from ar2diff.spec import ATTENTIONS, Spec
+from ar2diff.core.attention import layer_windows
+from ar2diff.core.probe import probe
+from ar2diff.core.spec import ATTENTIONS, Spec
 
 ROWS = 259  # of the vocabulary
 WINDOW = 6

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from ar2diff.config import Recipe
-from ar2diff.spec import Spec
+from ar2diff.config.recipe import Recipe
+from ar2diff.core.spec import Spec
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 
@@ -196,7 +196,7 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
 def convert_tiny(tiny_checkpoint, tmp_path_factory):
     """Factory: convert_tiny("convert.attention=full") is a folder of the tiny checkpoint converted
     without training; made once. Never write to it."""
-    from ar2diff.config import load_recipe
+    from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import adapt
 
     @functools.cache

@@ -13,8 +13,8 @@ from typing import Any
 
 from ar2diff.cli.main import main
 
-from ar2diff.launch import Launch
-from ar2diff.ranks import is_launched
+from ar2diff.distributed.launch import Launch
+from ar2diff.distributed.ranks import is_launched
 
 
 def numel(tensors: Iterable[Any]) -> int:
@@ -26,7 +26,7 @@ def watch(folder: Path) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from ar2diff.training.running import Running
+    from ar2diff.training.base import Running
 
     class Notes(TrainerCallback):
         def __init__(self, trainer: Any):

@@ -16,16 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ar2diff.adapters import MaskRow, add_adapter, merge, save_adapter
-from ar2diff.check import inspect
-from ar2diff.checkpoint import load_checkpoint, read_spec
-from ar2diff.config import load_recipe
-from ar2diff.decoding import complete, load
-from ar2diff.errors import Ar2DiffError
-from ar2diff.evaluation import evaluate
-from ar2diff.generate import generate
-from ar2diff.training.adapt import adapt
-from ar2diff.training.trainer import AdaptTrainer
+from ar2diff.checkpoint.adapters import MaskRow, add_adapter, save_adapter
+from ar2diff.checkpoint.files import read_spec
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.merge import merge
+from ar2diff.config.recipe import load_recipe
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.generate import generate
+from ar2diff.evaluation.check import inspect
+from ar2diff.evaluation.score import evaluate
+from ar2diff.generation.complete import complete, load
+from ar2diff.training.adapt import AdaptTrainer, adapt
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
 METHODS = {
@@ -478,7 +479,7 @@ def test_a_merge_writes_the_bases_dtype_and_says_what_it_rounds(make_base, recip
 
 
 def test_a_merge_that_changes_logits_is_refused(make_adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("ar2diff.adapters.MERGED", 0.0)
+    monkeypatch.setattr("ar2diff.checkpoint.merge.MERGED", 0.0)
     refused("merging changes the logits", merge, str(make_adapter()), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -31,13 +31,14 @@ from architectures import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ar2diff.attention import PADDING, Slots, lay_out, model_mask
-from ar2diff.checkpoint import load_checkpoint, read_spec
-from ar2diff.config import Convert
-from ar2diff.convert import convert
-from ar2diff.forward import quiet_routers
-from ar2diff.spec import ATTENTIONS
-from ar2diff.training.trainer import AdaptTrainer
+from ar2diff.checkpoint.files import read_spec
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import Convert
+from ar2diff.conversion.convert import convert
+from ar2diff.core.attention import PADDING, Slots, lay_out, model_mask
+from ar2diff.core.forward import quiet_routers
+from ar2diff.core.spec import ATTENTIONS
+from ar2diff.training.adapt import AdaptTrainer
 
 BLOCKWISE = ATTENTIONS[:2]
 WINDOWED = ("mistral", "starcoder2", "ministral", "gemma2", "gemma3_text", "cohere2", "gpt_oss")

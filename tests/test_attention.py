@@ -8,7 +8,7 @@ from conftest import CLASSES, MASK, WINDOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar2diff.attention import (
+from ar2diff.core.attention import (
     PADDING,
     Slots,
     allowed_edges,

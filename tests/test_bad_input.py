@@ -206,7 +206,7 @@ def test_compile_without_a_compiler(adapts_not, tiny_checkpoint, monkeypatch):
 
 def test_disk_too_full_to_start(adapts_not, tiny_checkpoint, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr("ar2diff.checkpoint.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ar2diff.checkpoint.output.shutil.disk_usage", lambda path: usage)
     assert "the disk is full" in adapts_not(tiny_checkpoint)
 
 
@@ -225,7 +225,7 @@ def test_hub_id_while_offline(adapts_not, monkeypatch):
 
 
 def convert_to(tiny_checkpoint: Path, folder: Path) -> Path:
-    from ar2diff.config import load_recipe
+    from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import adapt
 
     adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0"]), folder)
@@ -338,7 +338,7 @@ def test_mistakes_of_generate(fails, converted, monkeypatch, arguments, said):
         def load(*args: object, **kwargs: object) -> None:
             raise AssertionError("the model was loaded before its options were checked")
 
-        monkeypatch.setattr("ar2diff.decoding.load_checkpoint", load)
+        monkeypatch.setattr("ar2diff.generation.complete.load_checkpoint", load)
     if not {"--prompt", "--prefix", "--suffix", "--length"} & set(arguments):
         arguments = ["--prompt", "a", *arguments]
     assert said in fails("generate", converted, *arguments)
@@ -355,7 +355,9 @@ def test_modes_that_a_model_does_not_have(fails, convert_tiny, tiny_checkpoint):
 
 
 def test_model_whose_attention_is_not_what_its_spec_says(fails, converted, monkeypatch):
-    monkeypatch.setattr("ar2diff.generate.probe", lambda model, spec: ["a token reads the next"])
+    monkeypatch.setattr(
+        "ar2diff.core.generate.probe", lambda model, spec: ["a token reads the next"]
+    )
     for verb in (["generate", converted, "--prompt", "a"], ["chat", converted]):
         said = fails(*verb)
         assert "the model does not do what its spec says: a token reads the next" in said
@@ -485,7 +487,7 @@ def test_answer_over_the_context_names_what_fits(fails, tmp_path, tiny_checkpoin
 
 
 def test_overwrite_takes_away_what_is_ours_and_leaves_the_rest(tmp_path, tiny_checkpoint):
-    from ar2diff.config import load_recipe
+    from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import adapt
 
     folder = convert_to(tiny_checkpoint, tmp_path / "converted")
@@ -511,7 +513,7 @@ def test_disk_full_at_a_checkpoint_leaves_nothing_to_mistake(
         raise error
 
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
-    monkeypatch.setattr("ar2diff.checkpoint.FULL", 1 << 62)  # as if no byte were free
+    monkeypatch.setattr("ar2diff.checkpoint.output.FULL", 1 << 62)  # as if no byte were free
     assert "the disk is full" in adapts_not(tiny_checkpoint, "train.logging_steps=1000")
 
 

@@ -13,15 +13,15 @@ import pytest
 import yaml
 from ar2diff.cli.main import main
 
-from ar2diff.adapters import merge
-from ar2diff.card import SETTINGS, TOKENS, changes, measure
-from ar2diff.chat import Chat
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.decoding import complete
-from ar2diff.folder import read_custom_generate
-from ar2diff.origin import Origin, origin_of, without_paths
-from ar2diff.publication import PROMPT, preview
+from ar2diff.checkpoint.custom_generate import read_custom_generate
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.merge import merge
+from ar2diff.config.recipe import load_recipe
+from ar2diff.generation.chat import Chat
+from ar2diff.generation.complete import complete
+from ar2diff.hub.card import SETTINGS, TOKENS, changes, measure
+from ar2diff.hub.origin import Origin, origin_of, without_paths
+from ar2diff.hub.push import PROMPT, preview
 from ar2diff.training.adapt import adapt
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

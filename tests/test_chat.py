@@ -10,10 +10,20 @@ from dataclasses import replace
 import pytest
 from ar2diff.cli.chat import FRESH, UNDECIDED, Screen
 
-from ar2diff.chat import COMMANDS, Answer, Chat, End, Note, Problem, State, Turn, parse_settings
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.decoding import complete
-from ar2diff.errors import Ar2DiffError
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.generation.chat import (
+    COMMANDS,
+    Answer,
+    Chat,
+    End,
+    Note,
+    Problem,
+    State,
+    Turn,
+    parse_settings,
+)
+from ar2diff.generation.complete import complete
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

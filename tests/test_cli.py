@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ar2diff.config import Recipe, field_names, load_recipe, recipe_names
+from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
@@ -150,7 +150,7 @@ def test_output_that_cannot_be_written_leaves_the_old_one(run, converted, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "out.jsonl").write_text("old")
-    monkeypatch.setattr("ar2diff.prompts.os.fsync", full)
+    monkeypatch.setattr("ar2diff.generation.prompts.os.fsync", full)
     arguments = ("--prompt", "the cat", "--max-new-tokens", 4, "--output", tmp_path / "out.jsonl")
     assert run("generate", converted, *arguments, "--overwrite")[0] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
@@ -185,7 +185,7 @@ def test_only_options_that_are_given_become_settings(run, converted, monkeypatch
         seen.append(settings)
         return iter(())
 
-    monkeypatch.setattr("ar2diff.decoding.complete_all", complete_all)
+    monkeypatch.setattr("ar2diff.generation.complete.complete_all", complete_all)
     run("generate", converted, "--prompt", "a")
     run(
         "generate", converted, "--prompt", "a", "--cache", "none", "--stop", ".", "--stop", "!",
@@ -296,6 +296,6 @@ def test_version(run):
 
 
 def test_no_model_is_asked_for_more_than_float32(converted):
-    from ar2diff.checkpoint import load_checkpoint
+    from ar2diff.checkpoint.io import load_checkpoint
 
     assert load_checkpoint(str(converted)).model.dtype == torch.float32

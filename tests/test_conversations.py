@@ -18,11 +18,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
-from ar2diff.config import load_recipe, with_values
-from ar2diff.conversations import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
-from ar2diff.errors import Ar2DiffError
+from ar2diff.config.recipe import load_recipe, with_values
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.conversations import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
+from ar2diff.data.turns import Conversations
 from ar2diff.training.sft import make_sft_plan
-from ar2diff.turns import Conversations
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
 EPOCHS = 40  # draws of noise: enough to mask whatever can be

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ar2diff.checkpoint import load_checkpoint, read_spec, stored_dtypes
-from ar2diff.config import Convert, load_recipe
-from ar2diff.convert import convert, end_token
-from ar2diff.errors import Ar2DiffError
-from ar2diff.probe import probe
-from ar2diff.spec import Spec, SpecError
+from ar2diff.checkpoint.files import read_spec, stored_dtypes
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import Convert, load_recipe
+from ar2diff.conversion.convert import convert, end_token
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.probe import probe
+from ar2diff.core.spec import Spec, SpecError
 from ar2diff.training.adapt import adapt
 
 SPEC = {
@@ -198,8 +199,8 @@ def test_the_probe_sees_a_class_that_stays_causal(monkeypatch, tiny_model, dtype
 
 
 def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch, tiny_model):
-    import ar2diff.probe as module
-    from ar2diff.attention import allowed_edges, dense_mask
+    import ar2diff.core.probe as module
+    from ar2diff.core.attention import allowed_edges, dense_mask
 
     def as_bool(model, slots, attention, block_length, local_window, queries=None):
         return dense_mask(allowed_edges(slots, attention, block_length), slots, queries)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import MASK, build_model
 
-from ar2diff import cross_entropy as module
-from ar2diff.cross_entropy import WeightedLoss, cross_entropy, has_plain_head
-from ar2diff.forward import output_at
-from ar2diff.objective import suppressed_ids
+from ar2diff.core.forward import output_at
+from ar2diff.diffusion import cross_entropy as module
+from ar2diff.diffusion.cross_entropy import WeightedLoss, cross_entropy, has_plain_head
+from ar2diff.diffusion.objective import suppressed_ids
 
 PARTS = [1, 2 * 64, 1 << 22]  # logits at a time: a row, two, all
 

@@ -10,12 +10,27 @@ from conftest import MASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar2diff.attention import PADDING, allowed_edges, dense_mask, lay_out, model_mask, reading_slot
-from ar2diff.config import Source
-from ar2diff.data import OPEN_ROWS, Collator, Piece, Rows, block_length_at, pieces, tokenize
-from ar2diff.errors import Ar2DiffError
-from ar2diff.seeds import content_key
-from ar2diff.sources import Documents, find_file, read_texts
+from ar2diff.config.recipe import Source
+from ar2diff.core.attention import (
+    PADDING,
+    allowed_edges,
+    dense_mask,
+    lay_out,
+    model_mask,
+    reading_slot,
+)
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.seeds import content_key
+from ar2diff.data.documents import (
+    OPEN_ROWS,
+    Collator,
+    Piece,
+    Rows,
+    block_length_at,
+    pieces,
+    tokenize,
+)
+from ar2diff.data.sources import Documents, find_file, read_texts
 
 EOS = 2
 BLOCKWISE = ("causal_context", "block_causal")
@@ -44,7 +59,7 @@ ENDINGS = ([EOS], [21, EOS], [21, 22, EOS], [21, 22, 23, EOS])  # all in the thi
 @pytest.fixture
 def all_masked(monkeypatch):
     """Every maskable token is masked."""
-    monkeypatch.setattr("ar2diff.data.block_times", lambda blocks, *_: torch.ones(blocks))
+    monkeypatch.setattr("ar2diff.data.documents.block_times", lambda blocks, *_: torch.ones(blocks))
 
 
 @pytest.mark.parametrize("attention", BLOCKWISE)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.decoding import (
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.generation.complete import (
     begin,
     complete,
     complete_all,
@@ -17,8 +18,7 @@ from ar2diff.decoding import (
     summary,
     unread_note,
 )
-from ar2diff.errors import Ar2DiffError
-from ar2diff.prompts import split_gaps
+from ar2diff.generation.prompts import split_gaps
 
 TEXT = "the cat"
 

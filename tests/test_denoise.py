@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_likelihood import own_mask, raw_logits
 
-from ar2diff.canvas import Canvas
-from ar2diff.denoise import denoise
-from ar2diff.options import resolve
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.options import resolve
 
 PROMPT = [1, 17, 42, 5, 9]
 EVERY_ATTENTION = ("causal_context", "block_causal", "full")

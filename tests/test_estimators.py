@@ -12,13 +12,13 @@ import torch
 from conftest import MASK, build_model, tiny_spec
 from test_likelihood import own_mask, raw_logits
 
-from ar2diff import estimators
-from ar2diff.canvas import Canvas
-from ar2diff.denoise import denoise
-from ar2diff.estimators import score, views
-from ar2diff.options import resolve
-from ar2diff.rollouts import Rollout, of_canvas
-from ar2diff.sections import Rl
+from ar2diff.config.rl import Rl
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.options import resolve
+from ar2diff.training import estimators
+from ar2diff.training.estimators import score, views
+from ar2diff.training.rollouts import Rollout, of_canvas
 
 BLOCK = 4
 BLOCKWISE = ("causal_context", "block_causal")
@@ -365,7 +365,7 @@ def test_ar_is_what_trl_computes(tmp_path, tiny_tokenizer):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from ar2diff.decoding import causal_spec
+    from ar2diff.checkpoint.model import causal_spec
 
     model = deepcopy(build_model("llama", dtype=torch.float32, vocab_size=259))
     prompts, answers = [[1, 10, 11, 12], [1, 14]], [[20, 21, 2], [22, 23, 24, 25]]
@@ -513,7 +513,7 @@ def test_the_expectation_of_elbo_is_the_bound_over_all_orders(attention, predict
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_expectation_of_elbo_is_the_bound_that_likelihood_computes(prediction):
-    from ar2diff.likelihood import bound
+    from ar2diff.diffusion.likelihood import bound
 
     model, spec = build_model("llama"), tiny_spec("full", None, prediction)
     estimate = bound(model, spec, [SHORT], SUPPRESSED, samples=512)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.decoding import complete
-from ar2diff.exports import export_checkpoint
-from ar2diff.imports import import_checkpoint
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.conversion.exports import export_checkpoint
+from ar2diff.conversion.imports import import_checkpoint
+from ar2diff.generation.complete import complete
 
 QWEN_TOKENS, QWEN_ROWS, SDAR_MASK = 151669, 151936, 151669
 IDS = torch.tensor([1, 17, SDAR_MASK, 5, 99, SDAR_MASK, SDAR_MASK, 42, 8, SDAR_MASK, 7])

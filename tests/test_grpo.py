@@ -12,18 +12,19 @@ from conftest import ROOT
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from ar2diff import rollouts as rollouts_module
-from ar2diff.adapters import add_adapter
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe, parse_recipe
-from ar2diff.errors import Ar2DiffError
-from ar2diff.estimators import score
-from ar2diff.rollouts import sample
-from ar2diff.sections import PRESETS, Rl
+from ar2diff.checkpoint.adapters import add_adapter
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe, parse_recipe
+from ar2diff.config.rl import PRESETS, Rl
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.training import grpo
+from ar2diff.training import rollouts as rollouts_module
+from ar2diff.training.base import checkpoints
+from ar2diff.training.estimators import score
 from ar2diff.training.grpo import Groups, check_reference, rollouts_of
 from ar2diff.training.rl import check_settings, make_rl_trainer
-from ar2diff.training.running import checkpoints
+from ar2diff.training.rollouts import sample
+from ar2diff.training.run import Plan
 
 BLOCKS, FULL = ("convert.block_length=4",), ("convert.attention=full", "convert.block_length=null")
 PROMPTS = ["ab", "hello", "x", "to the end"]
@@ -60,7 +61,9 @@ def trainer_of(convert_tiny, tmp_path):
         check_settings(recipe, checkpoint.spec)
         add_adapter(checkpoint, recipe)
         rows = [{"prompt": prompt} for prompt in prompts]
-        return make_rl_trainer(checkpoint, recipe, rows, [reward], tmp_path / folder, [])
+        return make_rl_trainer(
+            Plan(checkpoint, recipe, rows, make_rl_trainer), [reward], tmp_path / folder, []
+        )
 
     return make
 

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_custom_generate import BLOCKER
 
-from ar2diff.card import TOKENS
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe
-from ar2diff.folder import FOLDER, custom_generate
+from ar2diff.checkpoint.custom_generate import FOLDER, custom_generate
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.hub.card import TOKENS
 from ar2diff.training.adapt import adapt
 
 TOKEN, READER, ROBS = "hf_AnasOwnSecret", "hf_MayReadAlone", "hf_RobsSecret"

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from test_likelihood import raw_logits
 from transformers import Qwen2Tokenizer
 
-from ar2diff.canvas import Canvas
-from ar2diff.checkpoint import load_checkpoint, stored_dtypes
-from ar2diff.denoise import denoise
-from ar2diff.families import FAMILIES as TABLE
-from ar2diff.imports import import_checkpoint
-from ar2diff.options import resolve
-from ar2diff.pieces import pieces_of, write_shards
+from ar2diff.checkpoint.files import stored_dtypes
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.conversion.families import FAMILIES as TABLE
+from ar2diff.conversion.imports import import_checkpoint
+from ar2diff.conversion.tensors import pieces_of, write_shards
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.options import resolve
 
 IDS = torch.tensor([1, 17, MASK, 5, 99, MASK, MASK, 42, 8, MASK, 7])
 
@@ -441,7 +442,7 @@ def test_a_disk_that_fills_leaves_nothing(make, run_both, tmp_path, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ar2diff.checkpoint.os.fsync", full)
+    monkeypatch.setattr("ar2diff.checkpoint.output.os.fsync", full)
     code, _, err = run_both("import", make(foreign.llada()), "--output-dir", tmp_path / "out")
     assert code == 2
     assert "the disk is full" in err

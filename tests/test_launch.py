@@ -15,11 +15,11 @@ import pytest
 import torch
 from ar2diff.cli.main import main
 
-from ar2diff.builds import STALE, check_locks
-from ar2diff.config import load_recipe
-from ar2diff.errors import Ar2DiffError
-from ar2diff.launch import Launch, make_launch, strategy_of
-from ar2diff.training.sharding import deepspeed_config
+from ar2diff.config.recipe import load_recipe
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.distributed.builds import STALE, check_locks
+from ar2diff.distributed.launch import Launch, make_launch, strategy_of
+from ar2diff.distributed.sharding import deepspeed_config
 
 STEPS, PARAMETERS = 10, 35232  # of the tiny checkpoint with its mask row
 

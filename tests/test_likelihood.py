@@ -9,14 +9,14 @@ import torch
 from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from numpy.polynomial.legendre import leggauss
 
-from ar2diff import likelihood
-from ar2diff.attention import lay_out, model_mask, reading_slot, reveal_edges
-from ar2diff.cross_entropy import cross_entropy
-from ar2diff.forward import logits_at
-from ar2diff.likelihood import ar_nll, bound, masked_nll
-from ar2diff.noise import corrupt
-from ar2diff.objective import suppressed_ids, time_weights
-from ar2diff.seeds import keyed_generator
+from ar2diff.core.attention import lay_out, model_mask, reading_slot, reveal_edges
+from ar2diff.core.forward import logits_at
+from ar2diff.core.seeds import keyed_generator
+from ar2diff.diffusion import likelihood
+from ar2diff.diffusion.cross_entropy import cross_entropy
+from ar2diff.diffusion.likelihood import ar_nll, bound, masked_nll
+from ar2diff.diffusion.noise import corrupt
+from ar2diff.diffusion.objective import suppressed_ids, time_weights
 
 BLOCK = 4
 SUPPRESSED = suppressed_ids(MASK, 64, 64)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from ar2diff.cli.main import main
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe, with_values
-from ar2diff.estimators import score
-from ar2diff.memory import estimate, held, measure
-from ar2diff.rollouts import Rollout
-from ar2diff.training.adapt import make_plan
-from ar2diff.training.trainer import make_collator, make_trainer
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe, with_values
+from ar2diff.training.adapt import make_collator, make_plan, make_trainer
+from ar2diff.training.estimators import score
+from ar2diff.training.memory import estimate, held, measure
+from ar2diff.training.rollouts import Rollout
 
 SETTINGS = [
     "convert.block_length=4",
@@ -36,7 +35,7 @@ def trainer_of(model, tmp_path, *settings):
         load_recipe(None, [*SETTINGS, *settings]), data={"sources": [str(tmp_path / "a.txt")]}
     )
     plan = make_plan(model, recipe)
-    trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, tmp_path / "run", [])
+    trainer = make_trainer(plan, tmp_path / "run", [])
     return trainer, plan, recipe
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import MASK
 
-from ar2diff.attention import PADDING
-from ar2diff.data import Collator, Piece, pieces
-from ar2diff.noise import block_times, corrupt, draw_times
-from ar2diff.seeds import content_key, keyed_generator
+from ar2diff.core.attention import PADDING
+from ar2diff.core.seeds import content_key, keyed_generator
+from ar2diff.data.documents import Collator, Piece, pieces
+from ar2diff.diffusion.noise import block_times, corrupt, draw_times
 
 EOS = 2
 CASES = [

@@ -6,18 +6,13 @@ import pytest
 import torch
 from conftest import CLASSES, MASK, tiny_spec
 
-from ar2diff.attention import PADDING, lay_out, model_mask, reading_slot
-from ar2diff.cross_entropy import cross_entropy
-from ar2diff.data import Collator, Piece
-from ar2diff.forward import logits_at
-from ar2diff.likelihood import masked_nll
-from ar2diff.objective import (
-    cart_weights,
-    coefficients,
-    suppressed_ids,
-    time_weights,
-)
-from ar2diff.seeds import content_key
+from ar2diff.core.attention import PADDING, lay_out, model_mask, reading_slot
+from ar2diff.core.forward import logits_at
+from ar2diff.core.seeds import content_key
+from ar2diff.data.documents import Collator, Piece
+from ar2diff.diffusion.cross_entropy import cross_entropy
+from ar2diff.diffusion.likelihood import masked_nll
+from ar2diff.diffusion.objective import cart_weights, coefficients, suppressed_ids, time_weights
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
 

@@ -23,11 +23,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ar2diff.builds import check_locks
-from ar2diff.config import load_recipe, with_values
-from ar2diff.errors import Ar2DiffError
+from ar2diff.config.recipe import load_recipe, with_values
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.distributed.builds import check_locks
+from ar2diff.distributed.sharding import deepspeed_config
 from ar2diff.training.adapt import adapt
-from ar2diff.training.sharding import deepspeed_config
 
 HERE = Path(__file__).resolve().parent
 STEPS, ROWS = 10, 8  # rows of an optimizer step, over all processes
@@ -521,8 +521,8 @@ def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
 def test_sigterm_saves_and_exits_in_one_process(
     train_alone, tiny_checkpoint, convert_tiny, data_for, tmp_path, monkeypatch, kind
 ):
-    from ar2diff.training.denoising import Denoising
     from ar2diff.training.grpo import DiffusionGRPOTrainer
+    from ar2diff.training.loss import Denoising
 
     verb, _ = KINDS[kind]
     recipe = load_recipe(None, [*settings_of(kind, tmp_path, 1), "train.save_steps=100"])

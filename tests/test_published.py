@@ -13,13 +13,12 @@ from itertools import islice
 import pytest
 import torch
 
-from ar2diff.attention import reveal_edges
-from ar2diff.config import load_recipe
-from ar2diff.data import pieces
-from ar2diff.errors import Ar2DiffError
+from ar2diff.config.recipe import load_recipe
+from ar2diff.core.attention import reveal_edges
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.documents import pieces
 from ar2diff.training.adapt import make_plan
 from ar2diff.training.sft import make_sft_plan
-from ar2diff.training.trainer import make_trainer
 
 LENGTH = 64
 ROWS = 2
@@ -148,8 +147,8 @@ class Setting:
         plan = prepare(folder, recipe)
         self.model = plan.checkpoint.model.double().eval()
         self.mask = plan.checkpoint.spec.mask_token_id
-        make = plan.trainer or (lambda p, *a: make_trainer(p.checkpoint, p.recipe, p.rows, *a))
-        self.trainer, self.recipe = make(plan, tmp_path / "run", []), plan.recipe
+        self.trainer = plan.make_trainer(plan, tmp_path / "run", [])
+        self.recipe = plan.recipe
         self.trainer.current_gradient_accumulation_steps = 1  # what its loop would set
         self.rows = list(islice(self.trainer.train_dataset, ROWS))
 

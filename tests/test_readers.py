@@ -8,12 +8,12 @@ import torch
 from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from test_likelihood import BLOCK, BLOCKWISE, EXACT, PREDICTIONS, close, own_mask, raw_logits
 
-from ar2diff.attention import PADDING, lay_out, model_mask, reading_slot
-from ar2diff.canvas import Canvas
-from ar2diff.denoise import denoise
-from ar2diff.forward import logits_at
-from ar2diff.options import resolve
-from ar2diff.readers import BlockReader, FullReader
+from ar2diff.core.attention import PADDING, lay_out, model_mask, reading_slot
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.forward import logits_at
+from ar2diff.core.options import resolve
+from ar2diff.core.readers import BlockReader, FullReader
 
 LENGTHS = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 1)
 mask_of = cache(own_mask)

@@ -16,10 +16,11 @@ import pytest
 import typer
 from ar2diff.cli.main import app, main
 
-from ar2diff.checkpoint import ADAPTER_CONFIG, is_adapter, load_checkpoint, read_spec
-from ar2diff.config import load_recipe
-from ar2diff.launch import STRATEGIES
-from ar2diff.training.running import Running
+from ar2diff.checkpoint.files import ADAPTER_CONFIG, is_adapter, read_spec
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.distributed.launch import STRATEGIES
+from ar2diff.training.base import Running
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}

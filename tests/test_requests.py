@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from ar2diff.errors import Ar2DiffError
-from ar2diff.forward import logits_at
-from ar2diff.generate import generate
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.forward import logits_at
+from ar2diff.core.generate import generate
 
 CONTEXT = 32
 SPECS = [

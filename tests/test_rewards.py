@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from ar2diff.config.rl import Reward
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
-from ar2diff.errors import Ar2DiffError
-from ar2diff.graders import GRADERS, countdown, demo, exact, length, sudoku, words
-from ar2diff.limits import LoopThread, TimedOut, call_within
-from ar2diff.rewards import make_rewards
-from ar2diff.sections import Reward
+from ar2diff.rewards.builtin import GRADERS, countdown, demo, exact, length, sudoku, words
+from ar2diff.rewards.loading import make_rewards
+from ar2diff.rewards.timeouts import LoopThread, TimedOut, call_within
 
 HUGE = 100_000  # characters of a completion that has to be judged quickly
 
@@ -397,7 +397,7 @@ def test_math_is_an_extra(monkeypatch):
 
 
 def test_math_that_takes_for_ever_is_wrong_and_leaves_the_batch_its_limit(monkeypatch):
-    from ar2diff import graders
+    from ar2diff.rewards import builtin as graders
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(graders, "MATH_SECONDS", 0.1)

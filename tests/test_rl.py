@@ -13,10 +13,11 @@ import torch
 from ar2diff.cli.main import main
 from safetensors.torch import load_file
 
-from ar2diff.adapters import add_adapter
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe
+from ar2diff.checkpoint.adapters import add_adapter
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
 from ar2diff.training.rl import make_rl_trainer, table
+from ar2diff.training.run import Plan
 
 ROWS = [{"prompt": f"say {n}", "answer": str(n)} for n in range(8)]
 SETTINGS = [
@@ -247,7 +248,9 @@ def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_tin
     def reward(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]
 
-    trainer = make_rl_trainer(checkpoint, recipe, ROWS, [reward], tmp_path / "run", [])
+    trainer = make_rl_trainer(
+        Plan(checkpoint, recipe, ROWS, make_rl_trainer), [reward], tmp_path / "run", []
+    )
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
     assert {p.dtype for p in parameters.values() if p.requires_grad} == {torch.float32}
     trainer.train()

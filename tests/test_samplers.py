@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_likelihood import own_mask, raw_logits
 from transformers import GenerationConfig
 
-from ar2diff.canvas import Canvas
-from ar2diff.denoise import denoise
-from ar2diff.errors import Ar2DiffError
-from ar2diff.options import resolve
-from ar2diff.samplers import Chooser, draw, over_threshold, quota_of, top, within_entropy
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.options import resolve
+from ar2diff.core.samplers import Chooser, draw, over_threshold, quota_of, top, within_entropy
 
 PROMPT = [1, 17, 42, 5]
 WORDS = (0, 1, 2)  # of the model of three words; row 3 is the mask

@@ -12,11 +12,11 @@ from ar2diff.cli.main import main
 from conftest import build_model
 from safetensors.torch import load_file
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import load_recipe, with_values
-from ar2diff.conversations import chat_template, read_conversations
-from ar2diff.errors import Ar2DiffError
-from ar2diff.folder import FOLDER
+from ar2diff.checkpoint.custom_generate import FOLDER
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe, with_values
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.conversations import chat_template, read_conversations
 from ar2diff.training.sft import make_sft_plan, sft
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]

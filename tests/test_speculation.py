@@ -10,11 +10,11 @@ import torch
 from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from test_likelihood import EXACT, PREDICTIONS, own_mask, raw_logits
 
-from ar2diff import speculation
-from ar2diff.canvas import Canvas
-from ar2diff.denoise import denoise
-from ar2diff.options import resolve
-from ar2diff.samplers import Chooser
+from ar2diff.core import speculation
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.options import resolve
+from ar2diff.core.samplers import Chooser
 
 PROMPTS = [[1, 17, 42, 5, 9, 60, 33], [1, 8], [1, 33, 21, 4], [1, 50, 50, 50, 50]]
 mask_of = cache(own_mask)

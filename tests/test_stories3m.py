@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.decoding import settings_of
-from ar2diff.denoise import denoise
-from ar2diff.generate import canvas_of
-from ar2diff.sources import read_texts
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.core.denoise import denoise
+from ar2diff.core.generate import canvas_of
+from ar2diff.data.sources import read_texts
+from ar2diff.generation.complete import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, NEW, BATCH = 200, 128, 20

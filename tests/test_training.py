@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ar2diff.checkpoint import load_checkpoint
-from ar2diff.config import parse_recipe
-from ar2diff.convert import convert
-from ar2diff.data import Collator, Piece, Rows, pieces
-from ar2diff.sources import Documents
-from ar2diff.training.adapt import adapt, make_plan
-from ar2diff.training.running import parameter_kinds
-from ar2diff.training.trainer import AdaptTrainer, make_trainer
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import parse_recipe
+from ar2diff.conversion.convert import convert
+from ar2diff.data.documents import Collator, Piece, Rows, pieces
+from ar2diff.data.sources import Documents
+from ar2diff.training.adapt import AdaptTrainer, adapt, make_plan, make_trainer
+from ar2diff.training.base import parameter_kinds
+from ar2diff.training.run import Plan
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
 
@@ -72,7 +72,7 @@ def train(checkpoint_dir: Path, recipe: object, folder: Path, dtype: torch.dtype
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        trainer = make_trainer(checkpoint, recipe, rows, folder, [])
+        trainer = make_trainer(Plan(checkpoint, recipe, rows, make_trainer), folder, [])
         trainer.train()
     finally:
         torch.set_default_dtype(default)
@@ -169,7 +169,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(
     convert(checkpoint, recipe.convert, 32, True, 0)
     checkpoint.model.to(dtype)
     rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
-    trainer = make_trainer(checkpoint, recipe, rows, tmp_path, [])
+    trainer = make_trainer(Plan(checkpoint, recipe, rows, make_trainer), tmp_path, [])
     parts = [piece for _, (_, row) in zip(range(6), rows, strict=False) for piece in row]
     half = len(parts) // 2
     layouts = {
@@ -411,7 +411,7 @@ def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, tex
 
 
 def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_path):
-    from ar2diff.errors import Ar2DiffError
+    from ar2diff.core.errors import Ar2DiffError
 
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
@@ -421,11 +421,11 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
 
 
 def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    from ar2diff.errors import Ar2DiffError
+    from ar2diff.core.errors import Ar2DiffError
 
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
-    monkeypatch.setattr("ar2diff.training.adapt.rows_per_step", lambda train: 16)
+    monkeypatch.setattr("ar2diff.training.run.rows_per_step", lambda train: 16)
     with pytest.raises(Ar2DiffError, match="another rows_per_step: 8, now 16"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 

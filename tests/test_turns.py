@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import MASK, build_model, tiny_spec
 
-from ar2diff.attention import PADDING, Slots, model_mask
-from ar2diff.cross_entropy import cross_entropy
-from ar2diff.forward import logits_at
-from ar2diff.readers import BlockReader, FullReader
-from ar2diff.turns import IGNORED, Conversations, Part, Turn, TurnCollator, parts_of, runs_of
+from ar2diff.core.attention import PADDING, Slots, model_mask
+from ar2diff.core.forward import logits_at
+from ar2diff.core.readers import BlockReader, FullReader
+from ar2diff.data.turns import IGNORED, Conversations, Part, Turn, TurnCollator, parts_of, runs_of
+from ar2diff.diffusion.cross_entropy import cross_entropy
 
 END = 2
 ENDS = frozenset([END])

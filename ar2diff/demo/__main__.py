@@ -27,10 +27,10 @@ SHOWN = 3
 def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> None:
     """Run the demo with a recipe on so many stories; the model stays in `output_dir`."""
     quiet()
-    from ..checkpoint import load_checkpoint
-    from ..config import load_recipe, with_values
-    from ..evaluation import score as likelihood
-    from ..evaluation import windows
+    from ..checkpoint.io import load_checkpoint
+    from ..config.recipe import load_recipe, with_values
+    from ..evaluation.score import score as likelihood
+    from ..evaluation.score import windows
     from ..training.adapt import adapt
 
     start = time.monotonic()
@@ -75,7 +75,7 @@ def write_stories(path: Path, count: int = TRAIN_STORIES) -> None:
 
 def adapt_without_training(base: Any, recipe: Any) -> Any:
     """The base converted in memory, to show what training adds."""
-    from ..convert import convert
+    from ..conversion.convert import convert
 
     convert(base, recipe.convert, recipe.data.max_length, True, recipe.train.seed)
     return base
@@ -83,7 +83,7 @@ def adapt_without_training(base: Any, recipe: Any) -> Any:
 
 def print_generations(base: Any, converted: Any) -> None:
     """The same questions to both modes, and how many each answers right."""
-    from ..decoding import complete
+    from ..generation.complete import complete
 
     totals = {name: [0.0, 0, 0] for name in ("AR", "diffusion")}
     for number, example in enumerate(corpus(QUESTIONS, 2, (1, 2), "valid")):

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ar2diff.demo import corpus
+from . import corpus
 
 MODEL_DIR = Path(__file__).parent / "model"
 SPECIAL = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2 as in LLaMA; there is no pad and no mask token

@@ -3,93 +3,30 @@ is checked first, the folder is touched last."""
 
 from __future__ import annotations
 
-import json
-import platform
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..adapters import add_adapter, check_base, count_parameters
-from ..builds import check_compiler
-from ..checkpoint import (
-    LAST,
-    RUN_FILE,
-    Checkpoint,
-    check_disk,
-    check_output,
-    clear_output,
-    find_checkpoint,
-    is_adapter,
-    load_checkpoint,
-    read_spec,
-    write_json,
-)
-from ..config import Recipe, with_values
-from ..convert import convert, end_token
-from ..data import Rows, tokenize
-from ..errors import Ar2DiffError, first_line
-from ..evaluation import check_length, score, windows
-from ..folder import save
-from ..forward import context_length
-from ..probe import probe
-from ..ranks import check_rows, is_main
-from ..seeds import content_key
-from ..sources import Documents, find_file, read_texts
-from ..spec import Spec
-from .callbacks import Watch
-from .running import checkpoints
-from .sharding import sharding, whole_weights
-from .trainer import make_collator, make_trainer, rows_per_step
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is known before the first step."""
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    rows: Rows | None
-    eval_rows: list[list[int]]
-    trainer: Callable[[Plan, Path, list[Any]], Any] | None = None  # None: that of `adapt`
-    preview: Callable[[Plan], dict[str, Any]] | None = None  # what a dry run says besides
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the converted model has."""
-        return count_parameters(self.checkpoint.model)[1]
-
-    def bytes_needed(self) -> int:
-        """Bytes that the run will write: the result, and its training checkpoints."""
-        files = self.checkpoint.path.glob("*.safetensors")
-        trainable = count_parameters(self.checkpoint.model)[0]
-        result = int(1.1 * sum(file.stat().st_size for file in files))
-        if self.checkpoint.base is not None:
-            result = 4 * trainable
-        if not self.recipe.train.max_steps:
-            return result
-        return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
-
-    def summary(self) -> dict[str, Any]:
-        """What the run will be, for people and for `--json`."""
-        train, spec = self.recipe.train, self.checkpoint.spec
-        step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
-        return {
-            "parameters": self.parameters,
-            "trainable_parameters": count_parameters(self.checkpoint.model)[0],
-            "diffusion": spec.to_dict() if spec else None,
-            "mask_token": self.checkpoint.tokenizer.mask_token,
-            "pad_token": self.checkpoint.tokenizer.pad_token,
-            "steps": train.max_steps,
-            "rows_per_step": step,
-            "tokens_at_most": train.max_steps * step * self.recipe.data.max_length,
-            "eval_rows": len(self.eval_rows),
-        }
+from ..checkpoint.adapters import add_adapter, check_base
+from ..checkpoint.files import is_adapter, read_spec
+from ..checkpoint.io import load_checkpoint
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..conversion.convert import convert, end_token
+from ..core.attention import lay_out, reading_slot, reveal_edges
+from ..core.errors import Ar2DiffError
+from ..core.probe import probe
+from ..core.seeds import content_key
+from ..data.documents import Collator, Rows, block_length_at, tokenize
+from ..data.sources import Documents, find_file, read_texts
+from ..distributed.ranks import check_rows
+from ..evaluation.score import check_length, windows
+from .arguments import rows_per_step, training_arguments
+from .loss import Denoising, Task, disable_dropout
+from .run import Plan, check_trackers, continued, fitted, keeps_ar, run
 
 
 def adapt(
@@ -100,7 +37,6 @@ def adapt(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    prepare: Callable[[Path, Recipe], Plan] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint and train it until it denoises.
 
@@ -111,55 +47,15 @@ def adapt(
         resume: go on from the newest checkpoint in `output_dir` (from the start if there is none).
         overwrite: replace what an earlier run of ours left there.
         dry_run: check everything, write nothing.
-        prepare: makes the plan of another verb.
 
     Returns:
         What `ar2diff.json` holds: base, recipe, tokens, versions, bound and AR NLL.
 
     Raises:
-        Ar2DiffError: something the user can mend; nothing was written.
+        Ar2DiffError: something the user can fix; nothing was written.
     """
-    output_dir = Path(output_dir)
-    if recipe.train.compile:
-        check_compiler()
-    path = find_checkpoint(model)  # once: a Hub id is a download
-    inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
-    main = is_main()
-    if main:
-        check_output(output_dir, inputs, resume, overwrite)
-    plan = (prepare or make_plan)(path, recipe)
-    recipe = plan.recipe
-    check_disk(output_dir, plan.bytes_needed())
-    if dry_run:
-        return plan.summary() | (plan.preview(plan) if plan.preview else {})
-    record = {
-        "ar2diff": __version__,
-        "base_model": model.rstrip("/"),
-        "base_commit": plan.checkpoint.commit,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
-        | {"python": platform.python_version()},
-        "recipe": recipe.model_dump(mode="json"),
-        "sharding": sharding(),
-        **plan.summary(),
-    }
-    fresh, weights = not output_dir.exists(), None
-    if main:
-        _claim(output_dir, record, resume, overwrite)
-    if resume and any((output_dir / name).is_file() for name in LAST):
-        return json.loads((output_dir / RUN_FILE).read_text())  # it had finished
-    try:
-        if recipe.train.max_steps:
-            trained, weights = _train(plan, output_dir, resume)
-            record |= trained
-        if main:
-            save(plan.checkpoint, output_dir, record, weights)
-    except BaseException:
-        if main and not checkpoints(output_dir / "checkpoints"):
-            clear_output(output_dir)  # it holds nothing to resume from
-            if fresh and not any(output_dir.iterdir()):
-                output_dir.rmdir()
-        raise
-    return record
+    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
+    return run(make_plan, model, recipe, output_dir, **flags)
 
 
 def make_plan(path: Path, recipe: Recipe) -> Plan:
@@ -168,7 +64,7 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
     if recipe.peft is not None or is_adapter(path):
         check_base(path, found)
     recipe = continued(recipe, found)
-    _check_trackers(recipe.train.report_to)
+    check_trackers(recipe.train.report_to)
     documents = None
     if recipe.train.max_steps:  # a bad row is found before the model is loaded
         documents = Documents(
@@ -191,68 +87,12 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
         )
     add_adapter(checkpoint, recipe)
     if documents is None:
-        return Plan(checkpoint, recipe, None, [])
+        return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
     eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
     rows = Rows(documents, checkpoint.tokenizer, eos, recipe, held_out)
     make_collator(recipe, spec.mask_token_id)([next(iter(rows))])  # raises if no row is usable
-    return Plan(checkpoint, recipe, rows, eval_rows)
-
-
-def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
-    """Refuse to tune an unconverted model, or to make a control of a converted one."""
-    control = recipe.objective.kind == "ar"
-    if spec is None and not control:
-        raise Ar2DiffError(
-            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
-        )
-    if spec is not None and control:
-        raise Ar2DiffError(
-            f"model {path} is converted: the control tunes the AR base",
-            "name the base, or leave objective.kind out",
-        )
-    if recipe.peft is not None or is_adapter(path):
-        check_base(path, spec)
-
-
-def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
-    """The recipe with what it leaves open taken from the spec of a model converted before."""
-    if spec is None:
-        return recipe
-    chosen = recipe.convert.model_fields_set
-    names = ["attention", "block_length", "prediction"]
-    names += ["local_window"] if spec.local_window else []
-    return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
-
-
-def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with rows no longer than the model's context, where it does not ask for longer."""
-    context, grid = context_length(checkpoint.model.config), recipe.convert.block_length or 1
-    if context is None or "max_length" in recipe.data.model_fields_set:
-        return recipe
-    fits = min(recipe.data.max_length, context // grid * grid)
-    return with_values(recipe, data={"max_length": fits}) if fits > 1 else recipe
-
-
-def keeps_ar(recipe: Recipe) -> bool:
-    """Whether the AR mode is alive after a run: trained along, or nothing trained."""
-    return recipe.convert.attention == "causal_context" and (
-        recipe.objective.ar_weight > 0 or not recipe.train.max_steps
-    )
-
-
-def _check_trackers(report_to: str) -> None:
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    if report_to in ("none", "all"):
-        return
-    try:
-        for callback in get_reporting_integration_callbacks([report_to]):
-            callback()
-    except (ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise Ar2DiffError(
-            f"train.report_to {report_to}: {first_line(error)}", "install it, or set none"
-        ) from None
+    return Plan(checkpoint, recipe, rows, make_trainer, eval_rows)
 
 
 def _eval_rows(
@@ -289,54 +129,86 @@ def _some(rows: list[list[int]], length: int) -> list[list[int]]:
     return rows
 
 
-def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make the folder ours: nothing of another run may stay in it."""
-    claimed = output_dir / RUN_FILE
-    if resume and claimed.is_file():
-        old = json.loads(claimed.read_text())
-        for name in ("recipe", "base_model", "rows_per_step", "sharding"):
-            if old.get(name) != json.loads(json.dumps(record[name])):
-                raise Ar2DiffError(
-                    f"{output_dir} was started with another {name}{_difference(old, record, name)}",
-                    "resume with the command it was started with, or use --overwrite",
-                )
-        return
-    if overwrite and output_dir.is_dir():
-        clear_output(output_dir)
-    write_json(claimed, record)
+class AdaptTrainer(Denoising, Trainer):
+    """Trains a converted checkpoint on whole documents; noise, anneal and block length come with
+    the batch."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, args: TrainingArguments, **kwargs: Any
+    ):
+        self.set_up(checkpoint, recipe, args)
+        super().__init__(model=checkpoint.model, args=args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch of the collator."""
+        attention, block_length, reveal = self.attention_at(int(inputs["step"]))
+        x0, masked, pos, doc = (inputs[name] for name in ("x0", "masked", "pos", "doc"))
+        input_ids, slots = lay_out(inputs["xt"], x0, doc, pos, attention)
+        row = torch.arange(len(x0), device=x0.device)[:, None] * input_ids.shape[1]
+        slot = reading_slot(pos, attention, block_length, self.spec.prediction)
+        own = torch.arange(x0.shape[1], device=x0.device).expand_as(x0)
+        ar = inputs["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
+        task = Task(
+            input_ids=input_ids,
+            slots=slots,
+            attention=attention,
+            block_length=block_length,
+            reveal=reveal,
+            index=(row + slot)[masked],
+            target=x0[masked],
+            coef=inputs["coef"][masked],
+            t=inputs["t"][masked],
+            eos=inputs["eos"][masked],
+            ar_index=(row + x0.shape[1] + own - 1)[ar],
+            ar_target=x0[ar],
+            tokens=inputs["tokens"],
+        )
+        return self.denoising_loss(model, task, num_items_in_batch)
+
+    def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:
+        """Attention, block length and revealed edges of an optimiser step: the anneal."""
+        attention, anneal = self.spec.attention, self.recipe.anneal
+        block_length = block_length_at(self.recipe, step)
+        if attention == "full" and block_length is not None:
+            attention = "block_causal"  # growing: blocks until the goal
+        if attention == "block_causal" and block_length >= self.recipe.data.max_length:
+            attention = "full"  # one block: nothing reads the clean copy
+        reveal = None
+        if anneal.kind == "reveal":
+            length = self.recipe.data.max_length
+            reveal = reveal_edges(
+                step / anneal.steps,
+                length,
+                block_length or length,
+                self.recipe.train.seed,
+                step,
+                self.args.device,
+            )
+        return attention, block_length, reveal
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
-    if name != "recipe":
-        return f": {old.get(name)}, now {new[name]}"
-    for section, values in new["recipe"].items():
-        before = old["recipe"].get(section)
-        if before != values and isinstance(values, dict) and isinstance(before, dict):
-            keys = [k for k in values if before.get(k) != values[k]]
-            if keys:
-                return f": {section}.{keys[0]} was {before.get(keys[0])!r}, now {values[keys[0]]!r}"
-    return ""
+def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
+    """The collator of a run."""
+    return Collator(recipe, mask_token_id, rows_per_step(recipe.train))
 
 
-def _train(
-    plan: Plan, output_dir: Path, resume: bool
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What the record gains, and the weights where the model does not hold them whole."""
-    run_dir = output_dir / "checkpoints"
-    use_cache = plan.checkpoint.model.config.use_cache  # which the Trainer turns off
-    watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
-    if plan.trainer is not None:
-        trainer = plan.trainer(plan, run_dir, [watch])
-    else:
-        trainer = make_trainer(plan.checkpoint, plan.recipe, plan.rows, run_dir, [watch])
-    watch.trainer = trainer
-    if trainer.is_world_process_zero():
-        shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # of a killed run
-    done = checkpoints(run_dir)
-    trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
-    plan.checkpoint.model.config.use_cache = use_cache
-    plan.checkpoint.model.eval()
-    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **trainer.facts()}
-    if plan.eval_rows:
-        record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
-    return record, whole_weights(trainer)
+def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
+    """The trainer of a plan, on its stream of rows."""
+    checkpoint, recipe = plan.checkpoint, plan.recipe
+    disable_dropout(checkpoint.model)
+    trainer = AdaptTrainer(
+        checkpoint,
+        recipe,
+        training_arguments(recipe, run_dir),
+        train_dataset=plan.rows,
+        data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
+    return trainer

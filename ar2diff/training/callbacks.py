@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..checkpoint import Checkpoint
-from ..config import Recipe
-from ..decoding import begin, draw_tokens, settings_of
-from ..evaluation import score
-from .sharding import holds_shards
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..distributed.sharding import holds_shards
+from ..evaluation.score import score
+from ..generation.complete import begin, draw_tokens, settings_of
 
 
 class Watch(TrainerCallback):

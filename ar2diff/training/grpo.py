@@ -18,17 +18,15 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from ..checkpoint import Checkpoint
-from ..config import Recipe
-from ..decoding import causal_spec
-from ..errors import Ar2DiffError
-from ..estimators import score
-from ..evaluation import suppressed_of
-from ..rollouts import Rollout, sample
-from ..seeds import content_key, keyed_generator
-from .denoising import disable_dropout
-from .running import Running, weights_kept
-from .sharding import join_deepspeed
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..core.errors import Ar2DiffError
+from ..core.seeds import content_key, keyed_generator
+from ..distributed.sharding import join_deepspeed
+from .base import Running, weights_kept
+from .estimators import score
+from .loss import disable_dropout
+from .rollouts import Rollout, sample
 
 SHOWN = (
     "loss", "reward", "rewards/", "completions/mean_length", "stop_rate", "tokens_per_forward",
@@ -57,8 +55,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         **kwargs: Any,
     ):
         self.recipe, self.checkpoint = recipe, checkpoint
-        self.diffusion = checkpoint.spec or causal_spec(checkpoint.model)
-        self.suppressed = suppressed_of(checkpoint)
+        self.diffusion = checkpoint.spec_or_causal
+        self.suppressed = checkpoint.suppressed
         self.suppressed[list(recipe.rl.sampler.get("suppress_tokens") or ())] = True
         self.suppressed = self.suppressed.to(args.device)
         self._rollouts: list[Rollout] = []  # that the next scores are of

@@ -10,33 +10,44 @@ from jinja2 import TemplateError
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from ..adapters import add_adapter
-from ..checkpoint import Checkpoint, load_checkpoint, read_spec
-from ..config import Recipe, with_values
-from ..conversations import chat_template, read_rows
-from ..decoding import CAUSAL
-from ..errors import Ar2DiffError, first_line
-from ..forward import context_length
-from ..options import resolve
-from ..ranks import check_rows, world_size
-from ..rewards import PASSED, make_rewards
-from .adapt import Plan, adapt, check_kind, continued
+from ..checkpoint.adapters import add_adapter
+from ..checkpoint.files import read_spec
+from ..checkpoint.io import load_checkpoint
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe, with_values
+from ..core.errors import Ar2DiffError, first_line
+from ..core.forward import context_length
+from ..core.options import resolve
+from ..core.spec import CAUSAL
+from ..data.conversations import chat_template, read_rows
+from ..distributed.ranks import check_rows, world_size
+from ..rewards.loading import PASSED, make_rewards
+from .arguments import training_arguments
 from .grpo import DiffusionGRPOTrainer
-from .trainer import training_arguments
+from .run import Plan, check_kind, continued, run
 
 RESERVED = (*PASSED, "image", "images", "environments")  # what a column may not be called
 
 
-def rl(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> dict[str, Any]:
+def rl(
+    model: str,
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
     """Tune a converted model (or, with `objective.kind: ar`, an AR one) by its rewards.
 
     Args:
-        model, recipe, output_dir, flags: as of `adapt`.
+        model, recipe, output_dir, resume, overwrite, dry_run: as of `adapt`.
 
     Raises:
-        Ar2DiffError: something the user can mend; nothing was written.
+        Ar2DiffError: something the user can fix; nothing was written.
     """
-    return adapt(model, recipe, output_dir, prepare=make_rl_plan, **flags)
+    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
+    return run(make_rl_plan, model, recipe, output_dir, **flags)
 
 
 def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
@@ -60,8 +71,8 @@ def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
     check_lengths(checkpoint, recipe, rows)
     add_adapter(checkpoint, recipe)
 
-    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Any:
-        return make_rl_trainer(plan.checkpoint, plan.recipe, rows, rewards, run_dir, callbacks)
+    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
+        return make_rl_trainer(plan, rewards, run_dir, callbacks)
 
     def preview(plan: Plan) -> dict[str, Any]:
         ids = prompt_ids(plan.checkpoint.tokenizer, rows[0]["prompt"])
@@ -71,18 +82,14 @@ def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
             "rewards": [getattr(reward, "__name__", reward) for reward in rewards],
         }
 
-    return Plan(checkpoint, recipe, None, [], trainer, preview)
+    return Plan(checkpoint, recipe, rows, trainer, preview=preview)
 
 
 def make_rl_trainer(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    rows: list[dict[str, Any]],
-    rewards: list[Any],
-    run_dir: Path,
-    callbacks: list[Any],
+    plan: Plan, rewards: list[Any], run_dir: Path, callbacks: list[Any]
 ) -> DiffusionGRPOTrainer:
-    """The trainer of a run on rows of `read_prompts`."""
+    """The trainer of a plan on rows of `read_prompts`."""
+    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
     rl = recipe.rl
     args = training_arguments(
         recipe,

@@ -20,26 +20,28 @@ from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..adapters import add_adapter
-from ..attention import Slots
-from ..checkpoint import Checkpoint, load_checkpoint, read_spec
-from ..config import Recipe, with_values
-from ..conversations import (
+from ..checkpoint.adapters import add_adapter
+from ..checkpoint.files import read_spec
+from ..checkpoint.io import load_checkpoint
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe, with_values
+from ..conversion.convert import convert, end_token
+from ..core.attention import Slots
+from ..core.errors import Ar2DiffError, first_line
+from ..data.conversations import (
     asked_otherwise,
     chat_template,
     read_conversations,
     turn_end,
     uses_tools,
 )
-from ..convert import convert, end_token
-from ..errors import Ar2DiffError, first_line
-from ..evaluation import check_length
-from ..ranks import check_rows
-from ..turns import Answers, Conversations, TurnCollator
-from .adapt import Plan, adapt, check_kind, continued, fitted, keeps_ar
-from .denoising import Denoising, Task, disable_dropout
-from .running import weights_kept
-from .trainer import training_arguments
+from ..data.turns import Answers, Conversations, TurnCollator
+from ..distributed.ranks import check_rows
+from ..evaluation.score import check_length
+from .arguments import training_arguments
+from .base import weights_kept
+from .loss import Denoising, Task, disable_dropout
+from .run import Plan, check_kind, continued, fitted, keeps_ar, run
 
 
 class DiffusionSFTTrainer(Denoising, SFTTrainer):
@@ -117,16 +119,25 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         return self.denoising_loss(model, task, num_items_in_batch)
 
 
-def sft(model: str, recipe: Recipe, output_dir: str | Path, **flags: bool) -> dict[str, Any]:
+def sft(
+    model: str,
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
     """Tune a converted model (or, with `objective.kind: ar`, an AR one) on conversations.
 
     Args:
-        model, recipe, output_dir, flags: as of `adapt`.
+        model, recipe, output_dir, resume, overwrite, dry_run: as of `adapt`.
 
     Raises:
-        Ar2DiffError: something the user can mend; nothing was written.
+        Ar2DiffError: something the user can fix; nothing was written.
     """
-    return adapt(model, recipe, output_dir, prepare=make_sft_plan, **flags)
+    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
+    return run(make_sft_plan, model, recipe, output_dir, **flags)
 
 
 def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
@@ -160,11 +171,7 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     if "messages" in rows[0]:
         tokenizer.chat_template = chat_template(tokenizer, recipe, uses_tools(rows))
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
-
-    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Any:
-        return make_sft_trainer(plan.checkpoint, plan.recipe, rows, run_dir, callbacks)
-
-    return Plan(checkpoint, recipe, None, [], trainer, preview)
+    return Plan(checkpoint, recipe, rows, make_sft_trainer, preview=preview)
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
@@ -174,18 +181,13 @@ def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
         checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
-def make_sft_trainer(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    rows: Sequence[dict[str, Any]],
-    run_dir: Path,
-    callbacks: list[Any],
-) -> Any:
-    """The trainer of a run on rows of `read_conversations`.
+def make_sft_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
+    """The trainer of a plan on rows of `read_conversations`.
 
     Raises:
         Ar2DiffError: the rows cannot be rendered, or nothing would be learned of them.
     """
+    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
     disable_dropout(checkpoint.model)
     args = training_arguments(
         recipe,
@@ -272,7 +274,7 @@ def preview(plan: Plan) -> dict[str, Any]:
     """What a dry run says of the rows: what the turns are like, and the first of them with what is
     learned between ⟦ and ⟧. It makes the trainer of the run, in a folder that is gone behind it."""
     with tempfile.TemporaryDirectory() as folder, _one_process():
-        trainer = plan.trainer(plan, Path(folder), [])
+        trainer = plan.make_trainer(plan, Path(folder), [])
     ids, learned = trainer.train_dataset.example()
     return {
         "turns": described(trainer.answers, plan.recipe),

@@ -1,0 +1,61 @@
+"""What folders of converted models carry so that they denoise where ar2diff is not installed.
+
+`custom_generate/` holds byte copies of the modules of `core`. transformers runs them for whoever
+loads the folder with `trust_remote_code=True`; ar2diff itself never does. `save_pretrained` drops
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = "custom_generate"
+CORE = Path(__file__).resolve().parents[1] / "core"  # generate.py and all that it imports
+REQUIREMENTS = "transformers>=5.2\n"  # older ones ignore is_causal, and would decode nonsense
+
+
+@dataclass(frozen=True)
+class CustomGenerate:
+    """The decoding code in a folder.
+
+    Attributes:
+        state: `ok`, byte for byte this version's; `differs`; `missing`.
+        sha256: of its files' bytes in the order of their names, as `cat custom_generate/* |
+            sha256sum` has it; None where it is missing.
+    """
+
+    state: str
+    sha256: str | None
+
+
+def custom_generate() -> dict[str, bytes]:
+    """This version's decoding code: {file name: bytes}."""
+    modules = (file for file in sorted(CORE.glob("*.py")) if file.name != "__init__.py")
+    files = {file.name: file.read_bytes() for file in modules}
+    return files | {"requirements.txt": REQUIREMENTS.encode()}
+
+
+def write_custom_generate(folder: Path) -> None:
+    """Put the decoding code beside a checkpoint's weights."""
+    (folder / FOLDER).mkdir()
+    for name, code in custom_generate().items():
+        (folder / FOLDER / name).write_bytes(code)
+
+
+def read_custom_generate(folder: Path) -> CustomGenerate:
+    """Compare the decoding code in a folder to this version's. Runs none of it."""
+    found = {
+        str(file.relative_to(folder / FOLDER)): file.read_bytes()
+        for file in (folder / FOLDER).rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    }
+    if "generate.py" not in found:
+        return CustomGenerate("missing", None)
+    return CustomGenerate("ok" if found == custom_generate() else "differs", digest(found))
+
+
+def digest(files: dict[str, bytes]) -> str:
+    """What `CustomGenerate.sha256` says of files."""
+    return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()

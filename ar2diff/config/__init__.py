@@ -1,0 +1,1 @@
+"""Recipes: strict schemas of YAML files, read without importing torch."""

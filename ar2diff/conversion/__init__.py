@@ -1,0 +1,1 @@
+"""Autoregressive models in, foreign diffusion models in, formats of other engines out."""

@@ -1,0 +1,251 @@
+"""Diffusion models that others publish with code of their own, and the stock classes that hold the
+same weights: all that `ar2diff import` knows of them, from their published configs and layouts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..core.errors import Ar2DiffError
+
+QKV = "[qkv]"  # in a name: one tensor holds the rows of query, key and value, in that order
+# Windows are in some configs but in none of the originals' masks.
+WINDOWLESS = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's checkpoints become those of a stock class.
+
+    Attributes:
+        name: what people call it.
+        architectures: values of `architectures[0]` in its config.json.
+        stock: model_type of the stock class.
+        attention, block_length, prediction: of the spec. A config that names its block wins.
+        blocks: it is trained on blocks of other lengths too, which a config does not always say.
+        mask_token_id: where neither config nor tokenizer names one.
+        max_length: longest row trained on, where that is not the context of the config.
+        keys: names of the stock config's values in theirs, where they differ.
+        values: what the stock config holds whatever theirs says.
+        needs: values that theirs must have, or leave out, for the stock class to compute the same.
+        weights: (pattern, replacement) of tensor names; the first that matches is taken.
+        tokenizer: stock class of a tokenizer that comes with code and no tokenizer.json.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    stock: str
+    attention: str
+    prediction: str
+    block_length: int | None = None
+    blocks: bool = False
+    mask_token_id: int | None = None
+    max_length: int | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    weights: tuple[tuple[str, str], ...] = ()
+    tokenizer: str | None = None
+
+    def rename(self, name: str) -> str:
+        """The stock class's name of a tensor of theirs."""
+        for pattern, replacement in self.weights:
+            renamed, count = re.subn(pattern, replacement, name)
+            if count:
+                return renamed
+        return name
+
+    def check(self, config: Mapping[str, Any], path: Any) -> None:
+        """Refuse a config that asks for what the stock class does not compute."""
+        for key, allowed in self.needs.items():
+            if key in config and config[key] not in allowed:
+                raise Ar2DiffError(
+                    f"model {path}: {key} is {config[key]!r} in its config.json, and the stock "
+                    f"{self.stock} class has no such thing",
+                    f"only {self.name} checkpoints with {key} "
+                    f"{' or '.join(repr(value) for value in allowed)} can be imported",
+                )
+
+
+_BLOCK = r"model\.transformer\.blocks\.(\d+)\."
+_LLADA = Family(
+    name="LLaDA",
+    architectures=("LLaDAModelLM",),
+    stock="llama",
+    attention="full",
+    prediction="same",
+    mask_token_id=126336,
+    keys={
+        "vocab_size": "embedding_size",
+        "hidden_size": "d_model",
+        "intermediate_size": "mlp_hidden_size",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_sequence_length",
+        "hidden_act": "activation_type",
+        "tie_word_embeddings": "weight_tying",
+    },
+    needs={
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "activation_type": ("silu",),
+        "rope": (True,),
+        "alibi": (False,),
+        "attention_layer_norm": (False,),
+        "bias_for_layer_norm": (False, None),
+        "include_bias": (False,),
+        "include_qkv_bias": (False,),
+        "multi_query_attention": (False, None),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "block_group_size": (1,),
+    },
+    weights=(
+        (r"^model\.transformer\.wte\.", "model.embed_tokens."),
+        (r"^model\.transformer\.ln_f\.", "model.norm."),
+        (r"^model\.transformer\.ff_out\.", "lm_head."),
+        (rf"^{_BLOCK}attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (rf"^{_BLOCK}ff_norm\.", r"model.layers.\1.post_attention_layernorm."),
+        (rf"^{_BLOCK}([qkv]_proj)\.", r"model.layers.\1.self_attn.\2."),
+        (rf"^{_BLOCK}attn_out\.", r"model.layers.\1.self_attn.o_proj."),
+        (rf"^{_BLOCK}ff_proj\.", r"model.layers.\1.mlp.gate_proj."),
+        (rf"^{_BLOCK}up_proj\.", r"model.layers.\1.mlp.up_proj."),
+        (rf"^{_BLOCK}ff_out\.", r"model.layers.\1.mlp.down_proj."),
+    ),
+)
+_LLADA_MOE = Family(
+    name="LLaDA-MoE",
+    architectures=("LLaDAMoEModelLM",),
+    stock="qwen3_moe",
+    attention="full",
+    prediction="same",
+    mask_token_id=156895,
+    keys={
+        "moe_intermediate_size": "expert_intermediate_size",
+        "intermediate_size": "dense_intermediate_size",
+    },
+    values={"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    needs={
+        "qk_layernorm": (True,),
+        "clip_qkv": (None,),
+        "moe_router_enable_expert_bias": (False, None),
+        "shared_expert_intermediate_size": (None,),
+        "partial_rotary_factor": (1, None),
+    },
+)
+_LLADA2 = Family(
+    name="LLaDA 2",
+    architectures=("LLaDA2MoeModelLM",),
+    stock="glm4_moe",
+    attention="block_causal",
+    block_length=32,
+    prediction="same",
+    mask_token_id=156895,
+    keys={
+        "n_routed_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+        "attention_bias": "use_qkv_bias",
+    },
+    values={"use_qk_norm": True, "norm_topk_prob": True, "num_nextn_predict_layers": 0},
+    needs={
+        "use_qk_norm": (True, None),
+        "use_bias": (False, None),
+        "score_function": ("sigmoid", None),
+        "norm_topk_prob": (True, None),
+        "norm_head": (False, None),
+    },
+    weights=(
+        (r"^model\.word_embeddings\.", "model.embed_tokens."),
+        (r"\.attention\.query_key_value\.", f".self_attn.{QKV}_proj."),
+        (r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+        (r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+        (r"\.attention\.dense\.", ".self_attn.o_proj."),
+        (r"\.mlp\.gate\.expert_bias$", ".mlp.gate.e_score_correction_bias"),
+    ),
+)
+_DREAM = Family(
+    name="Dream",
+    architectures=("DreamModel",),
+    stock="qwen2",
+    attention="full",
+    prediction="shift",
+    mask_token_id=151666,
+    max_length=2048,  # its config keeps the context of the AR base
+    values=WINDOWLESS,
+    needs={"use_mrope": (False, None)},
+    tokenizer="Qwen2Tokenizer",
+)
+_SDAR = Family(
+    name="SDAR",
+    architectures=("SDARForCausalLM",),
+    stock="qwen3",
+    attention="block_causal",
+    block_length=4,
+    blocks=True,
+    prediction="same",
+    mask_token_id=151669,
+    values=WINDOWLESS,
+    tokenizer="Qwen2Tokenizer",
+)
+_SDAR_MOE = replace(_SDAR, architectures=("SDARMoeForCausalLM",), stock="qwen3_moe")
+
+
+def _a2d(architecture: str, stock: str) -> Family:
+    """dLLM trains the same classes on whole rows (MDLM) and on blocks (BD3LM), and no config says
+    which: whole rows unless the user knows better."""
+    return Family(
+        name="dLLM A2D",
+        architectures=(architecture,),
+        stock=stock,
+        attention="full",
+        blocks=True,
+        prediction="same",
+        values=WINDOWLESS,
+    )
+
+
+FAMILIES = (
+    _DREAM,
+    _LLADA,
+    _LLADA_MOE,
+    _LLADA2,
+    _SDAR,
+    _SDAR_MOE,
+    _a2d("A2DLlamaLMHeadModel", "llama"),
+    _a2d("A2DQwen2LMHeadModel", "qwen2"),
+    _a2d("A2DQwen3LMHeadModel", "qwen3"),
+)
+
+
+def family_of(config: Mapping[str, Any], path: Any) -> Family:
+    """The family that a foreign config.json is of.
+
+    Raises:
+        Ar2DiffError: of none, or it needs what the stock class does not compute.
+    """
+    names = config.get("architectures") or []
+    for family in FAMILIES:
+        if names and names[0] in family.architectures:
+            family.check(config, path)
+            return family
+    known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+    if "diffusion" in config:
+        raise Ar2DiffError(
+            f"model {path} is a converted model already", f"use it as it is: 'ar2diff check {path}'"
+        )
+    if "auto_map" not in config:
+        raise Ar2DiffError(
+            f"model {path}: {', '.join(names) or 'its class'} is none of the diffusion models that "
+            f"can be imported ({known})",
+            f"an autoregressive model is converted with 'ar2diff adapt {path}'",
+        )
+    raise Ar2DiffError(
+        f"model {path}: {', '.join(names) or 'its class'} runs code of its own, and no stock class "
+        "is known to compute the same",
+        f"{known} can be imported",
+    )

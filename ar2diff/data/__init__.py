@@ -1,0 +1,1 @@
+"""Where rows come from and what they become: sources, columns, conversations, collators."""

@@ -1,0 +1,270 @@
+"""Data: sources -> documents -> pieces on the grid -> packed rows -> noised batches.
+
+Rows are one endless stream, a function of (sources, tokenizer, recipe) alone; the noise of a piece
+is a function of (seed, epoch, its ids). So batches, ranks, accumulation and resume change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..config.recipe import Recipe
+from ..core.attention import PADDING
+from ..core.errors import Ar2DiffError
+from ..core.seeds import content_key, keyed_generator
+from ..diffusion.noise import block_times, corrupt
+from ..diffusion.objective import cart_weights, coefficients, time_weights
+from .sources import Documents
+
+OPEN_ROWS = 16  # rows that a piece may still be packed into
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of one, as it stands in a row.
+
+    Attributes:
+        ids: token ids, filled with EOS to the grid.
+        real: how many of them are the document's own (its end token included).
+        run: how many at the end are one EOS run, fill included; 0 where the document was cut.
+        epoch: pass over its source.
+        document: content key of the whole document.
+    """
+
+    ids: list[int]
+    real: int
+    run: int
+    epoch: int
+    document: int
+
+
+def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) -> Iterator[Piece]:
+    """Cut a document to rows and fill its end, so that no length is visible.
+
+    The last block is filled to the grid with EOS, maskable and supervised, as a decoder's canvas
+    has room to the end of the block. For `full` the canvas has any length up to `max_length`.
+    A piece starts with the last token of the one before: its position 0 is never scored, and so
+    every token of the document but its first is scored once.
+    """
+    data, grid = recipe.data, recipe.convert.block_length
+    document = content_key(ids)
+    if data.overlong == "drop" and len(ids) > data.max_length:
+        return
+    for start in range(0, len(ids) - 1, data.max_length - 1):
+        part = list(ids[start : start + data.max_length])
+        real, last = len(part), start + data.max_length >= len(ids)
+        if last:
+            if grid is not None:
+                tail = -real % grid
+            else:
+                room = data.max_length - real
+                tail = int(
+                    torch.randint(room + 1, (), generator=keyed_generator(seed, epoch, document))
+                )
+            part += [eos] * tail
+        run = len(part) - real + 1 if last else 0
+        if data.cut_share:
+            generator = keyed_generator(seed, epoch, document, start)
+            if torch.rand((), generator=generator) < data.cut_share:
+                real = min(real, int(torch.randint(2, len(part) + 1, (), generator=generator)))
+                part, run = part[:real], 0
+        yield Piece(part, real, run, epoch, document)
+        if data.overlong == "truncate":
+            return
+
+
+class Rows(IterableDataset):
+    """Endless packed rows: each item is (ordinal, pieces of at most `max_length` tokens together).
+
+    Args:
+        documents: the mixed sources.
+        tokenizer: adds its own BOS; the EOS is added here.
+        eos: id that ends a document.
+        skip: content keys of documents held out.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        eos: int,
+        recipe: Recipe,
+        skip: frozenset[int] = frozenset(),
+    ):
+        self.documents, self.tokenizer, self.eos = documents, tokenizer, eos
+        self.recipe, self.skip = recipe, skip
+
+    def __iter__(self) -> Iterator[tuple[int, list[Piece]]]:
+        data = self.recipe.data
+        return enumerate(pack(self._pieces(), data.max_length, data.packing))
+
+    def _pieces(self) -> Iterator[Piece]:
+        barren = 0
+        for text, epoch in self.documents:
+            ids = tokenize(self.tokenizer, text, self.eos)
+            found = False
+            if content_key(ids) not in self.skip:
+                for piece in pieces(ids, epoch, self.eos, self.recipe, self.recipe.train.seed):
+                    found = True
+                    yield piece
+            barren = 0 if found else barren + 1
+            if barren > max(1000, 2 * self.documents.size):
+                raise Ar2DiffError(
+                    f"data: none of {barren:,} rows in turn has 2 tokens and is not held out",
+                    "check the text field and the file, or lower eval.rows",
+                )
+
+
+def pack(pieces: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
+    """Rows of pieces (things with `ids`) of at most `room` tokens together: each goes into the
+    fullest row that still has room for it. Without packing each is a row."""
+    rows: list[list[Any]] = []
+    for piece in pieces:
+        if not packing:
+            yield [piece]
+            continue
+        free = [room - sum(len(p.ids) for p in row) - len(piece.ids) for row in rows]
+        fits = [i for i, left in enumerate(free) if left >= 0]
+        row = rows[min(fits, key=free.__getitem__)] if fits else []
+        if not fits:
+            rows.append(row)
+        row.append(piece)
+        used = sum(len(p.ids) for p in row)
+        if used == room:
+            rows.remove(row)
+            yield row
+        elif len(rows) > OPEN_ROWS:
+            fullest = max(rows, key=lambda r: sum(len(p.ids) for p in r))
+            rows.remove(fullest)
+            yield fullest
+
+
+def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
+    """Ids of a document: the tokenizer's own BOS if it has one, the text, one EOS. A text without
+    a token of its own gives less than 2 ids."""
+    ids = tokenizer(text, verbose=False).input_ids
+    if len(ids) <= len(tokenizer("").input_ids):
+        return []
+    return ids if ids[-1] == eos and len(ids) > 1 else [*ids, eos]
+
+
+def block_length_at(recipe: Recipe, step: int) -> int | None:
+    """Block length that an anneal by lengths has reached at an optimiser step (None: one block)."""
+    anneal = recipe.anneal
+    if not anneal.lengths or step >= anneal.steps:
+        return recipe.convert.block_length
+    return anneal.lengths[step * len(anneal.lengths) // anneal.steps]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> a noised batch. Draws the noise here, on the CPU, so that the divisor is known before
+    the first micro-step. A second, complementary view doubles the batch."""
+
+    recipe: Recipe
+    mask_token_id: int
+    rows_per_step: int = 1  # over all ranks and accumulation steps
+
+    def __call__(self, numbered: Sequence[tuple[int, Sequence[Piece]]]) -> dict[str, Tensor]:
+        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
+        tokens, step (the optimiser step that these rows belong to, whoever runs it)."""
+        step = numbered[0][0] // self.rows_per_step
+        size_of_block = block_length_at(self.recipe, step)
+        rows = [pieces for _, pieces in numbered]
+        length = max(sum(len(p.ids) for p in row) for row in rows)
+        views = 2 if self.recipe.noise.complementary else 1
+        size = (len(rows), length)
+        batch = {
+            "x0": torch.zeros(size, dtype=torch.long),
+            "doc": torch.full(size, PADDING),
+            "pos": torch.zeros(size, dtype=torch.long),
+            "weight": torch.zeros(size),
+            "real": torch.zeros(size, dtype=torch.bool),
+            "eos": torch.zeros(size, dtype=torch.bool),
+        }
+        masked = torch.zeros(views, *size, dtype=torch.bool)
+        t = torch.zeros(views, *size, dtype=torch.double)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, piece in enumerate(row):
+                end = start + len(piece.ids)
+                place = (r, slice(start, end))
+                self._place(batch, place, number, piece)
+                masked[:, r, start:end], t[:, r, start:end] = self.noise(piece, size_of_block)
+                start = end
+        return self._finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
+
+    def _place(self, batch: dict[str, Tensor], place: Any, number: int, piece: Piece) -> None:
+        n = len(piece.ids)
+        weight = torch.ones(n)
+        if piece.run:
+            weight[-piece.run :] = 1 / piece.run
+            batch["eos"][place[0], place[1].stop - piece.run : place[1].stop] = True
+        ids = torch.tensor(piece.ids)
+        weight[~self._maskable(ids)] = 0
+        batch["x0"][place] = ids
+        batch["doc"][place] = number
+        batch["pos"][place] = torch.arange(n)
+        batch["weight"][place] = weight
+        batch["real"][place] = torch.arange(n) < piece.real
+
+    def noise(self, piece: Piece, block_length: int | None) -> tuple[Tensor, Tensor]:
+        """[views, n] masked and t of a piece: a function of (seed, epoch, the piece's ids)."""
+        noise, seed = self.recipe.noise, self.recipe.train.seed
+        n, key = len(piece.ids), content_key(piece.ids[: piece.real])
+        size = block_length or n
+        maskable, block = self._maskable(torch.tensor(piece.ids)), torch.arange(n) // size
+        times = block_times(int(block[-1]) + 1, noise.time, seed, piece.epoch, key, piece.document)
+        generator = keyed_generator(seed, piece.epoch, key)
+        masked, t = corrupt(maskable, block, times, generator, noise.complementary)
+        if not noise.complementary:
+            return masked[None], t[None]
+        return torch.stack([masked, maskable & ~masked]), self._both_times(t, maskable, block)
+
+    def _maskable(self, ids: Tensor) -> Tensor:
+        """Position 0 is never masked and never scored, nor is a text that spells the mask token."""
+        return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
+
+    @staticmethod
+    def _both_times(t: Tensor, maskable: Tensor, block: Tensor) -> Tensor:
+        count = (
+            torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block].double()
+        )
+        return torch.stack([t, count / (count + 1) - t])  # k/(n+1) and (n-k)/(n+1)
+
+    def _finish(
+        self, batch: dict[str, Tensor], masked: Tensor, t: Tensor, block_length: int | None
+    ) -> dict[str, Tensor]:
+        views, objective = len(masked), self.recipe.objective
+        batch = {name: x.repeat(views, 1) for name, x in batch.items()}
+        masked, t = masked.flatten(0, 1), t.flatten(0, 1)
+        if objective.weight == "cart":
+            block = batch["pos"] // (block_length or batch["pos"].shape[1])
+            times = cart_weights(masked, batch["real"], batch["doc"], block, objective.cart_p)
+        else:
+            times = time_weights(t, objective.weight)
+        coef, divisor = coefficients(
+            masked, batch["weight"], batch["doc"], times, objective.normaliser
+        )
+        # The AR mode stops at the first EOS.
+        ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.mask_token_id)
+        return {
+            "x0": batch["x0"],
+            "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
+            "masked": masked,
+            "t": t,
+            "coef": coef.to(torch.get_default_dtype()),
+            "doc": batch["doc"],
+            "pos": batch["pos"],
+            "ar": ar,
+            "eos": batch["eos"],
+            "divisor": divisor,
+            "ar_divisor": ar.sum(),
+            "tokens": (batch["doc"] != PADDING).sum(),
+        }

@@ -1,0 +1,331 @@
+"""Supervised fine-tuning data: conversations -> the turns to learn -> noised batches.
+
+A turn is a run of supervised tokens: a completion, or what the assistant says once. Its canvas in
+training is that of decoding: the prompt stands clean, tokens of it that share a block with the turn
+stand clean in the noisy copy, and a turn that ends is filled with its end token to the grid. So
+with blocks each turn has noisy copies of its own blocks, given the clean turns before it:
+
+    clean   [ user 1 | turn 1 | user 2 | turn 2 ]
+    noisy   [ ..r 1 | turn 1 | EOS fill ]   [ ..r 2 | turn 2 | EOS fill ]
+
+With `full` attention a turn is a row of its own, in which later turns are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..config.recipe import Recipe
+from ..core.attention import PADDING
+from ..core.seeds import content_key, keyed_generator
+from ..diffusion.noise import block_times, corrupt
+from ..diffusion.objective import coefficients, time_weights
+from .documents import pack
+
+IGNORED = -100  # the label of a token that is not supervised, as in transformers
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Supervised tokens start .. end - 1 of a conversation; `stop` is where their canvas ends, the
+    fill behind a turn that ended included."""
+
+    start: int
+    end: int
+    stop: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands in a row: token ids, the turns in them, and the pass over the data."""
+
+    ids: list[int]
+    turns: tuple[Turn, ...]
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What supervised turns are like.
+
+    Attributes:
+        turns: how many. ended: of them with an end token. lengths: tokens of each, that included.
+        cut: conversations that were cut or left out at `max_length`.
+        barren: conversations of which nothing is learned.
+    """
+
+    turns: int
+    ended: int
+    lengths: tuple[int, ...]
+    cut: int
+    barren: int
+
+
+def runs_of(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each run of supervised tokens; position 0 is never supervised."""
+    start = None
+    for place, label in enumerate([*labels, IGNORED]):
+        wanted = label != IGNORED and 0 < place < len(labels)
+        if wanted and start is None:
+            start = place
+        elif not wanted and start is not None:
+            yield start, place
+            start = None
+
+
+def without_separators(
+    ids: Sequence[int],
+    labels: Sequence[int],
+    ends: frozenset[int],
+    blank: Callable[[int], bool],
+) -> list[int]:
+    """The labels without the blank tokens that a template marks behind an end token, as Qwen's and
+    Gemma's do: whoever writes stops at the end token."""
+    labels = list(labels)
+    for start, end in runs_of(labels):
+        last = end - 1
+        while last > start and blank(ids[last]):
+            last -= 1
+        if ids[last] in ends:
+            labels[last + 1 : end] = [IGNORED] * (end - 1 - last)
+    return labels
+
+
+def parts_of(
+    ids: Sequence[int], labels: Sequence[int], epoch: int, ends: frozenset[int], recipe: Recipe
+) -> list[Part]:
+    """The rows' parts that a conversation gives: itself, or with `full` attention each turn.
+
+    A turn whose end was cut off has no fill and teaches no stopping; with blocks its last one,
+    unfinished, is left out.
+    """
+    size, grid = recipe.data.max_length, recipe.convert.block_length
+    if len(ids) > size and recipe.data.overlong == "drop":
+        return []
+    ids, labels = list(ids[:size]), labels[:size]
+    turns = []
+    for start, end in runs_of(labels):
+        ended = ids[end - 1] in ends
+        if grid is not None:
+            stop = -(-end // grid) * grid if ended else end // grid * grid
+            if stop > start:
+                turns.append(Turn(start, min(end, stop), stop, ended))
+            continue
+        room = size - end if ended else 0
+        generator = keyed_generator(recipe.train.seed, epoch, content_key(ids[:end]))
+        tail = int(torch.randint(room + 1, (), generator=generator))
+        turns.append(Turn(start, end, end + tail, ended))
+    if grid is not None:
+        return [Part(ids, tuple(turns), epoch)] if turns else []
+    return [
+        Part([*ids[: turn.end], *[ids[turn.end - 1]] * (turn.stop - turn.end)], (turn,), epoch)
+        for turn in turns
+    ]
+
+
+class Conversations(IterableDataset):
+    """Endless packed rows of prepared conversations, each item (ordinal, its parts): a function of
+    (rows, recipe) alone, whatever batches, ranks and resumes make of it.
+
+    Args:
+        rows: each with `input_ids` and `labels`.
+        ends: ids that end a turn.
+        blank: whether an id is white space alone, which separates turns.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        ends: Iterable[int],
+        recipe: Recipe,
+        blank: Callable[[int], bool] = lambda _: False,
+    ):
+        self.rows, self.ends, self.recipe = rows, frozenset(ends), recipe
+        self.blank = blank
+
+    def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
+        data = self.recipe.data
+        return enumerate(pack(self._parts(), data.max_length, data.packing))
+
+    def _parts(self) -> Iterator[Part]:
+        epoch = 0
+        while True:
+            generator = keyed_generator(self.recipe.train.seed, epoch)
+            for number in torch.randperm(len(self.rows), generator=generator).tolist():
+                yield from parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
+            epoch += 1
+
+    def _supervised(self, number: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation."""
+        row = self.rows[number]
+        ids = row["input_ids"]
+        return ids, without_separators(ids, row["labels"], self.ends, self.blank)
+
+    def answers(self) -> Answers:
+        """Lengths and ends of all turns, what does not fit, and what teaches nothing."""
+        lengths, ended, cut, barren = [], 0, 0, 0
+        for number in range(len(self.rows)):
+            ids, labels = self._supervised(number)
+            cut += len(ids) > self.recipe.data.max_length
+            barren += not parts_of(ids, labels, 0, self.ends, self.recipe)
+            for start, end in runs_of(labels):
+                lengths.append(end - start)
+                ended += ids[end - 1] in self.ends
+        return Answers(len(lengths), ended, tuple(lengths), cut, barren)
+
+    def example(self) -> tuple[list[int], list[bool]] | None:
+        """Ids of the first conversation that teaches something, as far as it fits, and which of
+        them are learned; None where none does."""
+        for number in range(len(self.rows)):
+            ids, labels = self._supervised(number)
+            parts = parts_of(ids, labels, 0, self.ends, self.recipe)
+            if parts:
+                ids = list(ids[: self.recipe.data.max_length])
+                learned = [False] * len(ids)
+                for turn in (turn for part in parts for turn in part.turns):
+                    learned[turn.start : turn.end] = [True] * (turn.end - turn.start)
+                return ids, learned
+        return None
+
+
+@dataclass(frozen=True)
+class TurnCollator:
+    """Rows -> a noised batch of slots. Draws the noise here, on the CPU, so that the divisor is
+    known before the first micro-step."""
+
+    recipe: Recipe
+    mask_token_id: int
+
+    def __call__(self, numbered: Sequence[tuple[int, Sequence[Part]]]) -> dict[str, Tensor]:
+        """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
+        (slot at which a masked token is predicted), coef, t, eos, ar; scalars: divisor, ar_divisor,
+        tokens."""
+        views = 2 if self.recipe.noise.complementary else 1
+        rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
+        size = max(len(row["pos"]) for row in rows)
+        fill = {"doc": PADDING, "seq": PADDING}
+        batch = {
+            name: torch.stack([_padded(row[name], size, fill.get(name, 0)) for row in rows])
+            for name in rows[0]
+        }
+        masked, objective = batch["masked"], self.recipe.objective
+        coef, divisor = coefficients(
+            masked,
+            batch.pop("weight"),
+            batch.pop("seq"),
+            time_weights(batch["t"], objective.weight),
+            objective.normaliser,
+        )
+        return {
+            **batch,
+            "input_ids": torch.where(masked, self.mask_token_id, batch["target"]),
+            "coef": coef.to(torch.get_default_dtype()),
+            "divisor": divisor,
+            "ar_divisor": batch["ar"].sum(),
+            "tokens": ((batch["doc"] != PADDING) & ~batch["noisy"]).sum()
+            if self.recipe.convert.block_length
+            else (batch["doc"] != PADDING).sum(),
+        }
+
+    def _row(self, parts: Sequence[Part], view: int) -> dict[str, Tensor]:
+        """Slots of a row: the noisy copies of all turns, then the clean copies."""
+        grid = self.recipe.convert.block_length
+        pieces: list[dict[str, Tensor]] = []
+        base = 0  # slots so far
+        control = self.recipe.objective.kind == "ar"
+        denoised = [() if control else part.turns for part in parts]
+        # Slot of the part's clean copy.
+        clean = sum(turn.stop - self._first(turn) for turns in denoised for turn in turns)
+        blocks = 0
+        for doc, (part, turns) in enumerate(zip(parts, denoised, strict=True)):
+            for turn in turns:
+                piece = self._noisy(part, turn, view)
+                count = len(piece["pos"])
+                piece["doc"] = torch.full((count,), doc)
+                piece["seq"] = torch.full((count,), len(pieces))
+                piece["reads"] = self._reads(piece["pos"], base, clean)
+                piece["block"] = piece["start"] // (grid or count) + blocks
+                blocks = int(piece["block"].max()) + 1
+                pieces.append(piece)
+                base += count
+            clean += len(part.ids) if grid else 0
+        for doc, part in enumerate(parts) if grid else ():
+            pieces.append(self._clean(part, doc))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _first(self, turn: Turn) -> int:
+        """First position of a turn's noisy copy: that of its first block, or of the row."""
+        grid = self.recipe.convert.block_length
+        return turn.start // grid * grid if grid else 0
+
+    def _noisy(self, part: Part, turn: Turn, view: int) -> dict[str, Tensor]:
+        first, grid = self._first(turn), self.recipe.convert.block_length
+        pos = torch.arange(first, turn.stop)
+        fill = turn.stop - turn.end
+        ids = [*part.ids[first : turn.end], *[part.ids[turn.end - 1]] * fill]
+        target = torch.tensor(ids)
+        maskable = (pos >= turn.start) & (target != self.mask_token_id)
+        eos = (pos >= turn.end - 1) & turn.ended
+        # A run of end tokens counts as one.
+        weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)
+        masked, t = self._noise(part, turn, maskable, pos, view)
+        return {
+            "target": target, "pos": pos, "noisy": torch.ones_like(maskable), "masked": masked,
+            "t": t, "weight": weight, "eos": eos, "ar": torch.zeros_like(maskable),
+            "start": pos // grid * grid if grid else torch.zeros_like(pos),
+        }  # fmt: skip
+
+    def _noise(
+        self, part: Part, turn: Turn, maskable: Tensor, pos: Tensor, view: int
+    ) -> tuple[Tensor, Tensor]:
+        """Masked tokens and their t: a function of (seed, epoch, the ids up to the turn's end)."""
+        noise, seed = self.recipe.noise, self.recipe.train.seed
+        key = content_key(part.ids[: turn.end])
+        size = self.recipe.convert.block_length or len(pos)
+        block = (pos - pos[0]) // size
+        times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, key)
+        generator = keyed_generator(seed, part.epoch, key)
+        masked, t = corrupt(maskable, block, times, generator, noise.complementary)
+        if view:
+            count = torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())
+            count = count[block].double()
+            masked, t = maskable & ~masked, count / (count + 1) - t
+        return masked, t
+
+    def _reads(self, pos: Tensor, base: int, clean: int) -> Tensor:
+        """Slot at which each noisy token is predicted: `same` its own, `shift` the one before it; a
+        block's first token at the clean copy's last position before the block."""
+        own = base + torch.arange(len(pos))
+        grid = self.recipe.convert.block_length
+        if self.recipe.convert.prediction == "same":
+            return own
+        if not grid:
+            return (own - 1).clamp(min=0)
+        return torch.where((pos % grid == 0) & (pos > 0), clean + pos - 1, (own - 1).clamp(min=0))
+
+    def _clean(self, part: Part, doc: int) -> dict[str, Tensor]:
+        """The clean copy; supervised tokens of it have an AR loss."""
+        ids, pos = torch.tensor(part.ids), torch.arange(len(part.ids))
+        none = torch.zeros(len(ids), dtype=torch.bool)
+        ar = none.clone()
+        for turn in part.turns:
+            ar[turn.start : turn.end] = True
+        zeros = torch.zeros(len(ids))
+        return {
+            "target": ids, "pos": pos, "noisy": none, "masked": none, "t": zeros.double(),
+            "weight": zeros, "eos": none, "ar": ar & (ids != self.mask_token_id),
+            "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
+            "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
+            "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),
+        }  # fmt: skip
+
+
+def _padded(values: Tensor, size: int, fill: int) -> Tensor:
+    return torch.cat([values, values.new_full((size - len(values),), fill)])

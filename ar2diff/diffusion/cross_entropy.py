@@ -1,0 +1,191 @@
+"""Cross-entropy, of logits or through the output embeddings without them.
+
+The vocabulary is most of a small model's memory, and moving it most of its time. So logits are
+worked on a few rows at a time, which stay in the caches; and in training, where the loss is a sum
+of weighted cross-entropies, the gradient of each few rows is worked out together with them, so that
+no tensor of the logits' size is ever there ("fused linear cross-entropy", Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..core.forward import quiet_routers
+
+PART = 1 << 23  # logits that are worked on at a time
+
+
+def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = None) -> Tensor:
+    """-log p(target), [N], in float32 or better.
+
+    Nothing of the logits' size is kept for the backward pass but the logits, and nothing is made
+    in it but their gradient.
+
+    Args:
+        logits: [N, V]. target: [N] int.
+        suppressed: [V] bool, ids that no position can hold (the mask, rows without a token): their
+            logit is -inf, as in the sampler.
+    """
+    return _OfLogits.apply(logits, target, suppressed, len(logits))[0]
+
+
+class WeightedLoss:
+    """sum_i coef_i * -log p(target_i), of logits or in the head's place (`output_at`).
+
+    Args:
+        target: [N] int. coef: [N] float. suppressed: as for `cross_entropy`.
+        first: how many positions, from the first, `suppressed` is for.
+
+    Attributes:
+        loss: scalar. ce: [N] -log p(target), without gradient. right: [N] bool, whether the target
+            is the likeliest.
+    """
+
+    def __init__(self, target: Tensor, coef: Tensor, suppressed: Tensor, first: int):
+        self.target, self.coef, self.suppressed, self.first = target, coef, suppressed, first
+
+    def of_logits(self, logits: Tensor) -> None:
+        """Work it out of [N, V] logits."""
+        ce, self.right = _OfLogits.apply(logits, self.target, self.suppressed, self.first)
+        self.loss, self.ce = (self.coef * ce).sum(), ce.detach()
+
+    def __call__(self, head: torch.nn.Linear, hidden: Tensor) -> None:
+        """Work it out of the head's inputs [N, H]; for a model that `has_plain_head`."""
+        weight, bias, device = head.weight, head.bias, hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            weight, hidden = weight.to(dtype), hidden.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        self.loss, self.ce, self.right = _OfHidden.apply(
+            hidden, weight, bias, self.coef, self.target, self.suppressed, self.first
+        )
+
+
+def has_plain_head(model: Any) -> bool:
+    """Whether a model's logits are what one whole linear layer makes of its last states: no
+    adapter, shards, soft cap or scale. A forward of one token tells."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter:
+        return False
+    if hasattr(head.weight, "ds_id"):  # ZeRO-3 keeps a part of it
+        return False
+    rows = head.weight.shape[0]
+    ramp = torch.linspace(-50, 50, rows, device=head.weight.device).view(1, 1, rows)
+    hook = head.register_forward_hook(lambda _module, _args, output: ramp.to(output.dtype))
+    try:
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+            logits = model(input_ids=token, use_cache=False, **quiet_routers(model)).logits
+    finally:
+        hook.remove()
+    return torch.equal(logits.float(), ramp.to(logits.dtype).float())
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, suppressed: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        ce, total = logits.new_empty(2, len(logits), dtype=dtype)
+        right = torch.empty_like(target, dtype=torch.bool)
+        for rows, ids in _parts(logits.shape, suppressed, first):
+            part = logits[rows].to(dtype, copy=True)
+            ce[rows], total[rows], right[rows] = _exponentiate_(part, target[rows], ids)[:3]
+        ctx.save_for_backward(logits, target, suppressed, total)
+        ctx.first = first
+        ctx.mark_non_differentiable(right)
+        return ce, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+        logits, target, suppressed, total = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows, ids in _parts(logits.shape, suppressed, ctx.first):
+            factor = given[rows, None]
+            part = (logits[rows] - total[rows, None]).exp_().mul_(factor)  # p(id)
+            if ids is not None:
+                part.masked_fill_(ids, 0)
+            gradient[rows] = part.scatter_add_(1, target[rows, None], -factor)
+        return gradient, None, None, None
+
+
+class _OfHidden(torch.autograd.Function):
+    """The gradients are made in the forward pass: the loss is a sum, so the backward pass only
+    scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor,
+        target: Tensor, suppressed: Tensor | None, first: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        shape = (len(hidden), len(weight))
+        ce, right = hidden.new_empty(len(hidden), dtype=dtype), torch.empty_like(target).bool()
+        coef = coef.to(dtype)
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(x, dtype=dtype) if needed else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        )
+        logits = hidden.new_empty(min(len(hidden), _rows_of(shape)), len(weight))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, ids in _parts(shape, suppressed, first):
+                x = hidden[rows]
+                part = torch.mm(x, weight.T, out=logits[: len(x)])
+                part = (part if bias is None else part.add_(bias)).to(dtype)
+                ce[rows], _, right[rows], total = _exponentiate_(part, target[rows], ids)
+                factor = coef[rows, None]
+                part.mul_(factor / total).scatter_add_(1, target[rows, None], -factor)
+                if of_bias is not None:
+                    of_bias += part.sum(0)
+                part = part.to(hidden.dtype)
+                if of_hidden is not None:
+                    of_hidden[rows] = part @ weight
+                if of_weight is not None and dtype == hidden.dtype:
+                    of_weight.addmm_(part.T, x)
+                elif of_weight is not None:
+                    of_weight += part.T @ x
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(ce, right)
+        return (coef * ce).sum(), ce, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor, *_: Any) -> tuple[Any, ...]:
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made), *[None] * 4
+
+
+def _exponentiate_(
+    part: Tensor, target: Tensor, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-log p(target), logarithm of the whole, whether the target is likeliest, all [n], and the
+    [n, 1] sums of the part, which becomes its own exponentials (of the difference to the largest).
+    """
+    if ids is not None:
+        part.masked_fill_(ids, float("-inf"))
+    own, largest = part.gather(1, target[:, None]), part.amax(1, keepdim=True)
+    total = part.sub_(largest).exp_().sum(1, keepdim=True)
+    whole = largest + total.log()
+    return (whole - own)[:, 0], whole[:, 0], (own == largest)[:, 0], total
+
+
+def _rows_of(shape: tuple[int, ...]) -> int:
+    return max(1, PART // shape[1])
+
+
+def _parts(
+    shape: tuple[int, ...], suppressed: Tensor | None, first: int
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slices of few rows, and which ids are suppressed in them."""
+    size = _rows_of(shape)
+    for begin, end, ids in ((0, first, suppressed), (first, shape[0], None)):
+        for start in range(begin, end, size):
+            yield slice(start, min(start + size, end)), ids

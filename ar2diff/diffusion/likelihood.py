@@ -1,0 +1,175 @@
+"""Likelihood: the exact-k bound on -log p(x0) with its Monte Carlo error, and the AR mode's NLL.
+
+For a block of n tokens
+
+    -log p(x) <= E_{k ~ U{1..n}} E_{|S|=k} (n/k) sum_{i in S} -log p(x_i | x_notS),
+
+the mean over all orders of the chain rule (LLaDA, Nie et al. 2025, eq. 6); a row's bound is the sum
+over its blocks, each given the clean blocks before it. k is stratified over a block's draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.attention import PADDING, Slots, lay_out, model_mask, reading_slot
+from ..core.forward import logits_at
+from ..core.seeds import content_key, keyed_generator
+from ..core.spec import Spec
+from .cross_entropy import cross_entropy
+from .noise import corrupt, draw_times
+from .objective import time_weights
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Nats of rows: `nats` [R]; `variance` [R] of the Monte Carlo draws; `tokens` [R] scored."""
+
+    nats: Tensor
+    variance: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return (self.nats.sum() / self.tokens.sum()).item()
+
+    @property
+    def error(self) -> float:
+        """Monte Carlo standard error of `mean` (of the draws, not of the choice of rows)."""
+        return (self.variance.sum().sqrt() / self.tokens.sum()).item()
+
+
+@torch.no_grad()
+def bound(
+    model: Any,
+    spec: Spec,
+    rows: Sequence[Sequence[int]],
+    suppressed: Tensor,
+    samples: int = 8,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Estimate:
+    """Upper bound on -log p of each row, position 0 given.
+
+    Args:
+        model: in eval mode.
+        rows: token ids, each row one document from its first token.
+        suppressed: [V] bool of `objective.suppressed_ids`.
+        samples: noise draws a row; a function of (seed, the row's ids).
+        batch_size: rows of a forward; each row takes `samples` of them.
+    """
+    nats, variance, tokens = [], [], []
+    per_forward = max(1, batch_size // samples)
+    for start in range(0, len(rows), per_forward):
+        part = rows[start : start + per_forward]
+        values = _draws(model, spec, part, suppressed, samples, seed)  # [R, samples, K]
+        nats.append(values.mean(1).sum(-1))
+        variance.append(_stratified_variance(values).sum(-1))
+        tokens.append(torch.tensor([float(scored(row, suppressed).sum()) for row in part]))
+    return Estimate(torch.cat(nats), torch.cat(variance), torch.cat(tokens))
+
+
+def scored(row: Sequence[int], suppressed: Tensor) -> Tensor:
+    """[L] bool, tokens that are judged: not position 0, not a text that spells the mask token."""
+    return (torch.arange(len(row)) > 0) & ~suppressed[torch.tensor(row)]
+
+
+def _draws(
+    model: Any,
+    spec: Spec,
+    rows: Sequence[Sequence[int]],
+    suppressed: Tensor,
+    samples: int,
+    seed: int,
+) -> Tensor:
+    """[R, samples, K] double: (n/k) sum of -log p over the masked tokens, for each draw and block;
+    along `samples` sorted by k."""
+    length = max(map(len, rows))
+    size = spec.block_length or length
+    shape = (len(rows), samples, length)
+    x0, doc = torch.zeros(shape, dtype=torch.long), torch.full(shape, PADDING)
+    masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
+    for r, row in enumerate(rows):
+        ids, n = torch.tensor(row), len(row)
+        generator = keyed_generator(seed, content_key(row))  # the row alone decides its draws
+        block = torch.arange(n) // size
+        maskable = scored(row, suppressed)
+        times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
+        x0[r, :, :n], doc[r, :, :n] = ids, 0
+        for s, draw in enumerate(times):
+            masked[r, s, :n], t[r, s, :n] = corrupt(maskable, block, draw, generator)
+    x0, doc, masked, t = (x.flatten(0, 1) for x in (x0, doc, masked, t))
+    pos = torch.arange(length).expand_as(x0)
+    ce = masked_nll(model, spec, x0, masked, doc, pos, suppressed)
+    values = torch.zeros(*x0.shape, dtype=torch.double)
+    values[masked] = ce.double() * time_weights(t, "1/t")[masked]
+    blocks = torch.zeros(len(x0), (length - 1) // size + 1, dtype=torch.double)
+    blocks.index_add_(1, torch.arange(length) // size, values)
+    return blocks.view(len(rows), samples, -1)
+
+
+def masked_nll(
+    model: Any, spec: Spec, x0: Tensor, masked: Tensor, doc: Tensor, pos: Tensor, suppressed: Tensor
+) -> Tensor:
+    """-log p(x0_i | xt) of every masked token, [N] in row-major order, on the CPU.
+
+    Args:
+        x0, doc, pos: [B, L]; masked: [B, L] bool (never position 0).
+    """
+    device = model.device
+    x0, masked, doc, pos = (x.to(device) for x in (x0, masked, doc, pos))
+    xt = torch.where(masked, spec.mask_token_id, x0)
+    input_ids, slots = lay_out(xt, x0, doc, pos, spec.attention)
+    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
+    slot = reading_slot(pos, spec.attention, spec.block_length, spec.prediction)
+    index = (slot + torch.arange(len(x0), device=device)[:, None] * input_ids.shape[1])[masked]
+    logits = logits_at(
+        model, index, input_ids=input_ids, attention_mask=mask, position_ids=slots.pos
+    )
+    return cross_entropy(logits, x0[masked], suppressed.to(device)).cpu()
+
+
+def _stratified_variance(values: Tensor) -> Tensor:
+    """Variance of the mean over draws sorted by stratum, [R, samples, K] -> [R, K]: neighbouring
+    strata are collapsed in pairs, which errs on the large side. NaN for a single draw."""
+    samples = values.shape[1]
+    if samples == 1:
+        return torch.full_like(values[:, 0], float("nan"))
+    pairs = samples // 2
+    difference = values[:, : 2 * pairs : 2] - values[:, 1 : 2 * pairs : 2]
+    return difference.square().sum(1) / (4 * pairs**2)
+
+
+@torch.no_grad()
+def ar_nll(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    suppressed: Tensor,
+    local_window: str | None = None,
+    batch_size: int = 32,
+) -> Estimate:
+    """-log p of each row read left to right, position 0 given: exact, of an AR model or AR mode."""
+    nats = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        length = max(map(len, part))
+        x0 = torch.tensor([[*row, *[0] * (length - len(row))] for row in part], device=model.device)
+        pos = torch.arange(length, device=model.device).expand_as(x0)
+        real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
+        slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
+        mask = model_mask(model, slots, "causal_context", 1, local_window)
+        judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
+        index = (torch.arange(x0.numel(), device=model.device).view_as(x0) - 1)[judged]
+        logits = logits_at(model, index, input_ids=x0, attention_mask=mask, position_ids=pos)
+        values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
+        values[judged] = cross_entropy(logits, x0[judged], suppressed.to(model.device)).double()
+        nats.append(values.sum(1).cpu())
+    nats = torch.cat(nats)
+    tokens = torch.tensor([float(scored(row, suppressed).sum()) for row in rows])
+    return Estimate(nats, torch.zeros_like(nats), tokens)

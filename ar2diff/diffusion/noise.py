@@ -1,0 +1,78 @@
+"""The forward process: which tokens are masked. Absorbing noise, q(xt | x0, t) of MDLM.
+
+Noise is a function of (seed, epoch, the document's own ids): it does not know of batches, ranks,
+packing or resume. Instead of a Bernoulli(t) per token we mask exactly k of a block's n tokens,
+k = ceil(t n) with t ~ U(0, 1), so k is uniform on 1..n: never an empty block, and the weight
+n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al. 2025, eq. 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.seeds import keyed_generator
+
+TIMES = ("block", "document", "sequence")
+GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
+
+
+def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, document: int) -> Tensor:
+    """[blocks] times in (0, 1) for the blocks of one sequence.
+
+    `block`: each its own, stratified over the sequence's blocks. `sequence`, `document`: one for
+    all, over the epochs a low-discrepancy sequence keyed by the sequence or by the document it was
+    cut from.
+    """
+    if time == "block":
+        generator = keyed_generator(seed, epoch, key, 1)
+        return _stratified(blocks, generator)
+    start = torch.rand((), generator=keyed_generator(seed, key if time == "sequence" else document))
+    return ((start.double() + epoch * GOLDEN) % 1.0).float().expand(blocks)
+
+
+def draw_times(draws: int, blocks: int, generator: torch.Generator) -> Tensor:
+    """[draws, blocks] times for a likelihood estimate, stratified over each block's draws."""
+    return torch.stack([_stratified(draws, generator) for _ in range(blocks)], 1)
+
+
+def _stratified(n: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(n, generator=generator)
+    return (order + torch.rand(n, generator=generator)) / n
+
+
+def corrupt(
+    maskable: Tensor,
+    block: Tensor,
+    times: Tensor,
+    generator: torch.Generator,
+    complementary: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Choose the masked positions of one sequence.
+
+    Args:
+        maskable: [L] bool, positions that may be masked.
+        block: [L] int, block of each position, 0..K-1.
+        times: [K] in (0, 1).
+        generator: CPU generator.
+        complementary: the caller will use the complement too. Then k = floor(t (n + 1)) is uniform
+            on 0..n, alike for the mask and its complement, and t becomes k / (n + 1): with weight
+            1/t both views are unbiased, and together they supervise each token exactly once.
+
+    Returns:
+        masked: [L] bool. t: [L] double, k / n of the position's block (the t of the weights).
+    """
+    count = torch.zeros(len(times), dtype=torch.long).index_add_(0, block, maskable.long())
+    if complementary:
+        k = (times * (count + 1)).floor().long().clamp(max=count)
+        t = k.double() / (count + 1)
+    else:
+        k = torch.minimum((times * count).ceil().long().clamp(min=1), count)
+        t = k.double() / count.clamp(min=1)
+    # Rank the positions of each block in random order, unmaskable ones last.
+    priority = torch.rand(len(block), generator=generator) + (~maskable).float()
+    order = torch.argsort(block * 2.0 + priority.double())
+    start = torch.searchsorted(block[order].contiguous(), torch.arange(len(times)))
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - start[block[order]]
+    return maskable & (rank < k[block]), t[block]

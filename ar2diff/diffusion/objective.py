@@ -1,0 +1,83 @@
+"""The weights of the loss, which is a weighted cross-entropy of masked tokens, and its divisors.
+
+    loss = sum_i coef_i * -log p(x0_i | xt) / divisor,   coef_i = w(t) * weight_i
+
+With w = 1/t and t = k/n the sum over a row is an unbiased estimate of the bound on -log p(x0)
+(MDLM, Sahoo et al. 2024, eq. 10). The divisor is a sum over the *global* batch, all accumulation
+steps and ranks, so that no split of the batch changes the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.attention import PADDING
+
+
+def coefficients(
+    masked: Tensor,
+    weight: Tensor,
+    seq: Tensor,
+    time_weight: Tensor,
+    normaliser: str,
+) -> tuple[Tensor, Tensor]:
+    """Factors of each masked token's cross-entropy, and this batch's part of the divisor.
+
+    Args:
+        masked: [B, L] bool.
+        weight: [B, L] float, what a token counts: 1; its share of an EOS run; 0 if never scored.
+        seq: [B, L] int, sequence (packed document) within the row; `PADDING` for none.
+        time_weight: [B, L] float, w(t) of `time_weights` or `cart_weights`.
+        normaliser: `tokens`: all scored tokens; `masked`: the masked ones; `sequence`: every
+            sequence is divided by its own scored tokens, and the sum by the number of sequences.
+
+    Returns:
+        coef: [B, L] float, zero where nothing is masked. divisor: scalar.
+    """
+    coef = masked * weight * time_weight
+    if normaliser == "tokens":
+        return coef, weight.sum()
+    if normaliser == "masked":
+        return coef, (weight * masked).sum()
+    same = (seq[:, :, None] == seq[:, None, :]) & (seq != PADDING)[:, None, :]
+    tokens = (same * weight[:, None, :]).sum(-1)  # [B, L], scored tokens of the own sequence
+    sequences = sum(len(row[row != PADDING].unique()) for row in seq)
+    return coef / tokens.clamp(min=torch.finfo(tokens.dtype).tiny), torch.tensor(float(sequences))
+
+
+def time_weights(t: Tensor, kind: str) -> Tensor:
+    """w(t): `uniform` is 1, `1/t` makes the loss the bound (0 where nothing was masked)."""
+    if kind == "uniform":
+        return torch.ones_like(t)
+    return torch.where(t > 0, 1 / t.clamp(min=torch.finfo(t.dtype).tiny), 0)
+
+
+def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p: float) -> Tensor:
+    """Context-adaptive weights of Dream (Ye et al. 2025): a masked token n weighs
+    1/2 * sum over the visible tokens i of p (1 - p)^(|n - i| - 1), so that tokens with near
+    context count more.
+
+    Args:
+        masked, context: [B, L] bool; `context` is the real tokens (no EOS fill, no padding).
+        seq, block: [B, L] int; a token of an earlier block is visible, one of a later block is not,
+            one of the same block if it is not masked. (`full`: one block.)
+
+    Returns:
+        [B, L] float.
+    """
+    index = torch.arange(masked.shape[1])
+    distance = (index[:, None] - index[None, :]).abs().clamp(min=1)
+    geometric = p * (1 - p) ** (distance - 1).float()
+    earlier = block[:, None, :] < block[:, :, None]
+    inside = (block[:, None, :] == block[:, :, None]) & ~masked[:, None, :]
+    visible = (earlier | inside) & context[:, None, :] & (seq[:, :, None] == seq[:, None, :])
+    return 0.5 * (visible * geometric).sum(-1)
+
+
+def suppressed_ids(mask_token_id: int | None, tokens: int, rows: int) -> Tensor:
+    """[rows] bool: the mask and every id that the tokenizer (of `tokens` entries) does not know."""
+    suppressed = torch.arange(rows) >= tokens
+    if mask_token_id is not None:
+        suppressed[mask_token_id] = True
+    return suppressed

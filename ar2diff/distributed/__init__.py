@@ -1,0 +1,1 @@
+"""Several processes: launching them, what ranks agree on, sharded weights, compiled extensions."""

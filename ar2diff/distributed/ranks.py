@@ -1,0 +1,137 @@
+"""One process among several: whether it is one, how it speaks, and how it ends."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import Ar2DiffError
+
+CHOSEN = "AR2DIFF_LAUNCH"  # tells a process the strategy, or the file, that it was launched with
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a process says to the launcher what went wrong
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
+
+
+def search_path() -> str:
+    """PATH, and the folder of this Python, where pip puts the tools that libraries look for."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+
+
+def chosen() -> str | None:
+    """The strategy or the file that this process was launched with; None: it was not."""
+    return os.environ.get(CHOSEN) if ERROR_FILE in os.environ else None
+
+
+def is_launched() -> bool:
+    """Whether this process is one of those that `Launch.run` started."""
+    return chosen() is not None
+
+
+def report_error(error: BaseException, text: str) -> None:
+    """Leave it to the launcher to say what went wrong: it speaks once for all processes."""
+    data: dict[str, Any] = {"message": text, "timestamp": str(int(time.time()))}
+    if isinstance(error, Ar2DiffError):
+        data |= {"what": error.what, "fix": error.fix}
+    Path(os.environ[ERROR_FILE]).write_text(json.dumps(data))
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Around the work of a verb. A launched process dies with its launcher, keeps what libraries
+    print off stdout, which is for results, and closes its connections at the end."""
+    if not is_launched():
+        yield
+        return
+    _die_with_parent()
+    os.environ["PATH"] = search_path()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+        _disconnect()
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a command line, before anything heavy is imported. One process among several, also
+    under a launcher that is not ours, ends when its exit handlers have run, and Python is not taken
+    apart: a thread of gloo's that still has tensors of a collective to let go would ask for
+    Python's lock then, be refused, and abort a process that had done all it should (pytorch
+    #179291)."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    code = 1
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the first to be registered is the last to run
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+def _disconnect() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process with its parent: an orphan would write on beside a resumed
+    run."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def world_size() -> int:
+    """How many processes run, here and on other nodes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_rows(rows: int, processes: int | None = None) -> None:
+    """Refuse more processes than rows of data.
+
+    Args:
+        rows: 0 where they are not known.
+        processes: None: those that run.
+    """
+    processes = processes or world_size()
+    if 0 < rows < processes:
+        raise Ar2DiffError(
+            f"{processes} processes, and the data has {rows} rows",
+            f"give --num-processes {rows} or fewer, or more data",
+        )

@@ -1,0 +1,171 @@
+"""The model card: what a published model is, how it is run and what happens without its code, how
+fast it decodes, how it was made, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoint.custom_generate import FOLDER, REQUIREMENTS, custom_generate, digest
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..core.errors import Ar2DiffError
+from ..core.options import RULE
+from ..core.spec import Spec
+from ..evaluation.check import ELSEWHERE
+from ..generation.chat import Answer, Chat, Problem
+from .origin import Origin
+
+TEMPLATE = Path(__file__).with_name("card.jinja")
+TOKENS = 32  # of a sample, at most: it may be a large model on a CPU
+# The first is what a folder does when nothing is asked.
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model answers to a prompt, greedily.
+
+    Attributes:
+        settings: of the sampler, beside the folder's own. text: the answer.
+        tokens: of it. forwards: that it took.
+    """
+
+    settings: dict[str, Any]
+    text: str
+    tokens: int
+    forwards: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens per forward."""
+        return self.tokens / max(self.forwards, 1)
+
+
+def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sample]:
+    """Answers to one prompt at the settings that a card shows.
+
+    Args:
+        prompt: what a user says, where there is a chat template; else a text to go on with.
+        every: False takes the first settings alone.
+
+    Raises:
+        Ar2DiffError: the prompt does not fit.
+    """
+    samples = []
+    for settings in SETTINGS if every else SETTINGS[:1]:
+        if settings.get("mode") == "speculative" and not checkpoint.spec.ar_mode:
+            continue
+        try:
+            chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
+        except Ar2DiffError:
+            if settings:  # they do not go with the folder's own
+                continue
+            raise
+        for event in chat.events(prompt):
+            if isinstance(event, Problem):
+                raise Ar2DiffError(f"prompt {prompt!r}: {event.what}", "give another --prompt")
+            if isinstance(event, Answer):
+                samples.append(Sample(settings, event.text, event.new_tokens, event.forwards))
+    if not samples:
+        raise Ar2DiffError("the prompt is empty", "give another --prompt")
+    return samples
+
+
+def make_card(
+    name: str,
+    checkpoint: Checkpoint,
+    record: dict[str, Any],
+    origin: Origin,
+    prompt: str,
+    samples: list[Sample],
+) -> str:
+    """The card as markdown, its front matter first.
+
+    Args:
+        name: of the repository.
+        record: as it is published, with no path of this machine.
+        samples: of `measure`.
+    """
+    spec, model = checkpoint.spec, checkpoint.model
+    adapter = checkpoint.base is not None
+    model_type = model.config.model_type
+    tags = ["ar2diff", "diffusion-lm", *([] if adapter else [FOLDER])]
+    tags += ["masked-diffusion" if spec.attention == "full" else "block-diffusion", model_type]
+    relation = "adapter" if adapter else "finetune"
+    data = ModelCardData(
+        base_model=origin.name,
+        base_model_relation=relation if origin.name else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags + (["lora"] if adapter else []),
+        **origin.licence,
+    )
+    run = record if "recipe" in record else record.get("run") or {}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        title=name.split("/")[-1],
+        adapter=adapter,
+        architecture=_class_name(model),
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        templated=bool(checkpoint.tokenizer.chat_template),
+        requirement=REQUIREMENTS.strip(),
+        tokens=TOKENS,
+        samples=[{"label": _label(s.settings), "sample": s} for s in samples],
+        own_rule=_own_rule(model.generation_config),
+        spec=spec,
+        mask_token=checkpoint.tokenizer.mask_token,
+        origin=origin,
+        base_name=origin.name or record.get("base_model") or "unknown",
+        elsewhere=ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
+        code_sha256=digest(custom_generate()),
+        run=run,
+        changed=yaml.safe_dump(changes(run.get("recipe") or {}), sort_keys=False).strip(),
+        record=record,
+        learned=bool(run.get("steps")),
+        base_differs=_differences(spec, checkpoint) if adapter else [],
+    )
+    return str(card)
+
+
+def changes(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recorded recipe is not as it is by default: the sections, cut down."""
+    defaults = Recipe().model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name, values in recipe.items():
+        known = defaults.get(name)
+        if isinstance(values, dict) and isinstance(known, dict):
+            values = {key: value for key, value in values.items() if value != known.get(key)}
+            if values:
+                found[name] = values
+        elif values != known:
+            found[name] = values
+    return found
+
+
+def _label(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+
+
+def _own_rule(generation: Any) -> str:
+    """What `generation_config.json` says of which tokens a forward decides."""
+    own = {name: getattr(generation, name, None) for name in RULE}
+    return f"`{_label({name: value for name, value in own.items() if value is not None})}`"
+
+
+def _class_name(model: Any) -> str:
+    return (model.config.architectures or [type(model).__name__])[0]
+
+
+def _differences(spec: Spec, checkpoint: Checkpoint) -> list[str]:
+    """What an adapter changed of its base's spec, which no one but ar2diff reads."""
+    base = checkpoint.base.spec.to_dict()
+    return [f"{key} {base[key]} -> {value}" for key, value in spec.to_dict().items()
+            if base[key] != value]  # fmt: skip

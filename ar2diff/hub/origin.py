@@ -1,0 +1,145 @@
+"""Where a model comes from, for those who have not the machine it was made on: the base that they
+can find, the licence that it brings along, the record of the run without this machine's paths."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+
+from ..checkpoint.files import ADAPTER_CONFIG, RUN_FILE, is_adapter, read_json
+from ..core.errors import Ar2DiffError
+from .client import asking, reason
+
+CARD = "README.md"
+LICENCE = ("license", "license_name", "license_link")  # keys of a card's front matter
+HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how a path begins that is one on sight
+FILES = ("base_model", "adapter", "path", "data")  # keys whose value is a file, or on the Hub
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The nearest model upstream that others can find.
+
+    Attributes:
+        name: its Hub id; None where nothing upstream is published.
+        commit: of it, where known.
+        licence: its `license`, and `license_name` and `license_link` where it has them.
+        unknown: why there is no licence.
+    """
+
+    name: str | None
+    commit: str | None = None
+    licence: dict[str, Any] = field(default_factory=dict)
+    unknown: str = ""
+
+
+def origin_of(folder: Path, base: str | None = None) -> Origin:
+    """Follow a folder's record from base to base until one is on the Hub.
+
+    Args:
+        folder: of a converted model, or of an adapter.
+        base: the Hub id under which its base was published.
+
+    Raises:
+        Ar2DiffError: an adapter whose base is a folder of this machine, or not on the Hub.
+    """
+    if is_adapter(folder):
+        config = read_json(folder / ADAPTER_CONFIG, "")
+        reference = str(config.get("base_model_name_or_path") or "")
+        if base is None and Path(reference).is_dir():
+            raise Ar2DiffError(
+                f"adapter {folder}: its base is a folder of this machine, {reference}",
+                f"publish it ('ar2diff push {reference} REPO'), then give its name with --base",
+            )
+        name, commit = (base, None) if base else (reference, config.get("revision"))
+        with asking(name):
+            info = HfApi().model_info(name, revision=commit)
+        return _origin(name, info.sha, info)
+    if base is not None:
+        return _published(base, None)
+    record = read_json(folder / RUN_FILE, "give a folder that ar2diff wrote")
+    return origin_of_base(str(record.get("base_model") or ""), record.get("base_commit", ""))
+
+
+def origin_of_base(reference: str, commit: str | None = "") -> Origin:
+    """The same of a base itself, itself included.
+
+    Args:
+        commit: what the record has: None where it was a folder, empty where it does not say.
+    """
+    licence: dict[str, Any] = {}
+    seen: set[str] = set()
+    while True:
+        folder = Path(reference).expanduser()
+        if commit or not (commit is None or folder.is_dir() or HERE.match(reference)):
+            name, _, revision = reference.partition("@")
+            found = _published(name, commit or revision or None)
+            break
+        licence = licence or _front_matter(folder / CARD)
+        record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
+        seen.add(reference)
+        if record.get("base_model", reference) in seen:
+            found = Origin(None, unknown=f"{reference} is a folder here, whose card does not say")
+            break
+        reference, commit = str(record["base_model"]), record.get("base_commit", "")
+    return Origin(found.name, found.commit, licence or found.licence, found.unknown)
+
+
+def without_paths(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """A record as it is published: files and folders by their names alone, the base by its own."""
+    clean = _clean(record)
+    if origin.name is not None:
+        clean |= {"base_model": origin.name, "base_commit": origin.commit}
+    return clean
+
+
+def _clean(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _clean(item, name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    return PurePath(value).name if HERE.match(value) or _is_file(value, key) else value
+
+
+def _is_file(value: str, key: str) -> bool:
+    """Whether a value names something here, and not on the Hub."""
+    from ..data.sources import SUFFIXES, find_file
+
+    try:
+        if key not in FILES:
+            return "/" in value and Path(value.partition(":")[0]).exists()  # a file:function, too
+        return value.endswith(SUFFIXES) or Path(value).exists() or find_file(value) is not None
+    except OSError:  # too long for a path
+        return False
+    except Ar2DiffError:
+        return True
+
+
+def _published(name: str, commit: str | None) -> Origin:
+    try:
+        info = HfApi().model_info(name, revision=commit)
+    except Exception as error:  # no such repository, no connection, offline: a licence may be given
+        return Origin(name, commit, unknown=f"{name} cannot be asked: {reason(error)}")
+    return _origin(name, commit, info)
+
+
+def _origin(name: str, commit: str | None, info: Any) -> Origin:
+    licence = _licence(info.card_data.to_dict() if info.card_data else {})
+    return Origin(name, commit, licence, f"the card of {name} does not say")
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    try:
+        return _licence(ModelCard.load(file).data.to_dict()) if file.is_file() else {}
+    except (ValueError, OSError):  # no YAML, or of a kind that it does not read
+        return {}
+
+
+def _licence(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in LICENCE if values.get(name)}

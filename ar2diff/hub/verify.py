@@ -1,0 +1,71 @@
+"""Two loads of one model compared: logits of fixed rows, and what it writes to a prompt."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.adapters import load_adapter
+from ..checkpoint.compare import MERGED, far, fixed_logits
+from ..checkpoint.custom_generate import read_custom_generate
+from ..checkpoint.files import ADAPTER_CONFIG, is_adapter, read_json
+from ..checkpoint.model import Checkpoint
+from ..core.errors import Ar2DiffError
+from ..generation.complete import load
+from .card import Sample, measure
+from .client import download
+from .origin import Origin
+
+
+def load_local(folder: Path, origin: Origin) -> Checkpoint:
+    """The model that is published; an adapter on the base it was trained on, while that is here."""
+    if not is_adapter(folder):
+        return load(str(folder))
+    named = str(read_json(folder / ADAPTER_CONFIG, "").get("base_model_name_or_path"))
+    published = f"{origin.name}@{origin.commit}" if origin.commit else origin.name
+    return load_adapter(folder, device="auto", base=named if Path(named).is_dir() else published)
+
+
+def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
+    """Refuse an adapter that is another model on its published base than on its own.
+
+    Args:
+        logits: of `fixed_logits`, on its own.
+    """
+    hub = load_adapter(folder, device="auto", base=f"{origin.name}@{origin.commit}")
+    _compare(logits, fixed_logits(hub), f"adapter {folder}: on {origin.name} it")
+
+
+def verify(name: str, commit: str, logits: Any, golden: Sample, prompt: str) -> float:
+    """Download a commit to a fresh folder and compare it with what went up.
+
+    Args:
+        logits: of `fixed_logits`, of the local model. golden: what that wrote.
+
+    Returns:
+        The largest difference of logits, over the largest logit.
+
+    Raises:
+        Ar2DiffError: it is another model.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = download(name, commit, Path(place) / "model")
+        checkpoint = load(str(folder))
+        difference = _compare(logits, fixed_logits(checkpoint), f"{name}: what came down")
+        again = measure(checkpoint, prompt, every=False)[0]
+        code = read_custom_generate(folder).state if checkpoint.base is None else "ok"
+        if again != golden or code != "ok":
+            what = "decoding code" if code != "ok" else f"answer to {prompt!r}"
+            raise Ar2DiffError(f"{name}: what came down has another {what}", "push again")
+    return difference
+
+
+def _compare(before: Any, after: Any, what: str) -> float:
+    difference = far(before, after) if before.shape == after.shape else float("inf")
+    if not difference <= MERGED:
+        raise Ar2DiffError(
+            f"{what} has other logits than the local model, by {difference:.1e} of the largest",
+            "push again; if it stays so, compare the files",
+        )
+    return difference

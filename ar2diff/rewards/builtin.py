@@ -1,0 +1,259 @@
+"""Rewards that come with ar2diff: each judges one completion, and is pure.
+
+A grader's first parameter is the completion's text, those after it are columns of the data, and
+keyword-only ones are the reward's `args` in the recipe, checked by their annotations. A column
+that no answer can be read from is a ValueError: it would silently make every completion wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+
+from .timeouts import TimedOut, call_within
+
+# 18  1,000  18.0  .5  -3  $18  -$18; not the parts of 1_000, x2, 1e5, 3.14.15 or of 10-5's -5
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|\.\d|[eE][+-]?\d)"
+NUMBER = re.compile(
+    rf"((?<![\w)])-\\?\$?)?(?<![\w.])({_UNSIGNED})(?:/({_UNSIGNED}))?", flags=re.ASCII
+)
+LONGEST_NUMBER = 40  # characters; Python would refuse to read one of 5,000 digits
+LONGEST_SUM = 500  # characters of a countdown's answer: its numbers are few
+SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/"})
+OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+MATH_SECONDS = 10.0  # for one completion; sympy can take for ever
+
+Extract = Literal["whole", "first_line", "last_line", "last_number", "boxed"]
+
+
+def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
+    """1 where the completion's answer is that of column `answer`, else 0.
+
+    Of an `answer` like gsm8k's, what follows `####` counts. Numbers are compared as numbers where
+    `extract` is `last_number` or `boxed`: 1,000 is 1000, and $18.0 is 18.
+
+    Args:
+        extract: where the answer stands in the completion: `whole`, `first_line`, `last_line`
+            (without the white space around them), `last_number`, or `boxed` (the last LaTeX
+            `\\boxed{}`).
+    """
+    wanted = str(answer).rpartition("####")[2]
+    if extract == "last_number":
+        number = _last_number(wanted)
+        if number is None:
+            raise ValueError(f"column answer has no number: {wanted.strip()[:60]!r}")
+        return float(_last_number(completion) == number)
+    if extract == "boxed":
+        found, wanted = _boxed(completion), _boxed(wanted) or wanted
+        return float(found is not None and _same(found, wanted))
+    lines = [completion] if extract == "whole" else completion.strip().splitlines() or [""]
+    return float(lines[-1 if extract == "last_line" else 0].strip() == wanted.strip())
+
+
+def countdown(completion: str, numbers: Any, target: Any) -> float:
+    """1 for the column `target` out of each of `numbers` once, 0.1 for another value, else 0.
+
+    The answer is what follows the last `<answer>`, or the whole completion; of that the last line,
+    up to an equals sign. It may use + - * / and brackets. Division by zero is another value.
+    """
+    node = _arithmetic(_last_line(_answered(completion)).partition("=")[0])
+    if node is None or Counter(_leaves(node)) != Counter(_integers(numbers)):
+        return 0.0
+    try:
+        return 1.0 if _value(node) == Fraction(str(target)) else 0.1
+    except ZeroDivisionError:
+        return 0.1
+
+
+def sudoku(completion: str, puzzle: Any, solution: Any) -> float:
+    """Share of the empty cells (0 . _) of column `puzzle` that are as in column `solution`.
+
+    Both are digits in a row, in lines, or in lists. The answer is what follows the last
+    `<answer>`, or the whole completion; of that the last run of as many digits as the puzzle has
+    cells, with nothing but space and | , + - [ ] between them, else the last run, cut to that.
+    """
+    given, right = _cells(puzzle), _cells(solution)
+    empty = [i for i, cell in enumerate(given) if cell == "0"]
+    if len(given) != len(right) or not empty:
+        raise ValueError(
+            f"column puzzle has {len(given)} cells ({len(empty)} empty), solution {len(right)}"
+        )
+    found = _grid(_answered(completion), len(right)).ljust(len(right), "0")
+    return sum(found[i] == right[i] for i in empty) / len(empty)
+
+
+def regex(completion: str, *, pattern: re.Pattern[str]) -> float:
+    """1 where the whole completion, without white space around it, matches `pattern`, else 0."""
+    return float(pattern.fullmatch(completion.strip()) is not None)
+
+
+def words(completion: str, words: Any) -> float:
+    """Share of column `words` that are in the completion, as whole words in any case.
+
+    The column is a list, or a text like `pond, thirsty and drank`.
+    """
+    listed = re.split(r",|;|\n|\band\b|&", words) if isinstance(words, str) else words
+    wanted = {word.strip().casefold() for word in listed} - {""}
+    if not wanted:
+        raise ValueError("column words has no words")
+    text = completion.casefold()
+    found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in wanted]
+    return sum(map(bool, found)) / len(wanted)
+
+
+def length(completion: str, completion_ids: list[int], *, target: PositiveInt) -> float:
+    """1 where the completion has `target` tokens, falling to 0 at none and at twice as many.
+
+    Its end token counts.
+    """
+    return max(0.0, 1 - abs(len(completion_ids) - target) / target)
+
+
+def demo(completion: str, answer: Any) -> float:
+    """1 where the last `The answer is N.` of the completion gives column `answer`, else 0.
+
+    It is the score of the embedded corpus of counting questions.
+    """
+    found = re.findall(r"The answer is ([0-9]+)\.", completion)
+    # as text: Python reads no number of 5,000 digits
+    return float(bool(found) and found[-1].lstrip("0") == str(answer).strip().lstrip("0"))
+
+
+def math(completion: str, answer: Any) -> float:
+    """1 where math-verify holds the completion's answer and column `answer` equal, else 0.
+
+    The column is LaTeX or plain. A comparison that takes longer than 10 seconds is a 0.
+    """
+    import math_verify  # an extra; not within the limit, since it takes seconds to load
+
+    try:
+        return float(call_within(MATH_SECONDS, lambda: _verified(math_verify, completion, answer)))
+    except TimedOut:
+        return 0.0
+
+
+GRADERS: dict[str, Callable[..., float]] = {
+    grade.__name__: grade for grade in (exact, countdown, sudoku, regex, words, length, demo, math)
+}
+
+
+def _last_number(text: str) -> Fraction | None:
+    """The last number of a text; None without one."""
+    found = NUMBER.findall(text.replace("−", "-"))
+    if not found:
+        return None
+    sign, above, below = found[-1]
+    if max(len(above), len(below)) > LONGEST_NUMBER:
+        return None
+    above, below = (Fraction(part.replace(",", "") or 1) for part in (above, below))
+    return None if not below else (-above if sign else above) / below
+
+
+def _same(found: str, wanted: str) -> bool:
+    """Equal texts but for white space, or equal numbers."""
+    found, wanted = ("".join(text.split()) for text in (found, wanted))
+    numbers = [
+        _last_number(text) if NUMBER.fullmatch(text.replace("$", "").replace("−", "-")) else None
+        for text in (found, wanted)
+    ]
+    return found == wanted or (numbers[0] is not None and numbers[0] == numbers[1])
+
+
+def _boxed(text: str) -> str | None:
+    r"""What is in the last \boxed{}, braces within it matched; None without one."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return rest[:i]
+    return None
+
+
+def _answered(text: str) -> str:
+    """What follows the last <answer>, up to </answer>; without one, the text."""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def _arithmetic(text: str) -> ast.expr | None:
+    """The tree of an expression of whole numbers with + - * /; None for anything else."""
+    text = text.strip().translate(SYMBOLS).rstrip(". ")
+    # Underscores, letters and points go first: Python would read 1_000, 0x10, 1e9 and 1.0.
+    if len(text) > LONGEST_SUM or not re.fullmatch(r"[0-9+\-*/() ]+", text):
+        return None
+    try:
+        body = ast.parse(text, mode="eval").body
+    except (SyntaxError, MemoryError, RecursionError):
+        return None
+    known = (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.UAdd, ast.USub)
+    for node in ast.walk(body):
+        if not isinstance(node, known) or (
+            isinstance(node, ast.operator)
+            and (
+                type(node) not in OPERATIONS  # ** could not end, and // is none of the four
+            )
+        ):
+            return None
+    return body
+
+
+def _leaves(node: ast.expr) -> Iterable[int]:
+    return (leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant))
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
+    return Fraction(node.value)
+
+
+def _integers(numbers: Any) -> list[int]:
+    """A list of numbers, or a text like `3, 4, 5`."""
+    found = re.findall(r"[0-9]+", numbers) if isinstance(numbers, str) else numbers
+    if not found:
+        raise ValueError("column numbers has no numbers")
+    return [int(number) for number in found]
+
+
+def _cells(grid: Any) -> str:
+    """The digits of a text or of nested lists, 0 for an empty cell."""
+    if isinstance(grid, (list, tuple)):
+        return "".join(map(_cells, grid))
+    return re.sub("[^0-9]", "", re.sub("[._]", "0", str(grid)))
+
+
+def _grid(text: str, size: int) -> str:
+    runs = re.findall(r"[0-9](?:[0-9\s|,+\-\[\]]*[0-9])?", text)
+    runs = [re.sub("[^0-9]", "", run) for run in runs] or [""]
+    whole = [run for run in runs if len(run) == size]
+    return (whole or runs)[-1][:size]
+
+
+def _verified(math_verify: Any, completion: str, answer: Any) -> bool:
+    answer = str(answer).rpartition("####")[2].strip()
+    if "\\boxed" not in answer and "$" not in answer:
+        answer = f"\\boxed{{{answer}}}"  # LaTeX is only looked for within some mark
+    # Its own limits would cancel the timer of the batch.
+    wanted = math_verify.parse(answer, parsing_timeout=None)
+    if not wanted:
+        raise ValueError(f"math-verify reads no answer in column answer: {answer[:60]!r}")
+    found = math_verify.parse(completion, parsing_timeout=None)
+    return math_verify.verify(wanted, found, timeout_seconds=None)

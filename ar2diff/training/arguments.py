@@ -1,0 +1,65 @@
+"""The recipe's `train` section as arguments of a transformers trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..config.recipe import Recipe, Train
+from ..distributed.ranks import world_size
+from ..distributed.sharding import training_kwargs
+
+
+def training_arguments(
+    recipe: Recipe, run_dir: Path, kind: type = TrainingArguments, **more: Any
+) -> Any:
+    """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
+    train = recipe.train
+    cuda = torch.cuda.is_available()
+    bf16 = train.precision == "bf16" or (
+        train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    )
+    return kind(
+        output_dir=str(run_dir),
+        max_steps=train.max_steps,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type={"cosine": "cosine", "wsd": "warmup_stable_decay"}.get(
+            train.schedule, "constant_with_warmup"
+        ),
+        lr_scheduler_kwargs={"num_decay_steps": train.decay_steps}
+        if train.schedule == "wsd"
+        else {},
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        optim="sgd" if train.optimizer == "sgd" else "adamw_torch",
+        bf16=bf16,
+        use_cpu=not cuda,
+        **training_kwargs(),
+        seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        report_to=train.report_to,
+        remove_unused_columns=False,
+        # Every rank reads the stream and takes its own batches of it; nothing is broadcast.
+        accelerator_config={"dispatch_batches": False},
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        gradient_checkpointing=train.gradient_checkpointing,
+        **more,
+    )
+
+
+def rows_per_step(train: Train) -> int:
+    """Rows of one optimiser step over all ranks and accumulation steps."""
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size()

@@ -1,0 +1,256 @@
+"""Log-likelihoods of what a model wrote: which tokens are masked in which view, and what the views
+are worth together. Rollouts come as `Rollout`s, log-probabilities per token go out.
+
+    value_i = sum_v w_vi log p(y_i | what view v shows),  over the views v that mask token i
+
+`one_step`    one view: each block masked as a whole, given the clean ones (d1, Zhao et al. 2025).
+`coupled`     half of that view, and half of w l_i in the one of two complementary masks that has
+              the token; w is the inverse of the mask's share (DiffuCoder, Gong et al. 2025, eq. 6).
+`elbo`        complementary pairs with k of n tokens masked, k uniform on 0..n, weights (n+1) / k:
+              its expectation is the bound on log p (ESPO, Ou et al. 2025).
+`spg`         the same pairs; the bound from below for a good completion, half of it and half of an
+              evidence upper bound for a bad one (SPG, Wang et al. 2025, eq. 8).
+`trajectory`  a token is scored in the state in which it was decided (TraceRL, Wang et al. 2025):
+              with blocks as many views as a block took steps, at most.
+`ar`          the AR mode, from left to right.
+
+What stands behind an answer is a mask in every view, as it was when the answer was begun: to show
+where the canvas ends would leak the answer's length. A trajectory shows what was decided there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..config.rl import Rl
+from ..core.attention import PADDING, Slots, model_mask
+from ..core.forward import logits_at
+from ..core.seeds import keyed_generator
+from ..core.spec import Spec
+from ..diffusion.noise import corrupt, draw_times
+from .rollouts import Rollout
+
+SPG_BETA, SPG_MIX = 1.5, 0.5  # of the upper bound, and its share
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of masked tokens; all tensors [N].
+
+    Attributes:
+        logp, entropy: of a token in a view. row, view, place: which token (counted from the
+            answer's first) of which rollout, in which view. weight: what it counts.
+        shape: rollouts, views, tokens of the longest answer.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    row: Tensor
+    view: Tensor
+    place: Tensor
+    weight: Tensor
+    shape: tuple[int, int, int]
+
+    def per_token(self, good: Tensor | None = None) -> Tensor:
+        """[R, C] the estimate's part of each token; zero where there is none.
+
+        Args:
+            good: [R] bool, for `spg`: where the bound from below is wanted.
+        """
+        lower = self._sum(self.weight * self.logp)
+        if good is None:
+            return lower
+        value = SPG_BETA * self.logp + self.weight.log()
+        views = value.new_full(self.shape, float("-inf"))
+        views = views.index_put((self.row, self.view, self.place), value)
+        seen = views.isfinite().any(1)
+        upper = torch.where(seen[:, None], views, 0.0).logsumexp(1) / SPG_BETA
+        mixed = (1 - SPG_MIX) * lower + SPG_MIX * torch.where(seen, upper, 0.0)
+        return torch.where(good[:, None], lower, mixed)
+
+    def entropies(self) -> Tensor:
+        """[R, C] mean over the views that score a token."""
+        count = self._sum(torch.ones_like(self.entropy))
+        return self._sum(self.entropy) / count.clamp(min=1)
+
+    def spread(self) -> Tensor:
+        """[R] standard deviation over views of the estimates that each gives alone."""
+        rows, views, _ = self.shape
+        each = self.logp.new_zeros(rows, views)
+        each = each.index_put((self.row, self.view), views * self.weight * self.logp, True)
+        return each.std(1) if views > 1 else each.new_zeros(rows)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        rows, _, tokens = self.shape
+        return values.new_zeros(rows, tokens).index_put((self.row, self.place), values, True)
+
+
+def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Which tokens are masked in which view, and what they count there.
+
+    Returns:
+        masked: [V, T] bool. weight: [V, T] double, zero where a token is not scored.
+    """
+    count = len(rollout.ids)
+    answer = torch.zeros(count, dtype=torch.bool)
+    answer[rollout.prompt : rollout.prompt + rollout.answer] = True
+    all_ = answer[None]
+    behind = torch.arange(count) >= rollout.prompt + rollout.answer
+    if rl.estimator == "ar":
+        return torch.zeros_like(all_), all_.double()
+    if rl.estimator == "one_step":
+        generator = keyed_generator(rollout.seed, 1)
+        prompt = torch.rand(count, generator=generator) < rl.prompt_mask
+        prompt &= (torch.arange(count) > 0) & (torch.arange(count) < rollout.prompt)
+        return (answer | prompt | behind)[None], all_.double()
+    block = torch.zeros(count, dtype=torch.long)
+    if spec.attention != "full":
+        block = torch.arange(count) // spec.block_length
+        block = (block - block[rollout.prompt]).clamp(min=0)
+    if rl.estimator == "trajectory":
+        return _trajectory(rollout, answer, block, rl.segments)
+    masked, weight = zip(*_pairs(rollout, answer, block, rl), strict=True)
+    return torch.stack(masked) | behind, torch.stack(weight)
+
+
+def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tuple[Tensor, Tensor]]:
+    """Complementary pairs of masks; for `coupled` behind the view of all masks."""
+    generator = keyed_generator(rollout.seed, 0)
+    times = draw_times(rl.samples, int(block.max()) + 1, generator)
+    coupled = rl.estimator == "coupled"
+    found = [(answer, answer.double() / 2)] if coupled else []
+    for time in times:
+        if coupled:  # a share of 0.2 to 0.8 of each block
+            masked, t = corrupt(answer, block, 0.2 + 0.6 * time, generator)
+            other = 1 - t
+        else:
+            masked, t = corrupt(answer, block, time, generator, complementary=True)
+            count = torch.zeros(len(time)).index_add_(0, block, answer.float())[block].double()
+            other = count / (count + 1) - t
+        for mask, share in ((masked, t), (answer & ~masked, other)):
+            weight = torch.where(mask, 1 / share.clamp(min=1e-9), 0.0) / (2 * rl.samples)
+            found.append((mask, weight))
+    return found
+
+
+def _trajectory(
+    rollout: Rollout, answer: Tensor, block: Tensor, segments: int | None
+) -> tuple[Tensor, Tensor]:
+    """The states of the rollout in which it decided something, of all blocks side by side."""
+    step = rollout.step
+    behind = torch.arange(len(step)) >= rollout.prompt
+    rank = torch.full_like(step, len(step))  # never decided: a mask to the end
+    for number in range(int(block.max()) + 1):
+        inside = behind & (block == number) & (step > 0)
+        _, order = step[inside].unique(return_inverse=True)
+        if segments is not None and len(order):
+            order = order * segments // max(segments, int(order.max()) + 1)
+        rank[inside] = order
+    order = torch.arange(int(rank[answer].max()) + 1)[:, None]
+    return behind & (rank >= order), (answer & (rank == order)).double()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Slots of a row, each [S]: what stands there and where."""
+
+    ids: Tensor
+    pos: Tensor
+    noisy: Tensor
+    block: Tensor
+
+
+def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
+    """Rows that show a rollout's views, and the slot [V, T, 2] (row, column) at which each token is
+    read. Blocks: all views in a row, [view 1 | view 2 | ... | clean]; `full`: a row each."""
+    ids, count = rollout.ids, len(rollout.ids)
+    pos, shift = torch.arange(count), int(spec.prediction == "shift")
+    shown = torch.where(masked, spec.mask_token_id, ids)
+    zero = torch.zeros_like(pos)
+    if ar or spec.attention == "full":
+        column = (pos - (1 if ar else shift)).clamp(min=0).expand(len(masked), -1)
+        row = torch.arange(len(masked))[:, None].expand_as(column)
+        noisy = torch.full((count,), not ar)
+        return [_Row(view, pos, noisy, zero) for view in shown], torch.stack([row, column], -1)
+    grid = spec.block_length
+    first = rollout.prompt // grid * grid
+    size, clean = count - first, (count - first) * len(masked)
+    number = torch.arange(len(masked))[:, None]
+    own = number * size + pos - first
+    before = torch.where(pos % grid == 0, clean + pos, own) - 1 if shift else own
+    column = before.clamp(min=0)
+    blocks = (pos[first:] // grid + number * count).flatten()
+    row = _Row(
+        ids=torch.cat([shown[:, first:].flatten(), ids]),
+        pos=torch.cat([pos[first:].repeat(len(masked)), pos]),
+        noisy=torch.arange(clean + count) < clean,
+        block=torch.cat([blocks, zero - 1]),
+    )
+    return [row], torch.stack([torch.zeros_like(column), column], -1)
+
+
+def score(
+    model: Any,
+    rollouts: Sequence[Rollout],
+    rl: Rl,
+    spec: Spec,
+    suppressed: Tensor,
+    inner: Any = None,
+    width: int = 0,
+) -> Scores:
+    """Score rollouts in one forward.
+
+    Args:
+        model: wrapped or not; `inner` is the model in a wrapper.
+        suppressed: [V] bool, ids that the sampler never writes.
+        width: tokens of the result, where that is more than the longest answer.
+    """
+    inner, device = inner or model, suppressed.device
+    rows: list[_Row] = []
+    slots_of, weights, found = [], [], []
+    for number, rollout in enumerate(rollouts):
+        masked, weight = views(rollout, rl, spec)
+        own, slot = _lay_out(rollout, masked, spec, rl.estimator == "ar")
+        view, pos = (weight > 0).nonzero(as_tuple=True)
+        place, target = pos - rollout.prompt, rollout.ids[pos]
+        found.append(torch.stack([torch.full_like(view, number), view, place, target]))
+        slots_of.append(slot[view, pos] + torch.tensor([len(rows), 0]))
+        weights.append(weight[view, pos])
+        rows += own
+    row, view, place, target = torch.cat(found, 1).to(device)
+    at = torch.cat(slots_of).to(device)
+    ids, pos, noisy, block, doc = _stack(rows, device)
+    start = pos // spec.block_length * spec.block_length if spec.block_length else pos * 0
+    slots = Slots(doc, pos, noisy, start, block)
+    mask = model_mask(inner, slots, spec.attention, spec.block_length, spec.local_window)
+    logits = logits_at(
+        model, at[:, 0] * ids.shape[1] + at[:, 1], inner=inner,
+        input_ids=ids, attention_mask=mask, position_ids=pos,
+    )  # fmt: skip
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = logits / rl.sampler.get("temperature", 1.0)
+    logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(suppressed, 0.0)).sum(-1)
+    return Scores(
+        logp=logp.gather(1, target[:, None])[:, 0],
+        entropy=entropy.detach(),
+        row=row,
+        view=view,
+        place=place,
+        weight=torch.cat(weights).to(logp),
+        shape=(len(rollouts), int(view.max()) + 1, max(width, int(place.max()) + 1)),
+    )
+
+
+def _stack(rows: Sequence[_Row], device: Any) -> list[Tensor]:
+    """ids, pos, noisy, block and doc, [B, S] each."""
+    columns = [[getattr(row, name) for row in rows] for name in ("ids", "pos", "noisy", "block")]
+    columns.append([torch.zeros_like(row.pos) for row in rows])
+    fill = (0, 0, False, 0, PADDING)
+    return [pad_sequence(c, True, f).to(device) for c, f in zip(columns, fill, strict=True)]

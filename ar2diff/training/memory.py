@@ -1,0 +1,322 @@
+"""How much memory a process of a run needs, from the model's config and the recipe alone: no weight
+is loaded. The model is built without storage, converted, and one micro-batch is run on it, whose
+saved tensors are counted.
+
+    weights      in float32; under ZeRO in bfloat16 where the recipe computes in it
+    gradients    that wait for the optimizer's step
+    masters      ZeRO's float32 copies, on which it steps
+    optimizer    two moments of AdamW; none of SGD
+    buckets      of the communication
+    activations  of one micro-batch, kept for the backward pass
+    logits       of the masked tokens and the AR loss's, no other row reaches the head: a part of
+                 them and the head's gradient; all under ZeRO-3 and of heads with a cap or adapter
+
+    reference    rl: the model as it began, where its KL counts and no adapter can be switched off
+
+A recipe with an `rl` section is estimated on canvases of `data.max_length` tokens that end with
+completions of `rl.max_completion_length`, in all views that the estimator scores: the update, which
+needs most. Not counted: the caches of rollouts, reward models, and, under ZeRO-3, the whole weights
+that each process gathers for the rollouts.
+
+Besides `loading`: main memory in which each process holds all weights before they are sharded, for
+the conversion and its probe work on whole ones, under ZeRO-3 and FSDP2 too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.files import find_checkpoint, is_adapter, read_config, read_spec
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..conversion.convert import convert
+from ..core.attention import Slots, lay_out, model_mask
+from ..core.errors import Ar2DiffError, first_line
+from ..core.forward import output_at
+from ..diffusion.cross_entropy import PART, cross_entropy
+from .loss import layers_of
+from .run import continued, fitted
+
+STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
+PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is to be held: elements of each weight, and bytes of one micro-batch.
+
+    Attributes:
+        frozen, trained: elements of each tensor, trained ones by whether they are matrices.
+        quantized: how many of the frozen are held in 4 bits.
+        hidden: size. element: bytes of a number in the forward pass.
+        logits, parts: bytes of all logits and their loss, and of a part at a time.
+        copies: bytes of the bfloat16 copies that autocast makes of float32 weights.
+    """
+
+    frozen: list[int]
+    trained: list[tuple[int, bool]]
+    quantized: int
+    hidden: int
+    element: int
+    activations: int
+    logits: int
+    parts: int
+    copies: int
+
+
+def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+    """Bytes of each part by strategy, for one of `processes` processes.
+
+    Raises:
+        Ar2DiffError: the model is not to be had, or cannot be run as the recipe says.
+    """
+    shape = measure(find_checkpoint(model, weights=False), recipe)
+    parts = {
+        name: held(shape, recipe, name, 1 if name == "one" else processes) for name in STRATEGIES
+    }
+    return {
+        "parameters": sum(shape.frozen) + sum(n for n, _ in shape.trained),
+        "trainable_parameters": sum(n for n, _ in shape.trained),
+        "processes": processes,
+        "loading": parts["one"]["weights"],
+        "bytes": {name: {**part, "total": sum(part.values())} for name, part in parts.items()},
+    }
+
+
+def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[str, int]:
+    """Bytes of each part in one process."""
+    sizes, count = [n for n, _ in shape.trained], processes
+    frozen, trained = sum(shape.frozen), sum(sizes)
+    moments = 2 if recipe.train.optimizer == "adamw" else 0
+    logits = shape.logits if strategy == "zero3" else shape.parts
+    batch = {"activations": shape.activations, "logits": logits}
+    if strategy in ("one", "ddp"):
+        batch["activations"] += shape.copies
+        if has_reference(recipe):
+            batch["reference"] = 4 * (frozen + trained)
+        return {
+            "weights": 4 * (frozen + trained) - saved_by_bits(shape, recipe, 4),
+            "gradients": 4 * trained,
+            "masters": 0,
+            "optimizer": 4 * moments * trained,
+            "buckets": 4 * trained if strategy == "ddp" else 0,
+            **batch,
+        }
+    element = shape.element
+    if strategy == "zero3":
+        few = PERSISTENT * shape.hidden
+        whole = sum(n for n in [*sizes, *shape.frozen] if n < few)
+        part = sum(ceil(n / count) for n in sizes)
+        weights = sum(ceil(n / count) for n in shape.frozen) + part + whole
+        live = 2 * max([*sizes, *shape.frozen])  # the tensor in use, and the next
+    else:  # each group is padded so that every process gets as much
+        groups = [sum(n for n, matrix in shape.trained if matrix is kind) for kind in (True, False)]
+        part = sum(2 * ceil(n / (2 * count)) for n in groups)
+        weights, live = frozen + trained, 0
+    if has_reference(recipe):
+        batch["reference"] = element * weights
+    saved = saved_by_bits(shape, recipe, element) // (count if strategy == "zero3" else 1)
+    return {
+        "weights": element * weights - saved,
+        "gradients": element * part,
+        "masters": 4 * part,
+        "optimizer": 4 * moments * part,
+        "buckets": element * (live + shape.hidden**2),
+        **batch,
+    }
+
+
+def has_reference(recipe: Recipe) -> bool:
+    """Whether the model as it began is held beside the one that is trained."""
+    return recipe.rl is not None and recipe.rl.beta > 0 and recipe.peft is None
+
+
+def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
+    """Bytes that quantisation takes off the weights: half a byte each is left, and a scale for 64
+    of them, itself in one byte or in four."""
+    if recipe.quantization is None:
+        return 0
+    scale = (1 + 4 / 256) / 64 if recipe.quantization.double else 4 / 64
+    return int(shape.quantized * (element - recipe.quantization.bits / 8 - scale))
+
+
+def measure(path: Path, recipe: Recipe) -> Shape:
+    """Build the model of a folder without storage, convert it, run a micro-batch, and count."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if is_adapter(path):
+        raise Ar2DiffError(f"model {path} is an adapter", "give its base, and a peft section")
+    recipe, bf16 = continued(recipe, read_spec(path)), _computes_in_bf16(recipe)
+    with torch.device("meta"):
+        checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
+    model = checkpoint.model.train()
+    parameters = list(model.parameters())
+    trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
+    frozen = [p.numel() for p in parameters if not p.requires_grad]
+    ends = [
+        parameter
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        for parameter in module.parameters()  # layers of the mask row may stand around the weight
+    ]
+    quantized = sum(
+        p.numel()
+        for p in parameters
+        if not p.requires_grad and p.ndim > 1 and all(p is not end for end in ends)
+    )
+    with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
+        _on_cpu(model)
+        saved = _saved(checkpoint, fitted(recipe, checkpoint))
+    # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
+    matrices = sum(p.numel() for p in parameters if p.ndim > 1)
+    copied = matrices - (quantized if recipe.quantization is not None else 0)
+    hidden = model.config.get_text_config().hidden_size
+    return Shape(frozen, trained, quantized, hidden, 2 if bf16 else 4, *saved, 2 * copied * bf16)
+
+
+def _computes_in_bf16(recipe: Recipe) -> bool:
+    precision = recipe.train.precision
+    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or (precision == "auto" and cuda)
+
+
+def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoint:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ..checkpoint.adapters import add_adapter
+
+    read_config(path)
+    kind = recipe.train.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=None if kind == "auto" else kind, dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # from a config of the wrong type to a class without sdpa
+        raise Ar2DiffError(
+            f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
+        ) from error
+    checkpoint = Checkpoint(path, model, tokenizer, read_spec(path), {})
+    recipe = fitted(recipe, checkpoint)
+    convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
+    if recipe.peft is not None:
+        add_adapter(checkpoint, recipe)
+    return checkpoint
+
+
+def _on_cpu(model: Any) -> None:
+    """Put tensors that claim to be on the CPU in the place of the model's."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        grad = tensor.requires_grad
+                        made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], grad)
+                held[name] = made[id(tensor)]
+
+
+def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes kept for the backward pass of a micro-batch: of the layers, of logits and loss, and of
+    these in parts."""
+    model, spec = checkpoint.model, checkpoint.spec
+    rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
+    length = recipe.data.max_length
+    if recipe.rl is None:
+        ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
+        pos = torch.arange(length).expand(rows, length)
+        input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
+        # Half of the tokens are masked, on average; the AR loss reads all of the clean copy.
+        wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
+    else:
+        input_ids, slots, wanted = _rollouts(recipe, spec)
+    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
+    books, head, made = _Books(model), model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _module, _args, output: made.append(output))
+    with books, torch.enable_grad():
+        output = output_at(
+            model, torch.zeros(wanted).long(), input_ids=input_ids, attention_mask=mask,
+            position_ids=slots.pos,
+        )  # fmt: skip
+        logits, books.account = output.logits[0], "logits"
+        suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        if recipe.rl is None:
+            cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+        else:
+            (logits / 1.0).masked_fill(suppressed, 0.0).log_softmax(-1).sum()
+    states = input_ids.numel() * model.config.get_text_config().hidden_size
+    kept, layers = books.bytes["body"], books.layers
+    if recipe.train.gradient_checkpointing and layers:
+        # Each layer keeps what goes in; one at a time is run again.
+        element = next(model.parameters()).element_size()
+        kept = kept - sum(layers) + max(layers) + len(layers) * element * states
+    # In the backward pass the logits' gradient, besides what the loss keeps; rl keeps logits apart,
+    # and its entropies take as many more while they are made.
+    copies = 1 if recipe.rl is None else 3
+    whole = parts = books.bytes["logits"] + copies * 4 * logits.numel()
+    if recipe.rl is None and type(head) is torch.nn.Linear and output.logits is made[0]:
+        gradient = head.weight.numel() * head.weight.requires_grad + wanted * head.in_features
+        parts = 4 * (gradient + 2 * min(logits.numel(), PART))
+    return kept, whole, parts
+
+
+def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
+    """Ids, their layout and the number of scored tokens of a micro-batch of rl."""
+    rl, rows = recipe.rl, recipe.train.per_device_train_batch_size
+    length = max(recipe.data.max_length, rl.max_completion_length + 1)
+    answer, block = rl.max_completion_length, spec.block_length or rl.max_completion_length
+    views, scored = {
+        "coupled": (2 * rl.samples + 1, rl.samples + 1),
+        "elbo": (2 * rl.samples, rl.samples),
+        "spg": (2 * rl.samples, rl.samples),
+        "trajectory": (min(block, rl.segments or block), 1),
+    }.get(rl.estimator, (1, 1))
+    if rl.estimator == "ar":
+        shape = (rows, length)
+    elif spec.attention == "full":
+        shape = (rows * views, length)
+    else:  # all views of the answer in a row, before the clean canvas
+        shape = (rows, views * answer + length)
+    zeros = torch.zeros(shape, dtype=torch.long)
+    return zeros, Slots(zeros, zeros, zeros.bool(), zeros, zeros), rows * scored * answer
+
+
+class _Books:
+    """Counts the bytes of tensors saved for backward, each storage once, weights not."""
+
+    def __init__(self, model: Any):
+        self.account, self.bytes = "body", {"body": 0, "logits": 0}
+        self.layers: list[int] = []
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.keep: list[Any] = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        for layer in layers_of(model):
+            layer.register_forward_pre_hook(lambda *_: self.layers.append(-self.bytes["body"]))
+            layer.register_forward_hook(lambda *_: self._close())
+
+    def _close(self) -> None:
+        self.layers[-1] += self.bytes["body"]
+
+    def _pack(self, tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.keep.append(storage)  # an address is not to be used twice
+            self.bytes[self.account] += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _Books:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.hooks.__exit__(*details)

@@ -1,0 +1,84 @@
+"""Completions that are to be judged and scored, with the canvas on which they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.model import Checkpoint
+from ..core.canvas import Canvas
+from ..core.seeds import content_key
+from ..core.spec import Spec
+from ..generation.complete import begin, settings_of
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion on its canvas.
+
+    Attributes:
+        ids: [T] from position 0 to the canvas' end; masks where nothing was decided.
+        prompt: how many of them were given. answer: tokens after them, the end token included.
+        step: [T] forward at which a token was decided, 0 for others.
+        seed: of all noise that scores it.
+        forwards: that it took.
+    """
+
+    ids: Tensor
+    prompt: int
+    answer: int
+    step: Tensor
+    seed: int
+    forwards: int = 0
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The completion."""
+        return self.ids[self.prompt : self.prompt + self.answer].tolist()
+
+
+def sample(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    batch_size: int,
+) -> list[Rollout]:
+    """A completion of each prompt, in their order; decoded in batches of like length.
+
+    Args:
+        seeds: one for each row; its draws are a function of it and the prompt.
+        settings: options of `generate`.
+    """
+    found: dict[int, Rollout] = {}
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        own = tuple(content_key([seeds[n], 1]) % 2**62 for n in numbers)
+        spec, options = settings_of(checkpoint, {**settings, "seed": own})
+        canvas, states = begin(checkpoint, spec, options, [prompts[n] for n in numbers])
+        for _ in states:
+            pass
+        for row, number in enumerate(numbers):
+            found[number] = of_canvas(canvas, row, spec, seeds[number])
+    return [found[number] for number in range(len(prompts))]
+
+
+def of_canvas(canvas: Canvas, row: int, spec: Spec, seed: int) -> Rollout:
+    """A finished row. In blocks its canvas ends with the block of the last token: what comes later
+    was never read."""
+    prompt, answer = int(canvas.prompt[row]), len(canvas.new_ids(row))
+    stop = int(canvas.length[row])
+    if spec.attention != "full":
+        stop = -(-(prompt + answer) // spec.block_length) * spec.block_length
+    return Rollout(
+        ids=canvas.ids[row, :stop].clone(),
+        prompt=prompt,
+        answer=answer,
+        step=canvas.step[row, :stop].clone(),
+        seed=seed,
+        forwards=int(canvas.forwards[row]),
+    )
