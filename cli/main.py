@@ -6,11 +6,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-from ..errors import Ar2DiffError
-from ..ranks import ending, is_launched, report_error
+from ..core.errors import Ar2DiffError, as_keyword
+from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
 from .chat import chat
@@ -30,6 +32,28 @@ from .sft import sft
 
 USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
 
+
+class Verb(TyperCommand):
+    """A command whose errors name options as its own flags."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except Ar2DiffError as error:
+            raise error.named(self._as_flag) from error
+
+    def _as_flag(self, name: str, value: str | None) -> str:
+        for parameter in self.params:
+            flag = max(parameter.opts, key=len)
+            if parameter.name == name and flag.startswith("--"):
+                shown = None if getattr(parameter, "is_flag", False) else value
+                return flag if shown is None else f"{flag} {shown}"
+            if parameter.name == name:
+                return parameter.metavar or name.upper()
+        return as_keyword(name, value)  # a key of the recipe
+
+
 app = typer.Typer(
     help="Convert autoregressive language models into diffusion language models.",
     no_args_is_help=True,
@@ -37,22 +61,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("adapt")(adapt)
-app.command("sft")(sft)
-app.command("rl")(rl)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("eval")(evaluate_command)
-app.command("check")(check)
-app.command("merge")(merge)
-app.command("push")(push)
-app.command("card")(card)
-app.command("import")(import_command)
-app.command("export")(export)
+app.command("adapt", cls=Verb)(adapt)
+app.command("sft", cls=Verb)(sft)
+app.command("rl", cls=Verb)(rl)
+app.command("generate", cls=Verb)(generate)
+app.command("chat", cls=Verb)(chat)
+app.command("eval", cls=Verb)(evaluate_command)
+app.command("check", cls=Verb)(check)
+app.command("merge", cls=Verb)(merge)
+app.command("push", cls=Verb)(push)
+app.command("card", cls=Verb)(card)
+app.command("import", cls=Verb)(import_command)
+app.command("export", cls=Verb)(export)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(config_app, name="config")
-app.command("doctor")(doctor)
-app.command("memory")(memory)
+app.command("doctor", cls=Verb)(doctor)
+app.command("memory", cls=Verb)(memory)
 
 
 @app.callback(invoke_without_command=True)
