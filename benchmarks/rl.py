@@ -131,7 +131,7 @@ def run(arm: str, seed: int, folder: str, args: Any) -> Row:
     sampler = {} if arm == "ar" else dict(load_recipe("demo-rl").rl.sampler)
     before = judged(plan.checkpoint, args.questions, sampler)
     budget = Budget(args.seconds)
-    trainer = plan.trainer(plan, args.work / f"{arm}-{seed}", [budget])
+    trainer = plan.make_trainer(plan, args.work / f"{arm}-{seed}", [budget])
     trainer.train()
     plan.checkpoint.model.eval()
     after = judged(plan.checkpoint, args.questions, sampler, args.show)

@@ -111,7 +111,7 @@ def trainer_of(model: str, data: Path, run_dir: Path, fields: Sequence[str], d1:
     given = [f"data.sources=[{data}]", "train.schedule=constant", "rl.show_steps=0", *fields]
     given += ["rl.estimator=one_step"] if d1 else []
     plan = make_rl_plan(Path(model), load_recipe("demo-rl", given))
-    trainer = plan.trainer(plan, run_dir, [])
+    trainer = plan.make_trainer(plan, run_dir, [])
     if d1:  # completions are scored whether something can be learned from them or not
         trainer._loss_of_live_rows = partial(GRPOTrainer._compute_loss, trainer)
     return trainer

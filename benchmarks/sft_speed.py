@@ -122,7 +122,7 @@ def trainer_of(way: str, base: Path, args: argparse.Namespace, work: Path) -> An
     more = ["objective.kind=ar"] if control else []
     recipe = recipe_for(args, work / "rows.jsonl", *more)
     plan = make_sft_plan(base if control else work / "converted", recipe)
-    return plan.trainer(plan, work / "run", [])
+    return plan.make_trainer(plan, work / "run", [])
 
 
 def stock_trainer(base: Path, args: argparse.Namespace, work: Path) -> Any:

@@ -69,7 +69,7 @@ def main() -> None:
     result: Row = {"before": judged(plan.checkpoint, recipe, args.requests, args.show)}
     print(json.dumps(result), flush=True)
     budget = Budget(args.seconds)
-    trainer = plan.trainer(plan, args.work, [budget])
+    trainer = plan.make_trainer(plan, args.work, [budget])
     trainer.train()
     plan.checkpoint.model.eval()
     result |= {"seconds": round(budget.spent), "steps": trainer.state.global_step}

@@ -172,7 +172,7 @@ def prepared(convert_tiny, tmp_path_factory):
             recipe = with_values(recipe, data={"chat_template": str(folder / "a.jinja")})
         recipe = with_values(recipe, data={"sources": [{"path": str(folder / "rows.jsonl")}]})
         plan = make_sft_plan(base, recipe)
-        trainer = plan.trainer(plan, folder / "run", [])
+        trainer = plan.make_trainer(plan, folder / "run", [])
         return trainer.train_dataset, trainer.data_collator, plan.checkpoint.tokenizer
 
     return prepare

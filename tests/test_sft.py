@@ -202,7 +202,7 @@ def test_the_controls_loss_is_that_of_next_tokens_over_the_completions(
 ):
     recipe = recipe_for(write_jsonl("rows.jsonl", PAIRS[:3]), "objective.kind=ar")
     plan = make_sft_plan(tiny_checkpoint, recipe)
-    trainer = plan.trainer(plan, tmp_path / "run", [])
+    trainer = plan.make_trainer(plan, tmp_path / "run", [])
     model, tokenizer = plan.checkpoint.model, plan.checkpoint.tokenizer
     batch = trainer.data_collator([next(iter(trainer.train_dataset))])
     got = trainer.compute_loss(
