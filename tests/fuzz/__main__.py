@@ -147,6 +147,7 @@ def many(root: Path, given: argparse.Namespace) -> int:
     seen: dict[tuple, list] = {}
     ended: Counter[str] = Counter()
     verbs: Counter[str] = Counter()
+    slowest = (0.0, 0)
     began, number = time.monotonic(), given.first
 
     def more() -> bool:
@@ -156,6 +157,7 @@ def many(root: Path, given: argparse.Namespace) -> int:
     while more():
         case, outcome, findings = examine(root, given.seed, number, given.sound)
         verbs[case.verb] += 1
+        slowest = max(slowest, (outcome.seconds, number))
         ended["ended well" if not findings else "with findings"] += 1
         ended["refused in two lines"] += outcome.code == 2 and not findings
         for finding in findings:
@@ -173,7 +175,7 @@ def many(root: Path, given: argparse.Namespace) -> int:
         kinds[finding.kind] += times
     total = number - given.first
     print(f"{total} cases in {minutes:.1f} minutes ({total / minutes:.0f} a minute): {dict(ended)}")
-    print(f"by verb: {dict(verbs)}")
+    print(f"by verb: {dict(verbs)}; case {slowest[1]} took longest, {slowest[0]:.0f} s")
     distinct = Counter(entry[1].kind for entry in seen.values())
     print(
         "findings: "

@@ -42,6 +42,12 @@ TREES: list[Any] = [[], {}, [[]], {"a": 1}, [None], ["a"], [1, 2], {"": {}}, [{}
 TEMPLATES = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x"
     "{% endfor %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% if i == j == 5 %}{% endif %}"
+    "{% endfor %}{% endfor %}",
+    "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(60) }}",
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% for i in range(99999) %}"
+    "{% for j in range(99999) | sort %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(n=7) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "{{ 'x' * 10**10 }}",
     "{{ 9 ** 9 ** 9 }}",
     "{{ range(10**12) | list }}",

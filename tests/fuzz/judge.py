@@ -54,7 +54,7 @@ def judge(case, outcome, before, after):
     if not outcome.hang and not outcome.signal:
         yield from _written(case, outcome, before, after)
     if outcome.code == 0 and case.refusal and case.verb != "memory":  # which reads no weights
-        yield Finding("outside", (case.verb, "outside"), "succeeded", case.refusal)
+        yield Finding("outside", (case.verb, "outside"), f"exit 0, and {case.refusal}")
 
 
 def _ending(case, outcome):
