@@ -4,7 +4,7 @@ Each case is a sound command with one to three things wrong in a checkpoint, its
 or its arguments. It has to end within its time with exit status 0, or with 2 and two lines that
 say what is wrong. It runs no Python of a checkpoint, touches nothing but its output, and what it
 has written is whole. All else is a finding, and the exit status is 1. A seed and a number make the
-same case everywhere.
+same case wherever the same libraries are installed.
 """
 
 from __future__ import annotations
@@ -99,24 +99,28 @@ def main() -> int:
     if given.count is None and given.minutes is None:
         given.minutes = 10
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    try:
+        ready(root)
+        return many(root, given) if given.case is None else one(root, given.seed, given.case)
+    finally:
+        if given.case is None:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def ready(root: Path) -> None:
+    """Import everything and build the stock."""
+    began = time.monotonic()
     prepare(root)
     (root / "tmp").mkdir()
     (root / "case" / "home").mkdir(parents=True)
-    began = time.monotonic()
     warm()
 
     import sandbox
     from stock import build
 
-    build(root, lambda line: print(f"[{line}]", flush=True))
+    build(root)
     sandbox.freeze()
     print(f"[warm after {time.monotonic() - began:.0f} s]", flush=True)
-    if given.case is not None:
-        return one(root, given.seed, given.case)
-    try:
-        return many(root, given)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def one(root: Path, seed: int, number: int) -> int:
@@ -191,6 +195,7 @@ def told(entry: list) -> str:
     notes = "; ".join(case.notes)
     text = f"{times} x [{case.verb}] {finding.title}: {finding.detail}\n"
     text += f"    case {number}: ar2diff {line}  # {notes}"
+    text = text.replace(str(case.work.parents[1]), "ROOT")
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -65,7 +65,10 @@ def _ending(case, outcome):
             yield Finding("hang", (case.verb, "hang", where), f"hang at {where}")
         return
     if outcome.code is None:
-        yield Finding("signal", (case.verb, outcome.signal), f"signal {outcome.signal}", err[-200:])
+        where = innermost(outcome.stack, newest_first=True)
+        words = re.findall(r"^.*(?:terminate|what\(\)|atal|abort|panicked).*$", err, re.M)
+        title = f"signal {outcome.signal} at {where}"
+        yield Finding("signal", (case.verb, title), title, " ".join(words)[:200])
         return
     if outcome.code not in (0, 2) or TRACE in err:
         name, message = last_error(err)
@@ -137,11 +140,11 @@ def _written(case, outcome, before, after):
         lost = [p for p in (f"{name}/diary.txt", f"{name}/my.safetensors") if p not in after]
         if lost:
             yield Finding("touched", (case.verb, "lost"), "deleted the user's file", lost[0])
-        if outcome.code == 2 and (gone := sandbox.changed(old, here)):
+        if outcome.code != 0 and (gone := sandbox.changed(old, here)):
             yield Finding(
                 "half-written", (case.verb, "old"), "failed, the old folder is not whole", gone[0]
             )
-    elif outcome.code == 2 and here and case.output.is_dir():
+    elif outcome.code != 0 and here and case.output.is_dir():
         left = sorted(here)[1:] or [f"{name} (empty)"]
         yield Finding(
             "half-written",

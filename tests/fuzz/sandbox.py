@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20  # of CPU time, so that a busy machine makes no hangs; three times as many on the wall
+SECONDS = 20  # of CPU time: a busy machine makes no hangs. Who sleeps has as many on the clock
 MEMORY = 3 << 30  # bytes of address space beyond what the parent has
 FILE = 64 << 20  # bytes of a file; the models here have a hundred kilobytes
 NATIVE = {".cache/huggingface"}  # what libraries may write in a home, but for modules
@@ -66,7 +66,7 @@ def run(
     """Run `ar2diff <arguments>` in a child, whose folder is root/case/work.
 
     Args:
-        seconds: of CPU time, after which it is killed; three times as many on the clock.
+        seconds: of CPU time, after which it is killed.
         after: called in the child once the command has exited with 0; returns a problem or "".
     """
     logs = root / "logs"
@@ -107,19 +107,22 @@ def _text(file: Path) -> str:
 
 
 def _wait(child: int, started: float, seconds: float) -> tuple[int, bool]:
-    """Status, and whether the child had to be killed."""
-    pause, told = 0.002, 0.0
+    """Status, and whether the child had to be killed: for its CPU time, or because it sleeps on."""
+    pause, told, used, moved = 0.002, 0.0, 0.0, started
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status, bool(told)
-        wall = time.monotonic() - started
-        if told and wall > told + 1:
+        now = time.monotonic()
+        if now - moved > 0.5 and (spent := _cpu(child)) != used:
+            used, moved = spent, now
+        late = used > seconds or (now - started > seconds and now - moved > seconds / 2)
+        if late and not told:
+            told = now
+            os.kill(child, signal.SIGUSR1)  # faulthandler writes its stack
+        elif told and now > told + 1:
             os.kill(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1], True
-        if not told and wall > seconds and (_cpu(child) > seconds - 1 or wall > 3 * seconds):
-            told = wall
-            os.kill(child, signal.SIGUSR1)  # faulthandler writes its stack
         time.sleep(pause)
         pause = min(pause * 1.2, 0.05)
 

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,8 @@ def rows() -> dict[str, list[Any]]:
     }
 
 
-def build(root: Path, tell: Callable[[str], None]) -> Path:
-    """The folder of the stock, `root/stock`; imports on the way what the verbs import."""
+def build(root: Path) -> None:
+    """Write `root/stock`; import on the way what the verbs import."""
     import torch
     import transformers
 
@@ -97,10 +96,8 @@ def build(root: Path, tell: Callable[[str], None]) -> Path:
     _others(stock, tokenizer)
     for name, line in MADE.items():
         _run(root, line, [stock / name, "--output-dir"])
-    tell("stock built")
     for line in WARMING:
         _run(root, line, [])
-    return stock
 
 
 def _run(root: Path, line: tuple[str, ...], output: list[Any]) -> None:
