@@ -62,6 +62,7 @@ def _ending(case, outcome):
     if outcome.hang:
         if not case.patient:
             where = innermost(outcome.stack, newest_first=True)
+            where = "loading what was written" if " in loadable" in outcome.stack else where
             yield Finding("hang", (case.verb, "hang", where), f"hang at {where}")
         return
     if outcome.code is None:
