@@ -38,7 +38,7 @@ import yaml
 from ar2diff.cli.main import main as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = next(ROOT.glob("**/demo/model/config.json")).parent
+EMBEDDED = next(ROOT.glob("ar2diff/**/model/config.json")).parent
 STORIES = Path(os.environ.get("AR2DIFF_DATA", "")) / "stories260K-hf"
 
 STEPS = 20
