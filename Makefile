@@ -1,4 +1,4 @@
-# make demo | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make elsewhere | make stories3m
+# make demo | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint stories3m clean
+.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint golden stories3m clean
 
 install: $(STAMP)
 
@@ -49,6 +49,12 @@ fuzz: $(STAMP)
 
 fuzz-long: $(STAMP)
 	$(BIN)/python tests/fuzz --count 2000 --seed $(or $(SEED),1)
+
+# Losses, likelihoods and tokens of fixed seeds, to compare two commits by: see the script.
+GOLDEN ?= runs/golden.json
+golden: $(STAMP)
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 \
+	  $(BIN)/python benchmarks/golden.py $(GOLDEN)
 
 # A converted folder in a fresh environment without ar2diff: transformers, its server, lm-eval.
 elsewhere: $(STAMP)
