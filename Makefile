@@ -1,4 +1,4 @@
-# make demo | make demo-rl | make test | make slow | make elsewhere | make stories3m
+# make demo | make demo-rl | make test | make slow | make cpus | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo demo-rl test slow elsewhere lint stories3m clean
+.PHONY: install demo demo-rl test slow cpus elsewhere lint stories3m clean
 
 install: $(STAMP)
 
@@ -42,6 +42,11 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	$(MAKE) cpus
+
+# What rounding, cores, locale or time zone could turn, under several of each (a part of make slow).
+cpus: $(STAMP)
+	$(BIN)/python tests/cpus.py
 
 # A converted folder in a fresh environment without ar2diff: transformers, its server, lm-eval.
 elsewhere: $(STAMP)
