@@ -183,8 +183,9 @@ def _check_four_bit_shapes(path: Path) -> None:
     if torch.cuda.is_available():
         return
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
             f"model {path}: does not load ({first_line(error)})",
