@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: parsed within limits, so that no text makes the parser, or what walks
+"""JSON that somebody else wrote, parsed within limits: no text makes the parser, or code that walks
 through the values, fail in a way of its own."""
 
 from __future__ import annotations
