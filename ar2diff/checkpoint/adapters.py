@@ -113,6 +113,7 @@ def load_adapter(
     device: str | None = None,
     quantization: Any = None,
     base: str | None = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
     """Load the base that an adapter folder names, check that it is that one, and put the adapter
     on it.
@@ -140,7 +141,7 @@ def load_adapter(
                 f"base {folder} has {getattr(found, name)}",
                 "give the converted checkpoint that it was trained on",
             )
-    checkpoint = load_model(folder, attn_implementation, device, quantization)
+    checkpoint = load_model(folder, attn_implementation, device, quantization, dtype)
     mask_row = mask_row_of(checkpoint.model, found.mask_token_id)
     if mask_row != known.get("mask_row_sha256"):
         raise Ar2DiffError(

@@ -19,6 +19,7 @@ def load_checkpoint(
     attn_implementation: str = "auto",
     device: str | None = None,
     quantization: Any = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
     """Load a checkpoint, or an adapter on its base; arguments and errors are those of
     `model.load_model`.
@@ -28,7 +29,7 @@ def load_checkpoint(
     """
     path = find_checkpoint(reference)
     load = load_adapter if is_adapter(path) else load_model
-    return load(path, attn_implementation, device, quantization)
+    return load(path, attn_implementation, device, quantization, dtype=dtype)
 
 
 @torch.no_grad()

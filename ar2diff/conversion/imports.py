@@ -147,7 +147,7 @@ def _stock_model(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(stock(**values))
+            model = AutoModelForCausalLM.from_config(stock(**values), trust_remote_code=False)
     except Exception as error:  # a value of the wrong type, heads that do not divide
         raise Ar2DiffError(
             f"model {path}: its config.json makes no {family.stock} model ({first_line(error)})",
