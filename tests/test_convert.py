@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ar2diff.checkpoint.files import read_spec, stored_dtypes
+from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.stored import stored_dtypes
 from ar2diff.config.recipe import Convert, load_recipe
 from ar2diff.conversion.convert import convert, end_token
 from ar2diff.core.errors import Ar2DiffError

@@ -7,10 +7,8 @@ read. This module imports no torch, so that a bad folder is refused at once.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +30,12 @@ SUBFOLDERS = ("additional_chat_templates", "custom_generate")  # whose files are
 AGAIN = "download the checkpoint again"
 MOST_JSON = 100 << 20  # bytes of a JSON file or a header, as in the safetensors library
 MOST_CONFIG = 16 << 20  # bytes of any JSON file but the index
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
 
 LAYERS, EXPERTS = re.compile(r".*layers?"), re.compile(r"(.*_)?(n|num)_.*experts?")  # keys
 MOST_LAYERS = 256  # of a model that has fewer tensors than layers, because layers share them
 MOST_EXPERTS = 1 << 12
 MOST_LABELS = 100_000
 MOST_REPEATS = 10_000_000  # some configs repeat a list as often as an integer inside it says
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file.
-
-    Attributes:
-        dtype: in the names of safetensors (`BF16`). shape: its sizes.
-        start, end: where its bytes lie in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def find_checkpoint(reference: str, code: bool = False, weights: bool = True) -> Path:
@@ -208,27 +185,6 @@ def _spec(file: Path, config: dict[str, Any]) -> Spec | None:
         raise error.about(str(file)) from None
 
 
-def stored_dtypes(path: Path) -> dict[str, str]:
-    """Dtype of each stored tensor of a folder, from the headers of its safetensors files.
-
-    Raises:
-        Ar2DiffError: as `stored_tensors`.
-    """
-    return {name: tensor.dtype for name, tensor in stored_tensors(path).items()}
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Each stored tensor of a folder, from the headers of its safetensors files.
-
-    Raises:
-        Ar2DiffError: as `weight_files` and `read_header`.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file in weight_files(path):
-        tensors |= read_header(file)
-    return tensors
-
-
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder, in the order of their names.
 
@@ -267,65 +223,6 @@ def weight_files(path: Path) -> list[Path]:
             )
         raise Ar2DiffError(f"model {path}: it has a {CONFIG} but no {names[0]}", AGAIN)
     return files
-
-
-def tensor_dtypes(file: Path) -> dict[str, str]:
-    """Dtype of each tensor of a safetensors file.
-
-    Raises:
-        Ar2DiffError: as `read_header`.
-    """
-    return {name: tensor.dtype for name, tensor in read_header(file).items()}
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Each tensor of a safetensors file, from its header; no tensor is read.
-
-    Raises:
-        Ar2DiffError: the file is missing, cut short, or damaged: its tensors do not fill it, or one
-            has a type, a shape or a size that the safetensors library would refuse.
-    """
-    if not file.is_file():
-        raise Ar2DiffError(f"model {file}: this file is missing", "download it again")
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError
-            if length > MOST_JSON:
-                raise ValueError(f"its header has {length} bytes")
-            header = parse_json(stream.read(length))
-        return _tensors(header, 8 + length, size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f" ({first_line(error)})" if isinstance(error, ValueError) and error.args else ""
-        raise Ar2DiffError(
-            f"model {file}: the file is cut short or damaged{reason}", "download it again"
-        ) from None
-
-
-def _tensors(header: dict[str, Any], begin: int, size: int) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    metadata = header.pop("__metadata__", {})
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its metadata are not all text")
-    for name, entry in header.items():
-        bits, shape, (start, end) = BITS.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        if bits is None:
-            raise ValueError(f"{shortened(name)} has the unknown type {shortened(entry['dtype'])}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-            raise ValueError(f"{shortened(name)} has a shape or an offset that is no size")
-        if (end - start) * 8 != math.prod(shape) * bits:
-            raise ValueError(f"{shortened(name)} has more or fewer bytes than its shape needs")
-        tensors[name] = StoredTensor(entry["dtype"], tuple(shape), begin + start, begin + end)
-    reached = begin
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
-        if tensor.start != reached:
-            raise ValueError("its tensors overlap, or leave gaps")
-        reached = tensor.end
-    if reached != size:
-        raise ValueError
-    return tensors
 
 
 def check_counts(path: Path, config: dict[str, Any], tensors: int | None = None) -> None:

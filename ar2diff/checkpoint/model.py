@@ -32,14 +32,13 @@ from ..diffusion.objective import suppressed_ids
 from .files import (
     CONFIG,
     GENERATION,
-    StoredTensor,
     check_counts,
     read_config,
     read_json,
     read_spec,
-    stored_tensors,
 )
 from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
+from .stored import StoredTensor, stored_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 MOST_NUMBERS = 16  # numbers of the model for each stored byte: 8 of 1 bit, and some to spare
@@ -116,7 +115,7 @@ def load_model(
     spec = read_spec(path)
     _refuse_non_decoder(path, values)
     tensors = stored_tensors(path)
-    stored = {name: tensor.dtype for name, tensor in tensors.items()}
+    stored = {tensor.name: tensor.dtype for tensor in tensors}
     config = load_config(path, len(tensors))
     tokenizer = load_tokenizer(path)
     if quantization is not None:
@@ -299,11 +298,11 @@ def _outline(config: Any) -> Any:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
-def _refuse_size(path: Path, outline: Any, tensors: dict[str, StoredTensor]) -> None:
+def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:
     """Refuse a config whose model would be far larger than the weights: the libraries would allot
     the memory for what is missing before they said that it is."""
     held = {id(t): t.numel() for t in (*outline.parameters(), *outline.buffers())}
-    wanted, there = sum(held.values()), sum(t.end - t.start for t in tensors.values())
+    wanted, there = sum(held.values()), sum(t.size for t in tensors)
     if wanted > MOST_NUMBERS * there + SMALL:
         raise Ar2DiffError(
             f"model {path}: config.json describes a model of {wanted} numbers, and the weights "

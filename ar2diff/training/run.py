@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,17 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.adapters import check_base
-from ..checkpoint.files import RUN_FILE, find_checkpoint, is_adapter
-from ..checkpoint.io import save
+from ..checkpoint.files import find_checkpoint, is_adapter
+from ..checkpoint.io import check_saving, save
 from ..checkpoint.model import Checkpoint, count_parameters
-from ..checkpoint.output import LAST, check_disk, check_output, clear_output, write_json
+from ..checkpoint.output import (
+    Output,
+    check_disk,
+    check_output,
+    claimed,
+    finished_record,
+    run_record,
+)
 from ..config.recipe import Recipe, with_values
 from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import context_length
@@ -117,6 +125,7 @@ def run(
     plan = make_plan(path, recipe)
     recipe = plan.recipe
     check_disk(output_dir, plan.bytes_needed())
+    check_saving(plan.checkpoint)
     if dry_run:
         return plan.summary() | (plan.preview(plan) if plan.preview else {})
     record = {
@@ -129,23 +138,18 @@ def run(
         "sharding": sharding(),
         **plan.summary(),
     }
-    fresh, weights = not output_dir.exists(), None
-    if main:
-        _claim(output_dir, record, resume, overwrite)
-    if resume and any((output_dir / name).is_file() for name in LAST):
-        return json.loads((output_dir / RUN_FILE).read_text())  # it had finished
-    try:
+    flags = {"resume": resume, "overwrite": overwrite}
+    with claimed(output_dir, inputs, **flags) if main else nullcontext() as output:
+        if output is not None:
+            _begin(output, record, resume)
+        if resume and (ended := finished_record(output_dir)):
+            return ended
+        weights = None
         if recipe.train.max_steps:
             trained, weights = _train(plan, output_dir, resume)
             record |= trained
-        if main:
-            save(plan.checkpoint, output_dir, record, weights)
-    except BaseException:
-        if main and not checkpoints(output_dir / "checkpoints"):
-            clear_output(output_dir)  # it holds nothing to resume from
-            if fresh and not any(output_dir.iterdir()):
-                output_dir.rmdir()
-        raise
+        if output is not None:
+            save(plan.checkpoint, output, record, weights)
     return record
 
 
@@ -206,25 +210,23 @@ def check_trackers(report_to: str) -> None:
         ) from None
 
 
-def _claim(output_dir: Path, record: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make the folder ours: nothing of another run may stay in it."""
-    claimed = output_dir / RUN_FILE
-    if resume and claimed.is_file():
-        old = json.loads(claimed.read_text())
-        for name in ("recipe", "base_model", "rows_per_step", "sharding"):
-            if old.get(name) != json.loads(json.dumps(record[name])):
-                raise Ar2DiffError(
-                    f"{output_dir} was started with another {name}{_difference(old, record, name)}",
-                    "resume with the command it was started with, or use --overwrite",
-                )
+def _begin(output: Output, record: dict[str, Any], resume: bool) -> None:
+    """Begin a run in its folder, or check that the one to resume is the same."""
+    old = run_record(output.folder) if resume else None
+    if old is None:
+        if record["steps"]:
+            output.begin_run(record)
         return
-    if overwrite and output_dir.is_dir():
-        clear_output(output_dir)
-    write_json(claimed, record)
+    for name in ("recipe", "base_model", "rows_per_step", "sharding"):
+        if old.get(name) != json.loads(json.dumps(record[name])):
+            raise Ar2DiffError(
+                f"{output.folder} was started with another {name}{_difference(old, record, name)}",
+                "resume with the command it was started with, or use --overwrite",
+            )
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
-    if name != "recipe":
+    if name != "recipe" or not isinstance(old.get("recipe"), dict):
         return f": {old.get(name)}, now {new[name]}"
     for section, values in new["recipe"].items():
         before = old["recipe"].get(section)
