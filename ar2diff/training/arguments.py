@@ -22,6 +22,7 @@ def training_arguments(
     bf16 = train.precision == "bf16" or (
         train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
+    more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
     return kind(
         output_dir=str(run_dir),
         max_steps=train.max_steps,

@@ -214,9 +214,7 @@ class Denoising(Running):
             return loss.detach(), None, None
         return loss.detach(), outputs["predictions"], outputs["labels"]
 
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """transformers' loop, whose mean over batches gives way to the loss of the whole set."""
         self._judged = torch.zeros(6, dtype=torch.double, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
