@@ -14,11 +14,10 @@ import torch
 from datasets import Dataset, Features, Json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers.trainer_utils import PredictionOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
@@ -246,7 +245,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             eval_dataset: a data set or a list of rows with `prompt` and the columns that rewards
                 read; None: the one given to the trainer.
         """
-        return super().evaluate(table_of(eval_dataset), ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self,
@@ -260,7 +259,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             `predictions` [prompts * rl.num_generations, C] ids of the completions, -100 after them;
             `label_ids` None; `metrics` as of `evaluate`.
         """
-        output = super().predict(table_of(test_dataset), ignore_keys, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         for name, values in self._metrics["eval"].items():
             output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self._metrics["eval"].clear()
@@ -282,8 +281,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         unwritten = inputs["completion_mask"] == 0
         return loss, inputs["completion_ids"].masked_fill(unwritten, -100), None
 
+    def _get_dataloader(
+        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        if not is_training:
+            # In the rows, not in the sampler: accelerate counts rows to find the last batch's end.
+            each = range(self.num_generations_eval)
+            dataset = table_of(dataset)
+            dataset = dataset.select([n for n in range(len(dataset)) for _ in each])
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        return RepeatSampler(eval_dataset, self.num_generations_eval, shuffle=False)
+        return SequentialSampler(eval_dataset)
 
     @property
     def _mode(self) -> str:

@@ -221,11 +221,9 @@ class Denoising(Running):
         sums = self.accelerator.reduce(self._judged, "sum")
         divisor, ar_divisor = divisors_of(sums).tolist()
         total, ar_total, right, count = sums[2:].tolist()
-        output.metrics |= {
-            f"{metric_key_prefix}_loss": total / divisor
-            + self.recipe.objective.ar_weight * ar_total / ar_divisor,
-            f"{metric_key_prefix}_masked_accuracy": right / max(count, 1),
-        }
+        loss = total / divisor + self.recipe.objective.ar_weight * ar_total / ar_divisor
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_masked_accuracy"] = right / max(count, 1)
         return output
 
     def _fuses(self, inner: Any) -> bool:

@@ -28,8 +28,8 @@ from .request import Request
 from .results import RunPlan, RunResult
 
 DECISIVE = {  # keys of a record that must be equal where a run is resumed, and what they are
-    "recipe": "recipe", "base_model": "model", "inputs": "content", "rows_per_step": "number of rows per step",
-    "sharding": "sharding",
+    "recipe": "recipe", "base_model": "model", "inputs": "content",
+    "rows_per_step": "number of rows per step", "sharding": "sharding",
 }  # fmt: skip
 INPUTS = {
     "model": "the files of the model", "data": "a data file", "template": "the chat template",

@@ -280,10 +280,10 @@ def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
         )
     if answers.barren == rows:
         if answers.cut:
-            over = {"drop": "left out", "truncate": "cut before an answer is complete"}
+            over = "left out" if data.overlong == "drop" else "cut before an answer is complete"
             raise Ar2DiffError(
                 f"there is nothing to learn: {answers.cut} of {rows} rows are longer than "
-                f"{option('data.max_length')} {data.max_length} and are {over[data.overlong]}",
+                f"{option('data.max_length')} {data.max_length} and are {over}",
                 f"raise {option('data.max_length')}, or give shorter rows",
             )
         raise Ar2DiffError(
@@ -295,7 +295,7 @@ def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
 def described(answers: Answers, recipe: Recipe) -> str:
     """The numbers and lengths of the supervised turns, in a line."""
     lengths = sorted(answers.lengths) or [0]
-    over = {"drop": "left out", "truncate": "cut"}[recipe.data.overlong]
+    over = "left out" if recipe.data.overlong == "drop" else "cut"
     barren = f"; {answers.barren} rows teach nothing" if answers.barren else ""
     return (
         f"{answers.turns} supervised turns, median length {lengths[len(lengths) // 2]} tokens, "
