@@ -316,7 +316,7 @@ def refused(what: str, call: object, *arguments: object, **more: object) -> Ar2D
 
 
 def test_an_ar_model_gets_no_adapter(tiny_checkpoint, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("ar2diff.training.adapt.load_checkpoint", None)  # it is not loaded
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)  # it is not loaded
     error = refused("is not converted", adapt, str(tiny_checkpoint), recipe(), tmp_path / "out")
     assert "--max-steps 0" in error.fix
     assert not (tmp_path / "out").exists()

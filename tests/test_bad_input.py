@@ -549,14 +549,14 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("row, said", BAD_ROWS)
 def test_row_that_sft_cannot_learn_from(tunes_not, converted, monkeypatch, row, said):
-    monkeypatch.setattr("ar2diff.training.sft.load_checkpoint", None)  # it is said before
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)  # it is said before
     assert f"rows.jsonl: row 1{'' if 'has' in said else ':'} {said}" in tunes_not(
         converted, rows=[row]
     )
 
 
 def test_sft_of_a_model_that_is_not_converted(tunes_not, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("ar2diff.training.sft.load_checkpoint", None)
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
     said = tunes_not(tiny_checkpoint)
     assert "is not converted" in said and f"run 'ar2diff adapt {tiny_checkpoint}" in said
 

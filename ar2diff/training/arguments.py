@@ -20,6 +20,7 @@ def training_arguments(
     """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
     train = recipe.train
     cuda = torch.cuda.is_available()
+    more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
     return kind(
         output_dir=str(run_dir),
         max_steps=train.max_steps,

@@ -35,13 +35,14 @@ from ..checkpoint.files import find_checkpoint, is_adapter, read_spec
 from ..checkpoint.model import Checkpoint, load_config, load_tokenizer
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
-from ..core.attention import Slots, lay_out, model_mask
+from ..core.attention import Slots, lay_out
 from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
 from ..diffusion.cross_entropy import PART, cross_entropy
+from ..diffusion.task import Task
 from ..distributed.precision import computes_in_bf16
-from .loss import layers_of
-from .run import continued, fitted
+from .modules import layers_of
+from .plan import continued, fitted
 
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
@@ -235,18 +236,17 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
         wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:
         input_ids, slots, wanted = _rollouts(recipe, spec)
-    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
+    none = torch.zeros(wanted).long()
+    task = Task(input_ids, slots, spec.attention, spec.block_length, none, none)
+    inputs = task.inputs(model, spec.local_window)
     books, head, made = _Books(model), model.get_output_embeddings(), []
     head.register_forward_hook(lambda _module, _args, output: made.append(output))
     with books, torch.enable_grad():
-        output = output_at(
-            model, torch.zeros(wanted).long(), input_ids=input_ids, attention_mask=mask,
-            position_ids=slots.pos,
-        )  # fmt: skip
+        output = output_at(model, task.index, **inputs)
         logits, books.account = output.logits[0], "logits"
         suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
         if recipe.rl is None:
-            cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+            cross_entropy(logits, task.target, suppressed).sum()
         else:
             (logits / 1.0).masked_fill(suppressed, 0.0).log_softmax(-1).sum()
     states = input_ids.numel() * model.config.get_text_config().hidden_size
