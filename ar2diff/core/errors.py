@@ -5,8 +5,11 @@ This file is copied into converted folders: it imports the standard library alon
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+LONGEST = 400  # characters of a line of an error; what a file or a user gave may have millions
 
 # An option within a message. The two control characters occur in no text that a user gives us
 # unescaped, so that nothing but `option` makes a mention.
@@ -37,14 +40,15 @@ class Ar2DiffError(Exception):
         fix: what to do about it, likewise.
 
     Attributes:
-        what, fix: as Python names options; `named` gives them in another surface's names.
+        what, fix: one printable line each, with options as Python names them; `named` gives them
+            in another surface's names. The middle of an overlong line is left out.
         option: the name of the option that the error is about, the first that `what` mentions;
             None if it mentions none.
     """
 
     def __init__(self, what: str, fix: str):
         self._what, self._fix = what, fix
-        self.what, self.fix = _written(what, as_keyword), _written(fix, as_keyword)
+        self.what, self.fix = (_line(_written(text, as_keyword)) for text in (what, fix))
         mention = _OPTION.search(what)
         self.option = mention[1] if mention else None
         super().__init__(f"{self.what} (fix: {self.fix})")  # one line: servers put it in theirs
@@ -66,10 +70,36 @@ class Ar2DiffError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's error says; its class name where it says nothing."""
+    """The first line of a library's error message; its class name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """The repr of a value that may be huge, in at most `most` characters."""
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]
+    elif isinstance(value, int) and value.bit_length() > 4 * most:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print long ones
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or holds such an integer
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?`, to follow a name that is not among `names`; empty if none is close."""
+    found = difflib.get_close_matches(name[:100], list(names), 1, 0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def _written(text: str, write: Callable[[str, str | None], str]) -> str:
     return _OPTION.sub(lambda mention: write(mention[1], mention[2]), text)
+
+
+def _line(text: str) -> str:
+    """The text in one line that is safe to print, of at most `LONGEST` characters and escapes."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 100]} ... {text[-90:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
