@@ -30,6 +30,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     # It says on stdout what it finds when it is imported, which others do where it is installed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # On a CPU with avx512_bf16 its import reports the lack of a kernel, which we would not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

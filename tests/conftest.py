@@ -46,6 +46,8 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Rows of whole blocks of 64 weights, which 4-bit layers need on a CPU and real models have.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CONFIGS = {
     "llama": ("LlamaConfig", SHAPE),
     "qwen3": ("Qwen3Config", SHAPE),
@@ -179,16 +181,26 @@ def tiny_tokenizer():
 def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
     """Folder of an AR LLaMA (hidden 32, 2 layers, 259 tokens) as `save_pretrained` leaves it:
     float32, no mask and no pad token, `len(tokenizer) == vocab_size`. Never write to it."""
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    return _save_llama(tmp_path_factory.mktemp("tiny") / "llama", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory, tiny_tokenizer):
+    """The tiny checkpoint in a shape that can be held in 4 bits. Never write to it."""
+    return _save_llama(tmp_path_factory.mktemp("wide") / "llama", tiny_tokenizer, **WIDE)
+
+
+def _save_llama(folder, tokenizer, **shape):
     model = build_model(
         "llama",
         dtype=torch.float32,
-        vocab_size=len(tiny_tokenizer),
+        vocab_size=len(tokenizer),
         pad_token_id=None,
         architectures=None,
+        **shape,
     )
     model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -196,13 +208,23 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
 def convert_tiny(tiny_checkpoint, tmp_path_factory):
     """Factory: convert_tiny("convert.attention=full") is a folder of the tiny checkpoint converted
     without training; made once. Never write to it."""
+    return _converter(tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def convert_wide(wide_checkpoint, tmp_path_factory):
+    """Factory: the same of the wide checkpoint."""
+    return _converter(wide_checkpoint, tmp_path_factory)
+
+
+def _converter(checkpoint, tmp_path_factory):
     from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import adapt
 
     @functools.cache
     def convert(*overrides):
         folder = tmp_path_factory.mktemp("converted") / "model"
-        adapt(str(tiny_checkpoint), load_recipe(None, ["train.max_steps=0", *overrides]), folder)
+        adapt(str(checkpoint), load_recipe(None, ["train.max_steps=0", *overrides]), folder)
         return folder
 
     return convert

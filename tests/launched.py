@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ar2diff.cli.main import main
+from ar2diff.cli.output import quiet
 
 from ar2diff.distributed.launch import Launch
 from ar2diff.distributed.ranks import is_launched
@@ -92,6 +93,7 @@ def masters(optimizer: Any) -> int:
 if __name__ == "__main__":
     folder = Path(sys.argv.pop(1))
     if is_launched():
+        quiet()  # as every verb does, before libraries are imported
         watch(folder)
     else:
         command = Launch.command

@@ -196,6 +196,16 @@ def test_where_a_token_of_a_packed_document_is_read():
     assert slots[[1, 2, 4, 5]].tolist() == [0, 7, 3, 10]
 
 
+def test_where_a_token_is_read_in_another_layout():
+    pos, own = torch.tensor([2, 3, 4, 5]), torch.tensor([6, 7, 8, 9])
+    given = {"own": own, "clean": 20 + pos}
+    assert reading_slot(pos, "block_causal", 2, "same", **given).tolist() == [6, 7, 8, 9]
+    assert reading_slot(pos, "block_causal", 2, "shift", **given).tolist() == [21, 6, 23, 8]
+    assert reading_slot(pos, "full", None, "shift", **given).tolist() == [5, 6, 7, 8]
+    # in decoding the context ends where the block begins
+    assert reading_slot(pos, "block_causal", 2, "shift", own, own).tolist() == [5, 6, 7, 8]
+
+
 # Back ends
 
 

@@ -135,6 +135,14 @@ def test_a_batch_is_each_row_alone(call):
     assert_a_batch_is_each_row_alone(*call)
 
 
+@pytest.mark.parametrize("rule", [*RULES[-2:], {"steps": 3, "order": "entropy", "cfg_scale": 1.5}])
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+def test_positions_that_read_masks_alone_are_decided_alike_in_every_batch(prediction, rule):
+    """They tie: with windows of 3, rounding alone tells the middle ones of nine from each other."""
+    kwargs = {"attention": "full", "prediction": prediction, "kind": "mistral_window", **rule}
+    assert_a_batch_is_each_row_alone([[1], [1, 3]], {**kwargs, "max_new_tokens": 9})
+
+
 @pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(calls())

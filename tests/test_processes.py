@@ -127,13 +127,24 @@ def steps_of(kind: str) -> int:
 
 
 @pytest.fixture(scope="session")
-def arguments_of(tiny_checkpoint, convert_tiny, data_for):
+def base_of(tiny_checkpoint, convert_tiny, convert_wide):
+    """Factory: what a kind of run begins with."""
+
+    def find(kind: str) -> Path:
+        if kind == "adapt":
+            return tiny_checkpoint
+        return (convert_wide if kind.endswith("qlora") else convert_tiny)("convert.block_length=4")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def arguments_of(base_of, data_for):
     """Factory: the command line of a kind of run, in a number of processes."""
 
     def arguments(kind: str, output_dir: Path, processes: int, *more: str) -> list[str]:
         verb, _ = KINDS[kind]
-        model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-        named = [str(model), "--data", str(data_for[verb]), "--output-dir", str(output_dir)]
+        named = [str(base_of(kind)), "--data", str(data_for[verb]), "--output-dir", str(output_dir)]
         return [verb, *named, *settings_of(kind, output_dir.parent, processes), *more]
 
     return arguments
@@ -156,7 +167,7 @@ def logs_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def train_alone(tiny_checkpoint, convert_tiny, data_for, tmp_path_factory):
+def train_alone(base_of, data_for, tmp_path_factory):
     """Factory: train_alone("sft") is (folder, losses) of a run in this process. Made once."""
 
     @functools.cache
@@ -166,8 +177,7 @@ def train_alone(tiny_checkpoint, convert_tiny, data_for, tmp_path_factory):
         recipe = load_recipe(None, settings_of(kind, folder.parent, 1))
         recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
         run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
-        model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-        run(str(model), recipe, folder)
+        run(str(base_of(kind)), recipe, folder)
         return folder, [row["loss"] for row in logs_of(folder)]
 
     return train

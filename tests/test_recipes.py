@@ -75,12 +75,19 @@ def rl_rows(recipe) -> list[dict]:
     return [{"prompt": f"say {n}:", **row} for n in range(24)]
 
 
-def base(name: str, recipe, tiny_checkpoint: Path, convert_tiny) -> Path:
-    """What a recipe begins with: the AR model, or that converted as the recipe wants it."""
-    if verb(name) == "adapt":
-        return tiny_checkpoint
-    chosen = recipe.convert.model_dump(include=recipe.convert.model_fields_set)
-    return convert_tiny(*(f"convert.{key}={json.dumps(value)}" for key, value in chosen.items()))
+@pytest.fixture
+def base_of(tiny_checkpoint, convert_tiny, convert_wide):
+    """Factory: what a recipe begins with: the AR model, or that converted as the recipe wants it,
+    in a shape for 4-bit layers where the recipe has them."""
+
+    def find(name: str, recipe) -> Path:
+        if verb(name) == "adapt":
+            return tiny_checkpoint
+        chosen = recipe.convert.model_dump(include=recipe.convert.model_fields_set)
+        convert = convert_tiny if recipe.quantization is None else convert_wide
+        return convert(*(f"convert.{key}={json.dumps(value)}" for key, value in chosen.items()))
+
+    return find
 
 
 ROWS = {"adapt": adapt_rows, "sft": sft_rows, "rl": rl_rows}  # what a verb's recipes read
@@ -124,16 +131,14 @@ def run(monkeypatch, capsys, *arguments: object) -> dict:
 
 
 @EVERY_RECIPE
-def test_two_steps_of_a_recipe(
-    name, monkeypatch, capsys, tiny_checkpoint, convert_tiny, write_jsonl, tmp_path
-):
+def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, tmp_path):
     recipe = load_recipe(name)
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'ar2diff[dev]'")
     seen, train = [], Running.train
     monkeypatch.setattr(Running, "train", lambda self, **k: seen.append(self) or train(self, **k))
     what, out = verb(name), tmp_path / "out"
-    model = base(name, recipe, tiny_checkpoint, convert_tiny)
+    model = base_of(name, recipe)
     data = write_jsonl("rows.jsonl", ROWS[what](recipe))
     record = run(
         monkeypatch, capsys, what, model, "--recipe", name, "--data", data, "--output-dir", out,

@@ -237,10 +237,10 @@ def test_a_dry_run_shows_the_first_prompt_and_writes_nothing(
 @pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_tiny, tmp_path):
+def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_wide, tmp_path):
     more = ["peft.r=4", "quantization.kind=nf4", "train.max_steps=3", "train.learning_rate=0.01"]
     recipe = load_recipe(None, [*SETTINGS, *more])
-    checkpoint = load_checkpoint(str(convert_tiny(BLOCKS)), quantization=recipe.quantization)
+    checkpoint = load_checkpoint(str(convert_wide(BLOCKS)), quantization=recipe.quantization)
     add_adapter(checkpoint, recipe)
     parameters = dict(checkpoint.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}

@@ -17,7 +17,16 @@ from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.options import resolve
-from ar2diff.core.samplers import Chooser, draw, over_threshold, quota_of, top, within_entropy
+from ar2diff.core.samplers import (
+    Choice,
+    Chooser,
+    commits,
+    draw,
+    over_threshold,
+    quota_of,
+    top,
+    within_entropy,
+)
 
 PROMPT = [1, 17, 42, 5]
 WORDS = (0, 1, 2)  # of the model of three words; row 3 is the mask
@@ -104,6 +113,58 @@ def test_top_ranks_within_the_row(rows, data):
     ):
         ordered = sorted(known(row).values(), reverse=True)
         assert sorted((row[i] for i in got), reverse=True) == ordered[:count]
+
+
+# Ties
+
+
+few = st.integers(1, 4).map(lambda n: n / 8)  # many of them alike
+
+
+@given(
+    st.lists(st.lists(st.none() | few, min_size=6, max_size=6), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+    st.integers(1, 4),
+)
+def test_rounding_decides_nothing(rows, seed, count):
+    """Neither between positions as sure as each other, nor at a threshold or a bound."""
+    exact, masked = tensors(rows, 0.5)
+    noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(seed)).double() - 0.5
+    noisy, counts = exact + 2e-5 * noise, torch.full((len(rows),), count)
+    assert torch.equal(top(noisy, masked, counts), top(exact, masked, counts))
+    for bound in (0.125, 0.5):
+        assert torch.equal(*(within_entropy(e, masked, bound) for e in (noisy, exact)))
+        assert torch.equal(*(over_threshold(p.log(), masked, bound) for p in (noisy, exact)))
+
+
+def test_ties_go_to_the_earlier_position():
+    masked = torch.tensor([[False, True, True, True, True, False, True]])
+    score = torch.tensor([[9.0, 0.1, 0.7, 0.7 + 4e-5, 0.7 + 8e-5, 9.0, 0.7 + 3e-4]])
+    assert sets(top(score, masked, torch.tensor([2]))) == [{6, 2}]
+    assert sets(top(score, masked, torch.tensor([3]))) == [{6, 2, 3}]
+    assert sets(within_entropy(-score + 2, masked, 1.0)) == [{6}]
+    assert sets(within_entropy(-score + 2, masked, 1.5)) == [{6, 2}]
+    assert sets(over_threshold(score - 1, masked, 0.99)) == [{6}]
+    assert sets(over_threshold(score[:, :5] - 1, masked[:, :5], 0.99)) == [{2}]
+
+
+def test_draws_of_a_random_order_never_tie():
+    masked = torch.ones(1, 3).bool()
+    draws = torch.tensor([[0.5, 0.5 + 1e-9, 0.1]], dtype=torch.float64)
+    assert sets(top(draws, masked, torch.tensor([1]), 0.0)) == [{1}]
+    chooser = Chooser(resolve(tiny_spec(), {"steps": 3, "order": "random"}), None, [])
+    chooser.uniform = lambda rows: draws[0]
+    choice = Choice(torch.zeros(3), torch.zeros(3))
+    commit = commits(chooser.options, choice, masked, torch.tensor([1]), chooser, torch.tensor([0]))
+    assert sets(commit) == [{1}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equally_likely_tokens_go_to_the_lowest_id(dtype):
+    logits = torch.zeros(3, 200, dtype=dtype)
+    logits[0, [41, 77, 150]], logits[1, 199] = 2.0, 1.0
+    chooser = Chooser(resolve(tiny_spec(), {}), None, [])
+    assert chooser.choose(logits, torch.zeros(3).long()).tokens.tolist() == [41, 199, 0]
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -450,7 +511,7 @@ def test_random_order_over_a_grid_of_draws_is_the_ancestral_sampler(monkeypatch)
         assert counts[words] / rows == pytest.approx(p, abs=2 / cells)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**40), st.integers(1, 5))
 def test_a_row_draws_the_same_whatever_batch_it_is_in(seed, others):
     batch = [[1, other + 20] for other in range(others)]

@@ -17,6 +17,8 @@ from ..core.spec import CAUSAL, Spec
 from ..diffusion.objective import suppressed_ids
 from .files import read_config, read_spec, stored_dtypes
 
+FOUR_BIT_BLOCK = 64  # weights that share a scale; the only size that recipes can ask for
+
 
 @dataclass
 class Checkpoint:
@@ -72,7 +74,7 @@ def load_model(
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
-            or its spec is not one we honour.
+            its spec is not one we honour, or its layers cannot be held in 4 bits on a CPU.
     """
     config = read_config(path)
     spec = read_spec(path)
@@ -87,6 +89,7 @@ def load_model(
     quantized: dict[str, Any] = {}
     if quantization is not None:
         quantized["quantization_config"] = _bits_and_bytes(quantization)
+        _check_four_bit_shapes(path)
         dtype = "auto"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -102,6 +105,7 @@ def load_model(
             f"model {path}: does not load ({first_line(error)})",
             "check that config.json and the weights belong together",
         ) from error
+    _keep_unpacked(model)
     if report["missing_keys"] or report.get("mismatched_keys"):
         names = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
         raise Ar2DiffError(
@@ -164,6 +168,51 @@ def _bits_and_bytes(quantization: Any) -> Any:
         bnb_4bit_use_double_quant=quantization.double,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _check_four_bit_shapes(path: Path) -> None:
+    """Refuse a model whose layers a CPU cannot hold in 4 bits, before its weights are read.
+
+    bitsandbytes quantises blocks of 64 weights. Its CPU kernels take each row of a layer for whole
+    blocks: of other rows they apply the wrong scales without a word, or fail, depending on the CPU.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    if torch.cuda.is_available():
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception as error:  # from a config of the wrong type to a class without sdpa
+        raise Ar2DiffError(
+            f"model {path}: does not load ({first_line(error)})",
+            "check that config.json and the weights belong together",
+        ) from error
+    head = model.get_output_embeddings()  # it is never quantised
+    for name, module in model.named_modules():
+        if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        inputs = module.nx if isinstance(module, Conv1D) else module.in_features
+        if inputs % FOUR_BIT_BLOCK:
+            raise Ar2DiffError(
+                f"model {path}: layer {name} has {inputs} inputs; on a CPU, 4-bit layers need a "
+                f"multiple of {FOUR_BIT_BLOCK}",
+                "leave out the quantization section, or train on a GPU",
+            )
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Keep 4-bit layers in the form that trains, on every CPU.
+
+    On a CPU with avx512_bf16, the first forward in eval mode would repack a layer for inference.
+    That rounds its scales to bfloat16, and no gradient passes through it any more, so that the
+    training that follows would silently go wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:

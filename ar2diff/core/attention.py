@@ -65,26 +65,38 @@ def lay_out(
     )
 
 
-def reading_slot(pos: Tensor, attention: str, block_length: int | None, prediction: str) -> Tensor:
-    """Slot at which the token of each position is predicted, in the layout of `lay_out`.
+def reading_slot(
+    pos: Tensor,
+    attention: str,
+    block_length: int | None,
+    prediction: str,
+    own: Tensor | None = None,
+    clean: Tensor | None = None,
+) -> Tensor:
+    """Slot at which the token of each position is predicted.
 
     `same`: its own noisy slot. `shift`: the slot before it; the first token of a block b >= 1
     is read at the clean copy's last position before the block, since the noisy copy of block
     b - 1 does not exist when decoding.
 
     Args:
-        pos: [B, L] logical positions.
+        pos: [B, L] logical positions (any shape where `own` and `clean` are given).
+        own: slot of each token's noisy copy. The default is the layout of `lay_out`.
+        clean: slot of each token's clean copy; pass `own` where the clean context lies directly
+            before the block, as in decoding.
 
     Returns:
-        [B, L] int slots; meaningless at position 0, which is never predicted.
+        int slots in the shape of `pos`; meaningless at position 0, which is never predicted.
     """
-    index = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+    if own is None:
+        own = torch.arange(pos.shape[1], device=pos.device).expand_as(pos)
+        clean = own + pos.shape[1]
     if prediction == "same":
-        return index
-    before = (index - 1).clamp(min=0)
-    if attention == "full":
-        return before
-    return torch.where((pos % block_length == 0) & (pos > 0), before + pos.shape[1], before)
+        return own
+    before = own - 1
+    if attention != "full":
+        before = torch.where((pos % block_length == 0) & (pos > 0), clean - 1, before)
+    return before.clamp(min=0)
 
 
 def allowed_edges(

@@ -2,6 +2,15 @@
 
 Confidence is that of the model's own distribution, before temperature and filters: tempered
 confidence would raise the parallelism silently. Positions compete within their row only.
+
+Ties go to the earlier position. Positions that read masks alone have the same distribution, and
+rounding, which differs with the CPU and the shape of the batch, must not decide between them. So
+confidences and entropies (in nats) and margins are ranked as equal where they lie within `TIE` of
+each other, and a threshold or an entropy bound must be passed by more than that. In float32, whose
+rounding moves them by about 1e-5, and in float64, a text depends on neither CPU nor batch by a tie;
+bfloat16 rounds more coarsely than any difference that could be ignored. Between tokens of one
+position, equal scores go to the lowest id.
+
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
@@ -18,6 +27,7 @@ from torch import Tensor
 from .options import Options
 
 HIDDEN = float("-inf")
+TIE = 1e-4  # below it, a difference of scores counts as rounding
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Chooser:
         """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits."""
         scores = self.warp(logits, context)
         if self.options.greedy:
-            tokens = scores.argmax(-1)
+            tokens = scores.argmax(-1)  # of equal ones, the first
         else:
             tokens = draw(scores.softmax(-1), self.uniform(row))
         margin = entropy = None
@@ -150,19 +160,28 @@ def commits(
         return within_entropy(spread(choice.entropy, masked), masked, options.entropy_bound)
     if quota is None:
         return over_threshold(confidence, masked, options.threshold)
+    tie = TIE
     if options.order == "random":
-        score = chooser.uniform(rows[masked.nonzero()[:, 0]]).to(confidence.dtype)
+        score, tie = chooser.uniform(rows[masked.nonzero()[:, 0]]), 0.0  # draws are not rounded
     elif options.order == "margin":
         score = choice.margin
     elif options.order == "entropy":
         score = -choice.entropy
     else:
         score = choice.logprob
-    best = top(spread(score, masked), masked, quota)
+    best = top(spread(score, masked), masked, quota, tie)
     if options.threshold is None:
         return best
-    sure = masked & (confidence.exp() > options.threshold)  # SDAR: threshold or quota
+    sure = masked & surer(confidence, options.threshold)  # SDAR: threshold or quota
     return torch.where((sure.sum(1) >= quota)[:, None], sure, best)
+
+
+def surer(logprob: Tensor, threshold: float) -> Tensor:
+    """Bool, where a probability exceeds the threshold by more than rounding: its log-odds, which
+    rounding moves as much as it moves logits, exceed the threshold's by `TIE`."""
+    if threshold <= 0:
+        return logprob > HIDDEN
+    return logprob > math.log(threshold) + TIE * max(1 - threshold, 0)
 
 
 def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
@@ -172,9 +191,8 @@ def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
     Args:
         logprob, masked: [R, W], of the chosen tokens.
     """
-    logprob = logprob.masked_fill(~masked, HIDDEN)
-    sure = logprob > (math.log(threshold) if threshold > 0 else HIDDEN)
-    return sure.scatter(1, logprob.argmax(1, keepdim=True), True) & masked
+    sure = masked & surer(logprob, threshold)
+    return torch.where(sure.any(1, keepdim=True), sure, top(logprob, masked, masked.any(1).long()))
 
 
 def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
@@ -184,18 +202,31 @@ def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
     Args:
         entropy, masked: [R, W].
     """
-    ordered, order = entropy.masked_fill(~masked, torch.inf).sort(dim=1, stable=True)
-    before = ordered.nan_to_num(posinf=0.0).cumsum(1) - ordered.nan_to_num(posinf=0.0)
-    within = (before <= bound) & ordered.isfinite()
-    within[:, 0] = ordered[:, 0].isfinite()
-    return torch.zeros_like(masked).scatter(1, order, within)
+    order = ranked(-entropy, masked)
+    ordered = entropy.masked_fill(~masked, 0.0).gather(1, order)
+    within = ordered.cumsum(1) - ordered <= bound + TIE
+    within[:, 0] = True
+    return masked & torch.zeros_like(masked).scatter(1, order, within)
 
 
-def top(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+def top(score: Tensor, masked: Tensor, count: Tensor, tie: float = TIE) -> Tensor:
     """The `count` [R] masked positions of each row with the highest score [R, W]."""
-    order = score.masked_fill(~masked, HIDDEN).argsort(dim=1, descending=True, stable=True)
+    order = ranked(score, masked, tie)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     return masked & (rank < count[:, None])
+
+
+def ranked(score: Tensor, masked: Tensor, tie: float = TIE) -> Tensor:
+    """[R, W] positions of each row from the highest score [R, W] to the lowest, the masked ones
+    before the others; ties from the left.
+
+    Scores tie if none of the gaps between them, in the order of the row's scores, exceeds `tie`.
+    Rounding each score to a grid would not do: equal scores can lie on both sides of a step.
+    """
+    ordered, order = score.masked_fill(~masked, HIDDEN).sort(dim=1, descending=True, stable=True)
+    gaps = ordered[:, :-1] - ordered[:, 1:] > tie  # of two at -inf there is none
+    group = torch.nn.functional.pad(gaps.long().cumsum(1), (1, 0)) + (~masked).gather(1, order)
+    return order.gather(1, (group * order.shape[1] + order).argsort(1))
 
 
 def quota_of(total: Tensor, steps: int, taken: Tensor, left: Tensor) -> Tensor:

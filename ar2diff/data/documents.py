@@ -18,7 +18,7 @@ from ..config.recipe import Recipe
 from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import block_times, corrupt
+from ..diffusion.noise import block_times, complement, corrupt
 from ..diffusion.objective import cart_weights, coefficients, time_weights
 from .sources import Documents
 
@@ -225,18 +225,12 @@ class Collator:
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
         if not noise.complementary:
             return masked[None], t[None]
-        return torch.stack([masked, maskable & ~masked]), self._both_times(t, maskable, block)
+        other, other_t = complement(maskable, block, masked, t)
+        return torch.stack([masked, other]), torch.stack([t, other_t])
 
     def _maskable(self, ids: Tensor) -> Tensor:
         """Position 0 is never masked and never scored, nor is a text that spells the mask token."""
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
-
-    @staticmethod
-    def _both_times(t: Tensor, maskable: Tensor, block: Tensor) -> Tensor:
-        count = (
-            torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())[block].double()
-        )
-        return torch.stack([t, count / (count + 1) - t])  # k/(n+1) and (n-k)/(n+1)
 
     def _finish(
         self, batch: dict[str, Tensor], masked: Tensor, t: Tensor, block_length: int | None

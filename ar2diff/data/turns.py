@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..config.recipe import Recipe
-from ..core.attention import PADDING
+from ..core.attention import PADDING, reading_slot
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import block_times, corrupt
+from ..diffusion.noise import block_times, complement, corrupt
 from ..diffusion.objective import coefficients, time_weights
 from .documents import pack
 
@@ -236,7 +236,8 @@ class TurnCollator:
 
     def _row(self, parts: Sequence[Part], view: int) -> dict[str, Tensor]:
         """Slots of a row: the noisy copies of all turns, then the clean copies."""
-        grid = self.recipe.convert.block_length
+        convert = self.recipe.convert
+        grid = convert.block_length
         pieces: list[dict[str, Tensor]] = []
         base = 0  # slots so far
         control = self.recipe.objective.kind == "ar"
@@ -250,7 +251,15 @@ class TurnCollator:
                 count = len(piece["pos"])
                 piece["doc"] = torch.full((count,), doc)
                 piece["seq"] = torch.full((count,), len(pieces))
-                piece["reads"] = self._reads(piece["pos"], base, clean)
+                own = base + torch.arange(count)
+                piece["reads"] = reading_slot(
+                    piece["pos"],
+                    convert.attention,
+                    grid,
+                    convert.prediction,
+                    own,
+                    clean + piece["pos"],
+                )
                 piece["block"] = piece["start"] // (grid or count) + blocks
                 blocks = int(piece["block"].max()) + 1
                 pieces.append(piece)
@@ -294,21 +303,8 @@ class TurnCollator:
         generator = keyed_generator(seed, part.epoch, key)
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
         if view:
-            count = torch.zeros(int(block[-1]) + 1).index_add_(0, block, maskable.float())
-            count = count[block].double()
-            masked, t = maskable & ~masked, count / (count + 1) - t
+            return complement(maskable, block, masked, t)
         return masked, t
-
-    def _reads(self, pos: Tensor, base: int, clean: int) -> Tensor:
-        """Slot at which each noisy token is predicted: `same` its own, `shift` the one before it; a
-        block's first token at the clean copy's last position before the block."""
-        own = base + torch.arange(len(pos))
-        grid = self.recipe.convert.block_length
-        if self.recipe.convert.prediction == "same":
-            return own
-        if not grid:
-            return (own - 1).clamp(min=0)
-        return torch.where((pos % grid == 0) & (pos > 0), clean + pos - 1, (own - 1).clamp(min=0))
 
     def _clean(self, part: Part, doc: int) -> dict[str, Tensor]:
         """The clean copy; supervised tokens of it have an AR loss."""

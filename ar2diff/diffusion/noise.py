@@ -76,3 +76,18 @@ def corrupt(
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - start[block[order]]
     return maskable & (rank < k[block]), t[block]
+
+
+def complement(maskable: Tensor, block: Tensor, masked: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The other view of a sequence that `corrupt` masked with `complementary`.
+
+    Args:
+        maskable, block: as given to `corrupt`. masked, t: as it returned them.
+
+    Returns:
+        masked: [L] bool, the maskable positions that the first view shows. t: [L] double,
+        (n - k) / (n + 1) where the first view has k / (n + 1).
+    """
+    count = torch.zeros(int(block.max()) + 1).index_add_(0, block, maskable.float())
+    count = count[block].double()
+    return maskable & ~masked, count / (count + 1) - t

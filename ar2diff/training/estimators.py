@@ -33,7 +33,7 @@ from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
-from ..diffusion.noise import corrupt, draw_times
+from ..diffusion.noise import complement, corrupt, draw_times
 from .rollouts import Rollout
 
 SPG_BETA, SPG_MIX = 1.5, 0.5  # of the upper bound, and its share
@@ -128,12 +128,11 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
     for time in times:
         if coupled:  # a share of 0.2 to 0.8 of each block
             masked, t = corrupt(answer, block, 0.2 + 0.6 * time, generator)
-            other = 1 - t
+            other, other_t = answer & ~masked, 1 - t
         else:
             masked, t = corrupt(answer, block, time, generator, complementary=True)
-            count = torch.zeros(len(time)).index_add_(0, block, answer.float())[block].double()
-            other = count / (count + 1) - t
-        for mask, share in ((masked, t), (answer & ~masked, other)):
+            other, other_t = complement(answer, block, masked, t)
+        for mask, share in ((masked, t), (other, other_t)):
             weight = torch.where(mask, 1 / share.clamp(min=1e-9), 0.0) / (2 * rl.samples)
             found.append((mask, weight))
     return found
