@@ -65,7 +65,7 @@ def bound(checkpoint) -> float:
 
     held_out = [text(e) for e in corpus(JUDGED * 4, 0, PRETRAIN_LEVELS, "valid")]
     rows = windows(held_out, checkpoint.tokenizer, LENGTH, JUDGED)
-    return score(checkpoint, rows, samples=8)["bound"]["nats_per_token"]
+    return score(checkpoint, rows, samples=8).bound.nats_per_token
 
 
 def table(rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
 from .chat import chat
-from .check import check
+from .check import check_command
 from .config import config_app
 from .doctor import doctor
 from .eval import evaluate_command
@@ -67,7 +67,7 @@ app.command("rl", cls=Verb)(rl)
 app.command("generate", cls=Verb)(generate)
 app.command("chat", cls=Verb)(chat)
 app.command("eval", cls=Verb)(evaluate_command)
-app.command("check", cls=Verb)(check)
+app.command("check", cls=Verb)(check_command)
 app.command("merge", cls=Verb)(merge)
 app.command("push", cls=Verb)(push)
 app.command("card", cls=Verb)(card)

@@ -25,7 +25,7 @@ from ar2diff.checkpoint.output import claimed
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
-from ar2diff.evaluation.check import inspect
+from ar2diff.evaluation.check import check
 from ar2diff.evaluation.score import evaluate
 from ar2diff.generation.complete import complete, load
 from ar2diff.training.adapt import AdaptTrainer, adapt
@@ -278,11 +278,11 @@ def test_an_adapter_folder_is_a_model(make_adapter, texts, method):
     checkpoint = load(folder)
     assert checkpoint.spec.block_length == 4
     answer = complete(checkpoint, "the cat", max_new_tokens=6)
-    assert 0 < answer["new_tokens"] <= 6
+    assert 0 < answer.new_tokens <= 6
     result = evaluate(checkpoint, str(texts), length=16, samples=2, limit=4)
-    assert result["bound"]["nats_per_token"] > 0
-    found = inspect(folder)
-    assert found["ok"], [f["what"] for f in found["findings"] if not f["ok"]]
+    assert result.bound.nats_per_token > 0
+    found = check(folder)
+    assert found.ok, [finding.what for finding in found.findings if not finding.ok]
 
 
 def test_a_base_that_has_grown_blocks_keeps_its_own(make_base, recipe, tmp_path):
@@ -500,7 +500,7 @@ def test_a_merged_folder_has_the_adapters_logits_where_ar2diff_is_not(make_adapt
         result = merge(str(adapter), folder)
         assert result.difference < 1e-5
         assert result.rounding == 0
-        assert inspect(str(folder))["ok"]
+        assert check(str(folder)).ok
     arguments = [sys.executable, "-c", ELSEWHERE, tmp_path / "ids", *adapters]
     subprocess.run(arguments, check=True, cwd=tmp_path, capture_output=True)
     for folder, adapter in adapters.items():

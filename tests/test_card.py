@@ -89,7 +89,7 @@ def test_a_published_base_is_named(trained, monkeypatch):
 def test_the_first_block_trusts_and_denoises(card, trained):
     block = first_block(card)
     assert "trust_remote_code=True" in block
-    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS)["text"]
+    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS).text
     assert answer_of(block, trained) == (PROMPT + text).strip()
 
 
@@ -134,8 +134,8 @@ def test_the_measured_rates_are_those_of_generate(card, trained):
     assert [sample.settings for sample in samples] == list(SETTINGS)
     for sample in samples:
         found = complete(checkpoint, PROMPT, max_new_tokens=TOKENS, **sample.settings)
-        assert (sample.text, sample.tokens) == (found["text"], found["new_tokens"])
-        assert sample.rate == found["tokens_per_forward"]
+        assert (sample.text, sample.tokens) == (found.text, found.new_tokens)
+        assert sample.rate == found.tokens_per_forward
         row = f"| {sample.tokens} | {sample.forwards} | {sample.rate:.2f} |"
         assert row in card
     assert "| as it comes: `threshold=0.9` |" in card and '| `mode="speculative"` |' in card
@@ -144,13 +144,17 @@ def test_the_measured_rates_are_those_of_generate(card, trained):
 def test_settings_of_the_folder_do_not_make_the_sample_random(trained, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "hot"))
     file = folder / "generation_config.json"
-    settings = json.loads(file.read_text()) | {"temperature": 2.0, "steps": 2, "do_sample": True}
+    settings = json.loads(file.read_text()) | {
+        "temperature": 2.0,
+        "steps_per_block": 2,
+        "do_sample": True,
+    }
     file.write_text(json.dumps(settings))
     checkpoint = load_checkpoint(str(folder))
     samples = measure(checkpoint, PROMPT)
     assert samples == measure(checkpoint, PROMPT)
     assert [sample.settings for sample in samples] == list(SETTINGS[:2])  # steps, no speculation
-    assert "| as it comes: `threshold=0.9, steps=2` |" in preview(folder, license="mit")
+    assert "| as it comes: `threshold=0.9, steps_per_block=2` |" in preview(folder, license="mit")
 
 
 def test_the_likelihood_is_the_records(card, trained):

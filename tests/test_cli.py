@@ -150,7 +150,7 @@ def test_output_that_cannot_be_written_leaves_the_old_one(run, converted, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "out.jsonl").write_text("old")
-    monkeypatch.setattr("ar2diff.generation.prompts.os.fsync", full)
+    monkeypatch.setattr("ar2diff.generation.results.os.fsync", full)
     arguments = ("--prompt", "the cat", "--max-new-tokens", 4, "--output", tmp_path / "out.jsonl")
     assert run("generate", converted, *arguments, "--overwrite")[0] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
@@ -210,7 +210,7 @@ def test_chat_answers_lines_of_stdin(run_both, converted, monkeypatch):
     assert out.count("\n") >= 2
     assert err.count("tokens per forward") == 2
     assert err.count("no chat template") == 1
-    assert "error: there is no option 'thresold'\n  fix: did you mean threshold?" in err
+    assert "error: there is no option 'thresold'; did you mean threshold?\n" in err
     assert "error: there is no command /nonsense" in err
 
 
@@ -221,6 +221,13 @@ def test_eval_json_has_bound_and_ar_nll(run, converted, write_jsonl):
     assert result["rows"] == 3
     assert result["bound"]["standard_error"] > 0
     assert result["ar_nll"]["bits_per_byte"] > 0
+
+
+def test_eval_of_text_without_a_token_to_score(run_both, converted, write_jsonl):
+    data = write_jsonl("a.jsonl", [{"text": "<|mask|>" * 20}] * 2)
+    code, out, err = run_both("eval", converted, "--data", data, "--length", 8)
+    assert (code, out) == (2, "")
+    assert re.fullmatch("error: --data .*: no token can be scored.*\n  fix: .*\n", err)
 
 
 def test_eval_of_an_unconverted_model_has_the_ar_nll_alone(run, tiny_checkpoint, write_jsonl):
@@ -247,7 +254,7 @@ def test_check_finds_a_causal_flag_that_a_block_model_lacks(run, tiny_checkpoint
     code, out = run("check", tmp_path / "model", "--json")
     assert code == 2
     assert [f["what"] for f in json.loads(out)["findings"] if not f["ok"]] == [
-        "config.is_causal is false, as block_causal needs"
+        "config.is_causal is false, as block_causal attention needs"
     ]
 
 

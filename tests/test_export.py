@@ -171,7 +171,7 @@ def test_export_to_ar_is_the_models_ar_mode(converted, tiny_checkpoint, tmp_path
     config = json.loads((tmp_path / "ar" / "config.json").read_text())
     assert not {"diffusion", "mask_token_id", "is_causal"} & set(config)
     assert not (tmp_path / "ar" / "custom_generate").exists()
-    text = complete(checkpoint, "the cat", mode="ar", max_new_tokens=12)["token_ids"]
+    text = complete(checkpoint, "the cat", mode="ar", max_new_tokens=12).token_ids
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
     prompt = tokenizer("the cat", return_tensors="pt").input_ids
     said = plain.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]

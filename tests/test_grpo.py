@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from tokenizers.processors import TemplateProcessing
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -111,6 +112,18 @@ def shake(model, size=0.05):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += size * torch.randn(parameter.shape, generator=draw)
+
+
+def test_prompts_do_not_end_where_the_tokenizer_ends_texts(trainer_of):
+    def close(checkpoint):
+        checkpoint.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        assert checkpoint.tokenizer("abc").input_ids[-1] == 2
+
+    inputs, rollouts = batch_of(trainer_of(change=close, prompts=["abc"] * 4))
+    assert not (inputs["prompt_ids"] == 2).any()
+    assert all(rollout.ids[rollout.prompt - 1] != 2 for rollout in rollouts)
 
 
 # Ratios
@@ -613,7 +626,11 @@ REFUSED = [  # overrides, attention, part of the message
     (["objective.kind=ar"], BLOCKS, "rl.estimator trajectory: an AR model has its AR mode alone"),
     (["rl.estimator=one_step", "rl.prompt_mask=0.1"], BLOCKS, "shows blocks the clean prompt"),
     (["rl.sampler.block_length=2"], BLOCKS, "rl.sampler.block_length differs"),
-    (["rl.estimator=trajectory", "rl.sampler={remask: 0.1, steps: 4}"], BLOCKS, "decided twice"),
+    (
+        ["rl.estimator=trajectory", "rl.sampler={remask: 0.1, steps_per_block: 4}"],
+        BLOCKS,
+        "decided twice",
+    ),
     (["peft.r=2", "peft.dropout=0.1"], BLOCKS, "peft.dropout"),
     (["rl.sampler.nonsense=1"], BLOCKS, "nonsense"),
     (["rl.estimator=spg", "rl.beta=0.1"], BLOCKS, "rl.beta: spg has"),
@@ -648,7 +665,7 @@ ALLOWED = [
     (["rl.estimator=one_step", "rl.prompt_mask=0.1"], FULL),
     (["rl.sampler.block_length=2"], FULL),
     (["rl.sampler.block_length=4"], BLOCKS),
-    (["rl.estimator=elbo", "rl.sampler={remask: 0.1, steps: 4}"], FULL),
+    (["rl.estimator=elbo", "rl.sampler={remask: 0.1, steps_per_block: 4}"], FULL),
     (["rl.steps_per_generation=4", "train.gradient_accumulation_steps=2"], BLOCKS),
     (BATCHES, BLOCKS),
 ]
@@ -685,6 +702,7 @@ OVERRIDDEN = {
     "_generate_single_turn": (
         "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images",
     ),
+    "_tokenize_prompts": ("self", "prompts"),
     "_get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
         "compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images",

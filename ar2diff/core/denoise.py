@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, option
 from .forward import context_length
 from .options import DRAFTS, Options
 from .readers import BlockReader, FullReader
@@ -56,11 +56,14 @@ def denoise(
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
     if len(impossible | (canvas.ends if canvas.held else set())) >= rows:
         raise Ar2DiffError(
-            "generate: every token is suppressed", "leave one in suppress_tokens and eos_token_id"
+            f"{option('suppress_tokens')} and {option('eos_token_id')} together leave no token to "
+            "write",
+            f"take tokens out of {option('suppress_tokens')}",
         )
     if any(token >= rows for (token,) in options.sequence_bias or ()):
         raise Ar2DiffError(
-            f"generate: sequence_bias on a token that the model of {rows} does not have",
+            f"{option('sequence_bias')} is on a token that the model, which has {rows}, does not "
+            "have",
             "give ids of its tokenizer",
         )
     suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
@@ -170,10 +173,10 @@ class _Denoiser:
         context = canvas.ids[row] if self.chooser.penalty is not None else None
         choice = self.chooser.choose(logits, row, context)
         quota = None
-        if options.steps is not None:
+        if options.steps_per_block is not None:
             left = masked.sum(1)
             taken = canvas.forwards[rows] - self.began[rows] - 1
-            quota = quota_of(self.to_decide[rows], options.steps, taken, left)
+            quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
         commit = commits(options, choice, masked, quota, self.chooser, rows)
         now = commit[masked]
         canvas.write(
@@ -224,7 +227,7 @@ class _Denoiser:
         decided = (canvas.ids[at] != canvas.mask_token_id) & ~canvas.given[at]
         decided &= self.position < canvas.length[rows, None]
         taken = canvas.forwards[rows] - self.began[rows]
-        decided &= (open_ & (taken < self.options.steps))[:, None]
+        decided &= (open_ & (taken < self.options.steps_per_block))[:, None]
         back = top(-canvas.logprob[at], decided, (self.options.remask * decided.sum(1)).long())
         canvas.erase(self.row[back], self.position[back])
         return back
@@ -242,7 +245,8 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
     if isinstance(seed, tuple):
         if len(seed) != rows:
             raise Ar2DiffError(
-                f"generate: {len(seed)} seeds for {rows} rows", "give one seed, or one for each row"
+                f"{option('seed')} is a list of {len(seed)}, and there are {rows} rows",
+                "give one seed, or one for each row",
             )
         return [keyed_generator(s) for s in seed]
     seen: Counter[tuple[int, ...]] = Counter()

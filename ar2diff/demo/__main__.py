@@ -51,13 +51,13 @@ def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> 
     untrained = likelihood(plain, rows, samples=8)
 
     print_generations(load_checkpoint(str(MODEL)), converted)
-    bound, in_all = after["bound"], time.monotonic() - start
+    bound, in_all = after.bound, time.monotonic() - start
     print(f"""
 Likelihood on {len(rows)} held-out stories, nats per token
-  AR model before                  {before["ar_nll"]["nats_per_token"]:.3f}
-  AR mode after                    {after["ar_nll"]["nats_per_token"]:.3f}
-  diffusion bound, not trained     {untrained["bound"]["nats_per_token"]:.3f}
-  diffusion bound after            {bound["nats_per_token"]:.3f} +- {bound["standard_error"]:.3f}
+  AR model before                  {before.ar_nll.nats_per_token:.3f}
+  AR mode after                    {after.ar_nll.nats_per_token:.3f}
+  diffusion bound, not trained     {untrained.bound.nats_per_token:.3f}
+  diffusion bound after            {bound.nats_per_token:.3f} +- {bound.standard_error:.3f}
 {record.tokens:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
@@ -91,13 +91,13 @@ def print_generations(base: Any, converted: Any) -> None:
             print(f"\n{prompt(example)}")
         for name, model, mode in (("AR", base, "ar"), ("diffusion", converted, "diffusion")):
             result = complete(model, prompt(example), max_new_tokens=48, mode=mode)
-            right = score(example, result["text"])
+            right = score(example, result.text)
             totals[name][0] += right
-            totals[name][1] += result["new_tokens"]
-            totals[name][2] += result["forwards"]
+            totals[name][1] += result.new_tokens
+            totals[name][2] += result.forwards
             if number < SHOWN:
-                rate = f"{result['new_tokens']} tokens in {result['forwards']} forwards"
-                print(f"  {name:9} |{result['text']}   [{rate}, {'right' if right else 'wrong'}]")
+                rate = f"{result.new_tokens} tokens in {result.forwards} forwards"
+                print(f"  {name:9} |{result.text}   [{rate}, {'right' if right else 'wrong'}]")
     for name, (right, tokens, forwards) in totals.items():
         print(
             f"{name:9} {right:.0f} of {QUESTIONS} right, {tokens / forwards:.2f} tokens per forward"

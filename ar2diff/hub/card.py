@@ -18,7 +18,8 @@ from ..core.errors import Ar2DiffError
 from ..core.options import RULE
 from ..core.spec import Spec
 from ..evaluation.check import ELSEWHERE
-from ..generation.chat import Answer, Chat, Problem
+from ..generation.chat import Chat
+from ..generation.events import Answer, Problem
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")

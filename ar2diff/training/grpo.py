@@ -24,6 +24,7 @@ from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
 from ..distributed.sharding import join_deepspeed
+from ..generation.tokens import prompt_ids
 from .base import Running
 from .estimators import score
 from .rollouts import Rollout, sample
@@ -122,6 +123,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         metrics["stop_rate"].append(stops / world)
         metrics["tokens_per_forward"].append(rate / world)
         self._generation_seconds += seconds
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Prompts as `generate` reads them: trl would keep an EOS that the tokenizer appends."""
+        return [prompt_ids(self.processing_class, prompt) for prompt in prompts], None, {}
 
     # Scores
 

@@ -18,6 +18,7 @@ from ..core.options import resolve
 from ..core.spec import CAUSAL, Spec
 from ..data.conversations import chat_template, read_rows
 from ..distributed.ranks import check_rows, world_size
+from ..generation.tokens import prompt_ids
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
 from .grpo import DiffusionGRPOTrainer, table_of
@@ -205,7 +206,10 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "peft.dropout: two scores of one policy would differ, and the ratio be noise",
             "set it to 0",
         )
-    resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+    try:
+        resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+    except Ar2DiffError as error:
+        raise error.within("rl.sampler") from None
     train = recipe.train
     steps = rl.steps_per_generation or train.gradient_accumulation_steps
     completions = train.per_device_train_batch_size * steps * world_size()
@@ -251,14 +255,6 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
                 f"{recipe.rl.max_completion_length} that is over the context of {longest}",
                 "remove it, or lower rl.max_completion_length",
             )
-
-
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
-    """A prompt as the model sees it, which is as trl tokenizes it."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt, verbose=False).input_ids
-    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return rendered["input_ids"]
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:

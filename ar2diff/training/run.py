@@ -160,5 +160,6 @@ def _train(
     plan.checkpoint.model.eval()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **trainer.facts()}
     if plan.eval_rows:
-        record["eval"] = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
+        found = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
+        record["eval"] = found.to_dict()
     return record, whole_weights(trainer)
