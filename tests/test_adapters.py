@@ -22,6 +22,7 @@ from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.merge import merge
 from ar2diff.checkpoint.output import claimed
+from ar2diff.checkpoint.stored import fingerprint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
@@ -442,6 +443,34 @@ def test_a_base_with_another_mask_row(copy_of, make_base, tmp_path):
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
     refused("are not those it was trained on", load_checkpoint, str(copy_of))
+
+
+def test_a_base_that_was_retrained_but_for_its_embeddings(copy_of, make_base, tmp_path):
+    base = Path(shutil.copytree(make_base(), tmp_path / "base"))
+    state = load_file(base / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"] += 1e-6
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
+    refused("are not those it was trained on", load_checkpoint, str(copy_of))
+
+
+def test_the_same_base_in_other_files_is_the_same(make_base, tmp_path):
+    state = load_file(make_base() / "model.safetensors")
+    for part in (0, 1):
+        tensors = {name: state[name] for name in sorted(state)[part::2]}
+        save_file(tensors, tmp_path / f"{part}.safetensors", metadata={"format": "pt"})
+    parts = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]
+    assert fingerprint(parts) == fingerprint([make_base() / "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "key,value,said",
+    [("mask_token_id", 5, "5 in its .* but 259"), ("prediction", "same", "same .* but shift")],
+)
+def test_an_adapter_whose_spec_was_edited(copy_of, key, value, said):
+    known = json.loads((copy_of / "diffusion.json").read_text())
+    change_json(copy_of / "diffusion.json", diffusion={**known["diffusion"], key: value})
+    refused(f"{key} is {said}", load_checkpoint, str(copy_of))
 
 
 def test_an_adapter_of_no_diffusion_model(copy_of):

@@ -25,7 +25,7 @@ def words(*size, seed=0):
 
 def test_suppressing_ids_is_a_smaller_vocabulary_and_changes_nothing_else():
     logits = torch.randn(9, 64, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)  # 61 and 63 go
+    target, suppressed = words(9) % 60, suppressed_ids(61, range(63), 64)  # 61 and 63 go
     keep = (~suppressed).nonzero()[:, 0]
     want = torch.nn.functional.cross_entropy(
         logits[:, keep], torch.searchsorted(keep, target), reduction="none"
@@ -56,7 +56,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_torch(monkeypatch, part):
     monkeypatch.setattr(module, "PART", part)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 64, dtype=torch.double, generator=generator, requires_grad=True)
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)
+    target, suppressed = words(9) % 60, suppressed_ids(61, range(63), 64)
     coef = torch.rand(9, dtype=torch.double, generator=generator)
     want = torch.nn.functional.cross_entropy(
         logits.masked_fill(suppressed, float("-inf")), target, reduction="none"
@@ -72,7 +72,7 @@ def test_the_loss_keeps_nothing_of_the_logits_size_but_them(dtype):
     logits = torch.randn(64, 512).to(dtype).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        cross_entropy(logits, words(64), suppressed_ids(MASK, 512, 512)).sum()
+        cross_entropy(logits, words(64), suppressed_ids(MASK, range(512), 512)).sum()
     large = [x for x in kept if x.numel() >= 512 * 8]
     assert [x.data_ptr() for x in large] == [logits.data_ptr()]
 
@@ -100,7 +100,7 @@ def test_through_the_head_all_is_as_with_torchs_logits(monkeypatch, part, first,
     head = torch.nn.Linear(8, 64, bias=bias, dtype=torch.double)
     hidden = random(9, 8).requires_grad_()
     inputs = [hidden, *head.parameters()]
-    target, suppressed, coef = words(9) % 60, suppressed_ids(61, 63, 64), random(9, seed=1)
+    target, suppressed, coef = words(9) % 60, suppressed_ids(61, range(63), 64), random(9, seed=1)
     logits = head(hidden).masked_fill(
         suppressed & (torch.arange(9) < first)[:, None], float("-inf")
     )
@@ -132,7 +132,7 @@ def test_a_frozen_head_gets_no_gradient_and_its_inputs_get_theirs():
 
 def test_no_token_is_no_loss_and_a_gradient_of_0():
     head = torch.nn.Linear(8, 64, bias=False)
-    suppressed = suppressed_ids(61, 63, 64)
+    suppressed = suppressed_ids(61, range(63), 64)
     loss = loss_of_hidden(head, torch.zeros(0, 8), words(0), torch.ones(0), suppressed, 0).total
     loss.backward()  # a rank without masked tokens must not leave the others waiting
     assert loss == 0 and not head.weight.grad.any()
@@ -143,7 +143,7 @@ def test_autocast_computes_as_it_does_with_logits():
     hidden = random(40, 64).float().requires_grad_()
     inputs, found = [hidden, *head.parameters()], []
     for way in ("hidden", "logits"):
-        asked = words(40), torch.ones(40) / 40, suppressed_ids(61, 63, 64), 20
+        asked = words(40), torch.ones(40) / 40, suppressed_ids(61, range(63), 64), 20
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = weighted(way, head, hidden, *asked)
         assert loss.total.dtype == torch.float32
@@ -156,7 +156,7 @@ def test_autocast_computes_as_it_does_with_logits():
 def test_nothing_of_the_logits_size_is_kept(first):
     head, hidden, kept = torch.nn.Linear(8, 512), random(300, 8).float().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        asked = words(300), torch.ones(300), suppressed_ids(MASK, 512, 512), first
+        asked = words(300), torch.ones(300), suppressed_ids(MASK, range(512), 512), first
         loss_of_hidden(head, hidden, *asked)
     assert max(x.numel() for x in kept) == 512 * 8
 
@@ -192,7 +192,7 @@ def test_an_adapter_on_the_head_is_not_passed_by():
 def test_in_the_heads_place_the_whole_models_gradient_is_the_same(tied):
     model = copy.deepcopy(build_model("llama", tie_word_embeddings=tied))
     ids, index = words(2, 7), torch.tensor([0, 3, 3, 12])
-    asked, found = (words(4, seed=1), random(4, seed=2), suppressed_ids(MASK, 64, 64), 2), []
+    asked, found = (words(4, seed=1), random(4, seed=2), suppressed_ids(MASK, range(64), 64), 2), []
     for way in ("hidden", "logits"):
         made = []
         output = output_at(

@@ -275,3 +275,39 @@ def test_a_dry_run_says_all_and_writes_nothing(run_both, converted, tmp_path):
     assert code == 0
     assert json.loads(out)["loads_as"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
+
+
+# Weights that nothing could load
+
+
+def with_header(folder, change):
+    """Change the header of a folder's weights; the bytes stay."""
+    file = folder / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    change(header)
+    text, rest = json.dumps(header).encode(), file.read_bytes()[8 + length :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    return folder
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        (lambda header: header[NORM].update(dtype="Z9"), "cut short or damaged"),
+        (lambda header: header[NORM].update(shape=[2**40, 2**40]), "cut short or damaged"),
+        (lambda header: header[NORM].update(shape=[31]), "cut short or damaged"),
+        (lambda header: header[NORM].update(data_offsets=[0, 128]), "cut short or damaged"),
+        (lambda header: header.update({NORM: [1]}), "cut short or damaged"),
+        (lambda header: header.pop(HEAD), "cut short or damaged"),  # leaves a gap
+        (lambda header: header[NORM].update(shape=[1, 32]), "norm.weight has shape [1, 32]"),
+        (lambda header: header.update({"x": header.pop(HEAD)}), "lack lm_head.weight"),
+    ),
+    ids=["dtype", "huge", "size", "overlap", "type", "gap", "shape", "name"],
+)
+def test_damaged_weights_are_not_copied(fails, converted, tmp_path, change, said):
+    folder = with_header(shutil.copytree(converted, tmp_path / "ours"), change)
+    assert said in fails(folder, "ar")

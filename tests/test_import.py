@@ -233,6 +233,18 @@ def test_memory_does_not_depend_on_the_size_of_the_weights(make, tmp_path):
     assert grown < 5e7
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.5], ids=["the same", "another"])
+def test_a_stored_head_is_kept_where_it_is_not_the_embeddings(make, tmp_path, moved):
+    theirs = foreign.a2d()
+    theirs.config["tie_word_embeddings"] = True
+    weights = theirs.weights()
+    head = weights["model.embed_tokens.weight"] + moved
+    import_checkpoint(str(make(theirs, weights=weights | {"lm_head.weight": head})), tmp_path / "o")
+    ours = load_checkpoint(str(tmp_path / "o")).model
+    assert ours.config.tie_word_embeddings == (not moved)
+    assert torch.equal(ours.get_output_embeddings().weight, head)
+
+
 def test_the_folder_says_where_it_comes_from_and_carries_no_code_of_theirs(make, tmp_path):
     folder = make(foreign.dream())
     import_checkpoint(str(folder), tmp_path / "ours")

@@ -12,7 +12,7 @@ from ..core.errors import Ar2DiffError
 from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
 from .files import find_checkpoint, is_adapter
-from .model import Checkpoint, load_model, stored_dtype, write_spec
+from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
 from .output import Output
 
 
@@ -72,7 +72,8 @@ def check_saving(checkpoint: Checkpoint) -> None:
     write is found before a run trains, not after it.
 
     Raises:
-        Ar2DiffError: a config, generation config or tokenizer cannot be written.
+        Ar2DiffError: a config, generation config or tokenizer cannot be written, or the mask token
+            does not keep its id.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -80,12 +81,22 @@ def check_saving(checkpoint: Checkpoint) -> None:
                 save_beside(checkpoint, Path(scratch))
             else:
                 save_adapter_config(checkpoint, Path(scratch))
+            again = load_tokenizer(Path(scratch))
+        except Ar2DiffError:
+            raise
         except Exception as error:  # each library raises classes of its own
             said = " ".join(str(error).split())[:200]
             raise Ar2DiffError(
                 f"model {checkpoint.path}: the result could not be written ({said})",
                 "correct its config.json, generation_config.json or tokenizer files",
             ) from error
+    spec = checkpoint.spec
+    if spec is not None and again.mask_token_id != spec.mask_token_id:
+        raise Ar2DiffError(
+            f"model {checkpoint.path}: its mask token has id {spec.mask_token_id}, but "
+            f"{again.mask_token_id} once the tokenizer is written and loaded again",
+            "use a tokenizer without holes between its ids",
+        )
 
 
 def save_beside(checkpoint: Checkpoint, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Checkpoint:
     """A loaded checkpoint: model (float32 unless asked), tokenizer, spec (None: still an AR model).
 
     `stored` maps a tensor's name to the dtype in which the files hold it; `base` is the converted
-    model under an adapter (`adapters.Base`), None where there is none.
+    model under an adapter (`adapters.Base`), None where there is none; `notes` are what its user
+    should know of the conversion.
     """
 
     path: Path
@@ -66,6 +67,8 @@ class Checkpoint:
     stored: dict[str, str]
     commit: str | None = None
     base: Any = None
+    notes: list[str] = field(default_factory=list)
+    _token_ids: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def end_ids(self) -> list[int]:
@@ -77,11 +80,18 @@ class Checkpoint:
         return []
 
     @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer has a token for; a vocabulary may have holes."""
+        if len(self._token_ids) != len(self.tokenizer):
+            self._token_ids = frozenset(self.tokenizer.get_vocab().values())
+        return self._token_ids
+
+    @property
     def suppressed(self) -> Tensor:
         """[V] bool: ids that the model can never mean."""
         mask_token_id = self.spec.mask_token_id if self.spec else None
         rows = self.model.config.get_text_config().vocab_size  # weights may be cut to shards
-        return suppressed_ids(mask_token_id, len(self.tokenizer), rows)
+        return suppressed_ids(mask_token_id, self.token_ids, rows)
 
     @property
     def spec_or_causal(self) -> Spec:
@@ -371,7 +381,7 @@ def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
 
 
 def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
-    """Put the spec into the model's config and what depends on it into the generation config."""
+    """Put the spec into the model's config, and what depends on it into the generation config."""
     config, generation = checkpoint.model.config, checkpoint.model.generation_config
     config.diffusion = spec.to_dict()
     config.mask_token_id = spec.mask_token_id
@@ -384,8 +394,11 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
     ends = checkpoint.end_ids
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     rows = config.get_text_config().vocab_size  # weights may be cut to shards
-    unused = range(len(checkpoint.tokenizer), rows)  # of a padded vocabulary
-    generation.suppress_tokens = sorted({spec.mask_token_id, *unused})
+    suppressed = {*(generation.suppress_tokens or ())}  # the base's own, or of a conversion before
+    if checkpoint.spec is not None:  # since when a row may have become an end token
+        suppressed -= {*ends}
+    unused = {*range(rows)} - checkpoint.token_ids  # of a padded vocabulary, or of one with holes
+    generation.suppress_tokens = sorted({*suppressed, *unused, spec.mask_token_id})
     if not any(getattr(generation, name, None) is not None for name in RULE):
         generation.threshold = THRESHOLD
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id

@@ -266,7 +266,7 @@ def _set_mask(checkpoint: Checkpoint, theirs: Mapping[str, Any], family: Family)
 
 def _set_pad(checkpoint: Checkpoint, mask_token_id: int) -> None:
     rows = checkpoint.model.config.vocab_size
-    set_pad(checkpoint.model, checkpoint.tokenizer, mask_token_id)
+    set_pad(checkpoint, mask_token_id)
     if checkpoint.tokenizer.pad_token_id >= rows:
         raise Ar2DiffError(
             f"model {checkpoint.path}: the pad token is an end token, and no row is "

@@ -69,6 +69,7 @@ class Plan:
             rows_per_step=step,
             tokens_at_most=train.max_steps * step * self.recipe.data.max_length,
             eval_rows=len(self.eval_rows),
+            notes=self.checkpoint.notes,
         )
 
 

@@ -20,6 +20,7 @@ class RunPlan:
         steps: optimiser steps. rows_per_step: rows of one, over all processes.
         tokens_at_most: tokens of all steps if every row were full.
         eval_rows: rows on which the model is evaluated during the run and after it.
+        notes: what the conversion could not keep of the base, a sentence each.
         dry_run: True.
     """
 
@@ -33,6 +34,7 @@ class RunPlan:
     rows_per_step: int
     tokens_at_most: int
     eval_rows: int
+    notes: list[str]
     dry_run: bool = True
 
 
@@ -96,7 +98,7 @@ class RunResult:
         recipe: the resolved recipe.
         sharding: what the optimizer's state was cut by; None if it was whole.
         parameters, trainable_parameters, diffusion, mask_token, pad_token, steps, rows_per_step,
-            tokens_at_most, eval_rows: as of `RunPlan`.
+            tokens_at_most, eval_rows, notes: as of `RunPlan`.
         tokens: real tokens that were trained on; None if nothing was trained.
         answers: sft: numbers and lengths of the supervised turns.
         eval: bound and AR NLL of the evaluation rows after the run; None without any.
@@ -119,6 +121,7 @@ class RunResult:
     rows_per_step: int
     tokens_at_most: int
     eval_rows: int
+    notes: list[str]
     tokens: int | None = None
     answers: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
