@@ -28,7 +28,7 @@ from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
 from ..core.options import RULE, THRESHOLD
 from ..core.spec import CAUSAL, Spec
-from ..data.rendering import check_cost, templates_of
+from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from ..distributed.precision import computes_in_bf16
 from .files import (
