@@ -1,4 +1,4 @@
-"""The machine: what is installed, what it can compute, and settings that have surprising effects."""
+"""What this machine has installed, what it can compute, and settings with surprising effects."""
 
 from __future__ import annotations
 

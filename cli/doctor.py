@@ -16,7 +16,6 @@ def doctor(as_json: AsJson = False) -> None:
     from ..doctor import examine
 
     machine = asdict(examine())
-    report(
-        machine if as_json else machine | {"warnings": "; ".join(machine["warnings"]) or "none"},
-        as_json,
-    )
+    if not as_json:
+        machine["warnings"] = "; ".join(machine["warnings"]) or "none"
+    report(machine, as_json)

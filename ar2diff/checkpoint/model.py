@@ -115,6 +115,8 @@ def load_model(
     values = read_config(path)
     spec = read_spec(path)
     _refuse_non_decoder(path, values)
+    if (path / GENERATION).is_file():
+        read_json(path / GENERATION, "")  # transformers would go on without one that is damaged
     tensors = stored_tensors(path)
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
     config = load_config(path, len(tensors))
