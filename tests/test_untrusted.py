@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from ar2diff.checkpoint.files import (
     check_counts,
     find_checkpoint,
     inside,
-    read_header,
     read_json,
     weight_files,
 )
@@ -114,7 +112,7 @@ def test_every_loader_of_transformers_is_told_to_run_no_code():
 
 
 def shard(folder: Path, name: str) -> None:
-    names = dict.fromkeys(read_header(folder / "model.safetensors"), name)
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), name)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
@@ -228,57 +226,6 @@ def test_a_file_of_json_may_be_only_so_large(tmp_path):
 def test_an_index_of_a_wrong_type(folder, names):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "model" in refused(weight_files, folder)
-
-
-# Headers
-
-
-GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
-NEXT = {"dtype": "F32", "shape": [1], "data_offsets": [16, 20]}
-
-
-def write_header(file: Path, header: object, size: int) -> Path:
-    text = header if isinstance(header, str) else json.dumps(header)
-    file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(size))
-    return file
-
-
-def test_a_header_says_where_tensors_lie(tmp_path):
-    file = write_header(tmp_path / "a", GOOD | {"b": NEXT, "__metadata__": {"format": "pt"}}, 20)
-    tensor = read_header(file)["b"]
-    assert (tensor.dtype, tensor.shape, tensor.end) == ("F32", (1,), file.stat().st_size)
-    assert tensor.end - tensor.start == 4
-
-
-@pytest.mark.parametrize(
-    "header, size",
-    [
-        (DEEP, 0),
-        ("[]", 0),
-        ("9" * 5000, 0),
-        ({"a": 5}, 0),
-        ({"a": {}}, 0),
-        ({"__metadata__": 5} | GOOD, 16),
-        ({"__metadata__": {"a": 1}} | GOOD, 16),
-        (GOOD, 15),
-        (GOOD, 17),
-        (GOOD | {"b": GOOD["a"]}, 16),
-        (GOOD | {"b": NEXT | {"data_offsets": [20, 24]}}, 24),
-        *(
-            ({"a": GOOD["a"] | changed}, 16)
-            for changed in (
-                {"dtype": "F31"}, {"dtype": ["F32"]}, {"dtype": None}, {"shape": [2, 3]},
-                {"shape": "22"}, {"shape": [-2, -2]}, {"shape": [2.0, 2]}, {"shape": None},
-                {"data_offsets": [16, 0]}, {"data_offsets": [0]}, {"data_offsets": ["0", "16"]},
-                {"data_offsets": [-16, 0]}, {"data_offsets": 16},
-            )
-        ),
-    ],
-    ids=lambda value: str(value)[:60],
-)  # fmt: skip
-def test_a_damaged_header(tmp_path, header, size):
-    file = write_header(tmp_path / "a.safetensors", header, size)
-    assert "cut short or damaged" in refused(read_header, file)
 
 
 # Counts and sizes
