@@ -27,7 +27,7 @@ from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
 from ..core.options import RULE, THRESHOLD
 from ..core.spec import CAUSAL, Spec
-from ..data.rendering import check_cost, templates_of
+from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from .files import (
     CONFIG,
@@ -124,6 +124,8 @@ def load_model(
     values = read_config(path)
     spec = read_spec(path)
     _refuse_non_decoder(path, values)
+    if (path / GENERATION).is_file():
+        read_json(path / GENERATION, "")  # transformers would go on without one that is damaged
     tensors = stored_tensors(path)
     stored = {tensor.name: tensor.dtype for tensor in tensors}
     config = load_config(path, len(tensors))

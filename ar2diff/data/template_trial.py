@@ -1,7 +1,8 @@
-"""Chat templates that come with a checkpoint or a recipe: compiled, and tried before they are used.
+"""The trial of a chat template before it is used: in a child process with limits.
 
-A template is a program. The sandbox that it runs in keeps it from files and from Python's
-internals, but not from running for ever or writing gigabytes.
+A template that comes with a checkpoint is a program of somebody else. The sandbox that it runs in
+keeps it from files and from Python's internals, but not from running for ever or from writing
+gigabytes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError
 
 SECONDS = 2  # of CPU time for all trials of a template; usual ones need a few milliseconds
 PATIENCE = 60  # seconds after which a child that does not even use the CPU is given up
@@ -53,27 +54,6 @@ def templates_of(tokenizer: Any) -> list[str]:
     template = getattr(tokenizer, "chat_template", None)
     found = list(template.values()) if isinstance(template, dict) else [template]
     return [text for text in found if isinstance(text, str)]
-
-
-def check_template(template: str, values: dict[str, Any]) -> None:
-    """Refuse a template that does not parse or that costs too much.
-
-    Args:
-        values: as of `check_cost`.
-
-    Raises:
-        Ar2DiffError: as `check_cost`, or with the line and jinja's own words.
-    """
-    from jinja2 import TemplateSyntaxError
-
-    check_cost(template, values)
-    try:
-        _compiled(template)
-    except Exception as error:  # jinja's own, or Python's about the code that jinja makes
-        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
-        raise Ar2DiffError(
-            f"the chat template does not parse: {line}{first_line(error)}", OTHER
-        ) from None
 
 
 def check_cost(template: str, values: dict[str, Any]) -> None:
