@@ -26,7 +26,8 @@ def schema(
 
     Example: ar2diff config schema train
     """
-    from ..config.recipe import Recipe, describe_fields
+    from ..config.recipe import Recipe
+    from ..config.schema import describe_fields
     from ..core.errors import Ar2DiffError
 
     names = list(Recipe.model_fields)
@@ -35,6 +36,6 @@ def schema(
     if as_json:
         typer.echo(json.dumps(Recipe.model_json_schema()))
         return
-    for name, kind, default, description in describe_fields():
+    for name, kind, default, description in describe_fields(Recipe):
         if section in (None, name.split(".")[0]):
             typer.echo(f"{name:40} {kind:34} {default!s:12} {description}".rstrip())

@@ -43,7 +43,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Part:
+class ConversationPart:
     """What stands in a row: token ids, the turns in them, and the pass over the data."""
 
     ids: list[int]
@@ -98,9 +98,9 @@ def without_separators(
     return labels
 
 
-def parts_of(
+def conversation_parts(
     ids: Sequence[int], labels: Sequence[int], epoch: int, ends: frozenset[int], recipe: Recipe
-) -> list[Part]:
+) -> list[ConversationPart]:
     """The rows' parts that a conversation gives: itself, or with `full` attention each turn.
 
     A turn whose end was cut off has no fill and teaches no stopping; with blocks its last one,
@@ -123,14 +123,16 @@ def parts_of(
         tail = int(torch.randint(room + 1, (), generator=generator))
         turns.append(Turn(start, end, end + tail, ended))
     if grid is not None:
-        return [Part(ids, tuple(turns), epoch)] if turns else []
+        return [ConversationPart(ids, tuple(turns), epoch)] if turns else []
     return [
-        Part([*ids[: turn.end], *[ids[turn.end - 1]] * (turn.stop - turn.end)], (turn,), epoch)
+        ConversationPart(
+            [*ids[: turn.end], *[ids[turn.end - 1]] * (turn.stop - turn.end)], (turn,), epoch
+        )
         for turn in turns
     ]
 
 
-class Conversations(IterableDataset):
+class PackedConversations(IterableDataset):
     """Endless packed rows of prepared conversations, each item (ordinal, its parts): a function of
     (rows, recipe) alone, whatever batches, ranks and resumes make of it.
 
@@ -150,16 +152,18 @@ class Conversations(IterableDataset):
         self.rows, self.ends, self.recipe = rows, frozenset(ends), recipe
         self.blank = blank
 
-    def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[ConversationPart]]]:
         data = self.recipe.data
         return enumerate(pack(self._parts(), data.max_length, data.packing))
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[ConversationPart]:
         epoch = 0
         while True:
             generator = keyed_generator(self.recipe.train.seed, epoch)
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
-                yield from parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
+                yield from conversation_parts(
+                    *self._supervised(number), epoch, self.ends, self.recipe
+                )
             epoch += 1
 
     def _supervised(self, number: int) -> tuple[list[int], list[int]]:
@@ -174,7 +178,7 @@ class Conversations(IterableDataset):
         for number in range(len(self.rows)):
             ids, labels = self._supervised(number)
             cut += len(ids) > self.recipe.data.max_length
-            barren += not parts_of(ids, labels, 0, self.ends, self.recipe)
+            barren += not conversation_parts(ids, labels, 0, self.ends, self.recipe)
             for start, end in runs_of(labels):
                 lengths.append(end - start)
                 ended += ids[end - 1] in self.ends
@@ -185,7 +189,7 @@ class Conversations(IterableDataset):
         them are learned; None where none does."""
         for number in range(len(self.rows)):
             ids, labels = self._supervised(number)
-            parts = parts_of(ids, labels, 0, self.ends, self.recipe)
+            parts = conversation_parts(ids, labels, 0, self.ends, self.recipe)
             if parts:
                 ids = list(ids[: self.recipe.data.max_length])
                 learned = [False] * len(ids)
@@ -203,7 +207,9 @@ class TurnCollator:
     recipe: Recipe
     mask_token_id: int
 
-    def __call__(self, numbered: Sequence[tuple[int, Sequence[Part]]]) -> dict[str, Tensor]:
+    def __call__(
+        self, numbered: Sequence[tuple[int, Sequence[ConversationPart]]]
+    ) -> dict[str, Tensor]:
         """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
         (slot at which a masked token is predicted), coef, t, eos, ar; scalars: divisor, ar_divisor,
         tokens."""
@@ -234,11 +240,11 @@ class TurnCollator:
             else (batch["doc"] != PADDING).sum(),
         }
 
-    def _row(self, parts: Sequence[Part], view: int) -> dict[str, Tensor]:
+    def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:
         """Slots of a row: the noisy copies of all turns, then the clean copies."""
         convert = self.recipe.convert
         grid = convert.block_length
-        pieces: list[dict[str, Tensor]] = []
+        copies: list[dict[str, Tensor]] = []
         base = 0  # slots so far
         control = self.recipe.objective.kind == "ar"
         denoised = [() if control else part.turns for part in parts]
@@ -247,34 +253,34 @@ class TurnCollator:
         blocks = 0
         for doc, (part, turns) in enumerate(zip(parts, denoised, strict=True)):
             for turn in turns:
-                piece = self._noisy(part, turn, view)
-                count = len(piece["pos"])
-                piece["doc"] = torch.full((count,), doc)
-                piece["seq"] = torch.full((count,), len(pieces))
+                copy = self._noisy(part, turn, view)
+                count = len(copy["pos"])
+                copy["doc"] = torch.full((count,), doc)
+                copy["seq"] = torch.full((count,), len(copies))
                 own = base + torch.arange(count)
-                piece["reads"] = reading_slot(
-                    piece["pos"],
+                copy["reads"] = reading_slot(
+                    copy["pos"],
                     convert.attention,
                     grid,
                     convert.prediction,
                     own,
-                    clean + piece["pos"],
+                    clean + copy["pos"],
                 )
-                piece["block"] = piece["start"] // (grid or count) + blocks
-                blocks = int(piece["block"].max()) + 1
-                pieces.append(piece)
+                copy["block"] = copy["start"] // (grid or count) + blocks
+                blocks = int(copy["block"].max()) + 1
+                copies.append(copy)
                 base += count
             clean += len(part.ids) if grid else 0
         for doc, part in enumerate(parts) if grid else ():
-            pieces.append(self._clean(part, doc))
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            copies.append(self._clean(part, doc))
+        return {name: torch.cat([copy[name] for copy in copies]) for name in copies[0]}
 
     def _first(self, turn: Turn) -> int:
         """First position of a turn's noisy copy: that of its first block, or of the row."""
         grid = self.recipe.convert.block_length
         return turn.start // grid * grid if grid else 0
 
-    def _noisy(self, part: Part, turn: Turn, view: int) -> dict[str, Tensor]:
+    def _noisy(self, part: ConversationPart, turn: Turn, view: int) -> dict[str, Tensor]:
         first, grid = self._first(turn), self.recipe.convert.block_length
         pos = torch.arange(first, turn.stop)
         fill = turn.stop - turn.end
@@ -292,7 +298,7 @@ class TurnCollator:
         }  # fmt: skip
 
     def _noise(
-        self, part: Part, turn: Turn, maskable: Tensor, pos: Tensor, view: int
+        self, part: ConversationPart, turn: Turn, maskable: Tensor, pos: Tensor, view: int
     ) -> tuple[Tensor, Tensor]:
         """Masked tokens and their t: a function of (seed, epoch, the ids up to the turn's end)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
@@ -306,7 +312,7 @@ class TurnCollator:
             return complement(maskable, block, masked, t)
         return masked, t
 
-    def _clean(self, part: Part, doc: int) -> dict[str, Tensor]:
+    def _clean(self, part: ConversationPart, doc: int) -> dict[str, Tensor]:
         """The clean copy; supervised tokens of it have an AR loss."""
         ids, pos = torch.tensor(part.ids), torch.arange(len(part.ids))
         none = torch.zeros(len(ids), dtype=torch.bool)

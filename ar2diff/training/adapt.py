@@ -20,7 +20,7 @@ from ..core.attention import lay_out, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError
 from ..core.probe import probe
 from ..core.seeds import content_key
-from ..data.documents import Collator, Rows, block_length_at, tokenize
+from ..data.documents import Collator, PackedDocuments, block_length_at, tokenize
 from ..data.sources import Documents, find_file, read_texts
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length, windows
@@ -90,7 +90,7 @@ def make_plan(path: Path, recipe: Recipe) -> Plan:
         return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
     eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
-    rows = Rows(documents, checkpoint.tokenizer, eos, recipe, held_out)
+    rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     make_collator(recipe, spec.mask_token_id)([next(iter(rows))])  # raises if no row is usable
     return Plan(checkpoint, recipe, rows, make_trainer, eval_rows)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json
 from jinja2 import TemplateError
 from transformers import PrinterCallback
 from trl import GRPOConfig
@@ -15,11 +14,15 @@ from ..checkpoint.files import read_spec
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, option
 from ..core.forward import context_length
 from ..core.options import resolve
 from ..core.spec import CAUSAL
-from ..data.conversations import chat_template, read_rows
+from ..data.chat_template import chat_template
+from ..data.columns import likely_columns
+from ..data.conversations import read_rows
+from ..data.rows import as_dataset
+from ..data.sources import columns_of
 from ..distributed.ranks import check_rows, world_size
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
@@ -112,7 +115,7 @@ def make_rl_trainer(
         disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
     )
     trainer = DiffusionGRPOTrainer(
-        checkpoint, recipe, args, table(rows), rewards, callbacks=callbacks
+        checkpoint, recipe, args, as_dataset(rows), rewards, callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -229,14 +232,6 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
     return rendered["input_ids"]
 
 
-def table(rows: list[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that leaves them as they are: Arrow's own types know one type a
-    column, and the columns of the first row alone."""
-    names = sorted({name for row in rows for name in row})
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features({name: Json() for name in names}))
-
-
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of all sources with `prompt` (a text, or with `rl.chat` what the user says in it) and
     the columns that rewards read.
@@ -256,9 +251,10 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
     chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
     if not chat and not (isinstance(prompt, str) and prompt):
+        likely = likely_columns(row).split(" ")[0] or option("data.columns.prompt", "COLUMN")
         raise Ar2DiffError(
-            f"{where} has no prompt (it has {', '.join(row) or 'nothing'})",
-            "name its column: data.columns.prompt=COLUMN; a prompt is a text, or messages",
+            f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
+            f"correct the row, or name its column with {likely}",
         )
     row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
     for name in RESERVED:

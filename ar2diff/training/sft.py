@@ -14,8 +14,7 @@ from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset, Features, Json, List, Value
-from jinja2 import TemplateError
+from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -27,15 +26,10 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import convert, end_token
 from ..core.attention import Slots
-from ..core.errors import Ar2DiffError, first_line
-from ..data.conversations import (
-    asked_otherwise,
-    chat_template,
-    read_conversations,
-    turn_end,
-    uses_tools,
-)
-from ..data.turns import Answers, Conversations, TurnCollator
+from ..core.errors import Ar2DiffError
+from ..data.chat_template import chat_template, turn_end
+from ..data.conversations import TokenRows, read_conversations, tokenize_conversations
+from ..data.turns import Answers, PackedConversations, TurnCollator
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
 from .arguments import training_arguments
@@ -68,7 +62,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
                 **kwargs,
             )
         self._loss_shifts_labels = False  # nothing here is counted by labels
-        self.train_dataset = Conversations(
+        self.train_dataset = PackedConversations(
             self.train_dataset, checkpoint.end_ids, recipe, blanks(checkpoint.tokenizer)
         )
         self.answers = self.train_dataset.answers()
@@ -152,8 +146,8 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     recipe = continued(recipe, spec)
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})
-    rows = read_conversations(recipe)
-    check_rows(len(rows))
+    data = read_conversations(recipe)
+    check_rows(len(data.rows))
     checkpoint = load_checkpoint(
         str(path), recipe.train.attn_implementation, quantization=recipe.quantization
     )
@@ -168,9 +162,10 @@ def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
     add_adapter(checkpoint, recipe)
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
-    if "messages" in rows[0]:
-        tokenizer.chat_template = chat_template(tokenizer, recipe, uses_tools(rows))
+    if data.chat:
+        tokenizer.chat_template = chat_template(tokenizer, recipe, data.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
+    rows = tokenize_conversations(data, tokenizer, recipe)
     return Plan(checkpoint, recipe, rows, make_sft_trainer, preview=preview)
 
 
@@ -182,12 +177,13 @@ def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
 
 
 def make_sft_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
-    """The trainer of a plan on rows of `read_conversations`.
+    """The trainer of a plan on rows of `tokenize_conversations`.
 
     Raises:
-        Ar2DiffError: the rows cannot be rendered, or nothing would be learned of them.
+        Ar2DiffError: nothing would be learned of the rows.
     """
-    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
+    checkpoint, recipe = plan.checkpoint, plan.recipe
+    rows: TokenRows = plan.rows
     disable_dropout(checkpoint.model)
     args = training_arguments(
         recipe,
@@ -195,40 +191,16 @@ def make_sft_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> Diffusi
         kind=SFTConfig,
         max_length=None,  # the policy on longer rows is ours
         packing=False,  # and so is packing
-        assistant_only_loss="messages" in rows[0] and recipe.data.assistant_only,
-        dataset_text_field=recipe.data.text_field,
     )
     datasets.disable_progress_bars()
-    try:
-        trainer = DiffusionSFTTrainer(checkpoint, recipe, args, table(rows), callbacks=callbacks)
-    except (ValueError, RuntimeError, TypeError, TemplateError) as error:
-        raise Ar2DiffError(
-            f"the rows cannot be prepared: {first_line(error)}",
-            "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
-        ) from error
+    trainer = DiffusionSFTTrainer(checkpoint, recipe, args, rows.dataset(), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     check_answers(trainer.answers, len(rows), recipe)
     if trainer.is_world_process_zero():
         print(described(trainer.answers, recipe), file=sys.stderr)
-        if "messages" in rows[0] and (count := asked_otherwise(checkpoint.tokenizer, rows)):
-            print(
-                f"warning: a chat asks for {count} of the first answers with other tokens than "
-                "those they are taught behind: compare what the chat template writes with and "
-                "without add_generation_prompt",
-                file=sys.stderr,
-            )
+        for note in rows.notes:
+            print(note, file=sys.stderr)
     return trainer
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that leaves them as they are: Arrow's own types would give each tool
-    call the arguments of all others, as nulls, which templates write."""
-    names = sorted({name for row in rows for name in row})
-    kinds = {
-        name: List(Json()) if name in ("messages", "tools") else Value("string") for name in names
-    }
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features(kinds))
 
 
 def blanks(tokenizer: Any) -> Any:
