@@ -98,7 +98,8 @@ def read_conversations(recipe: Recipe) -> Conversations:
         rows.append(conversation_of(row, where, field))
         places.append(where)
         if not row.keys() <= unread.keys():
-            unread |= dict.fromkeys(row.keys() - columns_of_shape(row, field) - mapped)
+            read = columns_of_shape(row, field) | mapped
+            unread |= dict.fromkeys(name for name in row if name not in read)
         if _format(rows[-1]) != _format(rows[0]):
             raise Ar2DiffError(
                 f"{where} is of another format than {places[0]}: the data mixes formats",
