@@ -590,7 +590,7 @@ def test_end_token_outside_of_what_the_template_marks(tunes_not, converted, tmp_
 def test_tools_in_a_template_without_them(tunes_not, converted):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
-    assert "plain has no tools" in tunes_not(converted, "data.chat_template=plain", rows=[row])
+    assert "plain does not support tools" in tunes_not(converted, "data.chat_template=plain", rows=[row])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Data: sources -> documents -> parts on the grid -> packed rows -> noised batches.
+"""The data of `adapt`: documents -> parts on the grid -> packed rows -> noised batches.
 
-Rows are one endless stream, a function of (sources, tokenizer, recipe) alone; the noise of a part
-is a function of (seed, epoch, its ids). So batches, ranks, accumulation and resume change nothing.
+The rows are one endless stream that depends only on sources, tokenizer and recipe, and the noise of
+a part depends only on seed, epoch and its ids. Batch size, number of ranks, gradient accumulation
+and resuming therefore change nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ OPEN_ROWS = 16  # rows that a part may still be packed into
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """A document, or a part of one, as it stands in a row.
+    """A document, or a part of one, as it is placed in a row.
 
     Attributes:
-        ids: token ids, filled with EOS to the grid.
-        real: how many of them are the document's own (its end token included).
-        run: how many at the end are one EOS run, fill included; 0 where the document was cut.
-        epoch: pass over its source.
+        ids: token ids, filled up to the grid with EOS.
+        real: number of ids that belong to the document, including its end token.
+        run: length of the run of EOS at the end, including the fill; 0 if the document was cut.
+        epoch: number of the pass over its source.
         document: content key of the whole document.
     """
 
@@ -47,12 +48,12 @@ class DocumentPart:
 def document_parts(
     ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int
 ) -> Iterator[DocumentPart]:
-    """Cut a document to rows and fill its end, so that no length is visible.
+    """Cut a document into parts that fit a row, and fill its end so that no length is visible.
 
-    The last block is filled to the grid with EOS, maskable and supervised, as a decoder's canvas
-    has room to the end of the block. For `full` the canvas has any length up to `max_length`.
-    A part starts with the last token of the one before: its position 0 is never scored, and so
-    every token of the document but its first is scored once.
+    The last block is filled up to the grid with EOS that is masked and supervised, because a
+    decoder's canvas extends to the end of the block. With `full` attention the canvas has a random
+    length of up to `max_length`. A part starts with the last token of the previous part: position 0
+    is never scored, so every token of the document except its first is scored exactly once.
     """
     data, grid = recipe.data, recipe.convert.block_length
     document = content_key(ids)
@@ -82,13 +83,13 @@ def document_parts(
 
 
 class PackedDocuments(IterableDataset):
-    """Endless packed rows: each item is (ordinal, parts of at most `max_length` tokens together).
+    """Endless packed rows; an item is (ordinal, parts with a total of at most `max_length` tokens).
 
     Args:
         documents: the mixed sources.
         tokenizer: adds its own BOS; the EOS is added here.
         eos: id that ends a document.
-        skip: content keys of documents held out.
+        skip: content keys of documents that are held out.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class PackedDocuments(IterableDataset):
 
 
 def pack(parts: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
-    """Rows of parts (things with `ids`) of at most `room` tokens together: each goes into the
-    fullest row that still has room for it. Without packing each is a row."""
+    """Pack parts (objects with `ids`) into rows of at most `room` tokens. Each part goes into the
+    fullest open row that has room for it. Without packing, each part is a row."""
     rows: list[list[Any]] = []
     for part in parts:
         if not packing:
@@ -151,8 +152,8 @@ def pack(parts: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
 
 
 def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
-    """Ids of a document: the tokenizer's own BOS if it has one, the text, one EOS. A text without
-    a token of its own gives less than 2 ids."""
+    """Ids of a document: the tokenizer's own BOS if it adds one, the text, one EOS. A text that has
+    no tokens of its own gives none."""
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) <= len(tokenizer("").input_ids):
         return []
@@ -160,7 +161,7 @@ def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
 
 
 def block_length_at(recipe: Recipe, step: int) -> int | None:
-    """Block length that an anneal by lengths has reached at an optimiser step (None: one block)."""
+    """Block length at an optimizer step, which may be annealed; None if a row is one block."""
     anneal = recipe.anneal
     if not anneal.lengths or step >= anneal.steps:
         return recipe.convert.block_length
@@ -169,16 +170,16 @@ def block_length_at(recipe: Recipe, step: int) -> int | None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> a noised batch. Draws the noise here, on the CPU, so that the divisor is known before
-    the first micro-step. A second, complementary view doubles the batch."""
+    """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
+    the loss is known before the first micro-step. A complementary view doubles the batch."""
 
     recipe: Recipe
     mask_token_id: int
-    rows_per_step: int = 1  # over all ranks and accumulation steps
+    rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
         """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
-        tokens, step (the optimiser step that these rows belong to, whoever runs it)."""
+        tokens, step (the optimizer step that these rows belong to, on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
@@ -234,7 +235,7 @@ class Collator:
         return torch.stack([masked, other]), torch.stack([t, other_t])
 
     def _maskable(self, ids: Tensor) -> Tensor:
-        """Position 0 is never masked and never scored, nor is a text that spells the mask token."""
+        """Position 0 is never masked nor scored, and neither is a mask token within the text."""
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
 
     def _finish(
