@@ -590,7 +590,9 @@ def test_end_token_outside_of_what_the_template_marks(tunes_not, converted, tmp_
 def test_tools_in_a_template_without_them(tunes_not, converted):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
-    assert "plain does not support tools" in tunes_not(converted, "data.chat_template=plain", rows=[row])
+    said = tunes_not(converted, "data.chat_template=plain", rows=[row])
+    assert "row 1: the chat template plain does not render it" in said
+    assert "plain does not support tools" in said
 
 
 @pytest.mark.parametrize(

@@ -48,18 +48,30 @@ def columns_read(columns: Columns) -> set[str]:
     return {name for text in texts for name in PLACE.findall(text) or [text]}
 
 
+def likely_prompt(row: dict[str, Any]) -> str | None:
+    """The column of a row that is probably its prompt."""
+    named = next((name for name in ("prompt", *PROMPTS) if name in row), None)
+    return named or _column_of_messages(row)
+
+
 def likely_columns(row: dict[str, Any]) -> str:
     """The settings of `data.columns` that would probably read a row; empty if there are none."""
-    for name, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            if {"role", "from"} & value[0].keys():
-                return option("data.columns.messages", name)
-    prompt = next((name for name in ("prompt", *PROMPTS) if name in row), None)
+    if messages := _column_of_messages(row):
+        return option("data.columns.messages", messages)
+    prompt = likely_prompt(row)
     rest = ("completion", *COMPLETIONS)
     completion = next((name for name in rest if name in row and name != prompt), None)
     pairs = (("prompt", prompt), ("completion", completion))
     found = [option(f"data.columns.{name}", column) for name, column in pairs if column]
     return " ".join(found)
+
+
+def _column_of_messages(row: dict[str, Any]) -> str | None:
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            if {"role", "from"} & value[0].keys():
+                return name
+    return None
 
 
 def _value(row: dict[str, Any], text: str, where: str) -> Any:

@@ -19,7 +19,7 @@ from ..core.forward import context_length
 from ..core.options import resolve
 from ..core.spec import CAUSAL
 from ..data.chat_template import chat_template
-from ..data.columns import likely_columns
+from ..data.columns import likely_prompt
 from ..data.conversations import read_rows
 from ..data.rows import as_dataset
 from ..data.sources import columns_of
@@ -251,7 +251,7 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
     chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
     if not chat and not (isinstance(prompt, str) and prompt):
-        likely = likely_columns(row).split(" ")[0] or option("data.columns.prompt", "COLUMN")
+        likely = option("data.columns.prompt", likely_prompt(row) or "COLUMN")
         raise Ar2DiffError(
             f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
             f"correct the row, or name its column with {likely}",
