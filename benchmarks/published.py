@@ -88,7 +88,7 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
         "prediction": recipe.convert.prediction,
         "steps": recipe.train.max_steps,
         "learning_rate": recipe.train.learning_rate,
-        "tokens": record["tokens"],
+        "tokens": record.tokens,
         "cpu_seconds": seconds,
         "bound": result.bound.nats_per_token,
         "se": result.bound.standard_error,

@@ -65,7 +65,7 @@ def run(name: str, overrides: list[str], seed: int) -> dict:
         "variant": name,
         "overrides": overrides,
         "seed": seed,
-        "tokens": record["tokens"],
+        "tokens": record.tokens,
         "seconds": round(seconds),
         "bound": result.bound.nats_per_token,
         "se": result.bound.standard_error,

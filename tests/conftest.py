@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
 from ar2diff.core.spec import Spec
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
+
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 
 ROOT = Path(__file__).resolve().parents[1]
 MASK = 63  # mask token of the tiny models: the last of their 64 rows
@@ -90,6 +94,17 @@ CONFIGS = {
         },
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bitsandbytes_cpu():
+    """Have bitsandbytes take the CPU for one with avx512_bf16 or without, where `cpus.py` asks."""
+    if (answer := os.environ.get("AR2DIFF_TEST_BF16")) is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: answer == "yes")
+        yield
 
 
 def _rms_norm(self, x):

@@ -23,9 +23,9 @@ from ar2diff.training import rollouts as rollouts_module
 from ar2diff.training.base import checkpoints
 from ar2diff.training.estimators import score
 from ar2diff.training.grpo import Groups, check_reference, rollouts_of
-from ar2diff.training.rl import check_settings, make_rl_trainer
+from ar2diff.training.plan import Plan
+from ar2diff.training.rl import check_settings, make_trainer
 from ar2diff.training.rollouts import sample
-from ar2diff.training.run import Plan
 
 BLOCKS, FULL = ("convert.block_length=4",), ("convert.attention=full", "convert.block_length=null")
 PROMPTS = ["ab", "hello", "x", "to the end"]
@@ -62,8 +62,8 @@ def trainer_of(convert_tiny, tmp_path):
         check_settings(recipe, checkpoint.spec)
         add_adapter(checkpoint, recipe)
         rows = [{"prompt": prompt} for prompt in prompts]
-        return make_rl_trainer(
-            Plan(checkpoint, recipe, rows, make_rl_trainer), [reward], tmp_path / folder, []
+        return make_trainer(
+            Plan(checkpoint, recipe, rows, make_trainer), [reward], tmp_path / folder, []
         )
 
     return make
@@ -101,7 +101,7 @@ def batch_of(trainer):
 def own_logps(trainer, rollouts, inputs, model=None, good=None):
     rl, model = trainer.recipe.rl, model or trainer.checkpoint.model
     width = inputs["completion_ids"].shape[1]
-    scores = score(model, rollouts, rl, trainer.diffusion, trainer.suppressed, width=width)
+    scores = score(model, rollouts, rl, trainer.spec, trainer.suppressed, width=width)
     return scores.per_token(good)
 
 

@@ -128,7 +128,7 @@ def nll_of(model, contract, batch):
         batch["masked"],
         batch["doc"],
         batch["pos"],
-        suppressed_ids(MASK, 64, 64),
+        suppressed_ids(MASK, range(64), 64),
     )
 
 
@@ -246,8 +246,8 @@ def test_a_wrapper_that_hides_its_model_can_name_it(tiny_model):
 
 
 def test_suppressed_ids_are_the_mask_and_the_rows_without_a_token():
-    assert suppressed_ids(5, 8, 10).nonzero()[:, 0].tolist() == [5, 8, 9]
-    assert suppressed_ids(None, 10, 10).sum() == 0
+    assert suppressed_ids(5, range(8), 10).nonzero()[:, 0].tolist() == [5, 8, 9]
+    assert suppressed_ids(None, range(10), 10).sum() == 0
 
 
 def batch_of(attention, seed=0):
@@ -263,7 +263,7 @@ def batch_of(attention, seed=0):
 def test_perturbing_the_mask_logit_changes_nothing(tiny_model, attention, prediction):
     """The head's row of the mask may say what it likes (the head is not tied)."""
     model = copy.deepcopy(tiny_model("llama"))
-    batch, suppressed = batch_of(attention), suppressed_ids(MASK, 64, 64)
+    batch, suppressed = batch_of(attention), suppressed_ids(MASK, range(64), 64)
     contract = tiny_spec(attention, prediction=prediction)
     with torch.no_grad():
         before = masked_nll(model, contract, *batch, suppressed)
@@ -296,7 +296,7 @@ def test_the_gradient_reaches_the_head_only_where_a_masked_token_is_read(
     mask = model_mask(model, slots, attention, contract.block_length, None)
     logits = logits_at(model, index, input_ids=ids, attention_mask=mask, position_ids=slots.pos)
     hidden[0].retain_grad()
-    cross_entropy(logits, x0[masked], suppressed_ids(MASK, 64, 64)).sum().backward()
+    cross_entropy(logits, x0[masked], suppressed_ids(MASK, range(64), 64)).sum().backward()
     read = torch.zeros(ids.numel(), dtype=torch.bool)
     read[index] = True
     gradient = hidden[0].grad.flatten(0, 1)

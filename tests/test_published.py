@@ -17,8 +17,8 @@ from ar2diff.config.recipe import load_recipe
 from ar2diff.core.attention import reveal_edges
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.documents import pieces
-from ar2diff.training.adapt import make_plan
-from ar2diff.training.sft import make_sft_plan
+from ar2diff.training.adapt import ADAPT
+from ar2diff.training.sft import SFT
 
 LENGTH = 64
 ROWS = 2
@@ -77,7 +77,7 @@ PAPERS = {
     "llada2": Paper(0, inverse_time, "tokens", 32),
     "tiny-a2d": Paper(0, inverse_time, "tokens", 32),
 }
-SFT = ("llada-sft", "fast-dllm-v2", "tiny-a2d")
+TUNED = ("llada-sft", "fast-dllm-v2", "tiny-a2d")
 LLADA2 = [1, 4, 32, 64, *[4096] * 8, 2048, 1024, 512, 256, 128, 64]  # before 32, a part each
 ANNEALED = {"diffugpt": 10, "llada2": len(LLADA2)}  # steps of the anneal here
 
@@ -197,10 +197,10 @@ class Setting:
 @pytest.fixture
 def setting(tiny_checkpoint, convert_tiny, write_jsonl, tmp_path):
     def make(name: str, texts: bool = False) -> Setting:
-        if texts or name not in SFT:
+        if texts or name not in TUNED:
             stories = [" ".join(WORDS.split()[n % 7 :][: 2 + 3 * n]) for n in range(8)]
             data = write_jsonl("rows.jsonl", [{"text": text} for text in stories])
-            return Setting(name, make_plan, tiny_checkpoint, data, tmp_path)
+            return Setting(name, ADAPT.prepare, tiny_checkpoint, data, tmp_path)
         recipe = load_recipe(name)
         if recipe.data.chat_template:
             rows = [
@@ -217,7 +217,7 @@ def setting(tiny_checkpoint, convert_tiny, write_jsonl, tmp_path):
         data = write_jsonl("rows.jsonl", rows)
         chosen = {n: getattr(recipe.convert, n) for n in recipe.convert.model_fields_set}
         overrides = [f"convert.{n}={'null' if v is None else v}" for n, v in chosen.items()]
-        return Setting(name, make_sft_plan, convert_tiny(*overrides), data, tmp_path)
+        return Setting(name, SFT.prepare, convert_tiny(*overrides), data, tmp_path)
 
     return make
 
@@ -313,4 +313,4 @@ def test_weights_by_context_are_for_adapt(convert_tiny, write_jsonl):
     data = write_jsonl("rows.jsonl", [{"prompt": "say:", "completion": " it"}])
     recipe = load_recipe("dream", [f"data.sources=[{data}]", "data.max_length=64"])
     with pytest.raises(Ar2DiffError, match=r"objective\.weight cart is for adapt"):
-        make_sft_plan(convert_tiny("convert.attention=full"), recipe)
+        SFT.prepare(convert_tiny("convert.attention=full"), recipe)

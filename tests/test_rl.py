@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from ar2diff.checkpoint.adapters import add_adapter
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
-from ar2diff.training.rl import make_rl_trainer, table
-from ar2diff.training.run import Plan
+from ar2diff.training.grpo import table_of
+from ar2diff.training.plan import Plan
+from ar2diff.training.rl import make_trainer
 
 ROWS = [{"prompt": f"say {n}", "answer": str(n)} for n in range(8)]
 SETTINGS = [
@@ -95,16 +96,18 @@ MISTAKES = [  # overrides, rows, part of what is said
 def test_mistakes_are_said_before_the_model_is_loaded(
     refused, convert_tiny, tmp_path, monkeypatch, overrides, rows, message
 ):
-    monkeypatch.setattr("ar2diff.training.rl.load_checkpoint", None)
-    assert message in refused(convert_tiny(BLOCKS), *overrides, rows=rows)
+    model = convert_tiny(BLOCKS)
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
+    assert message in refused(model, *overrides, rows=rows)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_without_rl_and_a_model_that_is_not_converted(
     refused, convert_tiny, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ar2diff.training.rl.load_checkpoint", None)
-    assert "the recipe has no rl section" in refused(convert_tiny(BLOCKS), settings=[])
+    model = convert_tiny(BLOCKS)
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
+    assert "the recipe has no rl section" in refused(model, settings=[])
     said = refused(tiny_checkpoint)
     assert "is not converted" in said and f"run 'ar2diff adapt {tiny_checkpoint}" in said
     assert not (tmp_path / "out").exists()
@@ -142,7 +145,7 @@ def test_rows_reach_rewards_as_they_are():
         {"prompt": "a", "answer": 1, "test": {"in": [1, "b"]}},
         {"prompt": "b", "answer": "x", "test": {"out": None}, "late": [1.5, True]},
     ]
-    first, second = table(rows)
+    first, second = table_of(rows)
     assert first == {**rows[0], "late": None} and second == rows[1]
 
 
@@ -184,7 +187,7 @@ def test_a_reward_that_fails_leaves_the_last_checkpoint_to_go_on_from(
     )
     run = [convert_tiny(BLOCKS), f"rl.rewards=[{reward}]", "--max-steps", 4, "train.save_steps=2"]
     assert FAILING[how] in refused(*run)
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert [p.name for p in (out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / "config.json").exists()
     if how != "raise":
         return
@@ -248,8 +251,8 @@ def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_wid
     def reward(completion_ids, **_):
         return [float(sum(ids) % 7) for ids in completion_ids]
 
-    trainer = make_rl_trainer(
-        Plan(checkpoint, recipe, ROWS, make_rl_trainer), [reward], tmp_path / "run", []
+    trainer = make_trainer(
+        Plan(checkpoint, recipe, ROWS, make_trainer), [reward], tmp_path / "run", []
     )
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
     assert {p.dtype for p in parameters.values() if p.requires_grad} == {torch.float32}

@@ -21,9 +21,9 @@ from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
 from ar2diff.data.documents import Collator, Piece, Rows, pieces
 from ar2diff.data.sources import Documents
-from ar2diff.training.adapt import AdaptTrainer, adapt, make_plan, make_trainer
-from ar2diff.training.base import parameter_kinds
-from ar2diff.training.run import Plan
+from ar2diff.training.adapt import ADAPT, AdaptTrainer, adapt, make_trainer
+from ar2diff.training.modules import parameter_kinds
+from ar2diff.training.plan import Plan
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
 
@@ -402,7 +402,7 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
 
 def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, text_file):
     recipe = recipe_of(text_file, eval={"steps": 1, "rows": 4, "length": 20})
-    plan = make_plan(tiny_checkpoint, recipe)
+    plan = ADAPT.prepare(tiny_checkpoint, recipe)
     judged = {tuple(row) for row in plan.eval_rows}
     assert len(judged) == 4
     rows = iter(plan.rows)
@@ -416,7 +416,7 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
-    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, now 0.2"):
+    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, and is 0.2 now"):
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
 
 
@@ -425,8 +425,8 @@ def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_pa
 
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
-    monkeypatch.setattr("ar2diff.training.run.rows_per_step", lambda train: 16)
-    with pytest.raises(Ar2DiffError, match="another rows_per_step: 8, now 16"):
+    monkeypatch.setattr("ar2diff.training.plan.rows_per_step", lambda train: 16)
+    with pytest.raises(Ar2DiffError, match="its number of rows per step was 8, and is 16 now"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 

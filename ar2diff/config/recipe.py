@@ -307,15 +307,19 @@ def recipe_text(name: str) -> str:
     return resources.files("ar2diff.recipes").joinpath(f"{name}.yaml").read_text()
 
 
-def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides; None is the defaults.
+def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, by name or file, and apply `section.key=value` overrides; None is the
+    defaults, and a `Recipe` is taken as it is.
 
     Raises:
         Ar2DiffError: unknown recipe or key, wrong type, or parts that contradict each other.
     """
-    label = name or "defaults"
+    label = "the recipe" if isinstance(name, Recipe) else name or "defaults"
     try:
-        tree = (yaml.safe_load(recipe_text(name)) if name else None) or {}
+        if isinstance(name, Recipe):
+            tree = name.model_dump(mode="json", exclude_unset=True)
+        else:
+            tree = (yaml.safe_load(recipe_text(name)) if name else None) or {}
     except yaml.YAMLError as error:
         raise Ar2DiffError(f"{label}: {' '.join(str(error).split())}", "mend the YAML") from None
     if not isinstance(tree, dict):

@@ -192,7 +192,8 @@ def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
         logprob, masked: [R, W], of the chosen tokens.
     """
     sure = masked & surer(logprob, threshold)
-    return torch.where(sure.any(1, keepdim=True), sure, top(logprob, masked, masked.any(1).long()))
+    none = masked.any(1) & ~sure.any(1)
+    return sure | top(logprob, masked, none.long()) if none.any() else sure
 
 
 def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:

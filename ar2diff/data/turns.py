@@ -159,8 +159,12 @@ class Conversations(IterableDataset):
         while True:
             generator = keyed_generator(self.recipe.train.seed, epoch)
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
-                yield from parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
+                yield from self.parts(number, epoch)
             epoch += 1
+
+    def parts(self, number: int, epoch: int) -> list[Part]:
+        """What one conversation gives to the rows of an epoch."""
+        return parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
 
     def _supervised(self, number: int) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation."""

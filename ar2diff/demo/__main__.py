@@ -58,7 +58,7 @@ Likelihood on {len(rows)} held-out stories, nats per token
   AR mode after                    {after.ar_nll.nats_per_token:.3f}
   diffusion bound, not trained     {untrained.bound.nats_per_token:.3f}
   diffusion bound after            {bound.nats_per_token:.3f} +- {bound.standard_error:.3f}
-{record["tokens"]:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
+{record.tokens:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
 Next, what rewards teach it in three minutes:

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..config.recipe import Recipe, Train
+from ..distributed.precision import computes_in_bf16
 from ..distributed.ranks import world_size
 from ..distributed.sharding import training_kwargs
 
@@ -19,9 +20,7 @@ def training_arguments(
     """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
     train = recipe.train
     cuda = torch.cuda.is_available()
-    bf16 = train.precision == "bf16" or (
-        train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    )
+    more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
     return kind(
         output_dir=str(run_dir),
         max_steps=train.max_steps,
@@ -40,7 +39,7 @@ def training_arguments(
         adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
         optim="sgd" if train.optimizer == "sgd" else "adamw_torch",
-        bf16=bf16,
+        bf16=computes_in_bf16(train.precision),
         use_cpu=not cuda,
         **training_kwargs(),
         seed=train.seed,

@@ -2,100 +2,134 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json
 from jinja2 import TemplateError
-from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from ..checkpoint.adapters import add_adapter
-from ..checkpoint.files import read_spec
-from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, option
 from ..core.forward import context_length
 from ..core.options import resolve
-from ..core.spec import CAUSAL
+from ..core.spec import CAUSAL, Spec
 from ..data.conversations import chat_template, read_rows
 from ..distributed.ranks import check_rows, world_size
 from ..generation.tokens import prompt_ids
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
-from .grpo import DiffusionGRPOTrainer
-from .run import Plan, check_kind, continued, run
+from .grpo import DiffusionGRPOTrainer, table_of
+from .plan import Plan, Verb, check_kind
+from .request import requested
+from .results import Prompt, RlPlan, RunPlan, RunResult
+from .run import run
 
 RESERVED = (*PASSED, "image", "images", "environments")  # what a column may not be called
 
 
 def rl(
-    model: str,
-    recipe: Recipe,
-    output_dir: str | Path,
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    text_field: str | None = None,
+    max_steps: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> RunResult | RunPlan:
     """Tune a converted model (or, with `objective.kind: ar`, an AR one) by its rewards.
 
     Args:
-        model, recipe, output_dir, resume, overwrite, dry_run: as of `adapt`.
+        model: folder or Hub id of the model, `@revision` allowed.
+        recipe: with a section `rl`; else as of `adapt`.
+        data: files of prompts, in place of the recipe's `data.sources`.
+        output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as of `adapt`; at
+            least one step.
+
+    Returns:
+        What the run was; with `dry_run` an `RlPlan` of what it will be.
 
     Raises:
         Ar2DiffError: something the user can fix; nothing was written.
     """
-    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
-    return run(make_rl_plan, model, recipe, output_dir, **flags)
+    request = requested(
+        "rl", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
+        overrides=overrides,
+    )  # fmt: skip
+    return run(RL, request, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
-def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
-    """Check settings, rewards and rows, load the model. Writes nothing."""
-    spec = read_spec(path)
+def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
+    """Refuse what rl cannot do with a model."""
     if recipe.rl is None:
-        raise Ar2DiffError("the recipe has no rl section", "see 'ar2diff config schema rl'")
+        raise Ar2DiffError(
+            f"the recipe has no {option('rl')} section", "see 'ar2diff config schema rl'"
+        )
     check_kind(path, spec, recipe)
     check_settings(recipe, spec)
-    recipe = continued(recipe, spec)
+    return recipe
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows with prompts, and the rewards that judge their completions."""
+
+    rows: list[dict[str, Any]]
+    rewards: list[Any]
+
+
+def read(recipe: Recipe) -> Judged:
+    """The rewards of a recipe, and the prompts of its sources."""
     rewards = make_rewards(recipe.rl.rewards)
     rows = read_prompts(recipe)
     check_rows(len(rows))
-    checkpoint = load_checkpoint(
-        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
-    )
+    return Judged(rows, rewards)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
+    """The plan of a run on prompts; gives the tokenizer the chat template of the run."""
+    rows, rewards = judged.rows, judged.rewards
     if not isinstance(rows[0]["prompt"], str):
-        # What the assistant says need not be marked: nothing is learned from a given one.
+        # What the assistant says need not be marked: nothing is learned from given answers.
         plain = with_values(recipe, data={"assistant_only": False})
         checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
     check_lengths(checkpoint, recipe, rows)
-    add_adapter(checkpoint, recipe)
 
-    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
-        return make_rl_trainer(plan, rewards, run_dir, callbacks)
+    def make(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
+        return make_trainer(plan, rewards, run_dir, callbacks)
 
-    def preview(plan: Plan) -> dict[str, Any]:
-        ids = prompt_ids(plan.checkpoint.tokenizer, rows[0]["prompt"])
-        return {
-            "prompts": len(rows),
-            "first_prompt": {"text": plan.checkpoint.tokenizer.decode(ids), "tokens": len(ids)},
-            "rewards": [getattr(reward, "__name__", reward) for reward in rewards],
-        }
+    def preview(plan: Plan, summary: RunPlan) -> RlPlan:
+        tokenizer = plan.checkpoint.tokenizer
+        ids = prompt_ids(tokenizer, rows[0]["prompt"])
+        return RlPlan(
+            **asdict(summary),
+            prompts=len(rows),
+            first_prompt=Prompt(tokenizer.decode(ids), len(ids)),
+            rewards=tuple(getattr(reward, "__name__", reward) for reward in rewards),
+        )
 
-    return Plan(checkpoint, recipe, rows, trainer, preview=preview)
+    return Plan(checkpoint, recipe, rows, make, preview=preview)
 
 
-def make_rl_trainer(
+RL = Verb("rl", check, read, make_plan, converts=False)
+
+
+def make_trainer(
     plan: Plan, rewards: list[Any], run_dir: Path, callbacks: list[Any]
 ) -> DiffusionGRPOTrainer:
     """The trainer of a plan on rows of `read_prompts`."""
-    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
-    rl = recipe.rl
+    rl = plan.recipe.rl
     args = training_arguments(
-        recipe,
+        plan.recipe,
         run_dir,
         kind=GRPOConfig,
+        per_device_eval_batch_size=rl.num_generations,
         num_generations=rl.num_generations,
         max_completion_length=rl.max_completion_length,
         temperature=rl.sampler.get("temperature", 1.0),
@@ -112,11 +146,9 @@ def make_rl_trainer(
         reward_weights=[reward.weight for reward in rl.rewards],
         disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
     )
-    trainer = DiffusionGRPOTrainer(
-        checkpoint, recipe, args, table(rows), rewards, callbacks=callbacks
+    return DiffusionGRPOTrainer(
+        plan.checkpoint, plan.recipe, args, table_of(plan.rows), rewards, callbacks=callbacks
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def check_settings(recipe: Recipe, spec: Any) -> None:
@@ -223,14 +255,6 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
                 f"{recipe.rl.max_completion_length} that is over the context of {longest}",
                 "remove it, or lower rl.max_completion_length",
             )
-
-
-def table(rows: list[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that leaves them as they are: Arrow's own types know one type a
-    column, and the columns of the first row alone."""
-    names = sorted({name for row in rows for name in row})
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features({name: Json() for name in names}))
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
