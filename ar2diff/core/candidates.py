@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import behind_context, layer_windows, model_mask
+from .attention import layer_windows, model_mask, reading_slot, with_context
 from .cache import ContextCache
 from .forward import logits_at
 from .readers import slots_of
@@ -128,7 +128,8 @@ class CandidateReader:
         key = (rows, certain, k)
         seen = torch.arange(self.cache.width if self.cache else 0) < length[:, None]
         if not steady or self._steady is None or self._steady[0] != key:
-            inside = torch.arange(self.drafts) + (0 if self.spec.prediction == "shift" else 1)
+            drafted = 1 + torch.arange(self.drafts)  # the first of a block follows the candidate
+            inside = reading_slot(drafted, "full", None, self.spec.prediction, drafted)
             layout = _CandidateSlots.of(rows, certain, k, self.width, inside)
             if not steady:
                 return layout, self._mask(layout, front, length, seen)
@@ -136,7 +137,7 @@ class CandidateReader:
             self._steady = (key, layout, self._mask(layout, front, length, none))
         _, layout, mask = self._steady
         if self.cache is None or self.cache.static is None:
-            return layout, behind_context(mask, seen.to(mask.device))
+            return layout, with_context(mask, seen.to(mask.device))
         return layout, self._mask(layout, front, length, seen)
 
     def _mask(self, layout: _CandidateSlots, front: Tensor, length: Tensor, seen: Tensor) -> Any:
