@@ -299,37 +299,43 @@ def test_wrong_usage_is_two_lines_too(fails, arguments, said):
 
 
 GENERATE_MISTAKES = [
-    (["--prompt", "a" * 600], "the prompt has 601 tokens, the model's context 512"),
-    (["--block-length", 64], "--block-length 64 is above the 8 trained"),
-    (["--prompt", "a {mask:0} b"], "{mask:0}: a gap of no tokens"),
-    (["--prompt", "a {mask:x} b"], "{mask:x}: a gap of no tokens"),
-    (["--prompt", "a {mask} b"], "{mask}: a gap of no tokens"),
-    (["--prompt", "a{mask:2}b", "--mode", "ar"], "--mode ar cannot fill masks"),
-    (["--cache", "prefix"], "--cache 'prefix' is not for causal_context attention"),
-    (["--steps-per-block", 4, "--entropy-bound", 0.5], "--entropy-bound decides alone"),
+    (["--prompt", "a" * 600], "the prompt has 601 tokens, which leaves no room"),
+    (["--block-length", 64], "--block-length 64 is above the model's block length of 8"),
+    (["--prompt", "a {mask:0} b"], "'{mask:0}' does not say how many"),
+    (["--prompt", "a {mask:x} b"], "'{mask:x}' does not say how many"),
+    (["--prompt", "a {mask} b"], "'{mask}' does not say how many"),
+    (["--prompt", "a{mask:2}b", "--mode", "ar"], "--mode ar cannot fill gaps"),
+    (["--cache", "prefix"], "--cache 'prefix' does not work with causal_context attention"),
+    (
+        ["--steps-per-block", 4, "--entropy-bound", 0.5],
+        "--entropy-bound cannot be combined with --threshold or --steps-per-block",
+    ),
     (["--temperature", -1], "--temperature is -1.0"),
     (["--temperature", "nan"], "--temperature is nan"),
     (["--top-p", 1.5], "--top-p is 1.5"),
     (["--top-k", 0, "--min-p", -1], "--min-p is -1.0"),
     (["--steps-per-block", 0], "--steps-per-block is 0"),
-    (["--remask", 0.5], "--remask works on a fixed number of steps"),
-    (["--order", "margin"], "--order margin needs steps"),
+    (["--remask", 0.5], "--remask needs a fixed number of steps"),
+    (["--order", "margin"], "--order margin needs a fixed number of steps"),
     (["--repetition-penalty", 0], "--repetition-penalty is 0.0"),
     (["--max-new-tokens", -1], "--max-new-tokens is -1"),
     (["--draft-length", 3], "--draft-length needs --mode speculative"),
     (
         ["--steps-per-block", 3, "--mode", "ar"],
-        "--steps-per-block belongs to --mode diffusion, not ar",
+        "--steps-per-block belongs to --mode diffusion, not to --mode ar",
     ),
     (["--treshold", 3], "No such option: --treshold"),
     (["--stream", "--json"], "--stream prints text"),
-    (["--length", 0, "--prefix", "a"], "--length '0' is no number of tokens"),
-    (["--length", "4,x", "--prefix", "a"], "--length 'x' is no number of tokens"),
-    (["--suffix", "b"], "--suffix needs --prefix too"),
-    (["--length", "3"], "--length needs --prefix too"),
-    (["--prefix", "a"], "--prefix needs --length too"),
-    (["--prefix", "a", "--prompt", "b", "--length", 2], "give one of --prompt"),
-    (["--output", "/nowhere/out.jsonl"], "no such folder /nowhere"),
+    (["--length", 0, "--prefix", "a"], "--length '0' is not a number of tokens"),
+    (["--length", "4,x", "--prefix", "a"], "--length 'x' is not a number of tokens"),
+    (["--suffix", "b"], "--suffix needs --prefix as well"),
+    (["--length", "3"], "--length needs --prefix as well"),
+    (["--prefix", "a"], "--prefix needs --length as well"),
+    (
+        ["--prefix", "a", "--prompt", "b", "--length", 2],
+        "more than one of --prompt, --prompts-file and --prefix is given",
+    ),
+    (["--output", "/nowhere/out.jsonl"], "the folder /nowhere does not exist"),
     (["--output", "/"], "is a folder"),
 ]
 
@@ -369,12 +375,13 @@ def test_model_whose_attention_is_not_what_its_spec_says(fails, converted, monke
 def test_output_that_exists(fails, converted, tmp_path):
     (tmp_path / "a.jsonl").write_text("old")
     said = fails("generate", converted, "--prompt", "a", "--output", tmp_path / "a.jsonl")
-    assert "a.jsonl exists" in said
+    assert "a.jsonl already exists" in said
     assert "--overwrite" in said
 
 
 def test_gap_and_length_over_the_context(fails, converted):
-    assert "the model's context 512" in fails("generate", converted, "--prompt", "a{mask:99999}")
+    said = fails("generate", converted, "--prompt", "a{mask:99999}")
+    assert "the model's context of 512" in said
     said = fails("generate", converted, "--prefix", "a", "--length", "2,600")
     assert "the prompt has 602 tokens" in said
 
@@ -382,7 +389,7 @@ def test_gap_and_length_over_the_context(fails, converted):
 def test_cache_of_block_attention_for_full_attention(fails, convert_tiny):
     folder = convert_tiny("convert.attention=full")
     said = fails("generate", folder, "--prompt", "a", "--cache", "static")
-    assert "--cache 'static' is not for full attention" in said
+    assert "--cache 'static' does not work with full attention" in said
     assert "one of none, prefix, dual" in said
 
 
@@ -399,7 +406,7 @@ def test_cache_of_block_attention_for_full_attention(fails, convert_tiny):
         ("a.jsonl", '{"prompt": ""}', "row 1 has no text in column 'prompt'"),
         ("a.jsonl", "[1]", "row 1 is a list, but an object"),
         ("a.jsonl", '{"prompt": "\\ud800"}', "half a surrogate pair is not valid Unicode"),
-        ("a.txt", "one\ntwo {mask:0}\n", "row 2: {mask:0}: a gap of no tokens"),
+        ("a.txt", "one\ntwo {mask:0}\n", "row 2: the gap '{mask:0}' does not say how many"),
         ("a.txt", "\n \n", "a.txt is empty"),
         ("a.txt.gz", "no gzip", "a.txt.gz cannot be read: Not a gzipped file"),
         ("a.txt", "one\n" + "a" * 600, "prompt 2: the prompt has 601 tokens"),
@@ -416,7 +423,7 @@ def test_file_of_prompts_that_is_not_there(fails, converted, tmp_path):
 
 
 def test_system_message_without_a_chat_template(fails, converted):
-    assert "no chat template" in fails("chat", converted, "--system", "be brief")
+    assert "needs a chat template" in fails("chat", converted, "--system", "be brief")
 
 
 @pytest.mark.parametrize(
@@ -486,7 +493,7 @@ def test_spec_of_a_wrong_type(fails, tmp_path, tiny_checkpoint, block):
 
 def test_prompt_that_spells_the_mask_token(fails, tmp_path, tiny_checkpoint):
     folder = convert_to(tiny_checkpoint, tmp_path / "converted")
-    assert "spells the mask token" in fails("generate", folder, "--prompt", "a <|mask|> b")
+    assert "contains the mask token" in fails("generate", folder, "--prompt", "a <|mask|> b")
 
 
 def test_answer_over_the_context_names_what_fits(fails, tmp_path, tiny_checkpoint):

@@ -46,9 +46,11 @@ def test_gaps_of_a_prompt():
     assert split_gaps("{musk:3} {mask") == ["{musk:3} {mask"]
 
 
-@pytest.mark.parametrize("gap", ("{mask}", "{mask:}", "{mask:0}", "{mask:-1}", "{mask:x}"))
+@pytest.mark.parametrize(
+    "gap", ("{mask}", "{mask:}", "{mask:0}", "{mask:-1}", "{mask:x}", "{mask:99999999999}")
+)
 def test_gap_of_no_tokens(gap):
-    with pytest.raises(Ar2DiffError, match="has no length"):
+    with pytest.raises(Ar2DiffError, match="does not say how many tokens"):
         split_gaps(f"the {gap} cat")
 
 

@@ -17,13 +17,14 @@ from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
 from .errors import Ar2DiffError, option
-from .forward import context_length
+from .forward import rope_switches
 from .options import DRAFTS, Options
 from .readers import BlockReader, FullReader
 from .samplers import Chooser, commits, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import speculate
+from .switching import SwitchingReader
 
 FILTERS = {
     "top_h": logits_process.TopHLogitsWarper, "top_k": logits_process.TopKLogitsWarper,
@@ -80,7 +81,7 @@ def denoise(
         drafts = 0 if options.mode == "ar" else drafts
         yield from speculate(
             model, spec, canvas, chooser, drafts=drafts, cache=options.cache_implementation,
-            context=context_length(model.config), finished=finished,
+            finished=finished,
         )  # fmt: skip
         return
     yield from _Denoiser(model, spec, canvas, options, chooser, finished).run()
@@ -114,13 +115,22 @@ class _Denoiser:
         self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
         self.to_decide = self._masked().sum(1)  # tokens that the block had to decide
 
-    def _reader_for(self, model: Any, spec: Spec, cache: str) -> BlockReader | FullReader:
-        canvas, rows = self.canvas, self.guided * len(self.rows)
-        if spec.attention == "full":
-            return FullReader(model, spec, canvas.length.repeat(self.guided), self.size, cache)
+    def _reader_for(
+        self, model: Any, spec: Spec, cache: str
+    ) -> BlockReader | FullReader | SwitchingReader:
+        canvas, full = self.canvas, spec.attention == "full"
+        length = canvas.length.repeat(self.guided)
         # A row may leap over given blocks beside a far longer one.
         columns = canvas.ids.shape[1] + canvas.leap(self.size)
-        return BlockReader(model, spec, rows, columns, self.size, cache)
+
+        def make(rows: Tensor) -> BlockReader | FullReader:
+            if full:
+                return FullReader(model, spec, length[rows], self.size, cache)
+            return BlockReader(model, spec, len(rows), columns, self.size, cache)
+
+        if switches := rope_switches(model.config):
+            return SwitchingReader(make, switches, self.size, length if full else None)
+        return make(torch.arange(len(length)))
 
     def run(self) -> Iterator[Canvas]:
         canvas = self.canvas

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # names of the factor of the routers' loss
@@ -18,6 +19,26 @@ FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # names of the factor of th
 def context_length(config: Any) -> int | None:
     """The longest row that a model takes, in tokens; None if its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def rope_switches(config: Any) -> tuple[int, ...]:
+    """Lengths at which a model changes its rotary factors (longrope, as in Phi-3): a forward that
+    reaches beyond one of them turns all its keys by other factors, those of the longest row in it.
+    Factors of type `dynamic` change beyond the context alone, where no row goes."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    found = {
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(length for length in found if length is not None))
+
+
+def rope_regime(length: Tensor, switches: tuple[int, ...]) -> Tensor:
+    """[R] by which factors rows of so many tokens [R] are read: how many switches they exceed."""
+    return (length[:, None] > torch.tensor(switches, dtype=length.dtype)).sum(1)
 
 
 def quiet_routers(model: Any) -> dict[str, bool]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..core.errors import Ar2DiffError, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
+LONGEST = 10_000_000  # tokens of a gap, more than any context has
 
 Segments = list[str | int]  # of a prompt: texts, and gaps as their number of tokens
 
@@ -92,7 +93,7 @@ def lengths_of(texts: Sequence[str]) -> list[int]:
         if not _positive(word):
             raise Ar2DiffError(
                 f"{option('length')} {shortened(word)} is not a number of tokens",
-                'give positive integers, for example "4,8"',
+                f'give integers from 1 to {LONGEST:,}, for example "4,8"',
             )
     return list(dict.fromkeys(map(int, words)))
 
@@ -108,8 +109,8 @@ def split_gaps(prompt: str) -> Segments:
     for gap in GAP.finditer(prompt):
         if not _positive(gap[1] or ""):
             raise Ar2DiffError(
-                f"the gap {shortened(gap[0])} has no length",
-                "write {mask:N} for a gap of N tokens, N at least 1",
+                f"the gap {shortened(gap[0])} does not say how many tokens it has",
+                f"write {{mask:N}} for a gap of N tokens, N from 1 to {LONGEST:,}",
             )
         segments += [prompt[end : gap.start()], int(gap[1])]
         end = gap.end()
@@ -117,9 +118,8 @@ def split_gaps(prompt: str) -> Segments:
 
 
 def _positive(word: str) -> bool:
-    """Whether a word is a number of tokens that int() reads: at least 1, not of thousands of
-    digits."""
-    return word.isdecimal() and len(word) < 20 and int(word) > 0
+    """Whether a word is a number of tokens from 1 to `LONGEST`."""
+    return word.isdecimal() and len(word) < 10 and 1 <= int(word) <= LONGEST
 
 
 def read_prompts(path: Path) -> list[str]:
