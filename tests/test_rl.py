@@ -78,16 +78,16 @@ MISTAKES = [  # overrides, rows, part of what is said
     ([], [{"prompt": [{"role": "user"}]}], "row 1 has no prompt"),
     ([], [{"prompt": ["a"]}], "row 1 has no prompt"),
     (["data.columns.prompt=task"], ROWS, "has no column 'task' (it has prompt, answer)"),
-    ([], [*ROWS, {"prompt": MESSAGES}], "some prompts are texts and some are messages"),
-    ([], [{"prompt": "a", "prompts": "b"}], "trl gives column 'prompts' a sense of its own"),
+    ([], [*ROWS, {"prompt": MESSAGES}], "some prompts are texts and some are lists of messages"),
+    ([], [{"prompt": "a", "prompts": "b"}], "trl itself uses the name 'prompts'"),
     ([], [], "is empty"),
-    (["train.per_device_train_batch_size=6"], ROWS, "6 completions of a generation"),
+    (["train.per_device_train_batch_size=6"], ROWS, "a generation has 6 completions"),
     (["rl.sampler.temperature=0"], ROWS, "sampler.temperature must be above 0"),
     (["rl.sampler.nonsense=1"], ROWS, "nonsense"),
     (["train.compile=true"], ROWS, "train.compile is not for rl"),
     (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens is not for rollouts"),
-    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode ar does not write"),
-    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout: two scores of one policy"),
+    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' does not write"),
+    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores of one policy differ"),
     (["rl.num_generation=4"], ROWS, "Did you mean rl.num_generations?"),
 ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_prompts_that_do_not_fit_the_model(refused, convert_tiny, tmp_path):
     model = convert_tiny(BLOCKS)
     long = [*ROWS, {"prompt": "x" * 600}]
     said = refused(model, rows=long)
-    assert "prompt 9 has 601 tokens" in said and "over the context of 512" in said
+    assert "prompt 9 has 601 tokens" in said and "exceeds the model's context of 512" in said
     assert "the tokenizer has no chat template" in refused(model, "rl.chat=true")
     (tmp_path / "a.jinja").write_text(TEMPLATE)
     said = refused(
