@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
 from ar2diff.training.adapt import ADAPT, AdaptTrainer, adapt, make_trainer
@@ -417,8 +419,6 @@ def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, tex
 
 
 def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_path):
-    from ar2diff.core.errors import Ar2DiffError
-
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
@@ -426,9 +426,37 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
 
 
-def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    from ar2diff.core.errors import Ar2DiffError
+CHANGES = {  # of what a path holds, and what is said of it
+    "model": "the content of the model",
+    "tokenizer": "the content of the model",
+    "data": "the content of the data",
+}
 
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resume_notices_that_a_path_holds_something_else(tiny_checkpoint, tmp_path, what):
+    base, data = tmp_path / "base", stories(tmp_path / "data.jsonl", 20)
+    shutil.copytree(tiny_checkpoint, base)
+    recipe = recipe_of(data, train={"max_steps": 1})
+    adapt(str(base), recipe, tmp_path / "out")
+    adapt(str(base), recipe, tmp_path / "out", resume=True)  # all is as it was
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    if what == "model":
+        weights = load_file(base / "model.safetensors")
+        save_file({name: 2 * t for name, t in weights.items()}, base / "model.safetensors")
+    elif what == "tokenizer":
+        with (base / "tokenizer.json").open("a") as file:
+            file.write("\n")
+    else:
+        lines = data.read_text().splitlines()
+        data.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(Ar2DiffError, match=CHANGES[what]):
+        adapt(str(base), recipe, tmp_path / "out", resume=True)
+    after = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    assert after == before
+
+
+def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     monkeypatch.setattr("ar2diff.training.plan.rows_per_step", lambda train: 16)

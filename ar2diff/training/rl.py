@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
-from ..core.errors import Ar2DiffError, first_line, option
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.options import resolve
 from ..core.spec import CAUSAL, Spec
@@ -156,7 +156,7 @@ def make_trainer(
 
 
 def check_settings(recipe: Recipe, spec: Any) -> None:
-    """Refuse what would be run wrongly, before anything is loaded.
+    """Refuse settings that would give a wrong run, before anything is loaded.
 
     Raises:
         Ar2DiffError: naming the setting.
@@ -164,50 +164,63 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     rl, spec = recipe.rl, spec or CAUSAL
     if not rl.rewards:
         raise Ar2DiffError(
-            "rl.rewards is empty", "name at least one: see 'ar2diff config schema rl'"
+            f"{option('rl.rewards')} is empty",
+            "name at least one reward; see 'ar2diff config schema rl'",
         )
     modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
     mode = rl.sampler.get("mode", modes[0])
     if mode not in modes:
         raise Ar2DiffError(
-            f"rl.sampler.mode {mode} does not write what rl.estimator {rl.estimator} scores",
-            f"use mode {modes[0]}",
+            f"{option('rl.sampler.mode')} {shortened(mode)} does not write completions that "
+            f"{option('rl.estimator')} {rl.estimator} can score",
+            f"set it to {modes[0]}",
         )
     if rl.estimator == "ar" and not spec.ar_mode:
-        raise Ar2DiffError("rl.estimator ar: the model has no AR mode", "use another estimator")
+        raise Ar2DiffError(
+            f"{option('rl.estimator', 'ar')} needs an AR mode, which the model does not have",
+            "choose another estimator",
+        )
     if recipe.objective.kind == "ar" and rl.estimator != "ar":
         raise Ar2DiffError(
-            f"rl.estimator {rl.estimator}: an AR model has its AR mode alone", "set it to ar"
+            f"{option('rl.estimator')} {rl.estimator} needs a diffusion model, and this is an AR "
+            "model",
+            "set it to ar",
         )
     if rl.prompt_mask and spec.attention != "full":
         raise Ar2DiffError(
-            f"rl.prompt_mask: {spec.attention} attention shows blocks the clean prompt",
-            "set it to 0; it is for attention full",
+            f"{option('rl.prompt_mask')} has no effect with {spec.attention} attention, in which "
+            "every block sees the clean prompt",
+            "set it to 0; it is for full attention",
         )
     grid = spec.block_length
     if grid is not None and rl.sampler.get("block_length", grid) != grid:
         raise Ar2DiffError(
-            "rl.sampler.block_length differs from the model's: it would be scored on another grid",
+            f"{option('rl.sampler.block_length')} differs from the model's {grid}: completions "
+            "would be scored on another grid than they are written on",
             "leave it out",
         )
     if rl.sampler.get("remask") and rl.estimator == "trajectory":
         raise Ar2DiffError(
-            "rl.sampler.remask: a token that is decided twice has no one step",
-            "leave it out, or set rl.estimator to elbo",
+            f"{option('rl.sampler.remask')} lets a token be decided twice, and the trajectory "
+            "estimator scores each token in the one step that decided it",
+            f"leave it out, or set {option('rl.estimator', 'elbo')}",
         )
     if rl.estimator == "spg" and rl.beta:
         raise Ar2DiffError(
-            "rl.beta: spg has a bound of its own for bad completions, which has no KL",
+            f"{option('rl.beta')} cannot be used with the spg estimator, whose bound for bad "
+            "completions has no KL",
             "set it to 0",
         )
     if rl.loss_type == "cispo" and (rl.epsilon_high or rl.epsilon) < 1:
         raise Ar2DiffError(
-            "rl.epsilon_high: of cispo it is the largest ratio itself; below 1 it cuts all of them",
-            "set it, to 5 for example",
+            f"{option('rl.epsilon_high')} is the largest ratio itself in the cispo loss; below 1 "
+            "it cuts every ratio",
+            "set it, for example to 5",
         )
     if recipe.peft is not None and recipe.peft.dropout:
         raise Ar2DiffError(
-            "peft.dropout: two scores of one policy would differ, and the ratio be noise",
+            f"{option('peft.dropout')} makes two scores of one policy differ, and their ratio "
+            "noise",
             "set it to 0",
         )
     try:
@@ -219,22 +232,25 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     completions = train.per_device_train_batch_size * steps * world_size()
     if completions % rl.num_generations:
         raise Ar2DiffError(
-            f"{completions} completions of a generation are no multiple of rl.num_generations "
-            f"{rl.num_generations}",
-            "change train.per_device_train_batch_size or rl.num_generations",
+            f"a generation has {completions} completions, which is not a multiple of "
+            f"{option('rl.num_generations')} {rl.num_generations}",
+            f"change {option('train.per_device_train_batch_size')} or "
+            f"{option('rl.num_generations')}",
         )
     if train.gradient_accumulation_steps % steps and steps % train.gradient_accumulation_steps:
         raise Ar2DiffError(
-            f"rl.steps_per_generation {steps} and train.gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}: an update would mix generations",
+            f"with {option('rl.steps_per_generation')} {steps} and "
+            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps}, "
+            "an update would mix generations",
             "make one a multiple of the other",
         )
     if rl.num_iterations > 1 and steps % train.gradient_accumulation_steps:
         raise Ar2DiffError(
-            f"rl.num_iterations {rl.num_iterations}: with rl.steps_per_generation {steps} below "
-            f"train.gradient_accumulation_steps {train.gradient_accumulation_steps} several of "
-            "them would be one update",
-            "set rl.steps_per_generation to a multiple of it, or leave it out",
+            f"{option('rl.num_iterations')} is {rl.num_iterations}, but with "
+            f"{option('rl.steps_per_generation')} {steps} below "
+            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps} "
+            "several iterations would be one update",
+            f"set {option('rl.steps_per_generation')} to a multiple of it, or leave it out",
         )
 
 
@@ -251,13 +267,13 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
         except (ValueError, TypeError, TemplateError) as error:
             raise Ar2DiffError(
                 f"the chat template does not render prompt {number}: {first_line(error)}",
-                "mend the prompt, or set data.chat_template",
+                f"fix the prompt, or set {option('data.chat_template')} to another template",
             ) from error
         if longest is not None and count + recipe.rl.max_completion_length > longest:
             raise Ar2DiffError(
-                f"prompt {number} has {count} tokens: with rl.max_completion_length "
-                f"{recipe.rl.max_completion_length} that is over the context of {longest}",
-                "remove it, or lower rl.max_completion_length",
+                f"prompt {number} has {count} tokens; with {option('rl.max_completion_length')} "
+                f"{recipe.rl.max_completion_length} that exceeds the model's context of {longest}",
+                f"remove the prompt, or lower {option('rl.max_completion_length')}",
             )
 
 
@@ -271,7 +287,8 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     rows = [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
     if len({type(row["prompt"]) for row in rows}) > 1:
         raise Ar2DiffError(
-            "some prompts are texts and some are messages", "set rl.chat, or give one kind alone"
+            "some prompts are texts and some are lists of messages",
+            f"set {option('rl.chat', True)}, or give prompts of one kind",
         )
     return rows
 
@@ -289,7 +306,8 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     for name in RESERVED:
         if name in row:
             raise Ar2DiffError(
-                f"{where}: trl gives column {name!r} a sense of its own", "rename it"
+                f"{where}: trl itself uses the name {name!r}, so no column may have it",
+                "rename the column",
             )
     if recipe.rl.chat and not chat:
         row["prompt"] = [{"role": "user", "content": prompt}]
