@@ -113,4 +113,4 @@ def _published(output_dir: Path, repo: str) -> dict[str, Any]:
     except Ar2DiffError as error:
         again = f"ar2diff push {output_dir} {repo}"
         raise Ar2DiffError(error.what, f"{error.fix}; the run has ended, so: {again}") from None
-    return {name: done[name] for name in ("url", "commit", "difference", "tokens")}
+    return {name: getattr(done, name) for name in ("url", "commit", "difference", "tokens")}

@@ -187,7 +187,7 @@ def check_output(
     if not os.access(_existing(target), os.W_OK):
         raise Ar2DiffError(f"folder {_existing(target)} is not writable", elsewhere)
     if not locked:
-        _check_not_locked(output_dir)
+        check_not_locked(output_dir)
     if _is_free(output_dir):
         return
     files = recorded_files(output_dir)
@@ -322,8 +322,12 @@ def _lock(folder: Path) -> int:
         os.close(lock)
 
 
-def _check_not_locked(folder: Path) -> None:
-    """Refuse a folder that another process holds."""
+def check_not_locked(folder: Path) -> None:
+    """Refuse a folder that another process is writing.
+
+    Raises:
+        Ar2DiffError: one is.
+    """
     try:
         lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # no lock
