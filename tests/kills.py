@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+STUCK = 60  # seconds after which a child waits for a lock that a thread of its parent held
 
 
 def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "") -> tuple[int, int]:
@@ -46,6 +49,8 @@ def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "")
             os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
+        if not select.select([answer], [], [], STUCK)[0]:
+            os.kill(pid, signal.SIGKILL)
         said = answer.read()
     killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert killed or said, "the work failed"
