@@ -58,9 +58,12 @@ def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "")
     return calls, marked
 
 
-def moments(work: Callable[[], Any], mark: str, count: int = 20, seed: int = 0) -> Iterator[int]:
-    """Random moments of some work, half of them after the first call of the function `mark`."""
-    calls, marked = in_a_child(work, mark=mark)
+def moments(calls: int, marked: int, count: int = 20, seed: int = 0) -> Iterator[int]:
+    """Random moments of some work, half of them after the call of a function that was marked.
+
+    Args:
+        calls, marked: of `in_a_child`.
+    """
     assert marked
     rng = random.Random(seed)
     for number in range(count):

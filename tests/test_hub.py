@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hub_client import Client, hub_environment
 from hub_server import Hub
+from kills import moments
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_custom_generate import BLOCKER
@@ -318,6 +319,24 @@ def test_a_killed_push_leaves_no_half_model(hub, pushes, sharded, tmp_path):
     assert set(repo.files) == {".gitattributes"}
     pushes(sharded, "ana/killed")
     assert {*PARTS} < set(repo.files)
+
+
+@pytest.mark.slow
+def test_the_same_push_succeeds_after_each_of_twenty_kills(hub, sharded, tmp_path):
+    with Client(tmp_path / "home", hub.url, TOKEN) as client:
+        assert client.run("push", sharded, "ana/whole").code == 0
+        whole = hub.model("ana/whole").files
+        forget(hub, sharded)
+        counts = client.run_in_a_child("push", sharded, "ana/counted", mark="upload")
+        for number, moment in enumerate(moments(*counts)):
+            forget(hub, sharded)
+            name = f"ana/killed-{number}"
+            client.run_in_a_child("push", sharded, name, kill=moment)
+            repo = hub.repos.get(("model", name))
+            assert repo is None or set(repo.files) in ({".gitattributes"}, set(whole)), moment
+            done = client.run("push", sharded, name)
+            assert done.code == 0, f"after a kill at call {moment}: {done.err}"
+            assert set(hub.model(name).files) == set(whole)
 
 
 @pytest.mark.slow

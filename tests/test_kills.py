@@ -49,7 +49,8 @@ def test_the_same_command_succeeds_after_each_of_twenty_kills(verbs, tmp_path, v
     work = verbs[verb]
     work(tmp_path / "whole")
     whole = held(tmp_path / "whole")
-    for number, moment in enumerate(moments(lambda: work(tmp_path / "counted"), "claimed")):
+    counts = in_a_child(lambda: work(tmp_path / "counted"), mark="claimed")
+    for number, moment in enumerate(moments(*counts)):
         out = tmp_path / str(number)
         in_a_child(lambda out=out: work(out), kill=moment)
         try:

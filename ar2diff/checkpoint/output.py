@@ -243,8 +243,13 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
     """The record of a folder whose last run has ended; None of any other."""
     if not holds_model(folder) or (folder / CHECKPOINTS / RUN_FILE).is_file():
         return None
-    record = _read_record(folder / RUN_FILE) or {}
-    return {name: value for name, value in record.items() if name != "files"}
+    return record_of(folder)
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's record says of its model, without the list of files; None without one."""
+    record = _read_record(folder / RUN_FILE)
+    return record and {name: value for name, value in record.items() if name != "files"}
 
 
 def recorded_files(folder: Path) -> list[str] | None:

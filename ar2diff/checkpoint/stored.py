@@ -57,7 +57,8 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise Ar2DiffError(
-            f"{file}: the file is cut short or damaged ({first_line(error)})", "download it again"
+            f"{file}: the file is cut short or damaged ({first_line(error)[:100]})",
+            "download it again",
         ) from None
     header.pop("__metadata__", None)
     tensors = []

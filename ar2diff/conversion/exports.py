@@ -27,9 +27,8 @@ from ..checkpoint.files import (
     read_spec,
     weight_files,
 )
-from ..checkpoint.merge import record_of
 from ..checkpoint.model import load_tokenizer
-from ..checkpoint.output import check_disk, check_output, claimed, write_json
+from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.spec import Spec
