@@ -114,4 +114,4 @@ def _published(output_dir: Path, repo: str) -> dict[str, Any]:
         raise Ar2DiffError(
             error.what, f"{error.fix}; the run itself is complete, so then run: {again}"
         ) from None
-    return {name: done[name] for name in ("url", "commit", "difference", "tokens")}
+    return {name: getattr(done, name) for name in ("url", "commit", "difference", "tokens")}

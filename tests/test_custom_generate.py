@@ -112,7 +112,7 @@ def test_a_run_that_trains_ends_with_it_too(tiny_checkpoint, tmp_path, write_jso
 
 
 def test_overwriting_and_continuing_put_this_versions_code(copied, tiny_checkpoint, tmp_path):
-    (copied / "custom_generate" / "extra.py").write_text("")
+    (copied / "custom_generate" / "canvas.py").write_text("")
     assert read_custom_generate(convert(copied, tmp_path / "on")).state == "ok"
     convert(tiny_checkpoint, copied, overwrite=True)
     assert read_custom_generate(copied).state == "ok"

@@ -334,7 +334,10 @@ def test_a_config_that_no_stock_class_computes_is_refused_with_its_key(make, fai
     theirs = foreign.llada()
     theirs.config["scale_logits"] = True
     said = fails(make(theirs))
-    assert "scale_logits is True in its config.json, and the stock llama class has no such" in said
+    assert (
+        "scale_logits is True in its config.json, which the stock llama class does not support"
+        in said
+    )
 
 
 @pytest.mark.parametrize("missing", ["rms_norm_eps", "rope_theta", "n_heads"])
@@ -377,7 +380,7 @@ def test_fused_rows_that_the_config_does_not_mean_are_refused(make, fails):
 @pytest.mark.parametrize(
     ("config", "said"),
     (
-        ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM runs code of its own, and no"),
+        ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM needs code of its own, and no"),
         ({"architectures": ["LlamaForCausalLM"], "auto_map": None}, "ar2diff adapt"),
         ({"mask_token_id": 64}, "is a word of the vocabulary"),
         ({"mask_token_id": 271}, "mask_token_id 271 is out of range: the tokenizer has 262 tokens"),
@@ -415,7 +418,7 @@ def test_a_block_length_is_refused_where_the_family_has_one_or_none(make, fails,
 
 def test_a_converted_model_is_refused(make, fails, tmp_path):
     import_checkpoint(str(make(foreign.llada())), tmp_path / "ours")
-    assert "is a converted model already" in fails(tmp_path / "ours")
+    assert "is already a converted model" in fails(tmp_path / "ours")
 
 
 @pytest.mark.parametrize("verb", [("check",), ("adapt", "--max-steps", 0)], ids=["check", "adapt"])

@@ -16,7 +16,9 @@ from ar2diff.checkpoint.output import (
     recorded_files,
     run_record,
 )
+from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.training.adapt import AdaptTrainer, adapt
 
 
 def write(folder: Path, text: str, *names: str, **flags: bool) -> None:
@@ -29,7 +31,7 @@ def write(folder: Path, text: str, *names: str, **flags: bool) -> None:
 
 def held(folder: Path) -> dict[str, str]:
     return {
-        str(file.relative_to(folder)): file.read_text()
+        str(file.relative_to(folder)): file.read_bytes().decode(errors="replace")
         for file in folder.rglob("*")
         if file.is_file() and file.name != "ar2diff.json"
     }
@@ -183,6 +185,27 @@ def test_a_run_keeps_the_old_model_until_its_own_is_complete(old):
     assert held(old) == {"config.json": "run", "model.safetensors": "run"} | MINE
     assert (old / "checkpoints" / "checkpoint-1").is_dir()  # resuming is over, the state stays
     assert finished_record(old) == {"made": "run"}
+
+
+def test_a_run_that_is_alive_is_not_overwritten(tiny_checkpoint, old, write_jsonl, monkeypatch):
+    rows = write_jsonl("rows.jsonl", [{"text": "the cat sat on the mat"}] * 4)
+    settings = ["train.max_steps=1", "data.max_length=16", f"data.sources=[{rows}]"]
+    recipe, step, refused = load_recipe(None, settings), AdaptTrainer.training_step, []
+
+    def second_run(self, *args):
+        assert held(old)["model.safetensors"] == "old"
+        for flags in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(Ar2DiffError, match="another run is writing"):
+                adapt(str(tiny_checkpoint), recipe, old, **flags)
+            refused.append(flags)
+        return step(self, *args)
+
+    monkeypatch.setattr(AdaptTrainer, "training_step", second_run)
+    adapt(str(tiny_checkpoint), recipe, old, overwrite=True)
+    assert len(refused) == 2
+    assert json.loads((old / "ar2diff.json").read_text())["steps"] == 1
+    assert (old / "my.safetensors").read_text() == "mine"
+    assert not (old / "checkpoints" / "ar2diff.json").exists()
 
 
 def test_checkpoints_of_a_replaced_run_go_and_other_files_beside_them_stay(old):

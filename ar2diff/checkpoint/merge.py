@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,10 +11,10 @@ from .. import __version__
 from ..core.errors import Ar2DiffError, option
 from .adapters import load_adapter
 from .compare import MERGED, far, fixed_logits
-from .files import ADAPTER_CONFIG, RUN_FILE, find_checkpoint, is_adapter, read_json
+from .files import ADAPTER_CONFIG, find_checkpoint, is_adapter
 from .io import check_saving, save
 from .model import count_parameters, stored_dtype
-from .output import check_output, claimed
+from .output import check_output, claimed, record_of
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,3 @@ def merge(
     with claimed(output_dir, inputs, overwrite=overwrite, needed=needed) as output:
         save(checkpoint, output, record)
     return result
-
-
-def record_of(path: Path) -> dict[str, Any] | None:
-    """The record in a folder, for that of a model made from it; None if there is none."""
-    file = path / RUN_FILE
-    if not file.is_file():
-        return None
-    record = read_json(file, "download the checkpoint again")
-    return {name: value for name, value in record.items() if name != "files"}

@@ -187,7 +187,7 @@ def check_output(
     if not os.access(_existing(target), os.W_OK):
         raise Ar2DiffError(f"folder {_existing(target)} is not writable", elsewhere)
     if not locked:
-        _check_not_locked(output_dir)
+        check_not_locked(output_dir)
     if _is_free(output_dir):
         return
     files = recorded_files(output_dir)
@@ -243,8 +243,13 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
     """The record of a folder whose last run has ended; None of any other."""
     if not holds_model(folder) or (folder / CHECKPOINTS / RUN_FILE).is_file():
         return None
-    record = _read_record(folder / RUN_FILE) or {}
-    return {name: value for name, value in record.items() if name != "files"}
+    return record_of(folder)
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's record says of its model, without the list of files; None without one."""
+    record = _read_record(folder / RUN_FILE)
+    return record and {name: value for name, value in record.items() if name != "files"}
 
 
 def recorded_files(folder: Path) -> list[str] | None:
@@ -322,8 +327,12 @@ def _lock(folder: Path) -> int:
         os.close(lock)
 
 
-def _check_not_locked(folder: Path) -> None:
-    """Refuse a folder that another process holds."""
+def check_not_locked(folder: Path) -> None:
+    """Refuse a folder that another process is writing.
+
+    Raises:
+        Ar2DiffError: one is.
+    """
     try:
         lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # no lock

@@ -77,7 +77,8 @@ def file_tensors(file: Path) -> list[StoredTensor]:
             header = parse_json(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise Ar2DiffError(
-            f"{file}: the file is cut short or damaged ({first_line(error)})", "download it again"
+            f"{file}: the file is cut short or damaged ({first_line(error)[:100]})",
+            "download it again",
         ) from None
     header.pop("__metadata__", None)
     tensors = []

@@ -27,9 +27,8 @@ from ..checkpoint.files import (
     read_spec,
     weight_files,
 )
-from ..checkpoint.merge import record_of
 from ..checkpoint.model import load_tokenizer
-from ..checkpoint.output import check_disk, check_output, claimed, write_json
+from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.spec import Spec
@@ -128,12 +127,15 @@ def export(
     check_output(output_dir, [path], overwrite=overwrite)
     if to == "sdar":
         _check_sdar(path, spec, config)
-        exported, notes = _sdar_config(spec, config), _sdar_notes(spec, output_dir)
     else:
         _check_ar(path, spec)
-        exported, notes = _ar_config(config), _ar_notes(spec)
     path = find_checkpoint(reference)
-    _check_weights(path)
+    architecture = _check_weights(path)
+    if to == "sdar":
+        exported, notes = _sdar_config(spec, config), _sdar_notes(spec, output_dir)
+    else:
+        exported, notes = _ar_config(config), _ar_notes(spec)
+        exported["architectures"] = [architecture]
     tokenizer, generation = load_tokenizer(path), _generation(path)
     result = Exported(reference, to, exported["architectures"][0], notes)
     weights = [*weight_files(path), *path.glob(f"{WEIGHTS}.index.json")]
@@ -163,9 +165,13 @@ def export(
     return result
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path) -> str:
     """Refuse weights that are damaged, or are not those that the config asks for: a copy of them
-    would load nowhere."""
+    would load nowhere.
+
+    Returns:
+        The name of the class that holds them.
+    """
     tensors = stored_tensors(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -176,13 +182,15 @@ def _check_weights(path: Path) -> None:
             f"model {path}: its config.json makes no model ({first_line(error)})", BELONG
         ) from error
     check_tensors(tensors, model, path, others=True)
+    return type(model).__name__
 
 
 def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
     """Refuse a model that the engines would run as a different one."""
     kind = config.get("model_type")
     moe = "num_experts_per_tok" in config
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    partial = rope.get("partial_rotary_factor", 1) if isinstance(rope, dict) else 1
     again = "convert the base again with {}".format
     for wrong, what, fix in (
         (
@@ -197,7 +205,7 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
             again("convert.prediction=same"),
         ),
         (
-            kind not in SDAR,
+            kind not in [*SDAR],
             f"its model_type is {shortened(kind)}, but the engines run {' and '.join(SDAR)} alone",
             "convert a Qwen3 model",
         ),
@@ -217,12 +225,13 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
             "convert a Qwen3 model",
         ),
         (
-            rope.get("partial_rotary_factor", 1) != 1,
+            partial != 1,
             "its rotary embedding is partial, but the engines rotate whole heads",
             "convert a Qwen3 model",
         ),
         (
-            moe and bool(config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1),
+            moe
+            and bool(config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1),
             "some of its layers have no experts, but the engines expect them in all layers",
             "convert a Qwen3-MoE model",
         ),

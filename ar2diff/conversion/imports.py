@@ -156,7 +156,8 @@ def _stock_model(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
     for name, key in family.keys.items():
         values[name] = values.get(name) if theirs.get(key) is None else theirs[key]
     values = {n: v for n, v in (values | family.values).items() if v is not None}
-    rope = {**values, **(values.get("rope_parameters") or {})}
+    rope = values.get("rope_parameters")
+    rope = {**values, **(rope if isinstance(rope, dict) else {})}
     missing = [name for name in REQUIRED if name in known and name not in values]
     missing += [] if "rope_theta" in rope else ["rope_theta"]
     if missing:
@@ -197,7 +198,7 @@ def _tokenizer(path: Path, config: Any, family: Family) -> Any:
         settings = folder / "tokenizer_config.json"
         values = read_json(settings, "put it beside the weights") if settings.is_file() else {}
         values.pop("auto_map", None)
-        if not hasattr(transformers, values.get("tokenizer_class") or ""):
+        if not hasattr(transformers, str(values.get("tokenizer_class"))):
             whole = (folder / "tokenizer.json").is_file()
             values["tokenizer_class"] = "PreTrainedTokenizerFast" if whole else family.tokenizer
         write_json(settings, {name: value for name, value in values.items() if value is not None})
@@ -218,7 +219,13 @@ def _ends(path: Path, theirs: Mapping[str, Any], tokenizer: Any) -> dict[str, An
     said = read_json(file, "") if file.is_file() else {}
     ends = said.get("eos_token_id", theirs.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends]
-    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    ends = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
+    ends = [end for number, end in enumerate(ends) if end not in ends[:number]]
+    if any(type(end) is not int for end in ends):
+        raise Ar2DiffError(
+            f"model {path}: eos_token_id is {shortened(ends)}, which are not token ids",
+            "correct it in its config.json or generation_config.json",
+        )
     return {
         "bos_token_id": said.get("bos_token_id", tokenizer.bos_token_id),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
