@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import foreign
 import pytest
@@ -75,14 +76,11 @@ def logits_of(folder, ids=IDS):
 
 def edited(folder, target, **values):
     """The folder with other values in its config.json, and in its diffusion block."""
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).symlink_to(file)
+    shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())
     config["diffusion"] |= {k: v for k, v in values.items() if k in config["diffusion"]}
     config |= {k: v for k, v in values.items() if k not in config["diffusion"]}
     config["mask_token_id"] = config["diffusion"]["mask_token_id"]
-    (target / "config.json").unlink()
     (target / "config.json").write_text(json.dumps(config))
     return target
 

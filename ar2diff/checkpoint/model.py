@@ -177,7 +177,7 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
             f"{path / CONFIG}: model_type is {shortened(kind)}, which transformers "
             f"{transformers.__version__} does not know"
             f"{'; ar2diff never runs the code in the folder' if foreign else ''}",
-            "run 'ar2diff import' if it is a diffusion model of another family"
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
             if foreign
             else "upgrade transformers, or give another checkpoint",
         )
@@ -298,7 +298,7 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
         what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
         raise Ar2DiffError(
             f"model {path}: {what} is not a decoder-only causal LM",
-            "run 'ar2diff import' if it is a diffusion model of another family"
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
             if "auto_map" in config
             else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
         )
