@@ -33,9 +33,10 @@ from ..diffusion.objective import suppressed_ids
 from ..distributed.precision import computes_in_bf16
 from .files import (
     CONFIG,
-    GENERATION,
+    IDS,
     StoredTensor,
     check_counts,
+    check_ids,
     read_config,
     read_json,
     read_spec,
@@ -47,10 +48,6 @@ MOST_NUMBERS = 16  # numbers of the model for each stored byte: 8 of 1 bit, and 
 SMALL = 10_000_000  # numbers that cost nothing, whatever is stored
 MOST_EXTRA = 16  # tokens that a tokenizer may have more than the weights have rows
 MOST_TOKENS = 10_000_000
-IDS = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id",
-    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-)  # fmt: skip
 
 
 @dataclass
@@ -115,8 +112,7 @@ def load_model(
     values = read_config(path)
     spec = read_spec(path)
     _refuse_non_decoder(path, values)
-    if (path / GENERATION).is_file():
-        read_json(path / GENERATION, "")  # transformers would go on without one that is damaged
+    check_ids(path)  # and that there is JSON: transformers ignores a generation config without
     tensors = stored_tensors(path)
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
     config = load_config(path, len(tensors))
@@ -343,26 +339,19 @@ def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> No
             "convert the base model again",
         )
     generation = model.generation_config
-    _drop_ids(path / CONFIG, model.config, rows)
-    _drop_ids(path / CONFIG, model.config.get_text_config(), rows)
-    _drop_ids(path / GENERATION, generation, rows)
+    for config in (model.config, model.config.get_text_config(), generation):
+        _drop_ids(config, rows)
     extra = range(rows, len(tokenizer))
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
 
 
-def _drop_ids(file: Path, config: Any, rows: int) -> None:
+def _drop_ids(config: Any, rows: int) -> None:
     """Take ids that have no row out of a config: nothing can ever mean them. Many configs carry the
-    defaults of their class, or those of a base with more tokens; -1 is how LLaMA says "none"."""
+    defaults of their class, or the ids of a base with more tokens."""
     for name in IDS:
         given = getattr(config, name, None)
         ids = given if isinstance(given, list) else [] if given is None else [given]
-        for value in ids:
-            if type(value) is not int or value < -1:
-                raise Ar2DiffError(
-                    f"{file}: {name} {shortened(value)} is not the id of a token",
-                    "correct it, or remove it",
-                )
         kept = [value for value in ids if 0 <= value < rows]
         if len(kept) < len(ids):
             setattr(config, name, kept or None if isinstance(given, list) else None)
