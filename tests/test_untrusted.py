@@ -24,6 +24,7 @@ from ar2diff.checkpoint.files import (
     find_checkpoint,
     inside,
     read_json,
+    read_spec,
     weight_files,
 )
 from ar2diff.checkpoint.io import load_checkpoint
@@ -267,6 +268,23 @@ def test_a_model_far_larger_than_its_weights_is_never_allotted(folder, values):
 def test_a_tokenizer_may_not_count_to_a_billion(folder):
     change(folder / "tokenizer_config.json", extra_ids=10**9)
     assert "'extra_ids' is 1000000000" in refused(load_tokenizer, folder)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$', but must be a list of names"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern is set"),
+        ({"r": 10**9}, "r is 1000000000, but no stored matrix has that rank"),
+        ({"r": "8"}, "r is '8'"),
+    ],
+)
+def test_an_adapter_may_not_cost_more_than_its_weights(tmp_path, values, said):
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | values))
+    (tmp_path / "diffusion.json").write_text('{"diffusion": {"format": 1}}')
+    save_file({"a": torch.zeros(2, 8)}, tmp_path / "adapter_model.safetensors")
+    assert said in refused(read_spec, tmp_path)
 
 
 # Chat templates

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..config.safe_json import parse_json
 from ..core.errors import Ar2DiffError, first_line, shortened
 from ..core.spec import Spec
@@ -35,7 +37,15 @@ LAYERS, EXPERTS = re.compile(r".*layers?"), re.compile(r"(.*_)?(n|num)_.*experts
 MOST_LAYERS = 256  # of a model that has fewer tensors than layers, because layers share them
 MOST_EXPERTS = 1 << 12
 MOST_LABELS = 100_000
+MOST_RANK = 1024  # of an adapter whose weights need not be looked at
+PATTERNS = ("layers_pattern", "layers_to_transform", "rank_pattern", "alpha_pattern")
 MOST_REPEATS = 10_000_000  # some configs repeat a list as often as an integer inside it says
+
+
+IDS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
 
 
 def find_checkpoint(reference: str, code: bool = False, weights: bool = True) -> Path:
@@ -168,6 +178,7 @@ def adapter_spec(path: Path) -> Spec:
             f"{DIFFUSION}",
             "train one with a peft section, on a converted model",
         )
+    _check_adapter(path)
     block = read_json(path / DIFFUSION, AGAIN).get("diffusion")
     if not isinstance(block, dict):
         raise Ar2DiffError(
@@ -176,6 +187,33 @@ def adapter_spec(path: Path) -> Spec:
         )
     mask_token_id = block.get("mask_token_id")
     return _spec(path / DIFFUSION, {"diffusion": block, "mask_token_id": mask_token_id})
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuse an adapter whose config would cost too much: names of layers given as regular
+    expressions, which may backtrack for ever, and matrices of a rank that no stored one has."""
+    file, weights = path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS
+    values = read_json(file, AGAIN)
+    fix = "download the adapter again, or merge it with peft first"
+    for name in PATTERNS:
+        if values.get(name):
+            raise Ar2DiffError(f"{file}: {name} is set, which ar2diff does not read", fix)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(values.get(name), list | None):
+            raise Ar2DiffError(
+                f"{file}: {name} is {shortened(values[name])}, but must be a list of names", fix
+            )
+    rank = values.get("r")
+    if type(rank) is not int or rank < 1:
+        raise Ar2DiffError(f"{file}: r is {shortened(rank)}, but must be a rank of at least 1", fix)
+    if rank > MOST_RANK and weights.is_file():
+        try:
+            with safe_open(weights, framework="np") as stored:
+                shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]
+        except (SafetensorError, OSError):
+            return  # whoever reads the weights says so
+        if not any(rank in shape for shape in shapes):
+            raise Ar2DiffError(f"{file}: r is {rank}, but no stored matrix has that rank", fix)
 
 
 def _spec(file: Path, config: dict[str, Any]) -> Spec | None:
@@ -256,6 +294,26 @@ def check_counts(path: Path, config: dict[str, Any], tensors: int | None = None)
             f"{path / CONFIG}: transformers_weights names other weights than {WEIGHTS}",
             f"rename them to {WEIGHTS}, and remove the key",
         )
+
+
+def check_ids(path: Path) -> None:
+    """Refuse configs in which the id of a token is none. -1 is how the first LLaMA said "none".
+
+    Raises:
+        Ar2DiffError: naming file and key.
+    """
+    for name in (CONFIG, GENERATION):
+        file = path / name
+        values = read_json(file, AGAIN) if file.is_file() else {}
+        for holder in (values, *(v for v in values.values() if isinstance(v, dict))):
+            for key in IDS & holder.keys():
+                given = [] if holder[key] is None else holder[key]
+                for value in given if isinstance(given, list) else [given]:
+                    if type(value) is not int or value < -1:
+                        raise Ar2DiffError(
+                            f"{file}: {key} {shortened(value)} is not the id of a token",
+                            "correct it, or remove it",
+                        )
 
 
 def _integers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, int, int]]:

@@ -31,8 +31,9 @@ from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from .files import (
     CONFIG,
-    GENERATION,
+    IDS,
     check_counts,
+    check_ids,
     read_config,
     read_json,
     read_spec,
@@ -45,10 +46,6 @@ MOST_NUMBERS = 16  # numbers of the model for each stored byte: 8 of 1 bit, and 
 SMALL = 10_000_000  # numbers that cost nothing, whatever is stored
 MOST_EXTRA = 16  # tokens that a tokenizer may have more than the weights have rows
 MOST_TOKENS = 10_000_000
-IDS = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id",
-    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-)  # fmt: skip
 
 
 @dataclass
@@ -124,8 +121,7 @@ def load_model(
     values = read_config(path)
     spec = read_spec(path)
     _refuse_non_decoder(path, values)
-    if (path / GENERATION).is_file():
-        read_json(path / GENERATION, "")  # transformers would go on without one that is damaged
+    check_ids(path)  # and that there is JSON: transformers ignores a generation config without
     tensors = stored_tensors(path)
     stored = {tensor.name: tensor.dtype for tensor in tensors}
     config = load_config(path, len(tensors))
@@ -190,7 +186,7 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
             f"{path / CONFIG}: model_type is {shortened(kind)}, which transformers "
             f"{transformers.__version__} does not know"
             f"{'; ar2diff never runs the code in the folder' if foreign else ''}",
-            "run 'ar2diff import' if it is a diffusion model of another family"
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
             if foreign
             else "upgrade transformers, or give another checkpoint",
         )
@@ -294,7 +290,7 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
         what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
         raise Ar2DiffError(
             f"model {path}: {what} is not a decoder-only causal LM",
-            "run 'ar2diff import' if it is a diffusion model of another family"
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
             if "auto_map" in config
             else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
         )
@@ -343,26 +339,19 @@ def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> No
             "convert the base model again",
         )
     generation = model.generation_config
-    _drop_ids(path / CONFIG, model.config, rows)
-    _drop_ids(path / CONFIG, model.config.get_text_config(), rows)
-    _drop_ids(path / GENERATION, generation, rows)
+    for config in (model.config, model.config.get_text_config(), generation):
+        _drop_ids(config, rows)
     extra = range(rows, len(tokenizer))
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
 
 
-def _drop_ids(file: Path, config: Any, rows: int) -> None:
+def _drop_ids(config: Any, rows: int) -> None:
     """Take ids that have no row out of a config: nothing can ever mean them. Many configs carry the
-    defaults of their class, or those of a base with more tokens; -1 is how LLaMA says "none"."""
+    defaults of their class, or the ids of a base with more tokens."""
     for name in IDS:
         given = getattr(config, name, None)
         ids = given if isinstance(given, list) else [] if given is None else [given]
-        for value in ids:
-            if type(value) is not int or value < -1:
-                raise Ar2DiffError(
-                    f"{file}: {name} {shortened(value)} is not the id of a token",
-                    "correct it, or remove it",
-                )
         kept = [value for value in ids if 0 <= value < rows]
         if len(kept) < len(ids):
             setattr(config, name, kept or None if isinstance(given, list) else None)

@@ -172,7 +172,12 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     )
     with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
         _on_cpu(model)
-        saved = _saved(checkpoint, fitted(recipe, checkpoint))
+        try:
+            saved = _saved(checkpoint, fitted(recipe, checkpoint))
+        except (RuntimeError, ValueError) as error:
+            raise Ar2DiffError(
+                f"model {path}: its forward fails ({first_line(error)})", "check its config.json"
+            ) from error
     # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
     matrices = sum(p.numel() for p in parameters if p.ndim > 1)
     copied = matrices - (quantized if recipe.quantization is not None else 0)
