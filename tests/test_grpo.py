@@ -679,12 +679,12 @@ def test_check_settings_lets_pass(convert_tiny, overrides, of):
 
 
 BAD_SECTIONS = [
-    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask belongs to"),
-    ({"samples": 2}, "samples belongs to"),
-    ({"segments": 2, "estimator": "elbo"}, "segments belongs to"),
+    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask needs"),
+    ({"samples": 2}, "samples needs"),
+    ({"segments": 2, "estimator": "elbo"}, "segments needs"),
     ({"sampler": {"temperature": 0}}, "temperature must be above 0"),
-    ({"sampler": {"max_new_tokens": 4}}, "max_new_tokens is not for rollouts"),
-    ({"sampler": {"repetition_penalty": 1.1}}, "repetition_penalty is not for rollouts"),
+    ({"sampler": {"max_new_tokens": 4}}, "max_new_tokens cannot be set"),
+    ({"sampler": {"repetition_penalty": 1.1}}, "repetition_penalty cannot be set"),
     ({"num_generations": 1}, "greater than 1"),
 ]
 

@@ -12,7 +12,7 @@ from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
-from ..data.sources import find_file, read_texts
+from ..data.sources import read_texts
 from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
 from ..generation.tokens import closing_tokens
 
@@ -98,7 +98,7 @@ def evaluate(
 
     Args:
         model: folder or Hub id, or a loaded checkpoint; it may be unconverted.
-        data: a local file, or the texts themselves.
+        data: a file of rows, `-` for standard input, a Hub data set, or the texts themselves.
         text_field: the field of a row that holds the text.
         length: tokens of a window; shorter texts are left out.
         samples: noise draws for each window.
@@ -111,17 +111,11 @@ def evaluate(
     for name, value, least in (("length", length, 2), ("samples", samples, 1)):
         if value < least:
             raise Ar2DiffError(f"{option(name)} is {value}", f"give at least {least}")
-    path = None
-    if isinstance(data, str | Path):
-        path = find_file(str(data))
-        if path is None:
-            raise Ar2DiffError(
-                f"{option('data')} {data}: there is no such file", "give a local file"
-            )
-    name = f"{option('data')} {path}" if path else option("data")
+    source = str(data) if isinstance(data, str | Path) else None
+    name = f"{option('data')} {source}" if source else option("data")
     checkpoint = model if isinstance(model, Checkpoint) else _load(model)
     check_length(checkpoint, length, "length")
-    texts = read_texts(path, text_field) if path else data
+    texts = read_texts(source, text_field) if source else data
     rows = windows(texts, checkpoint.tokenizer, length, limit)
     if not rows:
         raise Ar2DiffError(
@@ -134,7 +128,7 @@ def evaluate(
     return Evaluation(
         **vars(found),
         model=str(checkpoint.path if isinstance(model, Checkpoint) else model),
-        data=str(data) if path else None,
+        data=source,
         rows=len(rows),
         length=length,
         samples=samples,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,52 +123,27 @@ def _positive(word: str) -> bool:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one per line, or the field `prompt` of each row if it is a .jsonl; either
-    may be compressed as .gz.
+    """Prompts of a file (`-` for standard input): lines of text, or the column `prompt` of rows.
 
     Raises:
-        Ar2DiffError: the file, or a line of it, cannot be read; names the line.
+        Ar2DiffError: the file cannot be read, or a row of it; it names the row.
     """
-    from ..data.sources import read_lines
+    from ..config.sections import Source
+    from ..data.sources import columns_of, read_source
 
+    if str(path) != "-" and not path.is_file():
+        raise Ar2DiffError(f"prompts {path}: there is no such file", "check the name")
     prompts = []
-    for number, line in enumerate(read_lines(path, f"prompts {path}"), 1):
-        if not line.strip():
-            continue
+    for where, row in read_source(Source(path=str(path)), "prompt", "prompts"):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise Ar2DiffError(
+                f"{where} has no text in column 'prompt' (it has {columns_of(row)})",
+                'write {"prompt": "..."} on each line',
+            )
         try:
-            prompt = _field(line) if ".jsonl" in path.name else line.rstrip("\n")
             split_gaps(prompt)
         except Ar2DiffError as error:
-            raise error.about(f"prompts {path}, line {number}") from None
+            raise error.about(where) from None
         prompts.append(prompt)
-    if not prompts:
-        raise Ar2DiffError(f"prompts {path}: the file has no prompts", "write one prompt per line")
     return prompts
-
-
-def _field(line: str) -> str:
-    """The field `prompt` of a JSON line."""
-    example = 'write {"prompt": "..."} on each line'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Ar2DiffError(
-            f"it is not valid JSON ({error.msg} at column {error.colno})", example
-        ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits; nested too deeply
-        raise Ar2DiffError("its JSON cannot be read", example) from None
-    if not isinstance(row, dict) or "prompt" not in row:
-        fields = (
-            f"its fields are {shortened(list(row))}"
-            if isinstance(row, dict)
-            else "it is not an object"
-        )
-        raise Ar2DiffError(f"it has no field 'prompt' ({fields})", example)
-    prompt = row["prompt"]
-    if not isinstance(prompt, str) or not prompt:
-        raise Ar2DiffError(f"its prompt is {shortened(prompt)}, not a text", example)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise Ar2DiffError("its prompt is not valid Unicode", "correct the line") from None
-    return prompt

@@ -1,5 +1,5 @@
-"""How a resumed run recognises its inputs: by digests of the content of the model and of the data,
-since a path says nothing of what it holds."""
+"""How a resumed run recognises its inputs: by the content of the model and of the data, as a path
+says nothing of what it holds."""
 
 from __future__ import annotations
 
@@ -7,57 +7,34 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.stored import fingerprint
 from ..config.recipe import Recipe
-from ..data.sources import find_file
+from ..data.sources import identity as data_identity
 
-WHOLE = 1 << 26  # bytes of a file that are all read; of a larger one `SAMPLES` parts are
-SAMPLES, SAMPLE = 1024, 1 << 14
-MODEL_FILES = (  # of a checkpoint folder, what a run depends on
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "*.model", "*.jinja",
+BESIDE_WEIGHTS = (  # the other files of a checkpoint folder that a run depends on
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "*.model", "*.jinja",
 )  # fmt: skip
 
 
 def identity(model: Path, recipe: Recipe) -> dict[str, Any]:
-    """Digests of what decides a run besides its settings.
+    """What decides a run besides its settings.
 
     Args:
         model: folder of the model that is trained.
 
     Returns:
-        `model`: of the folder's weights, configs and tokenizer. `data`: of each source, in their
-        order; None of a data set on the Hub. `template`: of a chat template in a file, else None.
+        `model`: a digest of the folder's weights, configs and tokenizer. `data`: as of
+        `data.sources.identity`.
     """
-    template = recipe.data.chat_template
-    return {
-        "model": model_digest(model),
-        "data": [
-            file and digest(file) for file in (find_file(s.path) for s in recipe.data.sources)
-        ],
-        "template": digest(Path(template)) if template and Path(template).is_file() else None,
-    }
+    return {"model": model_digest(model), "data": data_identity(recipe)}
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 over the names and digests of a checkpoint folder's weights, configs and tokenizer."""
-    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
-    hashed = hashlib.sha256()
+    """sha256 over the fingerprint of a checkpoint folder's weights and the content of its configs
+    and tokenizer."""
+    hashed = hashlib.sha256(fingerprint(folder).encode())
+    files = {file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern) if file.is_file()}
     for file in sorted(files):
-        hashed.update(f"{file.name}\0{digest(file)}\n".encode())
-    return hashed.hexdigest()
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file's size and content; of a large file's evenly spread parts."""
-    size = file.stat().st_size
-    hashed = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        if size <= WHOLE:
-            while part := stream.read(1 << 20):
-                hashed.update(part)
-        else:
-            for n in range(SAMPLES):
-                stream.seek(n * (size - SAMPLE) // (SAMPLES - 1))
-                hashed.update(stream.read(SAMPLE))
+        hashed.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return hashed.hexdigest()

@@ -39,9 +39,7 @@ DECISIVE = {  # keys of a record that must be equal where a run is resumed, and 
     "recipe": "recipe", "base_model": "model", "inputs": "content",
     "rows_per_step": "number of rows per step", "sharding": "sharding",
 }  # fmt: skip
-INPUTS = {
-    "model": "the files of the model", "data": "a data file", "template": "the chat template",
-}  # fmt: skip
+INPUTS = {"model": "the model", "data": "the data or the chat template"}
 
 
 def run(
@@ -133,7 +131,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
             if old.get(key) == value:
                 continue
             if name == "inputs":
-                return f"{INPUTS[key]} changed since it was started"
+                return f"the content of {INPUTS[key]} has changed since it was started"
             if isinstance(value, dict) and isinstance(old.get(key), dict):
                 inner = next(k for k in value if old[key].get(k) != value[k])
                 before, now = old[key].get(inner), value[inner]
