@@ -91,7 +91,10 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "Draw from the tokens with at least this fraction of the likeliest token's probability.",
     ),
     "repetition_penalty": (
-        float, "--repetition-penalty", "1", "Above 1, tokens that occurred become less likely.",
+        float,
+        "--repetition-penalty",
+        "1",
+        "Above 1, tokens that have occurred before become less likely.",
     ),
     "stop_strings": (
         list[str], "--stop", None, "End the answer after this text. Can be given several times.",

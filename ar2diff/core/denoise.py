@@ -1,7 +1,7 @@
-"""The decoding loop: `denoise` decides all tokens of a canvas, an iterator of states.
+"""The decoding loop: `denoise` decides all tokens of a canvas and yields its state as it goes.
 
-Everything that decodes goes through it: the command line, chat, evaluation, rollouts, a converted
-folder. A state is the canvas after a forward, so that a screen can draw each one.
+Everything that decodes uses it: the command line, chat, rollouts, the code in a converted folder.
+A state is the canvas after a forward, so that a screen can draw each one.
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
@@ -50,8 +50,11 @@ def denoise(
         model: in eval mode.
         canvas: of `canvas_of`; changed in place.
         options: of `resolve`.
-        processors: more row-wise processors of transformers.
-        finished: more reasons to stop a row.
+        processors: further processors of transformers that look at each position alone.
+        finished: further reasons to stop a row, of `finished_of`.
+
+    Raises:
+        Ar2DiffError: the options leave no token to write, or name one that the model lacks.
     """
     rows = model.config.get_text_config().vocab_size
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
@@ -88,7 +91,7 @@ def denoise(
 
 
 class _Denoiser:
-    """The loop of mode `diffusion`: read the blocks, choose, decide, move on."""
+    """The loop of mode `diffusion`: read the blocks, choose tokens, decide some, move on."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class _Denoiser:
         self.reader = self._reader_for(model, spec, cache)
         self.checker = self._reader_for(model, spec, "none") if options.check_cache else None
         self.fixed_shape = cache == "static"
-        # A cached context that is shared by a block's steps must be filled for all rows at once.
+        # An approximate cache serves all steps of a block and is filled for all rows at once.
         self.together = cache in ("prefix", "dual")
         canvas.advance(self.rows, self.size)
         self.row, self.position = self._window()
@@ -120,7 +123,7 @@ class _Denoiser:
     ) -> BlockReader | FullReader | SwitchingReader:
         canvas, full = self.canvas, spec.attention == "full"
         length = canvas.length.repeat(self.guided)
-        # A row may leap over given blocks beside a far longer one.
+        # A row may leap over blocks that are given, beside a far longer row.
         columns = canvas.ids.shape[1] + canvas.leap(self.size)
 
         def make(rows: Tensor) -> BlockReader | FullReader:
@@ -156,7 +159,7 @@ class _Denoiser:
         return inside & (canvas.ids[self.row, position] == canvas.mask_token_id)
 
     def _read(self, masked: Tensor) -> Tensor:
-        """Logits [N, V] of the masked tokens, guided where asked for."""
+        """Logits [N, V] of the masked tokens, with guidance if the options ask for it."""
         canvas, ids = self.canvas, self.canvas.ids[self.rows]
         start = canvas.start[self.rows]
         if self.guided == 2:
@@ -175,7 +178,7 @@ class _Denoiser:
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
-        """Choose tokens and write those that are sure enough; [R, W] bool which."""
+        """Choose tokens and write those that are sure enough; returns which, [R, W] bool."""
         canvas, options, rows = self.canvas, self.options, self.rows
         row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
@@ -195,9 +198,8 @@ class _Denoiser:
         return commit
 
     def _next(self, masked: Tensor) -> Tensor:
-        """What to decide next, [R, W], where not every row just goes on with its block: one whose
-        block is decided gets another, finished rows are left out once they are half of the batch.
-        """
+        """Which tokens to decide next, [R, W] bool: a row whose block is decided moves to another
+        block, and finished rows are dropped once they are half of the batch."""
         canvas, options = self.canvas, self.options
         left = ~canvas.done[self.rows]
         masked = masked & left[:, None]
@@ -223,11 +225,11 @@ class _Denoiser:
         return masked
 
     def _give_back(self, open_: Tensor) -> Tensor:
-        """Mask a share of the block's decided tokens again, the least sure ones (ReMDM, Wang et al.
-        2025, confidence-based), but before the last step.
+        """Mask a share of the block's decided tokens again, the least sure ones, at every step but
+        the last (ReMDM, Wang et al. 2025, confidence-based).
 
         Args:
-            open_: [R] rows whose block has more to decide.
+            open_: [R] bool, rows whose block has more tokens to decide.
 
         Returns:
             [R, W] bool, which tokens.
@@ -244,8 +246,8 @@ class _Denoiser:
 
 
 def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
-    """One for each row: a function of the seed, the prompt, and how many rows before have the same
-    prompt; so a row's draws do not depend on its batch, and equal prompts get different ones."""
+    """One for each row, keyed by the seed, the prompt, and the number of earlier rows with the same
+    prompt: a row's draws do not depend on its batch, and equal prompts get different ones."""
     rows = len(canvas.ids)
     if options.greedy and options.order != "random":
         return []
@@ -269,7 +271,7 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
 
 
 def _warpers(options: Options, penalty: Any, device: Any) -> list[Any]:
-    """In the order of transformers."""
+    """The processors that the options ask for, in the order of transformers."""
     warpers: list[Any] = []
     if options.sequence_bias:
         warpers.append(logits_process.SequenceBiasLogitsProcessor(options.sequence_bias))
