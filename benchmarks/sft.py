@@ -35,7 +35,8 @@ import torch
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.config.recipe import load_recipe
-from ar2diff.data.sources import find_file, read_lines
+from ar2diff.config.sections import Source
+from ar2diff.data.sources import read_source
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.answers import answers
 from ar2diff.demo.corpus import corpus, prompt, score
@@ -211,8 +212,7 @@ def answers_setup(args: Any) -> tuple[str, Callable]:
 
 def words_setup(args: Any) -> tuple[str, Callable]:
     """The same, of tinystories-chat."""
-    path = find_file("tinystories-chat/valid")
-    rows = [json.loads(line) for line in read_lines(path, f"data {path}") if line.strip()]
+    rows = [row for _, row in read_source(Source(path="tinystories-chat/valid"))]
     asked = [r["messages"][0] for r in rows if r["kind"] == "words"][: args.prompts]
 
     def make(tokenizer: Any) -> tuple[list[list[int]], Judge, int]:

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.conversations import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
-from ar2diff.data.turns import Conversations
+from ar2diff.data.chat_template import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
+from ar2diff.data.turns import PackedConversations
 from ar2diff.training.sft import SFT
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
@@ -181,7 +181,7 @@ def prepared(convert_tiny, tmp_path_factory):
 def alone(stream, number, **data):
     """The stream of one of its rows."""
     recipe = with_values(stream.recipe, data=data)
-    return Conversations(stream.rows.select([number]), stream.ends, recipe, stream.blank)
+    return PackedConversations(stream.rows.select([number]), stream.ends, recipe, stream.blank)
 
 
 def number_of(name):

@@ -9,7 +9,7 @@ from conftest import CLASSES, MASK, tiny_spec
 from ar2diff.core.attention import PADDING, lay_out, model_mask, reading_slot
 from ar2diff.core.forward import logits_at
 from ar2diff.core.seeds import content_key
-from ar2diff.data.documents import Collator, Piece
+from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion.cross_entropy import cross_entropy
 from ar2diff.diffusion.likelihood import masked_nll
 from ar2diff.diffusion.objective import cart_weights, coefficients, suppressed_ids, time_weights
@@ -86,7 +86,7 @@ def test_a_draw_without_masks_is_a_finite_zero(kind, normaliser):
 
 def piece(length, seed=0, run=1):
     ids = words(length, seed=seed).tolist()
-    return Piece(ids, length - run + 1, run, 0, content_key(ids))
+    return DocumentPart(ids, length - run + 1, run, 0, content_key(ids))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_cart_counts_earlier_blocks_as_clean_and_later_ones_not_at_all():
 def test_the_collator_gives_cart_the_real_tokens_alone(make_recipe):
     recipe = make_recipe("full", objective={"weight": "cart", "cart_p": 0.5})
     ids = words(8).tolist()
-    batch = Collator(recipe, MASK)([(0, [Piece(ids, 5, 4, 0, content_key(ids))])])
+    batch = Collator(recipe, MASK)([(0, [DocumentPart(ids, 5, 4, 0, content_key(ids))])])
     real = torch.arange(8)[None] < 5
     zero = torch.zeros(1, 8, dtype=torch.long)
     want = cart_weights(batch["masked"], real, zero, zero, 0.5)[0]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from ar2diff.checkpoint.adapters import add_adapter
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
-from ar2diff.training.grpo import table_of
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import make_trainer
 
@@ -73,7 +72,7 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["rl.rewards=[{name: exakt}]"], ROWS, NEAR),
     (["rl.rewards=[{name: './nowhere.py:f'}]"], ROWS, "there is no file ./nowhere.py"),
     (["rl.rewards=[{name: exact, args: {extrac: boxed}}]"], ROWS, "did you mean extract?"),
-    ([], [{"question": "a"}], "row 1 has no prompt (it has question)"),
+    ([], [{"question": "a"}], "row 1 has no prompt that is text or messages (it has question)"),
     ([], [*ROWS, {"prompt": ""}], "row 9 has no prompt"),
     ([], [{"prompt": [{"role": "user"}]}], "row 1 has no prompt"),
     ([], [{"prompt": ["a"]}], "row 1 has no prompt"),
@@ -84,11 +83,11 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["train.per_device_train_batch_size=6"], ROWS, "a generation has 6 completions"),
     (["rl.sampler.temperature=0"], ROWS, "sampler.temperature must be above 0"),
     (["rl.sampler.nonsense=1"], ROWS, "nonsense"),
-    (["train.compile=true"], ROWS, "train.compile is not for rl"),
-    (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens is not for rollouts"),
+    (["train.compile=true"], ROWS, "train.compile cannot be used with rl"),
+    (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens cannot be set for rollouts"),
     (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' does not write"),
     (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores of one policy differ"),
-    (["rl.num_generation=4"], ROWS, "Did you mean rl.num_generations?"),
+    (["rl.num_generation=4"], ROWS, "did you mean rl.num_generations?"),
 ]  # fmt: skip
 
 
@@ -138,15 +137,6 @@ def test_a_column_that_a_reward_reads_and_the_data_has_not(refused, convert_tiny
     said = refused(convert_tiny(BLOCKS), rows=[{"prompt": "a", "solution": 1}] * 8)
     assert "reward exact reads column 'answer', which the data does not have (it has" in said
     assert not (tmp_path / "out").exists()
-
-
-def test_rows_reach_rewards_as_they_are():
-    rows = [
-        {"prompt": "a", "answer": 1, "test": {"in": [1, "b"]}},
-        {"prompt": "b", "answer": "x", "test": {"out": None}, "late": [1.5, True]},
-    ]
-    first, second = table_of(rows)
-    assert first == {**rows[0], "late": None} and second == rows[1]
 
 
 # Rewards that fail

@@ -16,7 +16,8 @@ from ar2diff.checkpoint.custom_generate import FOLDER
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.conversations import chat_template, read_conversations
+from ar2diff.data.chat_template import chat_template
+from ar2diff.data.conversations import read_conversations
 from ar2diff.training.sft import SFT, sft
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]
@@ -102,17 +103,17 @@ def test_stock_trl_leaks_where_attention_goes_both_ways():
 
 
 BAD = [
-    ('{"text": 3}', "neither messages nor prompt and completion"),
-    ('{"prompt": "a", "completion": null}', "completion is null, wanted text"),
+    ('{"text": 3}', "neither messages, nor prompt and completion"),
+    ('{"prompt": "a", "completion": null}', "completion is null, but text is wanted"),
     ('{"prompt": "", "completion": ""}', "prompt and completion are empty"),
     ('{"prompt": "a", "completion": "\\ud800"}', "is not valid Unicode"),
     (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
-        "a message without role or content",
+        "messages[1]: the content is null, but text is wanted",
     ),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "the assistant says nothing"),
-    ('{"messages": [{"role": "user", "content": null}]}', "a message without role or content"),
-    ('{"messages": []}', "a message without role or content"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
+    ('{"messages": [{"content": "a"}]}', "messages[0]: the message has no role"),
+    ('{"messages": []}', "messages holds no messages"),
     ('{"prompt": "a"', "is not JSON"),
 ]
 
@@ -142,12 +143,12 @@ ANSWER = 'data.columns.completion=" {answer}"'
 )
 def test_columns_say_what_is_prompt_and_completion(write_jsonl, columns, wanted):
     data = write_jsonl("rows.jsonl", [GSM])
-    assert read_conversations(recipe_for(data, *columns)) == [wanted]
+    assert read_conversations(recipe_for(data, *columns)).rows == [wanted]
 
 
 def test_columns_say_where_the_messages_are(write_jsonl):
     data = write_jsonl("rows.jsonl", [{"dialogue": CHATS[0]["messages"], "text": "a"}])
-    assert read_conversations(recipe_for(data, "data.columns.messages=dialogue")) == CHATS[:1]
+    assert read_conversations(recipe_for(data, "data.columns.messages=dialogue")).rows == CHATS[:1]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_columns_say_where_the_messages_are(write_jsonl):
     [
         ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
         ("data.columns.prompt='{task}'", "the row has no column 'task'"),
-        ("data.columns.prompt='{none} {question}'", "none is empty or no text"),
-        ("data.columns.prompt=number", "prompt is int, wanted text"),
+        ("data.columns.prompt='{none}'", "'none' hold no text"),
+        ("data.columns.prompt=number", "prompt is a number, but text is wanted"),
     ],
 )
 def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):
@@ -167,7 +168,7 @@ def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, wh
 
 
 def test_rows_of_several_formats_are_refused(write_jsonl):
-    with pytest.raises(Ar2DiffError, match="several formats"):
+    with pytest.raises(Ar2DiffError, match="the data mixes formats"):
         read_conversations(recipe_for(write_jsonl("rows.jsonl", [*PAIRS, *CHATS])))
 
 

@@ -21,7 +21,7 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.documents import Collator, Piece, Rows, pieces
+from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
 from ar2diff.training.adapt import ADAPT, AdaptTrainer, adapt, make_trainer
 from ar2diff.training.modules import parameter_kinds
@@ -70,7 +70,7 @@ def train(checkpoint_dir: Path, recipe: object, folder: Path, dtype: torch.dtype
     spec = convert(checkpoint, recipe.convert, recipe.data.max_length, True, 0)
     checkpoint.model.to(dtype)
     documents = Documents(recipe.data.sources, "text", recipe.train.seed)
-    rows = Rows(documents, checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(documents, checkpoint.tokenizer, 2, recipe)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -93,7 +93,9 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
     def noise_by_document(packing: bool, batch: int) -> dict:
         recipe = recipe_of(text_file, data={"packing": packing})
         rows = iter(
-            Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+            PackedDocuments(
+                Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+            )
         )
         collate, seen = Collator(recipe, 5), {}
         while len(seen) < 80:
@@ -170,7 +172,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     convert(checkpoint, recipe.convert, 32, True, 0)
     checkpoint.model.to(dtype)
-    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(
+        Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+    )
     trainer = make_trainer(Plan(checkpoint, recipe, rows, make_trainer), tmp_path, [])
     parts = [piece for _, (_, row) in zip(range(6), rows, strict=False) for piece in row]
     half = len(parts) // 2
@@ -366,7 +370,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(tiny_checkpoint, tmp_path, monk
 @pytest.mark.parametrize(
     "settings",
     [
-        {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2},
+        {"schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 2},
         {"precision": "bf16"},
         {"attn_implementation": "eager"},
     ],
@@ -377,7 +381,7 @@ def test_settings_of_training_run(tiny_checkpoint, text_file, tmp_path, settings
     weights, trainer = train(tiny_checkpoint, recipe, tmp_path)
     assert {p.dtype for p in weights.values()} == {torch.float32}
     rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
-    if settings.get("schedule") == "wsd":
+    if settings.get("schedule") == "warmup_stable_decay":
         assert rates[1:4] == [0.1] * 3
         assert rates[4] < 0.1
 
@@ -387,7 +391,9 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
 
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     recipe = recipe_of(text_file)
-    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(
+        Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+    )
 
     def first(dataset, count):
         return [row for row, _ in zip(dataset, range(count), strict=False)]
@@ -423,7 +429,7 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
 CHANGES = {  # of what a path holds, and what is said of it
     "model": "the files of the model changed since it was started",
     "tokenizer": "the files of the model changed since it was started",
-    "data": "a data file changed since it was started",
+    "data": "a file of the data or of a template changed since it was started",
 }
 
 
@@ -542,7 +548,7 @@ def test_what_is_logged(tiny_checkpoint, text_file, tmp_path):
 
 def test_a_piece_cut_from_a_document_has_no_eos_run(text_file):
     recipe = recipe_of(text_file)
-    first, last = pieces(list(range(3, 42)), 0, 2, recipe, 0)
+    first, last = document_parts(list(range(3, 42)), 0, 2, recipe, 0)
     assert (first.run, len(first.ids)) == (0, 32)
-    assert isinstance(last, Piece)
+    assert isinstance(last, DocumentPart)
     assert last.run == 1

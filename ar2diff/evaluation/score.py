@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError
 from ..core.forward import context_length
-from ..data.sources import find_file, read_texts
+from ..data.sources import read_texts
 from ..diffusion.likelihood import ar_nll, bound, scored
 
 LN2 = 0.6931471805599453
@@ -54,11 +54,8 @@ def evaluate(
     Raises:
         Ar2DiffError: the data cannot be read, or no text is long enough.
     """
-    path = find_file(data)
-    if path is None:
-        raise Ar2DiffError(f"data {data}: no such file", "eval reads local files")
     check_length(checkpoint, length, "--length")
-    rows = windows(read_texts(path, field), checkpoint.tokenizer, length, limit)
+    rows = windows(read_texts(data, field), checkpoint.tokenizer, length, limit)
     if not rows:
         raise Ar2DiffError(f"data {data}: no text has {length} tokens", "give a lower --length")
     return {

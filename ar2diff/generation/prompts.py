@@ -109,46 +109,30 @@ def split_gaps(prompt: str) -> Pieces:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, one a line; of a .jsonl its field `prompt`. A .gz is unpacked.
+    """Prompts of a file (`-` for standard input): lines of text, or the column `prompt` of rows.
 
     Raises:
-        Ar2DiffError: the file cannot be read, or a line of it; it names the line.
+        Ar2DiffError: the file cannot be read, or a row of it; it names the row.
     """
-    from ..data.sources import read_lines
+    from ..config.sections import Source
+    from ..data.sources import columns_of, read_source
 
+    if str(path) != "-" and not path.is_file():
+        raise Ar2DiffError(f"prompts {path}: there is no such file", "check the name")
     prompts = []
-    for number, line in enumerate(read_lines(path, f"prompts {path}"), 1):
-        if not line.strip():
-            continue
-        where = f"prompts {path}: line {number}"
-        prompt = _field(line, where) if ".jsonl" in path.name else line.rstrip("\n")
+    for where, row in read_source(Source(path=str(path)), "prompt", "prompts"):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise Ar2DiffError(
+                f"{where} has no text in column 'prompt' (it has {columns_of(row)})",
+                'write {"prompt": "..."} on each line',
+            )
         try:
             split_gaps(prompt)
         except Ar2DiffError as error:
-            raise Ar2DiffError(f"{where}: {error.what}", error.fix) from None
+            raise error.about(where) from None
         prompts.append(prompt)
-    if not prompts:
-        raise Ar2DiffError(f"prompts {path}: no prompt in it", "write one prompt a line")
     return prompts
-
-
-def _field(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-        prompt = row["prompt"] if isinstance(row, dict) else None
-        if isinstance(prompt, str) and prompt:
-            prompt.encode()
-            return prompt
-    except json.JSONDecodeError as error:
-        what, fix = f"is not JSON ({error.msg} at column {error.colno})", "mend or remove the line"
-    except KeyError:
-        what = f"has no field 'prompt' (it has {', '.join(row) or 'none'})"
-        fix = 'write {"prompt": "..."} on each line'
-    except UnicodeEncodeError:
-        what, fix = "'prompt' is not valid Unicode", "mend or remove the line"
-    else:
-        what, fix = "holds no text in 'prompt'", 'write {"prompt": "..."} on each line'
-    raise Ar2DiffError(f"{where} {what}", fix)
 
 
 def check_target(path: Path, overwrite: bool) -> None:

@@ -17,7 +17,13 @@ from ..core.attention import reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key
 from ..core.spec import Spec
-from ..data.documents import Collator, Rows, block_length_at, pieces, tokenize
+from ..data.documents import (
+    Collator,
+    PackedDocuments,
+    block_length_at,
+    document_parts,
+    tokenize,
+)
 from ..data.sources import Documents, find_file, read_texts
 from ..diffusion.task import masked_task
 from ..distributed.ranks import check_rows
@@ -99,7 +105,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | Non
         return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
     eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
-    rows = Rows(documents, checkpoint.tokenizer, eos, recipe, held_out)
+    rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     collate = make_collator(recipe, checkpoint.spec.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
     return Plan(checkpoint, recipe, rows, make_trainer, eval_rows)
@@ -171,8 +177,8 @@ class AdaptTrainer(Denoising, Trainer):
                 ids = item.get("input_ids")
                 item = item[recipe.data.text_field] if ids is None else ids
             ids = tokenize(self.checkpoint.tokenizer, item, eos) if isinstance(item, str) else item
-            parts = pieces(list(ids), 0, eos, recipe, recipe.train.seed)
-            rows += [(last, [piece]) for piece in parts]
+            parts = document_parts(list(ids), 0, eos, recipe, recipe.train.seed)
+            rows += [(last, [part]) for part in parts]
         return rows
 
     def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:

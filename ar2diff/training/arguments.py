@@ -29,11 +29,9 @@ def training_arguments(
         per_device_train_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
-        lr_scheduler_type={"cosine": "cosine", "wsd": "warmup_stable_decay"}.get(
-            train.schedule, "constant_with_warmup"
-        ),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
         lr_scheduler_kwargs={"num_decay_steps": train.decay_steps}
-        if train.schedule == "wsd"
+        if train.schedule == "warmup_stable_decay"
         else {},
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Json
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -23,6 +23,7 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
+from ..data.rows import as_dataset
 from ..distributed.sharding import join_deepspeed
 from .base import Running
 from .estimators import score
@@ -287,7 +288,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         if not is_training:
             # In the rows, not in the sampler: accelerate counts rows to find the last batch's end.
             each = range(self.num_generations_eval)
-            dataset = table_of(dataset)
+            dataset = as_dataset(dataset) if isinstance(dataset, list | tuple) else dataset
             dataset = dataset.select([n for n in range(len(dataset)) for _ in each])
         return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
@@ -372,18 +373,6 @@ def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
         Rollout(ids[:length], prompt, answer, step[:length], seed)
         for (ids, step), (length, prompt, answer, seed) in rows
     ]
-
-
-def table_of(rows: Any) -> Any:
-    """Rows as a data set that does not change them; a data set, or the name of one, as it is.
-
-    Arrow's own types allow one type a column, and only the columns of the first row.
-    """
-    if not isinstance(rows, list | tuple):
-        return rows
-    names = sorted({name for row in rows for name in row})
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features({name: Json() for name in names}))
 
 
 class Groups(Sampler):

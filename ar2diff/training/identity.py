@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.recipe import Recipe
-from ..data.sources import find_file
+from ..data import sources
 
 WHOLE = 1 << 26  # bytes of a file that are all read; of a larger one `SAMPLES` parts are
 SAMPLES, SAMPLE = 1024, 1 << 14
@@ -26,30 +26,24 @@ def identity(model: Path, recipe: Recipe) -> dict[str, Any]:
         model: folder of the model that is trained.
 
     Returns:
-        `model`: of the folder's weights, configs and tokenizer. `data`: of each source, in their
-        order; None of a data set on the Hub. `template`: of a chat template in a file, else None.
+        `model`: of the folder's weights, configs and tokenizer. `data`: of each source, and of the
+        other files that the recipe names; without their names, since a record is published.
     """
-    template = recipe.data.chat_template
-    return {
-        "model": model_digest(model),
-        "data": [
-            file and digest(file) for file in (find_file(s.path) for s in recipe.data.sources)
-        ],
-        "template": digest(Path(template)) if template and Path(template).is_file() else None,
-    }
+    return {"model": model_digest(model), "data": list(sources.identity(recipe).values())}
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 over the names and digests of a checkpoint folder's weights, configs and tokenizer."""
+    """SHA-256 over the names and digests of a checkpoint folder's weights, configs and
+    tokenizer."""
     files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     hashed = hashlib.sha256()
     for file in sorted(files):
-        hashed.update(f"{file.name}\0{digest(file)}\n".encode())
+        hashed.update(f"{file.name}\0{_digest(file)}\n".encode())
     return hashed.hexdigest()
 
 
-def digest(file: Path) -> str:
-    """sha256 of a file's size and content; of a large file's evenly spread parts."""
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's size and content; of a large file's evenly spread parts."""
     size = file.stat().st_size
     hashed = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:

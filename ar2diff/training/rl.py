@@ -16,11 +16,15 @@ from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.options import resolve
 from ..core.spec import CAUSAL, Spec
-from ..data.conversations import chat_template, read_rows
+from ..data.chat_template import chat_template
+from ..data.columns import likely_prompt
+from ..data.conversations import read_rows
+from ..data.rows import as_dataset
+from ..data.sources import columns_of
 from ..distributed.ranks import check_rows, world_size
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
-from .grpo import DiffusionGRPOTrainer, table_of
+from .grpo import DiffusionGRPOTrainer
 from .plan import Plan, Verb, check_kind
 from .request import requested
 from .results import Prompt, RlPlan, RunPlan, RunResult
@@ -146,7 +150,7 @@ def make_trainer(
         disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
     )
     return DiffusionGRPOTrainer(
-        plan.checkpoint, plan.recipe, args, table_of(plan.rows), rewards, callbacks=callbacks
+        plan.checkpoint, plan.recipe, args, as_dataset(plan.rows), rewards, callbacks=callbacks
     )
 
 
@@ -297,10 +301,10 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
     chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
     if not chat and not (isinstance(prompt, str) and prompt):
+        likely = option("data.columns.prompt", likely_prompt(row) or "COLUMN")
         raise Ar2DiffError(
-            f"{where} has no prompt (it has {', '.join(row) or 'nothing'})",
-            f"name the column with {option('data.columns.prompt')}; a prompt is a text, or a list "
-            "of messages",
+            f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
+            f"correct the row, or name its column with {likely}",
         )
     row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
     for name in RESERVED:

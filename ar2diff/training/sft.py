@@ -15,8 +15,7 @@ from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset, Features, Json, List, Value
-from jinja2 import TemplateError
+from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
@@ -24,16 +23,17 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
 from ..core.attention import Slots
-from ..core.errors import Ar2DiffError, first_line, option
+from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
+from ..data.chat_template import chat_template, turn_end
 from ..data.conversations import (
-    asked_otherwise,
-    chat_template,
+    Conversations,
+    TokenRows,
+    conversation_of,
     read_conversations,
-    turn_end,
-    uses_tools,
+    tokenize_conversations,
 )
-from ..data.turns import Answers, Conversations, TurnCollator
+from ..data.turns import Answers, PackedConversations, TurnCollator
 from ..diffusion.task import Task, slots_at
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
@@ -100,22 +100,23 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def read(recipe: Recipe) -> list[dict[str, Any]]:
+def read(recipe: Recipe) -> Conversations:
     """The conversations of a recipe's sources."""
-    rows = read_conversations(recipe)
-    check_rows(len(rows))
-    return rows
+    data = read_conversations(recipe)
+    check_rows(len(data.rows))
+    return data
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, data: Conversations) -> Plan:
     """The plan of a run on conversations; gives the tokenizer the chat template of the run."""
     if recipe.objective.kind == "ar":
         check_length(checkpoint, recipe.data.max_length, "data.max_length")
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
-    if "messages" in rows[0]:
-        tokenizer.chat_template = chat_template(tokenizer, recipe, uses_tools(rows))
+    if data.chat:
+        tokenizer.chat_template = chat_template(tokenizer, recipe, data.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
+    rows = tokenize_conversations(data, tokenizer, recipe)
     return Plan(checkpoint, recipe, rows, make_trainer, preview=preview)
 
 
@@ -127,10 +128,11 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
     saving; our noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
     copies alone, and the loss is that of the AR mode: the control, on the same stream of rows.
 
-    `evaluate` and `predict` take conversations as trl takes them, as a data set or a list.
+    `evaluate` and `predict` take conversations in any shape that a file may have them in, or rows
+    with `input_ids` and `labels`, as a data set or a list.
 
     Args:
-        rows: conversations as trl takes them, or with `input_ids` and `labels`.
+        rows: with `input_ids` and `labels`.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             data_collator=collator, **kwargs,
         )  # fmt: skip
         self._loss_shifts_labels = False  # nothing here is counted by labels
-        self.train_dataset = self._conversations(self.train_dataset)
+        self.train_dataset = self._packed(self.train_dataset)
         self.answers = self.train_dataset.answers()
 
     def facts(self) -> dict[str, Any]:
@@ -177,43 +179,23 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation that teaches something as rows of its own, in the first epoch's
         noise."""
-        rows = self._conversations(self._prepared(dataset))
-        parts = [part for n in range(len(rows.rows)) for part in rows.parts(n, epoch=0)]
+        rows = list(dataset)
+        if rows and "input_ids" not in rows[0]:
+            rows = list(self._tokenized(rows).dataset())
+        packed = self._packed(rows)
+        parts = [part for number in range(len(rows)) for part in packed.parts(number, epoch=0)]
         return [(number, [part]) for number, part in enumerate(parts)]
 
-    def _conversations(self, prepared: Any) -> Conversations:
+    def _tokenized(self, rows: list[dict[str, Any]]) -> TokenRows:
+        places = [f"row {number}" for number in range(1, len(rows) + 1)]
+        field = self.recipe.data.text_field
+        rows = [conversation_of(row, where, field) for row, where in zip(rows, places, strict=True)]
+        data = Conversations(rows, places, ())
+        return tokenize_conversations(data, self.checkpoint.tokenizer, self.recipe)
+
+    def _packed(self, rows: Any) -> PackedConversations:
         tokenizer = self.checkpoint.tokenizer
-        return Conversations(prepared, self.checkpoint.end_ids, self.recipe, blanks(tokenizer))
-
-    def _prepared(self, dataset: Any) -> Dataset:
-        """Rows with `input_ids` and `labels`, as trl prepares them."""
-        if not isinstance(dataset, Dataset):
-            dataset = table(list(dataset))
-        return self._prepare_dataset(
-            dataset, self.checkpoint.tokenizer, self.args, False, None, "eval"
-        )
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """trl's preparation, whose failures are put down to the row at fault."""
-        try:
-            return super()._prepare_dataset(dataset, *args, **kwargs)
-        except (ValueError, RuntimeError, TypeError, KeyError, TemplateError) as error:
-            raise unprepared(self.checkpoint.tokenizer, dataset, error) from error
-
-
-def unprepared(tokenizer: Any, rows: Any, error: Exception) -> Ar2DiffError:
-    """What a failure to render or tokenize rows means: names the first row that does not render."""
-    for number, row in enumerate(rows, 1):
-        if "messages" not in row:
-            break
-        try:
-            tokenizer.apply_chat_template(row["messages"], row.get("tools"), tokenize=False)
-        except Exception as cause:  # a template raises what it likes
-            return Ar2DiffError(
-                f"the chat template does not render row {number}: {first_line(cause)}",
-                f"fix the row, or set {option('data.chat_template')} to another template",
-            )
-    return Ar2DiffError(f"the rows cannot be tokenized: {first_line(error)}", TEMPLATE_FIX)
+        return PackedConversations(rows, self.checkpoint.end_ids, self.recipe, blanks(tokenizer))
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
@@ -224,45 +206,29 @@ def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
-    """The trainer of a plan on rows of `read_conversations`.
+    """The trainer of a plan on rows of `tokenize_conversations`.
 
     Raises:
-        Ar2DiffError: the rows cannot be rendered, or teach nothing.
+        Ar2DiffError: the rows teach nothing.
     """
-    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
+    recipe, rows = plan.recipe, plan.rows
     args = training_arguments(
         recipe,
         run_dir,
         kind=SFTConfig,
         max_length=None,  # longer rows are treated by our own rule
         packing=False,  # rows are packed by us
-        assistant_only_loss="messages" in rows[0] and recipe.data.assistant_only,
-        dataset_text_field=recipe.data.text_field,
     )
     datasets.disable_progress_bars()
-    trainer = DiffusionSFTTrainer(checkpoint, recipe, args, table(rows), callbacks=callbacks)
+    trainer = DiffusionSFTTrainer(
+        plan.checkpoint, recipe, args, rows.dataset(), callbacks=callbacks
+    )
     check_answers(trainer.answers, len(rows), recipe)
     if trainer.is_world_process_zero():
         print(described(trainer.answers, recipe), file=sys.stderr)
-        if "messages" in rows[0] and (count := asked_otherwise(checkpoint.tokenizer, rows)):
-            print(
-                f"warning: in a chat, {count} of the first answers follow other tokens than those "
-                "that they are trained to follow: compare what the chat template writes with and "
-                "without add_generation_prompt",
-                file=sys.stderr,
-            )
+        for note in rows.notes:
+            print(note, file=sys.stderr)
     return trainer
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that does not change them. Arrow's own types would give each tool call
-    the arguments of all others as nulls, which templates would write out."""
-    names = sorted({name for row in rows for name in row})
-    kinds = {
-        name: List(Json()) if name in ("messages", "tools") else Value("string") for name in names
-    }
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features(kinds))
 
 
 def blanks(tokenizer: Any) -> Any:
