@@ -427,9 +427,9 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
 
 
 CHANGES = {  # of what a path holds, and what is said of it
-    "model": "the files of the model changed since it was started",
-    "tokenizer": "the files of the model changed since it was started",
-    "data": "a file of the data or of a template changed since it was started",
+    "model": "the model changed since it was started",
+    "tokenizer": "the model changed since it was started",
+    "data": "the data or the chat template changed since it was started",
 }
 
 

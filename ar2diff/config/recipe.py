@@ -157,7 +157,8 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
     """Read a recipe and apply `section.key=value` overrides.
 
     Args:
-        name: a recipe's name, or a .yaml file, or a `Recipe`; None starts from the defaults.
+        name: a recipe's name, or a .yaml file; a `Recipe` is taken as it is; None starts from the
+            defaults.
 
     Raises:
         Ar2DiffError: unknown recipe or key, a value of the wrong type, or fields that contradict

@@ -3,7 +3,7 @@ which tokens are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,15 @@ def read_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_conversations(recipe: Recipe) -> Conversations:
-    """The conversations of all sources.
+    """The conversations of all sources of a recipe; errors as of `conversations_of`."""
+    return conversations_of(read_rows(recipe), recipe)
+
+
+def conversations_of(found: Iterable[tuple[str, dict[str, Any]]], recipe: Recipe) -> Conversations:
+    """The conversations that rows of any of the common shapes hold.
+
+    Args:
+        found: (what an error calls it, row), its columns arranged as the recipe says.
 
     Raises:
         Ar2DiffError: naming the row that is none; or the rows are of several formats.
@@ -94,7 +102,7 @@ def read_conversations(recipe: Recipe) -> Conversations:
     places: list[str] = []
     unread: dict[str, None] = {}
     mapped, field = columns_read(recipe.data.columns), recipe.data.text_field
-    for where, row in read_rows(recipe):
+    for where, row in found:
         rows.append(conversation_of(row, where, field))
         places.append(where)
         if not row.keys() <= unread.keys():

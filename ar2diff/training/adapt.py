@@ -178,7 +178,7 @@ class AdaptTrainer(Denoising, Trainer):
                 item = item[recipe.data.text_field] if ids is None else ids
             ids = tokenize(self.checkpoint.tokenizer, item, eos) if isinstance(item, str) else item
             parts = document_parts(list(ids), 0, eos, recipe, recipe.train.seed)
-            rows += [(last, [part]) for part in parts]
+            rows += [(last, [piece]) for piece in parts]
         return rows
 
     def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:

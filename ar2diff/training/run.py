@@ -31,7 +31,7 @@ DECISIVE = {  # keys of a record that must be equal where a run is resumed, and 
     "recipe": "recipe", "base_model": "model", "inputs": "content",
     "rows_per_step": "number of rows per step", "sharding": "sharding",
 }  # fmt: skip
-INPUTS = {"model": "the files of the model", "data": "a file of the data or of a template"}
+INPUTS = {"model": "the model", "data": "the data or the chat template"}
 
 
 def run(

@@ -29,7 +29,7 @@ from ..data.chat_template import chat_template, turn_end
 from ..data.conversations import (
     Conversations,
     TokenRows,
-    conversation_of,
+    conversations_of,
     read_conversations,
     tokenize_conversations,
 )
@@ -102,21 +102,21 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
 
 def read(recipe: Recipe) -> Conversations:
     """The conversations of a recipe's sources."""
-    data = read_conversations(recipe)
-    check_rows(len(data.rows))
-    return data
+    conversations = read_conversations(recipe)
+    check_rows(len(conversations.rows))
+    return conversations
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, data: Conversations) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversations) -> Plan:
     """The plan of a run on conversations; gives the tokenizer the chat template of the run."""
     if recipe.objective.kind == "ar":
         check_length(checkpoint, recipe.data.max_length, "data.max_length")
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
-    if data.chat:
-        tokenizer.chat_template = chat_template(tokenizer, recipe, data.tools)
+    if conversations.chat:
+        tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
-    rows = tokenize_conversations(data, tokenizer, recipe)
+    rows = tokenize_conversations(conversations, tokenizer, recipe)
     return Plan(checkpoint, recipe, rows, make_trainer, preview=preview)
 
 
@@ -128,11 +128,10 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
     saving; our noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
     copies alone, and the loss is that of the AR mode: the control, on the same stream of rows.
 
-    `evaluate` and `predict` take conversations in any shape that a file may have them in, or rows
-    with `input_ids` and `labels`, as a data set or a list.
+    `evaluate` and `predict` take conversations, as a data set or a list of rows.
 
     Args:
-        rows: with `input_ids` and `labels`.
+        rows: with `input_ids` and `labels`, as `TokenRows.dataset` makes them.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             data_collator=collator, **kwargs,
         )  # fmt: skip
         self._loss_shifts_labels = False  # nothing here is counted by labels
-        self.train_dataset = self._packed(self.train_dataset)
+        self.train_dataset = self._conversations(self.train_dataset)
         self.answers = self.train_dataset.answers()
 
     def facts(self) -> dict[str, Any]:
@@ -179,23 +178,22 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation that teaches something as rows of its own, in the first epoch's
         noise."""
-        rows = list(dataset)
-        if rows and "input_ids" not in rows[0]:
-            rows = list(self._tokenized(rows).dataset())
-        packed = self._packed(rows)
-        parts = [part for number in range(len(rows)) for part in packed.parts(number, epoch=0)]
+        rows = self._conversations(self._tokenized(dataset))
+        parts = [part for n in range(len(rows.rows)) for part in rows.parts(n, epoch=0)]
         return [(number, [part]) for number, part in enumerate(parts)]
 
-    def _tokenized(self, rows: list[dict[str, Any]]) -> TokenRows:
-        places = [f"row {number}" for number in range(1, len(rows) + 1)]
-        field = self.recipe.data.text_field
-        rows = [conversation_of(row, where, field) for row, where in zip(rows, places, strict=True)]
-        data = Conversations(rows, places, ())
-        return tokenize_conversations(data, self.checkpoint.tokenizer, self.recipe)
-
-    def _packed(self, rows: Any) -> PackedConversations:
+    def _conversations(self, tokenized: Dataset) -> PackedConversations:
         tokenizer = self.checkpoint.tokenizer
-        return PackedConversations(rows, self.checkpoint.end_ids, self.recipe, blanks(tokenizer))
+        ends = self.checkpoint.end_ids
+        return PackedConversations(tokenized, ends, self.recipe, blanks(tokenizer))
+
+    def _tokenized(self, dataset: Any) -> Dataset:
+        """Conversations as rows with `input_ids` and `labels`; rows that have them as they are."""
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            return dataset
+        rows = ((f"row {number}", row) for number, row in enumerate(dataset, 1))
+        found = conversations_of(rows, self.recipe)
+        return tokenize_conversations(found, self.checkpoint.tokenizer, self.recipe).dataset()
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
@@ -211,7 +209,8 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
     Raises:
         Ar2DiffError: the rows teach nothing.
     """
-    recipe, rows = plan.recipe, plan.rows
+    recipe: Recipe = plan.recipe
+    rows: TokenRows = plan.rows
     args = training_arguments(
         recipe,
         run_dir,
