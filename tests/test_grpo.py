@@ -644,7 +644,7 @@ REFUSED = [  # overrides, attention, part of the message
     (
         [*BATCHES, "rl.num_iterations=2"],
         BLOCKS,
-        "several of them would be one update",
+        "several iterations would be one update",
     ),
 ]
 

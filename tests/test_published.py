@@ -312,5 +312,5 @@ def test_a_share_of_cut_rows_belongs_to_full_attention():
 def test_weights_by_context_are_for_adapt(convert_tiny, write_jsonl):
     data = write_jsonl("rows.jsonl", [{"prompt": "say:", "completion": " it"}])
     recipe = load_recipe("dream", [f"data.sources=[{data}]", "data.max_length=64"])
-    with pytest.raises(Ar2DiffError, match=r"objective\.weight cart is for adapt"):
+    with pytest.raises(Ar2DiffError, match=r"objective\.weight=cart is for adapt"):
         SFT.prepare(convert_tiny("convert.attention=full"), recipe)

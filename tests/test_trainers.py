@@ -7,6 +7,7 @@ import torch
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
+from ar2diff.data.conversations import Conversations, tokenize_conversations
 from ar2diff.training.adapt import AdaptTrainer, make_collator
 from ar2diff.training.arguments import training_arguments
 from ar2diff.training.loss import divisors_of, totals_of
@@ -47,7 +48,9 @@ def trainer_of(convert_tiny, tmp_path):
             )  # fmt: skip
         if verb == "sft":
             recipe = recipe_of(batch, convert=convert)
-            return make_sft_trainer(Plan(checkpoint, recipe, PAIRS, None), tmp_path, [])
+            data = Conversations(PAIRS, [""] * len(PAIRS), ())
+            rows = tokenize_conversations(data, checkpoint.tokenizer, recipe)
+            return make_sft_trainer(Plan(checkpoint, recipe, rows, None), tmp_path, [])
         rl = {
             "rewards": [{"name": "exact"}], "num_generations": 4, "max_completion_length": 6,
             "estimator": "elbo",

@@ -96,20 +96,6 @@ def test_an_error_of_a_library_is_not_put_down_to_the_rows(call, monkeypatch, ve
         call(verb)
 
 
-def test_a_row_that_the_chat_template_does_not_render_is_named(call, tmp_path):
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
-        "{% endif %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    (tmp_path / "a.jinja").write_text(template)
-    rows = [{"messages": said}, {"messages": [{"role": "system", "content": "s"}, *said]}]
-    with pytest.raises(Ar2DiffError, match="does not render row 2: no system here"):
-        call("sft", rows=rows, overrides={"data.chat_template": str(tmp_path / "a.jinja")})
-    assert not (tmp_path / "out").exists()
-
-
 def test_resume_and_overwrite_contradict_each_other(call):
     with pytest.raises(Ar2DiffError, match="resume=True and overwrite=True contradict"):
         call("adapt", resume=True, overwrite=True)

@@ -164,7 +164,7 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
         Ar2DiffError: unknown recipe or key, a value of the wrong type, or fields that contradict
             each other.
     """
-    label = "the recipe" if isinstance(name, Recipe) else name or "defaults"
+    label = "given" if isinstance(name, Recipe) else name or "defaults"
     try:
         if isinstance(name, Recipe):
             tree = name.model_dump(mode="json", exclude_unset=True)

@@ -24,10 +24,11 @@ def identity(model: Path, recipe: Recipe) -> dict[str, Any]:
         model: folder of the model that is trained.
 
     Returns:
-        `model`: a digest of the folder's weights, configs and tokenizer. `data`: as of
-        `data.sources.identity`.
+        `model`: a digest of the folder's weights, configs and tokenizer. `data`: digests of each
+        source, and of the other files that the recipe names; without their names, since a record
+        is published.
     """
-    return {"model": model_digest(model), "data": data_identity(recipe)}
+    return {"model": model_digest(model), "data": list(data_identity(recipe).values())}
 
 
 def model_digest(folder: Path) -> str:
