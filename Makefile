@@ -1,4 +1,4 @@
-# make demo | make demo-rl | make test | make slow | make elsewhere | make stories3m
+# make demo | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo demo-rl test slow elsewhere lint stories3m clean
+.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -42,6 +42,24 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	$(MAKE) cpus
+
+# What rounding, cores, locale or time zone could turn, under several of each (a part of make slow).
+cpus: $(STAMP)
+	$(BIN)/python tests/cpus.py
+
+# Hostile checkpoints, rows, recipes and arguments; any finding fails. SEED=1 makes other ones.
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz --minutes 10 --seed $(or $(SEED),0)
+
+fuzz-long: $(STAMP)
+	$(BIN)/python tests/fuzz --count 2000 --seed $(or $(SEED),1)
+
+# Losses, likelihoods and tokens of fixed seeds, to compare two commits by: see the script.
+GOLDEN ?= runs/golden.json
+golden: $(STAMP)
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 \
+	  $(BIN)/python benchmarks/golden.py $(GOLDEN)
 
 # A converted folder in a fresh environment without ar2diff: transformers, its server, lm-eval.
 elsewhere: $(STAMP)

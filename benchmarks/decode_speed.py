@@ -192,7 +192,7 @@ def main() -> None:
         "hf static": (stock(base, limit, "static"), base_clock),
         "ar": (ours(model, limit, mode="ar"), clock),
         "lossless": (ours(model, limit, mode="speculative", draft_length=args.draft_length), clock),
-        "one": (ours(model, limit, steps=size), clock),
+        "one": (ours(model, limit, steps_per_block=size), clock),
         **{n: (ours(model, limit, threshold=t), clock) for n, t in SETTINGS.items()},
     }
     judge = Judge(base, prompts, examples)

@@ -24,7 +24,8 @@ from sft import decoded, distinct_2
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
-from ar2diff.data.sources import find_file, read_lines
+from ar2diff.config.sections import Source
+from ar2diff.data.sources import read_source
 from ar2diff.training.rl import rl
 from ar2diff.training.sft import sft
 
@@ -47,8 +48,7 @@ def sequences() -> list[dict[str, str]]:
 
 def rows_of(split: str) -> list[dict[str, str]]:
     """Prompts and answers of rl-digits."""
-    lines = read_lines(find_file(f"rl-digits/{split}"), "rl-digits")
-    return [json.loads(line) for line in lines if line.strip()]
+    return [row for _, row in read_source(Source(path=f"rl-digits/{split}"))]
 
 
 def judged(folder: Path, split: str, show: int = 0) -> dict[str, Any]:

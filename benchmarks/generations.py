@@ -20,7 +20,7 @@ from ar2diff.generation.complete import complete
 def generations(
     checkpoint: Checkpoint, data: str, count: int, words: int, **settings: Any
 ) -> Iterator[str]:
-    """Lines: a prompt of so many words, what each mode writes behind it, and tokens a forward."""
+    """Lines: a prompt of so many words, what each mode writes after it, and tokens per forward."""
     modes = ("ar", "diffusion") if checkpoint.spec.ar_mode else ("diffusion",)
     tokens = forwards = 0
     for text in read_texts(find_file(data), "text")[:count]:
@@ -28,8 +28,8 @@ def generations(
         yield f"\n{prompt} ..."
         for mode in modes:
             result = complete(checkpoint, prompt, mode=mode, **settings)
-            yield f"  {mode:9} |{' '.join(result['text'].split())}"
-        tokens, forwards = tokens + result["new_tokens"], forwards + result["forwards"]
+            yield f"  {mode:9} |{' '.join(result.text.split())}"
+        tokens, forwards = tokens + result.new_tokens, forwards + result.forwards
     yield f"\ndiffusion: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward"
 
 

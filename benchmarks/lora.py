@@ -51,8 +51,8 @@ def run(way: str, overrides: list[str], steps: int, seed: int, work: Path) -> di
         "overrides": overrides,
         "steps": steps,
         "seed": seed,
-        "parameters": record["trainable_parameters"],
-        "share": record["trainable_parameters"] / record["parameters"],
+        "parameters": record.trainable_parameters,
+        "share": record.trainable_parameters / record.parameters,
         "seconds": round(seconds),
         "before": bound(load_checkpoint(str(base))),
         "after": bound(load_checkpoint(str(folder))),
@@ -65,7 +65,7 @@ def bound(checkpoint) -> float:
 
     held_out = [text(e) for e in corpus(JUDGED * 4, 0, PRETRAIN_LEVELS, "valid")]
     rows = windows(held_out, checkpoint.tokenizer, LENGTH, JUDGED)
-    return score(checkpoint, rows, samples=8)["bound"]["nats_per_token"]
+    return score(checkpoint, rows, samples=8).bound.nats_per_token
 
 
 def table(rows: list[dict]) -> str:

@@ -88,11 +88,11 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
         "prediction": recipe.convert.prediction,
         "steps": recipe.train.max_steps,
         "learning_rate": recipe.train.learning_rate,
-        "tokens": record["tokens"],
+        "tokens": record.tokens,
         "cpu_seconds": seconds,
-        "bound": result["bound"]["nats_per_token"],
-        "se": result["bound"]["standard_error"],
-        "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
+        "bound": result.bound.nats_per_token,
+        "se": result.bound.standard_error,
+        "ar_nll": result.ar_nll and result.ar_nll.nats_per_token,
         "tokens_a_forward": float(lines[-1].split()[-3]),
     }
 
@@ -104,7 +104,7 @@ def base_row(model: str) -> dict[str, Any]:
 
     checkpoint = load_checkpoint(str(Path(os.environ["AR2DIFF_DATA"]) / model))
     result = evaluate(checkpoint, "tinystories/valid", limit=64)
-    return {"model": model, "recipe": "base", "ar_nll": result["ar_nll"]["nats_per_token"]}
+    return {"model": model, "recipe": "base", "ar_nll": result.ar_nll.nats_per_token}
 
 
 def rows() -> list[dict[str, Any]]:

@@ -36,8 +36,8 @@ from ar2diff.config.recipe import Recipe, load_recipe
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.answers import answers, examples
 from ar2diff.demo.corpus import prompt, score
-from ar2diff.training.rl import make_rl_plan
-from ar2diff.training.sft import make_sft_plan, sft
+from ar2diff.training.rl import RL
+from ar2diff.training.sft import SFT, sft
 
 RESULTS = Path(__file__).parent / "results"
 EASY = {"levels": (1,), "largest": (0, 10)}
@@ -127,7 +127,7 @@ def judged(checkpoint: Checkpoint, count: int, sampler: Row, show: int = 0) -> R
 def run(arm: str, seed: int, folder: str, args: Any) -> Row:
     """Train an arm for its time, and judge it before and after."""
     recipe = recipe_of(arm, seed, args.work, args.overrides)
-    plan = (make_sft_plan if arm == "sft" else make_rl_plan)(Path(folder), recipe)
+    plan = (SFT.prepare if arm == "sft" else RL.prepare)(Path(folder), recipe)
     sampler = {} if arm == "ar" else dict(load_recipe("demo-rl").rl.sampler)
     before = judged(plan.checkpoint, args.questions, sampler)
     budget = Budget(args.seconds)

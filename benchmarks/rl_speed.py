@@ -35,7 +35,7 @@ from ar2diff.config.recipe import load_recipe
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.seeds import keyed_generator
 from ar2diff.training import grpo
-from ar2diff.training.rl import make_rl_plan
+from ar2diff.training.rl import RL
 from ar2diff.training.rollouts import Rollout
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,7 +110,7 @@ def trainer_of(model: str, data: Path, run_dir: Path, fields: Sequence[str], d1:
     """A trainer that was not started."""
     given = [f"data.sources=[{data}]", "train.schedule=constant", "rl.show_steps=0", *fields]
     given += ["rl.estimator=one_step"] if d1 else []
-    plan = make_rl_plan(Path(model), load_recipe("demo-rl", given))
+    plan = RL.prepare(Path(model), load_recipe("demo-rl", given))
     trainer = plan.make_trainer(plan, run_dir, [])
     if d1:  # completions are scored whether something can be learned from them or not
         trainer._loss_of_live_rows = partial(GRPOTrainer._compute_loss, trainer)

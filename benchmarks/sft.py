@@ -35,11 +35,13 @@ import torch
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.config.recipe import load_recipe
-from ar2diff.data.sources import find_file, read_lines
+from ar2diff.config.sections import Source
+from ar2diff.data.sources import read_source
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.answers import answers
 from ar2diff.demo.corpus import corpus, prompt, score
-from ar2diff.generation.complete import begin, settings_of, text_behind
+from ar2diff.generation.complete import begin, settings_of
+from ar2diff.generation.tokens import text_after
 from ar2diff.training.sft import sft
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,13 +49,13 @@ LEVELS = (1, 2)
 TRAINING_ROWS = 4000
 # Rules of decoding, from careful to quick.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "one token a step": {"steps": "block"},
+    "one token a step": {"steps_per_block": "block"},
     "threshold 0.98": {"threshold": 0.98},
     "threshold 0.9": {"threshold": 0.9},
     "threshold 0.7": {"threshold": 0.7},
     "threshold 0.5": {"threshold": 0.5},
-    "4 steps a block": {"steps": 4},
-    "2 steps a block": {"steps": 2},
+    "4 steps a block": {"steps_per_block": 4},
+    "2 steps a block": {"steps_per_block": 2},
 }
 Row = dict[str, Any]
 Judge = Callable[[list[list[str]], list[list[bool]]], Row]
@@ -72,8 +74,8 @@ def decoded(
     checkpoint: Checkpoint, prompts: list[list[int]], samples: int, size: int, **settings: Any
 ) -> Row:
     """Texts and whether each stopped, `samples` of each prompt, with what they cost."""
-    if settings.get("steps") == "block":
-        settings["steps"] = checkpoint.spec.block_length
+    if settings.get("steps_per_block") == "block":
+        settings["steps_per_block"] = checkpoint.spec.block_length
     spec, options = settings_of(checkpoint, settings)
     texts: list[list[str]] = [[] for _ in prompts]
     stopped: list[list[bool]] = [[] for _ in prompts]
@@ -88,7 +90,7 @@ def decoded(
             pass
         for place, number in enumerate(itertools.chain(*([n] * samples for n in numbers))):
             new = canvas.new_ids(place)
-            texts[number].append(text_behind(checkpoint.tokenizer, prompts[number], new))
+            texts[number].append(text_after(checkpoint.tokenizer, prompts[number], new))
             stopped[number].append(bool(new) and new[-1] in checkpoint.end_ids)
             tokens, forwards = tokens + len(new), forwards + int(canvas.forwards[place])
     seconds = time.monotonic() - start
@@ -211,8 +213,7 @@ def answers_setup(args: Any) -> tuple[str, Callable]:
 
 def words_setup(args: Any) -> tuple[str, Callable]:
     """The same, of tinystories-chat."""
-    path = find_file("tinystories-chat/valid")
-    rows = [json.loads(line) for line in read_lines(path, f"data {path}") if line.strip()]
+    rows = [row for _, row in read_source(Source(path="tinystories-chat/valid"))]
     asked = [r["messages"][0] for r in rows if r["kind"] == "words"][: args.prompts]
 
     def make(tokenizer: Any) -> tuple[list[list[int]], Judge, int]:

@@ -43,9 +43,9 @@ from ar2diff.config.recipe import Recipe, load_recipe
 from ar2diff.data.sources import find_file, read_texts
 from ar2diff.demo.__main__ import MODEL
 from ar2diff.demo.corpus import PRETRAIN_LEVELS, corpus, text
-from ar2diff.training.adapt import adapt, make_plan, make_trainer
+from ar2diff.training.adapt import ADAPT, adapt, make_trainer
 from ar2diff.training.arguments import training_arguments
-from ar2diff.training.sft import make_sft_plan
+from ar2diff.training.sft import SFT
 
 RESULTS = Path(__file__).parent / "results" / "sft_speed.jsonl"
 WAYS = ("adapt", "sft", "sft, ar", "trl")
@@ -114,14 +114,14 @@ def recipe_for(args: argparse.Namespace, data: Path, *more: str) -> Recipe:
 def trainer_of(way: str, base: Path, args: argparse.Namespace, work: Path) -> Any:
     """A new trainer of a way; `work` holds the converted model and the rows of both forms."""
     if way == "adapt":
-        plan = make_plan(work / "converted", recipe_for(args, work / "texts.jsonl"))
+        plan = ADAPT.prepare(work / "converted", recipe_for(args, work / "texts.jsonl"))
         return make_trainer(plan, work / "run", [])
     if way == "trl":
         return stock_trainer(base, args, work)
     control = way == "sft, ar"
     more = ["objective.kind=ar"] if control else []
     recipe = recipe_for(args, work / "rows.jsonl", *more)
-    plan = make_sft_plan(base if control else work / "converted", recipe)
+    plan = SFT.prepare(base if control else work / "converted", recipe)
     return plan.make_trainer(plan, work / "run", [])
 
 

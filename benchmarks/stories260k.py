@@ -65,11 +65,11 @@ def run(name: str, overrides: list[str], seed: int) -> dict:
         "variant": name,
         "overrides": overrides,
         "seed": seed,
-        "tokens": record["tokens"],
+        "tokens": record.tokens,
         "seconds": round(seconds),
-        "bound": result["bound"]["nats_per_token"],
-        "se": result["bound"]["standard_error"],
-        "ar_nll": result.get("ar_nll", {}).get("nats_per_token"),
+        "bound": result.bound.nats_per_token,
+        "se": result.bound.standard_error,
+        "ar_nll": result.ar_nll and result.ar_nll.nats_per_token,
     }
 
 

@@ -23,7 +23,8 @@ from sft import decoded, distinct_2, judge_words
 from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.evaluation.score import evaluate
-from ar2diff.training.rl import make_rl_plan, prompt_ids, read_prompts
+from ar2diff.generation.tokens import prompt_ids
+from ar2diff.training.rl import RL, read_prompts
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def judged(checkpoint: Checkpoint, recipe: Any, count: int, show: int) -> Row:
         **found, "distinct_2_of_all": distinct_2(texts),
         "stop": statistics.fmean(s[0] for s in result["stopped"]),
         "length": result["tokens"] / count, "tokens_per_forward": result["tokens_per_forward"],
-        "bound": data["bound"]["nats_per_token"], "bound_error": data["bound"]["standard_error"],
+        "bound": data.bound.nats_per_token, "bound_error": data.bound.standard_error,
     }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     fields = ["data.sources=[rl-story-words/train]", "train.max_steps=100000"]
     recipe = load_recipe("story-words", [*fields, *args.overrides])
-    plan = make_rl_plan(Path(args.model), recipe)
+    plan = RL.prepare(Path(args.model), recipe)
     result: Row = {"before": judged(plan.checkpoint, recipe, args.requests, args.show)}
     print(json.dumps(result), flush=True)
     budget = Budget(args.seconds)

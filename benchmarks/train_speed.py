@@ -49,7 +49,7 @@ from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.spec import Spec
-from ar2diff.data.documents import Piece
+from ar2diff.data.documents import DocumentPart
 from ar2diff.training import loss as denoising
 from ar2diff.training.adapt import AdaptTrainer, make_collator
 from ar2diff.training.arguments import training_arguments
@@ -175,7 +175,9 @@ class Bench:
         self.trainer = Step(checkpoint, recipe, arguments, data_collator=collator)
         self.trainer.suppressed[:] = False
         ids = torch.randint(3, mask, (job.rows, job.length)).tolist()
-        batch = collator([(i, [Piece(row, job.length, 1, 0, i)]) for i, row in enumerate(ids)])
+        batch = collator(
+            [(i, [DocumentPart(row, job.length, 1, 0, i)]) for i, row in enumerate(ids)]
+        )
         self.batch = {name: value.to(job.device) for name, value in batch.items()}
         self.logits = int(batch["masked"].sum() + (ar_weight > 0) * batch["ar"].sum())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)  # every step is alike

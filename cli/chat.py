@@ -15,9 +15,10 @@ from .output import quiet
 from .sampler import with_sampler
 
 if TYPE_CHECKING:
-    from ..generation.chat import Chat, State
+    from ..generation.chat import Chat
+    from ..generation.events import State
 
-FRAME = 1 / 30  # seconds; nobody sees more frames
+FRAME = 1 / 30  # seconds; faster frames would not be seen
 UNDECIDED, FRESH = "dim", "bold green"
 
 
@@ -25,15 +26,16 @@ UNDECIDED, FRESH = "dim", "bold green"
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
     system: Annotated[
-        str | None, typer.Option(help="First message, where there is a chat template.")
+        str | None, typer.Option(help="System message, if the model has a chat template.")
     ] = None,
     pause: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait after each forward, to watch it.")
+        float, typer.Option(min=0, help="Seconds to pause after each forward, to watch it.")
     ] = 0.0,
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Talk with a converted model and watch it denoise; without a terminal, answer lines of stdin.
+    """Chat with a converted model and watch it denoise. Without a terminal, each line of standard
+    input is answered.
 
     Example: ar2diff chat runs/demo --temperature 0.7 --pause 0.05
     """
@@ -54,11 +56,11 @@ def chat(
 
 
 class Plain:
-    """Answers on stdout, all else on stderr."""
+    """Answers go to stdout, everything else to stderr."""
 
     def follow(self, session: Chat, line: str) -> bool:
-        """Draw what a line leads to; whether it is the end."""
-        from ..generation.chat import End
+        """Draw what a line leads to; returns whether the chat is over."""
+        from ..generation.events import End
 
         for event in session.events(line):
             if isinstance(event, End):
@@ -68,7 +70,7 @@ class Plain:
 
     def draw(self, event: Any) -> None:
         """Draw one event."""
-        from ..generation.chat import Answer, Note, Problem
+        from ..generation.events import Answer, Note, Problem
 
         match event:
             case Note(text):
@@ -80,7 +82,7 @@ class Plain:
                 self.say(f"[{event.summary}]")
 
     def say(self, text: str) -> None:
-        """Print a line that is no answer."""
+        """Print a line that is not an answer."""
         print(text, file=sys.stderr, flush=True)
 
     def answer(self, text: str) -> None:
@@ -89,27 +91,27 @@ class Plain:
 
 
 class Screen(Plain):
-    """A terminal, on which an answer is seen being denoised."""
+    """A terminal that shows answers while they are denoised."""
 
     def __init__(self, tokenizer: Any, pause: float):
         from rich.console import Console
 
         self.tokenizer, self.pause = tokenizer, pause
         self.console = Console(highlight=False, emoji=False, markup=False)
-        self.drawn, self.last = 0.0, 0  # when the screen was drawn, and up to which forward
+        self.drawn, self.last = 0.0, 0  # when a state was last drawn, and its forward
 
     def follow(self, session: Chat, line: str) -> bool:
-        """Draw what a line leads to; whether it is the end."""
+        """Draw what a line leads to; returns whether the chat is over."""
         from rich.live import Live
 
         self.drawn, self.last = 0.0, 0
-        # Transient: the answer is printed for good once it is there, however long it is.
+        # Transient: the finished answer is printed once and for all, however long it is.
         with Live(console=self.console, auto_refresh=False, transient=True) as self.view:
             return super().follow(session, line)
 
     def draw(self, event: Any) -> None:
         """Draw one event."""
-        from ..generation.chat import Answer, State
+        from ..generation.events import Answer, State
 
         if isinstance(event, State):
             self.step(event)
@@ -119,7 +121,7 @@ class Screen(Plain):
         super().draw(event)
 
     def step(self, state: State) -> None:
-        """Draw an answer after a forward, the last lines of it where it is long."""
+        """Draw an answer after a forward; only its last lines if it is long."""
         time.sleep(self.pause)
         if time.monotonic() - self.drawn < FRAME:
             return
@@ -130,10 +132,10 @@ class Screen(Plain):
         self.drawn, self.last = time.monotonic(), state.forward
 
     def text(self, state: State) -> Any:
-        """The tokens of a state: dots where undecided, bright where new on the screen."""
+        """The tokens of a state: dots for undecided ones, bright if new on the screen."""
         from rich.text import Text
 
-        from ..generation.complete import draw_tokens
+        from ..generation.tokens import draw_tokens
 
         text = Text()
         pieces = draw_tokens(self.tokenizer, state.ids, state.mask_token_id)
@@ -143,7 +145,7 @@ class Screen(Plain):
         return text
 
     def say(self, text: str) -> None:
-        """Print a line that is no answer."""
+        """Print a line that is not an answer."""
         self.console.print(text, style="dim")
 
     def answer(self, text: str) -> None:
@@ -152,7 +154,7 @@ class Screen(Plain):
 
 
 def _typed() -> Iterator[str]:
-    """Lines typed at a prompt, with the keys of readline."""
+    """Lines typed at a prompt, with the editing keys of readline."""
     try:
         import readline  # noqa: F401
     except ImportError:  # not on every system
@@ -164,7 +166,7 @@ def _typed() -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit ends)")
+            print("\n(Ctrl-D or /quit leaves)")
 
 
 @contextmanager

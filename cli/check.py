@@ -9,26 +9,28 @@ import typer
 from .output import AsJson, quiet, report
 
 
-def check(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+def check_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is, whether it does what its spec promises, and who decodes it wrongly.
+    """Show what a model is, whether it does what its config says, and which programs would decode
+    it wrongly.
 
     Example: ar2diff check runs/demo
     """
     quiet()
-    from ..evaluation.check import inspect
+    from ..evaluation.check import check
 
-    result = inspect(model)
+    result = check(model)
     if as_json:
-        report(result, True)
+        report(result.to_dict(), True)
     else:
-        for name, value in (result["spec"] or {"diffusion": "no: an autoregressive model"}).items():
+        plain = {"diffusion": "no, this is an autoregressive model"}
+        for name, value in (result.spec.to_dict() if result.spec else plain).items():
             typer.echo(f"{name:15} {value}")
-        for finding in result["findings"]:
-            typer.echo(f"{'ok  ' if finding['ok'] else 'FAIL'} {finding['what']}")
-        for place, how in result["elsewhere"].items():
+        for finding in result.findings:
+            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}")
+        for place, how in result.elsewhere.items():
             typer.echo(f"note {place}: {how}")
-    if not result["ok"]:
+    if not result.ok:
         raise typer.Exit(2)

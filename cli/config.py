@@ -7,34 +7,38 @@ from typing import Annotated
 
 import typer
 
-config_app = typer.Typer(help="The recipe's schema.", no_args_is_help=True)
+config_app = typer.Typer(help="Explain the keys of a recipe.", no_args_is_help=True)
 
 
 @config_app.callback()
 def _group() -> None:
-    """The recipe's schema."""
+    """Explain the keys of a recipe."""
 
 
 @config_app.command()
 def schema(
     section: Annotated[
-        str | None, typer.Argument(help="For example train; all if left out.")
+        str | None, typer.Argument(help="One section, for example train. [default: all]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as a JSON schema.")] = False,
 ) -> None:
-    """Print every key, its type and its default.
+    """Print each key of a recipe with its type, default and meaning.
 
     Example: ar2diff config schema train
     """
-    from ..config.recipe import Recipe, describe_fields
-    from ..core.errors import Ar2DiffError
+    from ..config.recipe import Recipe
+    from ..config.schema import describe_fields
+    from ..core.errors import Ar2DiffError, nearest, shortened
 
     names = list(Recipe.model_fields)
     if section is not None and section not in names:
-        raise Ar2DiffError(f"section {section!r} is unknown", f"one of {', '.join(names)}")
+        raise Ar2DiffError(
+            f"a recipe has no section {shortened(section)}{nearest(section, names)}",
+            f"name one of {', '.join(names)}",
+        )
     if as_json:
         typer.echo(json.dumps(Recipe.model_json_schema()))
         return
-    for name, kind, default, description in describe_fields():
+    for name, kind, default, description in describe_fields(Recipe):
         if section in (None, name.split(".")[0]):
             typer.echo(f"{name:40} {kind:34} {default!s:12} {description}".rstrip())

@@ -6,11 +6,16 @@ from .output import AsJson, quiet, report
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine: versions, accelerator, memory, disk, Hub, stray settings.
+    """Show what this machine has: versions, accelerator, disk space, Hub, and possible problems.
 
     Example: ar2diff doctor
     """
     quiet()
+    from dataclasses import asdict
+
     from ..doctor import examine
 
-    report(examine(), as_json)
+    machine = asdict(examine())
+    if not as_json:
+        machine["warnings"] = "; ".join(machine["warnings"]) or "none"
+    report(machine, as_json)

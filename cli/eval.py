@@ -10,29 +10,37 @@ from .output import AsJson, quiet, report
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id, converted or not.")],
-    data: Annotated[str, typer.Option(help="jsonl, parquet or txt file.")],
-    text_field: Annotated[str, typer.Option(help="Field of a row that is the text.")] = "text",
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, converted or not.")],
+    data: Annotated[str, typer.Option(help="Local file with held-out text.")],
+    text_field: Annotated[str, typer.Option(help="Field of a row that holds the text.")] = "text",
     length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a window; shorter texts are left out.")
+        int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are left out.")
     ] = 128,
-    samples: Annotated[int, typer.Option(min=1, help="Noise draws a window.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Number of noise draws for each window.")] = 8,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Windows, from the file's start.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of windows, from the start of the file.", show_default="all"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise draws.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Likelihood on held-out text: the diffusion bound with its error, the AR mode's NLL.
+    """Measure the likelihood of held-out text: the bound of the diffusion mode with its standard
+    error, and the negative log-likelihood of the AR mode.
 
     Example: ar2diff eval runs/demo --data valid.jsonl --limit 64
     """
     quiet()
-    from ..checkpoint.io import load_checkpoint
     from ..evaluation.score import evaluate
 
-    checkpoint = load_checkpoint(model, device="auto")
     result = evaluate(
-        checkpoint, data, field=text_field, length=length, samples=samples, limit=limit, seed=seed
+        model,
+        data,
+        text_field=text_field,
+        length=length,
+        samples=samples,
+        limit=limit,
+        seed=seed,
     )
-    report({"model": model, **result}, as_json)
+    report(result.to_dict(), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +22,15 @@ def export(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a converted model in a layout that engines read, with the same weights.
+    """Write a converted model in the format of another engine, with the same weights.
 
     Example: ar2diff export runs/qwen --to ar --output-dir runs/qwen-ar
     """
     quiet()
-    from ..conversion.exports import export_checkpoint
+    from ..conversion.exports import export as run
 
-    result = export_checkpoint(model, output_dir, to, overwrite=overwrite, dry_run=dry_run)
-    result = {"dry_run": dry_run, "output_dir": str(output_dir), **result}
+    done = run(model, output_dir, to, overwrite=overwrite, dry_run=dry_run)
+    result = {"dry_run": dry_run, "output_dir": str(output_dir), **asdict(done)}
     report(result if as_json else {k: v for k, v in result.items() if k != "notes"}, as_json)
     if not as_json:
-        typer.echo("\n".join(f"note: {note}" for note in result["notes"]))
+        typer.echo("\n".join(f"note: {note}" for note in done.notes))

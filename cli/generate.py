@@ -16,34 +16,51 @@ from .sampler import with_sampler
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
     prompt: Annotated[
-        str | None, typer.Option(help='To go on from, or to fill: "the{mask:4} sat" has a gap.')
+        str | None,
+        typer.Option(help='Text to continue, or to fill: "the{mask:4} sat" has a gap of 4 tokens.'),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="One a line; .jsonl: the field prompt; .gz too.")
+        Path | None,
+        typer.Option(
+            help="File with one prompt per line, or a .jsonl file with a field 'prompt'; also "
+            "compressed as .gz."
+        ),
     ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Text before a gap.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="Text behind it.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Text before a gap to fill.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text after the gap.")] = None,
     length: Annotated[
         list[str] | None,
-        typer.Option(metavar="N,...", help="The gap's tokens; of several the likeliest."),
+        typer.Option(
+            metavar="N,...",
+            help="Number of tokens in the gap; of several, the one with the likeliest text is "
+            "chosen.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of prompts that are decoded together.")
+    ] = 8,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write results there, one a line.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Write the results to this file, one JSON object per line."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
+    ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print text as it is decided; for one prompt.")
+        bool, typer.Option("--stream", help="Print the text of a single prompt as it is decided.")
     ] = False,
     as_json: AsJson = False,
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Write text with a converted model, or fill gaps in it.
+    """Continue prompts with a converted model, or fill gaps in them.
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
-    from ..generation.prompts import check_stream, check_target, request_of, write_results
+    from ..generation.prompts import check_stream, request_of
+    from ..generation.results import check_target, summary, unread_note, write_results
 
     request = request_of(prompt, prompts_file, prefix, suffix, length or ())
     if stream:
@@ -51,7 +68,7 @@ def generate(
     if output is not None:
         check_target(output, overwrite)
     quiet()
-    from ..generation.complete import answer, check_request, load, summary, unread_note
+    from ..generation.complete import answer, check_request, load
     from ..generation.complete import stream as stream_text
 
     check_request(model, request, settings)
@@ -65,14 +82,15 @@ def generate(
         with progress(len(request.prompts) if request.many else 0) as advance:
             results = answer(checkpoint, request, batch_size, settings, advance)
     if output is not None:
-        write_results(output, results)
+        write_results(output, (result.to_dict() for result in results))
     if as_json:
-        alone = {name: value for name, value in results[0].items() if name != "prompt"}
-        report({"results": results} if request.many else alone, True)
+        rows = [result.to_dict() for result in results]
+        alone = {name: value for name, value in rows[0].items() if name != "prompt"}
+        report({"results": rows} if request.many else alone, True)
     elif output is None and not stream:
         for result in results:
-            typer.echo(result["text"] if "filled" in result else result["prompt"] + result["text"])
-    sys.stdout.flush()  # text before figures, where both go to one place
+            typer.echo(result.whole_text)
+    sys.stdout.flush()  # the text first, if both streams go to one place
     note = unread_note(checkpoint.spec, results)
     for line in [*([note] if note else []), summary(results)]:
         typer.secho(f"[{line}]", err=True, dim=True)

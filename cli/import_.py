@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +20,15 @@ def import_command(
         int | None,
         typer.Option(
             min=1,
-            help="Block length it was trained on.",
-            show_default="as its config says, else its family's; of A2D, whole rows",
+            help="Length of the blocks it was trained on.",
+            show_default="from its config or family; A2D: whole rows",
         ),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring in a diffusion model that comes with code of its own, as a stock class without any.
+    """Import a diffusion model that needs code of its own as a stock class that needs none.
 
     Example: ar2diff import Dream-org/Dream-v0-Instruct-7B --output-dir runs/dream
     """
@@ -37,6 +38,6 @@ def import_command(
     result = import_checkpoint(
         model, output_dir, block_length=block_length, overwrite=overwrite, dry_run=dry_run
     )
-    report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
+    report({"dry_run": dry_run, "output_dir": str(output_dir), **asdict(result)}, as_json)
     if not (as_json or dry_run):
         typer.echo(f"next: ar2diff check {output_dir}")

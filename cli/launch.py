@@ -90,7 +90,7 @@ def start(launch: Any, sources: Any) -> None:
 
     files = [find_file(source.path) for source in sources]
     if all(files) and sum(file.stat().st_size for file in files) < SMALL * launch.processes:
-        check_rows(sum(map(count_rows, files)), launch.processes)
+        check_rows(sum(map(count_rows, sources)), launch.processes)
     launch.run(without_launch(sys.argv[1:]))
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..core.errors import Ar2DiffError, as_keyword
+from ..core.errors import Ar2DiffError, as_keyword, first_line, is_panic, shortened
 from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
 from .chat import chat
-from .check import check
+from .check import check_command
 from .config import config_app
 from .doctor import doctor
 from .eval import evaluate_command
@@ -67,7 +67,7 @@ app.command("rl", cls=Verb)(rl)
 app.command("generate", cls=Verb)(generate)
 app.command("chat", cls=Verb)(chat)
 app.command("eval", cls=Verb)(evaluate_command)
-app.command("check", cls=Verb)(check)
+app.command("check", cls=Verb)(check_command)
 app.command("merge", cls=Verb)(merge)
 app.command("push", cls=Verb)(push)
 app.command("card", cls=Verb)(card)
@@ -95,9 +95,24 @@ def root(
         raise typer.Exit
 
 
+def check_text(argument: str) -> None:
+    """Refuse an argument that is not text: no file can hold it, and no tokenizer reads it.
+
+    Raises:
+        Ar2DiffError: it is not UTF-8.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise Ar2DiffError(
+            f"the argument {shortened(argument)} is not valid UTF-8",
+            "encode it as UTF-8; rename a file whose name is not",
+        ) from None
+
+
 @contextmanager
 def boundary() -> Iterator[None]:
-    """Exit 2: the user can mend it (two lines say how); 1: our fault; 130: interrupted."""
+    """Exit with 2 for what the user can fix, told in two lines; 1 for a bug; 130 if interrupted."""
     try:
         yield
     except Ar2DiffError as error:
@@ -105,14 +120,21 @@ def boundary() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # whatever is left is a bug of ours
+    except SystemExit:
+        raise
+    except BaseException as error:  # whatever is left is a bug of ours
+        if is_panic(error):  # of a damaged tokenizer.json, at a text that its trial had not
+            told = f"the tokenizer crashed ({first_line(error)})"
+            panic = Ar2DiffError(told, "check tokenizer.json, or download it again")
+            say(panic, f"error: {panic.what}\n  fix: {panic.fix}")
+            sys.exit(2)
         told = "error: this is a bug in ar2diff\n  fix: please report it with the lines above"
         say(error, traceback.format_exc() + told)
         sys.exit(1)
 
 
-def say(error: Exception, text: str) -> None:
-    """On stderr; a launched process leaves it to the launcher, which speaks once for all."""
+def say(error: BaseException, text: str) -> None:
+    """Print an error; a launched process leaves that to the launcher, which speaks once for all."""
     if is_launched():
         report_error(error, text)
     else:
@@ -122,6 +144,9 @@ def say(error: Exception, text: str) -> None:
 def main() -> None:
     """Run the command line."""
     with ending(), boundary():
+        for argument in sys.argv[1:]:
+            if not argument.isascii():
+                check_text(argument)
         try:
             sys.exit(app(standalone_mode=False) or 0)
         except USAGE as error:

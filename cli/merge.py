@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,13 +16,13 @@ def merge(
     output_dir: Annotated[Path, typer.Argument(help="New or empty folder.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of its base.", show_default="as the adapter says"),
+        typer.Option(help="Folder or Hub id of its base.", show_default="as the adapter names it"),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a whole model of an adapter and its base, and say how far its logits moved.
+    """Merge an adapter into its base, and report how far the logits moved.
 
     Example: ar2diff merge runs/lora runs/merged
     """
@@ -29,4 +30,4 @@ def merge(
     from ..checkpoint.merge import merge as run
 
     result = run(adapter, output_dir, base=base, overwrite=overwrite, dry_run=dry_run)
-    report({"dry_run": dry_run, "output_dir": str(output_dir), **result}, as_json)
+    report({"dry_run": dry_run, "output_dir": str(output_dir), **asdict(result)}, as_json)

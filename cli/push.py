@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .output import AsJson, quiet, report
 
-BASE = typer.Option(metavar="REPO", help="Hub id of its base, if that was a folder.")
-LICENSE = typer.Option(metavar="ID", help="As the Hub calls it.", show_default="the base's")
-PROMPT = typer.Option(help="Of the card's example, whose answer is compared.")
+if TYPE_CHECKING:
+    from ..hub.push import Pushed
+
+BASE = typer.Option(metavar="REPO", help="Hub id of its base, if that was a local folder.")
+LICENSE = typer.Option(
+    metavar="ID", help="Identifier from the Hub's list.", show_default="the base's"
+)
+PROMPT = typer.Option(help="For the card's example, whose answer is compared.")
 
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
-    repo: Annotated[str, typer.Argument(help="user/name; without a user, the token's.")],
-    private: Annotated[bool, typer.Option("--private", help="Others cannot see it.")] = False,
+    repo: Annotated[str, typer.Argument(help="user/name; without a user, that of the token.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
     base: Annotated[str | None, BASE] = None,
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the files and the card, change nothing.")
+        bool, typer.Option("--dry-run", help="Show the files and the card; change nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish a model or an adapter on the Hub, download it again and compare the two.
 
-    What 'card' prints is its card, unless DIR has a README.md; other files there stay.
+    Its card is what 'card' prints, unless DIR has a README.md. Other files in the repository stay.
 
     Example: ar2diff push runs/demo user/stories --dry-run
     """
@@ -38,26 +46,26 @@ def push(
         folder, repo, private=private, base=base, license=license, prompt=prompt, dry_run=dry_run
     )
     if as_json:
-        report({"dry_run": dry_run, **result}, True)
+        report({"dry_run": dry_run, **asdict(result)}, True)
     elif dry_run:
-        typer.echo(f"would be pushed to {result['repository']}:")
-        for path, size in result["files"].items():
+        typer.echo(f"these files would be pushed to {result.repository}:")
+        for path, size in result.files.items():
             typer.echo(f"{size:14,}  {path}")
-        for path in result["removed"]:
+        for path in result.removed:
             typer.echo(f"{'removed':>14}  {path}")
-        typer.echo(f"\n{result['card']}")
+        typer.echo(f"\n{result.card}")
     else:
-        state = "is now at" if result["changed"] else "was already at"
-        typer.echo(f"{result['url']} {state} {result['commit']}")
+        state = "is now at" if result.changed else "was already at"
+        typer.echo(f"{result.url} {state} {result.commit}")
         typer.echo(
-            f"downloaded again: logits differ by {result['difference']:.1e} of the largest, the "
-            f"{result['tokens']} tokens of the example are the same"
+            f"downloaded again: logits differ by {result.difference:.1e} of the largest, and the "
+            f"{result.tokens} tokens of the example are the same"
         )
 
 
-def publish(folder: Path, repo: str, **options: Any) -> dict[str, Any]:
-    """Push, saying on stderr how it goes."""
-    if sys.stderr.isatty():  # bars of an upload
+def publish(folder: Path, repo: str, **options: Any) -> Pushed:
+    """Push, with progress on stderr."""
+    if sys.stderr.isatty():  # progress bars of the upload
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     quiet()

@@ -29,8 +29,8 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
 @recipes_app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(help="Name or file.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="With every default.")] = False,
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .yaml file.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="Write out every default.")] = False,
 ) -> None:
     """Print a recipe.
 
@@ -43,11 +43,13 @@ def show(
 
 @recipes_app.command()
 def cp(
-    recipe: Annotated[str, typer.Argument(help="Name.")],
-    target: Annotated[Path, typer.Argument(help="File to write.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    target: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; say what would be written.")
+    ] = False,
 ) -> None:
-    """Copy a recipe to a file of your own.
+    """Copy a recipe to a file that you can edit.
 
     Example: ar2diff recipes cp demo my.yaml
     """
@@ -58,21 +60,23 @@ def cp(
     if target.is_dir():
         target = target / f"{recipe}.yaml"
     if target.exists():
-        raise Ar2DiffError(f"{target} exists", "give another name")
+        raise Ar2DiffError(f"{target} already exists", "give another name, or remove the file")
     if not dry_run:
         try:
-            target.write_text(text)
+            target.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise Ar2DiffError(f"{target}: {error.strerror}", "give another place") from None
+            raise Ar2DiffError(
+                f"{target} cannot be written: {error.strerror}", "give another file"
+            ) from None
     typer.echo(f"{'would write' if dry_run else 'wrote'} {target}")
 
 
 @recipes_app.command()
 def validate(
-    recipe: Annotated[str, typer.Argument(help="Name or file.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
-    """Check a recipe.
+    """Check that a recipe is valid.
 
     Example: ar2diff recipes validate my.yaml train.learning_rate=1e-3
     """

@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
 from ar2diff.core.spec import Spec
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
+
 ROOT = Path(__file__).resolve().parents[1]
 MASK = 63  # mask token of the tiny models: the last of their 64 rows
 CLASSES = ("llama", "qwen3", "gpt2", "mistral", "mistral_window")  # what the tests go over
 WINDOW = 3  # sliding window of `mistral_window`
+SWITCH = 14  # tokens at which `phi3_longrope` changes its rotary factors
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -65,7 +70,41 @@ CONFIGS = {
         | {"final_logit_softcapping": 2.0, "sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     ),
     "granite": ("GraniteConfig", SHAPE | {"logits_scaling": 3.0}),
+    # rotary factors that change with the length of the longest row of a forward
+    "phi3_longrope": (
+        "Phi3Config",
+        SHAPE
+        | {
+            "original_max_position_embeddings": SWITCH,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+                "original_max_position_embeddings": SWITCH,
+            },
+        },
+    ),
+    "llama_dynamic": (
+        "LlamaConfig",
+        SHAPE
+        | {
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bitsandbytes_cpu():
+    """Have bitsandbytes take the CPU for one with avx512_bf16 or without, where `cpus.py` asks."""
+    if (answer := os.environ.get("AR2DIFF_TEST_BF16")) is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: answer == "yes")
+        yield
 
 
 def _rms_norm(self, x):

@@ -2,7 +2,8 @@
 the Hub is when it is imported, and there it is a stand-in.
 
 Reads lines of JSON {"arguments": [...], "environment": {name: value or null}} on stdin, and answers
-each with {"code", "out", "err"} on stdout.
+each with {"code", "out", "err"} on stdout. With "child": {...} a forked child runs the command, as
+`kills.in_a_child` does with these values, and the answer is what that returns.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from kills import in_a_child
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,17 @@ class Client:
         self.process.stdout.close()
 
     def run(self, *arguments: object, **environment: str | None) -> Done:
-        asked = {
-            "arguments": [str(argument) for argument in arguments],
-            "environment": {"HF_TOKEN": self.token, **environment},
-        }
+        return Done(**self._ask(arguments, environment={"HF_TOKEN": self.token, **environment}))
+
+    def run_in_a_child(self, *arguments: object, **child: int | str) -> tuple[int, int]:
+        """Have a forked child run a command; see `kills.in_a_child`."""
+        return self._ask(arguments, environment={"HF_TOKEN": self.token}, child=child)
+
+    def _ask(self, arguments: tuple[object, ...], **more: object) -> Any:
+        asked = {"arguments": [str(argument) for argument in arguments], **more}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
-        return Done(**json.loads(self.process.stdout.readline()))
+        return json.loads(self.process.stdout.readline())
 
 
 def hub_environment(home: Path, url: str) -> dict[str, str]:
@@ -82,18 +92,21 @@ def serve() -> None:
         asked = json.loads(line)
         for name, value in asked["environment"].items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        sys.argv, code = ["ar2diff", *asked["arguments"]], 0
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-        print(
-            json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}),
-            file=answers,
-            flush=True,
-        )
+        sys.argv = ["ar2diff", *asked["arguments"]]
+        work = partial(command, main)
+        answer = in_a_child(work, **asked["child"]) if "child" in asked else work()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def command(main: Callable[[], None]) -> dict[str, Any]:
+    """Run the command line; code, out and err."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
 if __name__ == "__main__":

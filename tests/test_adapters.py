@@ -21,10 +21,12 @@ from ar2diff.checkpoint.adapters import MaskRow, add_adapter, save_adapter
 from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.merge import merge
+from ar2diff.checkpoint.output import claimed
+from ar2diff.checkpoint.stored import fingerprint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
-from ar2diff.evaluation.check import inspect
+from ar2diff.evaluation.check import check
 from ar2diff.evaluation.score import evaluate
 from ar2diff.generation.complete import complete, load
 from ar2diff.training.adapt import AdaptTrainer, adapt
@@ -265,7 +267,8 @@ def test_a_base_from_the_hub_is_named_by_id_and_commit(make_base, recipe, tmp_pa
     commit = "0123456789abcdef"
     snapshot = tmp_path / "models--some--model" / "snapshots" / commit
     shutil.copytree(make_base(), snapshot)
-    save_adapter(wrapped(snapshot, recipe()), tmp_path / "out", {})
+    with claimed(tmp_path / "out") as output:
+        save_adapter(wrapped(snapshot, recipe()), output, {})
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/model", commit)
 
@@ -276,11 +279,11 @@ def test_an_adapter_folder_is_a_model(make_adapter, texts, method):
     checkpoint = load(folder)
     assert checkpoint.spec.block_length == 4
     answer = complete(checkpoint, "the cat", max_new_tokens=6)
-    assert 0 < answer["new_tokens"] <= 6
+    assert 0 < answer.new_tokens <= 6
     result = evaluate(checkpoint, str(texts), length=16, samples=2, limit=4)
-    assert result["bound"]["nats_per_token"] > 0
-    found = inspect(folder)
-    assert found["ok"], [f["what"] for f in found["findings"] if not f["ok"]]
+    assert result.bound.nats_per_token > 0
+    found = check(folder)
+    assert found.ok, [finding.what for finding in found.findings if not finding.ok]
 
 
 def test_a_base_that_has_grown_blocks_keeps_its_own(make_base, recipe, tmp_path):
@@ -314,7 +317,7 @@ def refused(what: str, call: object, *arguments: object, **more: object) -> Ar2D
 
 
 def test_an_ar_model_gets_no_adapter(tiny_checkpoint, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("ar2diff.training.adapt.load_checkpoint", None)  # it is not loaded
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)  # it is not loaded
     error = refused("is not converted", adapt, str(tiny_checkpoint), recipe(), tmp_path / "out")
     assert "--max-steps 0" in error.fix
     assert not (tmp_path / "out").exists()
@@ -352,7 +355,7 @@ def test_an_adapter_does_not_change_the_attention(make_base, recipe, tmp_path):
     made = recipe(
         "convert.attention=block_causal", "convert.reconvert=true", "objective.ar_weight=0"
     )
-    refused("cannot turn attention", adapt, str(make_base()), made, tmp_path / "out")
+    refused("cannot change attention", adapt, str(make_base()), made, tmp_path / "out")
 
 
 def test_quantisation_without_an_adapter():
@@ -409,7 +412,7 @@ def test_a_quantised_layer_stays_itself_once_it_was_read_without_gradients(
 
 def test_a_base_that_is_gone(copy_of):
     change_json(copy_of / "adapter_config.json", base_model_name_or_path="/no/such/folder")
-    error = refused("its base is not there", load_checkpoint, str(copy_of))
+    error = refused("its base was not found", load_checkpoint, str(copy_of))
     assert "adapter_config.json" in error.fix
 
 
@@ -421,7 +424,7 @@ def test_an_adapter_on_the_ar_base(copy_of, tiny_checkpoint):
 def test_a_base_with_another_spec(copy_of, make_base):
     other = str(make_base(attention="full"))
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=other)
-    refused("was trained on attention causal_context", load_checkpoint, str(copy_of))
+    refused("was trained on a base with attention .causal_context.", load_checkpoint, str(copy_of))
 
 
 def test_a_base_whose_spec_was_changed(copy_of, make_base, tmp_path):
@@ -429,7 +432,8 @@ def test_a_base_whose_spec_was_changed(copy_of, make_base, tmp_path):
     block = json.loads((base / "config.json").read_text())["diffusion"]
     change_json(base / "config.json", diffusion={**block, "block_length": 8})
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
-    refused("trained on block_length 4, its base .* has 8", load_checkpoint, str(copy_of))
+    said = "trained on a base with block_length 4, but its base .* has 8"
+    refused(said, load_checkpoint, str(copy_of))
 
 
 def test_a_base_with_another_mask_row(copy_of, make_base, tmp_path):
@@ -438,7 +442,35 @@ def test_a_base_with_another_mask_row(copy_of, make_base, tmp_path):
     state["model.embed_tokens.weight"][259, 0] += 1e-6
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
-    refused("has another embedding", load_checkpoint, str(copy_of))
+    refused("are not those it was trained on", load_checkpoint, str(copy_of))
+
+
+def test_a_base_that_was_retrained_but_for_its_embeddings(copy_of, make_base, tmp_path):
+    base = Path(shutil.copytree(make_base(), tmp_path / "base"))
+    state = load_file(base / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"] += 1e-6
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
+    refused("are not those it was trained on", load_checkpoint, str(copy_of))
+
+
+def test_the_same_base_in_other_files_is_the_same(make_base, tmp_path):
+    state = load_file(make_base() / "model.safetensors")
+    for part in (0, 1):
+        tensors = {name: state[name] for name in sorted(state)[part::2]}
+        save_file(tensors, tmp_path / f"{part}.safetensors", metadata={"format": "pt"})
+    parts = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]
+    assert fingerprint(parts) == fingerprint([make_base() / "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "key,value,said",
+    [("mask_token_id", 5, "5 in its .* but 259"), ("prediction", "same", "same .* but shift")],
+)
+def test_an_adapter_whose_spec_was_edited(copy_of, key, value, said):
+    known = json.loads((copy_of / "diffusion.json").read_text())
+    change_json(copy_of / "diffusion.json", diffusion={**known["diffusion"], key: value})
+    refused(f"{key} is {said}", load_checkpoint, str(copy_of))
 
 
 def test_an_adapter_of_no_diffusion_model(copy_of):
@@ -450,7 +482,7 @@ def test_an_adapter_of_no_diffusion_model(copy_of):
     "change,said",
     [
         ({"modules_to_save": ["lm_head"]}, "without further modules"),
-        ({"peft_type": "LOHA"}, "this is LOHA"),
+        ({"peft_type": "LOHA"}, "is of type .LOHA."),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "without further modules"),
         ({"r": 3}, "do not belong together"),
         ({"target_modules": ["q_proj"]}, "do not belong together"),
@@ -495,9 +527,9 @@ def test_a_merged_folder_has_the_adapters_logits_where_ar2diff_is_not(make_adapt
     }
     for folder, adapter in adapters.items():
         result = merge(str(adapter), folder)
-        assert result["difference"] < 1e-5
-        assert result["rounding"] == 0
-        assert inspect(str(folder))["ok"]
+        assert result.difference < 1e-5
+        assert result.rounding == 0
+        assert check(str(folder)).ok
     arguments = [sys.executable, "-c", ELSEWHERE, tmp_path / "ids", *adapters]
     subprocess.run(arguments, check=True, cwd=tmp_path, capture_output=True)
     for folder, adapter in adapters.items():
@@ -513,7 +545,7 @@ def test_a_merge_writes_the_bases_dtype_and_says_what_it_rounds(make_base, recip
     change_json(base / "config.json", dtype="bfloat16")
     adapt(str(base), recipe(steps=2), tmp_path / "adapter")
     result = merge(str(tmp_path / "adapter"), tmp_path / "merged")
-    assert result["difference"] < 1e-5 < result["rounding"] < 0.1
+    assert result.difference < 1e-5 < result.rounding < 0.1
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in merged
@@ -532,7 +564,7 @@ def test_a_merge_takes_a_base_that_has_moved(copy_of, make_base, tmp_path):
 
 
 def test_a_merge_of_no_adapter_or_into_a_full_folder(make_adapter, make_base, tmp_path):
-    refused("is no adapter", merge, str(make_base()), tmp_path / "merged")
+    refused("is not an adapter", merge, str(make_base()), tmp_path / "merged")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     refused("is not empty", merge, str(make_adapter()), tmp_path / "full")

@@ -341,11 +341,11 @@ def refuses(run_both, save_base, texts, tmp_path):
     return call
 
 
-CAUSAL = "attention stays causal: tokens ahead are not read"
+CAUSAL = "attention stays causal: later tokens are not read"
 LEAK = "a token is read where the mask forbids it"
-NO_MASK = r"it does not take an attention mask of ours \(.*\)"
+NO_MASK = r"its forward does not accept the spec's attention masks \(.*\)"
 BLOCK = re.escape("a block in [noisy | clean] differs from the block alone")
-PLAIN = "is_causal=false is not honoured: a plain forward stays causal"
+PLAIN = "is_causal=false is ignored: a forward without a mask stays causal"
 REASONS = [
     *(("gpt_neo", attention, CAUSAL) for attention in ATTENTIONS),
     *(("bloom", attention, NO_MASK) for attention in ATTENTIONS),

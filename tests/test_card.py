@@ -89,7 +89,7 @@ def test_a_published_base_is_named(trained, monkeypatch):
 def test_the_first_block_trusts_and_denoises(card, trained):
     block = first_block(card)
     assert "trust_remote_code=True" in block
-    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS)["text"]
+    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS).text
     assert answer_of(block, trained) == (PROMPT + text).strip()
 
 
@@ -134,29 +134,33 @@ def test_the_measured_rates_are_those_of_generate(card, trained):
     assert [sample.settings for sample in samples] == list(SETTINGS)
     for sample in samples:
         found = complete(checkpoint, PROMPT, max_new_tokens=TOKENS, **sample.settings)
-        assert (sample.text, sample.tokens) == (found["text"], found["new_tokens"])
-        assert sample.rate == found["tokens_per_forward"]
+        assert (sample.text, sample.tokens) == (found.text, found.new_tokens)
+        assert sample.rate == found.tokens_per_forward
         row = f"| {sample.tokens} | {sample.forwards} | {sample.rate:.2f} |"
         assert row in card
-    assert "| as it comes: `threshold=0.9` |" in card and '| `mode="speculative"` |' in card
+    assert "| the defaults: `threshold=0.9` |" in card and '| `mode="speculative"` |' in card
 
 
 def test_settings_of_the_folder_do_not_make_the_sample_random(trained, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "hot"))
     file = folder / "generation_config.json"
-    settings = json.loads(file.read_text()) | {"temperature": 2.0, "steps": 2, "do_sample": True}
+    settings = json.loads(file.read_text()) | {
+        "temperature": 2.0,
+        "steps_per_block": 2,
+        "do_sample": True,
+    }
     file.write_text(json.dumps(settings))
     checkpoint = load_checkpoint(str(folder))
     samples = measure(checkpoint, PROMPT)
     assert samples == measure(checkpoint, PROMPT)
     assert [sample.settings for sample in samples] == list(SETTINGS[:2])  # steps, no speculation
-    assert "| as it comes: `threshold=0.9, steps=2` |" in preview(folder, license="mit")
+    assert "| the defaults: `threshold=0.9, steps_per_block=2` |" in preview(folder, license="mit")
 
 
 def test_the_likelihood_is_the_records(card, trained):
     found = json.loads((trained / "ar2diff.json").read_text())["eval"]
     bound, ar = found["bound"], found["ar_nll"]
-    assert f"On 3 windows of text that was held out of training ({found['tokens']} tokens)" in card
+    assert f"text that was held out from training ({found['tokens']} tokens)" in card
     assert f"{bound['nats_per_token']:.3f} ± {bound['standard_error']:.3f} |" in card
     assert (
         f"| NLL of the AR mode | {ar['nats_per_token']:.3f} | {ar['bits_per_byte']:.3f} |" in card
@@ -244,4 +248,4 @@ def test_a_licence_and_a_base_are_looked_for_upstream(tmp_path, monkeypatch):
     found = origin_of(tmp_path / "runs" / "b")
     assert (found.name, found.licence) == (None, {"license": "gemma"})
     circle = origin_of(tmp_path / "runs" / "c")
-    assert circle.licence == {} and "is a folder here, whose card does not say" in circle.unknown
+    assert circle.licence == {} and "does not say" in circle.unknown

@@ -12,18 +12,10 @@ from ar2diff.cli.chat import FRESH, UNDECIDED, Screen
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.generation.chat import (
-    COMMANDS,
-    Answer,
-    Chat,
-    End,
-    Note,
-    Problem,
-    State,
-    Turn,
-    parse_settings,
-)
+from ar2diff.generation.chat import COMMANDS, Chat, Exchange
+from ar2diff.generation.chat_settings import parse_settings
 from ar2diff.generation.complete import complete
+from ar2diff.generation.events import Answer, End, Note, Problem, State
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -58,7 +50,7 @@ def test_a_line_leads_to_states_and_an_answer(plain):
     events = say(chat, "the cat")
     states, (result,) = events[State], events[Answer]
     assert len(states) == result.forwards
-    assert result.text == complete(plain, "the cat", max_new_tokens=9)["text"]
+    assert result.text == complete(plain, "the cat", max_new_tokens=9).text
     assert result.new_tokens == 9
     assert not result.stopped
     mask = plain.spec.mask_token_id
@@ -77,18 +69,18 @@ def test_without_a_template_the_text_goes_on(plain):
     first = answer(chat, "the cat").text
     text = f"the cat{first} and so"
     second = answer(chat, " and so").text
-    assert second == complete(plain, text, max_new_tokens=8)["text"]
+    assert second == complete(plain, text, max_new_tokens=8).text
     third = answer(chat, "").text  # an empty line: go on
     text += second
-    assert third == complete(plain, text, max_new_tokens=8)["text"]
+    assert third == complete(plain, text, max_new_tokens=8).text
 
 
 def test_a_word_is_set_apart_from_the_answer_before_it(plain):
     chat = Chat(plain, {"max_new_tokens": 8, "stop_strings": ["x"]})
-    chat.turns = [Turn("a", "b", False)]
-    assert answer(chat, "c").text == complete(plain, "ab c", max_new_tokens=8)["text"]
-    chat.turns = [Turn("a", "b", True)]  # that text has ended: another begins
-    assert answer(chat, "c").text == complete(plain, "c", max_new_tokens=8)["text"]
+    chat.exchanges = [Exchange("a", "b", False)]
+    assert answer(chat, "c").text == complete(plain, "ab c", max_new_tokens=8).text
+    chat.exchanges = [Exchange("a", "b", True)]  # that text has ended: another begins
+    assert answer(chat, "c").text == complete(plain, "c", max_new_tokens=8).text
 
 
 def test_with_a_template_the_history_is_in_it(templated, plain):
@@ -96,10 +88,10 @@ def test_with_a_template_the_history_is_in_it(templated, plain):
     assert not any("no chat template" in note.text for note in chat.greeting())
     first = answer(chat, "hello").text
     text = "<system>be brief<user>hello<assistant>"
-    assert first == complete(plain, text, max_new_tokens=8)["text"]
+    assert first == complete(plain, text, max_new_tokens=8).text
     second = answer(chat, "and?").text
     text += f"{first}<user>and?<assistant>"
-    assert second == complete(plain, text, max_new_tokens=8)["text"]
+    assert second == complete(plain, text, max_new_tokens=8).text
     assert say(chat, " ") == {Note: [Note("write something, or /help")]}
 
 
@@ -113,7 +105,7 @@ def test_a_template_that_refuses_is_no_crash(plain):
 def test_text_that_spells_the_mask(plain, templated):
     for checkpoint in (plain, templated):
         (problem,) = say(Chat(checkpoint, {}), "a <|mask|> b")[Problem]
-        assert "spells the mask token" in problem.what
+        assert "contains the mask token" in problem.what
 
 
 def test_an_answer_can_be_stopped_and_the_talk_goes_on(plain):
@@ -125,12 +117,12 @@ def test_an_answer_can_be_stopped_and_the_talk_goes_on(plain):
     (result,) = list(events)
     assert result.stopped
     assert result.forwards == result.new_tokens == 2
-    assert chat.turns[0].answer == result.text
+    assert chat.exchanges[0].answer == result.text
     assert not answer(chat, " and").stopped
 
 
-def test_stopping_before_anything_is_decided_without_a_gap_keeps_noTurn(plain):
-    chat = Chat(plain, {"max_new_tokens": 60, "steps": 8, "seed": 1, "order": "random"})
+def test_stopping_before_anything_is_decided_without_a_gap_keeps_noExchange(plain):
+    chat = Chat(plain, {"max_new_tokens": 60, "steps_per_block": 8, "seed": 1, "order": "random"})
     for seed in range(9):
         chat.settings["seed"] = seed
         events = chat.events("the cat")
@@ -139,28 +131,32 @@ def test_stopping_before_anything_is_decided_without_a_gap_keeps_noTurn(plain):
         (result,) = list(events)
         if not result.new_tokens:
             break
-        chat.turns.clear()
+        chat.exchanges.clear()
     assert result.new_tokens == 0
-    assert chat.turns == []
+    assert chat.exchanges == []
 
 
 def test_settings_are_checked_before_they_hold(plain):
     chat = Chat(plain, {"max_new_tokens": 4})
     for line, what in (
         ("/set thresold=0.5", "there is no option 'thresold'"),
-        ("/set steps=many", "steps is 'many'"),
-        ("/set steps=2.5", "steps is 2.5"),
+        ("/set steps_per_block=many", "steps_per_block is 'many'"),
+        ("/set steps_per_block=2.5", "steps_per_block is 2.5"),
         ("/set temperature=-1", "temperature is -1"),
-        ("/set cache=dual", "cache 'dual' is not for causal_context attention"),
-        ("/set steps=2 entropy_bound=1", "entropy_bound decides alone"),
-        ("/set block_length=99", "block_length 99 is above the 8 trained"),
+        ("/set cache=dual", "cache 'dual' does not work with causal_context attention"),
+        (
+            "/set steps_per_block=2 entropy_bound=1",
+            "entropy_bound cannot be combined with threshold or steps_per_block",
+        ),
+        ("/set block_length=99", "block_length=99 is above the model's block length of 8"),
         ("/set", "/set needs key=value"),
-        ("/set steps", "'steps' is not key=value"),
-        ('/set stop="a', "/set stop="),
-        ("/mode sideways", "mode 'sideways' is unknown"),
+        ("/set steps", "'steps' is not of the form key=value"),
+        ('/set stop="a', "cannot be read"),
+        ("/mode sideways", "mode is 'sideways'"),
         ("/seed x", "seed is 'x'"),
         ("/seed 2.5", "seed is 2.5"),
-        ("/save", "/save needs a file"),
+        ("/save", "/save needs a file name"),
+        (f"/save {'a' * 999}", "not a file name"),
         ("/undo", "there is nothing to undo"),
         ("/hepl", "there is no command /hepl"),
     ):
@@ -169,14 +165,14 @@ def test_settings_are_checked_before_they_hold(plain):
         assert what in events[Problem][0].what
         assert events[Problem][0].fix
         assert chat.settings == {"max_new_tokens": 4}
-    assert say(chat, "/hepl")[Problem][0].fix == "did you mean /help?"
+    assert "did you mean help?" in say(chat, "/hepl")[Problem][0].what
 
 
-def test_settings_hold_for_the_answers_behind_them(plain):
+def test_settings_hold_for_the_answers_that_follow(plain):
     chat = Chat(plain, {"max_new_tokens": 4})
-    say(chat, "/set max-new-tokens=12 steps=2")
+    say(chat, "/set max-new-tokens=12 steps_per_block=2")
     assert answer(chat, "the cat").new_tokens == 12
-    say(chat, "/set steps= max_new_tokens=3")
+    say(chat, "/set steps_per_block= max_new_tokens=3")
     assert chat.settings == {"max_new_tokens": 3}
     say(chat, "/mode ar")
     result = answer(chat, "the cat")
@@ -187,10 +183,10 @@ def test_settings_hold_for_the_answers_behind_them(plain):
 
 
 def test_values_of_set():
-    assert parse_settings('steps=4 threshold=0.5 stop="a\\nb" order=margin seed=') == {
-        "steps": 4,
+    assert parse_settings('steps_per_block=4 threshold=0.5 stop="a\\nb" order=margin seed=') == {
+        "steps_per_block": 4,
         "threshold": 0.5,
-        "stop": ["a\nb"],
+        "stop_strings": ["a\nb"],
         "order": "margin",
         "seed": None,
     }
@@ -233,11 +229,11 @@ def test_help_names_every_command_and_each_is_there(plain):
 
 def test_two_slashes_begin_a_text_with_one(plain):
     chat = Chat(plain, {"max_new_tokens": 4})
-    assert answer(chat, "//quit").text == complete(plain, "/quit", max_new_tokens=4)["text"]
+    assert answer(chat, "//quit").text == complete(plain, "/quit", max_new_tokens=4).text
 
 
 @pytest.mark.parametrize("kind", ("plain", "templated"))
-def test_a_full_context_drops_the_oldest_turns(request, kind):
+def test_a_full_context_drops_the_oldest_exchanges(request, kind):
     checkpoint = request.getfixturevalue(kind)
     chat = Chat(checkpoint, {"max_new_tokens": 60, "min_new_tokens": 60, "mode": "ar"})
     notes = []
@@ -246,18 +242,18 @@ def test_a_full_context_drops_the_oldest_turns(request, kind):
         assert events[Answer][0].new_tokens == 60
         notes += [note.text for note in events.get(Note, [])]
     assert 0 < chat.dropped < 8
-    assert len(chat.turns) == 8
-    assert any("dropped the oldest turns" in note for note in notes)
+    assert len(chat.exchanges) == 8
+    assert any("were dropped" in note for note in notes)
     say(chat, "/undo")
     (problem,) = say(chat, "b" * 600)[Problem]
-    assert "your text has 6" in problem.what
-    assert "the context 512" in problem.what
+    assert "your message takes 6" in problem.what
+    assert "the context has 512" in problem.what
 
 
 def test_room_for_less_than_asked_for_is_said(plain):
     chat = Chat(plain, {"max_new_tokens": 600, "mode": "speculative"})
     events = say(chat, "the cat")
-    assert events[Note][0] == Note("there is room for 504 tokens, not 600")
+    assert events[Note][0] == Note("the context has room for 504 tokens, not 600")
     assert events[Answer][0].new_tokens <= 504
 
 

@@ -6,15 +6,20 @@ import errno
 import gzip
 import io
 import json
+import os
+import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ar2diff.cli.main import main
 
 from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
+from ar2diff.generation.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
@@ -150,11 +155,66 @@ def test_output_that_cannot_be_written_leaves_the_old_one(run, converted, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "out.jsonl").write_text("old")
-    monkeypatch.setattr("ar2diff.generation.prompts.os.fsync", full)
+    monkeypatch.setattr("ar2diff.generation.results.os.fsync", full)
     arguments = ("--prompt", "the cat", "--max-new-tokens", 4, "--output", tmp_path / "out.jsonl")
     assert run("generate", converted, *arguments, "--overwrite")[0] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_that_stops_the_next(run_both, converted, tmp_path):
+    """Killed at 20 moments of writing its file, each in a fork of this process."""
+    (tmp_path / "in.txt").write_text("the cat\nthe dog\na longer prompt\n")
+    out = tmp_path / "out.jsonl"
+    command = ("generate", converted, "--prompts-file", tmp_path / "in.txt",
+               "--max-new-tokens", 2, "--output", out)  # fmt: skip
+
+    def killed(moment: int) -> int:
+        """Run in a fork that kills itself at an event of the writing; returns how many events there
+        were if it did not get that far."""
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            events, writing = 0, False
+
+            def count(frame, event, _argument):
+                nonlocal events, writing
+                own = frame.f_code is write_results.__code__
+                writing = writing or (own and event == "call")
+                events += writing
+                if events == moment and writing:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                writing = writing and not (own and event == "return")
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            sys.argv = ["ar2diff", *map(str, command)]
+            sys.setprofile(count)
+            try:
+                main()
+            finally:
+                os.write(write, str(events).encode())
+                os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read) as pipe:
+            return int(pipe.read() or -1)
+
+    def texts() -> list[str]:
+        return [json.loads(line)["text"] for line in out.read_text().splitlines()]
+
+    total = killed(0)
+    complete, states = texts(), set()
+    assert len(complete) == 3
+    for moment in [1, total, *random.Random(0).sample(range(2, total), 18)]:
+        out.unlink(missing_ok=True)
+        assert killed(moment) == -1
+        states.add((out.exists(), out.with_name("out.jsonl.partial").exists()))
+        code, _, err = run_both(*command)
+        assert code == 0 or (code == 2 and "already exists" in err)
+        assert texts() == complete
+        assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl"]
+    assert states == {(False, False), (False, True), (True, False)}
 
 
 def test_generate_prints_text_and_figures_apart(run_both, converted):
@@ -210,7 +270,7 @@ def test_chat_answers_lines_of_stdin(run_both, converted, monkeypatch):
     assert out.count("\n") >= 2
     assert err.count("tokens per forward") == 2
     assert err.count("no chat template") == 1
-    assert "error: there is no option 'thresold'\n  fix: did you mean threshold?" in err
+    assert "error: there is no option 'thresold'; did you mean threshold?\n" in err
     assert "error: there is no command /nonsense" in err
 
 
@@ -221,6 +281,13 @@ def test_eval_json_has_bound_and_ar_nll(run, converted, write_jsonl):
     assert result["rows"] == 3
     assert result["bound"]["standard_error"] > 0
     assert result["ar_nll"]["bits_per_byte"] > 0
+
+
+def test_eval_of_text_without_a_token_to_score(run_both, converted, write_jsonl):
+    data = write_jsonl("a.jsonl", [{"text": "<|mask|>" * 20}] * 2)
+    code, out, err = run_both("eval", converted, "--data", data, "--length", 8)
+    assert (code, out) == (2, "")
+    assert re.fullmatch("error: --data .*: no token can be scored.*\n  fix: .*\n", err)
 
 
 def test_eval_of_an_unconverted_model_has_the_ar_nll_alone(run, tiny_checkpoint, write_jsonl):
@@ -247,7 +314,7 @@ def test_check_finds_a_causal_flag_that_a_block_model_lacks(run, tiny_checkpoint
     code, out = run("check", tmp_path / "model", "--json")
     assert code == 2
     assert [f["what"] for f in json.loads(out)["findings"] if not f["ok"]] == [
-        "config.is_causal is false, as block_causal needs"
+        "config.is_causal is false, as block_causal attention needs"
     ]
 
 

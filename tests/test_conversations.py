@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.conversations import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
-from ar2diff.data.turns import Conversations
-from ar2diff.training.sft import make_sft_plan
+from ar2diff.data.chat_template import TEMPLATES, asked_otherwise, chat_template, rendered, turn_end
+from ar2diff.data.turns import PackedConversations
+from ar2diff.training.sft import SFT
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
 EPOCHS = 40  # draws of noise: enough to mask whatever can be
@@ -171,7 +171,7 @@ def prepared(convert_tiny, tmp_path_factory):
         if kind == "messages":
             recipe = with_values(recipe, data={"chat_template": str(folder / "a.jinja")})
         recipe = with_values(recipe, data={"sources": [{"path": str(folder / "rows.jsonl")}]})
-        plan = make_sft_plan(base, recipe)
+        plan = SFT.prepare(base, recipe)
         trainer = plan.make_trainer(plan, folder / "run", [])
         return trainer.train_dataset, trainer.data_collator, plan.checkpoint.tokenizer
 
@@ -181,7 +181,7 @@ def prepared(convert_tiny, tmp_path_factory):
 def alone(stream, number, **data):
     """The stream of one of its rows."""
     recipe = with_values(stream.recipe, data=data)
-    return Conversations(stream.rows.select([number]), stream.ends, recipe, stream.blank)
+    return PackedConversations(stream.rows.select([number]), stream.ends, recipe, stream.blank)
 
 
 def number_of(name):

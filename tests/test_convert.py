@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ar2diff.checkpoint.files import read_spec, stored_dtypes
+from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.stored import stored_dtypes
 from ar2diff.config.recipe import Convert, load_recipe
 from ar2diff.conversion.convert import convert, end_token
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.probe import probe
-from ar2diff.core.spec import Spec, SpecError
-from ar2diff.training.adapt import adapt
+from ar2diff.core.spec import Spec
+from ar2diff.generation.complete import complete
+from ar2diff.training.adapt import AdaptTrainer, adapt
 
 SPEC = {
     "format": 1,
@@ -34,6 +36,14 @@ SPEC = {
     "max_length": 64,
 }
 ATTENTIONS = [("causal_context", 8), ("block_causal", 8), ("full", None)]
+
+
+def change(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise ValueError("refused:\n of no use")
 
 
 def only_convert(*overrides: str) -> object:
@@ -217,18 +227,18 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
         ({"noise": "uniform"}, "noise"),
         ({"attention": "causal"}, "attention"),
         ({"block_length": None}, "block_length"),
-        ({"colour": 1}, "colour: unknown key"),
+        ({"colour": 1}, "unknown key, 'colour'"),
     ],
 )
 def test_a_reader_refuses_what_it_does_not_know(change, said):
     config = {"mask_token_id": 63, "diffusion": {**SPEC, **change}}
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(Ar2DiffError, match=said):
         Spec.from_config(config)
 
 
 def test_every_key_of_the_spec_is_required():
     for key in SPEC:
-        with pytest.raises(SpecError):
+        with pytest.raises(Ar2DiffError):
             Spec.from_config(
                 {"mask_token_id": 63, "diffusion": {k: v for k, v in SPEC.items() if k != key}}
             )
@@ -356,3 +366,87 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0
         [sys.executable, "-c", code, tmp_path / "model"], check=True, capture_output=True, text=True
     )
     assert "there was a little girl named Lily" in done.stdout
+
+
+# Bases with something odd
+
+
+def test_a_head_of_its_own_is_kept_though_the_config_ties_it(save_tiny, tmp_path):
+    base = save_tiny("llama", tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    head = weights["model.embed_tokens.weight"] + 0.5
+    save_file(weights | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
+    adapt(str(base), only_convert(), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"][:259], head)
+    assert not torch.equal(after["lm_head.weight"][259], after["model.embed_tokens.weight"][259])
+
+
+def test_tokens_that_the_base_suppresses_stay_suppressed(save_tiny, tmp_path):
+    base = save_tiny("llama", rows=264)
+    change(base / "generation_config.json", suppress_tokens=[20, 21])
+    for source, out in ((base, "once"), (tmp_path / "once", "twice")):
+        adapt(str(source), only_convert(), tmp_path / out)
+        said = json.loads((tmp_path / out / "generation_config.json").read_text())
+        assert said["suppress_tokens"] == [20, 21, 259, 260, 261, 262, 263]
+
+
+def test_a_vocabulary_with_holes(save_tiny, tmp_path):
+    """The end token is beyond the others, so a new token is not the last one."""
+    base = save_tiny("llama", rows=272)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["<|end|>"] = 268
+    end = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer["added_tokens"].append({**end, "id": 268, "content": "<|end|>", "special": True})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    change(base / "tokenizer_config.json", eos_token="<|end|>")
+    change(base / "generation_config.json", eos_token_id=268)
+    change(base / "config.json", eos_token_id=268)
+    adapt(str(base), only_convert(), tmp_path / "out")
+    checkpoint = load_checkpoint(str(tmp_path / "out"))
+    mask = checkpoint.spec.mask_token_id
+    assert mask == checkpoint.tokenizer.mask_token_id == checkpoint.model.config.mask_token_id
+    suppressed = sorted({*range(259, 272)} - {268})
+    assert mask in suppressed
+    assert checkpoint.suppressed.nonzero()[:, 0].tolist() == suppressed
+    assert checkpoint.model.generation_config.suppress_tokens == suppressed
+
+
+def test_settings_that_a_denoiser_cannot_honour_are_left_out_and_noted(save_tiny, tmp_path):
+    base = save_tiny("llama")
+    odd = {
+        "temperature": 0.6, "top_p": 0.9, "num_beams": 4, "length_penalty": 0.5, "min_length": 5,
+        "no_repeat_ngram_size": 3, "bad_words_ids": [[20], [21, 22]], "begin_suppress_tokens": [20],
+        "forced_eos_token_id": 2, "guidance_scale": 1.5, "output_scores": True,
+    }  # fmt: skip
+    kept = {"repetition_penalty": 1.3, "num_return_sequences": 1}
+    change(base / "generation_config.json", **odd, **kept)
+    notes = adapt(str(base), only_convert(), tmp_path / "out")["notes"]
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert not odd.keys() & said.keys() and said["repetition_penalty"] == 1.3
+    assert {note.split("=")[0] for note in notes} == {*odd}
+    assert notes == json.loads((tmp_path / "out" / "ar2diff.json").read_text())["notes"]
+    complete(load_checkpoint(str(tmp_path / "out")), "the cat", max_new_tokens=2)
+
+
+def test_sampling_that_a_base_asks_for_is_kept(save_tiny, tmp_path):
+    base = save_tiny("llama")
+    change(base / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.9)
+    assert "notes" not in adapt(str(base), only_convert(), tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (said["temperature"], said["top_p"]) == (0.6, 0.9)
+
+
+def test_what_cannot_be_written_at_the_end_is_found_before_the_first_step(
+    save_tiny, tmp_path, write_jsonl, monkeypatch
+):
+    data = write_jsonl("a.jsonl", [{"text": "the cat sat on the mat"}] * 8)
+    settings = ["train.max_steps=1", "data.max_length=32", f"data.sources=[{data}]"]
+    recipe = load_recipe(None, settings)
+    steps, base = [], save_tiny("llama")
+    monkeypatch.setattr(AdaptTrainer, "training_step", lambda *args: steps.append(args))
+    monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", refuse)
+    with pytest.raises(Ar2DiffError, match=r"could not be written .refused: of no use"):
+        adapt(str(base), recipe, tmp_path / "out")
+    assert not steps and not (tmp_path / "out").exists()

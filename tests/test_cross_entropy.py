@@ -8,7 +8,12 @@ from conftest import MASK, build_model
 
 from ar2diff.core.forward import output_at
 from ar2diff.diffusion import cross_entropy as module
-from ar2diff.diffusion.cross_entropy import WeightedLoss, cross_entropy, has_plain_head
+from ar2diff.diffusion.cross_entropy import (
+    cross_entropy,
+    has_plain_head,
+    loss_of_hidden,
+    loss_of_logits,
+)
 from ar2diff.diffusion.objective import suppressed_ids
 
 PARTS = [1, 2 * 64, 1 << 22]  # logits at a time: a row, two, all
@@ -20,7 +25,7 @@ def words(*size, seed=0):
 
 def test_suppressing_ids_is_a_smaller_vocabulary_and_changes_nothing_else():
     logits = torch.randn(9, 64, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)  # 61 and 63 go
+    target, suppressed = words(9) % 60, suppressed_ids(61, range(63), 64)  # 61 and 63 go
     keep = (~suppressed).nonzero()[:, 0]
     want = torch.nn.functional.cross_entropy(
         logits[:, keep], torch.searchsorted(keep, target), reduction="none"
@@ -51,7 +56,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_torch(monkeypatch, part):
     monkeypatch.setattr(module, "PART", part)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 64, dtype=torch.double, generator=generator, requires_grad=True)
-    target, suppressed = words(9) % 60, suppressed_ids(61, 63, 64)
+    target, suppressed = words(9) % 60, suppressed_ids(61, range(63), 64)
     coef = torch.rand(9, dtype=torch.double, generator=generator)
     want = torch.nn.functional.cross_entropy(
         logits.masked_fill(suppressed, float("-inf")), target, reduction="none"
@@ -67,7 +72,7 @@ def test_the_loss_keeps_nothing_of_the_logits_size_but_them(dtype):
     logits = torch.randn(64, 512).to(dtype).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        cross_entropy(logits, words(64), suppressed_ids(MASK, 512, 512)).sum()
+        cross_entropy(logits, words(64), suppressed_ids(MASK, range(512), 512)).sum()
     large = [x for x in kept if x.numel() >= 512 * 8]
     assert [x.data_ptr() for x in large] == [logits.data_ptr()]
 
@@ -79,6 +84,13 @@ def random(*size, seed=0):
     return torch.randn(*size, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
 
 
+def weighted(way, head, hidden, *rest):
+    """The loss through the head, or of its logits."""
+    if way == "hidden":
+        return loss_of_hidden(head, hidden, *rest)
+    return loss_of_logits(head(hidden), *rest)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("first", [0, 4, 9])
 @pytest.mark.parametrize("part", PARTS)
@@ -88,19 +100,15 @@ def test_through_the_head_all_is_as_with_torchs_logits(monkeypatch, part, first,
     head = torch.nn.Linear(8, 64, bias=bias, dtype=torch.double)
     hidden = random(9, 8).requires_grad_()
     inputs = [hidden, *head.parameters()]
-    target, suppressed, coef = words(9) % 60, suppressed_ids(61, 63, 64), random(9, seed=1)
+    target, suppressed, coef = words(9) % 60, suppressed_ids(61, range(63), 64), random(9, seed=1)
     logits = head(hidden).masked_fill(
         suppressed & (torch.arange(9) < first)[:, None], float("-inf")
     )
     want = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     right = [torch.autograd.grad(7 * (coef * want).sum(), inputs), want, logits.argmax(1) == target]
     for way in ("hidden", "logits"):
-        loss = WeightedLoss(target, coef, suppressed, first)
-        if way == "hidden":
-            loss(head, hidden)
-        else:
-            loss.of_logits(head(hidden))
-        found = [torch.autograd.grad(7 * loss.loss, inputs), loss.ce, loss.right]
+        loss = weighted(way, head, hidden, target, coef, suppressed, first)
+        found = [torch.autograd.grad(7 * loss.total, inputs), loss.ce, loss.right]
         torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
         assert not loss.ce.requires_grad
 
@@ -109,17 +117,14 @@ def test_the_likeliest_is_right():
     hidden, head = random(5, 8), torch.nn.Linear(8, 64, bias=False, dtype=torch.double)
     likeliest = head(hidden).argmax(1)
     target = torch.where(torch.arange(5) < 3, likeliest, (likeliest + 1) % 64)
-    loss = WeightedLoss(target, torch.ones(5), None, 0)
-    loss(head, hidden)
+    loss = loss_of_hidden(head, hidden, target, torch.ones(5), None, 0)
     assert loss.right.tolist() == [True] * 3 + [False] * 2
 
 
 def test_a_frozen_head_gets_no_gradient_and_its_inputs_get_theirs():
     head = torch.nn.Linear(8, 64, bias=False, dtype=torch.double).requires_grad_(False)
     hidden = random(9, 8).requires_grad_()
-    loss = WeightedLoss(words(9), torch.ones(9), None, 9)
-    loss(head, hidden)
-    loss.loss.backward()
+    loss_of_hidden(head, hidden, words(9), torch.ones(9), None, 9).total.backward()
     assert head.weight.grad is None
     want = cross_entropy(head(hidden), words(9)).sum()
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(want, hidden)[0])
@@ -127,10 +132,10 @@ def test_a_frozen_head_gets_no_gradient_and_its_inputs_get_theirs():
 
 def test_no_token_is_no_loss_and_a_gradient_of_0():
     head = torch.nn.Linear(8, 64, bias=False)
-    loss = WeightedLoss(words(0), torch.ones(0), suppressed_ids(61, 63, 64), 0)
-    loss(head, torch.zeros(0, 8))
-    loss.loss.backward()  # a rank without masked tokens must not leave the others waiting
-    assert loss.loss == 0 and not head.weight.grad.any()
+    suppressed = suppressed_ids(61, range(63), 64)
+    loss = loss_of_hidden(head, torch.zeros(0, 8), words(0), torch.ones(0), suppressed, 0).total
+    loss.backward()  # a rank without masked tokens must not leave the others waiting
+    assert loss == 0 and not head.weight.grad.any()
 
 
 def test_autocast_computes_as_it_does_with_logits():
@@ -138,11 +143,11 @@ def test_autocast_computes_as_it_does_with_logits():
     hidden = random(40, 64).float().requires_grad_()
     inputs, found = [hidden, *head.parameters()], []
     for way in ("hidden", "logits"):
-        loss = WeightedLoss(words(40), torch.ones(40) / 40, suppressed_ids(61, 63, 64), 20)
+        asked = words(40), torch.ones(40) / 40, suppressed_ids(61, range(63), 64), 20
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss(head, hidden) if way == "hidden" else loss.of_logits(head(hidden))
-        assert loss.loss.dtype == torch.float32
-        found.append([loss.loss, loss.ce, *torch.autograd.grad(loss.loss, inputs)])
+            loss = weighted(way, head, hidden, *asked)
+        assert loss.total.dtype == torch.float32
+        found.append([loss.total, loss.ce, *torch.autograd.grad(loss.total, inputs)])
     assert [x.dtype for x in found[0]] == [torch.float32] * 5
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
 
@@ -151,8 +156,8 @@ def test_autocast_computes_as_it_does_with_logits():
 def test_nothing_of_the_logits_size_is_kept(first):
     head, hidden, kept = torch.nn.Linear(8, 512), random(300, 8).float().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        loss = WeightedLoss(words(300), torch.ones(300), suppressed_ids(MASK, 512, 512), first)
-        loss(head, hidden)
+        asked = words(300), torch.ones(300), suppressed_ids(MASK, range(512), 512), first
+        loss_of_hidden(head, hidden, *asked)
     assert max(x.numel() for x in kept) == 512 * 8
 
 
@@ -187,15 +192,15 @@ def test_an_adapter_on_the_head_is_not_passed_by():
 def test_in_the_heads_place_the_whole_models_gradient_is_the_same(tied):
     model = copy.deepcopy(build_model("llama", tie_word_embeddings=tied))
     ids, index = words(2, 7), torch.tensor([0, 3, 3, 12])
-    target, coef, found = words(4, seed=1), random(4, seed=2), []
+    asked, found = (words(4, seed=1), random(4, seed=2), suppressed_ids(MASK, range(64), 64), 2), []
     for way in ("hidden", "logits"):
-        loss = WeightedLoss(target, coef, suppressed_ids(MASK, 64, 64), 2)
+        made = []
         output = output_at(
             model, index, input_ids=ids, attention_mask=None,
-            instead=loss if way == "hidden" else None,
+            instead=(lambda head, hidden, made=made: made.append(
+                loss_of_hidden(head, hidden, *asked))) if way == "hidden" else None,
         )  # fmt: skip
         assert output.logits.shape == (1, 1 if way == "hidden" else 4, 64)
-        if way == "logits":
-            loss.of_logits(output.logits[0])
-        found.append([loss.loss, *torch.autograd.grad(loss.loss, list(model.parameters()))])
+        loss = (made or [loss_of_logits(output.logits[0], *asked)])[0].total
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)

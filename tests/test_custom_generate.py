@@ -17,13 +17,18 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ar2diff.checkpoint.custom_generate import CORE, read_custom_generate, write_custom_generate
+from ar2diff.checkpoint.custom_generate import (
+    CORE,
+    CustomGenerate,
+    read_custom_generate,
+    write_custom_generate,
+)
 from ar2diff.checkpoint.files import find_checkpoint
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
-from ar2diff.evaluation.check import CODELESS, TRUSTED, TRUSTING, inspect
+from ar2diff.evaluation.check import CODELESS, TRUSTED, TRUSTING, check
 from ar2diff.training.adapt import adapt
 from benchmarks import elsewhere
 
@@ -107,7 +112,7 @@ def test_a_run_that_trains_ends_with_it_too(tiny_checkpoint, tmp_path, write_jso
 
 
 def test_overwriting_and_continuing_put_this_versions_code(copied, tiny_checkpoint, tmp_path):
-    (copied / "custom_generate" / "extra.py").write_text("")
+    (copied / "custom_generate" / "canvas.py").write_text("")
     assert read_custom_generate(convert(copied, tmp_path / "on")).state == "ok"
     convert(tiny_checkpoint, copied, overwrite=True)
     assert read_custom_generate(copied).state == "ok"
@@ -128,19 +133,19 @@ def test_check_says_whether_the_code_is_this_versions(copied):
     code = copied / "custom_generate"
     names = sorted(f.name for f in code.iterdir())
     joined = hashlib.sha256(b"".join((code / name).read_bytes() for name in names)).hexdigest()
-    said = inspect(str(copied))
-    assert said["ok"] and said["custom_generate"] == {"state": "ok", "sha256": joined}
-    assert any(joined in finding["what"] for finding in said["findings"])
-    assert said["elsewhere"][TRUSTED] == TRUSTING
+    said = check(str(copied))
+    assert said.ok and said.custom_generate == CustomGenerate("ok", joined)
+    assert any(joined in finding.what for finding in said.findings)
+    assert said.elsewhere[TRUSTED] == TRUSTING
     with (code / "seeds.py").open("a") as file:
         file.write("# changed\n")
-    said = inspect(str(copied))
-    assert not said["ok"] and said["custom_generate"]["state"] == "differs"
-    assert said["custom_generate"]["sha256"] != joined
+    said = check(str(copied))
+    assert not said.ok and said.custom_generate.state == "differs"
+    assert said.custom_generate.sha256 != joined
     (code / "generate.py").unlink()
-    said = inspect(str(copied))
-    assert not said["ok"] and said["custom_generate"] == {"state": "missing", "sha256": None}
-    assert said["elsewhere"][TRUSTED] == CODELESS
+    said = check(str(copied))
+    assert not said.ok and said.custom_generate == CustomGenerate("missing", None)
+    assert said.elsewhere[TRUSTED] == CODELESS
 
 
 def test_a_repositorys_code_is_never_run(copied, tmp_path):
@@ -148,7 +153,7 @@ def test_a_repositorys_code_is_never_run(copied, tmp_path):
     evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\ndef generate(**k): pass\n"
     (copied / "custom_generate" / "generate.py").write_text(evil)
     load_checkpoint(str(copied))
-    inspect(str(copied))
+    check(str(copied))
     convert(copied, tmp_path / "on")
     assert not ran.exists()
     AutoModelForCausalLM.from_pretrained(copied, trust_remote_code=True)
@@ -190,9 +195,9 @@ def test_the_generation_config_holds_the_samplers_defaults_and_no_length(folder,
     assert written["threshold"] == 0.9
     assert not {"max_new_tokens", "max_length", "block_length", "mode"} & written.keys()
     path = copied / "generation_config.json"
-    path.write_text(json.dumps(written | {"threshold": None, "steps": 4}))
+    path.write_text(json.dumps(written | {"threshold": None, "steps_per_block": 4}))
     kept = json.loads((convert(copied, tmp_path / "on") / "generation_config.json").read_text())
-    assert kept["steps"] == 4 and kept.get("threshold") is None
+    assert kept["steps_per_block"] == 4 and kept.get("threshold") is None
 
 
 def test_a_criterion_with_a_flag_for_each_row_is_asked_about_its_own(folder):

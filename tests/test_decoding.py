@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
+import torch
 
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.core.canvas import Canvas
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.complete import (
     begin,
     complete,
     complete_all,
-    draw_tokens,
-    encode,
     infill,
     settings_of,
     stream,
-    summary,
-    unread_note,
 )
 from ar2diff.generation.prompts import split_gaps
+from ar2diff.generation.results import Completion, summary, unread_note
+from ar2diff.generation.tokens import decode, draw_tokens, encode, prompt_ids, text_after
 
 TEXT = "the cat"
 
@@ -34,7 +37,7 @@ def full(convert_tiny):
 
 
 def without_time(result):
-    return {name: value for name, value in result.items() if name != "seconds"}
+    return replace(result, seconds=0)
 
 
 def test_gaps_of_a_prompt():
@@ -43,33 +46,35 @@ def test_gaps_of_a_prompt():
     assert split_gaps("{musk:3} {mask") == ["{musk:3} {mask"]
 
 
-@pytest.mark.parametrize("gap", ("{mask}", "{mask:}", "{mask:0}", "{mask:-1}", "{mask:x}"))
+@pytest.mark.parametrize(
+    "gap", ("{mask}", "{mask:}", "{mask:0}", "{mask:-1}", "{mask:x}", "{mask:99999999999}")
+)
 def test_gap_of_no_tokens(gap):
-    with pytest.raises(Ar2DiffError, match="a gap of no tokens"):
+    with pytest.raises(Ar2DiffError, match="does not say how many tokens"):
         split_gaps(f"the {gap} cat")
 
 
 def test_gaps_are_filled_and_the_rest_stays(checkpoint):
     result = complete(checkpoint, "the{mask:3} sat on{mask:2}mat")
-    assert result["text"] == f"the{result['filled'][0]} sat on{result['filled'][1]}mat"
-    assert result["new_tokens"] == 5
-    assert result["token_ids"] == []
-    assert 1 <= result["forwards"] <= 5
-    assert result["tokens_per_forward"] == 5 / result["forwards"]
+    assert result.text == f"the{result.filled[0]} sat on{result.filled[1]}mat"
+    assert result.new_tokens == 5
+    assert result.token_ids == []
+    assert 1 <= result.forwards <= 5
+    assert result.tokens_per_forward == 5 / result.forwards
 
 
 def test_a_prompt_with_gaps_is_gone_on_from_where_asked_for(checkpoint):
     result = complete(checkpoint, "the{mask:3} sat", max_new_tokens=4)
-    assert len(result["token_ids"]) == 4
-    assert result["new_tokens"] == 7
+    assert len(result.token_ids) == 4
+    assert result.new_tokens == 7
 
 
 def test_a_prompt_may_begin_with_a_gap(checkpoint):
-    assert complete(checkpoint, "{mask:2} sat")["text"].endswith(" sat")
+    assert complete(checkpoint, "{mask:2} sat").text.endswith(" sat")
 
 
 def test_modes_that_go_left_to_right_fill_no_gap(checkpoint):
-    with pytest.raises(Ar2DiffError, match="cannot fill masks"):
+    with pytest.raises(Ar2DiffError, match="cannot fill gaps"):
         complete(checkpoint, "the{mask:2} sat", mode="ar")
 
 
@@ -95,51 +100,51 @@ def test_length_search_takes_the_highest_mean_log_probability(checkpoint):
     means = {}
     for length in lengths:  # each alone, its log-probabilities from the canvas
         spec, options = settings_of(checkpoint, {"max_new_tokens": 0})
-        row = encode(checkpoint, spec, ["the cat", length, " on the mat"])
+        row = encode(checkpoint.tokenizer, spec, ["the cat", length, " on the mat"])
         canvas, states = begin(checkpoint, spec, options, [row])
         assert list(states)
         means[length] = canvas.logprob[0][~canvas.given[0]][:length].mean().item()
     best = max(means, key=means.get)
     assert len(set(means.values())) == 4
-    assert result["length"] == best
-    assert [c["length"] for c in result["candidates"]] == sorted(means, key=lambda n: -means[n])
-    for candidate in result["candidates"]:
-        assert candidate["mean_logprob"] == pytest.approx(means[candidate["length"]], abs=1e-5)
-    assert result["text"] == "the cat" + result["candidates"][0]["text"] + " on the mat"
-    assert result["new_tokens"] == best
+    assert result.length == best
+    assert [c.length for c in result.candidates] == sorted(means, key=lambda n: -means[n])
+    for candidate in result.candidates:
+        assert candidate.mean_logprob == pytest.approx(means[candidate.length], abs=1e-5)
+    assert result.text == "the cat" + result.candidates[0].text + " on the mat"
+    assert result.new_tokens == best
 
 
 def test_braces_in_the_texts_around_a_gap_are_text(checkpoint):
-    assert infill(checkpoint, "{mask:2}", "{mask}", [1])["text"].startswith("{mask:2}")
+    assert infill(checkpoint, "{mask:2}", "{mask}", [1]).text.startswith("{mask:2}")
 
 
 @pytest.mark.parametrize("mode", ("diffusion", "ar", "speculative"))
 def test_stop_string_ends_the_answer_behind_it(checkpoint, mode):
     settings = {"max_new_tokens": 40, "mode": mode}
-    whole = complete(checkpoint, TEXT, **settings)["text"]
+    whole = complete(checkpoint, TEXT, **settings).text
     letters = [c for c in whole[5:] if c.isascii()]
     assert letters
     stop = letters[0]
     prompts = ["a longer prompt", TEXT]
     results = dict(complete_all(checkpoint, prompts, stop_strings=[stop], **settings))
-    assert results[1]["text"] == whole[: whole.index(stop) + 1]
-    assert results[1]["new_tokens"] < 40
-    other = complete(checkpoint, prompts[0], **settings)["text"]
-    assert results[0]["text"] == (other.partition(stop)[0] + stop if stop in other else other)
+    assert results[1].text == whole[: whole.index(stop) + 1]
+    assert results[1].new_tokens < 40
+    other = complete(checkpoint, prompts[0], **settings).text
+    assert results[0].text == (other.partition(stop)[0] + stop if stop in other else other)
 
 
 def test_generation_config_holds_unless_an_argument_is_nearer(checkpoint, monkeypatch):
     monkeypatch.setattr(checkpoint.model.generation_config, "max_new_tokens", 3)
-    assert complete(checkpoint, TEXT)["new_tokens"] == 3
-    assert complete(checkpoint, TEXT, max_new_tokens=5)["new_tokens"] == 5
-    assert complete(checkpoint, "the{mask:2} cat")["new_tokens"] == 2
+    assert complete(checkpoint, TEXT).new_tokens == 3
+    assert complete(checkpoint, TEXT, max_new_tokens=5).new_tokens == 5
+    assert complete(checkpoint, "the{mask:2} cat").new_tokens == 2
 
 
 def test_suffix_in_later_blocks_is_counted_and_said(checkpoint, full):
     # With the BOS: the gap is at 4 and 5, in the first block of 8; "at" of the suffix is there too.
     result = complete(checkpoint, "the{mask:2}at on the mat")
-    assert result["suffix_tokens"] == 13
-    assert result["unread_tokens"] == 11
+    assert result.suffix_tokens == 13
+    assert result.unread_tokens == 11
     assert unread_note(checkpoint.spec, [result]) == (
         "11 of the 13 suffix tokens lie in later blocks than the gap, which causal_context "
         "attention does not read"
@@ -155,7 +160,7 @@ def test_suffix_in_later_blocks_is_counted_and_said(checkpoint, full):
     (
         {},
         {"mode": "speculative"},
-        {"steps": 4, "remask": 0.5},
+        {"steps_per_block": 4, "remask": 0.5},
         {"temperature": 1.0, "seed": 1},
         {"stop_strings": ["a"]},
     ),
@@ -164,7 +169,7 @@ def test_suffix_in_later_blocks_is_counted_and_said(checkpoint, full):
 def test_what_streams_is_what_completes(checkpoint, settings):
     parts = list(stream(checkpoint, TEXT, max_new_tokens=40, **settings))
     result = complete(checkpoint, TEXT, max_new_tokens=40, **settings)
-    assert "".join(text for text, _ in parts) == TEXT + result["text"]
+    assert "".join(text for text, _ in parts) == TEXT + result.text
     assert [last is None for _, last in parts] == [True] * (len(parts) - 1) + [False]
     assert without_time(parts[-1][1]) == without_time(result)
     assert sum(bool(text) for text, _ in parts) > 2
@@ -172,8 +177,8 @@ def test_what_streams_is_what_completes(checkpoint, settings):
 
 def test_gaps_stream_too(checkpoint):
     parts = list(stream(checkpoint, "the{mask:3} sat{mask:2}mat"))
-    assert "".join(text for text, _ in parts) == parts[-1][1]["text"]
-    assert parts[-1][1]["new_tokens"] == 5
+    assert "".join(text for text, _ in parts) == parts[-1][1].text
+    assert parts[-1][1].new_tokens == 5
 
 
 def test_tokens_are_drawn_as_text(tiny_tokenizer):
@@ -206,11 +211,11 @@ def spaced(checkpoint):
 
 def test_text_behind_a_gap_gets_no_space_of_its_own(spaced):
     tokenizer, mask = spaced.tokenizer, spaced.spec.mask_token_id
-    ids = encode(spaced, spaced.spec, ["the", 2, " sat"])
+    ids = encode(spaced.tokenizer, spaced.spec, ["the", 2, " sat"])
     assert tokenizer.convert_ids_to_tokens(ids[:4]) == list("▁the")
     assert ids[4:6] == [mask, mask]
     assert tokenizer.convert_ids_to_tokens(ids[6:]) == list("▁sat")
-    assert encode(spaced, spaced.spec, ["the", 1, "sat"])[5:] == ids[7:]
+    assert encode(spaced.tokenizer, spaced.spec, ["the", 1, "sat"])[5:] == ids[7:]
 
 
 def test_first_token_keeps_its_space_where_it_is_drawn(spaced):
@@ -219,18 +224,117 @@ def test_first_token_keeps_its_space_where_it_is_drawn(spaced):
 
 
 def test_summary_is_over_all_results():
-    result = {"new_tokens": 6, "forwards": 2, "seconds": 0.5}
+    def completion(new_tokens, forwards, seconds):
+        return Completion(
+            text="", token_ids=[], new_tokens=new_tokens, forwards=forwards,
+            tokens_per_forward=0.0, seconds=seconds,
+        )  # fmt: skip
+
+    result = completion(6, 2, 0.5)
     assert summary([result]) == "6 tokens, 2 forwards, 3.00 tokens per forward, 12 tokens/s, 0.50 s"
     assert summary([result] * 2).startswith("2 prompts, 12 tokens, 4 forwards, 3.00 tokens")
-    assert summary([{"new_tokens": 0, "forwards": 0, "seconds": 0.0}]).startswith("0 tokens")
+    assert summary([completion(0, 0, 0.0)]).startswith("0 tokens")
 
 
 def test_what_a_cache_costs_is_said(checkpoint, full):
-    exact = complete(checkpoint, TEXT, max_new_tokens=12, check_cache=True)["drift"]
-    assert exact["largest"] < 1e-5 and exact["same_token"] == 1
+    exact = complete(checkpoint, TEXT, max_new_tokens=12, check_cache=True).drift
+    assert exact.largest < 1e-5 and exact.same_token == 1
     result = complete(
         full, TEXT, max_new_tokens=12, block_length=4, cache_implementation="dual", check_cache=True
     )
-    assert 1e-4 < result["drift"]["mean"] <= result["drift"]["largest"]
-    assert "of the likeliest tokens stay" in summary([result])
-    assert "stay" not in summary([complete(full, TEXT, max_new_tokens=4)])
+    assert 1e-4 < result.drift.mean <= result.drift.largest
+    assert "the likeliest token the same" in summary([result])
+    assert "cache" not in summary([complete(full, TEXT, max_new_tokens=4)])
+
+
+@pytest.fixture(scope="module")
+def closing(checkpoint):
+    """The checkpoint with a tokenizer that appends an EOS to every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = deepcopy(checkpoint.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return replace(checkpoint, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("prompt", (TEXT, "", "the cat</s>", "the{mask:2} cat", "{mask:2}"))
+def test_a_prompt_does_not_end_where_a_tokenizer_ends_texts(checkpoint, closing, prompt):
+    assert closing.tokenizer(TEXT).input_ids[-1] == 2
+    segments = split_gaps(prompt)
+    ids = encode(checkpoint.tokenizer, checkpoint.spec, segments)
+    assert encode(closing.tokenizer, closing.spec, segments) == ids
+    if len(segments) == 1:
+        assert prompt_ids(closing.tokenizer, prompt) == ids
+
+
+@pytest.fixture(scope="module")
+def bytewise(checkpoint):
+    """The checkpoint with a tokenizer that spells what it has no token for in bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{n:02X}>" for n in range(256)),
+        "<mask>",
+        *"▁abcdefghij",
+    ]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
+    )
+    return replace(
+        checkpoint,
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        ),
+    )
+
+
+def ids_of_bytes(text):
+    return [byte + 3 for byte in text.encode()]
+
+
+def test_half_a_character_takes_no_whole_one_with_it(bytewise):
+    tokenizer, day = bytewise.tokenizer, ids_of_bytes("日")
+    whole = tokenizer("ab\n日", add_special_tokens=False).input_ids
+    for half in (day[:1], day[:2], [day[1]]):
+        assert decode(tokenizer, [*whole, *half]) == "ab\n日\ufffd"
+        assert text_after(tokenizer, whole, [*half, *ids_of_bytes("\né")]) == "\ufffd\né"
+        assert decode(tokenizer, [*half, *whole, *half, 2, *half]) == "\ufffdab\n日\ufffd"
+    assert decode(tokenizer, [*whole, *day[:2], 2, day[2]]) == "ab\n日日"  # the EOS is skipped
+
+
+@pytest.mark.parametrize("new", range(1, 8))
+def test_a_stream_that_ends_in_half_a_character_repeats_nothing(bytewise, monkeypatch, new):
+    written = ids_of_bytes("\n日c日")
+    row = [*bytewise.tokenizer("ab", add_special_tokens=False).input_ids, *written[:new]]
+
+    def begin(checkpoint, spec, options, rows):
+        canvas = Canvas.of_prompts(rows, spec.mask_token_id, max_new_tokens=new)
+
+        def states():
+            for place in range(len(rows[0]), len(row)):
+                at = torch.tensor([place])
+                canvas.write(torch.tensor([0]), at, torch.tensor([row[place]]), torch.zeros(1))
+                yield canvas
+
+        return canvas, states()
+
+    monkeypatch.setattr("ar2diff.generation.complete.begin", begin)
+    parts = list(stream(bytewise, "ab", mode="ar", max_new_tokens=new))
+    text = "ab" + "\n日c日".encode()[:new].decode(errors="replace")
+    assert "".join(piece for piece, _ in parts) == text
+    assert parts[-1][1].text == text[2:]
+    assert all("\ufffd" not in piece for piece, _ in parts[:-1])

@@ -65,14 +65,14 @@ RULES = [
     {},
     {"threshold": 0.05},
     {"threshold": 0.2},
-    {"steps": 1},
-    {"steps": 3},
-    {"steps": 3, "threshold": 0.1},
-    {"steps": 2, "order": "margin"},
-    {"steps": 3, "order": "entropy"},
-    {"steps": 3, "order": "random"},
-    {"steps": 3, "remask": 0.5},
-    {"steps": 2, "remask": 0.7, "order": "random"},
+    {"steps_per_block": 1},
+    {"steps_per_block": 3},
+    {"steps_per_block": 3, "threshold": 0.1},
+    {"steps_per_block": 2, "order": "margin"},
+    {"steps_per_block": 3, "order": "entropy"},
+    {"steps_per_block": 3, "order": "random"},
+    {"steps_per_block": 3, "remask": 0.5},
+    {"steps_per_block": 2, "remask": 0.7, "order": "random"},
     {"entropy_bound": 0.5},
     {"entropy_bound": 4.0},
 ]
@@ -135,7 +135,9 @@ def test_a_batch_is_each_row_alone(call):
     assert_a_batch_is_each_row_alone(*call)
 
 
-@pytest.mark.parametrize("rule", [*RULES[-2:], {"steps": 3, "order": "entropy", "cfg_scale": 1.5}])
+@pytest.mark.parametrize(
+    "rule", [*RULES[-2:], {"steps_per_block": 3, "order": "entropy", "cfg_scale": 1.5}]
+)
 @pytest.mark.parametrize("prediction", ["same", "shift"])
 def test_positions_that_read_masks_alone_are_decided_alike_in_every_batch(prediction, rule):
     """They tie: with windows of 3, rounding alone tells the middle ones of nine from each other."""
@@ -200,7 +202,12 @@ def test_an_end_token_stops_a_row_once_all_before_it_is_decided_and_not_before(a
     ahead, stopped = 0, 0
     prompts = [[1, a, 9][: 1 + a % 3] for a in range(3, 15)]
     canvas, states = run(
-        prompts, attention, steps=8, max_new_tokens=12, eos_token_id=ends, block_length=None
+        prompts,
+        attention,
+        steps_per_block=8,
+        max_new_tokens=12,
+        eos_token_id=ends,
+        block_length=None,
     )
     for row, prompt in enumerate(prompts):
         start, total = len(prompt), len(prompt) + 12
@@ -269,7 +276,9 @@ GAPS = [
 ]
 
 
-@pytest.mark.parametrize("rule", [{}, {"steps": 2, "remask": 0.5}, {"entropy_bound": 1.0}])
+@pytest.mark.parametrize(
+    "rule", [{}, {"steps_per_block": 2, "remask": 0.5}, {"entropy_bound": 1.0}]
+)
 @pytest.mark.parametrize("new", [0, 5])
 @pytest.mark.parametrize("attention", EVERY_ATTENTION)
 def test_gaps_are_filled_without_an_end_and_fixed_tokens_stay(attention, new, rule):
@@ -303,7 +312,7 @@ def test_an_end_token_among_the_given_ones_ends_nothing(cached):
 def test_a_full_model_reads_what_stands_behind_a_gap_and_a_block_model_does_not():
     """... in a later block."""
     one, two = [1, 17, MASK, 5, 9, 12], [1, 17, MASK, 5, 33, 40]
-    kwargs = {"max_new_tokens": 0, "steps": 1}
+    kwargs = {"max_new_tokens": 0, "steps_per_block": 1}
     for attention, reads in (("full", True), ("block_causal", False), ("causal_context", False)):
         values = [float(run([row], attention, **kwargs)[0].logprob[0, 2]) for row in (one, two)]
         assert (values[0] != values[1]) == reads
@@ -325,7 +334,7 @@ def test_guidance_of_scale_w_is_the_extrapolation_from_the_blanked_prompt():
     conditional, unconditional = raw_logits(model, ids, mask)[:, 3:7]
     logits = unconditional + 2.5 * (conditional - unconditional)
     logits[:, MASK] = float("-inf")
-    canvas, _ = run([[1, 17, 42, 5]], max_new_tokens=4, steps=1, cfg_scale=1.5)
+    canvas, _ = run([[1, 17, 42, 5]], max_new_tokens=4, steps_per_block=1, cfg_scale=1.5)
     assert canvas.ids[0, 4:].tolist() == logits.argmax(-1).tolist()
     want = logits.log_softmax(-1).max(-1).values.float()
     torch.testing.assert_close(canvas.logprob[0, 4:], want)
@@ -345,7 +354,13 @@ def test_an_end_token_that_is_given_back_ends_nothing_and_takes_no_more_steps(at
     ends = list(range(3, 14))
     lost = []
     for steps in (2, 3, 4):
-        kwargs = {"steps": steps, "remask": 0.7, "order": "random", "temperature": 2.0, "seed": 0}
+        kwargs = {
+            "steps_per_block": steps,
+            "remask": 0.7,
+            "order": "random",
+            "temperature": 2.0,
+            "seed": 0,
+        }
         canvas, states = run(prompts, attention, max_new_tokens=8, eos_token_id=ends, **kwargs)
         most = min(steps, 8) if attention == "full" else 2 * min(steps, 4)
         assert int(canvas.forwards.max()) <= most

@@ -263,7 +263,11 @@ def prompts_of(count):
     ]
 
 
-SAMPLERS = [{}, {"threshold": None, "steps": 3}, {"threshold": None, "steps": 2, "order": "random"}]
+SAMPLERS = [
+    {},
+    {"threshold": None, "steps_per_block": 3},
+    {"threshold": None, "steps_per_block": 2, "order": "random"},
+]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["threshold", "steps", "random"])
@@ -584,9 +588,14 @@ def test_the_mean_probability_over_orders_is_how_often_the_sampler_writes_an_ans
     model, count = build_model("llama"), 1500
     spec, words = tiny_spec(attention, BLOCK), [17, 42, 5]
     hidden = [t for t in range(64) if t not in words]
-    settings = {"threshold": None, "steps": 4, "order": "random", "suppress_tokens": hidden}
+    settings = {
+        "threshold": None,
+        "steps_per_block": 4,
+        "order": "random",
+        "suppress_tokens": hidden,
+    }
     new = 2 if attention == "full" else 3
-    settings["steps"] = new
+    settings["steps_per_block"] = new
     _, rollouts = decode(model, spec, [[1]] * count, new=new, ends=(), **settings)
     seen = Counter(tuple(r.ids.tolist()) for r in rollouts)
     suppressed = torch.ones(64, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import foreign
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.conversion.exports import export_checkpoint
+from ar2diff.conversion.exports import export
 from ar2diff.conversion.imports import import_checkpoint
 from ar2diff.generation.complete import complete
 
@@ -75,14 +76,11 @@ def logits_of(folder, ids=IDS):
 
 def edited(folder, target, **values):
     """The folder with other values in its config.json, and in its diffusion block."""
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).symlink_to(file)
+    shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())
     config["diffusion"] |= {k: v for k, v in values.items() if k in config["diffusion"]}
     config |= {k: v for k, v in values.items() if k not in config["diffusion"]}
     config["mask_token_id"] = config["diffusion"]["mask_token_id"]
-    (target / "config.json").unlink()
     (target / "config.json").write_text(json.dumps(config))
     return target
 
@@ -90,7 +88,7 @@ def edited(folder, target, **values):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_export_to_sdar_and_import_give_the_same_model(sdar, tmp_path, kind):
     _, weights, ours = sdar(kind)
-    export_checkpoint(str(ours), tmp_path / "sdar", "sdar")
+    export(str(ours), tmp_path / "sdar", "sdar")
     stored = {}
     for file in (tmp_path / "sdar").glob("*.safetensors"):
         stored |= load_file(file)
@@ -109,7 +107,7 @@ def test_export_to_sdar_and_import_give_the_same_model(sdar, tmp_path, kind):
 def test_an_engine_finds_in_the_sdar_config_what_it_reads(sdar, tmp_path, kind):
     """The names that SGLang and LMDeploy read, by `getattr` with their defaults."""
     theirs, _, ours = sdar(kind)
-    export_checkpoint(str(ours), tmp_path / "sdar", "sdar")
+    export(str(ours), tmp_path / "sdar", "sdar")
     config = AutoConfig.from_pretrained(tmp_path / "sdar", trust_remote_code=True)
     moe = "Moe" if kind == "moe" else ""
     assert config.architectures == [f"SDAR{moe}ForCausalLM"]
@@ -139,7 +137,7 @@ def test_scaled_rotary_embeddings_stay_scaled(sdar, tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     rope = {"rope_parameters": yarn | {"rope_theta": 1000.0}}
     folder = edited(sdar("dense")[2], tmp_path / "yarn", **rope)
-    export_checkpoint(str(folder), tmp_path / "sdar", "sdar")
+    export(str(folder), tmp_path / "sdar", "sdar")
     plain = json.loads((tmp_path / "sdar" / "config.json").read_text())
     assert (plain["rope_theta"], plain["rope_scaling"]) == (1000.0, yarn)
     import_checkpoint(str(tmp_path / "sdar"), tmp_path / "again")
@@ -161,7 +159,7 @@ def test_the_notes_say_how_to_serve_it(sdar, run_both, tmp_path):
 
 
 def test_export_to_ar_is_the_models_ar_mode(converted, tiny_checkpoint, tmp_path):
-    export_checkpoint(str(converted), tmp_path / "ar", "ar")
+    export(str(converted), tmp_path / "ar", "ar")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ar").eval()
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
     ids = torch.tensor([[1, 50, 60, 70, 80]])
@@ -173,7 +171,7 @@ def test_export_to_ar_is_the_models_ar_mode(converted, tiny_checkpoint, tmp_path
     config = json.loads((tmp_path / "ar" / "config.json").read_text())
     assert not {"diffusion", "mask_token_id", "is_causal"} & set(config)
     assert not (tmp_path / "ar" / "custom_generate").exists()
-    text = complete(checkpoint, "the cat", mode="ar", max_new_tokens=12)["token_ids"]
+    text = complete(checkpoint, "the cat", mode="ar", max_new_tokens=12).token_ids
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
     prompt = tokenizer("the cat", return_tensors="pt").input_ids
     said = plain.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
@@ -187,7 +185,7 @@ def test_older_readers_find_the_rotary_settings_too(converted, tmp_path):
         "original_max_position_embeddings": 64, "rope_theta": 5000.0,
     }  # fmt: skip
     folder = edited(converted, tmp_path / "scaled", rope_parameters=scaled)
-    export_checkpoint(str(folder), tmp_path / "ar", "ar")
+    export(str(folder), tmp_path / "ar", "ar")
     ids = torch.arange(3, 53)
     before = logits_of(folder, ids)[1]
     file = tmp_path / "ar" / "config.json"
@@ -202,7 +200,7 @@ def test_older_readers_find_the_rotary_settings_too(converted, tmp_path):
 
 
 def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run_both, write_jsonl):
-    export_checkpoint(str(converted), tmp_path / "ar", "ar")
+    export(str(converted), tmp_path / "ar", "ar")
     arguments = ("--max-steps", 0, "--output-dir", tmp_path / "again", "--json")
     code, out, err = run_both("adapt", tmp_path / "ar", *arguments)
     assert code == 0, err
@@ -217,10 +215,13 @@ def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run_bo
     (
         ({"attention": "full", "block_length": None}, "its attention is full"),
         ({"prediction": "shift"}, "its prediction is shift"),
-        ({"mask_token_id": 7}, "its mask token is 7, the engines have 151669 in their code"),
+        ({"mask_token_id": 7}, "its mask token is 7, but the engines always take 151669"),
         ({"use_sliding_window": True, "sliding_window": 4}, "it has a sliding window"),
-        ({"hidden_act": "gelu"}, "its activation is gelu"),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "its class is Llama"),
+        ({"hidden_act": "gelu"}, "its activation is 'gelu', not silu"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "its model_type is 'llama', but the engines run qwen3 and qwen3_moe",
+        ),
     ),
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -236,7 +237,7 @@ def test_experts_in_some_layers_alone_are_refused(sdar, fails, tmp_path):
 def test_models_without_an_ar_mode_are_refused(sdar, fails, converted, tmp_path):
     assert "its attention is block_causal" in fails(sdar("dense")[2], "ar")
     dead = edited(converted, tmp_path / "dead", ar_mode=False)
-    assert "it was not trained along" in fails(dead, "ar")
+    assert "none was trained along" in fails(dead, "ar")
 
 
 def test_unconverted_models_and_adapters_are_refused(fails, tiny_checkpoint, tmp_path):
@@ -248,9 +249,9 @@ def test_unconverted_models_and_adapters_are_refused(fails, tiny_checkpoint, tmp
     assert "ar2diff merge" in said
 
 
-def test_an_unknown_layout_is_refused_with_those_there_are(fails, converted):
+def test_an_unknown_format_is_refused_and_the_known_ones_are_named(fails, converted):
     said = fails(converted, "gguf")
-    assert "--to gguf is no layout" in said
+    assert "--to is 'gguf'" in said
     assert "give one of sdar, ar" in said
 
 
@@ -274,3 +275,39 @@ def test_a_dry_run_says_all_and_writes_nothing(run_both, converted, tmp_path):
     assert code == 0
     assert json.loads(out)["loads_as"] == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
+
+
+# Weights that nothing could load
+
+
+def with_header(folder, change):
+    """Change the header of a folder's weights; the bytes stay."""
+    file = folder / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    change(header)
+    text, rest = json.dumps(header).encode(), file.read_bytes()[8 + length :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    return folder
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        (lambda header: header[NORM].update(dtype="Z9"), "cut short or damaged"),
+        (lambda header: header[NORM].update(shape=[2**40, 2**40]), "cut short or damaged"),
+        (lambda header: header[NORM].update(shape=[31]), "cut short or damaged"),
+        (lambda header: header[NORM].update(data_offsets=[0, 128]), "cut short or damaged"),
+        (lambda header: header.update({NORM: [1]}), "cut short or damaged"),
+        (lambda header: header.pop(HEAD), "cut short or damaged"),  # leaves a gap
+        (lambda header: header[NORM].update(shape=[1, 32]), "norm.weight has shape [1, 32]"),
+        (lambda header: header.update({"x": header.pop(HEAD)}), "lack lm_head.weight"),
+    ),
+    ids=["dtype", "huge", "size", "overlap", "type", "gap", "shape", "name"],
+)
+def test_damaged_weights_are_not_copied(fails, converted, tmp_path, change, said):
+    folder = with_header(shutil.copytree(converted, tmp_path / "ours"), change)
+    assert said in fails(folder, "ar")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from tokenizers.processors import TemplateProcessing
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -22,9 +23,9 @@ from ar2diff.training import rollouts as rollouts_module
 from ar2diff.training.base import checkpoints
 from ar2diff.training.estimators import score
 from ar2diff.training.grpo import Groups, check_reference, rollouts_of
-from ar2diff.training.rl import check_settings, make_rl_trainer
+from ar2diff.training.plan import Plan
+from ar2diff.training.rl import check_settings, make_trainer
 from ar2diff.training.rollouts import sample
-from ar2diff.training.run import Plan
 
 BLOCKS, FULL = ("convert.block_length=4",), ("convert.attention=full", "convert.block_length=null")
 PROMPTS = ["ab", "hello", "x", "to the end"]
@@ -61,8 +62,8 @@ def trainer_of(convert_tiny, tmp_path):
         check_settings(recipe, checkpoint.spec)
         add_adapter(checkpoint, recipe)
         rows = [{"prompt": prompt} for prompt in prompts]
-        return make_rl_trainer(
-            Plan(checkpoint, recipe, rows, make_rl_trainer), [reward], tmp_path / folder, []
+        return make_trainer(
+            Plan(checkpoint, recipe, rows, make_trainer), [reward], tmp_path / folder, []
         )
 
     return make
@@ -100,7 +101,7 @@ def batch_of(trainer):
 def own_logps(trainer, rollouts, inputs, model=None, good=None):
     rl, model = trainer.recipe.rl, model or trainer.checkpoint.model
     width = inputs["completion_ids"].shape[1]
-    scores = score(model, rollouts, rl, trainer.diffusion, trainer.suppressed, width=width)
+    scores = score(model, rollouts, rl, trainer.spec, trainer.suppressed, width=width)
     return scores.per_token(good)
 
 
@@ -111,6 +112,18 @@ def shake(model, size=0.05):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += size * torch.randn(parameter.shape, generator=draw)
+
+
+def test_prompts_do_not_end_where_the_tokenizer_ends_texts(trainer_of):
+    def close(checkpoint):
+        checkpoint.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        assert checkpoint.tokenizer("abc").input_ids[-1] == 2
+
+    inputs, rollouts = batch_of(trainer_of(change=close, prompts=["abc"] * 4))
+    assert not (inputs["prompt_ids"] == 2).any()
+    assert all(rollout.ids[rollout.prompt - 1] != 2 for rollout in rollouts)
 
 
 # Ratios
@@ -607,18 +620,22 @@ def test_what_a_recipe_says_stands_above_its_preset():
 BATCHES = ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=4"]
 REFUSED = [  # overrides, attention, part of the message
     (["rl.rewards=[]"], BLOCKS, "rl.rewards is empty"),
-    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode ar does not write"),
-    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode diffusion does not write"),
-    (["rl.estimator=ar"], FULL, "the model has no AR mode"),
-    (["objective.kind=ar"], BLOCKS, "rl.estimator trajectory: an AR model has its AR mode alone"),
-    (["rl.estimator=one_step", "rl.prompt_mask=0.1"], BLOCKS, "shows blocks the clean prompt"),
+    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode 'ar' does not write"),
+    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode 'diffusion' does not write"),
+    (["rl.estimator=ar"], FULL, "rl.estimator=ar needs an AR mode"),
+    (["objective.kind=ar"], BLOCKS, "rl.estimator trajectory needs a diffusion model"),
+    (["rl.estimator=one_step", "rl.prompt_mask=0.1"], BLOCKS, "rl.prompt_mask has no effect with"),
     (["rl.sampler.block_length=2"], BLOCKS, "rl.sampler.block_length differs"),
-    (["rl.estimator=trajectory", "rl.sampler={remask: 0.1, steps: 4}"], BLOCKS, "decided twice"),
+    (
+        ["rl.estimator=trajectory", "rl.sampler={remask: 0.1, steps_per_block: 4}"],
+        BLOCKS,
+        "lets a token be decided twice",
+    ),
     (["peft.r=2", "peft.dropout=0.1"], BLOCKS, "peft.dropout"),
     (["rl.sampler.nonsense=1"], BLOCKS, "nonsense"),
-    (["rl.estimator=spg", "rl.beta=0.1"], BLOCKS, "rl.beta: spg has"),
-    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high: of cispo"),
-    (["train.per_device_train_batch_size=6"], BLOCKS, "6 completions of a generation"),
+    (["rl.estimator=spg", "rl.beta=0.1"], BLOCKS, "rl.beta cannot be used with the spg"),
+    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high is the largest ratio"),
+    (["train.per_device_train_batch_size=6"], BLOCKS, "a generation has 6 completions"),
     (
         ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=3"],
         BLOCKS,
@@ -627,7 +644,7 @@ REFUSED = [  # overrides, attention, part of the message
     (
         [*BATCHES, "rl.num_iterations=2"],
         BLOCKS,
-        "several of them would be one update",
+        "several iterations would be one update",
     ),
 ]
 
@@ -648,7 +665,7 @@ ALLOWED = [
     (["rl.estimator=one_step", "rl.prompt_mask=0.1"], FULL),
     (["rl.sampler.block_length=2"], FULL),
     (["rl.sampler.block_length=4"], BLOCKS),
-    (["rl.estimator=elbo", "rl.sampler={remask: 0.1, steps: 4}"], FULL),
+    (["rl.estimator=elbo", "rl.sampler={remask: 0.1, steps_per_block: 4}"], FULL),
     (["rl.steps_per_generation=4", "train.gradient_accumulation_steps=2"], BLOCKS),
     (BATCHES, BLOCKS),
 ]
@@ -662,12 +679,12 @@ def test_check_settings_lets_pass(convert_tiny, overrides, of):
 
 
 BAD_SECTIONS = [
-    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask belongs to"),
-    ({"samples": 2}, "samples belongs to"),
-    ({"segments": 2, "estimator": "elbo"}, "segments belongs to"),
+    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask needs"),
+    ({"samples": 2}, "samples needs"),
+    ({"segments": 2, "estimator": "elbo"}, "segments needs"),
     ({"sampler": {"temperature": 0}}, "temperature must be above 0"),
-    ({"sampler": {"max_new_tokens": 4}}, "max_new_tokens is not for rollouts"),
-    ({"sampler": {"repetition_penalty": 1.1}}, "repetition_penalty is not for rollouts"),
+    ({"sampler": {"max_new_tokens": 4}}, "max_new_tokens cannot be set"),
+    ({"sampler": {"repetition_penalty": 1.1}}, "repetition_penalty cannot be set"),
     ({"num_generations": 1}, "greater than 1"),
 ]
 
@@ -685,6 +702,7 @@ OVERRIDDEN = {
     "_generate_single_turn": (
         "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images",
     ),
+    "_tokenize_prompts": ("self", "prompts"),
     "_get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
         "compute_entropy", "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images",

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from test_likelihood import raw_logits
 from transformers import Qwen2Tokenizer
 
-from ar2diff.checkpoint.files import stored_dtypes
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.stored import stored_dtypes
 from ar2diff.conversion.families import FAMILIES as TABLE
 from ar2diff.conversion.imports import import_checkpoint
-from ar2diff.conversion.tensors import pieces_of, write_shards
+from ar2diff.conversion.tensors import renamed_tensors, write_shards
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
 from ar2diff.core.options import resolve
@@ -197,7 +197,7 @@ def test_numbers_of_any_width_stand_where_they_can_be_read(tmp_path):
     tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(2.0)}
     save_file(tensors, tmp_path / "theirs.safetensors")
     model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=False))
-    pieces = [*pieces_of(tmp_path / "theirs.safetensors", TABLE[0], model)]
+    pieces = [*renamed_tensors(tmp_path / "theirs.safetensors", TABLE[0], model)]
     write_shards(tmp_path, [sorted(pieces, key=lambda piece: piece.name)])
     read = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
@@ -218,7 +218,7 @@ def test_memory_does_not_depend_on_the_size_of_the_weights(make, tmp_path):
     folder = make(theirs, weights=weights)
     code = (
         "import resource, sys\n"
-        "from ar2diff.imports import import_checkpoint\n"
+        "from ar2diff.conversion.imports import import_checkpoint\n"
         "import_checkpoint(sys.argv[1], sys.argv[2], dry_run=True)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "import_checkpoint(sys.argv[1], sys.argv[2])\n"
@@ -231,6 +231,18 @@ def test_memory_does_not_depend_on_the_size_of_the_weights(make, tmp_path):
     grown = int(done.stdout.split()[-1]) * (1024 if sys.platform != "darwin" else 1)
     assert (tmp_path / "ours" / "model.safetensors").stat().st_size > 1.2e8
     assert grown < 5e7
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.5], ids=["the same", "another"])
+def test_a_stored_head_is_kept_where_it_is_not_the_embeddings(make, tmp_path, moved):
+    theirs = foreign.a2d()
+    theirs.config["tie_word_embeddings"] = True
+    weights = theirs.weights()
+    head = weights["model.embed_tokens.weight"] + moved
+    import_checkpoint(str(make(theirs, weights=weights | {"lm_head.weight": head})), tmp_path / "o")
+    ours = load_checkpoint(str(tmp_path / "o")).model
+    assert ours.config.tie_word_embeddings == (not moved)
+    assert torch.equal(ours.get_output_embeddings().weight, head)
 
 
 def test_the_folder_says_where_it_comes_from_and_carries_no_code_of_theirs(make, tmp_path):
@@ -322,7 +334,10 @@ def test_a_config_that_no_stock_class_computes_is_refused_with_its_key(make, fai
     theirs = foreign.llada()
     theirs.config["scale_logits"] = True
     said = fails(make(theirs))
-    assert "scale_logits is True in its config.json, and the stock llama class has no such" in said
+    assert (
+        "scale_logits is True in its config.json, which the stock llama class does not support"
+        in said
+    )
 
 
 @pytest.mark.parametrize("missing", ["rms_norm_eps", "rope_theta", "n_heads"])
@@ -344,13 +359,13 @@ def test_tensors_without_a_place_are_refused_by_name(make, fails):
     theirs = foreign.sdar()
     more = theirs.weights() | {"model.layers.0.self_attn.sink": torch.zeros(4)}
     said = fails(make(theirs, weights=more))
-    assert "hold model.layers.0.self_attn.sink, which Qwen3ForCausalLM has no place for" in said
+    assert "contain model.layers.0.self_attn.sink, which Qwen3ForCausalLM has no place for" in said
 
 
 def test_shapes_that_the_config_does_not_mean_are_refused(make, fails):
     theirs = foreign.llada()
     theirs.config["n_kv_heads"] = foreign.HEADS
-    assert "k_proj.weight has shape [16, 32], LlamaForCausalLM needs [32, 32]" in fails(
+    assert "k_proj.weight has shape [16, 32], but LlamaForCausalLM needs [32, 32]" in fails(
         make(theirs)
     )
 
@@ -358,17 +373,18 @@ def test_shapes_that_the_config_does_not_mean_are_refused(make, fails):
 def test_fused_rows_that_the_config_does_not_mean_are_refused(make, fails):
     theirs = foreign.llada2()
     theirs.config["num_key_value_heads"] = foreign.HEADS
-    assert "query_key_value.weight has 128 rows, its config.json means 192" in fails(make(theirs))
+    said = fails(make(theirs))
+    assert "query_key_value.weight has shape [128, 32], but its config.json implies 192" in said
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     (
-        ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM runs code of its own, and no"),
+        ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM needs code of its own, and no"),
         ({"architectures": ["LlamaForCausalLM"], "auto_map": None}, "ar2diff adapt"),
         ({"mask_token_id": 64}, "is a word of the vocabulary"),
-        ({"mask_token_id": 271}, "mask_token_id 271 is none of the 262 tokens"),
-        ({"mask_token_id": "260"}, "mask_token_id is '260' in its config.json, wanted a whole"),
+        ({"mask_token_id": 271}, "mask_token_id 271 is out of range: the tokenizer has 262 tokens"),
+        ({"mask_token_id": "260"}, "mask_token_id is '260' in its config.json, which is not"),
         ({"use_mrope": True}, "use_mrope is True"),
         ({"hidden_size": "wide"}, "its config.json makes no qwen2 model"),
     ),
@@ -390,19 +406,19 @@ def test_two_mask_tokens_are_refused(make, fails):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     said = fails(folder)
     assert (
-        "mask_token_id is 260 in its config.json, the tokenizer's mask token <|extra|> is 261"
+        "mask_token_id is 260 in its config.json, but the tokenizer's mask token <|extra|> is 261"
         in said
     )
 
 
 def test_a_block_length_is_refused_where_the_family_has_one_or_none(make, fails, tmp_path):
     said = fails(make(foreign.dream()), "--block-length", 8)
-    assert "Dream models are trained on whole rows" in said
+    assert "Dream models are always trained on whole rows" in said
 
 
 def test_a_converted_model_is_refused(make, fails, tmp_path):
     import_checkpoint(str(make(foreign.llada())), tmp_path / "ours")
-    assert "is a converted model already" in fails(tmp_path / "ours")
+    assert "is already a converted model" in fails(tmp_path / "ours")
 
 
 @pytest.mark.parametrize("verb", [("check",), ("adapt", "--max-steps", 0)], ids=["check", "adapt"])
@@ -410,7 +426,7 @@ def test_other_verbs_point_to_the_import(make, run_both, tmp_path, verb):
     more = ("--output-dir", tmp_path / "out") if verb[0] == "adapt" else ()
     code, _, err = run_both(*verb, make(foreign.dream()), *more)
     assert code == 2
-    assert "bring it in with 'ar2diff import'" in err
+    assert "run 'ar2diff import'" in err
 
 
 def test_pickled_weights_are_refused(make, fails):

@@ -184,7 +184,7 @@ def test_number_of_processes(refused):
 
 
 def test_a_recipe_error_starts_nothing(refused):
-    assert "unknown key" in refused("train.nonsense=1", "--launch", "ddp", "--num-processes", 2)
+    assert "is not a key" in refused("train.nonsense=1", "--launch", "ddp", "--num-processes", 2)
 
 
 def test_a_flag_that_the_launcher_does_not_know(monkeypatch, capsys, stories, tiny_checkpoint):

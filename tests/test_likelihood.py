@@ -19,7 +19,7 @@ from ar2diff.diffusion.noise import corrupt
 from ar2diff.diffusion.objective import suppressed_ids, time_weights
 
 BLOCK = 4
-SUPPRESSED = suppressed_ids(MASK, 64, 64)
+SUPPRESSED = suppressed_ids(MASK, range(64), 64)
 BLOCKWISE = ("causal_context", "block_causal")
 PREDICTIONS = ("same", "shift")
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -244,7 +244,9 @@ def test_the_weights_of_the_bound_are_exact():
         assert float(time_weights(t, "1/t")[0]) == pytest.approx(5 / int(masked.sum()), rel=1e-12)
 
 
-WORDS = suppressed_ids(4, 3, 5)  # a model of five rows: row 3 has no token, row 4 is the mask
+WORDS = suppressed_ids(
+    4, range(3), 5
+)  # a model of five rows: row 3 has no token, row 4 is the mask
 SEQUENCES = [[0, *words] for words in product(range(3), repeat=3)]  # all there are
 
 

@@ -11,7 +11,7 @@ from ar2diff.cli.main import main
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe, with_values
-from ar2diff.training.adapt import make_collator, make_plan, make_trainer
+from ar2diff.training.adapt import ADAPT, make_collator, make_trainer
 from ar2diff.training.estimators import score
 from ar2diff.training.memory import estimate, held, measure
 from ar2diff.training.rollouts import Rollout
@@ -34,7 +34,7 @@ def trainer_of(model, tmp_path, *settings):
     recipe = with_values(
         load_recipe(None, [*SETTINGS, *settings]), data={"sources": [str(tmp_path / "a.txt")]}
     )
-    plan = make_plan(model, recipe)
+    plan = ADAPT.prepare(model, recipe)
     trainer = make_trainer(plan, tmp_path / "run", [])
     return trainer, plan, recipe
 

@@ -9,7 +9,7 @@ from conftest import MASK
 
 from ar2diff.core.attention import PADDING
 from ar2diff.core.seeds import content_key, keyed_generator
-from ar2diff.data.documents import Collator, Piece, pieces
+from ar2diff.data.documents import Collator, DocumentPart, document_parts
 from ar2diff.diffusion.noise import block_times, corrupt, draw_times
 
 EOS = 2
@@ -25,7 +25,7 @@ CASES = [
 
 def piece(length=30, seed=0, epoch=0, real=None):
     ids = torch.randint(3, MASK, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Piece(ids, real or length, 0, epoch, content_key(ids))
+    return DocumentPart(ids, real or length, 0, epoch, content_key(ids))
 
 
 def single_block(length):
@@ -204,7 +204,7 @@ def test_which_tokens_are_masked_changes_with_epoch_seed_and_ids(make_recipe, at
         recipe = make_recipe(attention, noise=noise, train={"seed": seed})
         ids = [1, 9, other]
         masked, _ = Collator(recipe, MASK).noise(
-            Piece(ids, 3, 0, epoch, content_key(ids)), recipe.convert.block_length
+            DocumentPart(ids, 3, 0, epoch, content_key(ids)), recipe.convert.block_length
         )
         return bool(masked[0, 1]) if masked.sum() == 1 else None
 
@@ -253,10 +253,10 @@ def test_noise_does_not_depend_on_packing(make_recipe, attention, noise, complem
 def test_the_fill_of_the_last_block_does_not_change_the_noise_before_it(make_recipe):
     recipe = make_recipe("block_causal", data={"max_length": 40})
     ids = piece(9).ids
-    (filled,) = pieces(ids, 0, EOS, recipe, 0)
+    (filled,) = document_parts(ids, 0, EOS, recipe, 0)
     assert len(filled.ids) == 12 and filled.real == 9
     masked, _ = Collator(recipe, MASK).noise(filled, 4)
-    other = Piece(filled.ids[:9] + [7] * 3, 9, 0, 0, filled.document)
+    other = DocumentPart(filled.ids[:9] + [7] * 3, 9, 0, 0, filled.document)
     assert torch.equal(Collator(recipe, MASK).noise(other, 4)[0], masked)
 
 

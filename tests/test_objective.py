@@ -9,7 +9,7 @@ from conftest import CLASSES, MASK, tiny_spec
 from ar2diff.core.attention import PADDING, lay_out, model_mask, reading_slot
 from ar2diff.core.forward import logits_at
 from ar2diff.core.seeds import content_key
-from ar2diff.data.documents import Collator, Piece
+from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion.cross_entropy import cross_entropy
 from ar2diff.diffusion.likelihood import masked_nll
 from ar2diff.diffusion.objective import cart_weights, coefficients, suppressed_ids, time_weights
@@ -86,7 +86,7 @@ def test_a_draw_without_masks_is_a_finite_zero(kind, normaliser):
 
 def piece(length, seed=0, run=1):
     ids = words(length, seed=seed).tolist()
-    return Piece(ids, length - run + 1, run, 0, content_key(ids))
+    return DocumentPart(ids, length - run + 1, run, 0, content_key(ids))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def nll_of(model, contract, batch):
         batch["masked"],
         batch["doc"],
         batch["pos"],
-        suppressed_ids(MASK, 64, 64),
+        suppressed_ids(MASK, range(64), 64),
     )
 
 
@@ -188,7 +188,7 @@ def test_cart_counts_earlier_blocks_as_clean_and_later_ones_not_at_all():
 def test_the_collator_gives_cart_the_real_tokens_alone(make_recipe):
     recipe = make_recipe("full", objective={"weight": "cart", "cart_p": 0.5})
     ids = words(8).tolist()
-    batch = Collator(recipe, MASK)([(0, [Piece(ids, 5, 4, 0, content_key(ids))])])
+    batch = Collator(recipe, MASK)([(0, [DocumentPart(ids, 5, 4, 0, content_key(ids))])])
     real = torch.arange(8)[None] < 5
     zero = torch.zeros(1, 8, dtype=torch.long)
     want = cart_weights(batch["masked"], real, zero, zero, 0.5)[0]
@@ -246,8 +246,8 @@ def test_a_wrapper_that_hides_its_model_can_name_it(tiny_model):
 
 
 def test_suppressed_ids_are_the_mask_and_the_rows_without_a_token():
-    assert suppressed_ids(5, 8, 10).nonzero()[:, 0].tolist() == [5, 8, 9]
-    assert suppressed_ids(None, 10, 10).sum() == 0
+    assert suppressed_ids(5, range(8), 10).nonzero()[:, 0].tolist() == [5, 8, 9]
+    assert suppressed_ids(None, range(10), 10).sum() == 0
 
 
 def batch_of(attention, seed=0):
@@ -263,7 +263,7 @@ def batch_of(attention, seed=0):
 def test_perturbing_the_mask_logit_changes_nothing(tiny_model, attention, prediction):
     """The head's row of the mask may say what it likes (the head is not tied)."""
     model = copy.deepcopy(tiny_model("llama"))
-    batch, suppressed = batch_of(attention), suppressed_ids(MASK, 64, 64)
+    batch, suppressed = batch_of(attention), suppressed_ids(MASK, range(64), 64)
     contract = tiny_spec(attention, prediction=prediction)
     with torch.no_grad():
         before = masked_nll(model, contract, *batch, suppressed)
@@ -296,7 +296,7 @@ def test_the_gradient_reaches_the_head_only_where_a_masked_token_is_read(
     mask = model_mask(model, slots, attention, contract.block_length, None)
     logits = logits_at(model, index, input_ids=ids, attention_mask=mask, position_ids=slots.pos)
     hidden[0].retain_grad()
-    cross_entropy(logits, x0[masked], suppressed_ids(MASK, 64, 64)).sum().backward()
+    cross_entropy(logits, x0[masked], suppressed_ids(MASK, range(64), 64)).sum().backward()
     read = torch.zeros(ids.numel(), dtype=torch.bool)
     read[index] = True
     gradient = hidden[0].grad.flatten(0, 1)

@@ -16,9 +16,9 @@ import torch
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.attention import reveal_edges
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.documents import pieces
-from ar2diff.training.adapt import make_plan
-from ar2diff.training.sft import make_sft_plan
+from ar2diff.data.documents import document_parts
+from ar2diff.training.adapt import ADAPT
+from ar2diff.training.sft import SFT
 
 LENGTH = 64
 ROWS = 2
@@ -77,7 +77,7 @@ PAPERS = {
     "llada2": Paper(0, inverse_time, "tokens", 32),
     "tiny-a2d": Paper(0, inverse_time, "tokens", 32),
 }
-SFT = ("llada-sft", "fast-dllm-v2", "tiny-a2d")
+TUNED = ("llada-sft", "fast-dllm-v2", "tiny-a2d")
 LLADA2 = [1, 4, 32, 64, *[4096] * 8, 2048, 1024, 512, 256, 128, 64]  # before 32, a part each
 ANNEALED = {"diffugpt": 10, "llada2": len(LLADA2)}  # steps of the anneal here
 
@@ -140,7 +140,7 @@ class Setting:
                 f"data.max_length={LENGTH}", f"data.sources=[{data}]", f"anneal.steps={anneal}",
                 "train.max_steps=40", "train.warmup_steps=0", "train.precision=fp32",
                 f"train.per_device_train_batch_size={ROWS}", "train.decay_steps="
-                f"{int(load_recipe(name).train.schedule == 'wsd')}",
+                f"{int(load_recipe(name).train.schedule == 'warmup_stable_decay')}",
                 "train.gradient_accumulation_steps=1", "train.gradient_checkpointing=false",
             ],
         )  # fmt: skip
@@ -197,10 +197,10 @@ class Setting:
 @pytest.fixture
 def setting(tiny_checkpoint, convert_tiny, write_jsonl, tmp_path):
     def make(name: str, texts: bool = False) -> Setting:
-        if texts or name not in SFT:
+        if texts or name not in TUNED:
             stories = [" ".join(WORDS.split()[n % 7 :][: 2 + 3 * n]) for n in range(8)]
             data = write_jsonl("rows.jsonl", [{"text": text} for text in stories])
-            return Setting(name, make_plan, tiny_checkpoint, data, tmp_path)
+            return Setting(name, ADAPT.prepare, tiny_checkpoint, data, tmp_path)
         recipe = load_recipe(name)
         if recipe.data.chat_template:
             rows = [
@@ -217,7 +217,7 @@ def setting(tiny_checkpoint, convert_tiny, write_jsonl, tmp_path):
         data = write_jsonl("rows.jsonl", rows)
         chosen = {n: getattr(recipe.convert, n) for n in recipe.convert.model_fields_set}
         overrides = [f"convert.{n}={'null' if v is None else v}" for n, v in chosen.items()]
-        return Setting(name, make_sft_plan, convert_tiny(*overrides), data, tmp_path)
+        return Setting(name, SFT.prepare, convert_tiny(*overrides), data, tmp_path)
 
     return make
 
@@ -297,7 +297,7 @@ def test_llada_cuts_one_row_in_a_hundred_to_a_random_length(setting):
     recipe = setting("llada").recipe
     assert recipe.data.cut_share == 0.01
     texts = [[1, *[3 + n // 50**i % 50 for i in range(LENGTH - 2)], 2] for n in range(3000)]
-    parts = [piece for text in texts for piece in pieces(text, 0, 2, recipe, 0)]
+    parts = [piece for text in texts for piece in document_parts(text, 0, 2, recipe, 0)]
     cut = [p for p in parts if len(p.ids) < LENGTH]
     assert 0.005 < len(cut) / len(parts) < 0.015
     assert min(len(p.ids) for p in cut) < 16 and max(len(p.ids) for p in cut) > 48
@@ -312,5 +312,5 @@ def test_a_share_of_cut_rows_belongs_to_full_attention():
 def test_weights_by_context_are_for_adapt(convert_tiny, write_jsonl):
     data = write_jsonl("rows.jsonl", [{"prompt": "say:", "completion": " it"}])
     recipe = load_recipe("dream", [f"data.sources=[{data}]", "data.max_length=64"])
-    with pytest.raises(Ar2DiffError, match=r"objective\.weight cart is for adapt"):
-        make_sft_plan(convert_tiny("convert.attention=full"), recipe)
+    with pytest.raises(Ar2DiffError, match=r"objective\.weight=cart is for adapt"):
+        SFT.prepare(convert_tiny("convert.attention=full"), recipe)

@@ -44,7 +44,7 @@ def readings(monkeypatch):
 
 
 def decode(model, spec, prompts, *, new=2 * BLOCK + 1, **settings):
-    options = resolve(spec, {"steps": 2, **settings})
+    options = resolve(spec, {"steps_per_block": 2, **settings})
     canvas = Canvas.of_prompts(
         prompts,
         MASK,
@@ -118,7 +118,13 @@ def test_logits_are_exact_in_shorter_blocks_and_rows_of_unlike_speed(
 ):
     model, spec = build_model("llama"), tiny_spec(attention, 8, prediction)
     prompts = [prompt_of(length) for length in (2, 9, 3, 6)]
-    settings = {"block_length": 3, "steps": None, "threshold": 0.3, "temperature": 1.0, "seed": 1}
+    settings = {
+        "block_length": 3,
+        "steps_per_block": None,
+        "threshold": 0.3,
+        "temperature": 1.0,
+        "seed": 1,
+    }
     decode(model, spec, prompts, cache_implementation=cached, **settings)
     assert len({tuple(start.diff().tolist()) for _, start, _, _ in readings}) > 1
     for reading in readings:

@@ -62,7 +62,7 @@ OPTIONS = {
     "mode": sometimes(("diffusion", "ar", "speculative"), ("draft", 3, ["ar"])),
     "block_length": sometimes((1, 2, 3, 4), (0, 5, 10**30, "all", 2.5)),
     "threshold": sometimes((0, 0.05, 0.3, 0.9, 1, 2.0), BAD_NUMBERS),
-    "steps": sometimes((1, 2, 3, 50, 10**30), BAD_COUNTS),
+    "steps_per_block": sometimes((1, 2, 3, 50, 10**30), BAD_COUNTS),
     "entropy_bound": sometimes((0, 0.3, 4.0, 1e400), BAD_NUMBERS[:-1]),
     "order": sometimes(("prob", "margin", "entropy", "random"), ("best", 1, None)),
     "remask": sometimes((0, 0.4, 1), (1.2, *BAD_NUMBERS)),
@@ -242,7 +242,7 @@ def test_what_cannot_be_honoured_is_an_ar2diff_error(kwargs):
     "kwargs",
     [
         {"temperature": 1e-300},
-        {"steps": 10**30},
+        {"steps_per_block": 10**30},
         {"block_length": 10**30, "attention": "full"},
         {"max_new_tokens": 10**30},
         {"eos_token_id": -1, "min_new_tokens": 3},

@@ -16,8 +16,9 @@ from ar2diff.checkpoint.custom_generate import FOLDER
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.data.conversations import chat_template, read_conversations
-from ar2diff.training.sft import make_sft_plan, sft
+from ar2diff.data.chat_template import chat_template
+from ar2diff.data.conversations import read_conversations
+from ar2diff.training.sft import SFT, sft
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}."} for n in range(12)]
 CHATS = [
@@ -50,7 +51,7 @@ def recipe_for(data, *overrides):
 def test_a_tuned_folder_is_a_converted_folder(convert_tiny, write_jsonl, tmp_path, rows, override):
     base, data = convert_tiny(), write_jsonl("rows.jsonl", rows)
     record = sft(str(base), recipe_for(data, override), tmp_path / "out")
-    assert record["tokens"] > 0
+    assert record.tokens > 0
     tuned = load_checkpoint(str(tmp_path / "out"))
     assert tuned.spec == load_checkpoint(str(base)).spec
     assert (tmp_path / "out" / FOLDER / "generate.py").is_file()
@@ -102,17 +103,17 @@ def test_stock_trl_leaks_where_attention_goes_both_ways():
 
 
 BAD = [
-    ('{"text": 3}', "neither messages nor prompt and completion"),
-    ('{"prompt": "a", "completion": null}', "completion is null, wanted text"),
+    ('{"text": 3}', "neither messages, nor prompt and completion"),
+    ('{"prompt": "a", "completion": null}', "completion is null, but text is wanted"),
     ('{"prompt": "", "completion": ""}', "prompt and completion are empty"),
     ('{"prompt": "a", "completion": "\\ud800"}', "is not valid Unicode"),
     (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
-        "a message without role or content",
+        "messages[1]: the content is null, but text is wanted",
     ),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "the assistant says nothing"),
-    ('{"messages": [{"role": "user", "content": null}]}', "a message without role or content"),
-    ('{"messages": []}', "a message without role or content"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
+    ('{"messages": [{"content": "a"}]}', "messages[0]: the message has no role"),
+    ('{"messages": []}', "messages holds no messages"),
     ('{"prompt": "a"', "is not JSON"),
 ]
 
@@ -142,12 +143,12 @@ ANSWER = 'data.columns.completion=" {answer}"'
 )
 def test_columns_say_what_is_prompt_and_completion(write_jsonl, columns, wanted):
     data = write_jsonl("rows.jsonl", [GSM])
-    assert read_conversations(recipe_for(data, *columns)) == [wanted]
+    assert read_conversations(recipe_for(data, *columns)).rows == [wanted]
 
 
 def test_columns_say_where_the_messages_are(write_jsonl):
     data = write_jsonl("rows.jsonl", [{"dialogue": CHATS[0]["messages"], "text": "a"}])
-    assert read_conversations(recipe_for(data, "data.columns.messages=dialogue")) == CHATS[:1]
+    assert read_conversations(recipe_for(data, "data.columns.messages=dialogue")).rows == CHATS[:1]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_columns_say_where_the_messages_are(write_jsonl):
     [
         ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
         ("data.columns.prompt='{task}'", "the row has no column 'task'"),
-        ("data.columns.prompt='{none} {question}'", "none is empty or no text"),
-        ("data.columns.prompt=number", "prompt is int, wanted text"),
+        ("data.columns.prompt='{none}'", "'none' hold no text"),
+        ("data.columns.prompt=number", "prompt is a number, but text is wanted"),
     ],
 )
 def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):
@@ -167,7 +168,7 @@ def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, wh
 
 
 def test_rows_of_several_formats_are_refused(write_jsonl):
-    with pytest.raises(Ar2DiffError, match="several formats"):
+    with pytest.raises(Ar2DiffError, match="the data mixes formats"):
         read_conversations(recipe_for(write_jsonl("rows.jsonl", [*PAIRS, *CHATS])))
 
 
@@ -193,7 +194,7 @@ def test_the_control_is_the_ar_base_tuned_on_the_same_rows(tiny_checkpoint, writ
     data = write_jsonl("rows.jsonl", PAIRS)
     recipe = recipe_for(data, "objective.kind=ar", "train.max_steps=2")
     record = sft(str(tiny_checkpoint), recipe, tmp_path / "out")
-    assert record["diffusion"] is None and not (tmp_path / "out" / FOLDER).exists()
+    assert record.diffusion is None and not (tmp_path / "out" / FOLDER).exists()
     assert load_checkpoint(str(tmp_path / "out")).spec is None
 
 
@@ -201,7 +202,7 @@ def test_the_controls_loss_is_that_of_next_tokens_over_the_completions(
     tiny_checkpoint, write_jsonl, tmp_path
 ):
     recipe = recipe_for(write_jsonl("rows.jsonl", PAIRS[:3]), "objective.kind=ar")
-    plan = make_sft_plan(tiny_checkpoint, recipe)
+    plan = SFT.prepare(tiny_checkpoint, recipe)
     trainer = plan.make_trainer(plan, tmp_path / "run", [])
     model, tokenizer = plan.checkpoint.model, plan.checkpoint.tokenizer
     batch = trainer.data_collator([next(iter(trainer.train_dataset))])
@@ -225,8 +226,8 @@ def test_what_the_turns_are_like_is_said(convert_tiny, write_jsonl, tmp_path, ca
     rows = [*PAIRS, {"prompt": "a?", "completion": " b" * 60}]
     sft(str(convert_tiny()), recipe_for(write_jsonl("rows.jsonl", rows)), tmp_path / "out")
     said = capsys.readouterr().err
-    assert "13 turns of 10 tokens in the middle, 121 at most; 0 without an end token" in said
-    assert "1 rows over data.max_length 64 are cut" in said
+    assert "13 supervised turns, median length 10 tokens, longest 121; 0 without an end" in said
+    assert "1 rows longer than data.max_length 64 are cut" in said
 
 
 UNKNOWN_END = (  # a base's end token ends texts, the template's another ends answers
@@ -244,7 +245,7 @@ def test_a_run_logs_the_answers_and_keeps_what_ends_them(
     data = write_jsonl("rows.jsonl", CHATS)
     recipe = recipe_for(data, f"data.chat_template={tmp_path / 'a.jinja'}", "train.max_steps=1")
     record = sft(str(convert_tiny()), recipe, tmp_path / "out")
-    assert record["answers"] == {
+    assert record.answers == {
         "turns": 24,
         "ended": 24,
         "rows_over_max_length": 0,
@@ -285,8 +286,8 @@ def test_a_dry_run_shows_what_is_learned_and_writes_nothing(
     plan = json.loads(run("--json"))
     text = "<s>User: say 0\nAssistant:⟦ 0 it is</s>⟧\nUser: again\nAssistant:⟦ 0</s>⟧"
     assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 12}
-    assert "26 turns of 9 tokens in the middle, 10 at most" in plan["turns"]
-    assert "1 rows over data.max_length 64 are left out" in plan["turns"]
+    assert "26 supervised turns, median length 9 tokens, longest 10" in plan["turns"]
+    assert "1 rows longer than data.max_length 64 are left out" in plan["turns"]
     assert plan["recipe"]["data"]["max_length"] == 64 and "memory" in plan
     assert ("launch" in plan) == bool(launch)
     if not launch:

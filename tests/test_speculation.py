@@ -11,6 +11,7 @@ from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from test_likelihood import EXACT, PREDICTIONS, own_mask, raw_logits
 
 from ar2diff.core import speculation
+from ar2diff.core.candidates import CandidateReader
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
 from ar2diff.core.options import resolve
@@ -163,13 +164,14 @@ def one_forward(model, known, masks, window):
 def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, prediction, cached):
     model, spec = build_model(kind), tiny_spec(prediction=prediction)
     window, back = WINDOW if kind == "mistral_window" else None, int(prediction == "shift")
-    original, compared = speculation._Reader.read, Counter()
+    original, compared = CandidateReader.read, Counter()
 
-    def read(self, ids, state, drafts):
-        drafted, fronts = state.drafts.clone(), state.front.tolist()
-        target, ahead = original(self, ids, state, drafts)
-        for line, row in enumerate(state.rows.tolist()):
-            front, more = fronts[line], drafted[line].tolist()
+    def read(self, ids, fronts, drafted):
+        target, ahead = original(self, ids, fronts, drafted)
+        drafts = self.drafts
+        for line, front in enumerate(fronts.tolist()):
+            more = drafted[line].tolist()
+            (row,) = [n for n, p in enumerate(PROMPTS) if ids[line, : len(p)].tolist() == p]
             if front >= len(PROMPTS[row]) + 9:  # finished
                 continue
             words = [*ids[line, :front].tolist(), *more]
@@ -184,7 +186,7 @@ def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, predicti
                 compared[row] += 1
         return target, ahead
 
-    monkeypatch.setattr(speculation._Reader, "read", read)
+    monkeypatch.setattr(CandidateReader, "read", read)
     run(model, PROMPTS, 9, spec, draft_length=2 + back, cache_implementation=cached)
     assert min(compared[row] for row in range(len(PROMPTS))) > 9
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
-from ar2diff.data.documents import Collator, Piece, Rows, pieces
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
-from ar2diff.training.adapt import AdaptTrainer, adapt, make_plan, make_trainer
-from ar2diff.training.base import parameter_kinds
-from ar2diff.training.run import Plan
+from ar2diff.training.adapt import ADAPT, AdaptTrainer, adapt, make_trainer
+from ar2diff.training.modules import parameter_kinds
+from ar2diff.training.plan import Plan
 
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house by the sea".split()
 
@@ -68,7 +70,7 @@ def train(checkpoint_dir: Path, recipe: object, folder: Path, dtype: torch.dtype
     spec = convert(checkpoint, recipe.convert, recipe.data.max_length, True, 0)
     checkpoint.model.to(dtype)
     documents = Documents(recipe.data.sources, "text", recipe.train.seed)
-    rows = Rows(documents, checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(documents, checkpoint.tokenizer, 2, recipe)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -91,7 +93,9 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
     def noise_by_document(packing: bool, batch: int) -> dict:
         recipe = recipe_of(text_file, data={"packing": packing})
         rows = iter(
-            Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+            PackedDocuments(
+                Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+            )
         )
         collate, seen = Collator(recipe, 5), {}
         while len(seen) < 80:
@@ -168,7 +172,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     convert(checkpoint, recipe.convert, 32, True, 0)
     checkpoint.model.to(dtype)
-    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(
+        Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+    )
     trainer = make_trainer(Plan(checkpoint, recipe, rows, make_trainer), tmp_path, [])
     parts = [piece for _, (_, row) in zip(range(6), rows, strict=False) for piece in row]
     half = len(parts) // 2
@@ -364,7 +370,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(tiny_checkpoint, tmp_path, monk
 @pytest.mark.parametrize(
     "settings",
     [
-        {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 2},
+        {"schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 2},
         {"precision": "bf16"},
         {"attn_implementation": "eager"},
     ],
@@ -375,7 +381,7 @@ def test_settings_of_training_run(tiny_checkpoint, text_file, tmp_path, settings
     weights, trainer = train(tiny_checkpoint, recipe, tmp_path)
     assert {p.dtype for p in weights.values()} == {torch.float32}
     rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
-    if settings.get("schedule") == "wsd":
+    if settings.get("schedule") == "warmup_stable_decay":
         assert rates[1:4] == [0.1] * 3
         assert rates[4] < 0.1
 
@@ -385,7 +391,9 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
 
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     recipe = recipe_of(text_file)
-    rows = Rows(Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe)
+    rows = PackedDocuments(
+        Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
+    )
 
     def first(dataset, count):
         return [row for row, _ in zip(dataset, range(count), strict=False)]
@@ -402,7 +410,7 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
 
 def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, text_file):
     recipe = recipe_of(text_file, eval={"steps": 1, "rows": 4, "length": 20})
-    plan = make_plan(tiny_checkpoint, recipe)
+    plan = ADAPT.prepare(tiny_checkpoint, recipe)
     judged = {tuple(row) for row in plan.eval_rows}
     assert len(judged) == 4
     rows = iter(plan.rows)
@@ -411,22 +419,48 @@ def test_a_document_judged_while_training_is_not_trained_on(tiny_checkpoint, tex
 
 
 def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_path):
-    from ar2diff.core.errors import Ar2DiffError
-
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
-    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, now 0.2"):
+    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, and is 0.2 now"):
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
 
 
-def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    from ar2diff.core.errors import Ar2DiffError
+CHANGES = {  # of what a path holds, and what is said of it
+    "model": "the content of the model",
+    "tokenizer": "the content of the model",
+    "data": "the content of the data",
+}
 
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resume_notices_that_a_path_holds_something_else(tiny_checkpoint, tmp_path, what):
+    base, data = tmp_path / "base", stories(tmp_path / "data.jsonl", 20)
+    shutil.copytree(tiny_checkpoint, base)
+    recipe = recipe_of(data, train={"max_steps": 1})
+    adapt(str(base), recipe, tmp_path / "out")
+    adapt(str(base), recipe, tmp_path / "out", resume=True)  # all is as it was
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    if what == "model":
+        weights = load_file(base / "model.safetensors")
+        save_file({name: 2 * t for name, t in weights.items()}, base / "model.safetensors")
+    elif what == "tokenizer":
+        with (base / "tokenizer.json").open("a") as file:
+            file.write("\n")
+    else:
+        lines = data.read_text().splitlines()
+        data.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(Ar2DiffError, match=CHANGES[what]):
+        adapt(str(base), recipe, tmp_path / "out", resume=True)
+    after = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
+    assert after == before
+
+
+def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
-    monkeypatch.setattr("ar2diff.training.run.rows_per_step", lambda train: 16)
-    with pytest.raises(Ar2DiffError, match="another rows_per_step: 8, now 16"):
+    monkeypatch.setattr("ar2diff.training.plan.rows_per_step", lambda train: 16)
+    with pytest.raises(Ar2DiffError, match="its number of rows per step was 8, and is 16 now"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 
@@ -514,7 +548,7 @@ def test_what_is_logged(tiny_checkpoint, text_file, tmp_path):
 
 def test_a_piece_cut_from_a_document_has_no_eos_run(text_file):
     recipe = recipe_of(text_file)
-    first, last = pieces(list(range(3, 42)), 0, 2, recipe, 0)
+    first, last = document_parts(list(range(3, 42)), 0, 2, recipe, 0)
     assert (first.run, len(first.ids)) == (0, 32)
-    assert isinstance(last, Piece)
+    assert isinstance(last, DocumentPart)
     assert last.run == 1

@@ -9,7 +9,15 @@ from conftest import MASK, build_model, tiny_spec
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.forward import logits_at
 from ar2diff.core.readers import BlockReader, FullReader
-from ar2diff.data.turns import IGNORED, Conversations, Part, Turn, TurnCollator, parts_of, runs_of
+from ar2diff.data.turns import (
+    IGNORED,
+    ConversationPart,
+    PackedConversations,
+    Turn,
+    TurnCollator,
+    conversation_parts,
+    runs_of,
+)
 from ar2diff.diffusion.cross_entropy import cross_entropy
 
 END = 2
@@ -32,7 +40,9 @@ def sft_recipe(make_recipe):
 
 
 def turns_of(ids, labels, recipe, epoch=0):
-    return [turn for part in parts_of(ids, labels, epoch, ENDS, recipe) for turn in part.turns]
+    return [
+        turn for part in conversation_parts(ids, labels, epoch, ENDS, recipe) for turn in part.turns
+    ]
 
 
 def test_runs_are_the_supervised_tokens_without_position_0():
@@ -62,12 +72,12 @@ def test_turns_end_filled_to_the_grid_where_they_end(sft_recipe, attention, ids,
 
 
 def test_full_attention_gives_each_turn_its_own_row_without_later_turns(sft_recipe):
-    first, second = parts_of(IDS, LABELS, 0, ENDS, sft_recipe("full"))
+    first, second = conversation_parts(IDS, LABELS, 0, ENDS, sft_recipe("full"))
     assert first.ids[:7] == IDS[:7] and set(first.ids[7:]) <= {END}
     assert second.ids[:13] == IDS and set(second.ids[13:]) <= {END}
     assert [(t.start, t.end) for p in (first, second) for t in p.turns] == [(4, 7), (9, 13)]
     tails = {
-        len(parts_of(IDS[:7], LABELS[:7], epoch, ENDS, sft_recipe("full"))[0].ids)
+        len(conversation_parts(IDS[:7], LABELS[:7], epoch, ENDS, sft_recipe("full"))[0].ids)
         for epoch in range(40)
     }
     assert min(tails) == 7 and len(tails) > 10  # the tail's length is random
@@ -77,11 +87,11 @@ def test_full_attention_gives_each_turn_its_own_row_without_later_turns(sft_reci
 def test_a_cut_answer_teaches_no_stopping(sft_recipe, attention):
     recipe = sft_recipe(attention, data={"max_length": 8, "overlong": "truncate"})
     ids = [1, 10, *range(20, 40), END]
-    (part,) = parts_of(ids, [IGNORED] * 2 + ids[2:], 0, ENDS, recipe)
+    (part,) = conversation_parts(ids, [IGNORED] * 2 + ids[2:], 0, ENDS, recipe)
     assert part.ids == ids[:8] and END not in part.ids
     assert part.turns == (Turn(2, 8, 8, False),)
     dropped = sft_recipe(attention, data={"max_length": 8, "overlong": "drop"})
-    assert parts_of(ids, [IGNORED] * 2 + ids[2:], 0, ENDS, dropped) == []
+    assert conversation_parts(ids, [IGNORED] * 2 + ids[2:], 0, ENDS, dropped) == []
 
 
 @pytest.mark.parametrize("complementary", [False, True])
@@ -92,7 +102,9 @@ def test_the_prompt_is_never_corrupted(sft_recipe, attention, complementary):
     collator, seen = TurnCollator(recipe, MASK), torch.zeros(64)
     views = 2 if complementary else 1
     for epoch in range(10_000 // 50 // views):
-        rows = [(n, parts_of(IDS, LABELS, 50 * epoch + n, ENDS, recipe)) for n in range(50)]
+        rows = [
+            (n, conversation_parts(IDS, LABELS, 50 * epoch + n, ENDS, recipe)) for n in range(50)
+        ]
         batch = collator(rows)
         masked = batch["masked"]
         assert len(masked) == 50 * views
@@ -106,7 +118,7 @@ def test_the_prompt_is_never_corrupted(sft_recipe, attention, complementary):
 
 def test_a_run_of_end_tokens_weighs_as_one(sft_recipe):
     recipe = sft_recipe(objective={"ar_weight": 0.3})
-    batch = TurnCollator(recipe, MASK)([(0, parts_of(IDS, LABELS, 0, ENDS, recipe))])
+    batch = TurnCollator(recipe, MASK)([(0, conversation_parts(IDS, LABELS, 0, ENDS, recipe))])
     assert float(batch["divisor"]) == pytest.approx(7.0)  # 20 21 END, 22 23 24 END
     assert int(batch["ar_divisor"]) == 7
     filled = batch["eos"].sum()
@@ -116,7 +128,7 @@ def test_a_run_of_end_tokens_weighs_as_one(sft_recipe):
 @pytest.mark.parametrize("complementary", [False, True])
 def test_complementary_views_mask_every_supervised_token_once(sft_recipe, complementary):
     recipe = sft_recipe(noise={"complementary": True})
-    batch = TurnCollator(recipe, MASK)([(0, parts_of(IDS, LABELS, 3, ENDS, recipe))])
+    batch = TurnCollator(recipe, MASK)([(0, conversation_parts(IDS, LABELS, 3, ENDS, recipe))])
     one, two = batch["masked"]
     assert not (one & two).any()
     assert int((one | two).sum()) == 4 + 7  # positions 4..7, and 9..15
@@ -147,7 +159,7 @@ def test_what_a_turn_reads_in_training_is_what_decoding_reads(
     model, spec = build_model(kind), tiny_spec(attention, 4, prediction)
     recipe = sft_recipe(attention, prediction)
     for epoch in range(3):
-        parts = parts_of(IDS, LABELS, epoch, ENDS, recipe)
+        parts = conversation_parts(IDS, LABELS, epoch, ENDS, recipe)
         batch = TurnCollator(recipe, MASK)([(n, [part]) for n, part in enumerate(parts)])
         got = iter(logits_of(model, spec, batch))
         compared = 0
@@ -178,8 +190,8 @@ def test_no_answer_leaks_into_its_own_prediction(sft_recipe, attention):
     other = [*IDS[:9], 30, 31, 32, END]
     labels = [*LABELS[:9], 30, 31, 32, END]
     collator = TurnCollator(recipe, MASK)
-    batch = collator([(0, [parts_of(IDS, LABELS, 0, ENDS, recipe)[0]])])
-    changed = collator([(0, [parts_of(other, labels, 0, ENDS, recipe)[0]])])
+    batch = collator([(0, [conversation_parts(IDS, LABELS, 0, ENDS, recipe)[0]])])
+    changed = collator([(0, [conversation_parts(other, labels, 0, ENDS, recipe)[0]])])
     first = batch["masked"] & (batch["pos"] < 8)  # of the first turn
     assert torch.equal(first, changed["masked"] & (changed["pos"] < 8))
     wanted = first[batch["masked"]]
@@ -200,7 +212,9 @@ def test_packed_conversations_have_the_loss_of_each_alone(sft_recipe, attention)
         ([1, 10, 20, END], [IGNORED] * 2 + [20, END]),
         ([1, 14, 13, 12, 11, 25, 26, END], [IGNORED] * 5 + [25, 26, END]),
     ]
-    parts = [p for ids, labels in conversations for p in parts_of(ids, labels, 1, ENDS, recipe)]
+    parts = [
+        p for ids, labels in conversations for p in conversation_parts(ids, labels, 1, ENDS, recipe)
+    ]
     collator = TurnCollator(recipe, MASK)
 
     def loss(batch):
@@ -216,8 +230,8 @@ def test_packed_conversations_have_the_loss_of_each_alone(sft_recipe, attention)
 def test_padding_is_read_by_nobody(sft_recipe):
     recipe = sft_recipe()
     long, short = (
-        parts_of(IDS, LABELS, 0, ENDS, recipe),
-        [Part([1, 10, 20, END], (Turn(2, 4, 4, True),), 0)],
+        conversation_parts(IDS, LABELS, 0, ENDS, recipe),
+        [ConversationPart([1, 10, 20, END], (Turn(2, 4, 4, True),), 0)],
     )
     batch = TurnCollator(recipe, MASK)([(0, long), (1, short)])
     padding = batch["doc"] == PADDING
@@ -229,10 +243,10 @@ def test_the_stream_of_rows_is_a_function_of_the_data_alone(sft_recipe):
         {"input_ids": [1, n, 20, END], "labels": [IGNORED, IGNORED, 20, END]} for n in range(4, 30)
     ]
     recipe = sft_recipe()
-    one, two = (iter(Conversations(rows, ENDS, recipe)) for _ in range(2))
+    one, two = (iter(PackedConversations(rows, ENDS, recipe)) for _ in range(2))
     first = [next(one) for _ in range(12)]
     assert first == [next(two) for _ in range(12)]
     seen = [part.ids[1] for _, row in first for part in row]
     assert len(set(seen[:26])) == 26  # every row once before any comes again
-    answers = Conversations(rows, ENDS, recipe).answers()
+    answers = PackedConversations(rows, ENDS, recipe).answers()
     assert (answers.turns, answers.ended, answers.cut) == (26, 26, 0)

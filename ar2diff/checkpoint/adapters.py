@@ -1,15 +1,14 @@
-"""Adapters: LoRA and DoRA on a converted model, the mask token's row trained beside them, folders
-of them, and the merge into a whole model.
+"""Adapters: LoRA and DoRA on a converted model, with the mask token's embedding trained along, and
+the folders that hold them.
 
-An adapter says what a *converted* model becomes. Its folder names that base and carries
-`diffusion.json`: what a logit of the adapted model means, and by what the base is known.
+An adapter changes a *converted* model. Its folder names that base and holds `diffusion.json`: what
+a logit of the adapted model means, and how the base is recognised.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,24 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..config.recipe import Peft
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
 from ..core.spec import Spec
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFUSION,
-    RUN_FILE,
     adapter_spec,
     find_checkpoint,
     is_adapter,
     read_json,
     read_spec,
-    tensor_dtypes,
 )
 from .model import Checkpoint, load_model, load_tokenizer, write_spec
-from .output import staged, write_json
+from .output import Output, write_json
+from .stored import file_tensors, fingerprint
 
-MAY_DIFFER = ("block_length", "ar_mode", "max_length")  # what training may change of a spec
+MAY_DIFFER = ("block_length", "ar_mode", "max_length")  # keys of the spec that training may change
+RETRAIN = "train the adapter again"
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,45 @@ class Base:
     """The converted model under an adapter.
 
     Attributes:
-        reference: absolute folder, or Hub id. revision: of the Hub id, or None.
-        spec: the `diffusion` block of its config. mask_row: sha256 of its mask token's embedding.
+        reference: an absolute folder, or a Hub id. revision: the commit of the Hub id, or None.
+        spec: the `diffusion` block of its config.
+        mask_row: of `mask_row_of`. weights: of `stored.fingerprint`.
     """
 
     reference: str
     revision: str | None
     spec: Spec
     mask_row: str
+    weights: str
+
+    def known(self) -> dict[str, Any]:
+        """How `diffusion.json` describes the base."""
+        return {
+            "diffusion": self.spec.to_dict(),
+            "mask_row_sha256": self.mask_row,
+            "weights_sha256": self.weights,
+        }
 
 
 def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
-    """Wrap the model of a loaded, converted checkpoint as the recipe's `peft` section says; without
-    one, leave it as it is. From then on the adapter's parameters alone get gradients.
+    """Wrap the model of a loaded, converted checkpoint as the recipe's `peft` section says. From
+    then on only the adapter's parameters get gradients. Without such a section nothing changes.
 
     Raises:
-        Ar2DiffError: the model on disk is not converted, or the run would make another model of it
-            than an adapter can; targets that match nothing, or the output embeddings.
+        Ar2DiffError: the model on disk is not converted; the recipe asks for a change that an
+            adapter cannot make; a target matches no layer, or the output embeddings.
     """
     wanted: Peft | None = recipe.peft
     if wanted is None:
         return
     spec = read_spec(checkpoint.path)
     check_base(checkpoint.path, spec)
-    _check_change(spec, checkpoint.spec)
+    if name := _changed(spec, checkpoint.spec):
+        before, after = getattr(spec, name), getattr(checkpoint.spec, name)
+        raise Ar2DiffError(
+            f"an adapter cannot change {name} from {before} to {after}",
+            f"set {option(f'convert.{name}', before)}, or leave out the peft section",
+        )
     model = checkpoint.model
     targets = _targets(model, wanted.targets)
     config = LoraConfig(
@@ -84,17 +98,22 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
     )
     if wanted.mask_row:
         config.trainable_token_indices = {_embeddings_name(model): [spec.mask_token_id]}
-    base = Base(*_name_of(checkpoint.path), spec, mask_row_of(model, spec.mask_token_id))
+    row = mask_row_of(model, spec.mask_token_id)
+    weights = fingerprint(checkpoint.path) if row else ""
+    base = Base(*_name_of(checkpoint.path), spec, row, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         _wrap(checkpoint, config, base)
 
 
 def check_base(path: Path, spec: Spec | None) -> None:
-    """Refuse what no adapter can stand on. Costs nothing: call it before a model is loaded.
+    """Refuse a model that cannot be the base of an adapter. Cheap: call it before loading a model.
 
     Args:
-        path: folder of the model. spec: of `read_spec`.
+        path: folder of the model. spec: the result of `read_spec`.
+
+    Raises:
+        Ar2DiffError: the model is an adapter itself, or is not converted.
     """
     if is_adapter(path):
         raise Ar2DiffError(
@@ -103,7 +122,7 @@ def check_base(path: Path, spec: Spec | None) -> None:
     if spec is None:
         raise Ar2DiffError(
             f"model {path} is not converted: an adapter needs a diffusion model as its base",
-            f"run 'ar2diff adapt {path} --max-steps 0 --output-dir DIR', and train on DIR",
+            f"run 'ar2diff adapt {path} --max-steps 0 --output-dir DIR', then train on DIR",
         )
 
 
@@ -113,45 +132,54 @@ def load_adapter(
     device: str | None = None,
     quantization: Any = None,
     base: str | None = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
-    """Load the base that an adapter folder names, check that it is that one, and put the adapter
-    on it.
+    """Load the base that an adapter folder names, check that it is the model that the adapter was
+    trained on, and put the adapter on it.
 
     Args:
-        base: folder or Hub id to take instead of the one that the adapter names.
+        attn_implementation, device, quantization: as for `load_model`.
+        base: folder or Hub id to use instead of the one that the adapter names.
 
     Raises:
-        Ar2DiffError: the base is not there, is not converted, or is another than the adapter was
+        Ar2DiffError: the base is missing, is not converted, or is not the one that the adapter was
             trained on; the adapter is damaged.
     """
     spec, known, config = adapter_spec(path), _read_base(path), _read_config(path)
-    tensor_dtypes(path / ADAPTER_WEIGHTS)
+    file_tensors(path / ADAPTER_WEIGHTS)
     folder = _find_base(path, base or _reference(config))
     found = read_spec(folder)
+    fix = "give the converted checkpoint that it was trained on"
     if is_adapter(folder) or found is None:
-        raise Ar2DiffError(
-            f"adapter {path}: its base {folder} is not a converted model",
-            "give the converted checkpoint that it was trained on",
-        )
-    for name in (field.name for field in fields(Spec)):
-        if getattr(found, name) != known["diffusion"].get(name):
+        raise Ar2DiffError(f"adapter {path}: its base {folder} is not a converted model", fix)
+    for name, value in asdict(found).items():
+        trained_on = known["diffusion"].get(name)
+        if value != trained_on:
             raise Ar2DiffError(
-                f"adapter {path}: it was trained on {name} {known['diffusion'].get(name)}, its "
-                f"base {folder} has {getattr(found, name)}",
-                "give the converted checkpoint that it was trained on",
+                f"adapter {path} was trained on a base with {name} {shortened(trained_on)}, but "
+                f"its base {folder} has {value}",
+                fix,
             )
-    checkpoint = load_model(folder, attn_implementation, device, quantization)
+    if name := _changed(found, spec):
+        raise Ar2DiffError(
+            f"adapter {path}: {name} is {getattr(spec, name)} in its {DIFFUSION} but "
+            f"{getattr(found, name)} in its base, which no adapter can change",
+            f"download the adapter again, or {RETRAIN}",
+        )
+    other = Ar2DiffError(
+        f"adapter {path}: the weights of its base {folder} are not those it was trained on", fix
+    )
+    weights = fingerprint(folder)
+    if weights != known.get("weights_sha256"):
+        raise other
+    checkpoint = load_model(folder, attn_implementation, device, quantization, dtype)
     mask_row = mask_row_of(checkpoint.model, found.mask_token_id)
     if mask_row != known.get("mask_row_sha256"):
-        raise Ar2DiffError(
-            f"adapter {path}: the mask token of its base {folder} has another embedding than the "
-            "one it was trained on",
-            "give the converted checkpoint that it was trained on",
-        )
-    _wrap(checkpoint, config, Base(*_name_of(folder), found, mask_row))
+        raise other
+    _wrap(checkpoint, config, Base(*_name_of(folder), found, mask_row, weights))
     _load_weights(checkpoint.model, path)
     checkpoint.path = path
-    if (path / "tokenizer_config.json").is_file():  # it may have got a chat template
+    if (path / "tokenizer_config.json").is_file():  # training may have given it a chat template
         checkpoint.tokenizer = load_tokenizer(path)
     write_spec(checkpoint, spec)
     checkpoint.model.eval()
@@ -160,50 +188,62 @@ def load_adapter(
 
 def save_adapter(
     checkpoint: Checkpoint,
-    output_dir: Path,
+    output: Output,
     record: dict[str, Any],
     weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapter of a wrapped checkpoint, its adapter_config.json last.
+    """Write the adapter of a checkpoint.
 
     Args:
         record: for `ar2diff.json`.
-        weights: the trained ones by name, where the model does not hold them whole.
+        weights: {parameter name: tensor} of the trained ones, if the model itself does not hold
+            them whole.
+
+    Raises:
+        Ar2DiffError: as `Output.staged`.
     """
-    model, base = checkpoint.model, checkpoint.base
-    state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        checkpoint.model, state_dict=weights, save_embedding_layers=False
+    )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config = replace(
-        model.peft_config["default"],
+    with output.staged(record) as folder:
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_adapter_config(checkpoint, folder)
+
+
+def save_adapter_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write all files of an adapter but the weights and the record."""
+    base, config = checkpoint.base, checkpoint.model.peft_config["default"]
+    named = replace(
+        config,
         base_model_name_or_path=base.reference,
         revision=base.revision,
         inference_mode=True,
-        target_modules=sorted(model.peft_config["default"].target_modules),
+        target_modules=sorted(config.target_modules),
     )
-    with staged(output_dir) as folder:
-        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        checkpoint.tokenizer.save_pretrained(folder)
-        known = {"diffusion": base.spec.to_dict(), "mask_row_sha256": base.mask_row}
-        write_json(folder / DIFFUSION, {"diffusion": checkpoint.spec.to_dict(), "base": known})
-        write_json(folder / RUN_FILE, record)
+    named.save_pretrained(folder)
+    checkpoint.tokenizer.save_pretrained(folder)
+    spec = checkpoint.spec.to_dict()
+    write_json(folder / DIFFUSION, {"diffusion": spec, "base": base.known()})
 
 
 @torch.no_grad()
 def mask_row_of(model: Any, mask_token_id: int) -> str:
-    """sha256 of the embedding of a model's mask token, in float32, whatever it is stored in."""
+    """sha256 of the embedding of a model's mask token in float32, whatever its stored dtype. Empty
+    for a model without storage, whose memory is being estimated."""
     row = model.get_input_embeddings().weight[mask_token_id]
     if row.is_meta:
-        return ""  # of a model without storage, whose memory is estimated
+        return ""
     return hashlib.sha256(row.float().cpu().numpy().astype("<f4").tobytes()).hexdigest()
 
 
 class AddToColumn(torch.autograd.Function):
-    """logits[..., token] += column, in place: autograd's own would copy logits and gradient."""
+    """logits[..., token] += column, in place: autograd's own operation would copy the logits and
+    their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, column: Tensor, token: int) -> Tensor:
-        """The logits, changed."""
+        """The logits, changed in place."""
         ctx.mark_dirty(logits)
         ctx.token = token
         logits.select(-1, token).add_(column)
@@ -211,16 +251,16 @@ class AddToColumn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of logits and column."""
+        """The gradients of the logits and of the column."""
         return grad, grad.select(-1, ctx.token), None
 
 
 class MaskRow(TrainableTokensLayer):
-    """peft's layer of trainable tokens, that replaces their rows where they are used: peft's own
-    copies the whole table for each forward, and takes the gradient of all of it."""
+    """peft's layer of trainable tokens, but it replaces their rows where they are used: peft's own
+    copies the whole table in each forward and computes a gradient for all of it."""
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
-        """Embeddings of ids, or (a head tied to them) logits of states."""
+        """The embeddings of ids or, for a head tied to them, the logits of hidden states."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -244,8 +284,8 @@ def _wrap(checkpoint: Checkpoint, config: LoraConfig, base: Base) -> None:
         wrapped = PeftModelForCausalLM(model, config)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise Ar2DiffError(
-            f"model {checkpoint.path}: no adapter fits it ({first_line(error)})",
-            "name other layers with peft.targets",
+            f"model {checkpoint.path}: peft cannot put an adapter on it ({first_line(error)})",
+            f"name other layers in {option('peft.targets')}",
         ) from error
     for module in wrapped.modules():
         if type(module) is TrainableTokensLayer:
@@ -257,7 +297,7 @@ def _wrap(checkpoint: Checkpoint, config: LoraConfig, base: Base) -> None:
 
 
 def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers that `peft.targets` means."""
+    """Full names of the linear layers that match `peft.targets`."""
     head = model.get_output_embeddings()
     linear = {
         name: module is head
@@ -272,28 +312,25 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
         matched = [name for name in linear if f".{name}".endswith(f".{target}")]
         if any(linear[name] for name in matched):
             raise Ar2DiffError(
-                f"peft.targets: {target} is the output embeddings, which adapters leave alone",
-                "leave it out; peft.mask_row trains the mask token's row",
+                f"{option('peft.targets')}: {target} is the output embeddings, which adapters "
+                "leave alone",
+                f"leave it out; {option('peft.mask_row', True)} trains the mask token's row",
             )
         if not matched:
             names = sorted({name.rpartition(".")[2] for name in layers})
-            near = difflib.get_close_matches(target, names, 1, 0.5)
             raise Ar2DiffError(
-                f"peft.targets: {target} matches no linear layer of the model"
-                f"{f'; did you mean {near[0]}?' if near else ''}",
-                f"it has {', '.join(names)}; or all-linear",
+                f"{option('peft.targets')}: {target} matches no linear layer of the model"
+                f"{nearest(target, names)}",
+                f"name some of {', '.join(names)}, or all-linear for all of them",
             )
         found.update(matched)
     return [name for name in layers if name in found]
 
 
-def _check_change(base: Spec, spec: Spec) -> None:
-    for name in (field.name for field in fields(Spec)):
-        if name not in MAY_DIFFER and getattr(base, name) != getattr(spec, name):
-            raise Ar2DiffError(
-                f"an adapter cannot turn {name} {getattr(base, name)} into {getattr(spec, name)}",
-                f"set convert.{name}={getattr(base, name)}, or leave peft out",
-            )
+def _changed(base: Spec, spec: Spec) -> str | None:
+    """The first key in which an adapter's spec differs from its base's and must not."""
+    names = (field.name for field in fields(Spec) if field.name not in MAY_DIFFER)
+    return next((name for name in names if getattr(base, name) != getattr(spec, name)), None)
 
 
 def _embeddings_name(model: Any) -> str:
@@ -302,7 +339,7 @@ def _embeddings_name(model: Any) -> str:
 
 
 def _name_of(folder: Path) -> tuple[str, str | None]:
-    """What a base is called in adapter_config.json: an absolute folder, or a Hub id and commit."""
+    """How adapter_config.json names a base: an absolute folder, or a Hub id and its commit."""
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
     return str(folder.resolve()), None
@@ -318,34 +355,38 @@ def _find_base(path: Path, reference: str) -> Path:
         return find_checkpoint(reference)
     except Ar2DiffError as error:
         raise Ar2DiffError(
-            f"adapter {path}: its base is not there: {error.what}",
-            f"put it there, or name its place in {path / ADAPTER_CONFIG}",
+            f"adapter {path}: its base was not found: {error.what}",
+            f"put it there, or correct base_model_name_or_path in {path / ADAPTER_CONFIG}",
         ) from error
 
 
 def _read_config(path: Path) -> LoraConfig:
-    """The adapter's config, if it is one of ours to read: it may name no code to import."""
-    values = read_json(path / ADAPTER_CONFIG, "train the adapter again")
+    """The adapter's config, if ar2diff can read it. It must not name code to import."""
+    values = read_json(path / ADAPTER_CONFIG, RETRAIN)
     kind = values.get("peft_type") if isinstance(values, dict) else None
-    if kind != "LORA" or values.get("megatron_config") or values.get("modules_to_save"):
+    fix = "merge it into its base with peft first"
+    if kind != "LORA":
         raise Ar2DiffError(
-            f"adapter {path}: ar2diff reads LoRA and DoRA without further modules, this is {kind}",
-            "merge it with peft first",
+            f"adapter {path} is of type {shortened(kind)}; ar2diff reads LoRA and DoRA", fix
+        )
+    if values.get("megatron_config") or values.get("modules_to_save"):
+        raise Ar2DiffError(
+            f"adapter {path} contains more than LoRA layers; ar2diff reads LoRA and DoRA without "
+            "further modules",
+            fix,
         )
     try:
         return LoraConfig.from_pretrained(str(path))
     except (TypeError, ValueError) as error:
-        raise Ar2DiffError(
-            f"{path / ADAPTER_CONFIG}: {first_line(error)}", "train the adapter again"
-        ) from error
+        raise Ar2DiffError(f"{path / ADAPTER_CONFIG}: {first_line(error)}", RETRAIN) from error
 
 
 def _read_base(path: Path) -> dict[str, Any]:
     base = read_json(path / DIFFUSION, "").get("base")
     if not isinstance(base, dict) or not isinstance(base.get("diffusion"), dict):
         raise Ar2DiffError(
-            f"{path / DIFFUSION}: it does not say what base the adapter has",
-            "train the adapter again",
+            f"{path / DIFFUSION} does not describe the base of the adapter",
+            RETRAIN,
         )
     return base
 
@@ -353,7 +394,7 @@ def _read_base(path: Path) -> dict[str, Any]:
 def _load_weights(model: Any, path: Path) -> None:
     damaged = Ar2DiffError(
         f"adapter {path}: {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG} do not belong together",
-        "download the adapter again, or train it again",
+        f"download the adapter again, or {RETRAIN}",
     )
     state = load_file(path / ADAPTER_WEIGHTS)
     try:

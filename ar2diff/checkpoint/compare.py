@@ -7,20 +7,21 @@ from torch import Tensor
 
 from .model import Checkpoint
 
-MERGED = 1e-4  # a merge that changes logits by more, relative to the largest, is refused
+MERGED = 1e-4  # largest accepted change of the logits by a merge, relative to the largest logit
 
 
 @torch.no_grad()
 def fixed_logits(checkpoint: Checkpoint) -> Tensor:
-    """[4, 32, V] logits of fixed rows, masks among them; two loads of a model have the same."""
+    """[4, 32, V] logits of fixed rows with masks in them: equal for two loads of one model."""
+    model = checkpoint.model
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(checkpoint.tokenizer), (4, 32), generator=generator)
+    tokens = min(len(checkpoint.tokenizer), model.config.get_text_config().vocab_size)
+    ids = torch.randint(tokens, (4, 32), generator=generator)
     masked = torch.rand(ids.shape, generator=generator) < 0.3
     ids = ids.masked_fill(masked, checkpoint.spec.mask_token_id)
-    model = checkpoint.model
     return torch.stack([model(row[None].to(model.device)).logits[0].cpu() for row in ids])
 
 
 def far(before: Tensor, after: Tensor) -> float:
-    """The largest difference of logits over the largest logit."""
+    """The largest difference of the logits over the largest logit."""
     return ((before - after).abs().max() / before.abs().max()).item()

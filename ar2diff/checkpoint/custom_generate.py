@@ -1,8 +1,9 @@
-"""What folders of converted models carry so that they denoise where ar2diff is not installed.
+"""The decoding code that folders of converted models carry, so that they denoise where ar2diff is
+not installed.
 
-`custom_generate/` holds byte copies of the modules of `core`. transformers runs them for whoever
-loads the folder with `trust_remote_code=True`; ar2diff itself never does. `save_pretrained` drops
-them.
+`custom_generate/` holds byte copies of the modules of `core`. transformers runs them for anyone who
+loads the folder with `trust_remote_code=True`; ar2diff itself never runs them. `save_pretrained` of
+a loaded model does not write them again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 FOLDER = "custom_generate"
 CORE = Path(__file__).resolve().parents[1] / "core"  # generate.py and all that it imports
-REQUIREMENTS = "transformers>=5.2\n"  # older ones ignore is_causal, and would decode nonsense
+REQUIREMENTS = "transformers>=5.2\n"  # older versions ignore is_causal and would decode nonsense
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class CustomGenerate:
     """The decoding code in a folder.
 
     Attributes:
-        state: `ok`, byte for byte this version's; `differs`; `missing`.
-        sha256: of its files' bytes in the order of their names, as `cat custom_generate/* |
-            sha256sum` has it; None where it is missing.
+        state: `ok` (byte for byte that of this version), `differs` or `missing`.
+        sha256: of the bytes of its files in the order of their names, as printed by
+            `cat custom_generate/* | sha256sum`; None if it is missing.
     """
 
     state: str
@@ -31,21 +32,21 @@ class CustomGenerate:
 
 
 def custom_generate() -> dict[str, bytes]:
-    """This version's decoding code: {file name: bytes}."""
+    """The decoding code of this version, as {file name: bytes}."""
     modules = (file for file in sorted(CORE.glob("*.py")) if file.name != "__init__.py")
     files = {file.name: file.read_bytes() for file in modules}
     return files | {"requirements.txt": REQUIREMENTS.encode()}
 
 
 def write_custom_generate(folder: Path) -> None:
-    """Put the decoding code beside a checkpoint's weights."""
+    """Write the decoding code into a checkpoint folder."""
     (folder / FOLDER).mkdir()
     for name, code in custom_generate().items():
         (folder / FOLDER / name).write_bytes(code)
 
 
 def read_custom_generate(folder: Path) -> CustomGenerate:
-    """Compare the decoding code in a folder to this version's. Runs none of it."""
+    """Compare the decoding code in a folder with that of this version. None of it is run."""
     found = {
         str(file.relative_to(folder / FOLDER)): file.read_bytes()
         for file in (folder / FOLDER).rglob("*")
@@ -57,5 +58,5 @@ def read_custom_generate(folder: Path) -> CustomGenerate:
 
 
 def digest(files: dict[str, bytes]) -> str:
-    """What `CustomGenerate.sha256` says of files."""
+    """`CustomGenerate.sha256` of {file name: bytes}."""
     return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()

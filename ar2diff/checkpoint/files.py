@@ -1,47 +1,76 @@
-"""Checkpoint folders on disk or on the Hub: found, and checked before anything is loaded. This
-module imports no torch, so that a bad folder is refused at once."""
+"""Checkpoint folders on disk or on the Hub: how they are found, and what is checked before anything
+is loaded.
+
+A downloaded folder is untrusted: its JSON is parsed within limits, and no file outside of it is
+read. This module imports no torch, so that a bad folder is refused at once.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import Ar2DiffError, first_line
-from ..core.spec import Spec, SpecError
+from safetensors import SafetensorError, safe_open
 
-RUN_FILE = "ar2diff.json"  # provenance; its presence marks a folder as ours to overwrite
+from ..config.safe_json import parse_json
+from ..core.errors import Ar2DiffError, first_line, shortened
+from ..core.spec import Spec
 
-
+RUN_FILE = "ar2diff.json"  # provenance; only a folder that has it may be overwritten
+CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
-
-
+INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSION = "diffusion.json"  # for an adapter what the block in config.json is for a whole model
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # downloaded from the Hub
+CODE = ["custom_generate/*"]  # read and compared, never run
+SUBFOLDERS = ("additional_chat_templates", "custom_generate")  # whose files are read as well
+
+AGAIN = "download the checkpoint again"
+MOST_JSON = 100 << 20  # bytes of a JSON file or a header, as in the safetensors library
+MOST_CONFIG = 16 << 20  # bytes of any JSON file but the index
+
+LAYERS, EXPERTS = re.compile(r".*layers?"), re.compile(r"(.*_)?(n|num)_.*experts?")  # keys
+MOST_LAYERS = 256  # of a model that has fewer tensors than layers, because layers share them
+MOST_EXPERTS = 1 << 12
+MOST_LABELS = 100_000
+MOST_RANK = 1024  # of an adapter whose weights need not be looked at
+PATTERNS = ("layers_pattern", "layers_to_transform", "rank_pattern", "alpha_pattern")
+MOST_REPEATS = 10_000_000  # some configs repeat a list as often as an integer inside it says
 
 
-DIFFUSION = "diffusion.json"  # of an adapter: what config.json's block is to a whole model
-
-
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # what a Hub id is asked for
-
-
-CODE = ["custom_generate/*"]  # and what is read, never run, by those who compare it
+IDS = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
 
 
 def find_checkpoint(reference: str, code: bool = False, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local folder, or a Hub id with an optional `@revision`.
 
     Args:
-        code: download the decoding code too. weights: and the weights.
+        code: whether to download the decoding code too.
+        weights: whether to download the weights.
 
     Raises:
-        Ar2DiffError: neither is there.
+        Ar2DiffError: there is no such folder or Hub id, or a file in the folder leads out of it.
     """
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    quoted = shortened(reference)[1:-1] if len(reference) > 200 else reference
+    try:
+        folder = Path(reference).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not readable
+        raise Ar2DiffError(
+            f"model {quoted}: {first_line(error)}", "give a folder or a Hub id"
+        ) from None
+    if is_folder:
+        check_entries(folder)
         return folder
-    if folder.is_file() or reference.startswith(("/", ".", "~")) or reference.count("/") > 1:
-        raise Ar2DiffError(f"model {reference}: no such folder", "give a folder or a Hub id")
+    if is_file or reference.startswith(("/", ".", "~")) or reference.count("/") > 1:
+        raise Ar2DiffError(f"model {quoted}: no such folder", "give a folder or a Hub id")
     from huggingface_hub import snapshot_download
 
     name, _, revision = reference.partition("@")
@@ -54,137 +83,277 @@ def find_checkpoint(reference: str, code: bool = False, weights: bool = True) ->
                 ignore_patterns=[*([] if code else CODE), *([] if weights else ["*.safetensors"])],
             )
         )
-    except Exception as error:  # huggingface_hub, httpx and OS errors alike mean: not to be had
+    except Exception as error:  # of huggingface_hub, httpx or the OS: all mean that it is not there
         raise Ar2DiffError(
-            f"model {reference}: no folder, and not to be had from the Hub ({first_line(error)})",
+            f"model {quoted}: there is no such folder, and it cannot be downloaded from the Hub "
+            f"({first_line(error)})",
             "check the name and the connection, or give a local folder",
         ) from error
 
 
+def inside(folder: Path, name: Any) -> Path:
+    """The path of a file of a checkpoint folder, by the name that the folder itself gives it.
+
+    A link may lead to another place in the folder, and in the Hub's cache to the blobs beside it.
+
+    Raises:
+        Ar2DiffError: the name or a link leads out of the folder, or to something that is no file.
+    """
+    outside = Ar2DiffError(
+        f"model {folder}: {shortened(name)} is not a file inside of the folder",
+        "download the checkpoint again, or copy the file into the folder",
+    )
+    if not isinstance(name, str) or not name or "\\" in name:
+        raise outside
+    try:
+        home, path = folder.resolve(), folder / name
+        real = path.resolve()
+        homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+        if not any(real.is_relative_to(place) for place in homes):
+            raise outside
+        if real.exists() and not real.is_file():
+            raise outside
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
+        raise outside from None
+    return path
+
+
+def check_entries(folder: Path) -> None:
+    """Refuse a folder in which a file that the libraries would read is a link that leads out of the
+    folder, a device, a pipe or a folder. What is read here may be published later.
+
+    Raises:
+        Ar2DiffError: as `inside`.
+    """
+    try:
+        entries = [entry for entry in folder.iterdir() if any(map(entry.match, FILES))]
+        for name in SUBFOLDERS:
+            if (folder / name).is_symlink():
+                inside(folder, name)
+            entries += [e for e in (folder / name).rglob("*") if e.is_symlink() or not e.is_dir()]
+    except OSError as error:
+        raise Ar2DiffError(
+            f"model {folder}: {error.strerror or error}", "check the permissions of the folder"
+        ) from None
+    for entry in entries:
+        inside(folder, str(entry.relative_to(folder)))
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a folder."""
-    return read_json(path / "config.json", "a checkpoint folder has a config.json")
+    """The parsed `config.json` of a folder.
+
+    Raises:
+        Ar2DiffError: as `read_json`.
+    """
+    return read_json(path / CONFIG, "give a checkpoint folder, which has a config.json")
 
 
 def read_spec(path: Path) -> Spec | None:
-    """The spec of a folder; None where it is an unconverted model.
+    """The spec of a folder; None for an unconverted model.
 
     Raises:
         Ar2DiffError: the spec is not one that this version honours.
     """
     if is_adapter(path):
         return adapter_spec(path)
-    try:
-        return Spec.from_config(read_config(path))
-    except SpecError as error:
-        raise Ar2DiffError(f"{path}: {error.what}", error.fix) from None
+    return _spec(path / CONFIG, read_config(path))
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter; the libraries take one with a config.json for one too."""
+    """Whether a folder holds an adapter. One that has a config.json as well is an adapter to the
+    libraries too."""
     return (path / ADAPTER_CONFIG).is_file()
 
 
 def adapter_spec(path: Path) -> Spec:
-    """What an adapter folder makes of its base.
+    """The spec of an adapter on its base.
 
     Raises:
-        Ar2DiffError: it is not an adapter of ours, or its spec is not one we honour.
+        Ar2DiffError: it is not an adapter of a diffusion model, or its spec is not one that this
+            version honours.
     """
     if not (path / DIFFUSION).is_file():
         raise Ar2DiffError(
-            f"adapter {path}: it has no {DIFFUSION}, so it is none of a diffusion model",
+            f"adapter {path}: it is not an adapter of a diffusion model, because it has no "
+            f"{DIFFUSION}",
             "train one with a peft section, on a converted model",
         )
-    block = read_json(path / DIFFUSION, "").get("diffusion") or {"format": 0}
+    _check_adapter(path)
+    block = read_json(path / DIFFUSION, AGAIN).get("diffusion")
+    if not isinstance(block, dict):
+        raise Ar2DiffError(
+            f"{path / DIFFUSION}: diffusion is {shortened(block)}, but must be a JSON object",
+            "train the adapter again",
+        )
+    mask_token_id = block.get("mask_token_id")
+    return _spec(path / DIFFUSION, {"diffusion": block, "mask_token_id": mask_token_id})
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuse an adapter whose config would cost too much: names of layers given as regular
+    expressions, which may backtrack for ever, and matrices of a rank that no stored one has."""
+    file, weights = path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS
+    values = read_json(file, AGAIN)
+    fix = "download the adapter again, or merge it with peft first"
+    for name in PATTERNS:
+        if values.get(name):
+            raise Ar2DiffError(f"{file}: {name} is set, which ar2diff does not read", fix)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(values.get(name), list | None):
+            raise Ar2DiffError(
+                f"{file}: {name} is {shortened(values[name])}, but must be a list of names", fix
+            )
+    rank = values.get("r")
+    if type(rank) is not int or rank < 1:
+        raise Ar2DiffError(f"{file}: r is {shortened(rank)}, but must be a rank of at least 1", fix)
+    if rank > MOST_RANK and weights.is_file():
+        try:
+            with safe_open(weights, framework="np") as stored:
+                shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]
+        except (SafetensorError, OSError):
+            return  # whoever reads the weights says so
+        if not any(rank in shape for shape in shapes):
+            raise Ar2DiffError(f"{file}: r is {rank}, but no stored matrix has that rank", fix)
+
+
+def _spec(file: Path, config: dict[str, Any]) -> Spec | None:
     try:
-        return Spec.from_config({"diffusion": block, "mask_token_id": block.get("mask_token_id")})
-    except SpecError as error:
-        what = error.what.replace("config.json", DIFFUSION)
-        raise Ar2DiffError(f"adapter {path}: {what}", error.fix) from None
-
-
-def stored_dtypes(path: Path) -> dict[str, str]:
-    """Dtype of each stored tensor, read from the safetensors headers; checks that no file is cut.
-
-    Raises:
-        Ar2DiffError: as `weight_files`; a missing shard, a cut file.
-    """
-    dtypes: dict[str, str] = {}
-    for file in weight_files(path):
-        dtypes |= tensor_dtypes(file)
-    return dtypes
+        return Spec.from_config(config)
+    except Ar2DiffError as error:
+        raise error.about(str(file)) from None
 
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder, in the order of their names.
 
     Raises:
-        Ar2DiffError: there are none (pickles are never opened).
+        Ar2DiffError: there are none (pickled ones are never opened), the index is damaged, or it
+            names a file outside of the folder.
     """
-    index = path / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        names = read_json(index, "").get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise Ar2DiffError(f"{index}: it has no weight_map", "download the checkpoint again")
-        shards = sorted(set(names.values()))
-    else:
-        shards = [WEIGHTS]
-    if not (path / shards[0]).is_file():
+    names: list[Any] = [WEIGHTS]
+    if (path / INDEX).is_file():
+        found = read_json(path / INDEX, AGAIN, MOST_JSON).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise Ar2DiffError(f"{path / INDEX}: it has no weight_map", AGAIN)
+        for name in (name for name in found.values() if not isinstance(name, str)):
+            raise Ar2DiffError(
+                f"{path / INDEX}: weight_map names {shortened(name)}, which is no file name", AGAIN
+            )
+        names = sorted(set(found.values()))
+        if WEIGHTS not in names and (path / WEIGHTS).exists():
+            raise Ar2DiffError(
+                f"model {path}: {INDEX} names other files, but there is a {WEIGHTS} too",
+                "remove the one that does not belong there",
+            )
+    files = [inside(path, name) for name in names]
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise Ar2DiffError(
+                f"{path / INDEX}: {shortened(name)} is not a safetensors file",
+                "convert the weights to safetensors first",
+            )
+    if not files[0].is_file():
         pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickled:
             raise Ar2DiffError(
-                f"model {path}: its weights are pickled ({pickled[0]}), which can run code",
+                f"model {path}: its weights are pickled ({pickled[0]}), and a pickle can run code",
                 "convert them to safetensors first",
             )
-        raise Ar2DiffError(
-            f"model {path}: config.json is there but {shards[0]} is not",
-            "download the checkpoint again",
-        )
-    return [path / shard for shard in shards]
+        raise Ar2DiffError(f"model {path}: it has a {CONFIG} but no {names[0]}", AGAIN)
+    return files
 
 
-def tensor_dtypes(file: Path) -> dict[str, str]:
-    """Dtype of each tensor of a safetensors file.
+def check_counts(path: Path, config: dict[str, Any], tensors: int | None = None) -> None:
+    """Refuse a config whose counts would keep the libraries busy for hours, or fill the memory,
+    before any weight is read: they build a list or a module for each layer, expert and label.
+
+    Args:
+        tensors: the number of stored tensors, of which each layer has at least one; None if there
+            are no weights.
 
     Raises:
-        Ar2DiffError: it is missing, or cut.
+        Ar2DiffError: naming the key.
     """
-    cut = Ar2DiffError(f"model {file}: the file is cut short or damaged", "download it again")
-    if not file.is_file():
-        raise Ar2DiffError(f"model {file}: this shard is missing", "download it again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise cut
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise cut from None
-    try:
-        header.pop("__metadata__", None)
-        ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
-        dtypes = {name: entry["dtype"] for name, entry in header.items()}
-    except (KeyError, TypeError, IndexError, AttributeError):
-        raise cut from None
-    if any(end > size for end in ends):
-        raise cut
-    return dtypes
+    for key, value, depth in _integers(config):
+        most = None
+        if key.startswith("num_labels"):
+            most, of = MOST_LABELS, "labels"
+        elif EXPERTS.fullmatch(key) and depth == 0:
+            most, of = MOST_EXPERTS, "experts"
+        elif LAYERS.fullmatch(key) and depth == 0:
+            most, of = max(MOST_LAYERS, tensors or 0), "layers, which have no weights"
+        elif depth > 1:
+            most, of = MOST_REPEATS, "repetitions"
+        if most is not None and value > most:
+            raise Ar2DiffError(
+                f"{path / CONFIG}: {shortened(key)} is {value}: more than {most} {of}",
+                "download the checkpoint again, or correct the file",
+            )
+    if "transformers_weights" in config:
+        raise Ar2DiffError(
+            f"{path / CONFIG}: transformers_weights names other weights than {WEIGHTS}",
+            f"rename them to {WEIGHTS}, and remove the key",
+        )
 
 
-def read_json(file: Path, fix: str) -> Any:
+def check_ids(path: Path) -> None:
+    """Refuse configs in which the id of a token is none. -1 is how the first LLaMA said "none".
+
+    Raises:
+        Ar2DiffError: naming file and key.
+    """
+    for name in (CONFIG, GENERATION):
+        file = path / name
+        values = read_json(file, AGAIN) if file.is_file() else {}
+        for holder in (values, *(v for v in values.values() if isinstance(v, dict))):
+            for key in IDS & holder.keys():
+                given = [] if holder[key] is None else holder[key]
+                for value in given if isinstance(given, list) else [given]:
+                    if type(value) is not int or value < -1:
+                        raise Ar2DiffError(
+                            f"{file}: {key} {shortened(value)} is not the id of a token",
+                            "correct it, or remove it",
+                        )
+
+
+def _integers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Each integer in a parsed JSON value, the key of the object that it belongs to, and how many
+    lists it lies in."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _integers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _integers(item, key, depth + 1)
+    elif type(value) is int:
+        yield key, value, depth
+
+
+def read_json(file: Path, fix: str, most: int = MOST_CONFIG) -> dict[str, Any]:
     """The JSON object in a file.
 
+    Args:
+        fix: advice for the case that the file is missing.
+        most: bytes that the file may have.
+
     Raises:
-        Ar2DiffError: it is not there, or none.
+        Ar2DiffError: the file is missing, too large, or not a JSON object within the limits of
+            `parse_json`.
     """
     try:
-        value = json.loads(file.read_text())
+        if file.exists() and not file.is_file():  # reading from a pipe would never end
+            raise Ar2DiffError(f"{file}: it is not a regular file", AGAIN)
+        with file.open("rb") as stream:
+            text = stream.read(most + 1)
+        if len(text) > most:
+            raise Ar2DiffError(f"{file}: it has more than {most >> 20} MB", AGAIN)
+        value = parse_json(text)
     except FileNotFoundError:
         raise Ar2DiffError(f"{file}: no such file", fix) from None
-    except (OSError, ValueError) as error:
-        raise Ar2DiffError(f"{file}: {error}", "download the checkpoint again") from None
+    except OSError as error:
+        raise Ar2DiffError(f"{file}: {error.strerror or error}", AGAIN) from None
+    except ValueError as error:
+        raise Ar2DiffError(f"{file}: it is not usable JSON: {error}", AGAIN) from None
     if not isinstance(value, dict):
-        raise Ar2DiffError(f"{file}: not a JSON object", "download the checkpoint again")
+        raise Ar2DiffError(f"{file}: it is not a JSON object", AGAIN)
     return value

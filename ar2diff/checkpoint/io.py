@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import load_adapter, save_adapter
+from ..core.errors import Ar2DiffError
+from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
-from .files import RUN_FILE, find_checkpoint, is_adapter
-from .model import Checkpoint, load_model, stored_dtype, write_spec
-from .output import staged, write_json
+from .files import find_checkpoint, is_adapter
+from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
+from .output import Output
 
 
 def load_checkpoint(
@@ -19,6 +21,7 @@ def load_checkpoint(
     attn_implementation: str = "auto",
     device: str | None = None,
     quantization: Any = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
     """Load a checkpoint, or an adapter on its base; arguments and errors are those of
     `model.load_model`.
@@ -28,37 +31,78 @@ def load_checkpoint(
     """
     path = find_checkpoint(reference)
     load = load_adapter if is_adapter(path) else load_model
-    return load(path, attn_implementation, device, quantization)
+    return load(path, attn_implementation, device, quantization, dtype=dtype)
 
 
 @torch.no_grad()
 def save(
     checkpoint: Checkpoint,
-    output_dir: Path,
+    output: Output,
     record: dict[str, Any],
     weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write the converted checkpoint in the base's stored dtypes, config.json last, and the code
-    that denoises it; of a wrapped one the adapter alone. (Checkpoints of training have no such
+    """Write a converted checkpoint in the stored dtypes of its base, with the code that denoises
+    it; of a checkpoint with an adapter, the adapter alone. (Checkpoints of training carry no such
     code: they are there to resume from.)
 
     Args:
-        weights: by name, where the model does not hold them whole.
+        record: for `ar2diff.json`.
+        weights: {parameter name: tensor}, if the model itself does not hold them whole.
+
+    Raises:
+        Ar2DiffError: as `Output.staged`.
     """
     if checkpoint.base is not None:
-        save_adapter(checkpoint, output_dir, record, weights)
+        save_adapter(checkpoint, output, record, weights)
         return
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     if checkpoint.spec is not None:
         write_spec(checkpoint, checkpoint.spec)
-    for name, parameter in model.named_parameters():
+    for name, parameter in checkpoint.model.named_parameters():
         dtype = stored_dtype(checkpoint, name)
         parameter.data = parameter.data.to(dtype)
         if weights is not None:
             weights[name] = weights[name].to(dtype)
-    with staged(output_dir) as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-        if checkpoint.spec is not None:
-            write_custom_generate(folder)
-        write_json(folder / RUN_FILE, record)
+    with output.staged(record) as folder:
+        checkpoint.model.save_pretrained(folder, state_dict=weights)
+        save_beside(checkpoint, folder)
+
+
+def check_saving(checkpoint: Checkpoint) -> None:
+    """Write everything but the weights once, to a scratch folder: what the libraries refuse to
+    write is found before a run trains, not after it.
+
+    Raises:
+        Ar2DiffError: a config, generation config or tokenizer cannot be written, or the mask token
+            does not keep its id.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if checkpoint.base is None:
+                save_beside(checkpoint, Path(scratch))
+            else:
+                save_adapter_config(checkpoint, Path(scratch))
+            again = load_tokenizer(Path(scratch))
+        except Ar2DiffError:
+            raise
+        except Exception as error:  # each library raises classes of its own
+            said = " ".join(str(error).split())[:200]
+            raise Ar2DiffError(
+                f"model {checkpoint.path}: the result could not be written ({said})",
+                "correct its config.json, generation_config.json or tokenizer files",
+            ) from error
+    spec = checkpoint.spec
+    if spec is not None and again.mask_token_id != spec.mask_token_id:
+        raise Ar2DiffError(
+            f"model {checkpoint.path}: its mask token has id {spec.mask_token_id}, but "
+            f"{again.mask_token_id} once the tokenizer is written and loaded again",
+            "use a tokenizer without holes between its ids",
+        )
+
+
+def save_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what lies beside the weights of a whole model: configs, tokenizer, decoding code."""
+    checkpoint.model.config.save_pretrained(folder)
+    checkpoint.model.generation_config.save_pretrained(folder)
+    checkpoint.tokenizer.save_pretrained(folder)
+    if checkpoint.spec is not None:
+        write_custom_generate(folder)

@@ -1,20 +1,38 @@
-"""Merging an adapter into its base: a whole converted model."""
+"""Merging an adapter into its base: the result is a whole converted model."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import __version__
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from .adapters import load_adapter
 from .compare import MERGED, far, fixed_logits
-from .files import ADAPTER_CONFIG, RUN_FILE, find_checkpoint, is_adapter, read_json
-from .io import save
+from .files import ADAPTER_CONFIG, find_checkpoint, is_adapter
+from .io import check_saving, save
 from .model import count_parameters, stored_dtype
-from .output import check_output, clear_output
+from .output import check_output, claimed, record_of
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made.
+
+    Attributes:
+        adapter: the reference that was given. base_model: folder or Hub id of its base.
+        parameters: of the merged model.
+        difference: largest difference of the logits before and after, over the largest logit.
+        rounding: the same for storing the merged weights in the base's dtype.
+    """
+
+    adapter: str
+    base_model: str
+    parameters: int
+    difference: float
+    rounding: float
 
 
 @torch.no_grad()
@@ -25,49 +43,61 @@ def merge(
     base: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
-    """Make a whole converted model of an adapter and its base, in the base's stored dtype.
+) -> Merged:
+    """Make a whole converted model of an adapter and its base, in the base's stored dtypes.
 
     Args:
-        base: folder or Hub id, where the base is elsewhere than the adapter says.
-
-    Returns:
-        adapter, base, parameters; difference: of logits before and after, the largest over the
-        largest logit; rounding: what storing it in the base's dtype adds.
+        adapter: folder or Hub id.
+        output_dir: a new or empty folder.
+        base: folder or Hub id, if the base is not where the adapter says.
+        overwrite: replace the model in `output_dir` that ar2diff wrote.
+        dry_run: check and merge in memory; write nothing.
 
     Raises:
-        Ar2DiffError: as `load_adapter`; the folder is not free; the merged model is another.
+        Ar2DiffError: as `load_adapter` and `claimed`; merging changes the logits.
     """
     path, output_dir = find_checkpoint(adapter), Path(output_dir)
     if not is_adapter(path):
-        raise Ar2DiffError(f"{path} is no adapter: it has no {ADAPTER_CONFIG}", "give an adapter")
-    check_output(output_dir, [path], False, overwrite)
+        raise Ar2DiffError(
+            f"{path} is not an adapter: it has no {ADAPTER_CONFIG}",
+            f"name the folder of an adapter as {option('adapter')}",
+        )
+    check_output(output_dir, [path], overwrite=overwrite)
     checkpoint = load_adapter(path, device="auto", base=base)
     name = checkpoint.base.reference
-    check_output(output_dir, [path, Path(name)], False, overwrite)
+    inputs = [path, Path(name)]
+    check_output(output_dir, inputs, overwrite=overwrite)
     before = fixed_logits(checkpoint)
     checkpoint.model, checkpoint.base = checkpoint.model.merge_and_unload(), None
     merged = fixed_logits(checkpoint)
     difference = far(before, merged)
     if not difference <= MERGED:
         raise Ar2DiffError(
-            f"adapter {path}: merging changes the logits by {difference:.1e}, over {MERGED:.0e}",
+            f"adapter {path}: merging changes the logits by {difference:.1e} of the largest, which "
+            f"is more than {MERGED:.0e}",
             "use the adapter as it is",
         )
+    needed = 0
     for key, parameter in checkpoint.model.named_parameters():
-        parameter.data = parameter.data.to(stored_dtype(checkpoint, key)).to(parameter.dtype)
-    result = {
-        "adapter": adapter,
-        "base_model": name,
-        "parameters": count_parameters(checkpoint.model)[1],
-        "difference": difference,
-        "rounding": far(merged, fixed_logits(checkpoint)),
-    }
+        dtype = stored_dtype(checkpoint, key)
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        needed += parameter.numel() * dtype.itemsize
+    result = Merged(
+        adapter=adapter,
+        base_model=name,
+        parameters=count_parameters(checkpoint.model)[1],
+        difference=difference,
+        rounding=far(merged, fixed_logits(checkpoint)),
+    )
+    check_saving(checkpoint)
     if dry_run:
         return result
-    if overwrite and output_dir.is_dir():
-        clear_output(output_dir)
-    run = path / RUN_FILE
-    record = {"ar2diff": __version__, **result, "diffusion": checkpoint.spec.to_dict()}
-    save(checkpoint, output_dir, record | {"run": read_json(run, "") if run.is_file() else None})
+    record = {
+        "ar2diff": __version__,
+        **asdict(result),
+        "diffusion": checkpoint.spec.to_dict(),
+        "run": record_of(path),
+    }
+    with claimed(output_dir, inputs, overwrite=overwrite, needed=needed) as output:
+        save(checkpoint, output, record)
     return result

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib.util
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ..core.attention import layer_windows
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
 from ..core.options import RULE, THRESHOLD
 from ..core.spec import CAUSAL, Spec
+from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
-from .files import read_config, read_spec, stored_dtypes
+from .files import (
+    CONFIG,
+    IDS,
+    check_counts,
+    check_ids,
+    read_config,
+    read_json,
+    read_spec,
+)
+from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
+from .stored import StoredTensor, stored_tensors
 
-FOUR_BIT_BLOCK = 64  # weights that share a scale; the only size that recipes can ask for
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+MOST_NUMBERS = 16  # numbers of the model for each stored byte: 8 of 1 bit, and some to spare
+SMALL = 10_000_000  # numbers that cost nothing, whatever is stored
+MOST_EXTRA = 16  # tokens that a tokenizer may have more than the weights have rows
+MOST_TOKENS = 10_000_000
 
 
 @dataclass
@@ -25,7 +53,8 @@ class Checkpoint:
     """A loaded checkpoint: model (float32 unless asked), tokenizer, spec (None: still an AR model).
 
     `stored` maps a tensor's name to the dtype in which the files hold it; `base` is the converted
-    model under an adapter (`adapters.Base`), None where there is none.
+    model under an adapter (`adapters.Base`), None where there is none; `notes` are what its user
+    should know of the conversion.
     """
 
     path: Path
@@ -35,6 +64,8 @@ class Checkpoint:
     stored: dict[str, str]
     commit: str | None = None
     base: Any = None
+    notes: list[str] = field(default_factory=list)
+    _token_ids: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def end_ids(self) -> list[int]:
@@ -46,11 +77,18 @@ class Checkpoint:
         return []
 
     @property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer has a token for; a vocabulary may have holes."""
+        if len(self._token_ids) != len(self.tokenizer):
+            self._token_ids = frozenset(self.tokenizer.get_vocab().values())
+        return self._token_ids
+
+    @property
     def suppressed(self) -> Tensor:
         """[V] bool: ids that the model can never mean."""
         mask_token_id = self.spec.mask_token_id if self.spec else None
         rows = self.model.config.get_text_config().vocab_size  # weights may be cut to shards
-        return suppressed_ids(mask_token_id, len(self.tokenizer), rows)
+        return suppressed_ids(mask_token_id, self.token_ids, rows)
 
     @property
     def spec_or_causal(self) -> Spec:
@@ -63,174 +101,260 @@ def load_model(
     attn_implementation: str = "auto",
     device: str | None = None,
     quantization: Any = None,
+    dtype: str = "float32",
 ) -> Checkpoint:
-    """Load the whole model in a folder, in float32 (float64 if stored so), after every check that
-    costs nothing.
+    """Load the whole model in a folder, after every check that costs nothing. No code in the folder
+    is run.
 
     Args:
-        attn_implementation: `auto` is sdpa, or eager where the class lacks it.
+        attn_implementation: `auto` is sdpa, or eager if the class lacks it.
         device: None leaves the model on the CPU; `auto` puts it on the accelerator if there is one.
         quantization: a recipe's section: linear layers in 4 bits, all else as it is stored.
+        dtype: `float32` (float64 if the weights are stored so), `auto`: as stored, or another
+            dtype of torch by name.
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
-            its spec is not one we honour, or its layers cannot be held in 4 bits on a CPU.
+            its spec is not one that this version honours, or its layers cannot be held in 4 bits
+            on a CPU.
     """
-    config = read_config(path)
+    values = read_config(path)
     spec = read_spec(path)
-    _refuse_non_decoder(path, config)
-    stored = stored_dtypes(path)
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    _refuse_non_decoder(path, values)
+    check_ids(path)  # and that there is JSON: transformers ignores a generation config without
+    tensors = stored_tensors(path)
+    stored = {tensor.name: tensor.dtype for tensor in tensors}
+    config = load_config(path, len(tensors))
     tokenizer = load_tokenizer(path)
-    dtype = torch.float64 if "F64" in stored.values() else torch.float32
-    quantized: dict[str, Any] = {}
     if quantization is not None:
-        quantized["quantization_config"] = _bits_and_bytes(quantization)
-        _check_four_bit_shapes(path)
-        dtype = "auto"
+        kind, quantized = "auto", {"quantization_config": bits_and_bytes(quantization)}
+    else:
+        kind, quantized = _dtype(dtype, stored), {}
     try:
+        outline = _outline(config)
+        _refuse_size(path, outline, tensors)
+        if quantization is not None:
+            check_four_bit_shapes(path, outline)
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            config=config,
+            dtype=kind,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
             **quantized,
         )
+    except Ar2DiffError:
+        raise
     except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
-            f"model {path}: does not load ({first_line(error)})",
+            f"model {path}: it cannot be loaded ({first_line(error)})",
             "check that config.json and the weights belong together",
         ) from error
-    _keep_unpacked(model)
+    keep_unpacked(model)
     if report["missing_keys"] or report.get("mismatched_keys"):
         names = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
         raise Ar2DiffError(
-            f"model {path}: the weights lack {names[0]} and {len(names) - 1} more tensors",
+            f"model {path}: the weights lack {names[0]}{more}",
             "check that config.json and the weights belong together",
         )
+    _check_rows(path, model, tokenizer, spec)
+    if device == "auto" and quantization is None:  # bitsandbytes puts it there by itself
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    commit = path.name if path.parent.name == "snapshots" else None
+    return Checkpoint(path, model.eval(), tokenizer, spec, stored, commit)
+
+
+def load_config(path: Path, tensors: int | None = None) -> Any:
+    """The config of a folder, as a stock class of transformers.
+
+    Args:
+        tensors: the number of stored tensors; None if there are no weights to go by.
+
+    Raises:
+        Ar2DiffError: its counts are far too high, it needs code of its own, or a value has
+            the wrong type.
+    """
+    values = read_config(path)
+    check_counts(path, values, tensors)
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        foreign = "auto_map" in values
+        raise Ar2DiffError(
+            f"{path / CONFIG}: model_type is {shortened(kind)}, which transformers "
+            f"{transformers.__version__} does not know"
+            f"{'; ar2diff never runs the code in the folder' if foreign else ''}",
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
+            if foreign
+            else "upgrade transformers, or give another checkpoint",
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of any class: from a wrong type to heads that do not divide
+        raise Ar2DiffError(
+            f"{path / CONFIG}: it does not describe a {kind} model ({first_line(error)})",
+            "correct it, or download the checkpoint again",
+        ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, as a stock class of transformers. Its chat templates have been
+    tried: none runs for ever.
+
+    Raises:
+        Ar2DiffError: it needs code of its own, does not load, cannot tokenize, or has a chat
+            template that costs too much.
+    """
+    settings = path / "tokenizer_config.json"
+    values = read_json(settings, "") if settings.is_file() else {}
+    for name, value in values.items():
+        if type(value) is int and value > MOST_TOKENS and "length" not in name:
+            raise Ar2DiffError(
+                f"{settings}: {shortened(name)} is {value}: more than {MOST_TOKENS} tokens",
+                "download the checkpoint again, or correct the file",
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a b").input_ids)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise _no_tokenizer(path, values, error) from error
+    for template in templates_of(tokenizer):
+        try:
+            check_cost(template, tokenizer.special_tokens_map)
+        except Ar2DiffError as error:
+            raise error.about(f"model {path}") from None
+    return tokenizer
+
+
+def _no_tokenizer(path: Path, values: dict[str, Any], error: BaseException) -> Ar2DiffError:
+    """Why a tokenizer does not load, in words that tell what to do."""
+    model, whole = path / "tokenizer.model", (path / "tokenizer.json").is_file()
+    if model.is_file() and not whole:
+        with model.open("rb") as stream:
+            pieces = stream.read(1) == b"\n"  # a protobuf; tiktoken's files begin with base64
+        library = "sentencepiece" if pieces else "tiktoken"
+        if importlib.util.find_spec(library) is None:
+            return Ar2DiffError(
+                f"model {path}: its tokenizer is a {library} model, {model.name}, and {library} is "
+                "not installed",
+                f"pip install {library}, or put a tokenizer.json beside it",
+            )
+    if "auto_map" in values and "trust_remote_code" in str(error):
+        return Ar2DiffError(
+            f"model {path}: its tokenizer needs code in the folder, which ar2diff never runs",
+            "put a tokenizer.json beside the weights, and remove auto_map from "
+            "tokenizer_config.json",
+        )
+    return Ar2DiffError(
+        f"model {path}: its tokenizer does not load ({first_line(error)})",
+        "put the tokenizer's files beside the weights",
+    )
+
+
+def _dtype(name: str, stored: dict[str, str]) -> Any:
+    if name == "auto":
+        common = max(set(stored.values()), key=list(stored.values()).count)
+        return DTYPES.get(common, torch.float32)
+    if name == "float32" and "F64" in stored.values():
+        return torch.float64
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Ar2DiffError(
+            f"{option('dtype')} {shortened(name)} is no floating-point type of torch",
+            f"set {option('dtype', 'float32')}, bfloat16, float16 or auto",
+        )
+    return found
+
+
+def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
+    names, kind = config.get("architectures"), config.get("model_type")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise Ar2DiffError(
+            f"{path / CONFIG}: architectures is {shortened(names)}, but must be a list of names",
+            "correct it, or remove it",
+        )
+    if not names:  # the type tells as much, but for models that are encoders or decoders
+        names = []
+        if isinstance(kind, str) and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            names = _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()))
+    decoders = {
+        name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)
+    }
+    if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
+        what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
+        raise Ar2DiffError(
+            f"model {path}: {what} is not a decoder-only causal LM",
+            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
+            if "auto_map" in config
+            else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
+        )
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _outline(config: Any) -> Any:
+    """The model of a config without storage, which costs no memory whatever its size."""
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:
+    """Refuse a config whose model would be far larger than the weights: the libraries would allot
+    the memory for what is missing before they said that it is."""
+    held = {id(t): t.numel() for t in (*outline.parameters(), *outline.buffers())}
+    wanted, there = sum(held.values()), sum(t.size for t in tensors)
+    if wanted > MOST_NUMBERS * there + SMALL:
+        raise Ar2DiffError(
+            f"model {path}: config.json describes a model of {wanted} numbers, and the weights "
+            f"have only {there} bytes",
+            "check that config.json and the weights belong together",
+        )
+
+
+def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> None:
+    """Check that the ids of the tokenizer, but for a few, and those in the configs have rows.
+
+    The official tokenizers of some models have a token or two more than the weights have rows, for
+    models of the same family that take images too. No text ever means them.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     # Vocabularies are padded to a round number of rows, not by a tenth of their size.
-    if len(tokenizer) > rows or rows - len(tokenizer) > max(1024, rows // 10):
+    if len(tokenizer) - rows > MOST_EXTRA or rows - len(tokenizer) > max(1024, rows // 10):
         raise Ar2DiffError(
             f"model {path}: the tokenizer has {len(tokenizer)} tokens, the weights {rows} rows",
             "use the tokenizer that the model was trained with",
         )
     if spec is not None and spec.mask_token_id >= rows:
         raise Ar2DiffError(
-            f"model {path}: mask_token_id {spec.mask_token_id} is out of range, {rows} rows",
+            f"model {path}: mask_token_id {spec.mask_token_id} is out of range: the weights have "
+            f"{rows} rows",
             "convert the base model again",
         )
-    if device == "auto" and quantization is None:  # which puts it there by itself
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    commit = path.name if path.parent.name == "snapshots" else None
-    return Checkpoint(path, model.eval(), tokenizer, spec, stored, commit)
+    generation = model.generation_config
+    for config in (model.config, model.config.get_text_config(), generation):
+        _drop_ids(config, rows)
+    extra = range(rows, len(tokenizer))
+    if extra:
+        generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        Ar2DiffError: it does not load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise Ar2DiffError(
-            f"model {path}: its tokenizer does not load ({first_line(error)})",
-            "put the tokenizer's files beside the weights",
-        ) from error
-
-
-def _bits_and_bytes(quantization: Any) -> Any:
-    import importlib.util
-
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise Ar2DiffError(
-            "quantization needs bitsandbytes, which is not installed",
-            "pip install 'ar2diff[qlora]', or set quantization=null",
-        )
-    dtype = quantization.compute_dtype
-    if dtype == "auto":
-        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if gpu else "float32"
-    return BitsAndBytesConfig(
-        load_in_4bit=quantization.bits == 4,
-        bnb_4bit_quant_type=quantization.kind,
-        bnb_4bit_use_double_quant=quantization.double,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _check_four_bit_shapes(path: Path) -> None:
-    """Refuse a model whose layers a CPU cannot hold in 4 bits, before its weights are read.
-
-    bitsandbytes quantises blocks of 64 weights. Its CPU kernels take each row of a layer for whole
-    blocks: of other rows they apply the wrong scales without a word, or fail, depending on the CPU.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    if torch.cuda.is_available():
-        return
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    except Exception as error:  # from a config of the wrong type to a class without sdpa
-        raise Ar2DiffError(
-            f"model {path}: does not load ({first_line(error)})",
-            "check that config.json and the weights belong together",
-        ) from error
-    head = model.get_output_embeddings()  # it is never quantised
-    for name, module in model.named_modules():
-        if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
-            continue
-        inputs = module.nx if isinstance(module, Conv1D) else module.in_features
-        if inputs % FOUR_BIT_BLOCK:
-            raise Ar2DiffError(
-                f"model {path}: layer {name} has {inputs} inputs; on a CPU, 4-bit layers need a "
-                f"multiple of {FOUR_BIT_BLOCK}",
-                "leave out the quantization section, or train on a GPU",
-            )
-
-
-def _keep_unpacked(model: Any) -> None:
-    """Keep 4-bit layers in the form that trains, on every CPU.
-
-    On a CPU with avx512_bf16, the first forward in eval mode would repack a layer for inference.
-    That rounds its scales to bfloat16, and no gradient passes through it any more, so that the
-    training that follows would silently go wrong.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = config.get("architectures") or []
-    decoders = {
-        name
-        for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for name in ([entry] if isinstance(entry, str) else entry)
-    }
-    if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
-        raise Ar2DiffError(
-            f"model {path}: {', '.join(names) or 'it'} is not a decoder-only causal LM",
-            "bring it in with 'ar2diff import', if it is a diffusion model of another family"
-            if "auto_map" in config
-            else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
-        )
+def _drop_ids(config: Any, rows: int) -> None:
+    """Take ids that have no row out of a config: nothing can ever mean them. Many configs carry the
+    defaults of their class, or the ids of a base with more tokens."""
+    for name in IDS:
+        given = getattr(config, name, None)
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        kept = [value for value in ids if 0 <= value < rows]
+        if len(kept) < len(ids):
+            setattr(config, name, kept or None if isinstance(given, list) else None)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -243,13 +367,12 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """The dtype in which a parameter is written: the base's; for a new one, the most common."""
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     common = max(set(checkpoint.stored.values()), key=list(checkpoint.stored.values()).count)
-    return dtypes.get(checkpoint.stored.get(name, common), torch.float32)
+    return DTYPES.get(checkpoint.stored.get(name, common), torch.float32)
 
 
 def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
-    """Put the spec into the model's config and what depends on it into the generation config."""
+    """Put the spec into the model's config, and what depends on it into the generation config."""
     config, generation = checkpoint.model.config, checkpoint.model.generation_config
     config.diffusion = spec.to_dict()
     config.mask_token_id = spec.mask_token_id
@@ -262,8 +385,11 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
     ends = checkpoint.end_ids
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     rows = config.get_text_config().vocab_size  # weights may be cut to shards
-    unused = range(len(checkpoint.tokenizer), rows)  # of a padded vocabulary
-    generation.suppress_tokens = sorted({spec.mask_token_id, *unused})
+    suppressed = {*(generation.suppress_tokens or ())}  # the base's own, or of a conversion before
+    if checkpoint.spec is not None:  # since when a row may have become an end token
+        suppressed -= {*ends}
+    unused = {*range(rows)} - checkpoint.token_ids  # of a padded vocabulary, or of one with holes
+    generation.suppress_tokens = sorted({*suppressed, *unused, spec.mask_token_id})
     if not any(getattr(generation, name, None) is not None for name in RULE):
         generation.threshold = THRESHOLD
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id

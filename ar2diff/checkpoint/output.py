@@ -1,63 +1,267 @@
-"""Output folders: checked before a run, written whole or not at all, cleared of what is ours."""
+"""Output folders. Every verb that writes one goes the same way: check it, claim it, write the new
+files beside the old ones, record them, publish them.
+
+    with claimed(output_dir, inputs, overwrite=overwrite) as output:
+        with output.staged(record) as folder:
+            ...  # write the files into `folder`
+
+`ar2diff.json` lists the files that belong to a model of ours. Nothing else in the folder is ever
+replaced or deleted, and no symbolic link is followed. A killed process leaves at most `LEFTOVERS`
+and files that its record lists, so that the same command can be run again.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..core.errors import Ar2DiffError
-from .files import ADAPTER_CONFIG, DIFFUSION, RUN_FILE
+from ..core.errors import Ar2DiffError, option
+from .files import ADAPTER_CONFIG, RUN_FILE
 
-LAST = ("config.json", ADAPTER_CONFIG)  # what a folder is known by is put there last
+LAST = ("config.json", ADAPTER_CONFIG)  # a folder holds a model once it has one of these
+CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
+LOCK, PARTIAL = ".ar2diff.lock", ".partial"
+LEFTOVERS = (LOCK, PARTIAL)  # what a killed process may leave; it is nobody's loss
+FULL = 1 << 22  # a write that fails with fewer bytes free is put down to a full disk
+# What a verb may write at the top of a folder. A file of the user's by such a name is in the way.
+WRITTEN = re.compile(
+    r"(config|generation_config|adapter_config|diffusion|ar2diff|tokenizer|tokenizer_config"
+    r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
+    r"|(model|model-\d{5}-of-\d{5}|adapter_model)\.safetensors"
+    r"|merges\.txt|tokenizer\.model|chat_template\.jinja|additional_chat_templates"
+    r"|configuration_\w+\.py|custom_generate|checkpoints"
+)
+_held: set[int] = set()  # file descriptors of locks
+# A forked child (a worker of a data loader) must not keep the lock of a parent that was killed.
+os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in _held])
 
 
-FULL = 1 << 22  # bytes free under which a failed write is put down to a full disk
+class Output:
+    """A folder that this process alone may write. Made by `claimed`.
 
+    Attributes:
+        folder: the output folder.
+    """
 
-OURS = [  # what a run of ours leaves in its folder, and --overwrite takes away
-    RUN_FILE, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "additional_chat_templates", "custom_generate", "checkpoints",
-    ADAPTER_CONFIG, DIFFUSION, "configuration_*.py",
-    "*.partial",
-]  # fmt: skip
+    def __init__(self, folder: Path, resume: bool):
+        self.folder = folder
+        self._trains = resume and (folder / CHECKPOINTS / RUN_FILE).is_file()
+
+    def begin_run(self, record: dict[str, Any]) -> None:
+        """Note that a training run works in the folder. A complete model stays until the run's own
+        replaces it; checkpoints of an earlier run go."""
+        _remove_run(self.folder)
+        with disk_errors(self.folder):
+            beside = self.folder / PARTIAL / RUN_FILE
+            write_json(beside, record)
+            (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
+            beside.replace(self.folder / CHECKPOINTS / RUN_FILE)
+        self._trains = True
+
+    @contextmanager
+    def staged(self, record: dict[str, Any]) -> Iterator[Path]:
+        """A folder to write the new files into. When the block ends without an error they take the
+        place of the files that an earlier record lists, and `record` is written with the list of
+        the new ones; else nothing changes.
+
+        Raises:
+            Ar2DiffError: the disk is full or not writable; a file that is not ours is in the way.
+        """
+        partial = self.folder / PARTIAL
+        try:
+            with disk_errors(self.folder):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                self._publish(partial, record)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _publish(self, partial: Path, record: dict[str, Any]) -> None:
+        mask = os.umask(0)
+        os.umask(mask)
+        staged = [file for file in partial.rglob("*") if file.is_file()]
+        for file in staged:
+            file.chmod(0o666 & ~mask)  # safetensors' are readable by their owner alone
+            sync(file)
+        new = sorted({RUN_FILE, *(f.relative_to(partial).as_posix() for f in staged)})
+        old = recorded_files(self.folder) or []
+        for name in new:
+            _check_free(self.folder, name, old)
+        # From here on a kill leaves files that the record lists, and no config that loads them.
+        self._write_record(record, sorted({*old, *new}))
+        for name in {*old, *new} & {*LAST}:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in set(old) - set(new):
+            _remove_file(self.folder, name)
+        for name in set(new) - {RUN_FILE, *LAST}:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(self.folder / name)
+        self._write_record(record, new)
+        for name in set(new) & {*LAST}:
+            (partial / name).replace(self.folder / name)
+        if self._trains:  # not before: until then the run can be resumed
+            (self.folder / CHECKPOINTS / RUN_FILE).unlink(missing_ok=True)
+            _remove_if_empty(self.folder / CHECKPOINTS)
+        else:
+            _remove_run(self.folder)
+
+    def _write_record(self, record: dict[str, Any], files: list[str]) -> None:
+        beside = self.folder / PARTIAL / RUN_FILE
+        write_json(beside, record | {"files": files})
+        beside.replace(self.folder / RUN_FILE)
 
 
 @contextmanager
-def staged(output_dir: Path) -> Iterator[Path]:
-    """A folder inside `output_dir` to write a checkpoint into. On success its files move into
-    place, each by one rename and those of `LAST` last; on failure nothing of it stays.
+def claimed(
+    output_dir: Path,
+    inputs: Sequence[Path] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    needed: int = 0,
+) -> Iterator[Output]:
+    """Check an output folder, and hold it for as long as the block runs. The lock dies with the
+    process. Where the block fails before anything was written, nothing of it stays.
+
+    Args:
+        inputs: what the verb reads: never overwritten.
+        resume: go on with a run that has not ended. overwrite: replace the model that is there.
+        needed: bytes that will be written.
 
     Raises:
-        Ar2DiffError: the disk is full, or not writable.
+        Ar2DiffError: as `check_output` and `check_disk`; another process writes there.
     """
-    partial = output_dir / ".partial"
-    mask = os.umask(0)
-    os.umask(mask)
-    existed = output_dir.is_dir()
+    check_output(output_dir, inputs, resume, overwrite)
+    check_disk(output_dir, needed)
+    fresh = not output_dir.exists()
+    with disk_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(output_dir)
     try:
-        with disk_errors(output_dir):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~mask)  # safetensors' are readable by their owner alone
-                    sync(file)
-            for entry in sorted(partial.iterdir(), key=lambda f: f.name in LAST):
-                if (output_dir / entry.name).is_dir():
-                    shutil.rmtree(output_dir / entry.name)
-                entry.replace(output_dir / entry.name)
+        check_output(output_dir, inputs, resume, overwrite, locked=True)
+        yield Output(output_dir, resume)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not existed and output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+        if not _has_checkpoints(output_dir):  # nothing to resume from
+            _remove_run(output_dir)
+        (output_dir / LOCK).unlink(missing_ok=True)
+        _held.discard(lock)
+        os.close(lock)
+        if fresh:
+            _remove_if_empty(output_dir)
+
+
+def check_output(
+    output_dir: Path,
+    inputs: Sequence[Path] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    locked: bool = False,
+) -> None:
+    """Refuse a folder that a verb must not write to. Changes nothing.
+
+    Args:
+        inputs: what the verb reads: never overwritten.
+        locked: this process holds the folder.
+
+    Raises:
+        Ar2DiffError: the folder holds an input, files that are not ours or a model that is not to
+            be replaced; it is a file, is not writable, or another process writes there.
+    """
+    elsewhere = f"give another {option('output_dir')}"
+    target = output_dir.resolve()
+    for path in inputs:
+        if target == path.resolve() or target in path.resolve().parents:
+            raise Ar2DiffError(f"output folder {output_dir} holds the input {path}", elsewhere)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise Ar2DiffError(f"output folder {output_dir} is a file", elsewhere)
+    if not os.access(_existing(target), os.W_OK):
+        raise Ar2DiffError(f"folder {_existing(target)} is not writable", elsewhere)
+    if not locked:
+        check_not_locked(output_dir)
+    if _is_free(output_dir):
+        return
+    files = recorded_files(output_dir)
+    running = (output_dir / CHECKPOINTS / RUN_FILE).is_file()
+    complete = holds_model(output_dir)
+    if files is None and not running:
+        raise Ar2DiffError(
+            f"output folder {output_dir} is not empty, and no {RUN_FILE} lists its files: ar2diff "
+            "did not write them",
+            f"{elsewhere}, or empty the folder yourself",
+        )
+    # Files without a config are those of a killed verb, unless they belong to a run.
+    if not (resume or overwrite) and (running or complete):
+        state = "holds a run that has not ended" if running else "already holds a complete model"
+        go_on = f"continue it with {option('resume', True)}, " if running else ""
+        replace = f"replace it with {option('overwrite', True)}"
+        raise Ar2DiffError(
+            f"output folder {output_dir} {state}", f"{go_on}{replace}, or {elsewhere}"
+        )
+    for entry in sorted(output_dir.iterdir()):
+        if WRITTEN.fullmatch(entry.name):
+            _check_free(output_dir, entry.name, files or [])
+
+
+def check_disk(output_dir: Path, needed: int) -> None:
+    """Refuse a disk that has fewer bytes free than will be written.
+
+    Raises:
+        Ar2DiffError: it has.
+    """
+    parent = _existing(output_dir.resolve())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise Ar2DiffError(
+            f"{parent}: the disk is full ({free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB "
+            "are needed)",
+            f"free some space, or give another {option('output_dir')}",
+        )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a complete model or adapter."""
+    return any((folder / name).is_file() for name in LAST)
+
+
+def run_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run that works in a folder, else of the model there; None without one."""
+    record = _read_record(folder / CHECKPOINTS / RUN_FILE)
+    return _read_record(folder / RUN_FILE) if record is None else record
+
+
+def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder whose last run has ended; None of any other."""
+    if not holds_model(folder) or (folder / CHECKPOINTS / RUN_FILE).is_file():
+        return None
+    return record_of(folder)
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's record says of its model, without the list of files; None without one."""
+    record = _read_record(folder / RUN_FILE)
+    return record and {name: value for name, value in record.items() if name != "files"}
+
+
+def recorded_files(folder: Path) -> list[str] | None:
+    """Relative paths of the files that a folder's record lists as ours; None without a list, or
+    with one that names anything outside of the folder."""
+    names = (_read_record(folder / RUN_FILE) or {}).get("files")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    paths = [PurePosixPath(name) for name in names]
+    if any(not p.parts or p.is_absolute() or ".." in p.parts or "\0" in str(p) for p in paths):
+        return None
+    return [path.as_posix() for path in paths]
 
 
 @contextmanager
@@ -66,7 +270,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
     safetensors and torch wrap a full disk in classes of their own, so the disk is asked too.
     """
-    full = Ar2DiffError(f"{path}: the disk is full", "free some space; a run goes on with --resume")
+    full = Ar2DiffError(
+        f"{path}: the disk is full",
+        f"free some space; a training run continues with {option('resume', True)}",
+    )
     try:
         yield
     except Ar2DiffError:
@@ -76,64 +283,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise full from error
         if isinstance(error, OSError):
-            fix = "give another --output-dir"
+            fix = f"give another {option('output_dir')}"
             raise Ar2DiffError(f"{path}: {error.strerror or error}", fix) from error
         if shutil.disk_usage(_existing(path.resolve())).free < FULL:
             raise full from error
         raise
 
 
-def check_output(output_dir: Path, inputs: list[Path], resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that a run must not write to. Changes nothing.
-
-    Args:
-        inputs: what the run reads: never to be overwritten.
-
-    Raises:
-        Ar2DiffError: it holds something, holds an input, is no folder, or is not writable.
-    """
-    target = output_dir.resolve()
-    for path in inputs:
-        if target == path.resolve() or target in path.resolve().parents:
-            raise Ar2DiffError(
-                f"output folder {output_dir} holds the input {path}", "give another --output-dir"
-            )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise Ar2DiffError(f"output folder {output_dir} is a file", "give another --output-dir")
-    # A run killed while it wrote its first file leaves a .partial one, which is nobody's loss.
-    if output_dir.is_dir() and any(p.suffix != ".partial" for p in output_dir.iterdir()):
-        ours = (output_dir / RUN_FILE).is_file()
-        if not (resume or overwrite):
-            raise Ar2DiffError(
-                f"output folder {output_dir} is not empty",
-                "go on with --resume, replace it with --overwrite, or give another --output-dir",
-            )
-        if not ours:
-            raise Ar2DiffError(
-                f"output folder {output_dir} holds files that ar2diff did not write",
-                "give another --output-dir",
-            )
-    if not os.access(_existing(target), os.W_OK):
-        raise Ar2DiffError(f"{_existing(target)}: not writable", "give another --output-dir")
-
-
-def check_disk(output_dir: Path, needed: int) -> None:
-    """Refuse a disk that has fewer bytes free than a run will write."""
-    parent = _existing(output_dir.resolve())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise Ar2DiffError(
-            f"{parent}: the disk is full ({free / 1e6:,.0f} of {needed / 1e6:,.0f} MB free)",
-            "free some space, or give another --output-dir",
-        )
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in [path, *path.parents] if p.is_dir())
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside and rename, so that no reader sees half a file."""
+    """Write JSON to a file beside and rename that, so that no reader sees half a file."""
     beside = path.with_name(path.name + ".partial")
     try:
         with disk_errors(path.parent):
@@ -145,15 +303,132 @@ def write_json(path: Path, value: Any) -> None:
         beside.unlink(missing_ok=True)
 
 
-def clear_output(output_dir: Path) -> None:
-    """Remove what a run of ours left in a folder, and nothing else."""
-    with disk_errors(output_dir):
-        for pattern in OURS:
-            for entry in output_dir.glob(pattern):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
 def sync(file: Path) -> None:
     """Have the system write a file to the disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed."""
+    while True:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            _take(lock, fcntl.LOCK_EX, folder)
+            # Whoever held it before may have removed the file since we opened it.
+            if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
+                _held.add(lock)
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def check_not_locked(folder: Path) -> None:
+    """Refuse a folder that another process is writing.
+
+    Raises:
+        Ar2DiffError: one is.
+    """
+    try:
+        lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # no lock
+        return
+    try:
+        _take(lock, fcntl.LOCK_SH, folder)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Ar2DiffError(
+            f"another run is writing to {folder}",
+            f"wait until it has ended, or give another {option('output_dir')}",
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is new, or empty but for what a killed process left."""
+    if not folder.is_dir():
+        return True
+    run = folder / CHECKPOINTS
+    left = [p for p in folder.iterdir() if p.name not in LEFTOVERS]
+    return not left or (left == [run] and run.is_dir() and not any(run.iterdir()))
+
+
+def _check_free(folder: Path, name: str, ours: Sequence[str]) -> None:
+    """Refuse to write where something lies that is not ours.
+
+    Args:
+        name: relative path. ours: paths that the record lists.
+    """
+    top, *inside = PurePosixPath(name).parts
+    path = folder / name
+    known = name in ours or name in (RUN_FILE, CHECKPOINTS) or any(
+        owned.startswith(f"{name}/") for owned in ours
+    )  # fmt: skip
+    places = [
+        folder / top,
+        *((folder / top).joinpath(*inside[: i + 1]) for i in range(len(inside))),
+    ]
+    link = next((place for place in places if place.is_symlink()), None)
+    if link is not None or (path.exists() and not known):
+        what = "is a symbolic link" if link else "was not written by ar2diff"
+        raise Ar2DiffError(
+            f"{link or path} {what} and is in the way of a file to be written",
+            f"move it elsewhere, or give another {option('output_dir')}",
+        )
+
+
+def _remove_file(folder: Path, name: str) -> None:
+    """Remove a recorded file, and folders that it leaves empty. What has become something else, or
+    lies behind a link, is left alone."""
+    path = folder / name
+    inside = [parent for parent in path.parents if parent.is_relative_to(folder)][:-1]
+    if path.is_symlink() or not path.is_file() or any(p.is_symlink() for p in inside):
+        return
+    path.unlink()
+    for parent in inside:
+        _remove_if_empty(parent)
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove the checkpoints of a training run, and the record of one that has not ended."""
+    run = folder / CHECKPOINTS
+    if run.is_symlink() or not run.is_dir():
+        return
+    with disk_errors(folder):
+        (run / RUN_FILE).unlink(missing_ok=True)
+        for entry in [run / PARTIAL, *run.glob("checkpoint-*")]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+        _remove_if_empty(run)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS).glob("checkpoint-*"))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in [path, *path.parents] if p.is_dir())

@@ -1,1 +1,2 @@
-"""Autoregressive models in, foreign diffusion models in, formats of other engines out."""
+"""Converting autoregressive models, importing foreign diffusion models, and exporting to the
+formats of other engines."""

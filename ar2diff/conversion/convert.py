@@ -1,9 +1,11 @@
-"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, config. No weight but
-the mask's own row changes; what the model then can and cannot do is for `probe` to say."""
+"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, configs. No weight
+but the mask token's own row changes. `probe` tells whether the model then does what its spec says.
+"""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from typing import Any
 
 import torch
@@ -11,36 +13,41 @@ import torch
 from ..checkpoint.model import Checkpoint, write_spec
 from ..config.recipe import Convert
 from ..core.attention import layer_windows
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
+from ..core.options import FILTERS, IGNORED, REFUSED
 from ..core.spec import FORMAT, Spec
 
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
-ROW_NOISE = 0.02  # of the embeddings' own spread: rows that are equal would stay equal
+ROW_NOISE = 0.02  # of the spread of the embeddings: equal rows would stay equal
 
 
 def convert(
     checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: bool, seed: int
 ) -> Spec:
-    """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place.
+    """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place. What
+    cannot be kept is noted in `checkpoint.notes`.
 
-    A model that is one already continues from its spec; its block may grow, no more.
+    A model that was converted before keeps its spec, except that its blocks may grow.
 
     Args:
-        max_length: longest row that will be trained on.
+        max_length: longest row that will be trained on, in tokens.
         ar_mode: whether the AR mode is alive at the end (trained along, or nothing trained).
+        seed: of the noise in the mask token's row.
 
     Raises:
-        Ar2DiffError: lengths over the model's context; another attention or prediction than the
-            converted model has; a mask token that is a word.
+        Ar2DiffError: a length exceeds the model's context; a converted model has another attention
+            or prediction; the mask token is a word.
     """
-    model, tokenizer, old = checkpoint.model, checkpoint.tokenizer, checkpoint.spec
+    model, old = checkpoint.model, checkpoint.spec
     config = model.config
     _check_lengths(config, wanted, max_length)
+    checkpoint.notes += _without_unusable(model.generation_config)
     if old is None:
-        mask_token_id = _add_mask_token(model, tokenizer, wanted.mask_token, seed)
-        set_pad(model, tokenizer, mask_token_id)
+        _keep_head(model)
+        mask_token_id = _add_mask_token(checkpoint, wanted.mask_token, seed)
+        set_pad(checkpoint, mask_token_id)
     else:
         _check_continuation(old, wanted)
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
@@ -66,17 +73,48 @@ def end_token(checkpoint: Checkpoint) -> int:
     if checkpoint.end_ids:
         return checkpoint.end_ids[0]
     raise Ar2DiffError(
-        f"model {checkpoint.path}: no end-of-text token is named",
+        f"model {checkpoint.path} names no end-of-text token",
         "set eos_token_id in its generation_config.json",
     )
 
 
-def _local_window(config: Any, old: Spec | None, wanted: Convert, max_length: int) -> str | None:
-    """What becomes of the base's sliding window, `local_window` of the spec. A dropped one is taken
-    out of the config: a stock forward must not see what ours does not have.
+def _without_unusable(generation: Any) -> list[str]:
+    """Unset what a denoiser cannot honour, and sampling settings that have no effect because
+    `do_sample` is not set, with which transformers writes no file.
 
-    Layers keep their types, which may decide more than the window (a layer's rotary base, its
-    heads): their window gets as long as the context.
+    Returns:
+        A note on each.
+    """
+    notes, set_here = [], {n: v for n, v in vars(generation).items() if v is not None}
+    for name, value in set_here.items():
+        if name in IGNORED or (name in REFUSED and value != REFUSED[name]):
+            why = "it has no meaning where tokens are not written from left to right"
+        elif not generation.do_sample and name in (*FILTERS, "temperature"):
+            why = "it has no effect without do_sample"
+        elif name == "cache_implementation" and generation.use_cache is False:
+            why = "it has no effect without use_cache"
+        else:
+            continue
+        setattr(generation, name, None)
+        notes.append(f"{name}={shortened(value)} in generation_config.json is left out: {why}")
+    return notes
+
+
+def _keep_head(model: Any) -> None:
+    """Where the weights hold a head of its own although the config ties it to the embeddings, the
+    weights are right: tying the two, as a resize does, would lose the head."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs.weight is not inputs.weight:
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _local_window(config: Any, old: Spec | None, wanted: Convert, max_length: int) -> str | None:
+    """What becomes of the base's sliding window: `local_window` of the spec. A dropped window is
+    removed from the config, so that a stock forward has none either.
+
+    If layers have types, these may decide more than the window (a layer's rotary base, its heads),
+    so they stay, and the window becomes as long as the context.
     """
     before = old.local_window if old else None
     if before == "dropped":
@@ -102,8 +140,8 @@ def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
     ):
         if length is not None and length > context:
             raise Ar2DiffError(
-                f"{name} {length} is over the model's context of {context} tokens",
-                f"set {name} to at most {context}",
+                f"{option(name)} is {length}, more than the model's context of {context} tokens",
+                f"set {option(name)} to at most {context}",
             )
 
 
@@ -115,21 +153,23 @@ def _check_continuation(old: Spec, wanted: Convert) -> None:
     for name in names:
         if getattr(old, name) != getattr(wanted, name):
             raise Ar2DiffError(
-                f"the model is converted already, with {name} {getattr(old, name)}, "
-                f"and the recipe asks for {getattr(wanted, name)}",
-                f"set convert.{name}={getattr(old, name)}, or convert.reconvert=true",
+                f"the model was converted with {name} {getattr(old, name)}, but the recipe asks "
+                f"for {getattr(wanted, name)}",
+                f"set {option(f'convert.{name}', getattr(old, name))}, or "
+                f"{option('convert.reconvert', 'true')} to convert it anew",
             )
     if old.block_length is not None and wanted.block_length < old.block_length:
         raise Ar2DiffError(
-            f"the model was trained with blocks of {old.block_length}, the recipe asks for "
-            f"{wanted.block_length}",
-            f"set convert.block_length={old.block_length} or more",
+            f"the model was trained with blocks of {old.block_length} tokens, but the recipe asks "
+            f"for {wanted.block_length}",
+            f"set {option('convert.block_length', old.block_length)} or more",
         )
 
 
-def _add_mask_token(model: Any, tokenizer: Any, wanted: str | None, seed: int) -> int:
-    """Choose the mask's row: a reserved special token that nothing uses, else an unused row of a
-    padded vocabulary, else a new row. Never a word."""
+def _add_mask_token(checkpoint: Checkpoint, wanted: str | None, seed: int) -> int:
+    """Choose the mask token: a reserved special token that nothing uses, else a new token in an
+    unused row of a padded vocabulary, else in a new row. Never a word."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     rows = model.get_input_embeddings().weight.shape[0]
     token = wanted or tokenizer.mask_token or _reserved_token(model, tokenizer)
     if token is None:
@@ -137,22 +177,48 @@ def _add_mask_token(model: Any, tokenizer: Any, wanted: str | None, seed: int) -
     known = tokenizer.get_vocab().get(token)
     if known is not None and known not in tokenizer.added_tokens_decoder:
         raise Ar2DiffError(
-            f"convert.mask_token {token!r} is a word of the vocabulary",
+            f"{option('convert.mask_token')}: {shortened(token)} is a word of the vocabulary",
             "name a special token, or null to let one be chosen",
         )
     busy = {*_as_list(model.generation_config.eos_token_id), tokenizer.pad_token_id}
     busy |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     if known is not None and known in busy:
         raise Ar2DiffError(
-            f"convert.mask_token {token!r} has another use (begin, end, pad or unknown)",
-            "name a special token that has none, or null to let one be chosen",
+            f"{option('convert.mask_token')}: {shortened(token)} has another use (it begins or "
+            "ends texts, pads them, or stands for unknown words)",
+            "name a special token without another use, or null to let one be chosen",
         )
-    tokenizer.add_special_tokens({"mask_token": token})
+    tokenizer = _add_token(checkpoint, "mask_token", token)
     mask_token_id = tokenizer.mask_token_id
     if mask_token_id >= rows:
         model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-    _init_row(model, mask_token_id, len(tokenizer), seed)
+    _init_row(model, tokenizer, mask_token_id, seed)
     return mask_token_id
+
+
+def _add_token(checkpoint: Checkpoint, role: str, token: str) -> Any:
+    """Add a special token under the id that it has once the tokenizer is loaded again, which is
+    another one than in memory where the vocabulary has holes.
+
+    Returns:
+        The tokenizer, which may be a new object.
+    """
+    tokenizer = checkpoint.tokenizer
+    tokenizer.add_special_tokens({role: token})
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            tokenizer = type(tokenizer).from_pretrained(folder)
+        tokenizer.name_or_path = checkpoint.tokenizer.name_or_path
+        checkpoint.tokenizer = tokenizer
+        ids = [*tokenizer.get_vocab().values()]
+        if ids.count(tokenizer.convert_tokens_to_ids(token)) > 1:
+            raise Ar2DiffError(
+                f"model {checkpoint.path}: its tokenizer leaves out ids, and the new token {token} "
+                "would share one with another token",
+                "give the tokenizer a reserved special token, or ids without holes",
+            )
+    return tokenizer
 
 
 def _reserved_token(model: Any, tokenizer: Any) -> str | None:
@@ -167,9 +233,10 @@ def _reserved_token(model: Any, tokenizer: Any) -> str | None:
 
 
 @torch.no_grad()
-def _init_row(model: Any, row: int, tokens: int, seed: int) -> None:
-    """Set the mask's row to the mean embedding plus small noise: a zero row under RMSNorm has an
-    exploding gradient. An untied head gets its own mean; its bias the mean bias."""
+def _init_row(model: Any, tokenizer: Any, row: int, seed: int) -> None:
+    """Set a row to the mean embedding plus small noise: a zero row under RMSNorm has an exploding
+    gradient. An untied head gets its own mean, and its bias the mean bias."""
+    tokens = max(tokenizer.get_vocab().values()) + 1
     generator = torch.Generator().manual_seed(seed)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [inputs.weight]
@@ -188,9 +255,10 @@ def _init_row(model: Any, row: int, tokens: int, seed: int) -> None:
         outputs.bias[row] = mean_of_others(outputs.bias)
 
 
-def set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
-    """Pad is the tokenizer's own if it is no EOS, else a reserved token, else unk, else one more
-    row: a pad that is the EOS cannot be told from an end."""
+def set_pad(checkpoint: Checkpoint, mask_token_id: int) -> None:
+    """Choose the pad token: the tokenizer's own if it is no end token (from which it could not be
+    told apart), else a reserved token, else the unknown token, else a new one."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     ends = {*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}
     ends.add(mask_token_id)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
@@ -200,10 +268,10 @@ def set_pad(model: Any, tokenizer: Any, mask_token_id: int) -> None:
         elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in ends:
             tokenizer.pad_token = tokenizer.unk_token
         else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            tokenizer = _add_token(checkpoint, "pad_token", "<|pad|>")
             if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-                _init_row(model, tokenizer.pad_token_id, len(tokenizer), 0)
+                _init_row(model, tokenizer, tokenizer.pad_token_id, 0)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -1,44 +1,48 @@
-"""Converted checkpoints in the layouts that engines read: the same weights, another config.
+"""Converted checkpoints in the formats that other engines read: the same weights, another config.
 
 `sdar` is what SGLang (python/sglang/srt/models/sdar.py, sdar_moe.py, dllm/config.py) and LMDeploy
-(lmdeploy/pytorch/configurations/sdar.py) run: Qwen3's tensor names, `rope_theta` at the top of the
-config, the mask token at the id that both have in their code. `ar` is a plain causal model.
+(lmdeploy/pytorch/configurations/sdar.py) run: Qwen3's tensor names, `rope_theta` at the top level
+of the config, and the mask token at the id that both engines have in their code. `ar` is a plain
+causal model.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from .. import __version__
 from ..checkpoint.files import (
-    RUN_FILE,
     WEIGHTS,
     find_checkpoint,
     is_adapter,
     read_config,
     read_json,
     read_spec,
-    stored_dtypes,
     weight_files,
 )
 from ..checkpoint.model import load_tokenizer
-from ..checkpoint.output import check_disk, check_output, clear_output, staged, write_json
-from ..core.errors import Ar2DiffError
+from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
+from ..checkpoint.stored import stored_tensors
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.spec import Spec
+from .tensors import BELONG, check_tensors
 
 TARGETS = ("sdar", "ar")
-SDAR_MASK = 151669  # in the engines' code: no option of theirs changes it
+SDAR_MASK = 151669  # fixed in the engines' code; none of their options changes it
 SDAR_BLOCK = 4  # SGLang's default
-ROPE = ("rope_theta", "partial_rotary_factor")  # once at the top of a config
+ROPE = ("rope_theta", "partial_rotary_factor")  # formerly at the top level of a config
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the engines call a stock layout."""
+class EngineNames:
+    """The engines' names for a stock class."""
 
     architecture: str
     model_type: str
@@ -46,17 +50,17 @@ class Layout:
 
 
 SDAR = {
-    "qwen3": Layout("SDARForCausalLM", "sdar", "SDARConfig"),
-    "qwen3_moe": Layout("SDARMoeForCausalLM", "sdar_moe", "SDARMoeConfig"),
+    "qwen3": EngineNames("SDARForCausalLM", "sdar", "SDARConfig"),
+    "qwen3_moe": EngineNames("SDARMoeForCausalLM", "sdar_moe", "SDARMoeConfig"),
 }
-# The engines ask transformers for the config of a model_type that it does not know.
+# The engines ask transformers for the config of a model_type that it does not know: with this code.
 CONFIG_CODE = '''"""The config of an SDAR checkpoint, for engines: every value is in config.json."""
 
 from transformers import PretrainedConfig
 
 
 class {config_class}(PretrainedConfig):
-    """Holds config.json's values as they stand there."""
+    """Holds the values of config.json unchanged."""
 
     model_type = "{model_type}"
 
@@ -67,31 +71,52 @@ class {config_class}(PretrainedConfig):
 '''
 
 
-def export_checkpoint(
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        model: the reference that was given. to: the target format.
+        loads_as: the class that its config names.
+        notes: what its user should know.
+    """
+
+    model: str
+    to: str
+    loads_as: str
+    notes: list[str]
+
+
+def export(
     reference: str,
     output_dir: str | Path,
     to: str,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write a converted checkpoint in another layout. Weights are copied as they are.
+) -> Exported:
+    """Write a converted checkpoint in the format of other engines. The weights are copied as they
+    are.
 
     Args:
-        reference: folder or Hub id. to: one of `TARGETS`.
-
-    Returns:
-        model, to, loads_as (what the config calls the class), notes (a list).
+        reference: folder or Hub id.
+        output_dir: a new or empty folder.
+        to: one of `TARGETS`.
+        overwrite: replace the model in `output_dir` that ar2diff wrote.
+        dry_run: check everything; write nothing.
 
     Raises:
-        Ar2DiffError: the target cannot carry what the model is.
+        Ar2DiffError: the target format cannot express the model; its weights are damaged or are not
+            those of its config; as `claimed`.
     """
     if to not in TARGETS:
-        raise Ar2DiffError(f"--to {to} is no layout", f"give one of {', '.join(TARGETS)}")
+        raise Ar2DiffError(
+            f"{option('to')} is {shortened(to)}", f"give one of {', '.join(TARGETS)}"
+        )
     path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
     if is_adapter(path):
         raise Ar2DiffError(
-            f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', and export DIR"
+            f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', then export DIR"
         )
     spec, config = read_spec(path), read_config(path)
     if spec is None:
@@ -99,104 +124,132 @@ def export_checkpoint(
             f"model {path} is not converted",
             f"run 'ar2diff adapt {path}' first, or use it as it is",
         )
-    check_output(output_dir, [path], False, overwrite)
+    check_output(output_dir, [path], overwrite=overwrite)
     if to == "sdar":
         _check_sdar(path, spec, config)
-        exported, notes = _sdar_config(spec, config), _sdar_notes(spec, output_dir)
     else:
         _check_ar(path, spec)
-        exported, notes = _ar_config(config), _ar_notes(spec)
     path = find_checkpoint(reference)
-    stored_dtypes(path)
+    architecture = _check_weights(path)
+    if to == "sdar":
+        exported, notes = _sdar_config(spec, config), _sdar_notes(spec, output_dir)
+    else:
+        exported, notes = _ar_config(config), _ar_notes(spec)
+        exported["architectures"] = [architecture]
     tokenizer, generation = load_tokenizer(path), _generation(path)
-    loads_as = exported["architectures"][0]
-    result = {"model": reference, "to": to, "loads_as": loads_as, "notes": notes}
+    result = Exported(reference, to, exported["architectures"][0], notes)
+    weights = [*weight_files(path), *path.glob(f"{WEIGHTS}.index.json")]
+    needed = sum(file.stat().st_size for file in weights)
+    check_disk(output_dir, needed)
     if dry_run:
         return result
-    weights = [*weight_files(path), *path.glob(f"{WEIGHTS}.index.json")]
-    check_disk(output_dir, sum(file.stat().st_size for file in weights))
-    if overwrite and output_dir.is_dir():
-        clear_output(output_dir)
-    with staged(output_dir) as folder:
+    record = {
+        "ar2diff": __version__,
+        "exported": asdict(result),
+        "diffusion": spec.to_dict(),
+        "run": record_of(path),
+    }
+    with (
+        claimed(output_dir, [path], overwrite=overwrite, needed=needed) as output,
+        output.staged(record) as folder,
+    ):
         for file in weights:
             shutil.copyfile(file, folder / file.name)
         if to == "sdar":
-            layout = SDAR[config["model_type"]]
-            code = CONFIG_CODE.format(**vars(layout))
-            (folder / f"configuration_{layout.model_type}.py").write_text(code)
+            names = SDAR[config["model_type"]]
+            code = CONFIG_CODE.format(**vars(names))
+            (folder / f"configuration_{names.model_type}.py").write_text(code)
         tokenizer.save_pretrained(folder)
         write_json(folder / "generation_config.json", generation)
         write_json(folder / "config.json", exported)
-        run = path / RUN_FILE
-        record = {"ar2diff": __version__, "exported": result, "diffusion": spec.to_dict()}
-        made = read_json(run, "") if run.is_file() else None
-        write_json(folder / RUN_FILE, record | {"run": made})
     return result
 
 
+def _check_weights(path: Path) -> str:
+    """Refuse weights that are damaged, or are not those that the config asks for: a copy of them
+    would load nowhere.
+
+    Returns:
+        The name of the class that holds them.
+    """
+    tensors = stored_tensors(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a value of the wrong type, a class without sdpa
+        raise Ar2DiffError(
+            f"model {path}: its config.json makes no model ({first_line(error)})", BELONG
+        ) from error
+    check_tensors(tensors, model, path, others=True)
+    return type(model).__name__
+
+
 def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
-    """Refuse what the engines would run as another model than it is."""
+    """Refuse a model that the engines would run as a different one."""
     kind = config.get("model_type")
     moe = "num_experts_per_tok" in config
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    partial = rope.get("partial_rotary_factor", 1) if isinstance(rope, dict) else 1
     again = "convert the base again with {}".format
     for wrong, what, fix in (
         (
             spec.attention != "block_causal",
-            f"its attention is {spec.attention}, the engines run block_causal",
+            f"its attention is {spec.attention}, but the engines run block_causal",
             again("convert.attention=block_causal"),
         ),
         (
             spec.prediction != "same",
-            f"its prediction is {spec.prediction}, the engines read a token where it stands (same)",
+            f"its prediction is {spec.prediction}, but the engines read a token at its own "
+            "position (same)",
             again("convert.prediction=same"),
         ),
         (
-            kind not in SDAR,
-            f"its class is {config['architectures'][0]}, the engines run the layouts of "
-            f"{' and '.join(SDAR)}",
+            kind not in [*SDAR],
+            f"its model_type is {shortened(kind)}, but the engines run {' and '.join(SDAR)} alone",
             "convert a Qwen3 model",
         ),
         (
             spec.mask_token_id != SDAR_MASK,
-            f"its mask token is {spec.mask_token_id}, the engines have {SDAR_MASK} in their code",
-            "convert a Qwen3 model with its own tokenizer, whose next free id that is",
+            f"its mask token is {spec.mask_token_id}, but the engines always take {SDAR_MASK}",
+            f"convert a Qwen3 model with its own tokenizer, whose next free id is {SDAR_MASK}",
         ),
         (
             bool(config.get("use_sliding_window")) and spec.local_window != "dropped",
-            "it has a sliding window, which the engines leave out",
+            "it has a sliding window, which the engines ignore",
             again("convert.local_window=dropped"),
         ),
         (
             config.get("hidden_act", "silu") != "silu",
-            f"its activation is {config.get('hidden_act')}, the engines compute silu",
+            f"its activation is {shortened(config.get('hidden_act'))}, not silu",
             "convert a Qwen3 model",
         ),
         (
-            rope.get("partial_rotary_factor", 1) != 1,
-            "its rotary embedding is partial, the engines turn all of a head",
+            partial != 1,
+            "its rotary embedding is partial, but the engines rotate whole heads",
             "convert a Qwen3 model",
         ),
         (
-            moe and bool(config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1),
-            "some of its layers have no experts, the engines give them to all",
+            moe
+            and bool(config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1),
+            "some of its layers have no experts, but the engines expect them in all layers",
             "convert a Qwen3-MoE model",
         ),
     ):
         if wrong:
-            raise Ar2DiffError(f"model {path} is no SDAR model: {what}", fix)
+            raise Ar2DiffError(f"model {path} cannot be exported to sdar: {what}", fix)
 
 
 def _sdar_config(spec: Spec, config: Mapping[str, Any]) -> dict[str, Any]:
-    layout = SDAR[config["model_type"]]
+    names = SDAR[config["model_type"]]
     kept = _without(config, "diffusion", "is_causal", "layer_types", "max_window_layers")
-    if "num_local_experts" in kept:  # the engines know the older name
+    if "num_local_experts" in kept:  # the engines know its older name
         kept["num_experts"] = kept["num_local_experts"]
     return {
         **_with_old_names(kept),
-        "architectures": [layout.architecture],
-        "model_type": layout.model_type,
-        "auto_map": {"AutoConfig": f"configuration_{layout.model_type}.{layout.config_class}"},
+        "architectures": [names.architecture],
+        "model_type": names.model_type,
+        "auto_map": {"AutoConfig": f"configuration_{names.model_type}.{names.config_class}"},
         "block_size": spec.block_length,
     }
 
@@ -206,11 +259,11 @@ def _sdar_notes(spec: Spec, output_dir: Path) -> list[str]:
     sglang = f"sglang.launch_server --model-path {output_dir} --trust-remote-code"
     notes = [f"SGLang: python -m {sglang} --dllm-algorithm LowConfidence"]
     if block != SDAR_BLOCK:
-        notes[0] += f" --dllm-algorithm-config FILE, a YAML file that says block_size: {block}"
+        notes[0] += f" --dllm-algorithm-config FILE, where FILE is YAML with block_size: {block}"
     return [
         *notes,
         f"LMDeploy: lmdeploy serve api_server {output_dir} --dllm-block-length {block}",
-        "transformers has no such class: 'ar2diff import' makes it one of ours again",
+        "transformers has no such class; 'ar2diff import' turns it into a converted model again",
     ]
 
 
@@ -222,8 +275,8 @@ def _check_ar(path: Path, spec: Spec) -> None:
         )
     if not spec.ar_mode:
         raise Ar2DiffError(
-            f"model {path} has no AR mode: it was not trained along",
-            "train with objective.ar_weight above 0",
+            f"model {path} has no AR mode: none was trained along",
+            f"train it with {option('objective.ar_weight')} above 0",
         )
 
 
@@ -238,7 +291,7 @@ def _ar_notes(spec: Spec) -> list[str]:
 
 
 def _generation(path: Path) -> dict[str, Any]:
-    """What transformers knows of a generation config: the settings of our sampler stay behind."""
+    """The generation config without the settings that only our sampler knows."""
     from transformers import GenerationConfig
 
     file = path / "generation_config.json"
@@ -248,8 +301,8 @@ def _generation(path: Path) -> dict[str, Any]:
 
 
 def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes rotary settings and the dtype under new names alone; a reader of the
-    old ones would take its defaults, silently. So both stand there."""
+    """Add rotary settings and dtype under their old names. transformers 5 writes the new names
+    alone, and a reader of the old ones would silently take its defaults."""
     named = {"torch_dtype": config.get("dtype")}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:

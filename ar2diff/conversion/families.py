@@ -1,5 +1,5 @@
 """Diffusion models that others publish with code of their own, and the stock classes that hold the
-same weights: all that `ar2diff import` knows of them, from their published configs and layouts.
+same weights: what `ar2diff import` knows about them, from their published configs and tensor names.
 """
 
 from __future__ import annotations
@@ -9,30 +9,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, shortened
 
-QKV = "[qkv]"  # in a name: one tensor holds the rows of query, key and value, in that order
-# Windows are in some configs but in none of the originals' masks.
+QKV = "[qkv]"  # in a tensor name: it holds the rows of query, key and value, in that order
+# Some configs mention windows, but none of the original masks has one.
 WINDOWLESS = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one family's checkpoints become those of a stock class.
+    """How the checkpoints of one family become those of a stock class.
 
     Attributes:
-        name: what people call it.
+        name: the usual name of the family.
         architectures: values of `architectures[0]` in its config.json.
         stock: model_type of the stock class.
-        attention, block_length, prediction: of the spec. A config that names its block wins.
-        blocks: it is trained on blocks of other lengths too, which a config does not always say.
-        mask_token_id: where neither config nor tokenizer names one.
-        max_length: longest row trained on, where that is not the context of the config.
-        keys: names of the stock config's values in theirs, where they differ.
-        values: what the stock config holds whatever theirs says.
-        needs: values that theirs must have, or leave out, for the stock class to compute the same.
-        weights: (pattern, replacement) of tensor names; the first that matches is taken.
-        tokenizer: stock class of a tokenizer that comes with code and no tokenizer.json.
+        attention, block_length, prediction: of the spec. A block length in the config wins.
+        blocks: whether it is also trained on blocks of other lengths, which not all configs say.
+        mask_token_id: used if neither the config nor the tokenizer names one.
+        max_length: longest row trained on, if that is not the context in the config.
+        keys: {name in the stock config: name in theirs}, where the two differ.
+        values: what the stock config holds, whatever theirs says.
+        needs: {key of theirs: values with which the stock class computes the same}; a missing key
+            passes.
+        weights: (pattern, replacement) of tensor names; the first one that matches is used.
+        tokenizer: stock class for a tokenizer that comes with code and without tokenizer.json.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Family:
     tokenizer: str | None = None
 
     def rename(self, name: str) -> str:
-        """The stock class's name of a tensor of theirs."""
+        """The stock class's name for one of their tensors."""
         for pattern, replacement in self.weights:
             renamed, count = re.subn(pattern, replacement, name)
             if count:
@@ -59,12 +60,16 @@ class Family:
         return name
 
     def check(self, config: Mapping[str, Any], path: Any) -> None:
-        """Refuse a config that asks for what the stock class does not compute."""
+        """Refuse a config that asks for something that the stock class does not compute.
+
+        Raises:
+            Ar2DiffError: a value is not among `needs`.
+        """
         for key, allowed in self.needs.items():
             if key in config and config[key] not in allowed:
                 raise Ar2DiffError(
-                    f"model {path}: {key} is {config[key]!r} in its config.json, and the stock "
-                    f"{self.stock} class has no such thing",
+                    f"model {path}: {key} is {shortened(config[key])} in its config.json, which "
+                    f"the stock {self.stock} class does not support",
                     f"only {self.name} checkpoints with {key} "
                     f"{' or '.join(repr(value) for value in allowed)} can be imported",
                 )
@@ -175,7 +180,7 @@ _DREAM = Family(
     attention="full",
     prediction="shift",
     mask_token_id=151666,
-    max_length=2048,  # its config keeps the context of the AR base
+    max_length=2048,  # its config gives the context of the AR base
     values=WINDOWLESS,
     needs={"use_mrope": (False, None)},
     tokenizer="Qwen2Tokenizer",
@@ -197,7 +202,7 @@ _SDAR_MOE = replace(_SDAR, architectures=("SDARMoeForCausalLM",), stock="qwen3_m
 
 def _a2d(architecture: str, stock: str) -> Family:
     """dLLM trains the same classes on whole rows (MDLM) and on blocks (BD3LM), and no config says
-    which: whole rows unless the user knows better."""
+    which: whole rows, unless the user names a block length."""
     return Family(
         name="dLLM A2D",
         architectures=(architecture,),
@@ -223,12 +228,14 @@ FAMILIES = (
 
 
 def family_of(config: Mapping[str, Any], path: Any) -> Family:
-    """The family that a foreign config.json is of.
+    """The family to which a foreign config.json belongs.
 
     Raises:
-        Ar2DiffError: of none, or it needs what the stock class does not compute.
+        Ar2DiffError: it belongs to none, or asks for something that the stock class does not
+            compute.
     """
-    names = config.get("architectures") or []
+    names = config.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     for family in FAMILIES:
         if names and names[0] in family.architectures:
             family.check(config, path)
@@ -236,16 +243,17 @@ def family_of(config: Mapping[str, Any], path: Any) -> Family:
     known = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     if "diffusion" in config:
         raise Ar2DiffError(
-            f"model {path} is a converted model already", f"use it as it is: 'ar2diff check {path}'"
+            f"model {path} is already a converted model",
+            f"use it as it is; 'ar2diff check {path}' inspects it",
         )
     if "auto_map" not in config:
         raise Ar2DiffError(
-            f"model {path}: {', '.join(names) or 'its class'} is none of the diffusion models that "
-            f"can be imported ({known})",
-            f"an autoregressive model is converted with 'ar2diff adapt {path}'",
+            f"model {path}: {', '.join(names) or 'its class'} is not one of the diffusion models "
+            f"that can be imported ({known})",
+            f"convert an autoregressive model with 'ar2diff adapt {path}'",
         )
     raise Ar2DiffError(
-        f"model {path}: {', '.join(names) or 'its class'} runs code of its own, and no stock class "
-        "is known to compute the same",
-        f"{known} can be imported",
+        f"model {path}: {', '.join(names) or 'its class'} needs code of its own, and no stock "
+        "class is known to compute the same",
+        f"import one of {known}",
     )

@@ -4,9 +4,8 @@ the stock class, copied as bytes. No tensor is loaded."""
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,95 +13,99 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..checkpoint.files import WEIGHTS
 from ..checkpoint.output import write_json
+from ..checkpoint.stored import StoredTensor, file_tensors
 from ..core.errors import Ar2DiffError
 from .families import QKV, Family
 
 CHUNK = 1 << 24  # bytes copied at a time
+BELONG = "check that config.json and the weights belong together"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Where the bytes of a stock tensor lie in a foreign safetensors file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    size: int
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return self.size // max(math.prod(self.shape), 1)
-
-
-def pieces_of(file: Path, family: Family, model: Any) -> Iterable[Piece]:
-    """What of a foreign file the stock class takes, under its names.
+def renamed_tensors(file: Path, family: Family, model: Any) -> Iterable[StoredTensor]:
+    """The tensors of a foreign file that the stock class takes, under its names.
 
     Args:
         model: of the stock class, without storage.
+
+    Raises:
+        Ar2DiffError: as `file_tensors`; a tensor has other rows than the config implies.
     """
     config = model.config
-    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        renamed, shape = family.rename(name), tuple(entry["shape"])
-        if renamed in tied or renamed.endswith("rotary_emb.inv_freq"):
-            continue  # made anew by the class
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        parts = _rows(config) if QKV in renamed else {"": shape[0] if shape else 1}
-        if QKV in renamed and shape[0] != sum(parts.values()):
-            raise Ar2DiffError(
-                f"model {file}: {name} has {shape[0]} rows, its config.json means "
-                f"{sum(parts.values())}",
-                "check that config.json and the weights belong together",
-            )
-        row = (end - start) // max(sum(parts.values()), 1)
+    for tensor in file_tensors(file):
+        renamed, shape = family.rename(tensor.name), tensor.shape
+        if renamed in _tied(model) or renamed.endswith("rotary_emb.inv_freq"):
+            continue  # computed by the class itself
+        parts = {"": shape[0] if shape else 1}
+        if QKV in renamed:
+            parts = _rows(config)
+            if not shape or shape[0] != sum(parts.values()):
+                raise Ar2DiffError(
+                    f"model {file}: {tensor.name} has shape {list(shape)}, but its config.json "
+                    f"implies {sum(parts.values())} rows",
+                    BELONG,
+                )
+        start, row = tensor.start, tensor.size // max(sum(parts.values()), 1)
         for part, rows in parts.items():
-            cut = (rows, *shape[1:]) if shape else shape
-            full = renamed.replace(QKV, part)
-            yield Piece(full, entry["dtype"], cut, file, start, rows * row)
+            yield replace(
+                tensor,
+                name=renamed.replace(QKV, part),
+                shape=(rows, *shape[1:]) if shape else shape,
+                start=start,
+                size=rows * row,
+            )
             start += rows * row
 
 
 def _rows(config: Any) -> dict[str, int]:
-    """Rows of query, key and value in a tensor that holds all three."""
+    """How many rows query, key and value have in a tensor that holds all three."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head
     return {"q": config.num_attention_heads * head, "k": keys, "v": keys}
 
 
-def check_pieces(shards: list[list[Piece]], model: Any, path: Path) -> None:
+def check_tensors(
+    tensors: Iterable[StoredTensor], model: Any, path: Path, others: bool = False
+) -> None:
     """Refuse tensors that are not those of the stock class, by name and by shape.
 
     Args:
         model: of the stock class, without storage.
+        path: named in errors.
+        others: accept further tensors, as transformers does when it loads a checkpoint.
+
+    Raises:
+        Ar2DiffError: a tensor is missing, has another shape, or has no place in the class.
     """
-    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state = {name: t for name, t in model.state_dict().items() if name not in _tied(model)}
     wanted = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
-    found = {piece.name: piece.shape for shard in shards for piece in shard}
-    stock, fix = type(model).__name__, "check that config.json and the weights belong together"
-    for names, what in (
-        (wanted.keys() - found.keys(), f"lack {{}}, which {stock} needs"),
-        (found.keys() - wanted.keys(), f"hold {{}}, which {stock} has no place for"),
-    ):
-        if names:
-            raise Ar2DiffError(f"model {path}: its weights {what.format(min(names))}", fix)
+    found = {tensor.name: tensor.shape for tensor in tensors}
+    stock = type(model).__name__
+    if missing := wanted.keys() - found.keys():
+        raise Ar2DiffError(
+            f"model {path}: its weights lack {min(missing)}, which {stock} needs", BELONG
+        )
+    if not others and (more := found.keys() - wanted.keys()):
+        raise Ar2DiffError(
+            f"model {path}: its weights contain {min(more)}, which {stock} has no place for", BELONG
+        )
     for name, shape in wanted.items():
         if found[name] != shape:
             raise Ar2DiffError(
-                f"model {path}: {name} has shape {list(found[name])}, {stock} needs {list(shape)}",
-                fix,
+                f"model {path}: {name} has shape {list(found[name])}, but {stock} needs "
+                f"{list(shape)}",
+                BELONG,
             )
 
 
-def write_shards(folder: Path, shards: list[list[Piece]]) -> None:
-    """Copy the tensors into as many files as they come from, and an index of more than one."""
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same numbers in the same dtype."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
+
+
+def write_shards(folder: Path, shards: Sequence[Sequence[StoredTensor]]) -> None:
+    """Copy the tensors into as many files as they come from, with an index if there are several."""
     if len(shards) == 1:
         _write_weights(folder / WEIGHTS, shards[0])
         return
@@ -110,26 +113,35 @@ def write_shards(folder: Path, shards: list[list[Piece]]) -> None:
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_weights(folder / name, shard)
-        places |= {piece.name: name for piece in shard}
-    size = sum(piece.size for shard in shards for piece in shard)
+        places |= {tensor.name: name for tensor in shard}
+    size = sum(tensor.size for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
-def _write_weights(target: Path, pieces: list[Piece]) -> None:
-    """A safetensors file of bytes that lie in others: the widest numbers first, so that each tensor
-    starts at a multiple of its own."""
+def _tied(model: Any) -> Iterable[str]:
+    """Names of the tensors that the class takes from others, so that no file has to hold them."""
+    return model.all_tied_weights_keys if model.config.tie_word_embeddings else ()
+
+
+def _write_weights(target: Path, tensors: Sequence[StoredTensor]) -> None:
+    """A safetensors file of bytes that lie in others. The widest numbers come first, so that each
+    tensor starts at a multiple of its own width."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, pieces = 0, sorted(pieces, key=lambda piece: (-piece.itemsize, piece.name))
-    for piece in pieces:
-        ends = [offset, offset := offset + piece.size]
-        header[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": ends}
+    offset, tensors = 0, sorted(tensors, key=lambda tensor: (-tensor.itemsize, tensor.name))
+    for tensor in tensors:
+        ends = [offset, offset := offset + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": ends}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            with piece.file.open("rb") as stream:
-                stream.seek(piece.start)
-                for left in range(piece.size, 0, -CHUNK):
-                    out.write(stream.read(min(left, CHUNK)))
+        for tensor in tensors:
+            out.writelines(_chunks(tensor))
+
+
+def _chunks(tensor: StoredTensor) -> Iterable[bytes]:
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        for left in range(tensor.size, 0, -CHUNK):
+            yield stream.read(min(left, CHUNK))

@@ -133,15 +133,15 @@ def allowed_edges(
             )
             to_clean = torch.where(noisy[b, q], pos_k < start_q, past)
             edge = torch.where(noisy[b, k], noisy[b, q] & (block[b, q] == block[b, k]), to_clean)
-        behind = pos_k <= pos_q
+        backward = pos_k <= pos_q
         if window is not None:
             # transformers' causal window holds `window` tokens, its bidirectional one reaches
             # `window` tokens either way; `full` must equal the latter, blocks extend the former.
-            behind = behind & (pos_q - pos_k < window)
+            backward = backward & (pos_q - pos_k < window)
             reach = window if attention == "full" else window - 1
             edge = edge & ((pos_q - pos_k).abs() <= reach)
         if reveal is not None:
-            edge = edge & (behind | reveal[pos_q, pos_k % reveal.shape[1]])
+            edge = edge & (backward | reveal[pos_q, pos_k % reveal.shape[1]])
         # Documents and padding are ANDed last: the anneal must not reopen them.
         edge = edge & (doc[b, q] == doc[b, k]) & (doc[b, q] != PADDING)
         return edge | (q == k)  # a row with nothing to read is NaN under eager
@@ -193,9 +193,9 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
     return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
 
 
-def behind_context(mask: Tensor, seen: Tensor) -> Tensor:
-    """The mask of slots that stand behind a context, from the mask of the slots alone: all of them
-    read all of it, as where there is no window every rule above has it.
+def with_context(mask: Tensor, seen: Tensor) -> Tensor:
+    """The mask of slots that follow a cached context, from the mask of the slots alone: each slot
+    reads all of the context, which is what every rule above says if there is no window.
 
     Args:
         mask: [B or 1, 1, Q, S] of `model_mask`, bool or to be added. seen: [B, C] bool.

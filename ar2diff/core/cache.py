@@ -1,8 +1,8 @@
 """Keys and values of each row's clean context, in a stock cache of transformers.
 
-Rows advance on their own: row r's first `length[r]` columns hold its positions 0 .. length[r] - 1,
-what lies behind is nobody's and hidden by the mask. A forward appends the columns of its slots;
-`keep` moves those that became context into their row's place and drops the rest.
+Rows advance on their own: the first `length[r]` columns of row r hold its positions
+0 .. length[r] - 1, and the mask hides the columns after them. A forward appends the columns of its
+slots; `keep` moves those that became context to their row's place and drops the rest.
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
@@ -21,9 +21,9 @@ class ContextCache:
 
     Args:
         model: whose layers' keys are held.
-        rows: how many rows.
-        static: columns to allocate once (stock `StaticLayer`s, whose shapes never change); None:
-            grow (`DynamicCache`). Neither knows of sliding windows, those are the mask's.
+        rows: number of rows.
+        static: columns to allocate once (stock `StaticLayer`s, whose shapes never change); None
+            lets it grow (`DynamicCache`). Sliding windows are left to the mask.
     """
 
     def __init__(self, model: Any, rows: int, static: int | None = None):
@@ -38,18 +38,18 @@ class ContextCache:
         self.kept: list[tuple[Any, Tensor, Tensor]] = []
 
     def columns(self, slots: int) -> int:
-        """How many columns the keys of a forward of so many slots have."""
+        """Number of key columns in a forward of so many slots."""
         return self.static if self.static is not None else self.width + slots
 
     def keep(self, slots: int, first: Tensor, count: Tensor) -> None:
         """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r.
 
         Args:
-            slots: how many slots the forward had.
+            slots: number of slots in the forward.
             first, count: [R] int.
         """
         width, most = self.width, int(count.max())
-        if not most and self.kept:  # a growing layer made new tensors: those of before are whole
+        if not most and self.kept:  # a growing layer made new tensors; the old ones are intact
             for layer, keys, values in self.kept:
                 layer.keys, layer.values = keys, values
             return
@@ -63,7 +63,7 @@ class ContextCache:
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
-        for layer in self._layers():  # the stock one passes over layers that hold nothing yet
+        for layer in self._layers():  # the stock method skips layers that hold nothing yet
             at = rows.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[at], layer.values[at]
         self.length = self.length[rows]
@@ -73,7 +73,7 @@ class ContextCache:
     def _move(self, slots: int, first: Tensor, count: Tensor, most: int) -> None:
         step = torch.arange(most)
         kept = step < count[:, None]
-        spare = self.width + slots - 1  # of no use to a row with less: written onto itself
+        spare = self.width + slots - 1  # rows that keep fewer write this column onto itself
         source = torch.where(kept, self.width + first[:, None] + step, spare)
         target = torch.where(kept, self.length[:, None] + step, spare)
         # A target may be another slot's source, so all are read before any is written; `spare` is

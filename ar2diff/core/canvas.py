@@ -24,19 +24,20 @@ class Canvas:
         mask_token_id: which that is.
         given: [R, T] bool, tokens of the prompt, fixed ones between masks included.
         prompt: [R] tokens of the prompt, its masks included.
-        total: [R] where the answer ends at the latest.
-        length: [R] where the canvas ends: `total`, filled to the grid in blocks.
-        end_from: [R] position before which no end token may be written.
+        total: [R] the last possible end of the answer.
+        length: [R] end of the canvas: `total`, rounded up to whole blocks.
+        end_from: [R] first position at which an end token may be written.
         end_ids: ids that end an answer.
         start: [R] first position of the block that is being denoised.
-        end: [R] where a finished answer ends; -1 while it is not finished.
-        step: [R, T] forward of the row at which a token was decided; 0 for given ones.
-        logprob: [R, T] its log-probability in that forward, of the model's own distribution.
+        end: [R] end of a finished answer; -1 as long as it is not finished.
+        step: [R, T] number of the row's forward that decided a token; 0 for given ones.
+        logprob: [R, T] log-probability of the token in that forward, in the model's own
+            distribution.
         forwards: [R] forwards that a row took part in.
-        front: of each row, how many tokens up to `total` are decided without a gap.
-        unfinished: how many rows have no finished answer.
-        drift: with `check_cache`, of each step the largest error of a cached logit, in parts of the
-            largest logit, and the share of tokens whose likeliest one is the same.
+        front: for each row, the number of tokens up to `total` that are decided without a gap.
+        unfinished: number of rows without a finished answer.
+        drift: with `check_cache`, for each step the largest error of a cached logit, relative to
+            the largest logit, and the share of positions with the same likeliest token.
     """
 
     ids: Tensor
@@ -67,13 +68,13 @@ class Canvas:
         end_ids: Sequence[int] = (),
         min_new_tokens: int = 0,
     ) -> Canvas:
-        """Rows that go on from prompts, or fill the masks in them.
+        """Rows that continue prompts, or fill the masks in them.
 
         Args:
-            prompts: token ids, at least one each, the first no mask.
+            prompts: token ids, at least one each; the first is not a mask.
             max_new_tokens: tokens after the prompt.
-            grid: block length that the canvas is filled to, whatever `max_new_tokens` is.
-            end_ids: an answer is over once one of them stands and all before it is decided.
+            grid: block length; the canvas is rounded up to whole blocks.
+            end_ids: an answer is finished at the first of them before which all is decided.
         """
         for prompt in prompts:
             if not len(prompt) or prompt[0] == mask_token_id:
@@ -91,8 +92,8 @@ class Canvas:
             given=given,
             prompt=prompt,
             total=total,
-            # What stands behind an answer is decided with it, so that the answer does not depend on
-            # where it is cut; behind a prompt whose gaps are filled there is none.
+            # The rest of an answer's last block is decided with it, so that the answer does not
+            # depend on where it is cut; a prompt whose gaps are filled has no answer.
             length=filled if max_new_tokens else total,
             end_from=prompt + min_new_tokens,  # a gap in the prompt is filled, not ended in
             end_ids=torch.tensor(list(end_ids), dtype=torch.long),
@@ -115,7 +116,7 @@ class Canvas:
 
     @cached_property
     def held(self) -> bool:
-        """Whether there are positions to write at which no end token may stand."""
+        """Whether some positions to be written may not hold an end token."""
         early = torch.arange(self.ids.shape[1]) < self.end_from[:, None]
         return bool((early & ~self.given).any())
 
@@ -130,19 +131,19 @@ class Canvas:
         return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
     def certain(self, row: int, remask: bool) -> int:
-        """How many tokens of a row are decided for good, without a gap: remasking may take tokens
-        of its block back."""
+        """How many tokens of a row are decided for good, without a gap: remasking may mask tokens
+        of its block again."""
         done, start = bool(self.end[row] >= 0), int(self.start[row])
         return min(self.front[row], start) if remask and not done else self.front[row]
 
     def unread(self, size: int) -> Tensor:
-        """[R] given tokens behind a row's last gap that lie in later blocks, which a model with
+        """[R] given tokens after a row's last gap that lie in later blocks, which a model with
         block attention does not read when it fills the gap."""
         place = torch.arange(self.ids.shape[1])
         gap = ~self.given & (place < self.prompt[:, None])
         last = torch.where(gap, place, -1).amax(1)
-        behind = self.given & (place // size > last[:, None] // size) & (last >= 0)[:, None]
-        return behind.sum(1)
+        later = self.given & (place // size > last[:, None] // size) & (last >= 0)[:, None]
+        return later.sum(1)
 
     def leap(self, size: int) -> int:
         """The most tokens from a block with a mask in it to its row's next one."""

@@ -1,7 +1,7 @@
-"""The decoding loop: `denoise` decides all tokens of a canvas, an iterator of states.
+"""The decoding loop: `denoise` decides all tokens of a canvas and yields its state as it goes.
 
-Everything that decodes goes through it: the command line, chat, evaluation, rollouts, a converted
-folder. A state is the canvas after a forward, so that a screen can draw each one.
+Everything that decodes uses it: the command line, chat, rollouts, the code in a converted folder.
+A state is the canvas after a forward, so that a screen can draw each one.
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
-from .errors import Ar2DiffError
-from .forward import context_length
+from .errors import Ar2DiffError, option
+from .forward import rope_switches
 from .options import DRAFTS, Options
 from .readers import BlockReader, FullReader
 from .samplers import Chooser, commits, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import speculate
+from .switching import SwitchingReader
 
 FILTERS = {
     "top_h": logits_process.TopHLogitsWarper, "top_k": logits_process.TopKLogitsWarper,
@@ -49,18 +50,24 @@ def denoise(
         model: in eval mode.
         canvas: of `canvas_of`; changed in place.
         options: of `resolve`.
-        processors: more row-wise processors of transformers.
-        finished: more reasons to stop a row.
+        processors: further processors of transformers that look at each position alone.
+        finished: further reasons to stop a row, of `finished_of`.
+
+    Raises:
+        Ar2DiffError: the options leave no token to write, or name one that the model lacks.
     """
     rows = model.config.get_text_config().vocab_size
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
     if len(impossible | (canvas.ends if canvas.held else set())) >= rows:
         raise Ar2DiffError(
-            "generate: every token is suppressed", "leave one in suppress_tokens and eos_token_id"
+            f"{option('suppress_tokens')} and {option('eos_token_id')} together leave no token to "
+            "write",
+            f"take tokens out of {option('suppress_tokens')}",
         )
     if any(token >= rows for (token,) in options.sequence_bias or ()):
         raise Ar2DiffError(
-            f"generate: sequence_bias on a token that the model of {rows} does not have",
+            f"{option('sequence_bias')} is on a token that the model, which has {rows}, does not "
+            "have",
             "give ids of its tokenizer",
         )
     suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
@@ -77,14 +84,14 @@ def denoise(
         drafts = 0 if options.mode == "ar" else drafts
         yield from speculate(
             model, spec, canvas, chooser, drafts=drafts, cache=options.cache_implementation,
-            context=context_length(model.config), finished=finished,
+            finished=finished,
         )  # fmt: skip
         return
     yield from _Denoiser(model, spec, canvas, options, chooser, finished).run()
 
 
 class _Denoiser:
-    """The loop of mode `diffusion`: read the blocks, choose, decide, move on."""
+    """The loop of mode `diffusion`: read the blocks, choose tokens, decide some, move on."""
 
     def __init__(
         self,
@@ -104,20 +111,29 @@ class _Denoiser:
         self.reader = self._reader_for(model, spec, cache)
         self.checker = self._reader_for(model, spec, "none") if options.check_cache else None
         self.fixed_shape = cache == "static"
-        # A cached context that is shared by a block's steps must be filled for all rows at once.
+        # An approximate cache serves all steps of a block and is filled for all rows at once.
         self.together = cache in ("prefix", "dual")
         canvas.advance(self.rows, self.size)
         self.row, self.position = self._window()
         self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
         self.to_decide = self._masked().sum(1)  # tokens that the block had to decide
 
-    def _reader_for(self, model: Any, spec: Spec, cache: str) -> BlockReader | FullReader:
-        canvas, rows = self.canvas, self.guided * len(self.rows)
-        if spec.attention == "full":
-            return FullReader(model, spec, canvas.length.repeat(self.guided), self.size, cache)
-        # A row may leap over given blocks beside a far longer one.
+    def _reader_for(
+        self, model: Any, spec: Spec, cache: str
+    ) -> BlockReader | FullReader | SwitchingReader:
+        canvas, full = self.canvas, spec.attention == "full"
+        length = canvas.length.repeat(self.guided)
+        # A row may leap over blocks that are given, beside a far longer row.
         columns = canvas.ids.shape[1] + canvas.leap(self.size)
-        return BlockReader(model, spec, rows, columns, self.size, cache)
+
+        def make(rows: Tensor) -> BlockReader | FullReader:
+            if full:
+                return FullReader(model, spec, length[rows], self.size, cache)
+            return BlockReader(model, spec, len(rows), columns, self.size, cache)
+
+        if switches := rope_switches(model.config):
+            return SwitchingReader(make, switches, self.size, length if full else None)
+        return make(torch.arange(len(length)))
 
     def run(self) -> Iterator[Canvas]:
         canvas = self.canvas
@@ -143,7 +159,7 @@ class _Denoiser:
         return inside & (canvas.ids[self.row, position] == canvas.mask_token_id)
 
     def _read(self, masked: Tensor) -> Tensor:
-        """Logits [N, V] of the masked tokens, guided where asked for."""
+        """Logits [N, V] of the masked tokens, with guidance if the options ask for it."""
         canvas, ids = self.canvas, self.canvas.ids[self.rows]
         start = canvas.start[self.rows]
         if self.guided == 2:
@@ -162,7 +178,7 @@ class _Denoiser:
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
-        """Choose tokens and write those that are sure enough; [R, W] bool which."""
+        """Choose tokens and write those that are sure enough; returns which, [R, W] bool."""
         canvas, options, rows = self.canvas, self.options, self.rows
         row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
@@ -170,10 +186,10 @@ class _Denoiser:
         context = canvas.ids[row] if self.chooser.penalty is not None else None
         choice = self.chooser.choose(logits, row, context)
         quota = None
-        if options.steps is not None:
+        if options.steps_per_block is not None:
             left = masked.sum(1)
             taken = canvas.forwards[rows] - self.began[rows] - 1
-            quota = quota_of(self.to_decide[rows], options.steps, taken, left)
+            quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
         commit = commits(options, choice, masked, quota, self.chooser, rows)
         now = commit[masked]
         canvas.write(
@@ -182,9 +198,8 @@ class _Denoiser:
         return commit
 
     def _next(self, masked: Tensor) -> Tensor:
-        """What to decide next, [R, W], where not every row just goes on with its block: one whose
-        block is decided gets another, finished rows are left out once they are half of the batch.
-        """
+        """Which tokens to decide next, [R, W] bool: a row whose block is decided moves to another
+        block, and finished rows are dropped once they are half of the batch."""
         canvas, options = self.canvas, self.options
         left = ~canvas.done[self.rows]
         masked = masked & left[:, None]
@@ -210,11 +225,11 @@ class _Denoiser:
         return masked
 
     def _give_back(self, open_: Tensor) -> Tensor:
-        """Mask a share of the block's decided tokens again, the least sure ones (ReMDM, Wang et al.
-        2025, confidence-based), but before the last step.
+        """Mask a share of the block's decided tokens again, the least sure ones, at every step but
+        the last (ReMDM, Wang et al. 2025, confidence-based).
 
         Args:
-            open_: [R] rows whose block has more to decide.
+            open_: [R] bool, rows whose block has more tokens to decide.
 
         Returns:
             [R, W] bool, which tokens.
@@ -224,15 +239,15 @@ class _Denoiser:
         decided = (canvas.ids[at] != canvas.mask_token_id) & ~canvas.given[at]
         decided &= self.position < canvas.length[rows, None]
         taken = canvas.forwards[rows] - self.began[rows]
-        decided &= (open_ & (taken < self.options.steps))[:, None]
+        decided &= (open_ & (taken < self.options.steps_per_block))[:, None]
         back = top(-canvas.logprob[at], decided, (self.options.remask * decided.sum(1)).long())
         canvas.erase(self.row[back], self.position[back])
         return back
 
 
 def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
-    """One for each row: a function of the seed, the prompt, and how many rows before have the same
-    prompt; so a row's draws do not depend on its batch, and equal prompts get different ones."""
+    """One for each row, keyed by the seed, the prompt, and the number of earlier rows with the same
+    prompt: a row's draws do not depend on its batch, and equal prompts get different ones."""
     rows = len(canvas.ids)
     if options.greedy and options.order != "random":
         return []
@@ -242,7 +257,8 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
     if isinstance(seed, tuple):
         if len(seed) != rows:
             raise Ar2DiffError(
-                f"generate: {len(seed)} seeds for {rows} rows", "give one seed, or one for each row"
+                f"{option('seed')} is a list of {len(seed)}, and there are {rows} rows",
+                "give one seed, or one for each row",
             )
         return [keyed_generator(s) for s in seed]
     seen: Counter[tuple[int, ...]] = Counter()
@@ -255,7 +271,7 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
 
 
 def _warpers(options: Options, penalty: Any, device: Any) -> list[Any]:
-    """In the order of transformers."""
+    """The processors that the options ask for, in the order of transformers."""
     warpers: list[Any] = []
     if options.sequence_bias:
         warpers.append(logits_process.SequenceBiasLogitsProcessor(options.sequence_bias))

@@ -75,6 +75,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a crash inside of the tokenizers library: the class is no `Exception`,
+    and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def shortened(value: object, most: int = 80) -> str:
     """The repr of a value that may be huge, in at most `most` characters."""
     if isinstance(value, str | bytes):

@@ -1,4 +1,5 @@
-"""One forward of a model at the slots that are wanted, and how long a row it takes.
+"""One forward of a model whose logits are computed at chosen slots only, and the longest row that a
+model takes.
 
 This file is copied into converted folders: it imports torch and the standard library alone.
 """
@@ -9,24 +10,46 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 
-FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # of the routers' loss, as configs call it
+FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # names of the factor of the routers' loss
 
 
 def context_length(config: Any) -> int | None:
-    """Longest row a model takes, in tokens; None where its config does not say."""
+    """The longest row that a model takes, in tokens; None if its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def rope_switches(config: Any) -> tuple[int, ...]:
+    """Lengths at which a model changes its rotary factors (longrope, as in Phi-3): a forward that
+    reaches beyond one of them turns all its keys by other factors, those of the longest row in it.
+    Factors of type `dynamic` change beyond the context alone, where no row goes."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    found = {
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(length for length in found if length is not None))
+
+
+def rope_regime(length: Tensor, switches: tuple[int, ...]) -> Tensor:
+    """[R] by which factors rows of so many tokens [R] are read: how many switches they exceed."""
+    return (length[:, None] > torch.tensor(switches, dtype=length.dtype)).sum(1)
+
+
 def quiet_routers(model: Any) -> dict[str, bool]:
-    """Arguments of a forward whose routers (mixtures of experts) are not judged: where its config
-    asks for that, a model would do it in every forward, and reads a 2-D mask for it."""
+    """Arguments of a forward that computes no loss of its routers (mixtures of experts). A model
+    whose config asks for that loss computes it in every forward, and needs a 2-D mask for it."""
     return {"output_router_logits": False} if _judges_routers(model) else {}
 
 
 def router_loss(model: Any, output: Any) -> Tensor | float:
-    """The routers' own loss in an output of `output_at`, times the config's factor; else 0."""
+    """The routers' loss in an output of `output_at`, times the factor in the config; 0 if there is
+    none."""
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):
         return 0.0
@@ -37,7 +60,7 @@ def router_loss(model: Any, output: Any) -> Tensor | float:
 def logits_at(
     model: Any, index: Tensor, inner: Any = None, cache: Any = None, **inputs: Any
 ) -> Tensor:
-    """Logits [N, V] at the wanted slots alone; arguments as `output_at`."""
+    """Logits [N, V] at the chosen slots only; arguments as of `output_at`."""
     return output_at(model, index, inner, cache, **inputs).logits[0]
 
 
@@ -50,20 +73,21 @@ def output_at(
     instead: Callable[[Any, Tensor], None] | None = None,
     **inputs: Any,
 ) -> Any:
-    """A forward's output whose logits [1, N, V] are those at the wanted slots alone; the
+    """A forward's output whose logits [1, N, V] are those at the chosen slots only; the
     [B * S, V] tensor is never built.
 
-    The rows are picked by a pre-hook on the output embeddings, so that soft caps and scales stay
-    the model's own. Hooks leave the forwards of other threads alone.
+    A pre-hook on the output embeddings picks the rows, so that the model's own soft caps and scales
+    apply. The hooks do not touch the forwards of other threads.
 
     Args:
         model: a causal LM, wrapped (DDP) or not.
         index: [N] int, slots of the flattened [B * S].
-        inner: the causal LM, where `model` is a wrapper that hides it.
-        cache: a cache of transformers that holds the keys before the slots and gets theirs.
-        real: [B, S] bool, no padding: routers are judged by these, where the config asks for it.
-        instead: called with the output embeddings and the [N, H] that would go in; the logits are
-            then those of the first slot alone.
+        inner: the causal LM, if `model` is a wrapper that hides it.
+        cache: a cache of transformers that holds the keys before the slots; theirs are added.
+        real: [B, S] bool, True where a slot is not padding: the slots that count in the routers'
+            loss, if the config asks for one.
+        instead: called with the output embeddings and their input [N, H]; the logits are then
+            those of the first slot only.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
     inner, own = inner or model, get_ident()
@@ -81,7 +105,7 @@ def output_at(
     if real is None:
         inputs |= quiet_routers(inner)
     elif _judges_routers(inner):
-        # The causal LM judges its routers by a 2-D mask; the layers under it get ours.
+        # The causal LM computes the routers' loss by a 2-D mask; the layers below it get ours.
         mask, inputs["attention_mask"] = inputs["attention_mask"], real
 
         def swap(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

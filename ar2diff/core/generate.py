@@ -1,4 +1,4 @@
-"""`generate`: what `model.generate` is in a converted folder, with the arguments of transformers.
+"""`generate`: what `model.generate` does in a converted folder, with the arguments of transformers.
 
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -17,16 +16,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
-from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.utils import ModelOutput
 
-from .canvas import Canvas, Finished
+from .canvas import Canvas
 from .denoise import denoise
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, option
 from .forward import context_length
+from .inputs import check_tensors, read_prompts
 from .options import Options, resolve
 from .probe import probe
 from .spec import Spec
+from .stopping import finished_of
 
 # Processors of transformers that look at each position alone.
 ROW_WISE = tuple(
@@ -60,7 +60,7 @@ class DiffusionOutput(ModelOutput):
 
 
 def room_of(model: Any, spec: Spec, options: Options) -> int | None:
-    """Tokens that a row may have: the context, in whole blocks; None where it has no limit."""
+    """How many tokens a row may have: the context in whole blocks; None if it has no limit."""
     context = context_length(model.config)
     return None if context is None else context // _grid(spec, options) * _grid(spec, options)
 
@@ -81,11 +81,11 @@ def canvas_of(
     """The canvas that answers prompts, which may hold masks.
 
     Args:
-        cut: write less than `max_new_tokens` where the context has no room for it, with a warning,
-            instead of an error.
+        cut: if the context has no room for `max_new_tokens`, write fewer and warn, instead of
+            raising.
 
     Raises:
-        Ar2DiffError: a prompt that is empty, starts with a mask, or is over the model's context.
+        Ar2DiffError: a prompt that is empty, starts with a mask, or exceeds the model's context.
     """
     rows = model.config.get_text_config().vocab_size
     context, most = context_length(model.config), room_of(model, spec, options)
@@ -94,27 +94,30 @@ def canvas_of(
     for number, prompt in enumerate(prompts):
         if not len(prompt) or prompt[0] == spec.mask_token_id:
             raise Ar2DiffError(
-                f"generate: row {number} has no token that its text can start from",
-                "start it with a token, the BOS for one",
+                f"row {number} does not start with a token of its own: the first token of a text "
+                "cannot be predicted",
+                "start it with a token, for example the BOS",
             )
     if any(spec.mask_token_id in prompt for prompt in prompts) and options.mode != "diffusion":
         raise Ar2DiffError(
-            f"generate: mode {options.mode} cannot fill masks in a prompt", "use mode diffusion"
+            f"{option('mode', options.mode)} cannot fill gaps in a prompt",
+            f"use {option('mode', 'diffusion')}",
         )
     room = new if most is None else most - longest
     if room < min(new, 1):
         raise Ar2DiffError(
-            f"generate: the prompt has {longest} tokens, the model's context {context}",
-            f"shorten it to {max(0, most - 1)} tokens or fewer",
+            f"the prompt has {longest} tokens, which leaves no room for an answer in the model's "
+            f"context of {context}",
+            f"shorten it to at most {max(0, most - 1)} tokens",
         )
     if room < new and not cut:
         raise Ar2DiffError(
-            f"{longest} prompt and {new} new tokens exceed the context of {context}",
-            f"lower --max-new-tokens to {room}",
+            f"{longest} prompt tokens and {new} new ones exceed the model's context of {context}",
+            f"lower {option('max_new_tokens')} to {room}",
         )
     if room < new:
         warnings.warn(
-            f"max_new_tokens {new} is cut to {room}: the context has {context} tokens",
+            f"max_new_tokens {new} is reduced to {room}: the context has {context} tokens",
             stacklevel=3,
         )
         new = room
@@ -142,39 +145,37 @@ def generate(
     tokenizer: Any = None,
     **kwargs: Any,
 ) -> Tensor | DiffusionOutput:
-    """Write after prompts, or fill the mask tokens in them, by denoising. Takes the arguments of
+    """Continue prompts, or fill the mask tokens in them, by denoising. Takes the arguments of
     transformers' `generate` that a denoiser can honour, and refuses the others by name.
 
     Args:
-        inputs, input_ids: [R, P] prompts, padded left or right where `attention_mask` is 0. None
-            starts from the BOS token.
+        inputs, input_ids: [R, P] prompts, padded on the left or right where `attention_mask` is 0.
+            None starts from the BOS token.
         streamer: of transformers; gets tokens once all before them are decided, and the drafts of
-            each step where it has `put_draft`.
+            each step if it has a method `put_draft`.
         tokenizer: needed for `stop_strings`.
-        kwargs: fields of `Options`, `do_sample`, `max_length`. An argument wins over
-            `generation_config`, that over the model's own, that over the spec.
+        kwargs: fields of `Options`, `do_sample`, `max_length`. An argument takes precedence over
+            `generation_config`, that over the model's own, and that over the spec.
 
     Returns:
         [R, P + N] the prompts as given, then the answers, padded on the right; N is at most
         `max_new_tokens`. A `DiffusionOutput` with `return_dict_in_generate`.
 
     Raises:
-        Ar2DiffError: the call, or the model, is not one that can be honoured.
+        Ar2DiffError: the call, or the model, cannot be honoured.
     """
     spec = spec_of(model)
     check_model(model, spec)
     given = inputs if inputs is not None else input_ids
     if inputs is not None and input_ids is not None:
-        raise Ar2DiffError("generate: inputs and input_ids are both given", "give one of them")
-    for name, ids in (("input_ids", given), ("attention_mask", attention_mask)):
-        if ids is not None and not (isinstance(ids, Tensor) and ids.dim() in (1, 2)):
-            raise Ar2DiffError(f"generate: {name} is no tensor of rows", "give a tensor [R, P]")
+        raise Ar2DiffError(
+            f"{option('inputs')} and {option('input_ids')} are both given", "give one of them"
+        )
+    check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
     options = resolve(spec, kwargs, (generation_config, model.generation_config), width)
-    if attention_mask is None and given is not None:
-        attention_mask = _real(given, options)
-    given, real, prompts = _prompts(given, attention_mask, options)
-    _check_ids(model, prompts)
+    vocabulary = model.config.get_text_config().vocab_size
+    given, real, prompts = read_prompts(given, attention_mask, options, vocabulary)
     if options.num_return_sequences > 1:
         given = given.repeat_interleave(options.num_return_sequences, 0)
         real = real.repeat_interleave(options.num_return_sequences, 0)
@@ -184,12 +185,14 @@ def generate(
         unread = int(canvas.unread(options.block_length).max())
         if unread:
             warnings.warn(
-                f"{unread} tokens behind the gap lie in later blocks: {spec.attention} attention "
-                "does not read them",
+                f"{unread} tokens after the gap lie in later blocks, which {spec.attention} "
+                "attention does not read when it fills the gap",
                 stacklevel=2,
             )
     if streamer is not None and len(prompts) > 1:
-        raise Ar2DiffError("generate: a streamer takes one row", "leave it out, or give one prompt")
+        raise Ar2DiffError(
+            f"{option('streamer')} takes a single row", "leave it out, or give one prompt"
+        )
     padding = [given.shape[1] - len(prompt) for prompt in prompts]
     finished = finished_of(model, options, stopping_criteria, tokenizer, padding)
     states = denoise(
@@ -213,15 +216,15 @@ def spec_of(model: Any) -> Spec:
     spec = Spec.from_config(model.config.to_dict())
     if spec is None:
         raise Ar2DiffError(
-            "generate: the model's config has no 'diffusion' block: it is not converted",
+            "the model is not converted: its config has no 'diffusion' block",
             "convert it with 'ar2diff adapt MODEL --output-dir DIR'",
         )
     return spec
 
 
 def check_model(model: Any, spec: Spec) -> None:
-    """Once for each model: that its attention does what the spec says (an older transformers would
-    run it causally, and write nonsense without an error).
+    """Check, once for each model, that its attention does what the spec says: an older transformers
+    would run it causally and write nonsense without an error.
 
     Raises:
         Ar2DiffError: it does not.
@@ -235,14 +238,14 @@ def check_model(model: Any, spec: Spec) -> None:
             PROBED[model] = spec
     if problems:
         raise Ar2DiffError(
-            f"generate: the model does not do what its spec says: {problems[0]}",
-            "upgrade transformers, or load it with attn_implementation='sdpa' or 'eager'",
+            f"the model does not do what its spec says: {problems[0]}",
+            "upgrade transformers, or load the model with attn_implementation='sdpa' or 'eager'",
         )
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, and without gradient checkpointing, which drops the cache."""
+    """Run the model without dropout, and without gradient checkpointing, which drops the cache."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -253,112 +256,15 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _prompts(
-    given: Tensor | None, attention_mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """The input [R, P], where it is no padding, and its rows without; a BOS if there is nothing."""
-    if given is None or given.shape[-1] == 0:
-        if options.bos_token_id is None:
-            raise Ar2DiffError("generate: no prompt, and the model has no BOS", "give a prompt")
-        rows = 1 if given is None or given.dim() == 1 else len(given)
-        given = torch.full((rows, 1), options.bos_token_id)
-        attention_mask = None
-    if given.dim() == 1:
-        given = given[None]
-        attention_mask = attention_mask[None] if attention_mask is not None else None
-    if attention_mask is None:
-        return given, torch.ones(given.shape, dtype=torch.bool), given.tolist()
-    real = attention_mask.to("cpu").bool()
-    if real.shape != given.shape:
-        raise Ar2DiffError(
-            f"generate: attention_mask is {list(real.shape)}, input_ids {list(given.shape)}",
-            "give one mask entry a token",
-        )
-    if (real[:, 1:] != real[:, :-1]).sum(1).gt(2).any() or (
-        ((real[:, 1:] != real[:, :-1]).sum(1) == 2) & real[:, 0]
-    ).any():
-        raise Ar2DiffError("generate: attention_mask has a hole", "pad on the left or on the right")
-    ids = given.to("cpu")
-    return given, real, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-
-
-def _real(given: Tensor, options: Options) -> Tensor | None:
-    """[R, P] bool, False where the rows of a batch are padded at their ends, as transformers takes
-    it where no mask is given: by a pad token that is named and is no end token."""
-    pad = options.pad_token_id
-    if pad is None or pad in options.eos_token_id or given.dim() == 1 or len(given) == 1:
-        return None
-    word = given != pad
-    return (word.cumsum(1) > 0) & (word.flip(1).cumsum(1).flip(1) > 0)
-
-
-def _check_ids(model: Any, prompts: list[list[int]]) -> None:
-    rows = model.config.get_text_config().vocab_size
-    if not prompts:
-        raise Ar2DiffError("generate: no rows", "give a prompt")
-    for number, prompt in enumerate(prompts):
-        for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < rows:
-                raise Ar2DiffError(
-                    f"generate: row {number} holds {token!r}, the model has {rows} tokens",
-                    "tokenize with the model's own tokenizer",
-                )
-
-
 def _processors(given: Any) -> list[Any]:
     for processor in given or ():
         if not isinstance(processor, ROW_WISE):
             raise Ar2DiffError(
-                f"generate: {type(processor).__name__} may read the tokens to the left, which a "
-                "denoiser has not written yet",
-                "use the options of generate instead, or a processor of a single position",
+                f"{option('logits_processor')}: {type(processor).__name__} may read the tokens to "
+                "the left, which a denoiser has not written yet",
+                "use the options of generate instead, or a processor that looks at one position",
             )
     return list(given or ())
-
-
-def finished_of(
-    model: Any,
-    options: Options,
-    given: Any,
-    tokenizer: Any,
-    padding: Sequence[int] | None = None,
-) -> Finished | None:
-    """Stop strings, time limits and stopping criteria, asked for every new token in turn.
-
-    Args:
-        given: stopping criteria of transformers, or None.
-        tokenizer: for stop strings.
-        padding: of each row's prompt, which a criterion may count as part of it; None: none.
-    """
-    criteria = list(given or [])
-    if options.stop_strings:
-        if tokenizer is None:
-            raise Ar2DiffError("generate: stop_strings need a tokenizer", "pass tokenizer=")
-        criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
-    if options.max_time is not None:
-        criteria.append(MaxTimeCriteria(options.max_time))
-    if not criteria:
-        return None
-    rows = len(padding or ())
-    own = [[_of_row(criterion, row, rows) for criterion in criteria] for row in range(rows)]
-
-    def finished(row: int, ids: Tensor) -> bool:
-        pads = ids.new_full((padding[row] if padding else 0,), options.filler)
-        ids = torch.cat([pads, ids])[None].to(model.device)
-        asked = own[row] if rows else criteria
-        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in asked)
-
-    return finished
-
-
-def _of_row(criterion: Any, row: int, rows: int) -> Any:
-    """A criterion that is asked about one row alone: of the flags that it may keep for each row of
-    a batch (lm-eval's do) it has that row's."""
-    own = copy(criterion) if rows > 1 else criterion
-    for name, value in vars(own).items() if rows > 1 else ():
-        if isinstance(value, list) and [type(flag) for flag in value] == [bool] * rows:
-            setattr(own, name, value[row : row + 1])
-    return own
 
 
 def _stream(
@@ -406,7 +312,7 @@ def _output(
 
 
 def _fill(sequences: Tensor, given: Tensor, real: Tensor, canvas: Canvas) -> None:
-    """Put what was filled in into the prompt's part of the output."""
+    """Put the tokens that fill gaps into the prompt's part of the output."""
     masked = (given.to("cpu") == canvas.mask_token_id) & real  # padding may be anything
     for row, here in enumerate(masked):
         holes = here.nonzero()[:, 0]

@@ -5,28 +5,37 @@ This file is copied into converted folders: it imports torch, transformers and i
 
 from __future__ import annotations
 
-import difflib
-import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import Ar2DiffError
+from .errors import Ar2DiffError, nearest, option, shortened
 from .spec import Spec
+from .values import (
+    LARGE,
+    Source,
+    bad,
+    integer,
+    number,
+    one_of,
+    seeds,
+    strings,
+    token_bias,
+    token_id,
+    token_ids,
+)
 
 MODES = ("diffusion", "speculative", "ar")
 ORDERS = ("prob", "margin", "entropy", "random")
 CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
 DRAFTS = 3
-RULE = ("threshold", "steps", "entropy_bound")  # which tokens a step decides
+RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
 MAX_NEW_TOKENS = 128
-LARGE = 1e6  # logits times this are still numbers
-MANY = 2**31 - 1  # more than a row has of anything
 
-# Options of transformers that read a left context, or several beams: not of a denoiser. Their
-# neutral values pass.
+# Options of transformers that need the text to the left of a token, or several beams: a denoiser
+# has neither. Their neutral values pass.
 REFUSED: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "bad_words_ids": None,
@@ -39,7 +48,7 @@ REFUSED: dict[str, Any] = {
     "output_logits": False, "output_attentions": False, "output_hidden_states": False,
     "past_key_values": None, "inputs_embeds": None, "position_ids": None, "use_mtp": None,
 }  # fmt: skip
-# Options that change nothing here, or nothing that this loop does.
+# Options that change nothing that this loop does.
 IGNORED = (
     "synced_gpus", "early_stopping", "length_penalty", "renormalize_logits",
     "remove_invalid_values", "low_memory", "disable_compile", "compile_config", "max_cache_len",
@@ -61,19 +70,27 @@ class Options:
     """Settings of the sampler.
 
     Attributes:
-        max_new_tokens, min_new_tokens: tokens after the prompt.
-        mode: `diffusion`; `speculative`: drafts that the AR mode verifies; `ar`: one by one.
-        block_length: tokens denoised together, at most the trained ones; None: all (`full`).
-        threshold: decide tokens surer than this (default 0.9, alone or with `steps` as a quota).
-        steps: forwards a block; decides by `order` (prob, margin, entropy, random).
-        entropy_bound: decide while the joint entropy may exceed the largest by this, in nats.
-        remask: share of a block's decided tokens that each of the `steps` gives back.
+        max_new_tokens, min_new_tokens: number of tokens after the prompt.
+        mode: `diffusion` denoises; `speculative` drafts and lets the AR mode verify; `ar` writes
+            one token after the other.
+        block_length: tokens denoised together, at most as many as trained; None: all (`full`).
+        threshold: decide tokens whose probability exceeds it (0.9 by default; alone, or together
+            with `steps_per_block` as a minimum).
+        steps_per_block: forwards for each block; `order` says which tokens come first (prob,
+            margin, entropy, random).
+        entropy_bound: decide tokens while the sum of their entropies exceeds the largest of them by
+            no more than this, in nats.
+        remask: share of a block's decided tokens that each of its `steps_per_block` forwards masks
+            again.
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
-        draft_length: speculative: tokens drafted after each candidate, fewer than a block (3).
-        cache_implementation: `dynamic`, `static`, `none`; for `full` `none`, `prefix`, `dual`.
-        check_cache: read each step without the cache too, and keep what differs in `Canvas.drift`.
-        temperature: 0 is greedy. repetition_penalty, filters, bias: as in transformers.
-        seed: of the draws; a row's depend on it and on the row's own prompt alone.
+        draft_length: in mode speculative, tokens drafted after each candidate; fewer than a block
+            (3).
+        cache_implementation: `dynamic`, `static` or `none`; for `full` attention `none`, `prefix`
+            or `dual`.
+        check_cache: also read each step without the cache, and note the differences in
+            `Canvas.drift`.
+        temperature: 0 is greedy. repetition_penalty, filters, sequence_bias: as in transformers.
+        seed: seeds the draws; those of a row depend on it and on the row's own prompt alone.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -81,7 +98,7 @@ class Options:
     mode: str = "diffusion"
     block_length: int | None = None
     threshold: float | None = None
-    steps: int | None = None
+    steps_per_block: int | None = None
     entropy_bound: float | None = None
     order: str = "prob"
     remask: float = 0.0
@@ -105,14 +122,14 @@ class Options:
 
     @property
     def filler(self) -> int:
-        """The id behind a short answer: the pad token, else an end token, else 0."""
+        """The id that fills the row after a short answer: pad token, else an end token, else 0."""
         if self.pad_token_id is not None:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0
 
 
@@ -120,34 +137,6 @@ OWN = tuple(field.name for field in fields(Options) if field.name not in ("filte
 KNOWN = (
     *OWN, *FILTERS, "do_sample", "max_length", "use_cache", *REFUSED, *IGNORED,
 )  # fmt: skip
-
-
-class _Source:
-    """Reads a name from the first place that sets it."""
-
-    def __init__(self, kwargs: Mapping[str, Any], configs: Sequence[Any]):
-        for config in configs:
-            if config is not None and not hasattr(config, "__dict__"):
-                raise Ar2DiffError(
-                    f"generate: generation_config is {type(config).__name__}",
-                    "give a GenerationConfig of transformers",
-                )
-        self.places = [kwargs, *(vars(config) for config in configs if config is not None)]
-
-    def __call__(self, name: str, default: Any = None) -> Any:
-        for place in self.places:
-            if place.get(name) is not None:
-                return place[name]
-        return default
-
-    def above(self, name: str, other: str) -> bool:
-        """Whether `name` is set nearer to the call than `other`."""
-        for place in self.places:
-            if place.get(name) is not None:
-                return place.get(other) is None
-            if place.get(other) is not None:
-                return False
-        return False
 
 
 def resolve(
@@ -168,127 +157,151 @@ def resolve(
     """
     for name in kwargs:
         if name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, 1)
             raise Ar2DiffError(
-                f"generate: unknown option {name!r}",
-                f"did you mean {near[0]!r}?" if near else "see the model card for its options",
+                f"generate has no option {shortened(name)}{nearest(name, KNOWN)}",
+                "see the model card for its options",
             )
-    get = _Source(kwargs, configs)
+    get = Source(kwargs, configs)
     for name, neutral in REFUSED.items():
         value = get(name)
         if value is not None and value != neutral:
             raise Ar2DiffError(
-                f"generate: {name} does not work where tokens are not written left to right",
-                f"leave {name} out",
+                f"{option(name)} needs tokens that are written from left to right",
+                f"leave {option(name)} out",
             )
     options = Options(
         max_new_tokens=_max_new_tokens(get, prompt_length),
-        min_new_tokens=_integer(get, "min_new_tokens", 0, 0),
-        mode=_one_of(get, "mode", MODES, "diffusion"),
+        min_new_tokens=integer(get, "min_new_tokens", 0, 0),
+        mode=one_of(get, "mode", MODES, "diffusion"),
         block_length=_block_length(get, spec),
         **_rule(get),
-        order=_one_of(get, "order", ORDERS, "prob"),
-        remask=_number(get, "remask", 0.0, 0, 1),
-        cfg_scale=_number(get, "cfg_scale", 0.0, 0, LARGE),
-        draft_length=_integer(get, "draft_length", None, 1),
+        order=one_of(get, "order", ORDERS, "prob"),
+        remask=number(get, "remask", 0.0, 0, 1),
+        cfg_scale=number(get, "cfg_scale", 0.0, 0, LARGE),
+        draft_length=integer(get, "draft_length", None, 1),
         cache_implementation=_cache(get, spec),
         check_cache=bool(get("check_cache", False)),
         temperature=_temperature(get),
-        repetition_penalty=_number(get, "repetition_penalty", 1.0, 1 / LARGE, LARGE),
+        repetition_penalty=number(get, "repetition_penalty", 1.0, 1 / LARGE, LARGE),
         filters=tuple(_filters(get)),
-        sequence_bias=_bias(get("sequence_bias")),
-        eos_token_id=_ids(get, "eos_token_id"),
+        sequence_bias=token_bias("sequence_bias", get("sequence_bias")),
+        eos_token_id=token_ids("eos_token_id", get("eos_token_id")),
         suppress_tokens=tuple(
-            i for p in get.places for i in _ids_of("suppress_tokens", p.get("suppress_tokens"))
+            token
+            for place in get.places
+            for token in token_ids("suppress_tokens", place.get("suppress_tokens"))
         ),
-        pad_token_id=_id(get, "pad_token_id"),
-        bos_token_id=_id(get, "bos_token_id"),
-        num_return_sequences=_integer(get, "num_return_sequences", 1, 1),
+        pad_token_id=token_id(get, "pad_token_id"),
+        bos_token_id=token_id(get, "bos_token_id"),
+        num_return_sequences=integer(get, "num_return_sequences", 1, 1),
         return_dict_in_generate=bool(get("return_dict_in_generate", False)),
-        stop_strings=_strings(get("stop_strings")),
-        max_time=_number(get, "max_time", None, 0),
-        seed=_seed(get("seed")),
+        stop_strings=strings("stop_strings", get("stop_strings")),
+        max_time=number(get, "max_time", None, 0),
+        seed=seeds("seed", get("seed")),
     )  # fmt: skip
-    _check(options, spec)
+    _check_rule(options)
+    _check_mode(options, spec)
     return options
 
 
-def _check(options: Options, spec: Spec) -> None:
-    if options.entropy_bound is not None and (options.steps or options.threshold is not None):
+def _check_rule(options: Options) -> None:
+    """Refuse options of a rule that is not in force."""
+    steps = option("steps_per_block")
+    if options.entropy_bound is not None and (
+        options.steps_per_block or options.threshold is not None
+    ):
         raise Ar2DiffError(
-            "generate: entropy_bound decides alone, without threshold and steps",
-            "leave all but one of them out",
+            f"{option('entropy_bound')} cannot be combined with {option('threshold')} or {steps}",
+            "keep one of the three",
         )
-    if options.remask and not options.steps:
-        raise Ar2DiffError("generate: remask works on a fixed number of steps", "set steps too")
-    if options.order != "prob" and not options.steps:
-        raise Ar2DiffError(f"generate: order {options.order} needs steps", "set steps too")
+    if options.remask and not options.steps_per_block:
+        raise Ar2DiffError(
+            f"{option('remask')} needs a fixed number of steps", f"set {steps} as well"
+        )
+    if options.order != "prob" and not options.steps_per_block:
+        raise Ar2DiffError(
+            f"{option('order', options.order)} needs a fixed number of steps",
+            f"set {steps} as well",
+        )
+
+
+def _check_mode(options: Options, spec: Spec) -> None:
+    """Refuse a mode that the model lacks, and options of another mode."""
+    mode = option("mode", options.mode)
     if options.mode != "diffusion":
         if not spec.ar_mode or spec.attention != "causal_context":
             raise Ar2DiffError(
-                f"generate: mode {options.mode} needs an AR mode, and this model has none "
-                f"({spec.attention})",
-                "use mode diffusion, or convert with causal_context and objective.ar_weight > 0",
+                f"{mode} needs the model's AR mode, which {spec.attention} attention or the "
+                "training has taken away",
+                f"use {option('mode', 'diffusion')}, or convert the base with causal_context "
+                f"attention and {option('objective.ar_weight')} above 0",
             )
-        for name in ("steps", "entropy_bound", "cfg_scale", "check_cache"):
+        for name in ("steps_per_block", "entropy_bound", "cfg_scale", "check_cache"):
             if getattr(options, name):
                 raise Ar2DiffError(
-                    f"generate: {name} belongs to mode diffusion, not {options.mode}",
-                    f"leave {name} out",
+                    f"{option(name)} belongs to {option('mode', 'diffusion')}, not to {mode}",
+                    f"leave {option(name)} out",
                 )
-    if options.draft_length is not None and options.mode != "speculative":
-        raise Ar2DiffError("generate: draft_length needs mode speculative", "leave it out")
-    if options.draft_length is not None and options.draft_length >= spec.block_length:
+    if options.draft_length is None:
+        return
+    if options.mode != "speculative":
         raise Ar2DiffError(
-            f"generate: draft_length {options.draft_length} is not below the block length "
-            f"{spec.block_length}",
+            f"{option('draft_length')} needs {option('mode', 'speculative')}",
+            f"leave {option('draft_length')} out",
+        )
+    if options.draft_length >= spec.block_length:
+        raise Ar2DiffError(
+            f"{option('draft_length', options.draft_length)} is not below the model's block length "
+            f"of {spec.block_length}",
             f"give at most {spec.block_length - 1}",
         )
 
 
-def _rule(get: _Source) -> dict[str, Any]:
-    """threshold, steps and entropy_bound belong together: the nearest place that sets one decides,
-    so that a call's `steps` does not meet the threshold of a config."""
+def _rule(get: Source) -> dict[str, Any]:
+    """The options of `RULE` belong together: the nearest place that sets one of them decides, so
+    that a call's `steps_per_block` is not combined with the threshold of a config."""
     for place in get.places:
         if any(place.get(name) is not None for name in RULE):
-            near = _Source(place, ())
+            near = Source(place)
             return {
-                "threshold": _number(near, "threshold", None, 0),
-                "steps": _integer(near, "steps", None, 1),
-                "entropy_bound": _number(near, "entropy_bound", None, 0),
+                "threshold": number(near, "threshold", None, 0),
+                "steps_per_block": integer(near, "steps_per_block", None, 1),
+                "entropy_bound": number(near, "entropy_bound", None, 0),
             }
     return {"threshold": THRESHOLD}
 
 
-def _max_new_tokens(get: _Source, prompt_length: int) -> int:
+def _max_new_tokens(get: Source, prompt_length: int) -> int:
     if get("max_length") is not None and get.above("max_length", "max_new_tokens"):
-        length = _integer(get, "max_length", 0, 0)
+        length = integer(get, "max_length", 0, 0)
         if length <= prompt_length:
             raise Ar2DiffError(
-                f"generate: the prompt has {prompt_length} tokens, max_length is {length}",
-                "set max_new_tokens instead",
+                f"{option('max_length', length)} leaves no room for an answer: the prompt has "
+                f"{prompt_length} tokens",
+                f"set {option('max_new_tokens')} instead",
             )
         return length - prompt_length
-    return _integer(get, "max_new_tokens", MAX_NEW_TOKENS, 0)
+    return integer(get, "max_new_tokens", MAX_NEW_TOKENS, 0)
 
 
-def _block_length(get: _Source, spec: Spec) -> int | None:
-    size = _integer(get, "block_length", spec.block_length, 1)
+def _block_length(get: Source, spec: Spec) -> int | None:
+    size = integer(get, "block_length", spec.block_length, 1)
     if spec.block_length is not None and size > spec.block_length:
         raise Ar2DiffError(
-            f"generate: block_length {size} is above the {spec.block_length} trained",
+            f"{option('block_length', size)} is above the model's block length of "
+            f"{spec.block_length}",
             f"give at most {spec.block_length}",
         )
     if spec.block_length is not None and size < spec.block_length:
         warnings.warn(
-            f"block_length {size} is below the {spec.block_length} trained: blocks that the model "
-            "has not seen",
+            f"block_length {size} is below the {spec.block_length} of the training: the model has "
+            "not seen blocks of this length",
             stacklevel=2,
         )
     return size
 
 
-def _cache(get: _Source, spec: Spec) -> str:
+def _cache(get: Source, spec: Spec) -> str:
     full = spec.attention == "full"
     value = get("cache_implementation", "none" if full else "dynamic")
     if get("use_cache") is False:
@@ -298,31 +311,15 @@ def _cache(get: _Source, spec: Spec) -> str:
         value = allowed[0]  # a config's (Gemma's says hybrid); only a call's own is an error
     if value not in allowed:
         raise Ar2DiffError(
-            f"generate: cache_implementation {value!r} is not for {spec.attention} attention",
-            f"one of {', '.join(allowed)}",
+            f"{option('cache_implementation')} {shortened(value)} does not work with "
+            f"{spec.attention} attention",
+            f"give one of {', '.join(allowed)}",
         )
     return value
 
 
-def _bias(value: Any) -> dict[tuple[int, ...], float] | None:
-    """{(token,): what is added to its logit}, from either form that transformers takes."""
-    try:
-        pairs = value.items() if isinstance(value, Mapping) else value or ()
-        bias = {tuple(key): float(added) for key, added in pairs}
-    except (TypeError, ValueError):
-        bias = {(): 0.0}
-    if any(len(key) > 1 for key in bias):
-        raise Ar2DiffError(
-            "generate: sequence_bias on several tokens reads a left context",
-            "bias single tokens only",
-        )
-    if not all(key and _whole(key[0]) and key[0] >= 0 and b <= LARGE for key, b in bias.items()):
-        raise Ar2DiffError(f"generate: sequence_bias is {value!r}", "give {(token,): bias}")
-    return bias or None
-
-
-def _temperature(get: _Source) -> float:
-    temperature = _number(get, "temperature", None, 0, LARGE)
+def _temperature(get: Source) -> float:
+    temperature = number(get, "temperature", None, 0, LARGE)
     sample = get("do_sample")
     if sample is None:  # a call that sets one asks for sampling; a config that does, does not
         sample = any(get.places[0].get(name) is not None for name in ("temperature", *FILTERS))
@@ -331,97 +328,15 @@ def _temperature(get: _Source) -> float:
     return 1.0 if temperature is None else temperature
 
 
-def _filters(get: _Source) -> Any:
+def _filters(get: Source) -> Iterator[tuple[str, float]]:
     for name, neutral in FILTERS.items():
         value = get(name)
         if value is None or value == neutral:
             continue
         if name == "top_k":
-            yield name, _integer(get, name, None, 1)
+            yield name, integer(get, name, None, 1)
         else:
-            number = _number(get, name, None, 0, 1, above=True)
-            if number == 1 and name in ("epsilon_cutoff", "eta_cutoff"):
-                raise Ar2DiffError(f"generate: {name} is {value!r}", "give a number below 1")
-            yield name, number
-
-
-def _one_of(get: _Source, name: str, allowed: Sequence[str], default: str) -> str:
-    value = get(name, default)
-    if value not in allowed:
-        raise Ar2DiffError(f"generate: {name} {value!r} is unknown", f"one of {', '.join(allowed)}")
-    return value
-
-
-def _integer(get: _Source, name: str, default: int | None, least: int) -> Any:
-    value = get(name, default)
-    if value is not None and not (_whole(value) and value >= least):
-        raise Ar2DiffError(f"generate: {name} is {value!r}", f"give a whole number from {least} on")
-    return None if value is None else min(int(value), MANY)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
-
-
-def _number(
-    get: _Source,
-    name: str,
-    default: float | None,
-    least: float,
-    most: float | None = None,
-    above: bool = False,
-) -> Any:
-    value = get(name, default)
-    if value is None:
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    number = number and math.isfinite(value)
-    low = number and (value < least or (above and value == least))
-    if not number or low or (most is not None and value > most):
-        limit = f"{'above' if above else 'from'} {least:g}" + (
-            "" if most is None else f" to {most:g}"
-        )
-        raise Ar2DiffError(f"generate: {name} is {value!r}", f"give a number {limit}")
-    return float(value)
-
-
-def _ids(get: _Source, name: str) -> tuple[int, ...]:
-    return _ids_of(name, get(name))
-
-
-def _ids_of(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids: none, one or several."""
-    if value is None:
-        return ()
-    value = value.tolist() if hasattr(value, "tolist") else value
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    ids = tuple(i for i in (value if several else [value]) if i is not None)
-    if not all(_whole(i) for i in ids):
-        raise Ar2DiffError(f"generate: {name} is {value!r}", "give a token id, or several")
-    return tuple(map(int, ids))
-
-
-def _id(get: _Source, name: str) -> int | None:
-    ids = _ids(get, name)
-    if len(ids) > 1:
-        raise Ar2DiffError(f"generate: {name} is {get(name)!r}", "give one token id")
-    return ids[0] if ids else None
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value or ()
-    if not isinstance(strings, Sequence) or not all(isinstance(s, str) for s in strings):
-        raise Ar2DiffError(f"generate: stop_strings is {value!r}", "give a text, or several")
-    return tuple(strings)
-
-
-def _seed(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None or isinstance(value, int):
-        return value
-    seeds = () if isinstance(value, (str, float)) else tuple(value)
-    if not seeds or not all(_whole(seed) for seed in seeds):
-        raise Ar2DiffError(
-            f"generate: seed is {value!r}", "give a whole number, or one for each row"
-        )
-    return tuple(int(seed) for seed in seeds)
+            share = number(get, name, None, 0, 1, above=True)
+            if share == 1 and name in ("epsilon_cutoff", "eta_cutoff"):
+                raise bad(name, value, "a number below 1")
+            yield name, share

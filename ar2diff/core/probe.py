@@ -1,6 +1,7 @@
-"""What a model really does with our masks, found by perturbing tokens in a few tiny forwards.
+"""What a model really does with the attention masks of a spec, found by perturbing tokens in a few
+tiny forwards.
 
-The class name decides nothing: a model is convertible if every mode of its spec is exact.
+The name of its class decides nothing: a model is convertible if every mode of its spec is exact.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from .spec import Spec
 
 BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
 LENGTH = 10  # two blocks and a ragged tail
-# How far a layer reads, or how many tokens, in the words of transformers' configs.
+# How far a layer reads, or how many tokens, in the names of transformers' configs.
 WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
 WINDOW = 3  # shorter than either of two packed documents
-TOLERANCE = 1e-4  # of the largest logit; a wrong mask is off by whole logits
+TOLERANCE = 1e-4  # relative to the largest logit; a wrong mask is off by whole logits
 ROUNDED = (torch.bfloat16, torch.float16)
-ROUNDING = 8  # of their steps near 1: what two shapes of the same sums differ by (measured: 1.5)
+ROUNDING = 8  # epsilons by which the same sums may differ between two shapes (measured: 1.5)
 
 
 @torch.no_grad()
 def probe(model: Any, spec: Spec) -> list[str]:
-    """Reasons why the model is not what the spec says; empty if every mode is exact.
+    """Reasons why the model does not do what the spec says, as sentences without a full stop; empty
+    if every mode is exact.
 
     Args:
-        model: in eval mode, of any floating dtype.
+        model: in eval mode, of any floating-point dtype.
     """
     block = None if spec.attention == "full" else min(BLOCK, spec.block_length)
     try:
@@ -46,19 +48,25 @@ def probe(model: Any, spec: Spec) -> list[str]:
                 *(prober.ar_mode() if spec.ar_mode and spec.attention == "causal_context" else []),
                 *prober.packing(),
             ]
-    except Exception as error:  # whatever a foreign forward makes of our mask
-        return [f"it does not take an attention mask of ours ({first_line(error)})"]
+    except Exception as error:  # of any class: foreign forwards fail in their own ways
+        reason = f"its forward does not accept the spec's attention masks ({first_line(error)})"
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=False, **quiet_routers(model))
+    except Exception as error:
+        return [f"its own forward fails, without any mask too ({first_line(error)})"]
+    return [reason]
 
 
 @contextmanager
 def _short_windows(model: Any, local_window: str | None) -> Iterator[None]:
-    """A window longer than the probe's rows would go unseen: it is short while we look; but a
-    dropped one, which is as long as the context."""
+    """Shorten the sliding windows while the probe runs, since it would not notice a window that is
+    longer than its rows. A dropped window stays as it is: as long as the context."""
     names = WINDOWS[1:] if local_window == "dropped" else WINDOWS
     config = model.config.get_text_config()
     found = [
         (holder, name, size)
-        for holder in (config, *model.modules())  # some keep what they read of it
+        for holder in (config, *model.modules())  # some modules keep what they read from the config
         for name in names
         if type(size := vars(holder).get(name)) is int
     ]
@@ -88,7 +96,7 @@ class _Prober:
     def run(
         self, input_ids: Tensor, slots: Slots, cache: Any = None, queries: range | None = None
     ) -> Tensor:
-        """Logits of the slots, or of those of `queries` behind what stands in a cache."""
+        """Logits of all slots, or of the slots `queries` after those in a cache."""
         mask = model_mask(
             self.model, slots, self.spec.attention, self.block, self.spec.local_window,
             queries=queries,
@@ -106,13 +114,14 @@ class _Prober:
         return self.model(**{"use_cache": False} | inputs, **quiet_routers(self.model)).logits
 
     def differ(self, a: Tensor, b: Tensor) -> bool:
-        """Whether they differ by more than rounding, in parts of the largest logit."""
-        dtypes = self.dtypes | {b.dtype} & {*ROUNDED}  # under autocast, the logits'
+        """Whether they differ by more than rounding, relative to the largest logit."""
+        dtypes = self.dtypes | {b.dtype} & {*ROUNDED}  # under autocast only the logits have it
         tolerance = max([TOLERANCE, *(ROUNDING * torch.finfo(dtype).eps for dtype in dtypes)])
         return ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() > tolerance
 
     def dependencies(self) -> list[str]:
-        """Perturb each slot: which logits move must be what the mask lets through the layers."""
+        """Perturb each slot: the logits that change must be those that the mask connects to it
+        through the layers."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
         size = input_ids.shape[1]
         batch = input_ids.repeat(size + 1, 1)
@@ -135,15 +144,15 @@ class _Prober:
             return ["a token is read where the mask forbids it"]
         ahead = edges & (slots.pos[0][None, :] > slots.pos[0][:, None])
         if ahead.any() and (moved[ahead] > 0).double().mean() < 0.9:
-            return ["attention stays causal: tokens ahead are not read"]
+            return ["attention stays causal: later tokens are not read"]
         return []
 
     def mask_free(self) -> list[str]:
-        """`full`: a stock forward without a mask must be the full one, as config.is_causal says."""
+        """`full`: a forward without a mask must be bidirectional, as config.is_causal says."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, "full")
         plain = self.plain(input_ids=input_ids, is_causal=False)
         if self.differ(plain, self.run(input_ids, slots)):
-            return ["is_causal=false is not honoured: a plain forward stays causal"]
+            return ["is_causal=false is ignored: a forward without a mask stays causal"]
         return []
 
     def blocks(self) -> list[str]:
@@ -160,7 +169,7 @@ class _Prober:
         return []
 
     def cache(self) -> list[str]:
-        """A block behind a cached context must equal the block in one forward."""
+        """A block after a cached context must equal the block in one forward."""
         start, end = self.block, min(2 * self.block, LENGTH)
         row = torch.cat([self.x0[:, :start], self.xt[:, start:end]], 1)
         noisy = (torch.arange(end, device=row.device) >= start)[None]
@@ -169,15 +178,15 @@ class _Prober:
         cache = ContextCache(self.model, 1).stock
         try:
             self.run(row, context, cache, range(start))
-            behind = self.run(row, slots, cache, range(start, end))
-        except Exception as error:  # a cache of another kind, or none
+            cached = self.run(row, slots, cache, range(start, end))
+        except Exception as error:  # its cache is of another kind, or it has none
             return [f"it does not decode from a cache of keys and values ({first_line(error)})"]
-        if self.differ(behind, self.run(row, slots)[:, start:]):
-            return ["a block behind a cached context differs from the block in one forward"]
+        if self.differ(cached, self.run(row, slots)[:, start:]):
+            return ["a block after a cached context differs from the block in one forward"]
         return []
 
     def ar_mode(self) -> list[str]:
-        """The clean half must be the model that a stock, mask-less forward runs."""
+        """The clean half must equal a stock forward without a mask."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
         clean = self.run(input_ids, slots)[:, LENGTH:]
         plain = self.plain(input_ids=self.x0)
@@ -186,7 +195,7 @@ class _Prober:
         return []
 
     def packing(self) -> list[str]:
-        """Two documents in a row must equal each alone."""
+        """Two documents packed in one row must equal each of them alone."""
         cut = self.block or LENGTH // 2
         doc = (self.pos >= cut).long()
         pos = torch.where(doc == 0, self.pos, self.pos - cut)

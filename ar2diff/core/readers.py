@@ -1,10 +1,10 @@
-"""From a canvas to logits: what is forwarded again at each step, and what stands in a cache.
+"""From a canvas to logits: which slots each step forwards, and which a cache holds.
 
-`BlockReader` serves `block_causal` and `causal_context`: each forward holds [pending | block], the
-clean tokens not cached yet (a prompt, or a finished block: its commit is fused with the first step
-of the next block) and the noisy block. It is exact. `FullReader` serves `full`, where caches are
-approximations (Fast-dLLM, Wu et al. 2025): `prefix` keeps what lies before the block, `dual` what
-lies around it, as they were when the block was begun.
+`BlockReader` serves `block_causal` and `causal_context`. Each of its forwards holds
+[pending | block]: the clean tokens that are not cached yet (a prompt, or a finished block, which is
+committed together with the first step of the next one) and the noisy block. It is exact.
+`FullReader` serves `full`, where caches are approximate (Fast-dLLM, Wu et al. 2025): `prefix` keeps
+the keys before the block, `dual` also those after it, as they were when the block was begun.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
@@ -16,25 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import PADDING, Slots, behind_context, layer_windows, model_mask
+from .attention import (
+    PADDING,
+    Slots,
+    layer_windows,
+    model_mask,
+    reading_slot,
+    with_context,
+)
 from .cache import ContextCache
 from .forward import logits_at
 from .spec import Spec
 
-MASKS = 64  # layouts remembered; a lone row has two
+MASKS = 64  # masks that are remembered; a single row needs two
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the slots of a step stand: [pending | block], the same for all steps of a block.
+class _StepSlots:
+    """The slots of a step, [pending | block]; they are the same for all steps of a block.
 
     Attributes:
-        start: [R] first position of each row's block. pending: [R] clean tokens before it that are
-            not cached. pos: [R, S] positions of the slots. mask: of them over context and slots.
-        index: [R, W] slot, of all rows' in turn, at which each token of the block is read.
-        crossing: [C] slots of the last pending tokens, where `shift` reads a first token, of the
-            rows `pending > 0`.
-        first: [R, W] bool, tokens that are read across the boundary.
+        start: [R] first position of each row's block.
+        pending: [R] clean tokens before it that are not cached.
+        pos: [R, S] positions of the slots.
+        mask: which of context and slots each slot reads.
+        index: [R, W] slot, counted over the rows, at which each token of the block is read.
+        crossing: [C] slots of the last pending tokens, where `shift` reads the first token of a
+            block, of the rows with `pending > 0`.
+        first: [R, W] bool, tokens that are read across the boundary of the block.
     """
 
     start: Tensor
@@ -57,12 +66,11 @@ class BlockReader:
 
     def __init__(self, model: Any, spec: Spec, rows: int, columns: int, size: int, cache: str):
         self.model, self.spec, self.size = model, spec, size
-        self.shift = int(spec.prediction == "shift")
         static = columns if cache == "static" else None
         self.cache = None if cache == "none" else ContextCache(model, rows, static)
         self.rows = rows
         self.boundary: Tensor | None = None  # [R, V] shift: logits of the context's last position
-        self._layout: _Layout | None = None
+        self._layout: _StepSlots | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}  # by pending tokens
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
         self.alike = static is None and not any(windows.values())  # all slots read the context
@@ -93,7 +101,7 @@ class BlockReader:
             self.cache.keep(slots, slots - self.size - layout.pending, layout.pending)
             if slots > self.size:
                 self._layout = None
-        return self._across(logits, layout, masked) if self.shift else logits
+        return self._across(logits, layout, masked) if self.spec.prediction == "shift" else logits
 
     def select(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
@@ -104,7 +112,7 @@ class BlockReader:
             self.boundary = self.boundary[rows.to(self.boundary.device)]
         self._layout = None
 
-    def _across(self, logits: Tensor, layout: _Layout, masked: Tensor) -> Tensor:
+    def _across(self, logits: Tensor, layout: _StepSlots, masked: Tensor) -> Tensor:
         """The first token of a block is read at the context's last position, which was or is being
         cached: its logits are kept for as long as the block lasts."""
         device = logits.device
@@ -119,36 +127,41 @@ class BlockReader:
             logits[layout.first[masked].to(device)] = self.boundary[rows.to(device)]
         return logits
 
-    def _lay_out(self, start: Tensor) -> _Layout:
+    def _lay_out(self, start: Tensor) -> _StepSlots:
         length = self.cache.length if self.cache else torch.zeros_like(start)
         pending = start - length
         slots = int(pending.max()) + self.size
         pos = start[:, None] + (torch.arange(slots) - (slots - self.size))
         place = torch.arange(self.size)
-        index = place + (slots - self.size - self.shift)
+        own = (place + (slots - self.size)).expand(len(start), -1)
+        index = reading_slot(
+            start[:, None] + place, self.spec.attention, self.size, self.spec.prediction, own, own
+        )
         index = index + torch.arange(len(start))[:, None] * slots
-        return _Layout(
+        crosses = self.spec.prediction == "shift"
+        return _StepSlots(
             start=start.clone(),
             pending=pending,
             pos=pos.clamp(min=0),
             mask=self._mask(start, length, pending, pos),
-            index=index.clamp(min=0),
-            crossing=index[pending > 0, 0] if self.shift else pending[:0],
+            index=index,
+            crossing=index[pending > 0, 0] if crosses else pending[:0],
             first=(place == 0) & (start > 0)[:, None],
         )
 
     def _mask(self, start: Tensor, length: Tensor, pending: Tensor, pos: Tensor) -> Any:
-        """The mask of the slots; what stands behind the context is built once for all blocks."""
+        """The mask of the slots. If all slots read the whole context, their own part of it is built
+        once for all blocks with as many pending tokens."""
         width, slots = self.cache.width if self.cache else 0, pos.shape[1]
         seen = torch.arange(width) < length[:, None]
         key = tuple(pending.tolist())
         if self.alike and key in self._masks:
-            return behind_context(self._masks[key], seen.to(self.model.device))
-        behind = seen[:, :0] if self.alike else seen
-        columns = behind.shape[1]
+            return with_context(self._masks[key], seen.to(self.model.device))
+        cached = seen[:, :0] if self.alike else seen
+        columns = cached.shape[1]
         layout = slots_of(
             self.cache.static if self.cache and self.cache.static else columns + slots,
-            behind,
+            cached,
             torch.arange(columns).expand(len(start), -1),
             pos >= length[:, None],
             pos,
@@ -164,7 +177,7 @@ class BlockReader:
         if len(self._masks) > MASKS:
             self._masks.clear()
         self._masks[key] = mask
-        return behind_context(mask, seen.to(self.model.device))
+        return with_context(mask, seen.to(self.model.device))
 
 
 class FullReader:
@@ -177,7 +190,6 @@ class FullReader:
 
     def __init__(self, model: Any, spec: Spec, length: Tensor, size: int, cache: str):
         self.model, self.spec, self.length, self.size, self.kind = model, spec, length, size, cache
-        self.shift = int(spec.prediction == "shift")
         self.cache: ContextCache | None = None
         self.since: Tensor | None = None  # [R] `start` at which the cache was filled
 
@@ -185,7 +197,7 @@ class FullReader:
         """Logits [N, V] of the masked tokens, in row-major order; arguments as in `BlockReader`."""
         rows, total = ids.shape
         row, place = masked.nonzero(as_tuple=True)
-        wanted = start[row] + place - self.shift
+        wanted = self._slot(start[row] + place)
         position = torch.arange(total).expand(rows, -1)
         fresh = self.since is None or not torch.equal(self.since, start)
         if self.kind == "none" or fresh:
@@ -196,7 +208,7 @@ class FullReader:
             if self.cache:
                 self.cache.keep(total, torch.zeros(rows).long(), torch.full((rows,), total))
             return logits
-        first = (start - self.shift).clamp(min=0)
+        first = self._slot(start)
         end = start + self.size if self.kind == "dual" else self.length
         end = torch.minimum(end, self.length)
         pos = first[:, None] + torch.arange(int((end - first).max()))
@@ -215,6 +227,10 @@ class FullReader:
         if self.cache:
             self.cache.select(rows)
             self.since = self.since[rows]
+
+    def _slot(self, position: Tensor) -> Tensor:
+        """Position at which the tokens of positions [N] are read."""
+        return reading_slot(position, "full", None, self.spec.prediction, position)
 
     def _forward(
         self,

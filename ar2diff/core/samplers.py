@@ -1,11 +1,12 @@
-"""Which token a position gets, and which positions are decided at a step.
+"""Which token each position gets, and which positions are decided at a step.
 
-Confidence is that of the model's own distribution, before temperature and filters: tempered
-confidence would raise the parallelism silently. Positions compete within their row only.
+Confidence is measured in the model's own distribution, before temperature and filters: a low
+temperature would otherwise decide more tokens at once, silently. Positions compete within their row
+only.
 
 Ties go to the earlier position. Positions that read masks alone have the same distribution, and
 rounding, which differs with the CPU and the shape of the batch, must not decide between them. So
-confidences and entropies (in nats) and margins are ranked as equal where they lie within `TIE` of
+confidences and entropies (in nats) and margins are ranked as equal if they lie within `TIE` of
 each other, and a threshold or an entropy bound must be passed by more than that. In float32, whose
 rounding moves them by about 1e-5, and in float64, a text depends on neither CPU nor batch by a tie;
 bfloat16 rounds more coarsely than any difference that could be ignored. Between tokens of one
@@ -32,11 +33,11 @@ TIE = 1e-4  # below it, a difference of scores counts as rounding
 
 @dataclass(frozen=True)
 class Choice:
-    """Tokens [N] for N positions and what the model thinks of them, on the CPU.
+    """Tokens [N] for N positions and how sure the model is of them, on the CPU.
 
     Attributes:
         logprob: log-probability of the token in the model's own distribution.
-        margin: probability of the likeliest token less that of the second.
+        margin: probability of the likeliest token minus that of the second.
         entropy: of the model's own distribution, in nats.
     """
 
@@ -51,9 +52,9 @@ class Chooser:
 
     Args:
         suppressed: [K] int, ids that no position can hold.
-        generators: one for each row of the batch; unused where sampling is greedy.
-        warpers: processors of transformers that act on each position alone.
-        penalty: the one of the warpers that acts on the ids of a context.
+        generators: one for each row of the batch; unused if sampling is greedy.
+        warpers: processors of transformers that look at each position alone.
+        penalty: the one among the warpers that looks at the ids of a context.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Chooser:
         """Logits [N, V] of the model's own distribution: impossible tokens at -inf.
 
         Args:
-            no_end: [N] bool, positions at which no end token may stand.
+            no_end: [N] bool, positions that may not hold an end token.
         """
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         logits = logits.index_fill(1, self.suppressed, HIDDEN)
@@ -84,7 +85,7 @@ class Chooser:
         """Scores [N, V] after penalties, temperature and filters.
 
         Args:
-            context: [N, L] ids that a repetition penalty acts on.
+            context: [N, L] ids whose repetition is penalised.
         """
         scores = logits
         for warper in self.warpers:
@@ -111,7 +112,7 @@ class Chooser:
 
     def uniform(self, row: Tensor) -> Tensor:
         """[N] numbers in [0, 1), each from its row's own generator, so that a row draws the same
-        ones whatever batch it is in. `row` is sorted."""
+        numbers in every batch. `row` is sorted."""
         rows, counts = row.unique_consecutive(return_counts=True)
         draws = [
             torch.rand(n, generator=self.generators[r], dtype=torch.double)
@@ -135,7 +136,7 @@ def draw(probability: Tensor, u: Tensor) -> Tensor:
     cumulative = probability.double().cumsum(-1)
     point = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    last = (probability > 0).double().cumsum(-1).argmax(-1)  # the last possible one: rounding
+    last = (probability > 0).double().cumsum(-1).argmax(-1)  # rounding may point beyond it
     return torch.minimum(token, last)
 
 
@@ -147,12 +148,12 @@ def commits(
     chooser: Chooser,
     rows: Tensor,
 ) -> Tensor:
-    """[R, W] bool, the masked positions to decide now: at least one in each row that has any.
+    """The masked positions to decide now, [R, W] bool: at least one in each row that has any.
 
     Args:
         choice: for the masked positions in row-major order.
         masked: [R, W] bool.
-        quota: [R] how many `steps` asks for at least; None without `steps`.
+        quota: [R] the least number that `steps_per_block` asks for; None without it.
         rows: [R] global numbers of the rows.
     """
     confidence = spread(choice.logprob, masked)
@@ -185,14 +186,15 @@ def surer(logprob: Tensor, threshold: float) -> Tensor:
 
 
 def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
-    """Every token surer than the threshold, and the surest of a row where there is none
-    (Fast-dLLM, Wu et al. 2025).
+    """Every token surer than the threshold, or the surest of a row if there is none (Fast-dLLM, Wu
+    et al. 2025).
 
     Args:
         logprob, masked: [R, W], of the chosen tokens.
     """
     sure = masked & surer(logprob, threshold)
-    return torch.where(sure.any(1, keepdim=True), sure, top(logprob, masked, masked.any(1).long()))
+    none = masked.any(1) & ~sure.any(1)
+    return sure | top(logprob, masked, none.long()) if none.any() else sure
 
 
 def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
@@ -230,8 +232,8 @@ def ranked(score: Tensor, masked: Tensor, tie: float = TIE) -> Tensor:
 
 
 def quota_of(total: Tensor, steps: int, taken: Tensor, left: Tensor) -> Tensor:
-    """[R] tokens to decide at a step: n tokens in S steps are n // S each, the first n % S steps
-    one more (LLaDA, Nie et al. 2025), besides what was given back; and at least one.
+    """[R] tokens to decide at a step: n tokens in S steps make n // S at each, and one more at the
+    first n % S (LLaDA, Nie et al. 2025); besides those that were masked again, and at least one.
 
     Args:
         total: [R] tokens that the block had to decide in all.

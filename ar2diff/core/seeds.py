@@ -1,4 +1,4 @@
-"""Keyed random generators: what is drawn depends on the key alone, not on batches or devices.
+"""Keyed random generators: draws depend on the key alone, not on batches or devices.
 
 This file is copied into converted folders: it imports torch and the standard library alone.
 """

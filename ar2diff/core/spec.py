@@ -1,4 +1,5 @@
-"""The contract: what a logit of a converted checkpoint means. Written in `config.json`, read here.
+"""The contract of a converted checkpoint: what one of its logits means. It is written into
+`config.json` and read from there.
 
 This file is copied into converted folders, so it imports the standard library alone.
 """
@@ -9,20 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .errors import Ar2DiffError, shortened
+
 FORMAT = 1
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
 NOISES = ("mask",)
 LOCAL_WINDOWS = (None, "kept", "dropped")
-
-
-class SpecError(ValueError):
-    """A `diffusion` block that this version cannot honour. Carries `what` and `fix`."""
-
-    def __init__(self, what: str, fix: str):
-        super().__init__(f"{what} ({fix})")
-        self.what = what
-        self.fix = fix
+AGAIN = "upgrade ar2diff, or convert the base model again"
 
 
 @dataclass(frozen=True)
@@ -30,15 +25,19 @@ class Spec:
     """The `diffusion` block of `config.json`; every key is required.
 
     Attributes:
-        format: layout version; a reader refuses a higher one.
+        format: version of the block; a reader refuses a higher one.
         noise: forward process; `mask` is absorbing.
         mask_token_id: id of the absorbing state.
         attention: `causal_context`, `block_causal` or `full`.
-        block_length: tokens denoised together; `None` for `full`.
-        prediction: token i is read at i (`same`) or i - 1 (`shift`).
-        ar_mode: the same weights are still a trained left-to-right model.
-        local_window: what became of the base's sliding window.
-        max_length: the longest row trained on, in tokens.
+        block_length: number of tokens denoised together; `None` for `full`.
+        prediction: whether the logits of token i are read at slot i (`same`) or i - 1 (`shift`).
+        ar_mode: whether the same weights are still a trained left-to-right model.
+        local_window: whether the base's sliding window was `kept` or `dropped`; `None` if it had
+            none.
+        max_length: length in tokens of the longest row trained on.
+
+    Raises:
+        Ar2DiffError: a value that this version cannot honour; it names the key, not the file.
     """
 
     format: int
@@ -53,8 +52,9 @@ class Spec:
 
     def __post_init__(self) -> None:
         if type(self.format) is int and self.format > FORMAT:
-            raise SpecError(
-                f"config.json: diffusion.format is {self.format!r}, this version reads {FORMAT}",
+            raise Ar2DiffError(
+                f"diffusion.format is {shortened(self.format)}; this version of ar2diff reads "
+                f"format {FORMAT}",
                 "upgrade ar2diff to the version that wrote the checkpoint",
             )
         for name, allowed in (
@@ -64,51 +64,56 @@ class Spec:
             ("local_window", LOCAL_WINDOWS),
         ):
             if getattr(self, name) not in allowed:
-                raise _bad(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
+                known = ", ".join("null" if value is None else value for value in allowed)
+                raise _bad(name, getattr(self, name), f"one of {known}")
         if type(self.ar_mode) is not bool:
             raise _bad("ar_mode", self.ar_mode, "true or false")
         for name in ("format", "mask_token_id", "max_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise _bad(name, getattr(self, name), "a whole number")
+                raise _bad(name, getattr(self, name), "an integer of at least 0")
         if self.attention == "full":
             if self.block_length is not None:
-                raise _bad("block_length", self.block_length, "null where attention is full")
+                raise _bad("block_length", self.block_length, "null, because attention is full")
         elif type(self.block_length) is not int or self.block_length < 1:
-            raise _bad("block_length", self.block_length, "a whole number of at least 1")
+            raise _bad("block_length", self.block_length, "an integer of at least 1")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec | None:
-        """Read the block out of a parsed `config.json`; `None` where there is none.
+        """Read the block from a parsed `config.json`; `None` if there is no block.
 
         Raises:
-            SpecError: an unknown key or value, a missing key, a higher format, or a
-                `mask_token_id` beside the block that differs from the one inside.
+            Ar2DiffError: an unknown key or value, a missing key, a higher format, or a
+                `mask_token_id` beside the block that differs from the one inside. The message
+                names the key; the caller names the file, with `Ar2DiffError.about`.
         """
         block = config.get("diffusion")
         if block is None:
             return None
         if not isinstance(block, Mapping):
-            raise SpecError("config.json: diffusion is not a mapping", "convert the base again")
+            raise Ar2DiffError(
+                f"diffusion is {shortened(block)}, but must be a JSON object",
+                "convert the base model again",
+            )
         names = [field.name for field in fields(cls)]
         version = block.get("format", 0)
-        if type(version) is int and version > FORMAT:  # before its keys, which we cannot know
+        if type(version) is int and version > FORMAT:  # its keys may be unknown to this version
             cls(**{name: block.get(name) for name in names})
         for key in block:
             if key not in names:
-                raise SpecError(
-                    f"config.json: diffusion.{key}: unknown key", "upgrade ar2diff, or remove it"
+                raise Ar2DiffError(
+                    f"diffusion has an unknown key, {shortened(key)}",
+                    "upgrade ar2diff, or remove the key",
                 )
         for name in names:
             if name not in block:
-                raise SpecError(
-                    f"config.json: diffusion.{name} is missing", "convert the base model again"
-                )
+                raise Ar2DiffError(f"diffusion.{name} is missing", "convert the base model again")
         spec = cls(**block)
-        if config.get("mask_token_id") != spec.mask_token_id:
-            raise SpecError(
-                f"config.json: mask_token_id is {config.get('mask_token_id')!r} but "
-                f"diffusion.mask_token_id is {spec.mask_token_id}",
-                "make the two equal; the tokenizer's mask token tells which is right",
+        beside = config.get("mask_token_id")
+        if type(beside) is not int or beside != spec.mask_token_id:
+            raise Ar2DiffError(
+                f"mask_token_id is {shortened(beside)} but diffusion.mask_token_id is "
+                f"{shortened(spec.mask_token_id)}",
+                "make the two equal; the id of the tokenizer's mask token is the right one",
             )
         return spec
 
@@ -117,14 +122,11 @@ class Spec:
         return asdict(self)
 
 
-def _bad(name: str, value: Any, wanted: str) -> SpecError:
-    return SpecError(
-        f"config.json: diffusion.{name} is {value!r}, wanted {wanted}",
-        "upgrade ar2diff, or convert the base model again",
-    )
+def _bad(name: str, value: Any, wanted: str) -> Ar2DiffError:
+    return Ar2DiffError(f"diffusion.{name} is {shortened(value)}, but must be {wanted}", AGAIN)
 
 
-# What an unconverted model is: its AR mode alone, and no token is a mask.
+# An unconverted model as a spec: its AR mode alone, with no token as the mask.
 CAUSAL = Spec(
     format=FORMAT,
     noise="mask",

@@ -1,1 +1,1 @@
-"""Where rows come from and what they become: sources, columns, conversations, collators."""
+"""From files, standard input and Hub data sets to noised batches."""

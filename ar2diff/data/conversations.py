@@ -1,273 +1,216 @@
-"""Conversations of files, and the chat template that makes text of them, which must tell what the
-assistant says and where it ends."""
+"""Rows of conversations: read from the sources of a recipe, then tokenized, with labels that say
+which tokens are learned."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..config.recipe import Recipe
-from ..core.errors import Ar2DiffError
-from .columns import arranged
-from .sources import find_file, read_lines
+from ..core.errors import Ar2DiffError, first_line, option
+from .chat_template import asked_otherwise, check_options, dropped_by, template_name
+from .columns import arranged, columns_read
+from .shapes import columns_of_shape, conversation_of
+from .sources import no_data, read_source
+from .turns import IGNORED, runs_of
 
 FORMATS = ("messages", "prompt and completion", "text")
-TEMPLATES = Path(__file__).parent / "templates"
-FIX = "set data.chat_template to one that does, or data.assistant_only=false"
-# What two templates must write alike to be taken for one: roles, order, spaces, nothing said.
-PROBES: tuple[tuple[dict[str, Any], ...], ...] = (
-    ({"role": "user", "content": "a"}, {"role": "assistant", "content": " b \n"}),
-    (
-        {"role": "system", "content": "s "},
-        {"role": "user", "content": "\na b"},
-        {"role": "assistant", "content": "c"},
-        {"role": "user", "content": "d"},
-        {"role": "user", "content": ""},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "e"},
-    ),
-    ({"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}),
-)
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": ["b"]}}}
-TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
-}
-TOOL_PROBE: tuple[dict[str, Any], ...] = (
-    {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "name": "f", "content": '{"z": 3}'},
-    {"role": "assistant", "content": "b"},
-)
 
 
-def read_conversations(recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows of all sources: `messages`, or `prompt` and `completion`, or a text; all of one format.
+@dataclass(frozen=True)
+class Conversations:
+    """The rows of a run, all of one form.
 
-    Raises:
-        Ar2DiffError: naming the file and the row that is not.
+    Attributes:
+        rows: each with `messages` (and `tools`, `chat_template_kwargs`), or with `prompt` and
+            `completion`, or with a text.
+        where: what an error calls each of them.
+        unread: columns that rows have and nothing reads.
     """
-    rows = [_conversation(row, where, recipe) for where, row in read_rows(recipe)]
-    kinds = {tuple(sorted(row)) for row in rows}
-    if len({kind[0] for kind in kinds}) > 1:
-        raise Ar2DiffError("the rows are of several formats", f"one of {', '.join(FORMATS)} alone")
-    return rows
+
+    rows: list[dict[str, Any]]
+    where: list[str]
+    unread: tuple[str, ...]
+
+    @property
+    def chat(self) -> bool:
+        """Whether the rows are messages."""
+        return "messages" in self.rows[0]
+
+    @property
+    def tools(self) -> bool:
+        """Whether a conversation has tools, calls of them or their results."""
+        return any(
+            row.get("tools")
+            or any(m.get("tool_calls") or m.get("role") == "tool" for m in row.get("messages", ()))
+            for row in self.rows
+        )
 
 
-def read_rows(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
-    """(what an error calls it, row) of all sources, columns where the recipe says they are.
+@dataclass(frozen=True)
+class TokenRows:
+    """Conversations as token ids.
+
+    Attributes:
+        ids: of each row. labels: of each token, its id where it is learned, else `IGNORED`.
+        notes: lines for the user: what of the data is not used, what may be wrong with it.
+    """
+
+    ids: list[list[int]]
+    labels: list[list[int]]
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def dataset(self) -> Any:
+        """The rows as a data set that trl's trainer takes as tokenized."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({"input_ids": self.ids, "labels": self.labels})
+
+
+def read_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what an error calls it, row) of all sources, its columns arranged as the recipe says.
 
     Raises:
-        Ar2DiffError: naming the file and the row that cannot be read.
+        Ar2DiffError: naming the row that cannot be read.
     """
     if not recipe.data.sources:
-        raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
-    rows: list[tuple[str, dict[str, Any]]] = []
+        raise no_data()
     for source in recipe.data.sources:
-        path = find_file(source.path)
-        if path is None:
-            raise Ar2DiffError(
-                f"data {source.path}: no such file", "sft and rl read local jsonl files"
-            )
-        for number, line in enumerate(read_lines(path, f"data {path}"), 1):
-            where = f"data {path}: row {number}"
-            if line.strip():
-                rows.append((where, arranged(_parsed(line, where), recipe.data.columns, where)))
-    if not rows:
-        raise Ar2DiffError("the data is empty", "give a file with rows")
-    return rows
+        for where, row in read_source(source):
+            yield where, arranged(row, recipe.data.columns, where)
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise Ar2DiffError(f"{where} is not JSON ({error.msg})", "mend or remove it") from None
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Ar2DiffError(f"{where} is not valid Unicode", "mend or remove it") from None
-    return row if isinstance(row, dict) else {}
+def read_conversations(recipe: Recipe) -> Conversations:
+    """The conversations of all sources of a recipe; errors as of `conversations_of`."""
+    return conversations_of(read_rows(recipe), recipe)
 
 
-def _conversation(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
-    if "messages" in row:
-        messages = row["messages"]
-        said = [
-            isinstance(m, dict) and isinstance(m.get("role"), str) and (
-                isinstance(m.get("content"), str) or m.get("tool_calls")
-            )
-            for m in (messages if isinstance(messages, list) else [])
-        ]  # fmt: skip
-        if not said or not all(said):
-            raise Ar2DiffError(
-                f"{where}: a message without role or content",
-                'mend or remove the row; an answer of nothing is ""',
-            )
-        if all(message["role"] != "assistant" for message in messages):
-            raise Ar2DiffError(f"{where}: the assistant says nothing", "mend or remove the row")
-        return {k: row[k] for k in ("messages", "tools") if row.get(k) is not None}
-    if "prompt" in row and "completion" in row:
-        for name in ("prompt", "completion"):
-            if not isinstance(row[name], str):
-                raise Ar2DiffError(
-                    f"{where}: {name} is {_kind(row[name])}, wanted text",
-                    'mend or remove the row; an answer of nothing is ""',
-                )
-        if not row["prompt"] and not row["completion"]:
-            raise Ar2DiffError(f"{where}: prompt and completion are empty", "remove the row")
-        return {"prompt": row["prompt"], "completion": row["completion"]}
-    field = recipe.data.text_field
-    if isinstance(row.get(field), str) and row[field]:
-        return {field: row[field]}
-    raise Ar2DiffError(
-        f"{where} has neither messages nor prompt and completion nor {field!r} "
-        f"(it has {', '.join(row) or 'nothing'})",
-        "see data.columns in 'ar2diff config schema data'",
-    )
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def uses_tools(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a conversation has tools, calls of them or their results."""
-    return any(
-        row.get("tools")
-        or any(m.get("tool_calls") or m.get("role") == "tool" for m in row.get("messages", ()))
-        for row in rows
-    )
-
-
-def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 64) -> int:
-    """Of how many of the first rows the last answer is taught behind other tokens than those that
-    ask for it in a chat: a tokenizer may join what ends the prompt to what begins the answer."""
-    found = 0
-    for row in rows[:most]:
-        messages, tools = row["messages"], row.get("tools")
-        if messages[-1]["role"] != "assistant":
-            continue
-        asked, whole = (
-            tokenizer.apply_chat_template(
-                part, tools=tools, add_generation_prompt=part is not messages, return_dict=True
-            )["input_ids"]
-            for part in (messages[:-1], messages)
-        )
-        found += whole[: len(asked)] != asked
-    return found
-
-
-def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
-    """The template to render conversations with: the recipe's, else the tokenizer's; where that
-    does not mark what the assistant says, one that writes the same and does: trl's, or ours.
+def conversations_of(found: Iterable[tuple[str, dict[str, Any]]], recipe: Recipe) -> Conversations:
+    """The conversations that rows of any of the common shapes hold.
 
     Args:
-        tools: there are some in the conversations.
+        found: (what an error calls it, row), its columns arranged as the recipe says.
 
     Raises:
-        Ar2DiffError: there is none, or it cannot tell what the assistant says or where it ends.
+        Ar2DiffError: naming the row that is none; or the rows are of several formats.
     """
-    from trl.chat_template_utils import has_generation_markers
-
-    template = _named(recipe.data.chat_template) or tokenizer.chat_template
-    if isinstance(template, dict):  # of several it is the one that chats
-        template = template.get("default")
-    if not template:
-        raise Ar2DiffError(
-            "the tokenizer has no chat template", "set data.chat_template, for example to plain"
-        )
-    if not recipe.data.assistant_only:
-        return template
-    if not has_generation_markers(template):
-        template = _marked(tokenizer, template, tools)
-    if turn_end(tokenizer, template) is None:
-        raise Ar2DiffError(
-            "the chat template ends no answer with an end token that the tokenizer has: "
-            "nothing would teach the model to stop",
-            "set data.chat_template to one that does, for example plain",
-        )
-    return template
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    unread: dict[str, None] = {}
+    mapped, field = columns_read(recipe.data.columns), recipe.data.text_field
+    for where, row in found:
+        rows.append(conversation_of(row, where, field))
+        places.append(where)
+        if not row.keys() <= unread.keys():
+            read = columns_of_shape(row, field) | mapped
+            unread |= dict.fromkeys(name for name in row if name not in read)
+        if _format(rows[-1]) != _format(rows[0]):
+            raise Ar2DiffError(
+                f"{where} is of another format than {places[0]}: the data mixes formats",
+                f"give rows of one format: {', '.join(FORMATS)}",
+            )
+    return Conversations(rows, places, tuple(unread))
 
 
-def turn_end(tokenizer: Any, template: str) -> int | None:
-    """The special token that a template writes behind what the assistant says."""
-    said = "what is said"
-    written = rendered(tokenizer, template, [{"role": "user", "content": "a"}, _said(said)])
-    if written is None or said not in written:
-        return None
-    behind = tokenizer(written.rpartition(said)[2], add_special_tokens=False).input_ids
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((n for n in behind if n in special or n in tokenizer.all_special_ids), None)
+def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) -> TokenRows:
+    """Tokenize conversations with the tokenizer's chat template, or as texts.
 
-
-def rendered(
-    tokenizer: Any,
-    template: str,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] | None = None,
-    **options: Any,
-) -> str | None:
-    """What a template writes; None where it refuses."""
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools, chat_template=template, tokenize=False, **options
-        )
-    except Exception:  # a template raises what it likes
-        return None
-
-
-def _said(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def _named(name: str | None) -> str | None:
-    if name is None:
-        return None
-    path = Path(name) if name.endswith((".jinja", ".j2")) else TEMPLATES / f"{name}.jinja"
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise Ar2DiffError(
-            f"data.chat_template {name}: no such template", f"{shipped}, or a .jinja file"
-        )
-    return path.read_text(encoding="utf-8")
-
-
-def _marked(tokenizer: Any, template: str, tools: bool) -> str:
-    """A template with generation markers that writes what `template` does."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    before, tokenizer.chat_template = tokenizer.chat_template, template
-    try:
-        known = get_training_chat_template(tokenizer)
-        if known is not None and has_generation_markers(known):
-            return known
-    except ValueError:
-        pass
-    finally:
-        tokenizer.chat_template = before
-    for path in sorted(TEMPLATES.glob("*.jinja")):
-        ours = path.read_text(encoding="utf-8")
-        if _same(tokenizer, template, ours, tools):
-            return ours
-    raise Ar2DiffError(
-        "the chat template does not mark what the assistant says ({% generation %})", FIX
-    )
-
-
-def _same(tokenizer: Any, one: str, other: str, tools: bool) -> bool:
-    """Whether two templates write the same; what both refuse says nothing."""
-    cases = [(probe, None) for probe in PROBES]
-    if tools:
-        cases += [(TOOL_PROBE, None), (TOOL_PROBE, [TOOL])]
-    written = [
-        [
-            rendered(tokenizer, template, *case, add_generation_prompt=prompt)
-            for case in cases
-            for prompt in (False, True)
+    Raises:
+        Ar2DiffError: naming the row that the template refuses, in the template's own words.
+    """
+    notes = []
+    if data.unread:
+        names = ", ".join(data.unread[:8]) + (" ..." if len(data.unread) > 8 else "")
+        notes.append(f"note: these columns of the data are not used: {names}")
+    if data.chat:
+        dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
+        name = template_name(recipe)
+        notes += [f"note: {name} leaves out {what}" for what in dropped]
+        if count := asked_otherwise(tokenizer, data.rows):
+            notes.append(
+                f"warning: {count} of the first answers are taught after other tokens than those a "
+                "chat asks for them with: compare what the chat template renders with and without "
+                "add_generation_prompt"
+            )
+        pairs = [
+            _chat(row, where, tokenizer, recipe)
+            for row, where in zip(data.rows, data.where, strict=True)
         ]
-        for template in (one, other)
-    ]
-    return written[0] == written[1] and any(text is not None for text in written[0])
+    else:
+        pairs = [_text(row, tokenizer) for row in data.rows]
+    return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
+
+
+def _format(row: dict[str, Any]) -> str:
+    return next((name for name in ("messages", "prompt") if name in row), "text")
+
+
+def _text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels of a text, or of a prompt and a completion, of which only the latter is
+    learned. It begins where prompt and whole text diverge, as tokens may join across."""
+    end = tokenizer.eos_token
+    *prompt, last = (row["prompt"], row["completion"]) if "prompt" in row else row.values()
+    whole = "".join(prompt) + (last if last.endswith(end) else last + end)
+    ids = _ids(tokenizer, whole)
+    start = 0
+    if prompt:
+        before = _ids(tokenizer, prompt[0])
+        pairs = zip(before, ids, strict=False)
+        start = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids)))
+    return ids, [IGNORED] * start + ids[start:]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text. Of a tokenizer that appends its end token, one at most."""
+    ids = tokenizer(text=text, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids[:-1] if ids[-2:] == [end, end] else ids
+
+
+def _chat(
+    row: dict[str, Any], where: str, tokenizer: Any, recipe: Recipe
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of messages: all tokens, or with `assistant_only` those that the template
+    marks; never those of an answer whose weight is 0."""
+    options, marked = row.get("chat_template_kwargs", {}), recipe.data.assistant_only
+    check_options(tokenizer, options, where)
+    weights = [m.get("weight", 1) for m in row["messages"] if m["role"] == "assistant"]
+    messages = [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tools=row.get("tools"),
+            return_dict=True,
+            return_assistant_tokens_mask=marked,
+            **options,
+        )
+    except Exception as error:  # a template raises what it likes
+        raise Ar2DiffError(
+            f"{where}: {template_name(recipe)} does not render it: {first_line(error)}",
+            f"correct or remove the row, or set {option('data.chat_template')}",
+        ) from None
+    ids = list(encoded["input_ids"])
+    learned = encoded["assistant_masks"] if marked else [1] * len(ids)
+    labels = [one if keep else IGNORED for one, keep in zip(ids, learned, strict=True)]
+    if 0 in weights:
+        _forget(labels, weights, where, marked)
+    return ids, labels
+
+
+def _forget(labels: list[int], weights: Sequence[int], where: str, marked: bool) -> None:
+    """Ignore the labels of answers whose weight is 0."""
+    runs = list(runs_of(labels))
+    if not marked or len(runs) != len(weights):
+        raise Ar2DiffError(
+            f"{where}: a message is not to be learned, but the chat template does not mark each "
+            "answer by itself",
+            f"set {option('data.assistant_only', 'true')} and a template that does, for example "
+            f"{option('data.chat_template', 'plain')}",
+        )
+    for (start, end), weight in zip(runs, weights, strict=True):
+        if weight == 0:
+            labels[start:end] = [IGNORED] * (end - start)

@@ -1,7 +1,8 @@
-"""Data: sources -> documents -> pieces on the grid -> packed rows -> noised batches.
+"""The data of `adapt`: documents -> parts on the grid -> packed rows -> noised batches.
 
-Rows are one endless stream, a function of (sources, tokenizer, recipe) alone; the noise of a piece
-is a function of (seed, epoch, its ids). So batches, ranks, accumulation and resume change nothing.
+The rows are one endless stream that depends only on sources, tokenizer and recipe, and the noise of
+a part depends only on seed, epoch and its ids. Batch size, number of ranks, gradient accumulation
+and resuming therefore change nothing.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch.utils.data import IterableDataset
 
 from ..config.recipe import Recipe
 from ..core.attention import PADDING
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.noise import block_times, complement, corrupt
 from ..diffusion.objective import cart_weights, coefficients, time_weights
 from .sources import Documents
 
-OPEN_ROWS = 16  # rows that a piece may still be packed into
+OPEN_ROWS = 16  # rows that a part may still be packed into
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A document, or a part of one, as it stands in a row.
+class DocumentPart:
+    """A document, or a part of one, as it is placed in a row.
 
     Attributes:
-        ids: token ids, filled with EOS to the grid.
-        real: how many of them are the document's own (its end token included).
-        run: how many at the end are one EOS run, fill included; 0 where the document was cut.
-        epoch: pass over its source.
+        ids: token ids, filled up to the grid with EOS.
+        real: number of ids that belong to the document, including its end token.
+        run: length of the run of EOS at the end, including the fill; 0 if the document was cut.
+        epoch: number of the pass over its source.
         document: content key of the whole document.
     """
 
@@ -44,13 +45,15 @@ class Piece:
     document: int
 
 
-def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) -> Iterator[Piece]:
-    """Cut a document to rows and fill its end, so that no length is visible.
+def document_parts(
+    ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int
+) -> Iterator[DocumentPart]:
+    """Cut a document into parts that fit a row, and fill its end so that no length is visible.
 
-    The last block is filled to the grid with EOS, maskable and supervised, as a decoder's canvas
-    has room to the end of the block. For `full` the canvas has any length up to `max_length`.
-    A piece starts with the last token of the one before: its position 0 is never scored, and so
-    every token of the document but its first is scored once.
+    The last block is filled up to the grid with EOS that is masked and supervised, because a
+    decoder's canvas extends to the end of the block. With `full` attention the canvas has a random
+    length of up to `max_length`. A part starts with the last token of the previous part: position 0
+    is never scored, so every token of the document except its first is scored exactly once.
     """
     data, grid = recipe.data, recipe.convert.block_length
     document = content_key(ids)
@@ -74,19 +77,19 @@ def pieces(ids: Sequence[int], epoch: int, eos: int, recipe: Recipe, seed: int) 
             if torch.rand((), generator=generator) < data.cut_share:
                 real = min(real, int(torch.randint(2, len(part) + 1, (), generator=generator)))
                 part, run = part[:real], 0
-        yield Piece(part, real, run, epoch, document)
+        yield DocumentPart(part, real, run, epoch, document)
         if data.overlong == "truncate":
             return
 
 
-class Rows(IterableDataset):
-    """Endless packed rows: each item is (ordinal, pieces of at most `max_length` tokens together).
+class PackedDocuments(IterableDataset):
+    """Endless packed rows; an item is (ordinal, parts with a total of at most `max_length` tokens).
 
     Args:
         documents: the mixed sources.
         tokenizer: adds its own BOS; the EOS is added here.
         eos: id that ends a document.
-        skip: content keys of documents held out.
+        skip: content keys of documents that are held out.
     """
 
     def __init__(
@@ -100,41 +103,44 @@ class Rows(IterableDataset):
         self.documents, self.tokenizer, self.eos = documents, tokenizer, eos
         self.recipe, self.skip = recipe, skip
 
-    def __iter__(self) -> Iterator[tuple[int, list[Piece]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[DocumentPart]]]:
         data = self.recipe.data
-        return enumerate(pack(self._pieces(), data.max_length, data.packing))
+        return enumerate(pack(self._parts(), data.max_length, data.packing))
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _parts(self) -> Iterator[DocumentPart]:
         barren = 0
         for text, epoch in self.documents:
             ids = tokenize(self.tokenizer, text, self.eos)
             found = False
             if content_key(ids) not in self.skip:
-                for piece in pieces(ids, epoch, self.eos, self.recipe, self.recipe.train.seed):
+                for part in document_parts(
+                    ids, epoch, self.eos, self.recipe, self.recipe.train.seed
+                ):
                     found = True
-                    yield piece
+                    yield part
             barren = 0 if found else barren + 1
             if barren > max(1000, 2 * self.documents.size):
                 raise Ar2DiffError(
-                    f"data: none of {barren:,} rows in turn has 2 tokens and is not held out",
-                    "check the text field and the file, or lower eval.rows",
+                    f"the data has no usable row: the last {barren:,} have less than 2 tokens or "
+                    "are held out for evaluation",
+                    f"check the data and {option('text_field')}, or lower {option('eval.rows')}",
                 )
 
 
-def pack(pieces: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
-    """Rows of pieces (things with `ids`) of at most `room` tokens together: each goes into the
-    fullest row that still has room for it. Without packing each is a row."""
+def pack(parts: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
+    """Pack parts (objects with `ids`) into rows of at most `room` tokens. Each part goes into the
+    fullest open row that has room for it. Without packing, each part is a row."""
     rows: list[list[Any]] = []
-    for piece in pieces:
+    for part in parts:
         if not packing:
-            yield [piece]
+            yield [part]
             continue
-        free = [room - sum(len(p.ids) for p in row) - len(piece.ids) for row in rows]
+        free = [room - sum(len(p.ids) for p in row) - len(part.ids) for row in rows]
         fits = [i for i, left in enumerate(free) if left >= 0]
         row = rows[min(fits, key=free.__getitem__)] if fits else []
         if not fits:
             rows.append(row)
-        row.append(piece)
+        row.append(part)
         used = sum(len(p.ids) for p in row)
         if used == room:
             rows.remove(row)
@@ -146,8 +152,8 @@ def pack(pieces: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]
 
 
 def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
-    """Ids of a document: the tokenizer's own BOS if it has one, the text, one EOS. A text without
-    a token of its own gives less than 2 ids."""
+    """Ids of a document: the tokenizer's own BOS if it adds one, the text, one EOS. A text that has
+    no tokens of its own gives none."""
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) <= len(tokenizer("").input_ids):
         return []
@@ -155,7 +161,7 @@ def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
 
 
 def block_length_at(recipe: Recipe, step: int) -> int | None:
-    """Block length that an anneal by lengths has reached at an optimiser step (None: one block)."""
+    """Block length at an optimizer step, which may be annealed; None if a row is one block."""
     anneal = recipe.anneal
     if not anneal.lengths or step >= anneal.steps:
         return recipe.convert.block_length
@@ -164,19 +170,19 @@ def block_length_at(recipe: Recipe, step: int) -> int | None:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> a noised batch. Draws the noise here, on the CPU, so that the divisor is known before
-    the first micro-step. A second, complementary view doubles the batch."""
+    """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
+    the loss is known before the first micro-step. A complementary view doubles the batch."""
 
     recipe: Recipe
     mask_token_id: int
-    rows_per_step: int = 1  # over all ranks and accumulation steps
+    rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
-    def __call__(self, numbered: Sequence[tuple[int, Sequence[Piece]]]) -> dict[str, Tensor]:
+    def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
         """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
-        tokens, step (the optimiser step that these rows belong to, whoever runs it)."""
+        tokens, step (the optimizer step that these rows belong to, on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
-        rows = [pieces for _, pieces in numbered]
+        rows = [parts for _, parts in numbered]
         length = max(sum(len(p.ids) for p in row) for row in rows)
         views = 2 if self.recipe.noise.complementary else 1
         size = (len(rows), length)
@@ -192,36 +198,36 @@ class Collator:
         t = torch.zeros(views, *size, dtype=torch.double)
         for r, row in enumerate(rows):
             start = 0
-            for number, piece in enumerate(row):
-                end = start + len(piece.ids)
+            for number, part in enumerate(row):
+                end = start + len(part.ids)
                 place = (r, slice(start, end))
-                self._place(batch, place, number, piece)
-                masked[:, r, start:end], t[:, r, start:end] = self.noise(piece, size_of_block)
+                self._place(batch, place, number, part)
+                masked[:, r, start:end], t[:, r, start:end] = self.noise(part, size_of_block)
                 start = end
         return self._finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
 
-    def _place(self, batch: dict[str, Tensor], place: Any, number: int, piece: Piece) -> None:
-        n = len(piece.ids)
+    def _place(self, batch: dict[str, Tensor], place: Any, number: int, part: DocumentPart) -> None:
+        n = len(part.ids)
         weight = torch.ones(n)
-        if piece.run:
-            weight[-piece.run :] = 1 / piece.run
-            batch["eos"][place[0], place[1].stop - piece.run : place[1].stop] = True
-        ids = torch.tensor(piece.ids)
+        if part.run:
+            weight[-part.run :] = 1 / part.run
+            batch["eos"][place[0], place[1].stop - part.run : place[1].stop] = True
+        ids = torch.tensor(part.ids)
         weight[~self._maskable(ids)] = 0
         batch["x0"][place] = ids
         batch["doc"][place] = number
         batch["pos"][place] = torch.arange(n)
         batch["weight"][place] = weight
-        batch["real"][place] = torch.arange(n) < piece.real
+        batch["real"][place] = torch.arange(n) < part.real
 
-    def noise(self, piece: Piece, block_length: int | None) -> tuple[Tensor, Tensor]:
-        """[views, n] masked and t of a piece: a function of (seed, epoch, the piece's ids)."""
+    def noise(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
+        """[views, n] masked and t of a part: a function of (seed, epoch, the part's ids)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
-        n, key = len(piece.ids), content_key(piece.ids[: piece.real])
+        n, key = len(part.ids), content_key(part.ids[: part.real])
         size = block_length or n
-        maskable, block = self._maskable(torch.tensor(piece.ids)), torch.arange(n) // size
-        times = block_times(int(block[-1]) + 1, noise.time, seed, piece.epoch, key, piece.document)
-        generator = keyed_generator(seed, piece.epoch, key)
+        maskable, block = self._maskable(torch.tensor(part.ids)), torch.arange(n) // size
+        times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, part.document)
+        generator = keyed_generator(seed, part.epoch, key)
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
         if not noise.complementary:
             return masked[None], t[None]
@@ -229,7 +235,7 @@ class Collator:
         return torch.stack([masked, other]), torch.stack([t, other_t])
 
     def _maskable(self, ids: Tensor) -> Tensor:
-        """Position 0 is never masked and never scored, nor is a text that spells the mask token."""
+        """Position 0 is never masked nor scored, and neither is a mask token within the text."""
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
 
     def _finish(

@@ -1,12 +1,11 @@
-"""Where text comes from: local files and Hub data sets, mixed by weight, endlessly and in an order
-that depends on the seed alone."""
+"""Where rows come from: local files, standard input and Hub data sets; and the endless mixture of
+documents that `adapt` trains on, in an order that depends on the seed alone."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import hashlib
 import os
-import zlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,36 @@ from typing import Any
 
 import torch
 
-from ..config.recipe import Source
-from ..core.errors import Ar2DiffError, first_line
+from ..config.recipe import Recipe
+from ..config.sections import Source
+from ..core.errors import Ar2DiffError, first_line, nearest, option
 from ..core.seeds import keyed_generator
+from ..distributed.ranks import world_size
+from .rows import STDIN, SUFFIXES, Row, from_arrow, kind_of, read_file, read_stdin, stdin_bytes
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
-SHUFFLE_BUFFER = 10_000
+SHUFFLE_BUFFER = 10_000  # rows of a stream
+TEXT_COLUMNS = ("text", "content", "body", "document", "story", "article")  # often used names
 
 
 def find_file(path: str) -> Path | None:
-    """The local file that a source names: a file, a name without its suffix, a folder with one data
-    file; looked for from here and from $AR2DIFF_DATA. None: it must be a Hub data set."""
+    """The local file that a source names: a file, a name without its suffix, or a folder with one
+    data file. It is looked for in the working directory, then in $AR2DIFF_DATA.
+
+    Returns:
+        None for standard input (`-`), and for the id of a Hub data set.
+
+    Raises:
+        Ar2DiffError: it can only be a file, and there is none.
+    """
+    if path == STDIN:
+        return None
+    try:
+        return _find_file(path)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, no such ~user
+        raise Ar2DiffError(f"data {path}: {first_line(error)}", "check the name") from None
+
+
+def _find_file(path: str) -> Path | None:
     roots = [Path(), *([Path(os.environ["AR2DIFF_DATA"])] if "AR2DIFF_DATA" in os.environ else [])]
     for root in roots:
         base = root / Path(path).expanduser()
@@ -38,120 +56,181 @@ def find_file(path: str) -> Path | None:
             if len(inside) == 1:
                 return inside[0]
             raise Ar2DiffError(
-                f"data {path}: the folder holds {len(inside)} data files, wanted one",
-                f"name one of {', '.join(p.name for p in inside) or SUFFIXES}",
+                f"data {path}: the folder holds {len(inside)} data files, but must hold one",
+                f"name one of {', '.join(p.name for p in inside)}"
+                if inside
+                else f"give a file of type {', '.join(SUFFIXES)}",
             )
     if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise Ar2DiffError(
-            f"data {path}: no such file", f"give a {', '.join(SUFFIXES)} file or a Hub data set"
+            f"data {path}: there is no such file",
+            f"give a file of type {', '.join(SUFFIXES)}, or the id of a Hub data set",
         )
     return None
 
 
-def read_texts(path: Path, field: str) -> list[str]:
-    """All texts of a local file.
-
-    Raises:
-        Ar2DiffError: naming the row, where one cannot be read; or the file holds no row.
-    """
-    if path.name.endswith(".parquet"):
-        texts = _parquet(path, field)
-    else:
-        if not path.name.endswith(SUFFIXES):
-            raise Ar2DiffError(f"data {path}: unknown kind of file", f"give {', '.join(SUFFIXES)}")
-        lines = read_lines(path, f"data {path}")
-        if ".jsonl" in path.name:
-            texts = [
-                _text(_json(line, path, row), field, path, row)
-                for row, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-        else:
-            texts = [line.rstrip("\n") for line in lines if line.strip()]
-    if not texts:
-        raise Ar2DiffError(f"data {path}: the file is empty", "give a file with rows")
-    return texts
+def no_data() -> Ar2DiffError:
+    """The error of a run whose recipe and arguments name no data."""
+    return Ar2DiffError(
+        f"no data is given: {option('data')} and data.sources are empty",
+        f"give {option('data', 'FILE')}, or list data.sources in the recipe",
+    )
 
 
-def read_lines(path: Path, name: str) -> list[str]:
-    """The lines of a text file, unpacked where it is a .gz.
+def read_source(source: Source, line_as: str = "text", what: str = "data") -> Iterator[Row]:
+    """Rows of a source of any kind, of which there is at least one.
 
     Args:
-        name: what an error calls the file.
+        line_as: the column that a line of a text file becomes.
+        what: what an error calls the source: `data`, `prompts`.
+
+    Raises:
+        Ar2DiffError: it cannot be read, or is empty.
     """
+    path, empty = find_file(source.path), True
+    if path is not None:
+        rows = read_file(path, line_as, what)
+    elif source.path == STDIN:
+        if world_size() > 1:
+            raise Ar2DiffError(
+                "standard input cannot be read by several processes",
+                f"write it to a file, and give that with {option('data', 'FILE')}",
+            )
+        rows = read_stdin(line_as, what)
+    else:
+        data = open_hub(source)
+        rows = (
+            (f"{what} {source.path}: row {n}", from_arrow(row)) for n, row in enumerate(data, 1)
+        )
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise Ar2DiffError(f"{what} {path or source.path} is empty", "give data with rows")
+
+
+def open_hub(source: Source, streaming: bool = False) -> Any:
+    """A data set of the Hub, as `datasets` gives it. No code of the repository is run."""
+    import datasets
+
     try:
-        opened = gzip.open if path.name.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            return list(file)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise Ar2DiffError(f"{name}: {first_line(error)}", "check the file") from None
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a local file, whatever they hold; 0 of a parquet file that cannot be read."""
-    if path.name.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_metadata(path).num_rows
-        except (OSError, pyarrow.ArrowInvalid):
-            return 0
-    return sum(bool(line.strip()) for line in read_lines(path, f"data {path}"))
-
-
-def _parquet(path: Path, field: str) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise Ar2DiffError(f"data {path}: {str(error).splitlines()[0]}", "check the file") from None
-    return [_text(row, field, path, number) for number, row in enumerate(table.to_pylist(), 1)]
-
-
-def _json(line: str, path: Path, row: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, streaming=streaming
+        )
+    except Exception as error:  # any of a dozen classes of datasets, huggingface_hub, httpx
         raise Ar2DiffError(
-            f"data {path}: row {row} is not JSON ({error.msg} at column {error.colno})",
-            "mend or remove the row",
+            f"data {source.path} is not a local file, and loading it from the Hub failed: "
+            f"{first_line(error)}",
+            "check the name and the connection, or give a local file",
+        ) from error
+
+
+def read_texts(path: Path | str, field: str) -> list[str]:
+    """The texts of all rows of a source.
+
+    Args:
+        path: of a `Source`.
+        field: the column that holds the text.
+
+    Raises:
+        Ar2DiffError: naming the row that cannot be read; or there is no row.
+    """
+    rows = read_source(Source(path=str(path)), field)
+    return [text_of(row, field, where) for where, row in rows]
+
+
+def text_of(row: dict[str, Any], field: str, where: str) -> str:
+    """The text in a column of a row.
+
+    Args:
+        where: what an error calls the row.
+
+    Raises:
+        Ar2DiffError: naming the row, and a column that holds text.
+    """
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    texts = [name for name, v in row.items() if isinstance(v, str) and v]
+    likely = [name for name in TEXT_COLUMNS if name in texts] or texts
+    wanted = option("text_field", likely[0] if likely else None)
+    if field in row:
+        raise Ar2DiffError(
+            f"{where}: column {field!r} holds {kind_of(value)}, but text is wanted",
+            f"correct the row, or name another column with {wanted}",
+        )
+    raise Ar2DiffError(
+        f"{where} has no column {field!r} (it has {columns_of(row)}){nearest(field, row)}",
+        f"name the column that holds the text with {wanted}",
+    )
+
+
+def columns_of(row: dict[str, Any]) -> str:
+    """The names of a row's columns, as an error lists them."""
+    names = [name[:40] for name in row][:12]
+    return ", ".join([*names, *(["..."] if len(row) > len(names) else [])]) or "none"
+
+
+def count_rows(source: Source) -> int | None:
+    """Rows of a local file; None for standard input and Hub data sets.
+
+    Raises:
+        Ar2DiffError: the file cannot be read.
+    """
+    path = find_file(source.path)
+    return None if path is None else sum(1 for _ in read_file(path))
+
+
+def identity(recipe: Recipe) -> dict[str, str | None]:
+    """What decides the rows of a run, by what a recipe calls it: the SHA-256 of each file, the hash
+    that `datasets` has of a Hub data set's files. Two runs whose identities are equal read the
+    same rows. A hash that cannot be had is None."""
+    found: dict[str, str | None] = {}
+    for source in recipe.data.sources:
+        path = find_file(source.path)
+        if path is not None:
+            found[source.path] = _sha256(path)
+        elif source.path == STDIN:
+            found[source.path] = hashlib.sha256(stdin_bytes(sys.stdin)).hexdigest()
+        else:
+            found[source.path] = _hub_hash(source)
+    template = recipe.data.chat_template
+    others = {"eval.data": recipe.eval.data, "data.chat_template": template}
+    for key, name in others.items():
+        if name is not None and Path(name).is_file():
+            found[key] = _sha256(Path(name))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Ar2DiffError(
+            f"{path} cannot be read: {first_line(error)}", "check the file"
         ) from None
 
 
-def _text(row: Any, field: str, path: Path | str, number: int) -> str:
-    if not isinstance(row, dict) or field not in row:
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise Ar2DiffError(
-            f"data {path}: row {number} has no field {field!r} (it has {has})",
-            "name the field with --text-field",
-        )
-    if not isinstance(row[field], str):
-        raise Ar2DiffError(
-            f"data {path}: row {number}: {field!r} is {type(row[field]).__name__}, wanted text",
-            "name another field with --text-field",
-        )
+def _hub_hash(source: Source) -> str | None:
+    import datasets
+
     try:
-        row[field].encode()
-    except UnicodeEncodeError:
-        raise Ar2DiffError(
-            f"data {path}: row {number}: {field!r} is not valid Unicode", "mend or remove the row"
-        ) from None
-    return row[field]
+        return datasets.load_dataset_builder(source.path, source.name).hash
+    except Exception:  # as of `open_hub`, which says why
+        return None
 
 
 @dataclass
 class Documents:
     """Endless (text, epoch) pairs from all sources. The next document comes from the source that is
-    furthest behind its share, so that each share holds at any time, without a draw.
+    furthest below its share, so that the shares hold at any time without random draws.
 
     Args:
-        sources: of the recipe. A source without a weight weighs its number of rows.
-        field: the text field.
-        seed: order within a source.
-        streaming: read Hub data sets as they come.
+        sources: of the recipe. A source without a weight has its number of rows as its weight.
+        field: the column that holds the text.
+        seed: of the order within a source.
+        streaming: stream Hub data sets instead of downloading them first.
     """
 
     sources: Sequence[Source]
@@ -161,7 +240,7 @@ class Documents:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise Ar2DiffError("no data is named", "give --data, or data.sources in the recipe")
+            raise no_data()
         self._texts = [self._open(i) for i in range(len(self.sources))]
         sizes = [len(texts) if isinstance(texts, list) else None for texts in self._texts]
         self.size = sum(size or 0 for size in sizes)
@@ -170,7 +249,7 @@ class Documents:
             path = self.sources[weights.index(None)].path
             raise Ar2DiffError(
                 f"data {path}: a streamed source in a mixture needs a weight",
-                "give each source {path, weight} in the recipe",
+                "write every source as {path: ..., weight: ...} in the recipe",
             )
         self.weights = [weight or 1.0 for weight in weights]
 
@@ -192,26 +271,14 @@ class Documents:
 
     def _open(self, i: int) -> Any:
         source = self.sources[i]
-        path = find_file(source.path)
-        if path is not None:
-            return read_texts(path, self.field)
-        import datasets
-
-        try:
-            data = datasets.load_dataset(
-                source.path, source.name, split=source.split, streaming=self.streaming
-            )
-        except Exception as error:  # any of a dozen classes of datasets, huggingface_hub, httpx
-            raise Ar2DiffError(
-                f"data {source.path}: {first_line(error)}",
-                "check the name and the connection, or give a local file",
-            ) from error
-        if self.streaming:
-            return data
-        return [self._field(row, i, number) for number, row in enumerate(data, 1)]
+        if self.streaming and find_file(source.path) is None and source.path != STDIN:
+            return open_hub(source, streaming=True)
+        rows = read_source(source, self.field)
+        return [text_of(row, self.field, where) for where, row in rows]
 
     def _field(self, row: Any, source: int, number: int) -> str:
-        return _text(row, self.field, self.sources[source].path, number)
+        where = f"data {self.sources[source].path}: row {number}"
+        return text_of(row, self.field, where)
 
     def _stream(self, i: int) -> Iterator[tuple[str, int]]:
         texts, epoch = self._texts[i], 0

@@ -1,14 +1,14 @@
-"""Supervised fine-tuning data: conversations -> the turns to learn -> noised batches.
+"""The data of `sft`: tokenized conversations -> turns to learn -> packed rows -> noised batches.
 
-A turn is a run of supervised tokens: a completion, or what the assistant says once. Its canvas in
-training is that of decoding: the prompt stands clean, tokens of it that share a block with the turn
-stand clean in the noisy copy, and a turn that ends is filled with its end token to the grid. So
-with blocks each turn has noisy copies of its own blocks, given the clean turns before it:
+A turn is a run of supervised tokens: a completion, or one message of the assistant. Its canvas in
+training is the canvas of decoding: the prompt is clean, prompt tokens that share a block with the
+turn are clean in the noisy copy, and a turn that ends is filled up to the grid with its end token.
+With blocks, each turn has noisy copies of its own blocks, given the clean turns before it:
 
     clean   [ user 1 | turn 1 | user 2 | turn 2 ]
     noisy   [ ..r 1 | turn 1 | EOS fill ]   [ ..r 2 | turn 2 | EOS fill ]
 
-With `full` attention a turn is a row of its own, in which later turns are absent.
+With `full` attention each turn is a row of its own, which ends with that turn.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ IGNORED = -100  # the label of a token that is not supervised, as in transformer
 
 @dataclass(frozen=True)
 class Turn:
-    """Supervised tokens start .. end - 1 of a conversation; `stop` is where their canvas ends, the
-    fill behind a turn that ended included."""
+    """Supervised tokens of a conversation.
+
+    Attributes:
+        start, end: positions of the first token, and after the last token.
+        stop: position after the last of the canvas, which includes the fill.
+        ended: whether the last token is an end token.
+    """
 
     start: int
     end: int
@@ -43,8 +48,9 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What stands in a row: token ids, the turns in them, and the pass over the data."""
+class ConversationPart:
+    """A conversation as it is placed in a row: token ids, the turns in them, and the number of the
+    pass over the data."""
 
     ids: list[int]
     turns: tuple[Turn, ...]
@@ -53,12 +59,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Answers:
-    """What supervised turns are like.
+    """Statistics of the supervised turns.
 
     Attributes:
-        turns: how many. ended: of them with an end token. lengths: tokens of each, that included.
-        cut: conversations that were cut or left out at `max_length`.
-        barren: conversations of which nothing is learned.
+        turns: number of turns.
+        ended: number of turns with an end token.
+        lengths: tokens of each turn, including the end token.
+        cut: number of conversations longer than `max_length`, which were cut or left out.
+        barren: number of conversations from which nothing is learned.
     """
 
     turns: int
@@ -86,8 +94,8 @@ def without_separators(
     ends: frozenset[int],
     blank: Callable[[int], bool],
 ) -> list[int]:
-    """The labels without the blank tokens that a template marks behind an end token, as Qwen's and
-    Gemma's do: whoever writes stops at the end token."""
+    """The labels without the blank tokens that some templates, like Qwen's and Gemma's, mark after
+    an end token: generation stops at the end token."""
     labels = list(labels)
     for start, end in runs_of(labels):
         last = end - 1
@@ -98,13 +106,14 @@ def without_separators(
     return labels
 
 
-def parts_of(
+def conversation_parts(
     ids: Sequence[int], labels: Sequence[int], epoch: int, ends: frozenset[int], recipe: Recipe
-) -> list[Part]:
-    """The rows' parts that a conversation gives: itself, or with `full` attention each turn.
+) -> list[ConversationPart]:
+    """The parts that a conversation contributes to rows: itself, or with `full` attention one part
+    per turn.
 
-    A turn whose end was cut off has no fill and teaches no stopping; with blocks its last one,
-    unfinished, is left out.
+    A turn whose end was cut off is not filled and does not teach to stop; with blocks, its last,
+    incomplete block is left out.
     """
     size, grid = recipe.data.max_length, recipe.convert.block_length
     if len(ids) > size and recipe.data.overlong == "drop":
@@ -123,21 +132,23 @@ def parts_of(
         tail = int(torch.randint(room + 1, (), generator=generator))
         turns.append(Turn(start, end, end + tail, ended))
     if grid is not None:
-        return [Part(ids, tuple(turns), epoch)] if turns else []
+        return [ConversationPart(ids, tuple(turns), epoch)] if turns else []
     return [
-        Part([*ids[: turn.end], *[ids[turn.end - 1]] * (turn.stop - turn.end)], (turn,), epoch)
+        ConversationPart(
+            [*ids[: turn.end], *[ids[turn.end - 1]] * (turn.stop - turn.end)], (turn,), epoch
+        )
         for turn in turns
     ]
 
 
-class Conversations(IterableDataset):
-    """Endless packed rows of prepared conversations, each item (ordinal, its parts): a function of
-    (rows, recipe) alone, whatever batches, ranks and resumes make of it.
+class PackedConversations(IterableDataset):
+    """Endless packed rows of tokenized conversations; an item is (ordinal, its parts). They depend
+    only on rows and recipe, whatever the batch size, the ranks and the resumed runs.
 
     Args:
         rows: each with `input_ids` and `labels`.
         ends: ids that end a turn.
-        blank: whether an id is white space alone, which separates turns.
+        blank: tells of an id whether it is only white space, which separates turns.
     """
 
     def __init__(
@@ -150,17 +161,21 @@ class Conversations(IterableDataset):
         self.rows, self.ends, self.recipe = rows, frozenset(ends), recipe
         self.blank = blank
 
-    def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[ConversationPart]]]:
         data = self.recipe.data
         return enumerate(pack(self._parts(), data.max_length, data.packing))
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[ConversationPart]:
         epoch = 0
         while True:
             generator = keyed_generator(self.recipe.train.seed, epoch)
             for number in torch.randperm(len(self.rows), generator=generator).tolist():
-                yield from parts_of(*self._supervised(number), epoch, self.ends, self.recipe)
+                yield from self.parts(number, epoch)
             epoch += 1
+
+    def parts(self, number: int, epoch: int) -> list[ConversationPart]:
+        """What one conversation gives to the rows of an epoch."""
+        return conversation_parts(*self._supervised(number), epoch, self.ends, self.recipe)
 
     def _supervised(self, number: int) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation."""
@@ -169,23 +184,23 @@ class Conversations(IterableDataset):
         return ids, without_separators(ids, row["labels"], self.ends, self.blank)
 
     def answers(self) -> Answers:
-        """Lengths and ends of all turns, what does not fit, and what teaches nothing."""
+        """Statistics of one pass over the data."""
         lengths, ended, cut, barren = [], 0, 0, 0
         for number in range(len(self.rows)):
             ids, labels = self._supervised(number)
             cut += len(ids) > self.recipe.data.max_length
-            barren += not parts_of(ids, labels, 0, self.ends, self.recipe)
+            barren += not conversation_parts(ids, labels, 0, self.ends, self.recipe)
             for start, end in runs_of(labels):
                 lengths.append(end - start)
                 ended += ids[end - 1] in self.ends
         return Answers(len(lengths), ended, tuple(lengths), cut, barren)
 
     def example(self) -> tuple[list[int], list[bool]] | None:
-        """Ids of the first conversation that teaches something, as far as it fits, and which of
-        them are learned; None where none does."""
+        """Ids of the first conversation from which something is learned, cut to `max_length`, and
+        which of them are learned; None if there is no such conversation."""
         for number in range(len(self.rows)):
             ids, labels = self._supervised(number)
-            parts = parts_of(ids, labels, 0, self.ends, self.recipe)
+            parts = conversation_parts(ids, labels, 0, self.ends, self.recipe)
             if parts:
                 ids = list(ids[: self.recipe.data.max_length])
                 learned = [False] * len(ids)
@@ -197,13 +212,15 @@ class Conversations(IterableDataset):
 
 @dataclass(frozen=True)
 class TurnCollator:
-    """Rows -> a noised batch of slots. Draws the noise here, on the CPU, so that the divisor is
-    known before the first micro-step."""
+    """Turns rows into a noised batch of slots. The noise is drawn here, on the CPU, so that the
+    loss's divisor is known before the first micro-step."""
 
     recipe: Recipe
     mask_token_id: int
 
-    def __call__(self, numbered: Sequence[tuple[int, Sequence[Part]]]) -> dict[str, Tensor]:
+    def __call__(
+        self, numbered: Sequence[tuple[int, Sequence[ConversationPart]]]
+    ) -> dict[str, Tensor]:
         """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
         (slot at which a masked token is predicted), coef, t, eos, ar; scalars: divisor, ar_divisor,
         tokens."""
@@ -234,11 +251,11 @@ class TurnCollator:
             else (batch["doc"] != PADDING).sum(),
         }
 
-    def _row(self, parts: Sequence[Part], view: int) -> dict[str, Tensor]:
+    def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:
         """Slots of a row: the noisy copies of all turns, then the clean copies."""
         convert = self.recipe.convert
         grid = convert.block_length
-        pieces: list[dict[str, Tensor]] = []
+        copies: list[dict[str, Tensor]] = []
         base = 0  # slots so far
         control = self.recipe.objective.kind == "ar"
         denoised = [() if control else part.turns for part in parts]
@@ -247,34 +264,34 @@ class TurnCollator:
         blocks = 0
         for doc, (part, turns) in enumerate(zip(parts, denoised, strict=True)):
             for turn in turns:
-                piece = self._noisy(part, turn, view)
-                count = len(piece["pos"])
-                piece["doc"] = torch.full((count,), doc)
-                piece["seq"] = torch.full((count,), len(pieces))
+                copy = self._noisy(part, turn, view)
+                count = len(copy["pos"])
+                copy["doc"] = torch.full((count,), doc)
+                copy["seq"] = torch.full((count,), len(copies))
                 own = base + torch.arange(count)
-                piece["reads"] = reading_slot(
-                    piece["pos"],
+                copy["reads"] = reading_slot(
+                    copy["pos"],
                     convert.attention,
                     grid,
                     convert.prediction,
                     own,
-                    clean + piece["pos"],
+                    clean + copy["pos"],
                 )
-                piece["block"] = piece["start"] // (grid or count) + blocks
-                blocks = int(piece["block"].max()) + 1
-                pieces.append(piece)
+                copy["block"] = copy["start"] // (grid or count) + blocks
+                blocks = int(copy["block"].max()) + 1
+                copies.append(copy)
                 base += count
             clean += len(part.ids) if grid else 0
         for doc, part in enumerate(parts) if grid else ():
-            pieces.append(self._clean(part, doc))
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            copies.append(self._clean(part, doc))
+        return {name: torch.cat([copy[name] for copy in copies]) for name in copies[0]}
 
     def _first(self, turn: Turn) -> int:
-        """First position of a turn's noisy copy: that of its first block, or of the row."""
+        """First position of a turn's noisy copy: the start of its first block, or of the row."""
         grid = self.recipe.convert.block_length
         return turn.start // grid * grid if grid else 0
 
-    def _noisy(self, part: Part, turn: Turn, view: int) -> dict[str, Tensor]:
+    def _noisy(self, part: ConversationPart, turn: Turn, view: int) -> dict[str, Tensor]:
         first, grid = self._first(turn), self.recipe.convert.block_length
         pos = torch.arange(first, turn.stop)
         fill = turn.stop - turn.end
@@ -292,7 +309,7 @@ class TurnCollator:
         }  # fmt: skip
 
     def _noise(
-        self, part: Part, turn: Turn, maskable: Tensor, pos: Tensor, view: int
+        self, part: ConversationPart, turn: Turn, maskable: Tensor, pos: Tensor, view: int
     ) -> tuple[Tensor, Tensor]:
         """Masked tokens and their t: a function of (seed, epoch, the ids up to the turn's end)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
@@ -306,8 +323,8 @@ class TurnCollator:
             return complement(maskable, block, masked, t)
         return masked, t
 
-    def _clean(self, part: Part, doc: int) -> dict[str, Tensor]:
-        """The clean copy; supervised tokens of it have an AR loss."""
+    def _clean(self, part: ConversationPart, doc: int) -> dict[str, Tensor]:
+        """The clean copy, whose supervised tokens have an AR loss."""
         ids, pos = torch.tensor(part.ids), torch.arange(len(part.ids))
         none = torch.zeros(len(ids), dtype=torch.bool)
         ar = none.clone()

@@ -1,7 +1,7 @@
-"""`python -m ar2diff.demo`: the main job on the embedded default, start to end, in a few minutes.
+"""`python -m ar2diff.demo`: a whole conversion of the embedded checkpoint, in a few minutes.
 
-Adapts the shipped AR checkpoint to diffusion on stories that the generator makes, then prints what
-became of its likelihood and what both modes write for the same prompts.
+Adapts the shipped AR checkpoint to diffusion on generated stories, then prints how its likelihood
+has changed and what both modes write for the same prompts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 3
 
 
 def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> None:
-    """Run the demo with a recipe on so many stories; the model stays in `output_dir`."""
+    """Run the demo with a recipe and a number of stories; the model is left in `output_dir`."""
     quiet()
     from ..checkpoint.io import load_checkpoint
     from ..config.recipe import load_recipe, with_values
@@ -51,14 +51,14 @@ def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> 
     untrained = likelihood(plain, rows, samples=8)
 
     print_generations(load_checkpoint(str(MODEL)), converted)
-    bound, in_all = after["bound"], time.monotonic() - start
+    bound, in_all = after.bound, time.monotonic() - start
     print(f"""
 Likelihood on {len(rows)} held-out stories, nats per token
-  AR model before                  {before["ar_nll"]["nats_per_token"]:.3f}
-  AR mode after                    {after["ar_nll"]["nats_per_token"]:.3f}
-  diffusion bound, not trained     {untrained["bound"]["nats_per_token"]:.3f}
-  diffusion bound after            {bound["nats_per_token"]:.3f} +- {bound["standard_error"]:.3f}
-{record["tokens"]:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
+  AR model before                  {before.ar_nll.nats_per_token:.3f}
+  AR mode after                    {after.ar_nll.nats_per_token:.3f}
+  diffusion bound, not trained     {untrained.bound.nats_per_token:.3f}
+  diffusion bound after            {bound.nats_per_token:.3f} +- {bound.standard_error:.3f}
+{record.tokens:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
 Next, what rewards teach it in three minutes:
@@ -74,7 +74,7 @@ def write_stories(path: Path, count: int = TRAIN_STORIES) -> None:
 
 
 def adapt_without_training(base: Any, recipe: Any) -> Any:
-    """The base converted in memory, to show what training adds."""
+    """The base, converted in memory only, to show what training adds."""
     from ..conversion.convert import convert
 
     convert(base, recipe.convert, recipe.data.max_length, True, recipe.train.seed)
@@ -82,7 +82,7 @@ def adapt_without_training(base: Any, recipe: Any) -> Any:
 
 
 def print_generations(base: Any, converted: Any) -> None:
-    """The same questions to both modes, and how many each answers right."""
+    """Ask both modes the same questions, and print how many each answers correctly."""
     from ..generation.complete import complete
 
     totals = {name: [0.0, 0, 0] for name in ("AR", "diffusion")}
@@ -91,13 +91,13 @@ def print_generations(base: Any, converted: Any) -> None:
             print(f"\n{prompt(example)}")
         for name, model, mode in (("AR", base, "ar"), ("diffusion", converted, "diffusion")):
             result = complete(model, prompt(example), max_new_tokens=48, mode=mode)
-            right = score(example, result["text"])
+            right = score(example, result.text)
             totals[name][0] += right
-            totals[name][1] += result["new_tokens"]
-            totals[name][2] += result["forwards"]
+            totals[name][1] += result.new_tokens
+            totals[name][2] += result.forwards
             if number < SHOWN:
-                rate = f"{result['new_tokens']} tokens in {result['forwards']} forwards"
-                print(f"  {name:9} |{result['text']}   [{rate}, {'right' if right else 'wrong'}]")
+                rate = f"{result.new_tokens} tokens in {result.forwards} forwards"
+                print(f"  {name:9} |{result.text}   [{rate}, {'right' if right else 'wrong'}]")
     for name, (right, tokens, forwards) in totals.items():
         print(
             f"{name:9} {right:.0f} of {QUESTIONS} right, {tokens / forwards:.2f} tokens per forward"
@@ -105,7 +105,7 @@ def print_generations(base: Any, converted: Any) -> None:
 
 
 def say(line: str) -> None:
-    """A line about progress, on stderr."""
+    """Print a line about progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Counting questions as prompts and completions, to tune on or to be judged by.
+"""Counting questions as prompts and completions, for tuning and for evaluation.
 
 python -m ar2diff.demo.answers train.jsonl --count 4000 --levels 1 2
 """
@@ -26,7 +26,7 @@ def examples(
     """Documents of the corpus.
 
     Args:
-        largest: between which numbers, both included, the largest of the worked answer lies.
+        largest: range, both ends included, in which the largest number of the worked answer lies.
     """
     drawn = corpus(sys.maxsize, seed, tuple(levels), split)
     fitting = (e for e in drawn if largest[0] <= largest_number(e) <= largest[1])
@@ -34,7 +34,7 @@ def examples(
 
 
 def largest_number(example: dict) -> int:
-    """Of a worked answer."""
+    """The largest number in the worked answer."""
     return max(map(int, re.findall(r"\d+", example["answer_work"])), default=0)
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
         "--largest", type=int, nargs=2, default=[0, MAX_NUMBER], metavar=("FROM", "TO"),
-        help="between which the largest number of the worked answer lies",
+        help="range in which the largest number of the worked answer lies",
     )  # fmt: skip
     parser.add_argument("--split", default="train", choices=["train", "valid"])
     args = parser.parse_args()

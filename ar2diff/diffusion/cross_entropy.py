@@ -9,6 +9,7 @@ no tensor of the logits' size is ever there ("fused linear cross-entropy", Hsu e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,36 +35,46 @@ def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = No
     return _OfLogits.apply(logits, target, suppressed, len(logits))[0]
 
 
+@dataclass(frozen=True)
 class WeightedLoss:
-    """sum_i coef_i * -log p(target_i), of logits or in the head's place (`output_at`).
-
-    Args:
-        target: [N] int. coef: [N] float. suppressed: as for `cross_entropy`.
-        first: how many positions, from the first, `suppressed` is for.
+    """A weighted sum of cross-entropies, and what it was made of.
 
     Attributes:
-        loss: scalar. ce: [N] -log p(target), without gradient. right: [N] bool, whether the target
-            is the likeliest.
+        total: scalar, sum_i coef_i * -log p(target_i).
+        ce: [N] -log p(target), without gradient.
+        right: [N] bool, whether the target is the likeliest token.
     """
 
-    def __init__(self, target: Tensor, coef: Tensor, suppressed: Tensor, first: int):
-        self.target, self.coef, self.suppressed, self.first = target, coef, suppressed, first
+    total: Tensor
+    ce: Tensor
+    right: Tensor
 
-    def of_logits(self, logits: Tensor) -> None:
-        """Work it out of [N, V] logits."""
-        ce, self.right = _OfLogits.apply(logits, self.target, self.suppressed, self.first)
-        self.loss, self.ce = (self.coef * ce).sum(), ce.detach()
 
-    def __call__(self, head: torch.nn.Linear, hidden: Tensor) -> None:
-        """Work it out of the head's inputs [N, H]; for a model that `has_plain_head`."""
-        weight, bias, device = head.weight, head.bias, hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            weight, hidden = weight.to(dtype), hidden.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        self.loss, self.ce, self.right = _OfHidden.apply(
-            hidden, weight, bias, self.coef, self.target, self.suppressed, self.first
-        )
+def loss_of_logits(
+    logits: Tensor, target: Tensor, coef: Tensor, suppressed: Tensor | None, first: int
+) -> WeightedLoss:
+    """The weighted loss of logits.
+
+    Args:
+        logits: [N, V]. target: [N] int. coef: [N] float.
+        suppressed: as for `cross_entropy`. first: how many positions it holds for, from the first.
+    """
+    ce, right = _OfLogits.apply(logits, target, suppressed, first)
+    return WeightedLoss((coef * ce).sum(), ce.detach(), right)
+
+
+def loss_of_hidden(
+    head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
+    suppressed: Tensor | None, first: int,
+) -> WeightedLoss:  # fmt: skip
+    """The same of the head's inputs [N, H], without the logits; for a model that
+    `has_plain_head`."""
+    weight, bias, device = head.weight, head.bias, hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        weight, hidden = weight.to(dtype), hidden.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return WeightedLoss(*_OfHidden.apply(hidden, weight, bias, coef, target, suppressed, first))
 
 
 def has_plain_head(model: Any) -> bool:

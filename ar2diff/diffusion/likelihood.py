@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.attention import PADDING, Slots, lay_out, model_mask, reading_slot
+from ..core.attention import PADDING, Slots
 from ..core.forward import logits_at
 from ..core.seeds import content_key, keyed_generator
 from ..core.spec import Spec
 from .cross_entropy import cross_entropy
 from .noise import corrupt, draw_times
 from .objective import time_weights
+from .task import Task, masked_task, slots_at
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,9 @@ def masked_nll(
     device = model.device
     x0, masked, doc, pos = (x.to(device) for x in (x0, masked, doc, pos))
     xt = torch.where(masked, spec.mask_token_id, x0)
-    input_ids, slots = lay_out(xt, x0, doc, pos, spec.attention)
-    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
-    slot = reading_slot(pos, spec.attention, spec.block_length, spec.prediction)
-    index = (slot + torch.arange(len(x0), device=device)[:, None] * input_ids.shape[1])[masked]
-    logits = logits_at(
-        model, index, input_ids=input_ids, attention_mask=mask, position_ids=slots.pos
-    )
-    return cross_entropy(logits, x0[masked], suppressed.to(device)).cpu()
+    task = masked_task(x0, xt, masked, doc, pos, spec)
+    logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
+    return cross_entropy(logits, task.target, suppressed.to(device)).cpu()
 
 
 def _stratified_variance(values: Tensor) -> Tensor:
@@ -163,12 +159,12 @@ def ar_nll(
         pos = torch.arange(length, device=model.device).expand_as(x0)
         real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
         slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
-        mask = model_mask(model, slots, "causal_context", 1, local_window)
         judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
-        index = (torch.arange(x0.numel(), device=model.device).view_as(x0) - 1)[judged]
-        logits = logits_at(model, index, input_ids=x0, attention_mask=mask, position_ids=pos)
+        index = slots_at(pos - 1, judged, length)
+        task = Task(x0, slots, "causal_context", 1, index, x0[judged])
+        logits = logits_at(model, index, **task.inputs(model, local_window))
         values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
-        values[judged] = cross_entropy(logits, x0[judged], suppressed.to(model.device)).double()
+        values[judged] = cross_entropy(logits, task.target, suppressed.to(model.device)).double()
         nats.append(values.sum(1).cpu())
     nats = torch.cat(nats)
     tokens = torch.tensor([float(scored(row, suppressed).sum()) for row in rows])

@@ -9,6 +9,8 @@ steps and ranks, so that no split of the batch changes the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,10 @@ def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p:
     return 0.5 * (visible * geometric).sum(-1)
 
 
-def suppressed_ids(mask_token_id: int | None, tokens: int, rows: int) -> Tensor:
-    """[rows] bool: the mask and every id that the tokenizer (of `tokens` entries) does not know."""
-    suppressed = torch.arange(rows) >= tokens
+def suppressed_ids(mask_token_id: int | None, tokens: Iterable[int], rows: int) -> Tensor:
+    """[rows] bool: the mask, and every id that is not among `tokens`, the ids of the tokenizer."""
+    suppressed = torch.ones(rows, dtype=torch.bool)
+    suppressed[[token for token in tokens if token < rows]] = False
     if mask_token_id is not None:
         suppressed[mask_token_id] = True
     return suppressed

@@ -51,7 +51,7 @@ def at_work() -> Iterator[None]:
     if not is_launched():
         yield
         return
-    _die_with_parent()
+    die_with_parent()
     os.environ["PATH"] = search_path()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     sys.stdout.flush()
@@ -99,7 +99,7 @@ def _disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process with its parent: an orphan would write on beside a resumed
     run."""
     if not sys.platform.startswith("linux"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,100 +11,141 @@ from ..checkpoint.files import find_checkpoint
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.probe import probe
+from ..core.spec import Spec
 
 TRUSTED = "transformers >= 5.2 with trust_remote_code=True"
-TRUSTING = "denoises, ar2diff need not be installed: generate(), pipelines, serve, lm-eval's tasks"
-CODELESS = f"does not denoise: the folder has no {FOLDER}"
+TRUSTING = (
+    "denoises without ar2diff being installed: generate(), pipelines, serve, generation tasks of "
+    "lm-eval"
+)
+CODELESS = f"does not denoise, because the folder has no {FOLDER}"
 ELSEWHERE = {
     "causal_context": {
         "transformers without trust_remote_code, vLLM, SGLang, llama.cpp": (
-            "decode left to right: correct text, but not the diffusion mode"
+            "decode left to right: the text is correct, but the diffusion mode is not used"
         ),
-        "transformers serve --continuous-batching": "decodes left to right, trusted or not",
-        "lm-eval --model hf": "scores of choices and perplexities are those of the AR mode",
+        "transformers serve --continuous-batching": (
+            "decodes left to right, with or without trust_remote_code"
+        ),
+        "lm-eval --model hf": "perplexities and scores of choices are those of the AR mode",
     },
     "other": {
         "transformers without trust_remote_code": (
-            "decodes left to right with two-way attention: wrong text"
+            "decodes left to right with bidirectional attention: the text is wrong"
         ),
-        "transformers serve --continuous-batching": "the same, trusted or not: wrong text",
+        "transformers serve --continuous-batching": (
+            "decodes the same way, with or without trust_remote_code: the text is wrong"
+        ),
         "transformers < 5.2, vLLM, SGLang, llama.cpp": (
-            "ignore is_causal and run it as the AR model that it no longer is: wrong text"
+            "ignore is_causal and run the AR model that it no longer is: the text is wrong"
         ),
         "lm-eval --model hf": (
-            "scores of choices and perplexities see the answer: invalid; use 'ar2diff eval'"
+            "perplexities and scores of choices are invalid, because the model sees the answer; "
+            "use 'ar2diff eval'"
         ),
     },
 }
 
 
-def inspect(reference: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Finding:
+    """Something that was examined: a statement, and whether it holds."""
+
+    what: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found.
+
+    Attributes:
+        model: folder or Hub id.
+        spec: None for an unconverted model.
+        custom_generate: the state of the decoding code in the folder; None for an unconverted one.
+        elsewhere: {program: what happens when it runs the model}.
+        ok: whether every finding holds.
+    """
+
+    model: str
+    spec: Spec | None
+    findings: tuple[Finding, ...]
+    custom_generate: CustomGenerate | None
+    elsewhere: dict[str, str]
+    ok: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check(model: str | Path) -> Check:
     """Examine a checkpoint.
 
-    Returns:
-        spec (None: unconverted), findings [{what, ok}], custom_generate {state, sha256},
-        elsewhere {place: what happens there}, ok.
+    Args:
+        model: folder or Hub id.
 
     Raises:
-        Ar2DiffError: it does not load at all, or its spec is not one we honour.
+        Ar2DiffError: it does not load at all, or its spec cannot be honoured.
     """
-    path = find_checkpoint(reference, code=True)
+    path = find_checkpoint(str(model), code=True)
     checkpoint = load_checkpoint(str(path), device="auto")
-    spec, model, tokenizer = checkpoint.spec, checkpoint.model, checkpoint.tokenizer
+    spec = checkpoint.spec
     if spec is None:
-        return {
-            "model": reference,
-            "spec": None,
-            "findings": [],
-            "custom_generate": None,
-            "ok": True,
-            "elsewhere": {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"},
-        }
-    problems = probe(model, spec)
-    causal = getattr(model.config, "is_causal", None)
-    generation = model.generation_config
+        where = {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"}
+        return Check(str(model), None, (), None, where, True)
     code = read_custom_generate(_home(checkpoint))
+    findings = (*_findings(checkpoint, spec), _code_finding(code))
+    return Check(
+        model=str(model),
+        spec=spec,
+        findings=findings,
+        custom_generate=code,
+        elsewhere={TRUSTED: TRUSTING if code.sha256 else CODELESS}
+        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
+        ok=all(finding.ok for finding in findings),
+    )
+
+
+def _findings(checkpoint: Checkpoint, spec: Spec) -> list[Finding]:
+    model, tokenizer, mask = checkpoint.model, checkpoint.tokenizer, spec.mask_token_id
+    generation = model.generation_config
+    problems = probe(model, spec)
     rows = model.get_input_embeddings().weight.shape[0]
     wanted = None if spec.attention == "causal_context" else False
     flag = "absent" if wanted is None else "false"
-    checks = [
-        (f"the probe agrees with the spec{': ' + problems[0] if problems else ''}", not problems),
-        (f"mask token {spec.mask_token_id} is in range ({rows} rows)", spec.mask_token_id < rows),
-        (
-            f"the tokenizer's mask token is {spec.mask_token_id} ({tokenizer.mask_token})",
-            tokenizer.mask_token_id == spec.mask_token_id,
+    findings = [
+        Finding(
+            f"the probe agrees with the spec{': ' + problems[0] if problems else ''}", not problems
         ),
-        (
+        Finding(f"the mask token {mask} is in range ({rows} rows)", mask < rows),
+        Finding(
+            f"the tokenizer's mask token is {mask} ({tokenizer.mask_token})",
+            tokenizer.mask_token_id == mask,
+        ),
+        Finding(
             "generation_config suppresses the mask token",
-            spec.mask_token_id in (generation.suppress_tokens or []),
+            mask in (generation.suppress_tokens or []),
         ),
-        ("generation_config sets no max_new_tokens", generation.max_new_tokens is None),
-        (
-            f"config.is_causal is {flag}, as {spec.attention} needs",
-            causal is wanted,
+        Finding("generation_config sets no max_new_tokens", generation.max_new_tokens is None),
+        Finding(
+            f"config.is_causal is {flag}, as {spec.attention} attention needs",
+            getattr(model.config, "is_causal", None) is wanted,
         ),
-        (
-            "the pad token is no end token",
-            tokenizer.pad_token_id not in checkpoint.end_ids,
+        Finding(
+            "the pad token is not an end token", tokenizer.pad_token_id not in checkpoint.end_ids
         ),
-        (_said(code), code.state == "ok"),
     ]
-    if checkpoint.base is not None:  # it would not have loaded otherwise
+    if checkpoint.base is not None:  # otherwise it would not have loaded
         name = checkpoint.base.reference
-        checks.append((f"the base {name} has the spec and the mask row it was trained on", True))
-    return {
-        "model": reference,
-        "spec": spec.to_dict(),
-        "findings": [{"what": what, "ok": ok} for what, ok in checks],
-        "custom_generate": vars(code),
-        "elsewhere": {TRUSTED: TRUSTING if code.sha256 else CODELESS}
-        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
-        "ok": all(ok for _, ok in checks),
-    }
+        findings.append(
+            Finding(f"the base {name} has the spec and the mask row of the training", True)
+        )
+    return findings
 
 
 def _home(checkpoint: Checkpoint) -> Path:
-    """The folder with the decoding code: an adapter's is its base's."""
+    """The folder with the decoding code; for an adapter, that of its base."""
     base = checkpoint.base
     if base is None:
         return checkpoint.path
@@ -111,9 +153,11 @@ def _home(checkpoint: Checkpoint) -> Path:
     return find_checkpoint(base.reference + revision, code=True)
 
 
-def _said(code: CustomGenerate) -> str:
-    if code.state == "missing":
-        return f"{FOLDER} is missing: nothing denoises it where ar2diff is not installed"
-    if code.state == "differs":
-        return f"{FOLDER} differs from this version's, read it before you trust it: {code.sha256}"
-    return f"{FOLDER} is this version's, byte for byte (sha256 {code.sha256})"
+def _code_finding(code: CustomGenerate) -> Finding:
+    what = {
+        "missing": f"{FOLDER} is missing: the model does not denoise without ar2diff",
+        "differs": f"{FOLDER} differs from this version's; read it before you trust it "
+        f"(sha256 {code.sha256})",
+        "ok": f"{FOLDER} is this version's, byte for byte (sha256 {code.sha256})",
+    }
+    return Finding(what[code.state], code.state == "ok")

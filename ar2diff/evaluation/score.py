@@ -3,26 +3,153 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
 from typing import Any
 
+from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
-from ..data.sources import find_file, read_texts
-from ..diffusion.likelihood import ar_nll, bound, scored
+from ..data.sources import read_texts
+from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
+from ..generation.tokens import closing_tokens
 
-LN2 = 0.6931471805599453
+
+@dataclass(frozen=True)
+class Bound:
+    """Upper bound on the negative log-likelihood in the diffusion mode.
+
+    Attributes:
+        standard_error: of `nats_per_token`, from the noise draws alone; None for a single draw.
+    """
+
+    nats_per_token: float
+    standard_error: float | None
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """Exact negative log-likelihood in the AR mode."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Likelihood of token rows.
+
+    Attributes:
+        tokens: tokens that were scored: not the first of a row, no mask token.
+        bytes: UTF-8 length of the rows' text.
+        bound: None for an unconverted model.
+        ar_nll: None if the AR mode was not trained along.
+    """
+
+    tokens: int
+    bytes: int
+    bound: Bound | None
+    ar_nll: NegativeLogLikelihood | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: without the modes that the model lacks."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Evaluation(Score):
+    """Likelihood of a model on windows of text.
+
+    Attributes:
+        model: folder or Hub id.
+        data: the file; None for texts.
+        rows: number of windows; length: tokens of each.
+        samples: noise draws for each window; seed: of the draws.
+    """
+
+    model: str
+    data: str | None
+    rows: int
+    length: int
+    samples: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the settings first, without the modes that the model lacks."""
+        found = super().to_dict()
+        settings = ("model", "data", "rows", "length", "samples", "seed")
+        return {name: found.pop(name) for name in settings if name in found} | found
+
+
+def evaluate(
+    model: str | Path | Checkpoint,
+    data: str | Path | Sequence[str],
+    *,
+    text_field: str = "text",
+    length: int = 128,
+    samples: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Likelihood of a model on windows of held-out text, in nats per token and bits per byte.
+
+    Args:
+        model: folder or Hub id, or a loaded checkpoint; it may be unconverted.
+        data: a file of rows, `-` for standard input, a Hub data set, or the texts themselves.
+        text_field: the field of a row that holds the text.
+        length: tokens of a window; shorter texts are left out.
+        samples: noise draws for each window.
+        limit: number of windows, from the start of the file; None: all.
+
+    Raises:
+        Ar2DiffError: the model does not load, the data cannot be read, no text is long enough, or
+            nothing in the windows can be scored.
+    """
+    for name, value, least in (("length", length, 2), ("samples", samples, 1)):
+        if value < least:
+            raise Ar2DiffError(f"{option(name)} is {value}", f"give at least {least}")
+    source = str(data) if isinstance(data, str | Path) else None
+    name = f"{option('data')} {source}" if source else option("data")
+    checkpoint = model if isinstance(model, Checkpoint) else _load(model)
+    check_length(checkpoint, length, "length")
+    texts = read_texts(source, text_field) if source else data
+    rows = windows(texts, checkpoint.tokenizer, length, limit)
+    if not rows:
+        raise Ar2DiffError(
+            f"{name}: no text has {length} tokens", f"give a lower {option('length')}"
+        )
+    try:
+        found = score(checkpoint, rows, samples=samples, seed=seed)
+    except Ar2DiffError as error:
+        raise error.about(name) from None
+    return Evaluation(
+        **vars(found),
+        model=str(checkpoint.path if isinstance(model, Checkpoint) else model),
+        data=source,
+        rows=len(rows),
+        length=length,
+        samples=samples,
+        seed=seed,
+    )
+
+
+def _load(model: str | Path) -> Checkpoint:
+    return load_checkpoint(str(model), device="auto")
 
 
 def windows(
     texts: Sequence[str], tokenizer: Any, length: int, limit: int | None
 ) -> list[list[int]]:
-    """The first `length` tokens of each text that has as many, at most `limit` of them; the
-    tokenizer's own BOS included, no EOS."""
+    """The first `length` tokens of each text that has as many, at most `limit` of them; with the
+    tokenizer's own BOS, without an EOS."""
     rows: list[list[int]] = []
+    closing = closing_tokens(tokenizer)
     for text in texts:
         ids = tokenizer(text, verbose=False).input_ids
-        if len(ids) >= length:
+        if len(ids) - closing >= length:
             rows.append(ids[:length])
             if limit is not None and len(rows) == limit:
                 break
@@ -30,70 +157,43 @@ def windows(
 
 
 def check_length(checkpoint: Checkpoint, length: int, name: str) -> None:
-    """Refuse windows longer than the model's context."""
+    """Refuse rows that are longer than the model's context.
+
+    Args:
+        name: the option that sets the length.
+    """
     context = context_length(checkpoint.model.config)
     if context is not None and length > context:
         raise Ar2DiffError(
-            f"{name} {length} is over the model's context of {context} tokens",
+            f"{option(name, length)} exceeds the model's context of {context} tokens",
             f"give at most {context}",
         )
 
 
-def evaluate(
-    checkpoint: Checkpoint,
-    data: str,
-    *,
-    field: str = "text",
-    length: int = 128,
-    samples: int = 8,
-    limit: int | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Bound and AR NLL of a checkpoint on windows of a file, in nats per token and bits per byte.
+def score(checkpoint: Checkpoint, rows: list[list[int]], *, samples: int, seed: int = 0) -> Score:
+    """Bound (of a converted model) and AR NLL (if it has an AR mode) of token rows.
 
     Raises:
-        Ar2DiffError: the data cannot be read, or no text is long enough.
+        Ar2DiffError: no token of the rows can be scored.
     """
-    path = find_file(data)
-    if path is None:
-        raise Ar2DiffError(f"data {data}: no such file", "eval reads local files")
-    check_length(checkpoint, length, "--length")
-    rows = windows(read_texts(path, field), checkpoint.tokenizer, length, limit)
-    if not rows:
-        raise Ar2DiffError(f"data {data}: no text has {length} tokens", "give a lower --length")
-    return {
-        "data": data,
-        "rows": len(rows),
-        "length": length,
-        "samples": samples,
-        "seed": seed,
-        **score(checkpoint, rows, samples=samples, seed=seed),
-    }
-
-
-def score(
-    checkpoint: Checkpoint, rows: list[list[int]], *, samples: int, seed: int = 0
-) -> dict[str, Any]:
-    """Bound (of a converted model) and AR NLL (where the AR mode is alive) of token rows."""
     model, spec, tokenizer = checkpoint.model, checkpoint.spec, checkpoint.tokenizer
     suppressed = checkpoint.suppressed
+    tokens = sum(int(scored(row, suppressed).sum()) for row in rows)
     size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows)
-    result: dict[str, Any] = {
-        "tokens": sum(int(scored(row, suppressed).sum()) for row in rows),
-        "bytes": size,
-    }
+    if not tokens:
+        raise Ar2DiffError(
+            "no token can be scored: the text consists of special tokens", "give other text"
+        )
+
+    def bits_per_byte(estimate: Estimate) -> float:
+        return estimate.nats.sum().item() / size / log(2) if size else float("nan")
+
+    diffusion = autoregressive = None
     if spec is not None:
         estimate = bound(model, spec, rows, suppressed, samples, seed)
-        result["bound"] = {
-            "nats_per_token": estimate.mean,
-            "standard_error": estimate.error if samples > 1 else None,
-            "bits_per_byte": estimate.nats.sum().item() / size / LN2,
-        }
+        error = estimate.error if samples > 1 else None
+        diffusion = Bound(estimate.mean, error, bits_per_byte(estimate))
     if spec is None or spec.ar_mode:
-        window = spec.local_window if spec else "kept"
-        estimate = ar_nll(model, rows, suppressed, window)
-        result["ar_nll"] = {
-            "nats_per_token": estimate.mean,
-            "bits_per_byte": estimate.nats.sum().item() / size / LN2,
-        }
-    return result
+        estimate = ar_nll(model, rows, suppressed, spec.local_window if spec else "kept")
+        autoregressive = NegativeLogLikelihood(estimate.mean, bits_per_byte(estimate))
+    return Score(tokens, size, diffusion, autoregressive)

@@ -1,9 +1,10 @@
-"""Text in, text out: what `generate` and `chat`, the demo and the panels share."""
+"""Text in, text out: what `generate`, `chat`, the demo and the Python API share."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +13,56 @@ from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas
 from ..core.denoise import denoise
-from ..core.errors import Ar2DiffError
-from ..core.generate import canvas_of, check_model, finished_of
+from ..core.errors import Ar2DiffError, option
+from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
 from ..core.spec import CAUSAL, Spec
-from .prompts import Pieces, Request, split_gaps
+from ..core.stopping import finished_of
+from .prompts import Request, split_gaps
+from .results import Candidate, Completion, Drift
+from .tokens import UNKNOWN, decode, encode, text_after
 
 
-def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> dict[str, Any]:
-    """Complete one prompt; `complete_all` says what comes back."""
+def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> Completion:
+    """Complete one prompt, or fill its gaps; see `complete_all`."""
     return next(complete_all(checkpoint, [prompt], **settings))[1]
 
 
 def complete_all(
     checkpoint: Checkpoint, prompts: Sequence[str], *, batch_size: int = 8, **settings: Any
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Complete prompts in batches of like length, yielding (its number, result) as they come.
+) -> Iterator[tuple[int, Completion]]:
+    """Complete prompts in batches of similar length, yielding (index of the prompt, completion) as
+    the batches finish.
 
     Args:
-        prompts: texts; `{mask:N}` in one stands for N tokens to fill in. What has a gap is filled
-            and not gone on from, unless `max_new_tokens` is among the settings.
-        settings: options of `generate`; `mode` ar is there for unconverted models too.
-
-    Returns:
-        Results with text, token_ids, new_tokens, forwards, tokens_per_forward, seconds (a row's
-        share of its batch's); for a prompt with gaps `filled` (a text each), `suffix_tokens` (given
-        ones behind the last gap) and `unread_tokens` (those that the model does not read when it
-        fills the gap) too, and `text` is the whole.
+        prompts: texts; `{mask:N}` stands for a gap of N tokens. A prompt with gaps is filled and
+            not continued, unless `max_new_tokens` is among the settings.
+        settings: options of `generate`; mode `ar` also works on unconverted models.
 
     Raises:
-        Ar2DiffError: the model does not have the mode, or a prompt does not fit.
+        Ar2DiffError: an option is wrong, the model lacks the mode, or a prompt does not fit. All
+            prompts are checked before any is decoded.
     """
     spec, plain = settings_of(checkpoint, settings)
     _, filling = settings_of(checkpoint, {"max_new_tokens": 0, **settings})
     groups: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
-    for number, prompt in enumerate(prompts):  # all are checked before any is decoded
-        pieces = split_gaps(prompt)
-        gaps = len(pieces) > 1
+    for number, prompt in enumerate(prompts):
         try:
-            ids = encode(checkpoint, spec, pieces)
+            segments = split_gaps(prompt)
+            gaps = len(segments) > 1
+            ids = encode(checkpoint.tokenizer, spec, segments)
             canvas_of(checkpoint.model, spec, [ids], filling if gaps else plain)
         except Ar2DiffError as error:
-            if len(prompts) == 1:
-                raise
-            what = error.what.removeprefix("generate: ")
-            raise Ar2DiffError(f"prompt {number + 1}: {what}", error.fix) from None
+            raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
         groups[gaps].append((number, ids))
     for gaps, rows in groups.items():
         rows.sort(key=lambda row: len(row[1]))
         options = filling if gaps else plain
         for first in range(0, len(rows), batch_size):
             numbers, batch = zip(*rows[first : first + batch_size], strict=True)
-            yield from zip(numbers, _decode(checkpoint, spec, options, batch), strict=True)
+            results = decode_rows(checkpoint, spec, options, batch)
+            for number, result in zip(numbers, results, strict=True):
+                yield number, replace(result, prompt=prompts[number])
 
 
 def answer(
@@ -72,113 +71,96 @@ def answer(
     batch_size: int,
     settings: dict[str, Any],
     advance: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """Results of a request in its order, each with its `prompt`.
+) -> list[Completion]:
+    """Completions of a request, in its order.
 
     Args:
         advance: called after each prompt.
     """
     if request.infill is not None:
-        prefix, suffix, lengths = request.infill
-        result = infill(checkpoint, prefix, suffix, lengths, **settings)
-        return [{"prompt": f"{prefix}{{mask:{result['length']}}}{suffix}", **result}]
-    results: dict[int, dict[str, Any]] = {}
+        return [infill(checkpoint, *request.infill, **settings)]
+    results: dict[int, Completion] = {}
     for number, result in complete_all(
         checkpoint, request.prompts, batch_size=batch_size, **settings
     ):
-        results[number] = {"prompt": request.prompts[number], **result}
+        results[number] = result
         advance()
     return [results[number] for number in range(len(request.prompts))]
 
 
-def summary(results: Sequence[dict[str, Any]]) -> str:
-    """A line on what was decoded and how fast."""
-    tokens, forwards, seconds = (
-        sum(r[name] for r in results) for name in ("new_tokens", "forwards", "seconds")
-    )
-    many = f"{len(results)} prompts, " if len(results) > 1 else ""
-    drifts = [r["drift"] for r in results if "drift" in r]
-    drift = ""
-    if drifts:
-        mean, same = (sum(d[n] for d in drifts) / len(drifts) for n in ("mean", "same_token"))
-        largest = max(d["largest"] for d in drifts)
-        drift = (
-            f"; the cache moves logits by {mean:.1e} (at most {largest:.1e}) of the largest, "
-            f"{100 * same:.1f} % of the likeliest tokens stay"
-        )
-    return (
-        f"{many}{tokens} tokens, {forwards} forwards, {tokens / max(forwards, 1):.2f} tokens per "
-        f"forward, {tokens / max(seconds, 1e-9):.0f} tokens/s, {seconds:.2f} s{drift}"
-    )
-
-
 def stream(
     checkpoint: Checkpoint, prompt: str, **settings: Any
-) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Complete one prompt, yielding (more text, None) as soon as all before it is decided, from the
-    prompt on; at last (the rest, the result of `complete`)."""
-    pieces = split_gaps(prompt)
-    if len(pieces) > 1:
+) -> Iterator[tuple[str, Completion | None]]:
+    """Complete one prompt, yielding (piece of text, None), from the prompt on, as soon as the piece
+    and all before it is decided; at last (the rest, the completion).
+
+    Raises:
+        Ar2DiffError: as `complete_all`.
+    """
+    segments = split_gaps(prompt)
+    if len(segments) > 1:
         settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
-    row = encode(checkpoint, spec, pieces)
+    row = encode(checkpoint.tokenizer, spec, segments)
     start, shown = time.monotonic(), ""
     canvas, states = begin(checkpoint, spec, options, [row])
     for _ in states:
         certain = canvas.ids[0, : canvas.certain(0, bool(options.remask))].tolist()
-        text = _decode_ids(checkpoint.tokenizer, certain)
-        # Half a character decodes to a replacement mark; what is shown must stay as it is.
-        if not text.endswith("\ufffd") and text.startswith(shown):
+        text = decode(checkpoint.tokenizer, certain)
+        # Half a character ends in a replacement mark, and what has been shown must not change.
+        if not text.endswith(UNKNOWN) and text.startswith(shown):
             yield text[len(shown) :], None
             shown = text
     result = _result(checkpoint, spec, options, canvas, 0, time.monotonic() - start)
     ids = canvas.ids[0, : int(canvas.prompt[0])].tolist()
-    text = _decode_ids(checkpoint.tokenizer, [*ids, *result["token_ids"]])
-    yield text[len(shown) if text.startswith(shown) else 0 :], result
+    text = decode(checkpoint.tokenizer, [*ids, *result.token_ids])
+    while not text.startswith(shown):  # a tokenizer that tidies up may take a space back
+        shown = shown[:-1]
+    yield text[len(shown) :], replace(result, prompt=prompt)
 
 
 def infill(
     checkpoint: Checkpoint, prefix: str, suffix: str, lengths: Sequence[int], **settings: Any
-) -> dict[str, Any]:
-    """Fill the gap between two texts; of several lengths the one whose tokens have the highest
-    mean log-probability, each taken when it was decided.
-
-    Returns:
-        As `complete`, and `candidates` [{length, mean_logprob, text}], the best first.
+) -> Completion:
+    """Fill the gap between two texts. Of several lengths the one is chosen whose tokens have the
+    highest mean log-probability, each taken when it was decided; `candidates` holds them all.
 
     Raises:
         Ar2DiffError: as `complete_all`.
     """
     settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
-    rows = [encode(checkpoint, spec, [prefix, length, suffix]) for length in lengths]
+    rows = [encode(checkpoint.tokenizer, spec, [prefix, length, suffix]) for length in lengths]
     start = time.monotonic()
     canvas, states = begin(checkpoint, spec, options, rows)
     for _ in states:
         pass
     seconds = time.monotonic() - start
-    candidates = []
+    found = []
     for place, length in enumerate(lengths):
         result = _result(checkpoint, spec, options, canvas, place, seconds)
         gap = ~canvas.given[place, : int(canvas.prompt[place])]
         mean = canvas.logprob[place, : len(gap)][gap].mean().item()
-        candidates.append({"length": length, "mean_logprob": mean, **result})
-    candidates.sort(key=lambda c: -c["mean_logprob"])
-    shown = [
-        {"length": c["length"], "mean_logprob": c["mean_logprob"], "text": c["filled"][0]}
-        for c in candidates
-    ]
-    return {**candidates[0], "candidates": shown}
+        found.append((Candidate(length, mean, result.filled[0]), result))
+    found.sort(key=lambda pair: -pair[0].mean_logprob)
+    best, result = found[0]
+    return replace(
+        result,
+        prompt=f"{prefix}{{mask:{best.length}}}{suffix}",
+        length=best.length,
+        mean_logprob=best.mean_logprob,
+        candidates=tuple(candidate for candidate, _ in found),
+    )
 
 
 def begin(
     checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
 ) -> tuple[Canvas, Iterator[Canvas]]:
-    """The canvas of some rows, and the iterator that decides it, a state a forward.
+    """The canvas of some rows, and the iterator that decides it, one state for each forward.
 
     Args:
         spec, options: of `settings_of`.
-        rows: token ids, masks for gaps.
+        rows: token ids, with masks for gaps.
     """
     model = checkpoint.model
     canvas = canvas_of(model, spec, rows, options)
@@ -199,14 +181,14 @@ def load(reference: str) -> Checkpoint:
 
 
 def check_request(reference: str, request: Request | None, settings: dict[str, Any]) -> None:
-    """Refuse what a model cannot do before it is loaded.
+    """Refuse what a model cannot do, before it is loaded.
 
     Args:
         reference: folder or Hub id.
         request: None checks the settings alone.
 
     Raises:
-        Ar2DiffError: an option, or a mode that the model does not have.
+        Ar2DiffError: an option is wrong, or the model lacks the mode.
     """
     path = find_checkpoint(reference)
     spec = read_spec(path)
@@ -214,95 +196,33 @@ def check_request(reference: str, request: Request | None, settings: dict[str, A
     options = resolve(spec or CAUSAL, settings)
     if request is not None and request.has_gap and options.mode != "diffusion":
         raise Ar2DiffError(
-            f"generate: mode {options.mode} cannot fill masks in a prompt", "use mode diffusion"
+            f"{option('mode', options.mode)} cannot fill gaps in a prompt",
+            f"use {option('mode', 'diffusion')}",
         )
 
 
 def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec, Options]:
-    """The spec to decode with and the options of a call, checked.
+    """The spec to decode with, and the checked options of a call.
 
     Raises:
-        Ar2DiffError: an option, or a mode that the model does not have.
+        Ar2DiffError: an option is wrong, or the model lacks the mode.
     """
-    spec = checkpoint.spec
-    _check_converted(checkpoint.path, spec, settings)
+    _check_converted(checkpoint.path, checkpoint.spec, settings)
     spec = checkpoint.spec_or_causal
     suppressed = checkpoint.suppressed.nonzero()[:, 0].tolist()
     settings = {
         **settings,
         "suppress_tokens": [*suppressed, *(settings.get("suppress_tokens") or ())],
-        "eos_token_id": settings.get("eos_token_id") or checkpoint.end_ids,
     }
+    if settings.get("eos_token_id") is None:
+        settings["eos_token_id"] = checkpoint.end_ids
     return spec, resolve(spec, settings, (checkpoint.model.generation_config,))
 
 
-def encode(checkpoint: Checkpoint, spec: Spec, pieces: Pieces) -> list[int]:
-    """Ids of texts, and of gaps as that many mask tokens.
-
-    Raises:
-        Ar2DiffError: a prompt without a token, or one that spells the mask token.
-    """
-    ids: list[int] = []
-    for number, piece in enumerate(pieces):
-        if isinstance(piece, int):
-            ids += [spec.mask_token_id] * piece
-            continue
-        new = _ids_behind(checkpoint.tokenizer, piece) if number else None
-        if new is None:
-            new = checkpoint.tokenizer(
-                piece, add_special_tokens=number == 0, verbose=False
-            ).input_ids
-        if spec.mask_token_id in new:
-            raise Ar2DiffError("the prompt spells the mask token", "write {mask:N} for a gap")
-        ids += new
-    if not ids:
-        raise Ar2DiffError("the prompt has no token", "give a longer prompt")
-    return ids
-
-
-def unread_note(spec: Spec | None, results: Sequence[dict[str, Any]]) -> str | None:
-    """A line about given text that a block model does not read when it fills the gap before it;
-    None where it reads all."""
-    unread = [r for r in results if r.get("unread_tokens")]
-    if spec is None or not unread:
-        return None
-    count, of = (sum(r[n] for r in unread) for n in ("unread_tokens", "suffix_tokens"))
-    where = "" if len(results) == 1 else f" (in {len(unread)} of {len(results)} prompts)"
-    return (
-        f"{count} of the {of} suffix tokens lie in later blocks than the gap, which "
-        f"{spec.attention} attention does not read{where}"
-    )
-
-
-def draw_tokens(tokenizer: Any, ids: Sequence[int], mask_token_id: int) -> list[str]:
-    """The text of each token of a canvas, for a screen: an undecided one is a dot, and a character
-    that several tokens spell stands at the last of them."""
-    anchor = tokenizer("a", add_special_tokens=False).input_ids  # keeps a first token's space
-    skip = len(_decode_ids(tokenizer, anchor, False))
-    pieces: list[str] = []
-    open_: list[int] = []
-    for token in ids:
-        if token == mask_token_id:
-            pieces.append("·")
-            open_ = []
-            continue
-        open_.append(token)
-        text = _decode_ids(tokenizer, [*anchor, *open_], False)[skip:]
-        half = text.endswith("\ufffd") and len(open_) < 4  # UTF-8 has at most four bytes
-        pieces.append("" if half else text)
-        open_ = open_ if half else []
-    return pieces
-
-
-def text_behind(tokenizer: Any, ids: list[int], new: list[int]) -> str:
-    """The text that new tokens add to others. Decoded with them and cut: a tokenizer may drop the
-    space in front of the first token."""
-    return _decode_ids(tokenizer, [*ids, *new])[len(_decode_ids(tokenizer, ids)) :]
-
-
-def _decode(
+def decode_rows(
     checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
-) -> list[dict[str, Any]]:
+) -> list[Completion]:
+    """Completions of some rows, decoded together; arguments as of `begin`."""
     start = time.monotonic()
     canvas, states = begin(checkpoint, spec, options, rows)
     for _ in states:
@@ -313,64 +233,56 @@ def _decode(
 
 def _result(
     checkpoint: Checkpoint, spec: Spec, options: Options, canvas: Canvas, row: int, seconds: float
-) -> dict[str, Any]:
+) -> Completion:
+    """The completion in a finished row of a canvas."""
     tokenizer, prompt = checkpoint.tokenizer, int(canvas.prompt[row])
     new, ids = canvas.new_ids(row), canvas.ids[row, :prompt].tolist()
     gaps = ~canvas.given[row, :prompt]
     forwards = int(canvas.forwards[row])
     decided = len(new) + int(gaps.sum())
     whole = bool(gaps.any())
-    result: dict[str, Any] = {
-        "text": _decode_ids(tokenizer, [*ids, *new]) if whole else text_behind(tokenizer, ids, new),
-        "token_ids": new,
-        "new_tokens": decided,
-        "forwards": forwards,
-        "tokens_per_forward": decided / forwards if forwards else 0.0,
-        "seconds": seconds,
-    }
-    if canvas.drift:
-        errors, same = zip(*canvas.drift, strict=True)
-        result["drift"] = {
-            "mean": sum(errors) / len(errors),
-            "largest": max(errors),
-            "same_token": sum(same) / len(same),
-        }
-    if whole:
-        result["filled"] = _filled(tokenizer, ids, gaps.tolist())
-        result["suffix_tokens"] = prompt - 1 - int(gaps.nonzero().max())
-        result["unread_tokens"] = 0
-        if spec.attention != "full":
-            result["unread_tokens"] = int(canvas.unread(options.block_length)[row])
-    return result
+    result = Completion(
+        text=decode(tokenizer, [*ids, *new]) if whole else text_after(tokenizer, ids, new),
+        token_ids=new,
+        new_tokens=decided,
+        forwards=forwards,
+        tokens_per_forward=decided / forwards if forwards else 0.0,
+        seconds=seconds,
+        drift=_drift(canvas),
+    )
+    if not whole:
+        return result
+    unread = 0 if spec.attention == "full" else int(canvas.unread(options.block_length)[row])
+    return replace(
+        result,
+        filled=tuple(_filled(tokenizer, ids, gaps.tolist())),
+        suffix_tokens=prompt - 1 - int(gaps.nonzero().max()),
+        unread_tokens=unread,
+    )
 
 
-def _filled(tokenizer: Any, ids: list[int], gaps: list[bool]) -> list[str]:
+def _drift(canvas: Canvas) -> Drift | None:
+    if not canvas.drift:
+        return None
+    errors, same = zip(*canvas.drift, strict=True)
+    return Drift(sum(errors) / len(errors), max(errors), sum(same) / len(same))
+
+
+def _filled(tokenizer: Any, ids: list[int], gaps: list[bool]) -> Iterator[str]:
     """The text of each gap."""
-    texts, start = [], None
+    start = None
     for place, gap in enumerate([*gaps, False]):
         if gap and start is None:
             start = place
         elif not gap and start is not None:
-            texts.append(text_behind(tokenizer, ids[:start], ids[start:place]))
+            yield text_after(tokenizer, ids[:start], ids[start:place])
             start = None
-    return texts
-
-
-def _decode_ids(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def _ids_behind(tokenizer: Any, text: str) -> list[int] | None:
-    """Ids of a text in the middle of another: some tokenizers put a space in front of a text that
-    stands alone. None where they cannot be told from the ids of what stands before."""
-    before = tokenizer("\n", add_special_tokens=False).input_ids
-    ids = tokenizer("\n" + text, add_special_tokens=False, verbose=False).input_ids
-    return ids[len(before) :] if ids[: len(before)] == before else None
 
 
 def _check_converted(path: Path, spec: Spec | None, settings: dict[str, Any]) -> None:
     if spec is None and settings.get("mode", "diffusion") != "ar":
         raise Ar2DiffError(
             f"model {path} is not converted",
-            f"run 'ar2diff adapt {path} --output-dir DIR', or use --mode ar",
+            f"convert it with 'ar2diff adapt {path} --output-dir DIR', or use "
+            f"{option('mode', 'ar')}",
         )

@@ -1,31 +1,28 @@
-"""What `generate` is asked for and where it goes: prompts with gaps, files of prompts, results."""
+"""What is to be generated: prompts with gaps, and files of prompts."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
-HELP = "see 'ar2diff generate --help'"
+LONGEST = 10_000_000  # tokens of a gap, more than any context has
 
-Pieces = list[str | int]  # texts, and gaps as their number of tokens
+Segments = list[str | int]  # of a prompt: texts, and gaps as their number of tokens
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written.
+    """What is to be generated.
 
     Attributes:
-        prompts: texts to go on from, or to fill gaps in.
+        prompts: texts to continue, or whose gaps are to be filled.
         many: they come from a file.
-        infill: prefix, suffix and the lengths to try, instead of prompts.
+        infill: prefix, suffix and the lengths to try for the gap between them, instead of prompts.
     """
 
     prompts: tuple[str, ...] = ()
@@ -34,7 +31,7 @@ class Request:
 
     @property
     def has_gap(self) -> bool:
-        """Whether some of it is to be filled in."""
+        """Whether any gap is to be filled."""
         return self.infill is not None or any(len(split_gaps(text)) > 1 for text in self.prompts)
 
 
@@ -45,144 +42,108 @@ def request_of(
     suffix: str | None,
     lengths: Sequence[str],
 ) -> Request:
-    """The request that the command line's arguments make.
+    """The request that arguments of the command line make.
 
     Raises:
         Ar2DiffError: they contradict each other, or one of them cannot be read.
     """
     infilling = prefix is not None or suffix is not None or bool(lengths)
     if (prompt is not None) + (file is not None) + infilling != 1:
-        raise Ar2DiffError("give one of --prompt, --prompts-file and --prefix", HELP)
+        names = f"{option('prompt')}, {option('prompts_file')} and {option('prefix')}"
+        given = "more than one" if prompt is not None or file is not None else "none"
+        raise Ar2DiffError(f"{given} of {names} is given", "give exactly one of them")
     if infilling:
         if prefix is None or not lengths:
-            given = "--suffix" if suffix is not None else "--length" if lengths else "--prefix"
-            missing = "--prefix" if prefix is None else "--length"
+            given = "suffix" if suffix is not None else "length" if lengths else "prefix"
+            missing = "prefix" if prefix is None else "length"
             raise Ar2DiffError(
-                f"{given} needs {missing} too", "give --prefix, --suffix and --length, the gap's"
+                f"{option(given)} needs {option(missing)} as well",
+                f"give {option('prefix')}, {option('suffix')} and {option('length')}, the number "
+                "of tokens in the gap between them",
             )
         return Request(infill=(prefix, suffix or "", tuple(lengths_of(lengths))))
     if file is not None:
         return Request(tuple(read_prompts(file)), many=True)
-    split_gaps(prompt)
-    return Request((prompt,))
+    split_gaps(prompt or "")
+    return Request((prompt or "",))
 
 
 def check_stream(request: Request, elsewhere: bool) -> None:
-    """Refuse to stream what is no single text on the screen.
+    """Refuse to stream anything but one text to the screen.
 
     Args:
-        elsewhere: results go to a file, or are JSON.
+        elsewhere: the results go to a file, or are printed as JSON.
     """
     if request.many or request.infill:
         raise Ar2DiffError(
-            "--stream is for one prompt", "give --prompt (with {mask:N} for a gap), or leave it out"
+            f"{option('stream')} works on a single prompt",
+            f"give {option('prompt')}, with {{mask:N}} for a gap, or leave {option('stream')} out",
         )
     if elsewhere:
-        raise Ar2DiffError("--stream prints text, not --json or --output", "choose one")
+        raise Ar2DiffError(
+            f"{option('stream')} prints text, {option('as_json')} and {option('output')} do not",
+            "choose one of them",
+        )
 
 
 def lengths_of(texts: Sequence[str]) -> list[int]:
-    """Lengths of a gap, from "4,8,12" or one each."""
+    """Lengths of a gap, from "4,8,12" or from one text each."""
     words = [word.strip() for text in texts for word in text.split(",")]
     for word in words:
-        if not word.isdecimal() or int(word) < 1:
+        if not _positive(word):
             raise Ar2DiffError(
-                f"--length {word!r} is no number of tokens", 'give whole numbers from 1 on: "4,8"'
+                f"{option('length')} {shortened(word)} is not a number of tokens",
+                f'give integers from 1 to {LONGEST:,}, for example "4,8"',
             )
     return list(dict.fromkeys(map(int, words)))
 
 
-def split_gaps(prompt: str) -> Pieces:
-    """Texts and gaps of a prompt, the texts first and last (empty ones too).
+def split_gaps(prompt: str) -> Segments:
+    """Texts and gaps of a prompt in turn; it starts and ends with a text, which may be empty.
 
     Raises:
         Ar2DiffError: a gap without a length.
     """
-    pieces: Pieces = []
+    segments: Segments = []
     end = 0
     for gap in GAP.finditer(prompt):
-        if not (gap[1] or "").isdecimal() or int(gap[1]) < 1:
-            raise Ar2DiffError(f"{gap[0]}: a gap of no tokens", "write {mask:N}, N from 1 on")
-        pieces += [prompt[end : gap.start()], int(gap[1])]
+        if not _positive(gap[1] or ""):
+            raise Ar2DiffError(
+                f"the gap {shortened(gap[0])} does not say how many tokens it has",
+                f"write {{mask:N}} for a gap of N tokens, N from 1 to {LONGEST:,}",
+            )
+        segments += [prompt[end : gap.start()], int(gap[1])]
         end = gap.end()
-    return [*pieces, prompt[end:]]
+    return [*segments, prompt[end:]]
+
+
+def _positive(word: str) -> bool:
+    """Whether a word is a number of tokens from 1 to `LONGEST`."""
+    return word.isdecimal() and len(word) < 10 and 1 <= int(word) <= LONGEST
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, one a line; of a .jsonl its field `prompt`. A .gz is unpacked.
+    """Prompts of a file (`-` for standard input): lines of text, or the column `prompt` of rows.
 
     Raises:
-        Ar2DiffError: the file cannot be read, or a line of it; it names the line.
+        Ar2DiffError: the file cannot be read, or a row of it; it names the row.
     """
-    from ..data.sources import read_lines
+    from ..config.sections import Source
+    from ..data.sources import columns_of, read_source
 
+    if str(path) != "-" and not path.is_file():
+        raise Ar2DiffError(f"prompts {path}: there is no such file", "check the name")
     prompts = []
-    for number, line in enumerate(read_lines(path, f"prompts {path}"), 1):
-        if not line.strip():
-            continue
-        where = f"prompts {path}: line {number}"
-        prompt = _field(line, where) if ".jsonl" in path.name else line.rstrip("\n")
+    for where, row in read_source(Source(path=str(path)), "prompt", "prompts"):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise Ar2DiffError(
+                f"{where} has no text in column 'prompt' (it has {columns_of(row)})",
+                'write {"prompt": "..."} on each line',
+            )
         try:
             split_gaps(prompt)
         except Ar2DiffError as error:
-            raise Ar2DiffError(f"{where}: {error.what}", error.fix) from None
+            raise error.about(where) from None
         prompts.append(prompt)
-    if not prompts:
-        raise Ar2DiffError(f"prompts {path}: no prompt in it", "write one prompt a line")
     return prompts
-
-
-def _field(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-        prompt = row["prompt"] if isinstance(row, dict) else None
-        if isinstance(prompt, str) and prompt:
-            prompt.encode()
-            return prompt
-    except json.JSONDecodeError as error:
-        what, fix = f"is not JSON ({error.msg} at column {error.colno})", "mend or remove the line"
-    except KeyError:
-        what = f"has no field 'prompt' (it has {', '.join(row) or 'none'})"
-        fix = 'write {"prompt": "..."} on each line'
-    except UnicodeEncodeError:
-        what, fix = "'prompt' is not valid Unicode", "mend or remove the line"
-    else:
-        what, fix = "holds no text in 'prompt'", 'write {"prompt": "..."} on each line'
-    raise Ar2DiffError(f"{where} {what}", fix)
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse a file that results cannot go to. Changes nothing.
-
-    Raises:
-        Ar2DiffError: it exists, is a folder, or cannot be written.
-    """
-    if path.is_dir():
-        raise Ar2DiffError(f"--output {path} is a folder", "name a file, for example out.jsonl")
-    if path.exists() and not overwrite:
-        raise Ar2DiffError(
-            f"--output {path} exists", "replace it with --overwrite, or give another name"
-        )
-    if not path.parent.is_dir():
-        raise Ar2DiffError(f"--output {path}: no such folder {path.parent}", "make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise Ar2DiffError(f"--output {path}: {path.parent} is not writable", "give another place")
-
-
-def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines beside and rename, so that no reader sees half a file.
-
-    Raises:
-        Ar2DiffError: the file system refuses.
-    """
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(result, ensure_ascii=False)}\n" for result in results)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise Ar2DiffError(f"{path}: {error.strerror or error}", "give another place") from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""The model card: what a published model is, how it is run and what happens without its code, how
-fast it decodes, how it was made, and what it cannot do."""
+"""The model card: what a published model is, how to run it and what happens without its code, how
+fast it decodes, how it was made, and its limits."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..checkpoint.custom_generate import FOLDER, REQUIREMENTS, custom_generate, digest
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option, shortened
 from ..core.options import RULE
 from ..core.spec import Spec
 from ..evaluation.check import ELSEWHERE
-from ..generation.chat import Answer, Chat, Problem
+from ..generation.chat import Chat
+from ..generation.events import Answer, Problem
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
-TOKENS = 32  # of a sample, at most: it may be a large model on a CPU
-# The first is what a folder does when nothing is asked.
+TOKENS = 32  # of a sample, at most: the model may be large and run on a CPU
+# The first is what a folder does when no settings are given.
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model answers to a prompt, greedily.
+    """The greedy answer of a model to a prompt.
 
     Attributes:
-        settings: of the sampler, beside the folder's own. text: the answer.
-        tokens: of it. forwards: that it took.
+        settings: of the sampler, in addition to the folder's own.
+        text: the answer. tokens: its length. forwards: how many it took.
     """
 
     settings: dict[str, Any]
@@ -51,11 +52,11 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     """Answers to one prompt at the settings that a card shows.
 
     Args:
-        prompt: what a user says, where there is a chat template; else a text to go on with.
-        every: False takes the first settings alone.
+        prompt: a user's message if there is a chat template, else the beginning of a text.
+        every: False takes only the first settings.
 
     Raises:
-        Ar2DiffError: the prompt does not fit.
+        Ar2DiffError: the prompt is empty or too long.
     """
     samples = []
     for settings in SETTINGS if every else SETTINGS[:1]:
@@ -64,16 +65,19 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
         try:
             chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
         except Ar2DiffError:
-            if settings:  # they do not go with the folder's own
+            if settings:  # they contradict the folder's own
                 continue
             raise
         for event in chat.events(prompt):
             if isinstance(event, Problem):
-                raise Ar2DiffError(f"prompt {prompt!r}: {event.what}", "give another --prompt")
+                raise Ar2DiffError(
+                    f"{option('prompt')} {shortened(prompt)}: {event.what}",
+                    f"give another {option('prompt')}",
+                )
             if isinstance(event, Answer):
                 samples.append(Sample(settings, event.text, event.new_tokens, event.forwards))
     if not samples:
-        raise Ar2DiffError("the prompt is empty", "give another --prompt")
+        raise Ar2DiffError(f"{option('prompt')} is empty", f"give another {option('prompt')}")
     return samples
 
 
@@ -85,12 +89,12 @@ def make_card(
     prompt: str,
     samples: list[Sample],
 ) -> str:
-    """The card as markdown, its front matter first.
+    """The card as Markdown with front matter.
 
     Args:
         name: of the repository.
-        record: as it is published, with no path of this machine.
-        samples: of `measure`.
+        record: as it is published, without paths of this machine.
+        prompt, samples: of `measure`.
     """
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
@@ -136,7 +140,7 @@ def make_card(
 
 
 def changes(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a recorded recipe is not as it is by default: the sections, cut down."""
+    """The values of a recorded recipe that differ from the defaults, in their sections."""
     defaults = Recipe().model_dump(mode="json")
     found: dict[str, Any] = {}
     for name, values in recipe.items():
@@ -155,7 +159,7 @@ def _label(settings: dict[str, Any]) -> str:
 
 
 def _own_rule(generation: Any) -> str:
-    """What `generation_config.json` says of which tokens a forward decides."""
+    """The settings in `generation_config.json` that say which tokens a forward decides."""
     own = {name: getattr(generation, name, None) for name in RULE}
     return f"`{_label({name: value for name, value in own.items() if value is not None})}`"
 
@@ -165,7 +169,7 @@ def _class_name(model: Any) -> str:
 
 
 def _differences(spec: Spec, checkpoint: Checkpoint) -> list[str]:
-    """What an adapter changed of its base's spec, which no one but ar2diff reads."""
+    """What an adapter changed of its base's spec, which only ar2diff reads."""
     base = checkpoint.base.spec.to_dict()
     return [f"{key} {base[key]} -> {value}" for key, value in spec.to_dict().items()
             if base[key] != value]  # fmt: skip

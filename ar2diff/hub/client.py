@@ -1,7 +1,8 @@
-"""The Hub, asked through huggingface_hub alone: who the token is of, what a repository holds, one
-commit up, one snapshot down; and what its errors mean to the user.
+"""The Hub, through huggingface_hub alone: whose the token is, what a repository holds, uploading
+one commit, downloading one snapshot; and what errors mean to the user.
 
-The token is huggingface_hub's own (HF_TOKEN, or that of the login). It is in no message.
+The token is the one that huggingface_hub finds (HF_TOKEN, or that of the login). No message
+contains it.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, option
 
 OTHER_TYPES = {"dataset": "data set", "space": "Space"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A repository to publish in, as it was found.
+    """A repository to publish to, as it was found.
 
     Attributes:
         name: with its owner.
-        private: what was asked for; False leaves it as it is, or to the Hub.
-        head: its newest commit; None where there is no such repository yet.
-        files: paths that it holds.
+        private: what the user asked for; False leaves the choice to the Hub.
+        head: its newest commit; None if there is no such repository yet.
+        files: paths of its files.
     """
 
     name: str
@@ -52,26 +53,26 @@ class Target:
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """The address of its page."""
         return f"{constants.ENDPOINT}/{self.name}"
 
 
 def find_target(name: str, private: bool = False) -> Target:
-    """Look up the repository `name` for one who may write to it. Changes nothing.
+    """Look up a repository to write to. Changes nothing.
 
     Args:
-        name: without an owner it is the token's.
-        private: it must be, or become, private.
+        name: of the repository; without an owner, that of the token's user.
+        private: whether it must be private.
 
     Raises:
-        Ar2DiffError: no token, or one that may not write; no connection; the name is none, or that
-            of a data set or Space; the repository is public and `private` was asked for.
+        Ar2DiffError: there is no token, or it may not write; no connection; the name is not valid,
+            or that of a data set or Space; the repository is public and must not be.
     """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise Ar2DiffError(
-            f"repository {name!r}: {first_line(error)}", "give a name as in user/stories"
+            f"repository {name!r}: {first_line(error)}", "give a name like user/stories"
         ) from None
     user = check_token()
     name = name if "/" in name else f"{user}/{name}"
@@ -83,22 +84,22 @@ def find_target(name: str, private: bool = False) -> Target:
             for kind, said in OTHER_TYPES.items():
                 if api.repo_exists(name, repo_type=kind):
                     raise Ar2DiffError(
-                        f"repository {name} is a {said} on the Hub", "give the model another name"
+                        f"{name} is a {said} on the Hub", "give the model another name"
                     ) from None
             return Target(name, private)
     if private and not info.private:
         raise Ar2DiffError(
-            f"repository {name} is public: what is pushed there is not private",
+            f"repository {name} is public",
             "make it private in its settings on the Hub, or give another name",
         )
     return Target(name, private, info.sha, tuple(file.rfilename for file in info.siblings))
 
 
 def check_token() -> str:
-    """The user that the token is of.
+    """The user whose token it is.
 
     Raises:
-        Ar2DiffError: there is none, the Hub does not know it, or it may read alone.
+        Ar2DiffError: there is no token, the Hub does not know it, or it may only read.
     """
     with asking():
         token = get_token()
@@ -106,37 +107,37 @@ def check_token() -> str:
             raise Ar2DiffError(
                 "there is no token for the Hub", "run 'hf auth login', or set HF_TOKEN"
             )
-        if not (token.isascii() and token.isprintable()):  # no header can carry it
+        if not (token.isascii() and token.isprintable()):  # no HTTP header can carry it
             raise _wrong_token()
         known = HfApi().whoami()
     if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise Ar2DiffError(
-            f"the token of {known['name']} may read, not write",
-            f"make one that may write at {constants.ENDPOINT}/settings/tokens",
+            f"the token of {known['name']} may only read",
+            f"create one that may write at {constants.ENDPOINT}/settings/tokens",
         )
     return known["name"]
 
 
 def upload(target: Target, files: dict[str, Path | bytes], stale: list[str], message: str) -> str:
-    """Make the repository if need be, and put files there in one commit, which is there whole or
-    not at all.
+    """Create the repository if necessary, and upload files in one commit: all of them or none.
 
     Args:
-        files: path in the repository -> local file or content.
-        stale: paths there to remove.
+        files: {path in the repository: local file, or content}.
+        stale: paths in the repository to remove.
+        message: of the commit.
 
     Returns:
-        The commit; the head as it was where nothing differs.
+        The commit; the head as it was, if nothing differs.
 
     Raises:
-        Ar2DiffError: the upload broke off, or may not be.
+        Ar2DiffError: the upload failed, or is not allowed.
     """
     api, head = HfApi(), target.head
     with asking(target.name):
         if head is None:
             api.create_repo(target.name, private=target.private or None)
             head = api.model_info(target.name).sha
-    # Not `upload_folder`, which may make several commits of one folder.
+    # Not `upload_folder`, which may split one folder into several commits.
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     operations += [CommitOperationDelete(path) for path in stale]
     with asking(target.name, uploading=True):
@@ -149,10 +150,10 @@ def upload(target: Target, files: dict[str, Path | bytes], stale: list[str], mes
 def download(
     name: str, commit: str | None, folder: Path, patterns: list[str] | None = None
 ) -> Path:
-    """A repository's files in a fresh folder, beside no cache.
+    """Download the files of a repository to a fresh folder, without a cache.
 
     Raises:
-        Ar2DiffError: they are not to be had.
+        Ar2DiffError: they cannot be downloaded.
     """
     with asking(name):
         snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=patterns)
@@ -160,46 +161,47 @@ def download(
 
 
 def matching(paths: tuple[str, ...], patterns: list[str]) -> list[str]:
-    """Those paths whose file, or outermost folder, is called like one of the patterns."""
+    """The paths whose first part matches one of the patterns."""
     return [p for p in paths if any(fnmatch(p.split("/")[0], pattern) for pattern in patterns)]
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the Hub or the connection says, in one line, without the token."""
+    """The message of an error of the Hub or the connection: one line, without the token."""
     said, token = first_line(error), os.environ.get("HF_TOKEN") or _saved_token()
     return said.replace(token, "...") if token else said
 
 
 @contextmanager
 def asking(name: str = "", uploading: bool = False) -> Iterator[None]:
-    """Say what an error of the Hub, or of the way there, means to the user.
+    """Say what an error of the Hub or the connection means to the user.
 
     Args:
-        name: the repository in question.
+        name: of the repository in question.
+        uploading: whether files are being uploaded to it.
     """
     try:
         yield
     except Ar2DiffError:
         raise
-    except Exception as error:  # httpx, OS and huggingface_hub have theirs, which change
+    except Exception as error:  # httpx, the system and huggingface_hub have theirs
         # Nothing of the error is chained to ours: a header in it may hold the token.
         raise _explained(error, name, uploading) from None
 
 
 def _explained(error: Exception, name: str, uploading: bool) -> Ar2DiffError:
     if isinstance(error, OfflineModeIsEnabled):
-        return Ar2DiffError("HF_HUB_OFFLINE is set: the Hub is not asked", "unset it")
+        return Ar2DiffError("HF_HUB_OFFLINE is set, so the Hub is not used", "unset it")
     response = error.response if isinstance(error, HfHubHTTPError) else None
     status = response.status_code if response is not None else None
-    ours = response is not None and "/api/" in str(response.url)  # and not that of its storage
+    ours = response is not None and "/api/" in str(response.url)  # not from its storage
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return _wrong_token()
     if isinstance(error, RepositoryNotFoundError):
-        return Ar2DiffError(f"repository {name} is not on the Hub", "check its name")
+        return Ar2DiffError(f"there is no repository {name} on the Hub", "check its name")
     if status == 403 and ours:
         return Ar2DiffError(
             f"the token may not write to {name}",
-            "give a repository of your own, or a token that may write there",
+            "give a repository of your own, or use a token that may write there",
         )
     if status == 412:
         return Ar2DiffError(f"repository {name} has changed in the meantime", "push again")
@@ -207,17 +209,17 @@ def _explained(error: Exception, name: str, uploading: bool) -> Ar2DiffError:
         lines = [line.removeprefix("- ") for line in str(error).strip().splitlines()[1:]]
         return Ar2DiffError(
             f"the Hub refuses the card: {'; '.join(lines)}",
-            "--license takes an identifier of the Hub's list (apache-2.0, mit, llama3.2, other)",
+            f"give {option('license')} an identifier from the Hub's list (apache-2.0, mit, other)",
         )
     if uploading:
         return Ar2DiffError(
-            f"the upload to {name} broke off ({reason(error)}); the repository is as it was",
-            "push again: files that have arrived are not sent twice",
+            f"the upload to {name} failed ({reason(error)}); the repository is unchanged",
+            "push again: files that were uploaded completely are not sent twice",
         )
     if status is not None:
-        return Ar2DiffError(f"the Hub refuses ({reason(error)})", "try again later")
+        return Ar2DiffError(f"the Hub refuses the request ({reason(error)})", "try again later")
     return Ar2DiffError(
-        f"the Hub ({constants.ENDPOINT}) is not to be reached ({reason(error)})",
+        f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason(error)})",
         "check the connection, or HF_ENDPOINT",
     )
 
@@ -226,7 +228,7 @@ def _wrong_token() -> Ar2DiffError:
     source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the login"
     return Ar2DiffError(
         f"the Hub does not know the token of {source}",
-        f"make one that may write at {constants.ENDPOINT}/settings/tokens, then "
+        f"create one that may write at {constants.ENDPOINT}/settings/tokens, then "
         + ("set HF_TOKEN to it" if source == "HF_TOKEN" else "run 'hf auth login'"),
     )
 
@@ -234,5 +236,5 @@ def _wrong_token() -> Ar2DiffError:
 def _saved_token() -> str | None:
     try:
         return get_token()
-    except Exception:  # of a token that cannot be had there is nothing to hide
+    except Exception:  # without a token there is nothing to hide
         return None

@@ -1,5 +1,5 @@
-"""Where a model comes from, for those who have not the machine it was made on: the base that they
-can find, the licence that it brings along, the record of the run without this machine's paths."""
+"""Where a model comes from, for people on other machines: the base that they can find, its licence,
+and the record of the run without the paths of this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from ..checkpoint.files import ADAPTER_CONFIG, RUN_FILE, is_adapter, read_json
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from .client import asking, reason
 
 CARD = "README.md"
-LICENCE = ("license", "license_name", "license_link")  # keys of a card's front matter
-HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how a path begins that is one on sight
-FILES = ("base_model", "adapter", "path", "data")  # keys whose value is a file, or on the Hub
+LICENCE = ("license", "license_name", "license_link")  # keys of the front matter of a card
+HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how an obvious path begins
+FILES = (
+    "base_model",
+    "adapter",
+    "path",
+    "data",
+)  # keys whose value is a file, or a name on the Hub
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,10 @@ class Origin:
     """The nearest model upstream that others can find.
 
     Attributes:
-        name: its Hub id; None where nothing upstream is published.
-        commit: of it, where known.
-        licence: its `license`, and `license_name` and `license_link` where it has them.
-        unknown: why there is no licence.
+        name: its Hub id; None if nothing upstream is published.
+        commit: its commit, if known.
+        licence: its `license`, with `license_name` and `license_link` if it has them.
+        unknown: why the licence is not known.
     """
 
     name: str | None
@@ -41,19 +46,19 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
     """Follow a folder's record from base to base until one is on the Hub.
 
     Args:
-        folder: of a converted model, or of an adapter.
+        folder: a converted model or an adapter.
         base: the Hub id under which its base was published.
 
     Raises:
-        Ar2DiffError: an adapter whose base is a folder of this machine, or not on the Hub.
+        Ar2DiffError: the base of an adapter is a folder on this machine, or is not on the Hub.
     """
     if is_adapter(folder):
         config = read_json(folder / ADAPTER_CONFIG, "")
         reference = str(config.get("base_model_name_or_path") or "")
         if base is None and Path(reference).is_dir():
             raise Ar2DiffError(
-                f"adapter {folder}: its base is a folder of this machine, {reference}",
-                f"publish it ('ar2diff push {reference} REPO'), then give its name with --base",
+                f"the base of adapter {folder} is a folder on this machine, {reference}",
+                f"run 'ar2diff push {reference} REPO', then give its name as {option('base')}",
             )
         name, commit = (base, None) if base else (reference, config.get("revision"))
         with asking(name):
@@ -66,10 +71,11 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
 
 
 def origin_of_base(reference: str, commit: str | None = "") -> Origin:
-    """The same of a base itself, itself included.
+    """Follow a base to the nearest model on the Hub, which may be itself.
 
     Args:
-        commit: what the record has: None where it was a folder, empty where it does not say.
+        reference: folder or Hub id.
+        commit: as recorded: None if it was a folder, empty if the record does not say.
     """
     licence: dict[str, Any] = {}
     seen: set[str] = set()
@@ -83,14 +89,14 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
         record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
         seen.add(reference)
         if record.get("base_model", reference) in seen:
-            found = Origin(None, unknown=f"{reference} is a folder here, whose card does not say")
+            found = Origin(None, unknown=f"the card of the folder {reference} does not say")
             break
         reference, commit = str(record["base_model"]), record.get("base_commit", "")
     return Origin(found.name, found.commit, licence or found.licence, found.unknown)
 
 
 def without_paths(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """A record as it is published: files and folders by their names alone, the base by its own."""
+    """A record as it is published: files and folders without paths, the base by its Hub id."""
     clean = _clean(record)
     if origin.name is not None:
         clean |= {"base_model": origin.name, "base_commit": origin.commit}
@@ -108,12 +114,12 @@ def _clean(value: Any, key: str = "") -> Any:
 
 
 def _is_file(value: str, key: str) -> bool:
-    """Whether a value names something here, and not on the Hub."""
+    """Whether a value names a file on this machine, not a name on the Hub."""
     from ..data.sources import SUFFIXES, find_file
 
     try:
         if key not in FILES:
-            return "/" in value and Path(value.partition(":")[0]).exists()  # a file:function, too
+            return "/" in value and Path(value.partition(":")[0]).exists()  # or file:function
         return value.endswith(SUFFIXES) or Path(value).exists() or find_file(value) is not None
     except OSError:  # too long for a path
         return False
@@ -124,8 +130,8 @@ def _is_file(value: str, key: str) -> bool:
 def _published(name: str, commit: str | None) -> Origin:
     try:
         info = HfApi().model_info(name, revision=commit)
-    except Exception as error:  # no such repository, no connection, offline: a licence may be given
-        return Origin(name, commit, unknown=f"{name} cannot be asked: {reason(error)}")
+    except Exception as error:  # no such repository, no connection: the user may name a licence
+        return Origin(name, commit, unknown=f"the Hub did not tell that of {name}: {reason(error)}")
     return _origin(name, commit, info)
 
 
@@ -137,7 +143,7 @@ def _origin(name: str, commit: str | None, info: Any) -> Origin:
 def _front_matter(file: Path) -> dict[str, Any]:
     try:
         return _licence(ModelCard.load(file).data.to_dict()) if file.is_file() else {}
-    except (ValueError, OSError):  # no YAML, or of a kind that it does not read
+    except (ValueError, OSError):  # not YAML, or not the YAML of a card
         return {}
 
 

@@ -1,25 +1,67 @@
-"""Publishing: a folder that ar2diff wrote becomes a repository of the Hub in one commit, comes down
-again, and is compared with what went up. What is wrong is found before torch is imported."""
+"""Publishing: a folder that ar2diff wrote becomes a repository on the Hub in one commit, is
+downloaded again and compared with what was uploaded. Whatever can be checked without torch is
+checked before it is imported."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import ADAPTER_CONFIG, RUN_FILE, is_adapter, read_json, read_spec
-from ..checkpoint.output import LAST, OURS
+from ..checkpoint.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DIFFUSION,
+    RUN_FILE,
+    is_adapter,
+    read_json,
+    read_spec,
+    weight_files,
+)
+from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from .client import Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
 PROMPT = "Once upon a time"
-PUBLISHED = [pattern for pattern in OURS if pattern not in ("checkpoints", "*.partial")]
+# What is read of a model, beside its weights: published, and replaced in the repository.
+PUBLISHED = [
+    RUN_FILE, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates", "custom_generate", ADAPTER_CONFIG, DIFFUSION, "configuration_*.py",
+    "*.safetensors.index.json",
+]  # fmt: skip
+REPLACED = [*PUBLISHED, "*.safetensors"]
 MODELS = ["config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push published, or would publish.
+
+    Attributes:
+        repository: its name on the Hub.
+        files: {path: bytes}. removed: paths in the repository that are not of the model any more.
+        card: the model card.
+        url, commit: of the repository; None in a dry run, like all that follow.
+        changed: whether the repository was not already as it is now.
+        difference: of the logits before and after, over the largest logit.
+        tokens: of the generation that was compared.
+    """
+
+    repository: str
+    files: dict[str, int]
+    removed: list[str]
+    card: str
+    url: str | None = None
+    commit: str | None = None
+    changed: bool | None = None
+    difference: float | None = None
+    tokens: int | None = None
 
 
 def push(
@@ -32,31 +74,27 @@ def push(
     prompt: str | None = None,
     dry_run: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Pushed:
     """Publish a folder, download it to a fresh one, and compare the two.
 
     Args:
-        folder: of a converted model or an adapter, as a run of ours left it.
-        name: of the repository; without an owner, the token's.
-        private: make it private; one that is public is refused.
-        base: Hub id under which the base was published, where the record has a folder.
-        license: an identifier of the Hub's list; None: the base's.
-        prompt: of the card's example, and of the generation that is compared; None: a story's.
-        dry_run: check all, and change nothing anywhere.
+        folder: a converted model or an adapter that ar2diff wrote.
+        name: of the repository; without an owner, that of the token's user.
+        private: make the repository private; an existing public one is refused.
+        base: Hub id under which the base was published, if the record names a folder.
+        license: identifier from the Hub's list; None: that of the base.
+        prompt: for the card's example and the generation that is compared; None: that of a story.
+        dry_run: check everything; change nothing anywhere.
         tell: called with a line on what is being done.
 
-    Returns:
-        repository, files {path: bytes}, removed, card; and, of a real push, url, commit, changed,
-        difference (of logits, relative), tokens of the generation.
-
     Raises:
-        Ar2DiffError: something the user can mend. Until the upload nothing was changed.
+        Ar2DiffError: something that the user can fix. Nothing was changed before the upload.
     """
     folder, prompt = Path(folder), PROMPT if prompt is None else prompt
     record = check_folder(folder)
     target = find_target(name, private)
     origin = known_origin(folder, base, license)
-    # With --base it has another name than an earlier push may have given it.
+    # A base given by the caller may have another name than an earlier push gave it.
     known = None if base else origin.name or record.get("base_model")
     check_same(target, record | {"base_model": known}, is_adapter(folder))
     from ..checkpoint.compare import fixed_logits
@@ -67,28 +105,29 @@ def push(
     checkpoint = load_local(folder, origin)
     samples, logits = measure(checkpoint, prompt), fixed_logits(checkpoint)
     files = files_of(folder, target.name, checkpoint, record, origin, prompt, samples)
-    result = {
-        "repository": target.name,
-        "files": {path: _size(content) for path, content in files.items()},
-        "removed": [p for p in matching(target.files, PUBLISHED) if p not in files],
-        "card": _text(files[CARD]),
-    }
+    result = Pushed(
+        repository=target.name,
+        files={path: _size(content) for path, content in files.items()},
+        removed=[path for path in matching(target.files, REPLACED) if path not in files],
+        card=_text(files[CARD]),
+    )
     if dry_run:
         return result
     if checkpoint.base is not None:
         check_published_base(folder, origin, logits)
     del checkpoint
-    tell(f"uploading {len(files)} files, {sum(result['files'].values()) / 1e6:,.1f} MB")
-    commit = upload(target, files, result["removed"], f"{folder.resolve().name}, by ar2diff")
+    tell(f"uploading {len(files)} files, {sum(result.files.values()) / 1e6:,.1f} MB")
+    commit = upload(target, files, result.removed, f"{folder.resolve().name}, by ar2diff")
     tell("downloading it again")
     difference = verify(target.name, commit, logits, samples[0], prompt)
-    return result | {
-        "url": target.url,
-        "commit": commit,
-        "changed": commit != target.head,
-        "difference": difference,
-        "tokens": samples[0].tokens,
-    }
+    return replace(
+        result,
+        url=target.url,
+        commit=commit,
+        changed=commit != target.head,
+        difference=difference,
+        tokens=samples[0].tokens,
+    )
 
 
 def preview(
@@ -98,10 +137,13 @@ def preview(
     license: str | None = None,
     prompt: str | None = None,
 ) -> str:
-    """The card that `push` would publish; the repository's name is left open.
+    """The card that `push` would publish, with `USER` for the owner of the repository.
+
+    Args:
+        folder, base, license, prompt: as for `push`.
 
     Raises:
-        Ar2DiffError: as `push`, without a Hub.
+        Ar2DiffError: as `push`, except that no token or repository is needed.
     """
     folder, prompt = Path(folder), PROMPT if prompt is None else prompt
     record, origin = check_folder(folder), known_origin(folder, base, license)
@@ -110,35 +152,37 @@ def preview(
 
     checkpoint = load_local(folder, origin)
     name = f"USER/{folder.resolve().name}"
-    return _text(
-        files_of(folder, name, checkpoint, record, origin, prompt, measure(checkpoint, prompt))[
-            CARD
-        ]
-    )
+    samples = measure(checkpoint, prompt)
+    return _text(files_of(folder, name, checkpoint, record, origin, prompt, samples)[CARD])
 
 
 def check_before(name: str, model: str, recipe: Recipe) -> None:
     """Refuse, before a run trains, what could not be published when it has ended.
 
     Args:
-        name: of the repository. model: that is trained on.
+        name: of the repository. model: folder or Hub id of the model that is trained.
+
+    Raises:
+        Ar2DiffError: as `push`.
     """
+    hub = option("push_to_hub")
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
-            "--push-to-hub: an AR control is no diffusion model", "leave it out, or objective.kind"
+            f"{hub}: an autoregressive control is not a diffusion model",
+            f"leave out {hub} or {option('objective.kind')}",
         )
     target, here, adapter = find_target(name), Path(model).is_dir(), recipe.peft is not None
     if adapter and here:
         raise Ar2DiffError(
-            f"--push-to-hub: the adapter's base {model} is a folder of this machine",
-            "leave it out, then push the base and, with --base, the adapter ('ar2diff push')",
+            f"{hub}: the adapter's base {model} is a folder on this machine",
+            f"leave out {hub}; later push the base, then the adapter with {option('base')}",
         )
     origin = origin_of_base(model.rstrip("/"), None if here else "")
     check_same(target, {"base_model": origin.name or model}, adapter)
     if not origin.licence:
         raise Ar2DiffError(
-            f"--push-to-hub: the licence of {model} is not known ({origin.unknown})",
-            "leave it out, and push with --license when the run has ended",
+            f"{hub}: the licence of {model} is not known ({origin.unknown})",
+            f"leave out {hub}, and push with {option('license')} when the run has ended",
         )
 
 
@@ -146,29 +190,34 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The record of a folder that can be published.
 
     Raises:
-        Ar2DiffError: it is not there, is not converted, or no run of ours has ended in it.
+        Ar2DiffError: the folder is missing, holds no converted model, or is being written.
     """
+    fix = "give a folder that ar2diff wrote"
     if not folder.is_dir():
-        raise Ar2DiffError(f"{folder}: no such folder", "give a folder that ar2diff wrote")
-    if not any((folder / name).is_file() for name in LAST):
-        ours = (folder / RUN_FILE).is_file()
+        raise Ar2DiffError(f"{folder}: no such folder", fix)
+    check_not_locked(folder)
+    if not holds_model(folder):
+        if run_record(folder) is None:
+            raise Ar2DiffError(f"{folder} holds no model", fix)
         raise Ar2DiffError(
-            f"{folder}: {'its run has not ended' if ours else 'it holds no model'}",
-            "go on with --resume" if ours else "give a folder that ar2diff wrote",
+            f"the run in {folder} has not ended", f"continue it with {option('resume', True)}"
         )
     if read_spec(folder) is None:
         raise Ar2DiffError(
-            f"{folder}: it is not converted, config.json has no diffusion block",
-            f"run 'ar2diff adapt {folder} --output-dir DIR', and push DIR",
+            f"the model in {folder} is not converted: its config.json has no diffusion block",
+            f"run 'ar2diff adapt {folder} --output-dir DIR', then push DIR",
         )
-    return read_json(folder / RUN_FILE, "give a folder that ar2diff wrote")
+    return read_json(folder / RUN_FILE, fix)
 
 
 def check_same(target: Target, record: dict[str, Any], adapter: bool) -> None:
     """Refuse a repository that holds another model, or one that ar2diff did not write.
 
     Args:
-        record: of what is to go there. adapter: whether it is one.
+        record: of the model to be published. adapter: whether that is an adapter.
+
+    Raises:
+        Ar2DiffError: it holds one.
     """
     held = matching(target.files, MODELS)
     if not held:
@@ -185,14 +234,14 @@ def check_same(target: Target, record: dict[str, Any], adapter: bool) -> None:
     for part, value in mine.items():
         if value is not None and value != theirs[part]:
             raise Ar2DiffError(
-                f"repository {target.name} holds another model: its {part} is {theirs[part]}, "
-                f"this one's {value}",
+                f"repository {target.name} holds another model: its {part} is {theirs[part]}, not "
+                f"{value}",
                 fix,
             )
 
 
 def known_origin(folder: Path, base: str | None, license: str | None) -> Origin:
-    """Where a folder's model comes from, with a licence.
+    """Where the model in a folder comes from, with its licence.
 
     Raises:
         Ar2DiffError: the licence is not known, or an adapter's base is not on the Hub.
@@ -202,8 +251,8 @@ def known_origin(folder: Path, base: str | None, license: str | None) -> Origin:
         return Origin(origin.name, origin.commit, {"license": license})
     if not origin.licence:
         raise Ar2DiffError(
-            f"{folder}: the licence of its base is not known ({origin.unknown})",
-            "name it: --license apache-2.0 (or mit, llama3.2, other ...)",
+            f"the licence of the base of {folder} is not known ({origin.unknown})",
+            f"give {option('license', 'apache-2.0')} (or mit, llama3.2, other ...)",
         )
     return origin
 
@@ -217,17 +266,28 @@ def files_of(
     prompt: str,
     samples: list[Any],
 ) -> dict[str, Path | bytes]:
-    """What is published, by its path there: the folder's own files as they are, this version's
-    decoding code, the record and an adapter's base by names that others can follow, the card."""
+    """What is published, by its path in the repository: the files of the folder's model, the
+    decoding code of this version, the record and an adapter's config with names that others can
+    follow, and the card.
+
+    Raises:
+        Ar2DiffError: a file is a link that leads out of the folder.
+    """
     from ..checkpoint.custom_generate import FOLDER, custom_generate
     from .card import make_card
 
     files: dict[str, Path | bytes] = {}
-    for pattern in PUBLISHED:
-        for entry in sorted(folder.glob(pattern)):
-            inside = sorted(entry.rglob("*")) if entry.is_dir() else [entry]
-            files |= {f.relative_to(folder).as_posix(): f for f in inside if f.is_file()}
-    files = {path: file for path, file in files.items() if path.split("/")[0] != FOLDER}
+    weights = weight_files(folder) if checkpoint.base is None else [folder / ADAPTER_WEIGHTS]
+    found = [*weights, *(entry for pattern in PUBLISHED for entry in sorted(folder.glob(pattern)))]
+    for entry in (entry for entry in found if entry.name != FOLDER):
+        for file in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise Ar2DiffError(
+                    f"{file} is a link to a file outside of the folder",
+                    "replace it with a copy of that file",
+                )
+            if file.is_file():
+                files[file.relative_to(folder).as_posix()] = file
     if checkpoint.base is None:
         files |= {f"{FOLDER}/{path}": code for path, code in custom_generate().items()}
     else:
@@ -236,7 +296,7 @@ def files_of(
         files[ADAPTER_CONFIG] = _json(config)
     published = without_paths(record, origin)
     golden = {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
-    files[RUN_FILE] = _json(published | {"golden": golden})
+    files[RUN_FILE] = _json(published | {"golden": golden, "files": sorted(files)})
     own = folder / CARD
     card = make_card(name, checkpoint, published, origin, prompt, samples)
     files[CARD] = own if own.is_file() else card.encode()

@@ -1,4 +1,4 @@
-"""Two loads of one model compared: logits of fixed rows, and what it writes to a prompt."""
+"""Comparing two loads of one model: logits of fixed rows, and the answer to a prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .origin import Origin
 
 
 def load_local(folder: Path, origin: Origin) -> Checkpoint:
-    """The model that is published; an adapter on the base it was trained on, while that is here."""
+    """The model to be published; an adapter on the base it was trained on, if that is here."""
     if not is_adapter(folder):
         return load(str(folder))
     named = str(read_json(folder / ADAPTER_CONFIG, "").get("base_model_name_or_path"))
@@ -28,36 +28,39 @@ def load_local(folder: Path, origin: Origin) -> Checkpoint:
 
 
 def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
-    """Refuse an adapter that is another model on its published base than on its own.
+    """Refuse an adapter that is a different model on its published base than on its own.
 
     Args:
-        logits: of `fixed_logits`, on its own.
+        logits: the result of `fixed_logits` on its own base.
+
+    Raises:
+        Ar2DiffError: it is a different one.
     """
     hub = load_adapter(folder, device="auto", base=f"{origin.name}@{origin.commit}")
-    _compare(logits, fixed_logits(hub), f"adapter {folder}: on {origin.name} it")
+    _compare(logits, fixed_logits(hub), f"adapter {folder}: with the base {origin.name} it")
 
 
 def verify(name: str, commit: str, logits: Any, golden: Sample, prompt: str) -> float:
-    """Download a commit to a fresh folder and compare it with what went up.
+    """Download a commit to a fresh folder and compare it with what was uploaded.
 
     Args:
-        logits: of `fixed_logits`, of the local model. golden: what that wrote.
+        logits: the result of `fixed_logits` for the local model. golden: its answer to `prompt`.
 
     Returns:
-        The largest difference of logits, over the largest logit.
+        The largest difference of the logits over the largest logit.
 
     Raises:
-        Ar2DiffError: it is another model.
+        Ar2DiffError: it is a different model.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = download(name, commit, Path(place) / "model")
         checkpoint = load(str(folder))
-        difference = _compare(logits, fixed_logits(checkpoint), f"{name}: what came down")
+        difference = _compare(logits, fixed_logits(checkpoint), f"{name}: the download")
         again = measure(checkpoint, prompt, every=False)[0]
         code = read_custom_generate(folder).state if checkpoint.base is None else "ok"
         if again != golden or code != "ok":
             what = "decoding code" if code != "ok" else f"answer to {prompt!r}"
-            raise Ar2DiffError(f"{name}: what came down has another {what}", "push again")
+            raise Ar2DiffError(f"{name}: the download has another {what}", "push again")
     return difference
 
 
@@ -66,6 +69,6 @@ def _compare(before: Any, after: Any, what: str) -> float:
     if not difference <= MERGED:
         raise Ar2DiffError(
             f"{what} has other logits than the local model, by {difference:.1e} of the largest",
-            "push again; if it stays so, compare the files",
+            "push again; if the difference remains, compare the files",
         )
     return difference

@@ -1,8 +1,9 @@
-"""Rewards that come with ar2diff: each judges one completion, and is pure.
+"""Rewards that come with ar2diff: pure functions, each of which judges one completion.
 
-A grader's first parameter is the completion's text, those after it are columns of the data, and
-keyword-only ones are the reward's `args` in the recipe, checked by their annotations. A column
-that no answer can be read from is a ValueError: it would silently make every completion wrong.
+A grader's first parameter is the text of the completion; the parameters after it are columns of the
+data, and keyword-only ones are the reward's `args` in the recipe, checked by their annotations. A
+column from which no answer can be read is a ValueError, since it would silently make every
+completion wrong. A grader that can take for ever on some text is named in `loading.UNBOUNDED`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import PositiveInt
-
-from .timeouts import TimedOut, call_within
 
 # 18  1,000  18.0  .5  -3  $18  -$18; not the parts of 1_000, x2, 1e5, 3.14.15 or of 10-5's -5
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|\.\d|[eE][+-]?\d)"
@@ -33,7 +32,6 @@ OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-MATH_SECONDS = 10.0  # for one completion; sympy can take for ever
 
 Extract = Literal["whole", "first_line", "last_line", "last_number", "boxed"]
 
@@ -134,14 +132,11 @@ def demo(completion: str, answer: Any) -> float:
 def math(completion: str, answer: Any) -> float:
     """1 where math-verify holds the completion's answer and column `answer` equal, else 0.
 
-    The column is LaTeX or plain. A comparison that takes longer than 10 seconds is a 0.
+    The column is LaTeX or plain text. A comparison that is stopped for its time is a 0.
     """
-    import math_verify  # an extra; not within the limit, since it takes seconds to load
+    import math_verify  # an extra
 
-    try:
-        return float(call_within(MATH_SECONDS, lambda: _verified(math_verify, completion, answer)))
-    except TimedOut:
-        return 0.0
+    return float(_verified(math_verify, completion, answer))
 
 
 GRADERS: dict[str, Callable[..., float]] = {
@@ -251,7 +246,7 @@ def _verified(math_verify: Any, completion: str, answer: Any) -> bool:
     answer = str(answer).rpartition("####")[2].strip()
     if "\\boxed" not in answer and "$" not in answer:
         answer = f"\\boxed{{{answer}}}"  # LaTeX is only looked for within some mark
-    # Its own limits would cancel the timer of the batch.
+    # The worker that this runs in is killed where it takes too long; its own limits need alarms.
     wanted = math_verify.parse(answer, parsing_timeout=None)
     if not wanted:
         raise ValueError(f"math-verify reads no answer in column answer: {answer[:60]!r}")

@@ -1,29 +1,34 @@
-"""What holds rewards to their contract: numbers, in time, and errors that say whose they are."""
+"""What holds rewards to their contract: finite numbers, in time, and errors that name them."""
 
 from __future__ import annotations
 
 import inspect
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..core.errors import Ar2DiffError, first_line
-from .timeouts import TimedOut
+from ..core.errors import Ar2DiffError, option, shortened
+from .workers import Raised, Stopped
 
 FLOAT32_MAX = 3.4028234663852886e38  # trl keeps rewards in float32
-SHOWN = 60  # characters of a prompt in an error
+SHOWN = 60  # characters of a prompt or a value in an error
+STOPPED_IN_A_ROW = 3  # calls of a reward that are stopped before the run is
 
 
-@dataclass(frozen=True)
 class Guard:
-    """Makes of what goes wrong in a reward an error that names it, and the row if it is known."""
+    """Turns what goes wrong in a reward into an error or a warning that names it, and the row if it
+    is known.
 
-    name: str
-    limit: float  # seconds
-    alone: bool  # no other reward judges what this one leaves out
+    Args:
+        name: that trl logs.
+        limit: seconds that a batch may take.
+        alone: whether no other reward judges the completions that this one leaves out.
+    """
+
+    def __init__(self, name: str, limit: float, alone: bool):
+        self.name, self.limit, self.alone = name, limit, alone
+        self._stopped = 0  # calls in a row
+        self._warned = False
 
     def named(self, reward: Callable[..., Any], function: Any) -> Callable[..., Any]:
         """The reward with the name that trl logs, and the function's docstring."""
@@ -31,34 +36,48 @@ class Guard:
         reward.__doc__ = inspect.getdoc(function)
         return reward
 
-    @contextmanager
-    def watching(
-        self, prompts: Sequence[Any], values: Sequence[Any] | None = None, is_async: bool = False
-    ) -> Iterator[None]:
-        """Around a call.
+    def failed(
+        self, raised: Raised, prompts: Sequence[Any], row: int | None = None
+    ) -> Ar2DiffError:
+        """The error of a reward that raised something.
 
         Args:
-            values: those of the rows before the one that is judged, if that is known.
-            is_async: exits count as failures: trl's event loop would die of them, and trl wait.
+            row: of the batch, that was being judged; None if that is not known.
         """
-        try:
-            yield
-        except TimedOut:
+        return Ar2DiffError(
+            f"reward {self.name} raised {raised.kind}: {raised.message}{_where(prompts, row)}",
+            f"fix {raised.place}" if row is None else "fix or remove the row",
+        )
+
+    def warn(self, stopped: Stopped, worth: str) -> None:
+        """Say once that a call was stopped, and what its completions are worth."""
+        if not self._warned:
+            print(
+                f"warning: reward {self.name} {stopped.why} and was stopped; {worth}. "
+                "This is said once.",
+                file=sys.stderr,
+            )
+        self._warned = True
+
+    def left_out(self, stopped: Stopped, prompts: Sequence[Any]) -> list[None]:
+        """The values of a batch whose call was stopped: none.
+
+        Raises:
+            Ar2DiffError: it happens for the third time in a row.
+        """
+        self._stopped += 1
+        if self._stopped == STOPPED_IN_A_ROW:
             raise Ar2DiffError(
-                f"reward {self.name} took longer than {self.limit:g} seconds"
-                f"{_where(prompts, values)}",
-                "mend it, or raise the reward's time_limit",
-            ) from None
-        except BaseException as error:
-            if not isinstance(error, Exception) and not (is_async and _is_exit(error)):
-                raise
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            raise Ar2DiffError(
-                f"reward {self.name} raised {type(error).__name__}: {first_line(error)}"
-                f"{_where(prompts, values)}",
-                f"mend {place}" if values is None else "mend or remove the row",
-            ) from error
+                f"reward {self.name} {stopped.why} and was stopped, {self._stopped} times in a row"
+                f"{_where(prompts, None)}",
+                f"fix it, or raise its {option('time_limit')}",
+            )
+        self.warn(stopped, "the batch has no reward of it")
+        return [None] * len(prompts)
+
+    def done(self) -> None:
+        """Note that a call returned."""
+        self._stopped = 0
 
     def checked(self, values: Any, prompts: Sequence[Any]) -> list[float | None]:
         """The values as floats, None where a row is left out.
@@ -75,9 +94,7 @@ class Guard:
         values = [value.item() if _is_scalar(value) else value for value in values]
         for row, value in enumerate(values):
             if value is not None and not _is_finite(value):
-                # Python writes out no whole number of 5,000 digits
-                shown = "a huge number" if isinstance(value, int) else repr(value)[:SHOWN]
-                raise self._wrong(f"returned {shown}{_where(prompts, values[:row])}")
+                raise self._wrong(f"returned {shortened(value, SHOWN)}{_where(prompts, row)}")
         if self.alone and all(value is None for value in values):
             raise self._wrong(f"returned None for all rows{_where(prompts, None)}")
         return [None if value is None else float(value) for value in values]
@@ -85,12 +102,8 @@ class Guard:
     def _wrong(self, what: str) -> Ar2DiffError:
         return Ar2DiffError(
             f"reward {self.name} {what}",
-            "it has to return a list with a finite number, or None, for each completion",
+            "it must return a list with a finite number, or None, for each completion",
         )
-
-
-def _is_exit(error: BaseException) -> bool:
-    return isinstance(error, (SystemExit, KeyboardInterrupt))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -102,20 +115,19 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX  # of NaN it is False
 
 
-def _where(prompts: Sequence[Any], values: Sequence[Any] | None) -> str:
-    """The row after those of the values, or the batch by its first row."""
-    row = 0 if values is None else len(values)
-    if row >= len(prompts):
+def _where(prompts: Sequence[Any], row: int | None) -> str:
+    """A row of a batch by its prompt, or the batch by its first row."""
+    if row is not None and row >= len(prompts):
         return ""
-    prompt = " ".join(text_of(prompts[row]).split())
+    prompt = " ".join(text_of(prompts[row or 0]).split())
     prompt = prompt if len(prompt) <= SHOWN else f"{prompt[: SHOWN - 1]}…"
-    if values is None:
+    if row is None:
         return f" in a batch whose first prompt is {prompt!r}"
     return f" at row {row} of a batch, prompt {prompt!r}"
 
 
 def text_of(turns: Any, role: str | None = None) -> str:
-    """A text; of messages, what the last one says, or the last one of a role."""
+    """A text as it is; of messages, the content of the last one, or of the last one of a role."""
     if isinstance(turns, str):
         return turns
     turns = [turn for turn in turns if role in (None, turn.get("role"))]

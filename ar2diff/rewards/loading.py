@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import asyncio
 import functools
 import importlib
 import importlib.util
@@ -17,28 +17,33 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, create_model
 
 from ..config.rl import Reward
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, nearest, shortened
 from .builtin import GRADERS
 from .guards import Guard, text_of
-from .timeouts import LoopThread, call_within
+from .workers import Raised, Stopped, Worker
 
 MODEL = "model:"  # before the folder or Hub id of a reward model
-PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+NOTES = ("log_extra", "log_metric")  # functions that trl passes
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", *NOTES)
+UNBOUNDED = ("regex", "math")  # those of ours that can take for ever on a completion
+SECONDS = 2.0  # for one of their completions at least, of the batch's time_limit
 
 
 def make_rewards(entries: Sequence[Reward]) -> list[Callable[..., Any] | str]:
     """What trl takes as `reward_funcs`, in the order of the entries.
 
-    An entry's name is one of ours (`graders.GRADERS`), `module:function` (from the current
-    directory too), `path/to/file.py:function`, or `model:PATH`. A function, sync or async, is
-    called as `function(prompts=, completions=, **columns, **args)` and returns a number, or None
-    for "does not apply", for each completion. Each is wrapped, and checked at every call; its
-    `__name__` is its own. A model's path is returned as it is: trl loads it.
+    An entry's name is one of ours (`builtin.GRADERS`), `module:function` (also of the current
+    directory), `path/to/file.py:function`, or `model:PATH`. A function, sync or async, is called as
+    `function(prompts=, completions=, **columns, **args)` and returns a number, or None for "does
+    not apply", for each completion. It runs in a forked process of its own, where what it keeps
+    between calls stays, and which is killed where a call takes longer than `time_limit`: the batch
+    then has no reward of it, and the run goes on. So do those of ours that can take for ever; the
+    completion at fault is worth 0. A model's path is returned as it is: trl loads it.
 
     Raises:
-        Ar2DiffError: a reward is not to be found, or does not fit. The functions raise it when a
-            reward raises, takes longer than `time_limit`, or returns anything else. That all of a
-            batch is None is allowed only beside other rewards.
+        Ar2DiffError: a reward cannot be found, or does not fit. The functions raise it when a
+            reward raises, returns anything else, or is stopped in three calls in a row. That all
+            of a batch is None is allowed only beside other rewards.
     """
     taken: set[str] = set()
     made: list[Callable[..., Any] | str] = []
@@ -66,22 +71,24 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _near(name: str, names: Sequence[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]!r}?" if near else otherwise
+    """A fix: the nearest of the names, or something else."""
+    return nearest(name, names).removeprefix("; ") or otherwise
 
 
 def _model(entry: Reward) -> str:
     path = entry.name.removeprefix(MODEL)
     if entry.args:
-        raise Ar2DiffError(f"reward {entry.name!r}: a reward model takes no args", "remove them")
+        raise Ar2DiffError(
+            f"reward {shortened(entry.name)}: a reward model takes no arguments", "remove its args"
+        )
     folder = Path(path).expanduser()
     if path and (folder / "config.json").is_file():
         return str(folder)
     is_id = path and not folder.exists() and path.count("/") < 2 and path[0] not in "./~"
     if not is_id:
         raise Ar2DiffError(
-            f"reward {entry.name!r}: there is no model at {path!r}",
-            "name the folder or the Hub id of a sequence classifier",
+            f"reward {shortened(entry.name)}: there is no model at {shortened(path)}",
+            "give the folder or the Hub id of a sequence classifier",
         )
     return path
 
@@ -106,7 +113,7 @@ def _own(entry: Reward) -> tuple[Callable[..., Any], str]:
 
 
 def _nameless(name: str) -> Ar2DiffError:
-    """What is wrong with a name that is neither one of ours nor source:function."""
+    """The error of a name that is neither one of ours nor source:function."""
     source = name.strip(":")
     if source.endswith(".py") or (source and name.endswith(":")):
         return Ar2DiffError(f"reward {name!r} names no function", f"write {source}:FUNCTION")
@@ -117,13 +124,14 @@ def _nameless(name: str) -> Ar2DiffError:
 def _check_callable(function: Any, entry: Reward) -> None:
     if not callable(function):
         raise Ar2DiffError(
-            f"reward {entry.name!r} is no function but of type {type(function).__name__}",
+            f"reward {entry.name!r} is not a function but of type {type(function).__name__}",
             "name a function of (prompts, completions, **columns)",
         )
     for name in PASSED:
         if name in entry.args:
             raise Ar2DiffError(
-                f"reward {entry.name!r}: args.{name} is what trl passes itself", "rename it"
+                f"reward {entry.name!r}: trl passes {name} itself, so it cannot be in args",
+                "rename it",
             )
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -131,8 +139,8 @@ def _check_callable(function: Any, entry: Reward) -> None:
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise Ar2DiffError(
-            f"reward {entry.name!r} takes no **columns",
-            "add them: it is called with every column of the data",
+            f"reward {entry.name!r} does not take **columns",
+            "add **columns to its parameters: it is called with every column of the data",
         )
 
 
@@ -145,7 +153,7 @@ def _module(name: str, entry: Reward) -> ModuleType:
             raise _not_imported(entry, error) from error
         raise Ar2DiffError(
             f"reward {entry.name!r}: there is no module {name!r}",
-            "install it, run where it is, or write path/to/file.py:function",
+            "install it, run from its folder, or write path/to/file.py:function",
         ) from None
     except Exception as error:
         raise _not_imported(entry, error) from error
@@ -154,7 +162,7 @@ def _module(name: str, entry: Reward) -> ModuleType:
 def _file(name: str, entry: Reward) -> ModuleType:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
-        raise Ar2DiffError(f"reward {entry.name!r}: there is no file {name}", "mend its path")
+        raise Ar2DiffError(f"reward {entry.name!r}: there is no file {name}", "correct the path")
     _on_path(path.parent)  # for files beside it, as Python does with a script's
     key = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # hides no module of this name
     if key not in sys.modules:
@@ -179,7 +187,7 @@ def _on_path(folder: Path) -> None:
 def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
     return Ar2DiffError(
         f"reward {entry.name!r} cannot be imported: {type(error).__name__}: {first_line(error)}",
-        "mend the module; python -m pdb shows where it fails",
+        "fix the module; python -m pdb shows where it fails",
     )
 
 
@@ -189,16 +197,22 @@ def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
 def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
     """One of ours, over a batch; its failures name their row."""
     grade = GRADERS[entry.name]
-    if entry.name == "math" and importlib.util.find_spec("math_verify") is None:
-        raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
+    if entry.name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
+        importlib.import_module(
+            "math_verify"
+        )  # here, once, and not in each worker: it takes seconds
     parameters = list(inspect.signature(grade).parameters.values())[1:]
     wanted = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     arguments = _arguments(entry, grade)
 
-    def rows(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
+    def grades(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
         for row, completion in enumerate(completions):
             values = {name: columns[name][row] for name in wanted}
             yield grade(text_of(completion, "assistant"), **values, **arguments)
+
+    judge = _judged_apart(grades, guard) if entry.name in UNBOUNDED else _judged_here(grades, guard)
 
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -207,21 +221,62 @@ def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
             if name not in columns:
                 known = [key for key in columns if key not in PASSED]
                 raise Ar2DiffError(
-                    f"reward {guard.name} reads column {name!r}, which the data has not "
+                    f"reward {guard.name} reads column {name!r}, which the data does not have "
                     f"(it has {', '.join(known) or 'none'})",
                     "rename a column of the data, or choose another reward",
                 )
-        values: list[float] = []
-
-        def judge() -> None:
-            for value in rows(completions, columns):
-                values.append(value)  # one by one: their number tells the row that fails
-
-        with guard.watching(prompts, values):
-            call_within(guard.limit, judge)
-        return guard.checked(values, prompts)
+        own = {name: columns[name] for name in wanted}
+        return guard.checked(judge(prompts, completions, own), prompts)
 
     return guard.named(reward, grade)
+
+
+Grades = Callable[[Sequence[Any], dict[str, Any]], Iterator[float]]
+Judge = Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], list[float]]
+
+
+def _judged_here(grades: Grades, guard: Guard) -> Judge:
+    """For graders whose time is bounded by the length of a text."""
+
+    def judge(
+        prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
+    ) -> list[float]:
+        values: list[float] = []
+        try:
+            for value in grades(completions, columns):
+                values.append(value)  # one by one: their number tells the row that fails
+        except ValueError as error:
+            raised = Raised(type(error).__name__, first_line(error), "")
+            raise guard.failed(raised, prompts, len(values)) from error
+        return values
+
+    return judge
+
+
+def _judged_apart(grades: Grades, guard: Guard) -> Judge:
+    """For graders that can take for ever on one completion, which is then worth 0: in a confined
+    process, that is killed and replaced."""
+    worker = Worker(grades, confined=True)
+
+    def judge(
+        prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
+    ) -> list[float]:
+        values: list[float] = []
+        seconds = min(guard.limit, max(SECONDS, guard.limit / max(1, len(completions))))
+        while (done := len(values)) < len(completions):
+            rest = {name: column[done:] for name, column in columns.items()}
+            for value in worker.values(
+                seconds, {"completions": completions[done:], "columns": rest}
+            ):
+                if isinstance(value, Raised):
+                    raise guard.failed(value, prompts, len(values))
+                if isinstance(value, Stopped):
+                    guard.warn(value, "the completion is worth 0")
+                    value = 0.0
+                values.append(value)
+        return values
+
+    return judge
 
 
 def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
@@ -244,33 +299,60 @@ def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
                 _near(name, list(fields), f"its args: {has}"),
             ) from None
         raise Ar2DiffError(
-            f"reward {entry.name}: args.{name}: {first['msg']}", "mend the reward's args"
+            f"reward {entry.name}: args.{name}: {first['msg']}", "correct the args of the reward"
         ) from None
     return {name: getattr(values, name) for name in fields}
 
 
 def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Callable[..., Any]:
-    """A user's function, checked; async where it is."""
+    """A user's function in a process of its own, checked; async where it is."""
+
+    def judge(notes: list[str], passed: dict[str, Any]) -> Any:
+        noted: list[Any] = []
+        writers = {name: functools.partial(_note, noted, name) for name in notes}
+        values = function(**passed, **writers)
+
+        async def later() -> list[Any]:
+            return [guard.checked(await values, passed["prompts"]), noted]
+
+        if inspect.isawaitable(values):
+            return later()
+        return [guard.checked(values, passed["prompts"]), noted]
+
+    worker = Worker(judge)
+
+    def judged(prompts: Sequence[Any], passed: dict[str, Any]) -> list[float | None]:
+        writers = {name: passed.pop(name) for name in NOTES if name in passed}
+        found = worker.call(guard.limit, {"notes": list(writers), "passed": passed})
+        if isinstance(found, Raised):
+            raise guard.failed(found, prompts)
+        if isinstance(found, Stopped):
+            return guard.left_out(found, prompts)
+        guard.done()
+        values, noted = found
+        for name, args, kwargs in noted:
+            writers[name](*args, **kwargs)
+        return values
+
     # an object's own __call__ may be the async one
     if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
-        loop = LoopThread()
 
         async def reward(
             prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
         ) -> list[float | None]:
             passed = {**columns, **entry.args, "prompts": prompts, "completions": completions}
-            with guard.watching(prompts, is_async=True):
-                values = await loop.call_within(guard.limit, lambda: function(**passed))
-            return guard.checked(values, prompts)
-
+            return await asyncio.to_thread(judged, prompts, passed)  # others go on meanwhile
     else:
 
         def reward(
             prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
         ) -> list[float | None]:
             passed = {**columns, **entry.args, "prompts": prompts, "completions": completions}
-            with guard.watching(prompts):
-                values = call_within(guard.limit, lambda: function(**passed))
-            return guard.checked(values, prompts)
+            return judged(prompts, passed)
 
     return guard.named(reward, function)
+
+
+def _note(noted: list[Any], name: str, *args: Any, **kwargs: Any) -> None:
+    """Keep a call of trl's `log_extra` or `log_metric`, which only its own process can take."""
+    noted.append((name, args, kwargs))

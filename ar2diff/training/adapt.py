@@ -1,98 +1,117 @@
-"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out. What costs nothing
-is checked first, the folder is touched last."""
+"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import Trainer
 
-from ..checkpoint.adapters import add_adapter, check_base
-from ..checkpoint.files import is_adapter, read_spec
-from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
-from ..conversion.convert import convert, end_token
-from ..core.attention import lay_out, reading_slot, reveal_edges
-from ..core.errors import Ar2DiffError
-from ..core.probe import probe
+from ..conversion.convert import end_token
+from ..core.attention import reveal_edges
+from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key
-from ..data.documents import Collator, Rows, block_length_at, tokenize
+from ..core.spec import Spec
+from ..data.documents import (
+    Collator,
+    PackedDocuments,
+    block_length_at,
+    document_parts,
+    tokenize,
+)
 from ..data.sources import Documents, find_file, read_texts
+from ..diffusion.task import masked_task
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
-from .loss import Denoising, Task, disable_dropout
-from .run import Plan, check_trackers, continued, fitted, keeps_ar, run
+from .loss import Denoising, LossTask
+from .plan import Plan, Verb
+from .request import requested
+from .results import RunPlan, RunResult
+from .run import run
 
 
 def adapt(
-    model: str,
-    recipe: Recipe,
-    output_dir: str | Path,
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    text_field: str | None = None,
+    max_steps: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> RunResult | RunPlan:
     """Convert a checkpoint and train it until it denoises.
 
     Args:
         model: folder or Hub id, `@revision` allowed; an AR model, or one converted before.
-        recipe: the run; `train.max_steps` 0 converts without training.
-        output_dir: a new or empty folder.
-        resume: go on from the newest checkpoint in `output_dir` (from the start if there is none).
-        overwrite: replace what an earlier run of ours left there.
-        dry_run: check everything, write nothing.
+        recipe: a `Recipe`, the name of one that ships with ar2diff, or a YAML file; None is the
+            defaults.
+        output_dir: a new or empty folder; None is one in `runs`, named after the model.
+        data: files or Hub data sets, in place of the recipe's `data.sources`.
+        text_field: the field of a row that is the text; None leaves it to the recipe.
+        max_steps: optimiser steps; 0 converts without training; None leaves it to the recipe.
+        overrides: further fields of the recipe, `{"train.learning_rate": 1e-3}` or
+            `["train.learning_rate=1e-3"]`.
+        resume: continue from the newest checkpoint in `output_dir`, or start if there is none.
+        overwrite: replace what an earlier run of ar2diff left in `output_dir`.
+        dry_run: check everything and write nothing.
 
     Returns:
-        What `ar2diff.json` holds: base, recipe, tokens, versions, bound and AR NLL.
+        What the run was; with `dry_run` what it will be.
 
     Raises:
         Ar2DiffError: something the user can fix; nothing was written.
     """
-    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
-    return run(make_plan, model, recipe, output_dir, **flags)
+    request = requested(
+        "adapt", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
+        overrides=overrides,
+    )  # fmt: skip
+    return run(ADAPT, request, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
-def make_plan(path: Path, recipe: Recipe) -> Plan:
-    """Load a folder, convert in memory, probe, open the data. Writes nothing."""
-    found = read_spec(path)
-    if recipe.peft is not None or is_adapter(path):
-        check_base(path, found)
-    recipe = continued(recipe, found)
-    check_trackers(recipe.train.report_to)
-    documents = None
-    if recipe.train.max_steps:  # a bad row is found before the model is loaded
-        documents = Documents(
-            recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
-        )
-        check_rows(documents.size)
-    checkpoint = load_checkpoint(
-        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
-    )
-    recipe = fitted(recipe, checkpoint)
-    spec = convert(
-        checkpoint, recipe.convert, recipe.data.max_length, keeps_ar(recipe), recipe.train.seed
-    )
-    problems = probe(checkpoint.model, spec)
-    if problems:
+def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
+    """Refuse the AR objective, which makes no diffusion model."""
+    if recipe.objective.kind == "ar":
         raise Ar2DiffError(
-            f"model {path}: {checkpoint.model.config.model_type} cannot be converted to "
-            f"{spec.attention} attention: {problems[0]}",
-            "try another attention, or train.attn_implementation",
+            f"{option('objective.kind', 'ar')} trains no diffusion model",
+            "leave it out; it is for the AR controls of sft and rl",
         )
-    add_adapter(checkpoint, recipe)
+    return recipe
+
+
+def read_documents(recipe: Recipe) -> Documents | None:
+    """The documents of a recipe's sources, endlessly; None if it trains nothing."""
+    if not recipe.train.max_steps:
+        return None
+    documents = Documents(
+        recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
+    )
+    check_rows(documents.size)
+    return documents
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | None) -> Plan:
+    """The plan of a run on whole documents, some of which are held out to evaluate it."""
     if documents is None:
         return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
     eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
-    rows = Rows(documents, checkpoint.tokenizer, eos, recipe, held_out)
-    make_collator(recipe, spec.mask_token_id)([next(iter(rows))])  # raises if no row is usable
+    rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
+    collate = make_collator(recipe, checkpoint.spec.mask_token_id)
+    collate([next(iter(rows))])  # raises if no row is usable
     return Plan(checkpoint, recipe, rows, make_trainer, eval_rows)
+
+
+ADAPT = Verb("adapt", check, read_documents, make_plan)
 
 
 def _eval_rows(
@@ -106,70 +125,61 @@ def _eval_rows(
     if wanted.data is not None:
         path = find_file(wanted.data)
         if path is None:
-            raise Ar2DiffError(f"eval.data {wanted.data}: no such file", "give a local file")
-        rows = windows(
-            read_texts(path, recipe.data.text_field), tokenizer, wanted.length, wanted.rows
-        )
-        return _some(rows, wanted.length), frozenset()
-    texts = [
-        text
-        for text in documents.first(20 * wanted.rows)
-        if len(tokenizer(text).input_ids) >= wanted.length
-    ][: wanted.rows]
-    keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
+            raise Ar2DiffError(
+                f"{option('eval.data')} {wanted.data}: no such file", "give a local file"
+            )
+        texts, keys = read_texts(path, recipe.data.text_field), frozenset()
+    else:
+        texts = [
+            text
+            for text in documents.first(20 * wanted.rows)
+            if len(tokenizer(text).input_ids) >= wanted.length
+        ][: wanted.rows]
+        keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
     rows = windows(texts, tokenizer, wanted.length, wanted.rows)
-    return _some(rows, wanted.length), keys
-
-
-def _some(rows: list[list[int]], length: int) -> list[list[int]]:
     if not rows:
         raise Ar2DiffError(
-            f"eval: no text has the {length} tokens of eval.length", "lower eval.length"
+            f"no text has the {wanted.length} tokens of {option('eval.length')}",
+            f"lower {option('eval.length')}",
         )
-    return rows
+    return rows, keys
 
 
 class AdaptTrainer(Denoising, Trainer):
     """Trains a converted checkpoint on whole documents; noise, anneal and block length come with
-    the batch."""
+    the batch.
 
-    def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, args: TrainingArguments, **kwargs: Any
-    ):
-        self.set_up(checkpoint, recipe, args)
-        super().__init__(model=checkpoint.model, args=args, **kwargs)
+    `evaluate` and `predict` take rows of a text, of `{"input_ids": [...]}` or `{"text": ...}` (the
+    recipe's `data.text_field`), each of which is a document, or token ids.
+    """
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of a batch of the collator."""
+    def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
+        """What a batch of the collator asks for."""
         attention, block_length, reveal = self.attention_at(int(inputs["step"]))
-        x0, masked, pos, doc = (inputs[name] for name in ("x0", "masked", "pos", "doc"))
-        input_ids, slots = lay_out(inputs["xt"], x0, doc, pos, attention)
-        row = torch.arange(len(x0), device=x0.device)[:, None] * input_ids.shape[1]
-        slot = reading_slot(pos, attention, block_length, self.spec.prediction)
-        own = torch.arange(x0.shape[1], device=x0.device).expand_as(x0)
-        ar = inputs["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
-        task = Task(
-            input_ids=input_ids,
-            slots=slots,
-            attention=attention,
-            block_length=block_length,
-            reveal=reveal,
-            index=(row + slot)[masked],
-            target=x0[masked],
-            coef=inputs["coef"][masked],
-            t=inputs["t"][masked],
-            eos=inputs["eos"][masked],
-            ar_index=(row + x0.shape[1] + own - 1)[ar],
-            ar_target=x0[ar],
-            tokens=inputs["tokens"],
-        )
-        return self.denoising_loss(model, task, num_items_in_batch)
+        x0 = inputs["x0"]
+        task = masked_task(
+            x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
+            attention=attention, block_length=block_length, reveal=reveal,
+        )  # fmt: skip
+        # The clean copy comes after the noisy one; each of its tokens is read one slot before.
+        length = x0.shape[1]
+        ar_columns = torch.arange(length - 1, 2 * length - 1, device=x0.device).expand_as(x0)
+        return self.loss_task(task, inputs, labels=x0, ar_columns=ar_columns)
+
+    def fixed_rows(self, dataset: Any) -> list[Any]:
+        """Each document as one or more rows of its own, in the first epoch's noise and in the
+        attention that the anneal ends with."""
+        recipe, eos = self.recipe, end_token(self.checkpoint)
+        last = recipe.anneal.steps * rows_per_step(recipe.train)
+        rows = []
+        for item in dataset:
+            if isinstance(item, Mapping):
+                ids = item.get("input_ids")
+                item = item[recipe.data.text_field] if ids is None else ids
+            ids = tokenize(self.checkpoint.tokenizer, item, eos) if isinstance(item, str) else item
+            parts = document_parts(list(ids), 0, eos, recipe, recipe.train.seed)
+            rows += [(last, [piece]) for piece in parts]
+        return rows
 
     def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:
         """Attention, block length and revealed edges of an optimiser step: the anneal."""
@@ -200,15 +210,11 @@ def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
     """The trainer of a plan, on its stream of rows."""
-    checkpoint, recipe = plan.checkpoint, plan.recipe
-    disable_dropout(checkpoint.model)
-    trainer = AdaptTrainer(
-        checkpoint,
-        recipe,
-        training_arguments(recipe, run_dir),
+    return AdaptTrainer(
+        plan.checkpoint,
+        plan.recipe,
+        training_arguments(plan.recipe, run_dir),
         train_dataset=plan.rows,
-        data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
+        data_collator=make_collator(plan.recipe, plan.checkpoint.spec.mask_token_id),
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
-    return trainer

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..config.recipe import Recipe, Train
+from ..distributed.precision import computes_in_bf16
 from ..distributed.ranks import world_size
 from ..distributed.sharding import training_kwargs
 
@@ -19,20 +20,16 @@ def training_arguments(
     """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
     train = recipe.train
     cuda = torch.cuda.is_available()
-    bf16 = train.precision == "bf16" or (
-        train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    )
+    more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
     return kind(
         output_dir=str(run_dir),
         max_steps=train.max_steps,
         per_device_train_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
-        lr_scheduler_type={"cosine": "cosine", "wsd": "warmup_stable_decay"}.get(
-            train.schedule, "constant_with_warmup"
-        ),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
         lr_scheduler_kwargs={"num_decay_steps": train.decay_steps}
-        if train.schedule == "wsd"
+        if train.schedule == "warmup_stable_decay"
         else {},
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
@@ -40,7 +37,7 @@ def training_arguments(
         adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
         optim="sgd" if train.optimizer == "sgd" else "adamw_torch",
-        bf16=bf16,
+        bf16=computes_in_bf16(train.precision),
         use_cpu=not cuda,
         **training_kwargs(),
         seed=train.seed,

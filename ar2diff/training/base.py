@@ -1,5 +1,5 @@
-"""What every trainer of ours shares: whole checkpoints, an end by SIGTERM, learning rates by kind
-of parameter. A mixin over `transformers.Trainer`."""
+"""What all our trainers share: checkpoints that are whole or absent, an orderly end on SIGTERM,
+learning rates by kind of parameter. A mixin over `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -11,30 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import PrinterCallback
 
+from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
+from ..config.recipe import Recipe
 from ..distributed.ranks import STOPPED
 from ..distributed.sharding import check_engine
 from .callbacks import Stopping
+from .modules import disable_dropout, parameter_kinds
 
 
 class Running:
-    """Checkpoints are whole or absent; needs `self.recipe`."""
+    """Trains a checkpoint as a recipe says; a mixin before the trainer's class.
+
+    Args:
+        checkpoint: its model is trained.
+        args: of the trainer's class; see `arguments.training_arguments`.
+        kwargs: those of the trainer, without `model` and `args`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
+        self.checkpoint, self.recipe, self.spec = checkpoint, recipe, checkpoint.spec_or_causal
+        disable_dropout(checkpoint.model)
+        with weights_kept(checkpoint.model):
+            super().__init__(model=checkpoint.model, args=args, **kwargs)
+        self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
 
     def save_rank(self, folder: Path) -> None:
-        """What a rank adds to a checkpoint that is being written."""
+        """Write what a rank adds to a checkpoint; by default nothing."""
 
     def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """What of the logs a line has room for."""
+        """The logs that are worth a place on the terminal's line."""
         return logs
 
     def facts(self) -> dict[str, Any]:
-        """What the run's record says besides its tokens."""
+        """What the run's record says of the data, besides the tokens."""
         return {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer, with the recipe's factors on the learning rate of kinds of parameters."""
+        """The optimizer, with the recipe's learning-rate factors by kind of parameter."""
         optimizer = super().create_optimizer(model)
         scales = self.recipe.train.lr_scale.model_dump()
         if len(optimizer.param_groups) and any(scale != 1 for scale in scales.values()):
@@ -57,15 +73,16 @@ class Running:
         if stopping.agreed and self.state.global_step < self.state.max_steps:
             if self.is_world_process_zero():
                 print(
-                    f"stopped by SIGTERM after step {self.state.global_step}, which is saved: "
-                    "go on with --resume",
+                    f"stopped by SIGTERM after step {self.state.global_step}, which is saved; "
+                    "resume the run to continue",
                     file=sys.stderr,
                 )
             raise SystemExit(STOPPED)
         return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint beside and rename it: whatever is called checkpoint-N is whole."""
+        """Write the checkpoint under another name and rename it, so that whatever is called
+        checkpoint-N is whole."""
         run_dir = Path(self.args.output_dir)
         stage = run_dir / ".partial"
         self.args.output_dir = str(stage)
@@ -83,8 +100,8 @@ class Running:
 
 @contextmanager
 def weights_kept(model: Any) -> Iterator[None]:
-    """Around the `__init__` of a trainer of trl's, which rounds adapters of quantised models to
-    bfloat16: updates below its 8 bits would be lost, and the mask token's row begin elsewhere."""
+    """Undo what the `__init__` of trl's trainers does to adapters of quantised models: it rounds
+    them to bfloat16, whose 8 bits lose small updates and move the mask token's row."""
     kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
     yield
     for parameter, data in kept:
@@ -93,7 +110,7 @@ def weights_kept(model: Any) -> Iterator[None]:
 
 
 def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
-    """Move `.partial/checkpoint-<step>` into place and retire all but the newest `keep`."""
+    """Move `.partial/checkpoint-<step>` into place and remove all but the newest `keep`."""
     stage, name = run_dir / ".partial", f"checkpoint-{step}"
     for file in (stage / name).rglob("*"):
         if file.is_file():
@@ -102,7 +119,7 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
         (run_dir / name).replace(stage / f"old-{name}")
     (stage / name).replace(run_dir / name)
     for old in checkpoints(run_dir)[:-keep]:
-        old.replace(stage / f"old-{old.name}")  # renamed first: never half there by its name
+        old.replace(stage / f"old-{old.name}")  # renamed first: a checkpoint-N is never half there
     shutil.rmtree(stage)
 
 
@@ -110,23 +127,3 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """Training checkpoints of a run, oldest first."""
     found = run_dir.glob("checkpoint-*") if run_dir.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def parameter_kinds(model: Any) -> dict[Tensor, str]:
-    """Kind of each parameter: attention, mlp, embeddings or other (norms, biases).
-
-    Attention modules are those that say whether they are causal, as all of transformers' do.
-    """
-    kinds: dict[Tensor, str] = {}
-    attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    for kind, modules in (
-        ("embeddings", [*embeddings, model.get_input_embeddings(), model.get_output_embeddings()]),
-        ("attention", attention),
-    ):
-        for module in modules:
-            for parameter in module.parameters():
-                kinds.setdefault(parameter, kind if parameter.ndim > 1 else "other")
-    for parameter in model.parameters():
-        kinds.setdefault(parameter, "mlp" if parameter.ndim > 1 else "other")
-    return kinds

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..distributed.sharding import holds_shards
-from ..evaluation.score import score
-from ..generation.complete import begin, draw_tokens, settings_of
+from ..evaluation.score import Score, score
+from ..generation.complete import begin, settings_of
+from ..generation.tokens import draw_tokens
 
 
 class Watch(TrainerCallback):
@@ -33,9 +34,9 @@ class Watch(TrainerCallback):
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
             result = quietly(self.checkpoint.model, self._score)
-            logs = {"eval_bound": result["bound"]["nats_per_token"]}
-            if "ar_nll" in result:
-                logs["eval_ar_nll"] = result["ar_nll"]["nats_per_token"]
+            logs = {"eval_bound": result.bound.nats_per_token}
+            if result.ar_nll is not None:
+                logs["eval_ar_nll"] = result.ar_nll.nats_per_token
             due = control.should_log
             self.trainer.log(logs)
             control.should_log = due  # the step's loss is logged all the same
@@ -56,7 +57,7 @@ class Watch(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True
             )
 
-    def _score(self) -> dict[str, Any]:
+    def _score(self) -> Score:
         return score(self.checkpoint, self.rows, samples=self.recipe.eval.samples)
 
     def _panel(self) -> None:

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config.rl import Rl
-from ..core.attention import PADDING, Slots, model_mask
+from ..core.attention import PADDING, Slots, reading_slot
 from ..core.forward import logits_at
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
 from ..diffusion.noise import complement, corrupt, draw_times
+from ..diffusion.task import Task
 from .rollouts import Rollout
 
 SPG_BETA, SPG_MIX = 1.5, 0.5  # of the upper bound, and its share
@@ -169,11 +170,12 @@ def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[li
     """Rows that show a rollout's views, and the slot [V, T, 2] (row, column) at which each token is
     read. Blocks: all views in a row, [view 1 | view 2 | ... | clean]; `full`: a row each."""
     ids, count = rollout.ids, len(rollout.ids)
-    pos, shift = torch.arange(count), int(spec.prediction == "shift")
+    pos = torch.arange(count)
     shown = torch.where(masked, spec.mask_token_id, ids)
     zero = torch.zeros_like(pos)
     if ar or spec.attention == "full":
-        column = (pos - (1 if ar else shift)).clamp(min=0).expand(len(masked), -1)
+        column = reading_slot(pos[None], "full", None, "shift" if ar else spec.prediction)
+        column = column.expand(len(masked), -1)
         row = torch.arange(len(masked))[:, None].expand_as(column)
         noisy = torch.full((count,), not ar)
         return [_Row(view, pos, noisy, zero) for view in shown], torch.stack([row, column], -1)
@@ -181,9 +183,8 @@ def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[li
     first = rollout.prompt // grid * grid
     size, clean = count - first, (count - first) * len(masked)
     number = torch.arange(len(masked))[:, None]
-    own = number * size + pos - first
-    before = torch.where(pos % grid == 0, clean + pos, own) - 1 if shift else own
-    column = before.clamp(min=0)
+    own = (number * size + pos - first).clamp(min=0)
+    column = reading_slot(pos, spec.attention, grid, spec.prediction, own=own, clean=clean + pos)
     blocks = (pos[first:] // grid + number * count).flatten()
     row = _Row(
         ids=torch.cat([shown[:, first:].flatten(), ids]),
@@ -226,18 +227,21 @@ def score(
     at = torch.cat(slots_of).to(device)
     ids, pos, noisy, block, doc = _stack(rows, device)
     start = pos // spec.block_length * spec.block_length if spec.block_length else pos * 0
-    slots = Slots(doc, pos, noisy, start, block)
-    mask = model_mask(inner, slots, spec.attention, spec.block_length, spec.local_window)
-    logits = logits_at(
-        model, at[:, 0] * ids.shape[1] + at[:, 1], inner=inner,
-        input_ids=ids, attention_mask=mask, position_ids=pos,
-    )  # fmt: skip
+    task = Task(
+        input_ids=ids,
+        slots=Slots(doc, pos, noisy, start, block),
+        attention=spec.attention,
+        block_length=spec.block_length,
+        index=at[:, 0] * ids.shape[1] + at[:, 1],
+        target=target,
+    )
+    logits = logits_at(model, task.index, inner=inner, **task.inputs(inner, spec.local_window))
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(suppressed, 0.0)).sum(-1)
     return Scores(
-        logp=logp.gather(1, target[:, None])[:, 0],
+        logp=logp.gather(1, task.target[:, None])[:, 0],
         entropy=entropy.detach(),
         row=row,
         view=view,

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers.trainer_utils import PredictionOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -22,10 +23,11 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
+from ..data.rows import as_dataset
 from ..distributed.sharding import join_deepspeed
-from .base import Running, weights_kept
+from ..generation.tokens import prompt_ids
+from .base import Running
 from .estimators import score
-from .loss import disable_dropout
 from .rollouts import Rollout, sample
 
 SHOWN = (
@@ -54,27 +56,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         rewards: list[Any],
         **kwargs: Any,
     ):
-        self.recipe, self.checkpoint = recipe, checkpoint
-        self.diffusion = checkpoint.spec_or_causal
         self.suppressed = checkpoint.suppressed
         self.suppressed[list(recipe.rl.sampler.get("suppress_tokens") or ())] = True
         self.suppressed = self.suppressed.to(args.device)
-        self._rollouts: list[Rollout] = []  # that the next scores are of
+        self._rollouts: list[Rollout] = []  # those that the next scores are of
         self._good: Tensor | None = None  # [B], for spg
-        self._live: Tensor | None = None  # [B], the rows that a gradient can come from; null: all
+        self._live: Tensor | None = None  # [B], the rows that a gradient can come from; None: all
         self._generation_seconds = 0.0
-        disable_dropout(checkpoint.model)  # trl's disable_dropout leaves that of attention on
         join_deepspeed(args)  # for the reference
-        with weights_kept(checkpoint.model):
-            GRPOTrainer.__init__(
-                self,
-                model=checkpoint.model,
-                reward_funcs=rewards,
-                args=args,
-                train_dataset=rows,
-                processing_class=checkpoint.tokenizer,
-                **kwargs,
-            )
+        super().__init__(
+            checkpoint, recipe, args, reward_funcs=rewards, train_dataset=rows,
+            processing_class=checkpoint.tokenizer, **kwargs,
+        )  # fmt: skip
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
         # DeepSpeed's engine around it has a `config` of its own.
@@ -122,7 +115,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return [rollout.answer_ids for rollout in self._rollouts], None
 
     def _note_rollouts(self, seconds: float) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics[self._mode]
         ends = [r.answer_ids[-1] in self.eos_token_ids for r in self._rollouts]
         rates = [r.answer / r.forwards for r in self._rollouts]
         both = torch.tensor([[sum(ends), sum(rates)]], device=self.accelerator.device)
@@ -131,6 +124,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         metrics["stop_rate"].append(stops / world)
         metrics["tokens_per_forward"].append(rate / world)
         self._generation_seconds += seconds
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Prompts as `generate` reads them: trl would keep an EOS that the tokenizer appends."""
+        return [prompt_ids(self.processing_class, prompt) for prompt in prompts], None, {}
 
     # Scores
 
@@ -152,14 +149,14 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         for rows in numbers.split(batch_size or len(input_ids)):
             with self.accelerator.autocast():
                 scores = score(
-                    model, [self._rollouts[row] for row in rows], self.recipe.rl, self.diffusion,
+                    model, [self._rollouts[row] for row in rows], self.recipe.rl, self.spec,
                     self.suppressed, self.accelerator.unwrap_model(model), logits_to_keep,
                 )  # fmt: skip
             logps.append(scores.per_token(None if self._good is None else self._good[rows]))
             entropies.append(scores.entropies())
             if compute_entropy:
                 spread = self.accelerator.gather(scores.spread().detach().mean()).mean().item()
-                self._metrics["train"]["estimator_spread"].append(spread)
+                self._metrics[self._mode]["estimator_spread"].append(spread)
         self._logps, entropy = torch.cat(logps), torch.cat(entropies)
         if not live.all():
             seen = attention_mask[numbers, -logits_to_keep:]
@@ -183,6 +180,26 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             output.pop("old_per_token_logps", None)  # it has no ratio
         return output
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss of a batch of completions.
+
+        Returns:
+            The loss; with `return_outputs` also a dict of [B, C] `completion_ids`,
+            `completion_mask` and `logps`, the estimates of their log-probabilities (0 for a row
+            whose advantage is 0, which has no part in the loss), and of `advantages` [B].
+        """
+        loss = self._compute_loss(model, inputs)
+        if not return_outputs:
+            return loss
+        names = ("completion_ids", "completion_mask", "advantages")
+        return loss, {"logps": self._logps} | {name: inputs[name] for name in names}
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
@@ -196,7 +213,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
-        return loss + beta * self._squared_kl(inputs) / self.current_gradient_accumulation_steps
+        steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+        return loss + beta * self._squared_kl(inputs) / steps
 
     def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """trl's loss, in which a row without an advantage is worth nothing and is not scored."""
@@ -215,8 +233,76 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         mask = inputs["completion_mask"]
         difference = ((self._logps - inputs["ref_per_token_logps"]) * mask).sum(1)
         kl = (difference.square() / 2 / mask.sum(1).clamp(min=1)).mean()
-        self._metrics["train"]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
+        self._metrics[self._mode]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
         return kl
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """trl's evaluation on completions of ours: `eval_loss`, `eval_reward` and what else is
+        logged of `rl.num_generations` completions of each prompt.
+
+        Args:
+            eval_dataset: a data set or a list of rows with `prompt` and the columns that rewards
+                read; None: the one given to the trainer.
+        """
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Completions of prompts.
+
+        Returns:
+            `predictions` [prompts * rl.num_generations, C] ids of the completions, -100 after them;
+            `label_ids` None; `metrics` as of `evaluate`.
+        """
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        for name, values in self._metrics["eval"].items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        self._metrics["eval"].clear()
+        return output
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Loss and completion ids of a batch of prompts."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).mean().detach()
+        if prediction_loss_only:
+            return loss, None, None
+        unwritten = inputs["completion_mask"] == 0
+        return loss, inputs["completion_ids"].masked_fill(unwritten, -100), None
+
+    def _get_dataloader(
+        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        if not is_training:
+            # In the rows, not in the sampler: accelerate counts rows to find the last batch's end.
+            each = range(self.num_generations_eval)
+            dataset = as_dataset(dataset) if isinstance(dataset, list | tuple) else dataset
+            dataset = dataset.select([n for n in range(len(dataset)) for _ in each])
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return SequentialSampler(eval_dataset)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     # The run
 
@@ -248,12 +334,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             show_completions(self._logs, self.state.global_step)
         super().log(logs, start_time)
 
-    def facts(self) -> dict[str, Any]:
-        """What the run's record says besides."""
-        return {}
-
     def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """What of the logs a line has room for."""
+        """The logs that are worth a place on the terminal's line."""
         return {name: value for name, value in logs.items() if name.startswith(SHOWN)}
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -300,7 +382,7 @@ def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
 
 class Groups(Sampler):
     """Indices of prompts: `groups` of them, each `size` times, all that `repeats` times; a function
-    of the seed alone, without epochs, so that a resumed run goes on where it was."""
+    of the seed alone, without epochs, so that a resumed run continues where it was."""
 
     def __init__(
         self, rows: int, *, groups: int, size: int, repeats: int, seed: int, generations: int

@@ -1,5 +1,5 @@
-"""What trainers that denoise share: the loss, its divisors over the global batch, and what is
-logged. A mixin over `transformers.Trainer`."""
+"""The loss of training by denoising, whole, with its divisors over the global batch, and what is
+logged and evaluated of it. A mixin over `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from ..checkpoint.model import Checkpoint
-from ..core.attention import PADDING, Slots, model_mask
+from ..config.recipe import Recipe
+from ..core.attention import PADDING
 from ..core.forward import output_at, router_loss
-from ..diffusion.cross_entropy import WeightedLoss, has_plain_head
+from ..diffusion.cross_entropy import (
+    WeightedLoss,
+    has_plain_head,
+    loss_of_hidden,
+    loss_of_logits,
+)
+from ..diffusion.task import Task, slots_at
 from .base import Running
 from .metrics import Meter
+from .modules import compile_layers
+
+IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
 
 @dataclass(frozen=True)
-class Task:
-    """A forward and what is asked of it.
+class LossTask:
+    """A forward pass and the tokens in its loss: N masked ones, and M of the AR co-loss.
 
     Attributes:
-        input_ids: [B, S]. slots: their layout. attention, block_length, reveal: of the mask.
-        index: [N] slots of the flattened [B * S] at which masked tokens are read.
-        target, coef, t, eos: [N] of each, the token, its factor in the loss, its time, whether it
-            is of an EOS run.
-        ar_index, ar_target: [M] likewise for the AR loss of the clean copy.
+        task: the forward pass, and the masked tokens.
+        masked: [B, L] bool, which tokens these are. labels: [B, L] all tokens of the batch.
+        coef, t, eos: [N] each token's factor in the loss, its time, whether it is in an EOS run.
+        ar_index, ar_target: [M] the slots that predict the tokens of the AR loss, and the tokens.
         tokens: scalar, real tokens of the batch.
     """
 
-    input_ids: Tensor
-    slots: Slots
-    attention: str
-    block_length: int | None
-    reveal: Tensor | None
-    index: Tensor
-    target: Tensor
+    task: Task
+    masked: Tensor
+    labels: Tensor
     coef: Tensor
     t: Tensor
     eos: Tensor
@@ -44,84 +51,208 @@ class Task:
     ar_target: Tensor
     tokens: Tensor
 
+    def at_masked(self, values: Tensor) -> Tensor:
+        """[B, L] values [N] of the masked tokens in their places, `IGNORED` elsewhere."""
+        placed = torch.full_like(self.labels, IGNORED)
+        placed[self.masked] = values
+        return placed
+
 
 class Denoising(Running):
     """Trains a converted checkpoint to denoise.
 
-    The loss is a sum over the global batch divided by a divisor of the global batch, so neither
-    accumulation nor ranks scale it; what is random comes with the batch.
+    The loss is a sum over the global batch divided by divisors of the global batch, so neither
+    gradient accumulation nor the number of ranks scales it. All randomness comes with the batch.
+
+    A subclass says by `task_of` what a batch asks for, and by `fixed_rows` what rows an evaluation
+    has.
     """
 
     loss_is_scaled_for_ga = True
 
-    def set_up(self, checkpoint: Checkpoint, recipe: Any, args: Any) -> None:
-        """Call before the trainer's own `__init__`."""
-        self.recipe, self.spec = recipe, checkpoint.spec_or_causal
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         self.suppressed = checkpoint.suppressed.to(args.device)
         self._seen = Meter(args.device)
-        self._plain: bool | None = None  # the head, once it is where it trains
+        self._fused: bool | None = None  # not known before the model is where it trains
         self.current_gradient_accumulation_steps = 1  # until `train` counts
+        super().__init__(checkpoint, recipe, args, **kwargs)
 
-    def facts(self) -> dict[str, Any]:
-        """What the run's record says of the data."""
-        return {}
+    def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
+        """What a batch of the collator asks for."""
+        raise NotImplementedError
 
-    def denoising_loss(self, model: Any, task: Task, divisors: Tensor) -> Tensor:
-        """Masked cross-entropy of the noisy copy plus the AR loss of the clean one, and the loss
-        of the routers of a mixture of experts where its config asks for it.
+    def fixed_rows(self, dataset: Any) -> list[Any]:
+        """Rows for the collator whose noise is a function of the seed and their tokens alone."""
+        raise NotImplementedError
+
+    def loss_task(
+        self, task: Task, batch: dict[str, Tensor], labels: Tensor, ar_columns: Tensor
+    ) -> LossTask:
+        """The task of the masked tokens, with the AR co-loss where the recipe gives it a weight.
 
         Args:
-            divisors: [2] of the diffusion and the AR loss, over the global batch.
+            batch: of the collator: masked, coef, t, eos, ar [B, L]; tokens, a scalar.
+            labels: [B, L] all tokens. ar_columns: [B, L] the slots of a row that predict them from
+                left to right.
+        """
+        masked = batch["masked"]
+        ar = batch["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
+        return LossTask(
+            task=task,
+            masked=masked,
+            labels=labels,
+            coef=batch["coef"][masked],
+            t=batch["t"][masked],
+            eos=batch["eos"][masked],
+            ar_index=slots_at(ar_columns, ar, task.input_ids.shape[1]),
+            ar_target=labels[ar],
+            tokens=batch["tokens"],
+        )
+
+    def losses(
+        self, model: Any, wanted: LossTask, divisors: Tensor, logits: bool = False
+    ) -> tuple[Tensor, WeightedLoss, Tensor]:
+        """The loss of a micro-batch:
+
+              sum over masked tokens    coef * -log p(token) / divisor            diffusion loss
+            + sum over clean tokens     ar_weight * -log p(token) / ar_divisor    AR co-loss
+            + the loss of the routers of a mixture of experts, where its config asks for one
+
+        Args:
+            divisors: [2] of the diffusion and of the AR loss, over the global batch.
+            logits: work out all logits, which the fused loss avoids.
+
+        Returns:
+            The loss; the first two sums, with each token's cross-entropy (masked tokens first);
+            the logits [N + M, V] if they were asked for.
         """
         inner = self.accelerator.unwrap_model(model)
-        mask = model_mask(
-            inner, task.slots, task.attention, task.block_length, self.spec.local_window,
-            task.reveal,
-        )  # fmt: skip
-        # Masked tokens, then tokens of the AR loss, whose mode keeps the whole vocabulary.
-        count, (divisor, ar_divisor) = len(task.index), divisors
+        task, count, (divisor, ar_divisor) = wanted.task, len(wanted.coef), divisors
         ar_coef = self.recipe.objective.ar_weight / ar_divisor
-        weighted = WeightedLoss(
-            torch.cat([task.target, task.ar_target]),
-            torch.cat([task.coef / divisor, ar_coef.expand(len(task.ar_index))]),
-            self.suppressed,
-            count,
-        )
-        if self._plain is None:
-            self._plain = has_plain_head(inner)
-            if self.recipe.train.compile:  # not before: that was a forward of another shape
-                compile_layers(inner)
+        coef = torch.cat([wanted.coef / divisor, ar_coef.expand(len(wanted.ar_target))])
+        target = torch.cat([task.target, wanted.ar_target])
+        # The AR mode keeps the whole vocabulary: only the masked tokens lack the suppressed ids.
+        asked, fused = (target, coef, self.suppressed, count), []
+
+        def fuse(head: Any, hidden: Tensor) -> None:
+            fused.append(loss_of_hidden(head, hidden, *asked))
+
         output = output_at(
             model,
-            torch.cat([task.index, task.ar_index]),
+            torch.cat([task.index, wanted.ar_index]),
             inner=inner,
             real=task.slots.doc != PADDING,
-            instead=weighted if self._plain else None,
-            input_ids=task.input_ids,
-            attention_mask=mask,
-            position_ids=task.slots.pos,
+            instead=fuse if self._fuses(inner) and not logits else None,
+            **task.inputs(inner, self.spec.local_window),
         )
-        if not self._plain:
-            weighted.of_logits(output.logits[0])
-        self._seen.add(task, weighted.right[:count], weighted.ce[:count])
-        self._seen.add_ar(weighted.ce[count:])
-        # Gradients are averaged over ranks. The routers' loss is a mean over each micro-batch.
+        summed = fused[0] if fused else loss_of_logits(output.logits[0], *asked)
+        # The routers' loss is a mean over each micro-batch. Ranks average their gradients.
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
-        return weighted.loss * self.accelerator.num_processes + routers
+        loss = summed.total * self.accelerator.num_processes + routers
+        return loss, summed, output.logits[0]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of the collator.
+
+        Args:
+            num_items_in_batch: [2] divisors of the diffusion and of the AR loss, over the global
+                batch; None: those of this batch.
+
+        Returns:
+            The loss; with `return_outputs` also a dict of `logits` [N, V] of the N masked tokens in
+            row-major order, and `predictions` and `labels` [B, L]: the likeliest and the right id
+            of each masked token, -100 elsewhere.
+        """
+        wanted = self.task_of(inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = divisors_of(totals_of([inputs]))
+        loss, summed, logits = self.losses(model, wanted, num_items_in_batch, return_outputs)
+        count = len(wanted.coef)
+        self._seen.add(wanted, summed.right[:count], summed.ce[:count])
+        self._seen.add_ar(summed.ce[count:])
+        return (loss, self._outputs(wanted, logits)) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The denoising loss of rows with fixed noise: `eval_loss`, by the recipe's objective, with
+        divisors of the whole data set, and `eval_masked_accuracy`. Batch sizes change neither.
+
+        Args:
+            eval_dataset: rows as `fixed_rows` takes them; None: those given to the trainer.
+        """
+        # Not super(): trl's would prepare the rows first, which `fixed_rows` does.
+        return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, predictions and labels of a batch, as `compute_loss` returns them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            wanted, totals = self.task_of(inputs), totals_of([inputs])
+            loss, summed, logits = self.losses(model, wanted, divisors_of(totals), logits=True)
+            outputs = self._outputs(wanted, logits)
+        count = len(wanted.coef)
+        ce, right = summed.ce.double(), summed.right[:count]
+        own = [(wanted.coef * ce[:count]).sum(), ce[count:].sum(), right.sum(), right.numel()]
+        self._judged += torch.cat([totals[:2], ce.new_tensor(own)])
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["predictions"], outputs["labels"]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """transformers' loop, whose mean over batches gives way to the loss of the whole set."""
+        self._judged = torch.zeros(6, dtype=torch.double, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self.accelerator.reduce(self._judged, "sum")
+        divisor, ar_divisor = divisors_of(sums).tolist()
+        total, ar_total, right, count = sums[2:].tolist()
+        loss = total / divisor + self.recipe.objective.ar_weight * ar_total / ar_divisor
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_masked_accuracy"] = right / max(count, 1)
+        return output
+
+    def _fuses(self, inner: Any) -> bool:
+        if self._fused is None:
+            self._fused = has_plain_head(inner)
+            if self.recipe.train.compile:  # not before: that was a forward of another shape
+                compile_layers(inner)
+        return self._fused
+
+    def _outputs(self, wanted: LossTask, logits: Tensor) -> dict[str, Tensor]:
+        logits = logits[: len(wanted.coef)]
+        likeliest = logits.detach().masked_fill(self.suppressed, float("-inf")).argmax(-1)
+        return {
+            "logits": logits,
+            "predictions": wanted.at_masked(likeliest),
+            "labels": wanted.at_masked(wanted.task.target),
+        }
+
+    def _get_dataloader(
+        self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        rows = dataset if is_training else self.fixed_rows(dataset)
+        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[2] divisors of the diffusion and the AR loss, over all accumulation steps and ranks."""
-        names = ("divisor", "ar_divisor", "tokens")
-        totals = (
-            torch.stack(
-                [torch.stack([batch[name].double() for name in names]) for batch in batch_samples]
-            )
-            .sum(0)
-            .to(device)
-        )
-        totals = self.accelerator.reduce(totals, "sum")
+        totals = self.accelerator.reduce(totals_of(batch_samples).to(device), "sum")
         self.state.num_input_tokens_seen += int(totals[2])
-        return totals[:2].clamp(min=torch.finfo(torch.float32).tiny).to(torch.get_default_dtype())
+        return divisors_of(totals)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was seen since the last log: CE by t, accuracy, EOS share, tokens/s."""
@@ -131,27 +262,13 @@ class Denoising(Running):
         super().log(logs, start_time)
 
 
-def disable_dropout(model: Any) -> None:
-    """Dropout is noise that no seed of ours governs; masking regularises enough. An adapter's is
-    there because the recipe asks for it."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def totals_of(batches: list[dict[str, Tensor]]) -> Tensor:
+    """[3] float64, over some micro-batches: what divides the diffusion and the AR loss, tokens."""
+    names = ("divisor", "ar_divisor", "tokens")
+    return torch.stack([torch.stack([b[name].double() for name in names]) for b in batches]).sum(0)
 
 
-def layers_of(model: Any) -> list[Any]:
-    """The decoder layers: the longest list of modules directly in the decoder."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    lists = [m for m in inner.get_decoder().children() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
-
-
-def compile_layers(model: Any) -> None:
-    """torch.compile of each decoder layer, in place: one graph serves all, names of weights stay,
-    and what lies around the layers (hooks on the head) is as ever."""
-    for layer in layers_of(model):
-        layer.compile()
+def divisors_of(totals: Tensor) -> Tensor:
+    """[2] divisors of the diffusion and of the AR loss, never 0, of totals over a batch."""
+    tiny = torch.finfo(torch.float32).tiny
+    return totals[:2].clamp(min=tiny).to(torch.get_default_dtype())

@@ -31,16 +31,18 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import find_checkpoint, is_adapter, read_config, read_spec
-from ..checkpoint.model import Checkpoint
+from ..checkpoint.files import find_checkpoint, is_adapter, read_spec
+from ..checkpoint.model import Checkpoint, load_config, load_tokenizer
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
-from ..core.attention import Slots, lay_out, model_mask
+from ..core.attention import Slots, lay_out
 from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
 from ..diffusion.cross_entropy import PART, cross_entropy
-from .loss import layers_of
-from .run import continued, fitted
+from ..diffusion.task import Task
+from ..distributed.precision import computes_in_bf16
+from .modules import layers_of
+from .plan import continued, fitted
 
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
 PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
@@ -151,7 +153,7 @@ def measure(path: Path, recipe: Recipe) -> Shape:
 
     if is_adapter(path):
         raise Ar2DiffError(f"model {path} is an adapter", "give its base, and a peft section")
-    recipe, bf16 = continued(recipe, read_spec(path)), _computes_in_bf16(recipe)
+    recipe, bf16 = continued(recipe, read_spec(path)), computes_in_bf16(recipe.train.precision)
     with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
     model = checkpoint.model.train()
@@ -170,7 +172,12 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     )
     with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
         _on_cpu(model)
-        saved = _saved(checkpoint, fitted(recipe, checkpoint))
+        try:
+            saved = _saved(checkpoint, fitted(recipe, checkpoint))
+        except (RuntimeError, ValueError) as error:
+            raise Ar2DiffError(
+                f"model {path}: its forward fails ({first_line(error)})", "check its config.json"
+            ) from error
     # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
     matrices = sum(p.numel() for p in parameters if p.ndim > 1)
     copied = matrices - (quantized if recipe.quantization is not None else 0)
@@ -178,25 +185,20 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     return Shape(frozen, trained, quantized, hidden, 2 if bf16 else 4, *saved, 2 * copied * bf16)
 
 
-def _computes_in_bf16(recipe: Recipe) -> bool:
-    precision = recipe.train.precision
-    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16" or (precision == "auto" and cuda)
-
-
 def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoint:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ..checkpoint.adapters import add_adapter
 
-    read_config(path)
+    config, tokenizer = load_config(path), load_tokenizer(path)
     kind = recipe.train.attn_implementation
     try:
-        config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=None if kind == "auto" else kind, dtype=dtype
+            config,
+            attn_implementation=None if kind == "auto" else kind,
+            dtype=dtype,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
             f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
@@ -239,18 +241,17 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
         wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:
         input_ids, slots, wanted = _rollouts(recipe, spec)
-    mask = model_mask(model, slots, spec.attention, spec.block_length, spec.local_window)
+    none = torch.zeros(wanted).long()
+    task = Task(input_ids, slots, spec.attention, spec.block_length, none, none)
+    inputs = task.inputs(model, spec.local_window)
     books, head, made = _Books(model), model.get_output_embeddings(), []
     head.register_forward_hook(lambda _module, _args, output: made.append(output))
     with books, torch.enable_grad():
-        output = output_at(
-            model, torch.zeros(wanted).long(), input_ids=input_ids, attention_mask=mask,
-            position_ids=slots.pos,
-        )  # fmt: skip
+        output = output_at(model, task.index, **inputs)
         logits, books.account = output.logits[0], "logits"
         suppressed = torch.zeros(logits.shape[-1], dtype=torch.bool)
         if recipe.rl is None:
-            cross_entropy(logits, torch.zeros(wanted).long(), suppressed).sum()
+            cross_entropy(logits, task.target, suppressed).sum()
         else:
             (logits / 1.0).masked_fill(suppressed, 0.0).log_softmax(-1).sum()
     states = input_ids.numel() * model.config.get_text_config().hidden_size

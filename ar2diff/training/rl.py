@@ -2,99 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json
 from jinja2 import TemplateError
-from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from ..checkpoint.adapters import add_adapter
-from ..checkpoint.files import read_spec
-from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.options import resolve
-from ..core.spec import CAUSAL
-from ..data.conversations import chat_template, read_rows
+from ..core.spec import CAUSAL, Spec
+from ..data.chat_template import chat_template
+from ..data.columns import likely_prompt
+from ..data.conversations import read_rows
+from ..data.rows import as_dataset
+from ..data.sources import columns_of
 from ..distributed.ranks import check_rows, world_size
+from ..generation.tokens import prompt_ids
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
 from .grpo import DiffusionGRPOTrainer
-from .run import Plan, check_kind, continued, run
+from .plan import Plan, Verb, check_kind
+from .request import requested
+from .results import Prompt, RlPlan, RunPlan, RunResult
+from .run import run
 
 RESERVED = (*PASSED, "image", "images", "environments")  # what a column may not be called
 
 
 def rl(
-    model: str,
-    recipe: Recipe,
-    output_dir: str | Path,
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    text_field: str | None = None,
+    max_steps: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> RunResult | RunPlan:
     """Tune a converted model (or, with `objective.kind: ar`, an AR one) by its rewards.
 
     Args:
-        model, recipe, output_dir, resume, overwrite, dry_run: as of `adapt`.
+        model: folder or Hub id of the model, `@revision` allowed.
+        recipe: with a section `rl`; else as of `adapt`.
+        data: files of prompts, in place of the recipe's `data.sources`.
+        output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as of `adapt`; at
+            least one step.
+
+    Returns:
+        What the run was; with `dry_run` an `RlPlan` of what it will be.
 
     Raises:
         Ar2DiffError: something the user can fix; nothing was written.
     """
-    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
-    return run(make_rl_plan, model, recipe, output_dir, **flags)
+    request = requested(
+        "rl", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
+        overrides=overrides,
+    )  # fmt: skip
+    return run(RL, request, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
-def make_rl_plan(path: Path, recipe: Recipe) -> Plan:
-    """Check settings, rewards and rows, load the model. Writes nothing."""
-    spec = read_spec(path)
+def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
+    """Refuse what rl cannot do with a model."""
     if recipe.rl is None:
-        raise Ar2DiffError("the recipe has no rl section", "see 'ar2diff config schema rl'")
+        raise Ar2DiffError(
+            f"the recipe has no {option('rl')} section", "see 'ar2diff config schema rl'"
+        )
     check_kind(path, spec, recipe)
     check_settings(recipe, spec)
-    recipe = continued(recipe, spec)
+    return recipe
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows with prompts, and the rewards that judge their completions."""
+
+    rows: list[dict[str, Any]]
+    rewards: list[Any]
+
+
+def read(recipe: Recipe) -> Judged:
+    """The rewards of a recipe, and the prompts of its sources."""
     rewards = make_rewards(recipe.rl.rewards)
     rows = read_prompts(recipe)
     check_rows(len(rows))
-    checkpoint = load_checkpoint(
-        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
-    )
+    return Judged(rows, rewards)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
+    """The plan of a run on prompts; gives the tokenizer the chat template of the run."""
+    rows, rewards = judged.rows, judged.rewards
     if not isinstance(rows[0]["prompt"], str):
-        # What the assistant says need not be marked: nothing is learned from a given one.
+        # What the assistant says need not be marked: nothing is learned from given answers.
         plain = with_values(recipe, data={"assistant_only": False})
         checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
     check_lengths(checkpoint, recipe, rows)
-    add_adapter(checkpoint, recipe)
 
-    def trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
-        return make_rl_trainer(plan, rewards, run_dir, callbacks)
+    def make(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
+        return make_trainer(plan, rewards, run_dir, callbacks)
 
-    def preview(plan: Plan) -> dict[str, Any]:
-        ids = prompt_ids(plan.checkpoint.tokenizer, rows[0]["prompt"])
-        return {
-            "prompts": len(rows),
-            "first_prompt": {"text": plan.checkpoint.tokenizer.decode(ids), "tokens": len(ids)},
-            "rewards": [getattr(reward, "__name__", reward) for reward in rewards],
-        }
+    def preview(plan: Plan, summary: RunPlan) -> RlPlan:
+        tokenizer = plan.checkpoint.tokenizer
+        ids = prompt_ids(tokenizer, rows[0]["prompt"])
+        return RlPlan(
+            **asdict(summary),
+            prompts=len(rows),
+            first_prompt=Prompt(tokenizer.decode(ids), len(ids)),
+            rewards=tuple(getattr(reward, "__name__", reward) for reward in rewards),
+        )
 
-    return Plan(checkpoint, recipe, rows, trainer, preview=preview)
+    return Plan(checkpoint, recipe, rows, make, preview=preview)
 
 
-def make_rl_trainer(
+RL = Verb("rl", check, read, make_plan, converts=False)
+
+
+def make_trainer(
     plan: Plan, rewards: list[Any], run_dir: Path, callbacks: list[Any]
 ) -> DiffusionGRPOTrainer:
     """The trainer of a plan on rows of `read_prompts`."""
-    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
-    rl = recipe.rl
+    rl = plan.recipe.rl
     args = training_arguments(
-        recipe,
+        plan.recipe,
         run_dir,
         kind=GRPOConfig,
+        per_device_eval_batch_size=rl.num_generations,
         num_generations=rl.num_generations,
         max_completion_length=rl.max_completion_length,
         temperature=rl.sampler.get("temperature", 1.0),
@@ -111,15 +150,13 @@ def make_rl_trainer(
         reward_weights=[reward.weight for reward in rl.rewards],
         disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
     )
-    trainer = DiffusionGRPOTrainer(
-        checkpoint, recipe, args, table(rows), rewards, callbacks=callbacks
+    return DiffusionGRPOTrainer(
+        plan.checkpoint, plan.recipe, args, as_dataset(plan.rows), rewards, callbacks=callbacks
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def check_settings(recipe: Recipe, spec: Any) -> None:
-    """Refuse what would be run wrongly, before anything is loaded.
+    """Refuse settings that would give a wrong run, before anything is loaded.
 
     Raises:
         Ar2DiffError: naming the setting.
@@ -127,74 +164,93 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     rl, spec = recipe.rl, spec or CAUSAL
     if not rl.rewards:
         raise Ar2DiffError(
-            "rl.rewards is empty", "name at least one: see 'ar2diff config schema rl'"
+            f"{option('rl.rewards')} is empty",
+            "name at least one reward; see 'ar2diff config schema rl'",
         )
     modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
     mode = rl.sampler.get("mode", modes[0])
     if mode not in modes:
         raise Ar2DiffError(
-            f"rl.sampler.mode {mode} does not write what rl.estimator {rl.estimator} scores",
-            f"use mode {modes[0]}",
+            f"{option('rl.sampler.mode')} {shortened(mode)} does not write completions that "
+            f"{option('rl.estimator')} {rl.estimator} can score",
+            f"set it to {modes[0]}",
         )
     if rl.estimator == "ar" and not spec.ar_mode:
-        raise Ar2DiffError("rl.estimator ar: the model has no AR mode", "use another estimator")
+        raise Ar2DiffError(
+            f"{option('rl.estimator', 'ar')} needs an AR mode, which the model does not have",
+            "choose another estimator",
+        )
     if recipe.objective.kind == "ar" and rl.estimator != "ar":
         raise Ar2DiffError(
-            f"rl.estimator {rl.estimator}: an AR model has its AR mode alone", "set it to ar"
+            f"{option('rl.estimator')} {rl.estimator} needs a diffusion model, and this is an AR "
+            "model",
+            "set it to ar",
         )
     if rl.prompt_mask and spec.attention != "full":
         raise Ar2DiffError(
-            f"rl.prompt_mask: {spec.attention} attention shows blocks the clean prompt",
-            "set it to 0; it is for attention full",
+            f"{option('rl.prompt_mask')} has no effect with {spec.attention} attention, in which "
+            "every block sees the clean prompt",
+            "set it to 0; it is for full attention",
         )
     grid = spec.block_length
     if grid is not None and rl.sampler.get("block_length", grid) != grid:
         raise Ar2DiffError(
-            "rl.sampler.block_length differs from the model's: it would be scored on another grid",
+            f"{option('rl.sampler.block_length')} differs from the model's {grid}: completions "
+            "would be scored on another grid than they are written on",
             "leave it out",
         )
     if rl.sampler.get("remask") and rl.estimator == "trajectory":
         raise Ar2DiffError(
-            "rl.sampler.remask: a token that is decided twice has no one step",
-            "leave it out, or set rl.estimator to elbo",
+            f"{option('rl.sampler.remask')} lets a token be decided twice, and the trajectory "
+            "estimator scores each token in the one step that decided it",
+            f"leave it out, or set {option('rl.estimator', 'elbo')}",
         )
     if rl.estimator == "spg" and rl.beta:
         raise Ar2DiffError(
-            "rl.beta: spg has a bound of its own for bad completions, which has no KL",
+            f"{option('rl.beta')} cannot be used with the spg estimator, whose bound for bad "
+            "completions has no KL",
             "set it to 0",
         )
     if rl.loss_type == "cispo" and (rl.epsilon_high or rl.epsilon) < 1:
         raise Ar2DiffError(
-            "rl.epsilon_high: of cispo it is the largest ratio itself; below 1 it cuts all of them",
-            "set it, to 5 for example",
+            f"{option('rl.epsilon_high')} is the largest ratio itself in the cispo loss; below 1 "
+            "it cuts every ratio",
+            "set it, for example to 5",
         )
     if recipe.peft is not None and recipe.peft.dropout:
         raise Ar2DiffError(
-            "peft.dropout: two scores of one policy would differ, and the ratio be noise",
+            f"{option('peft.dropout')} makes two scores of one policy differ, and their ratio "
+            "noise",
             "set it to 0",
         )
-    resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+    try:
+        resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+    except Ar2DiffError as error:
+        raise error.within("rl.sampler") from None
     train = recipe.train
     steps = rl.steps_per_generation or train.gradient_accumulation_steps
     completions = train.per_device_train_batch_size * steps * world_size()
     if completions % rl.num_generations:
         raise Ar2DiffError(
-            f"{completions} completions of a generation are no multiple of rl.num_generations "
-            f"{rl.num_generations}",
-            "change train.per_device_train_batch_size or rl.num_generations",
+            f"a generation has {completions} completions, which is not a multiple of "
+            f"{option('rl.num_generations')} {rl.num_generations}",
+            f"change {option('train.per_device_train_batch_size')} or "
+            f"{option('rl.num_generations')}",
         )
     if train.gradient_accumulation_steps % steps and steps % train.gradient_accumulation_steps:
         raise Ar2DiffError(
-            f"rl.steps_per_generation {steps} and train.gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}: an update would mix generations",
+            f"with {option('rl.steps_per_generation')} {steps} and "
+            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps}, "
+            "an update would mix generations",
             "make one a multiple of the other",
         )
     if rl.num_iterations > 1 and steps % train.gradient_accumulation_steps:
         raise Ar2DiffError(
-            f"rl.num_iterations {rl.num_iterations}: with rl.steps_per_generation {steps} below "
-            f"train.gradient_accumulation_steps {train.gradient_accumulation_steps} several of "
-            "them would be one update",
-            "set rl.steps_per_generation to a multiple of it, or leave it out",
+            f"{option('rl.num_iterations')} is {rl.num_iterations}, but with "
+            f"{option('rl.steps_per_generation')} {steps} below "
+            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps} "
+            "several iterations would be one update",
+            f"set {option('rl.steps_per_generation')} to a multiple of it, or leave it out",
         )
 
 
@@ -211,30 +267,14 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
         except (ValueError, TypeError, TemplateError) as error:
             raise Ar2DiffError(
                 f"the chat template does not render prompt {number}: {first_line(error)}",
-                "mend the prompt, or set data.chat_template",
+                f"fix the prompt, or set {option('data.chat_template')} to another template",
             ) from error
         if longest is not None and count + recipe.rl.max_completion_length > longest:
             raise Ar2DiffError(
-                f"prompt {number} has {count} tokens: with rl.max_completion_length "
-                f"{recipe.rl.max_completion_length} that is over the context of {longest}",
-                "remove it, or lower rl.max_completion_length",
+                f"prompt {number} has {count} tokens; with {option('rl.max_completion_length')} "
+                f"{recipe.rl.max_completion_length} that exceeds the model's context of {longest}",
+                f"remove the prompt, or lower {option('rl.max_completion_length')}",
             )
-
-
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
-    """A prompt as the model sees it, which is as trl tokenizes it."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt, verbose=False).input_ids
-    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return rendered["input_ids"]
-
-
-def table(rows: list[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that leaves them as they are: Arrow's own types know one type a
-    column, and the columns of the first row alone."""
-    names = sorted({name for row in rows for name in row})
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features({name: Json() for name in names}))
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
@@ -247,7 +287,8 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     rows = [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
     if len({type(row["prompt"]) for row in rows}) > 1:
         raise Ar2DiffError(
-            "some prompts are texts and some are messages", "set rl.chat, or give one kind alone"
+            "some prompts are texts and some are lists of messages",
+            f"set {option('rl.chat', True)}, or give prompts of one kind",
         )
     return rows
 
@@ -256,15 +297,17 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
     prompt = row.get("prompt")
     chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
     if not chat and not (isinstance(prompt, str) and prompt):
+        likely = option("data.columns.prompt", likely_prompt(row) or "COLUMN")
         raise Ar2DiffError(
-            f"{where} has no prompt (it has {', '.join(row) or 'nothing'})",
-            "name its column: data.columns.prompt=COLUMN; a prompt is a text, or messages",
+            f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
+            f"correct the row, or name its column with {likely}",
         )
     row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
     for name in RESERVED:
         if name in row:
             raise Ar2DiffError(
-                f"{where}: trl gives column {name!r} a sense of its own", "rename it"
+                f"{where}: trl itself uses the name {name!r}, so no column may have it",
+                "rename the column",
             )
     if recipe.rl.chat and not chat:
         row["prompt"] = [{"role": "user", "content": prompt}]

@@ -7,70 +7,143 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset, Features, Json, List, Value
-from jinja2 import TemplateError
+from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..checkpoint.adapters import add_adapter
-from ..checkpoint.files import read_spec
-from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
-from ..conversion.convert import convert, end_token
+from ..conversion.convert import end_token
 from ..core.attention import Slots
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, option
+from ..core.spec import Spec
+from ..data.chat_template import chat_template, turn_end
 from ..data.conversations import (
-    asked_otherwise,
-    chat_template,
+    Conversations,
+    TokenRows,
+    conversations_of,
     read_conversations,
-    turn_end,
-    uses_tools,
+    tokenize_conversations,
 )
-from ..data.turns import Answers, Conversations, TurnCollator
+from ..data.turns import Answers, PackedConversations, TurnCollator
+from ..diffusion.task import Task, slots_at
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
 from .arguments import training_arguments
-from .base import weights_kept
-from .loss import Denoising, Task, disable_dropout
-from .run import Plan, check_kind, continued, fitted, keeps_ar, run
+from .loss import Denoising, LossTask
+from .plan import Plan, Verb, check_kind
+from .request import requested
+from .results import RunPlan, RunResult, SftExample, SftPlan
+from .run import run
+
+TEMPLATE_FIX = (
+    f"see {option('data.assistant_only')} and {option('data.chat_template')} in "
+    "'ar2diff config schema data'"
+)
+
+
+def sft(
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    output_dir: str | Path | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    text_field: str | None = None,
+    max_steps: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> RunResult | RunPlan:
+    """Tune a converted model (or, with `objective.kind: ar`, an AR one) on conversations.
+
+    Args:
+        model: folder or Hub id of the model, `@revision` allowed.
+        data: files of conversations, in place of the recipe's `data.sources`.
+        recipe, output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as of
+            `adapt`; at least one step.
+
+    Returns:
+        What the run was; with `dry_run` an `SftPlan` of what it will be.
+
+    Raises:
+        Ar2DiffError: something the user can fix; nothing was written.
+    """
+    request = requested(
+        "sft", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
+        overrides=overrides,
+    )  # fmt: skip
+    return run(SFT, request, resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+
+def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
+    """Refuse what sft cannot do with a model, and set what it implies."""
+    check_kind(path, spec, recipe)
+    if recipe.objective.weight == "cart":
+        raise Ar2DiffError(
+            f"{option('objective.weight', 'cart')} is for adapt: sft does not weight tokens by "
+            "their context",
+            f"set {option('objective.weight')} to uniform or 1/t",
+        )
+    if recipe.data.overlong == "split":
+        recipe = with_values(recipe, data={"overlong": "truncate"})
+    if recipe.objective.kind == "ar":
+        recipe = with_values(recipe, objective={"ar_weight": 1.0})
+    return recipe
+
+
+def read(recipe: Recipe) -> Conversations:
+    """The conversations of a recipe's sources."""
+    conversations = read_conversations(recipe)
+    check_rows(len(conversations.rows))
+    return conversations
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversations) -> Plan:
+    """The plan of a run on conversations; gives the tokenizer the chat template of the run."""
+    if recipe.objective.kind == "ar":
+        check_length(checkpoint, recipe.data.max_length, "data.max_length")
+    tokenizer = checkpoint.tokenizer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
+    if conversations.chat:
+        tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
+        stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
+    rows = tokenize_conversations(conversations, tokenizer, recipe)
+    return Plan(checkpoint, recipe, rows, make_trainer, preview=preview)
+
+
+SFT = Verb("sft", check, read, make_plan)
 
 
 class DiffusionSFTTrainer(Denoising, SFTTrainer):
-    """trl's SFTTrainer with the denoising loss: its data preparation, PEFT, accelerate, logging and
-    saving; our noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
+    """trl's SFTTrainer with the denoising loss: its PEFT, accelerate, logging and saving; our data
+    preparation, noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
     copies alone, and the loss is that of the AR mode: the control, on the same stream of rows.
 
+    `evaluate` and `predict` take conversations, as a data set or a list of rows.
+
     Args:
-        rows: conversations as trl takes them, or with `input_ids` and `labels`.
+        rows: with `input_ids` and `labels`, as `TokenRows.dataset` makes them.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, args: SFTConfig, rows: Dataset, **kwargs: Any
     ):
-        self.set_up(checkpoint, recipe, args)
-        with weights_kept(checkpoint.model):
-            SFTTrainer.__init__(
-                self,
-                model=checkpoint.model,
-                args=args,
-                train_dataset=rows,
-                processing_class=checkpoint.tokenizer,
-                data_collator=TurnCollator(recipe, self.spec.mask_token_id),
-                **kwargs,
-            )
+        collator = TurnCollator(recipe, checkpoint.spec_or_causal.mask_token_id)
+        super().__init__(
+            checkpoint, recipe, args, train_dataset=rows, processing_class=checkpoint.tokenizer,
+            data_collator=collator, **kwargs,
+        )  # fmt: skip
         self._loss_shifts_labels = False  # nothing here is counted by labels
-        self.train_dataset = Conversations(
-            self.train_dataset, checkpoint.end_ids, recipe, blanks(checkpoint.tokenizer)
-        )
+        self.train_dataset = self._conversations(self.train_dataset)
         self.answers = self.train_dataset.answers()
 
     def facts(self) -> dict[str, Any]:
@@ -88,206 +161,134 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             }
         }
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of a batch of `TurnCollator`."""
+    def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
+        """What a batch of `TurnCollator` asks for."""
         masked, target = inputs["masked"], inputs["target"]
-        slots = Slots(*(inputs[name] for name in ("doc", "pos", "noisy", "start", "block")))
-        place = torch.arange(target.numel(), device=target.device).view_as(target)
-        row = place[:, :1]
-        ar = inputs["ar"] if self.recipe.objective.ar_weight > 0 else masked & ~masked
         task = Task(
             input_ids=inputs["input_ids"],
-            slots=slots,
+            slots=Slots(*(inputs[name] for name in ("doc", "pos", "noisy", "start", "block"))),
             attention=self.spec.attention,
             block_length=self.spec.block_length,
-            reveal=None,
-            index=(row + inputs["reads"])[masked],
+            index=slots_at(inputs["reads"], masked, target.shape[1]),
             target=target[masked],
-            coef=inputs["coef"][masked],
-            t=inputs["t"][masked],
-            eos=inputs["eos"][masked],
-            ar_index=(place - 1)[ar],
-            ar_target=target[ar],
-            tokens=inputs["tokens"],
         )
-        return self.denoising_loss(model, task, num_items_in_batch)
+        before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
+        return self.loss_task(task, inputs, labels=target, ar_columns=before)
 
+    def fixed_rows(self, dataset: Any) -> list[Any]:
+        """Each conversation that teaches something as rows of its own, in the first epoch's
+        noise."""
+        rows = self._conversations(self._tokenized(dataset))
+        parts = [part for n in range(len(rows.rows)) for part in rows.parts(n, epoch=0)]
+        return [(number, [part]) for number, part in enumerate(parts)]
 
-def sft(
-    model: str,
-    recipe: Recipe,
-    output_dir: str | Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Tune a converted model (or, with `objective.kind: ar`, an AR one) on conversations.
+    def _conversations(self, tokenized: Dataset) -> PackedConversations:
+        tokenizer = self.checkpoint.tokenizer
+        ends = self.checkpoint.end_ids
+        return PackedConversations(tokenized, ends, self.recipe, blanks(tokenizer))
 
-    Args:
-        model, recipe, output_dir, resume, overwrite, dry_run: as of `adapt`.
-
-    Raises:
-        Ar2DiffError: something the user can fix; nothing was written.
-    """
-    flags = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
-    return run(make_sft_plan, model, recipe, output_dir, **flags)
-
-
-def make_sft_plan(path: Path, recipe: Recipe) -> Plan:
-    """Check and read the rows, load the model. Writes nothing."""
-    spec, control = read_spec(path), recipe.objective.kind == "ar"
-    check_kind(path, spec, recipe)
-    if recipe.objective.weight == "cart":
-        raise Ar2DiffError(
-            "objective.weight cart is for adapt: sft does not weigh by context",
-            "use uniform or 1/t",
-        )
-    recipe = continued(recipe, spec)
-    if recipe.data.overlong == "split":
-        recipe = with_values(recipe, data={"overlong": "truncate"})
-    rows = read_conversations(recipe)
-    check_rows(len(rows))
-    checkpoint = load_checkpoint(
-        str(path), recipe.train.attn_implementation, quantization=recipe.quantization
-    )
-    recipe = fitted(recipe, checkpoint)
-    if control:
-        check_length(checkpoint, recipe.data.max_length, "data.max_length")
-        recipe = with_values(recipe, objective={"ar_weight": 1.0})
-    else:
-        convert(
-            checkpoint, recipe.convert, recipe.data.max_length, keeps_ar(recipe), recipe.train.seed
-        )
-    add_adapter(checkpoint, recipe)
-    tokenizer = checkpoint.tokenizer
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
-    if "messages" in rows[0]:
-        tokenizer.chat_template = chat_template(tokenizer, recipe, uses_tools(rows))
-        stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
-    return Plan(checkpoint, recipe, rows, make_sft_trainer, preview=preview)
+    def _tokenized(self, dataset: Any) -> Dataset:
+        """Conversations as rows with `input_ids` and `labels`; rows that have them as they are."""
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            return dataset
+        rows = ((f"row {number}", row) for number, row in enumerate(dataset, 1))
+        found = conversations_of(rows, self.recipe)
+        return tokenize_conversations(found, self.checkpoint.tokenizer, self.recipe).dataset()
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
-    """Add what ends an answer to what ends a text: that of a base may know documents alone."""
+    """Let an answer's end token end a text: those of a base may be for documents only."""
     known = checkpoint.end_ids
     if end is not None and end not in known:
         checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
-def make_sft_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
-    """The trainer of a plan on rows of `read_conversations`.
+def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
+    """The trainer of a plan on rows of `tokenize_conversations`.
 
     Raises:
-        Ar2DiffError: the rows cannot be rendered, or nothing would be learned of them.
+        Ar2DiffError: the rows teach nothing.
     """
-    checkpoint, recipe, rows = plan.checkpoint, plan.recipe, plan.rows
-    disable_dropout(checkpoint.model)
+    recipe: Recipe = plan.recipe
+    rows: TokenRows = plan.rows
     args = training_arguments(
         recipe,
         run_dir,
         kind=SFTConfig,
-        max_length=None,  # the policy on longer rows is ours
-        packing=False,  # and so is packing
-        assistant_only_loss="messages" in rows[0] and recipe.data.assistant_only,
-        dataset_text_field=recipe.data.text_field,
+        max_length=None,  # longer rows are treated by our own rule
+        packing=False,  # rows are packed by us
     )
     datasets.disable_progress_bars()
-    try:
-        trainer = DiffusionSFTTrainer(checkpoint, recipe, args, table(rows), callbacks=callbacks)
-    except (ValueError, RuntimeError, TypeError, TemplateError) as error:
-        raise Ar2DiffError(
-            f"the rows cannot be prepared: {first_line(error)}",
-            "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
-        ) from error
-    trainer.remove_callback(PrinterCallback)
+    trainer = DiffusionSFTTrainer(
+        plan.checkpoint, recipe, args, rows.dataset(), callbacks=callbacks
+    )
     check_answers(trainer.answers, len(rows), recipe)
     if trainer.is_world_process_zero():
         print(described(trainer.answers, recipe), file=sys.stderr)
-        if "messages" in rows[0] and (count := asked_otherwise(checkpoint.tokenizer, rows)):
-            print(
-                f"warning: a chat asks for {count} of the first answers with other tokens than "
-                "those they are taught behind: compare what the chat template writes with and "
-                "without add_generation_prompt",
-                file=sys.stderr,
-            )
+        for note in rows.notes:
+            print(note, file=sys.stderr)
     return trainer
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """The rows as a data set that leaves them as they are: Arrow's own types would give each tool
-    call the arguments of all others, as nulls, which templates write."""
-    names = sorted({name for row in rows for name in row})
-    kinds = {
-        name: List(Json()) if name in ("messages", "tools") else Value("string") for name in names
-    }
-    whole = [{name: row.get(name) for name in names} for row in rows]
-    return Dataset.from_list(whole, features=Features(kinds))
-
-
 def blanks(tokenizer: Any) -> Any:
-    """Tells of an id whether its text is white space alone."""
+    """A function that says whether the text of an id is white space only."""
     return functools.cache(lambda token: tokenizer.decode([token]).isspace())
 
 
 def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
-    """Refuse rows that would teach nothing, or nothing of stopping."""
+    """Refuse rows that would teach nothing, or would never teach the model to stop."""
     data = recipe.data
     if answers.turns and not answers.ended and data.assistant_only:
         raise Ar2DiffError(
-            "no answer has its end token among what is learned: nothing would teach to stop",
-            "move the end token into {% generation %} of the chat template",
+            "no supervised answer includes its end token, so nothing would teach the model to stop",
+            "move the end token inside {% generation %} in the chat template",
         )
     if answers.barren == rows:
         if answers.cut:
-            over = {"drop": "left out", "truncate": "cut before an answer is whole"}[data.overlong]
+            over = "left out" if data.overlong == "drop" else "cut before an answer is complete"
             raise Ar2DiffError(
-                f"nothing to learn: {answers.cut} of {rows} rows are over data.max_length "
-                f"{data.max_length} and {over}",
-                "raise data.max_length, or give shorter rows",
+                f"there is nothing to learn: {answers.cut} of {rows} rows are longer than "
+                f"{option('data.max_length')} {data.max_length} and are {over}",
+                f"raise {option('data.max_length')}, or give shorter rows",
             )
         raise Ar2DiffError(
-            f"nothing to learn: none of the {rows} rows has a supervised token",
-            "see data.assistant_only and data.chat_template in 'ar2diff config schema'",
+            f"there is nothing to learn: none of the {rows} rows has a supervised token",
+            TEMPLATE_FIX,
         )
 
 
 def described(answers: Answers, recipe: Recipe) -> str:
-    """What the supervised turns are like, in a line."""
+    """The numbers and lengths of the supervised turns, in a line."""
     lengths = sorted(answers.lengths) or [0]
-    over = {"drop": "left out", "truncate": "cut"}[recipe.data.overlong]
+    over = "left out" if recipe.data.overlong == "drop" else "cut"
     barren = f"; {answers.barren} rows teach nothing" if answers.barren else ""
     return (
-        f"{answers.turns} turns of {lengths[len(lengths) // 2]} tokens in the middle, "
-        f"{lengths[-1]} at most; {answers.turns - answers.ended} without an end token; "
-        f"{answers.cut} rows over data.max_length {recipe.data.max_length} are {over}{barren}"
+        f"{answers.turns} supervised turns, median length {lengths[len(lengths) // 2]} tokens, "
+        f"longest {lengths[-1]}; {answers.turns - answers.ended} without an end token; "
+        f"{answers.cut} rows longer than data.max_length {recipe.data.max_length} are "
+        f"{over}{barren}"
     )
 
 
-def preview(plan: Plan) -> dict[str, Any]:
-    """What a dry run says of the rows: what the turns are like, and the first of them with what is
-    learned between ⟦ and ⟧. It makes the trainer of the run, in a folder that is gone behind it."""
+def preview(plan: Plan, summary: RunPlan) -> SftPlan:
+    """A dry run's plan with the turns described and the first of them shown. Makes the trainer of
+    the run, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, _one_process():
         trainer = plan.make_trainer(plan, Path(folder), [])
     ids, learned = trainer.train_dataset.example()
-    return {
-        "turns": described(trainer.answers, plan.recipe),
-        "example": {
-            "text": marked(plan.checkpoint.tokenizer, ids, learned),
-            "tokens": len(ids),
-            "supervised_tokens": sum(learned),
-        },
-    }
+    return SftPlan(
+        **asdict(summary),
+        turns=described(trainer.answers, plan.recipe),
+        example=SftExample(
+            text=marked(plan.checkpoint.tokenizer, ids, learned),
+            tokens=len(ids),
+            supervised_tokens=sum(learned),
+        ),
+    )
 
 
 def marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
-    """The text of the ids, what is learned between ⟦ and ⟧."""
+    """The text of the ids, with what is learned between ⟦ and ⟧."""
     text, before = "", ""
     for start, (now, last) in enumerate(zip(learned, [False, *learned[:-1]], strict=True)):
         if now != last:
@@ -298,7 +299,7 @@ def marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """A dry run plans for several processes and is one: no library is to look for the others."""
+    """Hide the other processes from the libraries: a dry run plans for several and is one."""
     before = os.environ.pop("WORLD_SIZE", None)
     try:
         yield

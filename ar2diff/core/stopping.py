@@ -1,0 +1,69 @@
+"""When an answer is finished besides at an end token: stop strings, time limits, criteria.
+
+This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
+
+from .canvas import Finished
+from .errors import Ar2DiffError, option
+from .options import Options
+
+
+def finished_of(
+    model: Any,
+    options: Options,
+    given: Any,
+    tokenizer: Any,
+    padding: Sequence[int] | None = None,
+) -> Finished | None:
+    """Stop strings, the time limit and stopping criteria, asked for each new token in turn; None if
+    there are none.
+
+    Args:
+        given: stopping criteria of transformers, or None.
+        tokenizer: for stop strings.
+        padding: tokens of padding in each row's prompt, which a criterion may count; None: none.
+
+    Raises:
+        Ar2DiffError: stop strings without a tokenizer.
+    """
+    criteria = list(given or [])
+    if options.stop_strings:
+        if tokenizer is None:
+            raise Ar2DiffError(
+                f"{option('stop_strings')} needs a tokenizer", f"pass {option('tokenizer')}"
+            )
+        criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
+    if options.max_time is not None:
+        criteria.append(MaxTimeCriteria(options.max_time))
+    if not criteria:
+        return None
+    rows = len(padding or ())
+    own = [[_of_row(criterion, row, rows) for criterion in criteria] for row in range(rows)]
+
+    def finished(row: int, ids: Tensor) -> bool:
+        pads = ids.new_full((padding[row] if padding else 0,), options.filler)
+        ids = torch.cat([pads, ids])[None].to(model.device)
+        asked = own[row] if rows else criteria
+        return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in asked)
+
+    return finished
+
+
+def _of_row(criterion: Any, row: int, rows: int) -> Any:
+    """A criterion that is asked about a single row: of the flags that it may keep for each row of a
+    batch (lm-eval's do) it has that row's."""
+    own = copy(criterion) if rows > 1 else criterion
+    for name, value in vars(own).items() if rows > 1 else ():
+        if isinstance(value, list) and [type(flag) for flag in value] == [bool] * rows:
+            setattr(own, name, value[row : row + 1])
+    return own

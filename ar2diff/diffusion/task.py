@@ -1,0 +1,89 @@
+"""One forward pass and the slots of it at which tokens are predicted: what losses, likelihoods and
+estimators have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.attention import Slots, lay_out, model_mask, reading_slot
+from ..core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Task:
+    """A forward pass and what is predicted by it.
+
+    Attributes:
+        input_ids: [B, S] token ids.
+        slots: the document, position and block of each of them.
+        attention, block_length, reveal: the rule of the attention mask, as `model_mask` takes it.
+        index: [N] slots of the flattened [B * S] whose logits predict a token.
+        target: [N] the tokens that are predicted there.
+    """
+
+    input_ids: Tensor
+    slots: Slots
+    attention: str
+    block_length: int | None
+    index: Tensor
+    target: Tensor
+    reveal: Tensor | None = None
+
+    def inputs(self, model: Any, local_window: str | None) -> dict[str, Any]:
+        """Keyword arguments of the model's forward.
+
+        Args:
+            model: the causal LM, not wrapped. local_window: of the spec.
+        """
+        mask = model_mask(
+            model, self.slots, self.attention, self.block_length, local_window, self.reveal
+        )
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": mask,
+            "position_ids": self.slots.pos,
+        }
+
+
+def slots_at(columns: Tensor, wanted: Tensor, width: int) -> Tensor:
+    """[N] slots of a flattened [B * width] batch, in row-major order of the wanted tokens.
+
+    Args:
+        columns: [B, L], the slot within its row at which each token is predicted.
+        wanted: [B, L] bool, tokens that are predicted.
+        width: slots of a row.
+    """
+    rows = torch.arange(len(columns), device=columns.device)[:, None] * width
+    return (rows + columns)[wanted]
+
+
+def masked_task(
+    x0: Tensor,
+    xt: Tensor,
+    masked: Tensor,
+    doc: Tensor,
+    pos: Tensor,
+    spec: Spec,
+    *,
+    attention: str | None = None,
+    block_length: int | None = None,
+    reveal: Tensor | None = None,
+) -> Task:
+    """The task of predicting every masked token of noised documents.
+
+    Args:
+        x0, xt, doc, pos: [B, L] clean ids, noised ids, documents, logical positions.
+        masked: [B, L] bool (never position 0 of a document).
+        attention, block_length: those of the spec where `attention` is None; an anneal has others.
+        reveal: edges that an anneal shows.
+    """
+    if attention is None:
+        attention, block_length = spec.attention, spec.block_length
+    input_ids, slots = lay_out(xt, x0, doc, pos, attention)
+    columns = reading_slot(pos, attention, block_length, spec.prediction)
+    index = slots_at(columns, masked, input_ids.shape[1])
+    return Task(input_ids, slots, attention, block_length, index, x0[masked], reveal)

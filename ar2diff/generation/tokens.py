@@ -1,0 +1,173 @@
+"""From text to token ids and back: prompts, gaps, answers, and the tokens on a screen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.errors import Ar2DiffError, first_line
+from ..core.spec import Spec
+from .prompts import Segments
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that is one byte, where there is byte fallback
+UNKNOWN = "\ufffd"  # what bytes that are no character decode to
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+    """Ids of a prompt that is to be continued: a text, with the tokenizer's BOS but without the EOS
+    or SEP that some tokenizers append; or messages, as the chat template renders them before an
+    answer.
+
+    Raises:
+        Exception: whatever a chat template raises.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, verbose=False).input_ids
+        return ids[: len(ids) - closing_tokens(tokenizer)]
+    rendered = tokenizer.apply_chat_template(
+        list(prompt), add_generation_prompt=True, return_dict=True
+    )
+    return rendered["input_ids"]
+
+
+def closing_tokens(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer appends to every text."""
+    text = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for opening in range(len(whole) - len(text) + 1):
+        if whole[opening : opening + len(text)] == text:
+            return len(whole) - len(text) - opening
+    return 0
+
+
+def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
+    """Ids of the texts, and as many mask tokens as each gap has.
+
+    Raises:
+        Ar2DiffError: the prompt is empty or contains the mask token.
+    """
+    ids: list[int] = []
+    for number, segment in enumerate(segments):
+        if isinstance(segment, int):
+            ids += [spec.mask_token_id] * segment
+            continue
+        new = _ids_after_text(tokenizer, segment) if number else prompt_ids(tokenizer, segment)
+        if spec.mask_token_id in new:
+            raise Ar2DiffError(
+                "the prompt contains the mask token", "write {mask:N} for a gap of N tokens"
+            )
+        ids += new
+    if not ids:
+        raise Ar2DiffError("the prompt has no tokens", "give a longer prompt")
+    return ids
+
+
+def encode_messages(tokenizer: Any, spec: Spec, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Ids of a conversation up to the answer that is to be written.
+
+    Raises:
+        Ar2DiffError: the tokenizer has no chat template, the template refuses the messages, or they
+            contain the mask token.
+    """
+    if not tokenizer.chat_template:
+        raise Ar2DiffError(
+            "the tokenizer has no chat template, so messages cannot be rendered",
+            "give the conversation as one text",
+        )
+    try:
+        ids = prompt_ids(tokenizer, messages)
+    except Exception as error:  # a template may raise anything
+        raise Ar2DiffError(
+            f"the chat template rejects the conversation ({first_line(error)})",
+            "change the messages, for example their roles and their order",
+        ) from error
+    if spec.mask_token_id in ids:
+        raise Ar2DiffError("the conversation contains the mask token", "leave it out")
+    return ids
+
+
+def decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The text of ids. Where a tokenizer falls back to bytes, bytes that are no whole character
+    become one replacement mark each run; transformers would replace the whole characters that
+    stand next to them, too."""
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    if UNKNOWN not in text:
+        return text
+    if skip_special_tokens:
+        special = set(tokenizer.all_special_ids)
+        ids = [token for token in ids if token not in special]
+    broken = _broken_bytes(tokenizer.convert_ids_to_tokens(ids))
+    if not any(broken):
+        return text
+    whole = [token for token, bad in zip(ids, broken, strict=True) if not bad]
+    text, written, shift, count = tokenizer.decode(whole), [], 0, 0
+    for number, bad in enumerate(broken):
+        if not bad:
+            count += 1
+        elif not number or not broken[number - 1]:
+            end = len(tokenizer.decode(whole[:count]))
+            written += [text[shift:end], UNKNOWN]
+            shift = end
+    return "".join([*written, text[shift:]])
+
+
+def text_after(tokenizer: Any, ids: Sequence[int], new: Sequence[int]) -> str:
+    """The text that new tokens add to others. They are decoded together and cut apart, since a
+    tokenizer may drop the space before a first token."""
+    return decode(tokenizer, [*ids, *new])[len(decode(tokenizer, ids)) :]
+
+
+def draw_tokens(tokenizer: Any, ids: Sequence[int], mask_token_id: int) -> list[str]:
+    """The text of each token of a canvas, for a screen: a dot for an undecided one; a character
+    that takes several tokens appears with the last of them."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids  # keeps a first token's space
+    skip = len(decode(tokenizer, anchor, False))
+    pieces: list[str] = []
+    open_: list[int] = []
+    for token in ids:
+        if token == mask_token_id:
+            pieces.append("·")
+            open_ = []
+            continue
+        open_.append(token)
+        text = decode(tokenizer, [*anchor, *open_], False)[skip:]
+        half = text.endswith(UNKNOWN) and len(open_) < 4  # UTF-8 has at most four bytes
+        pieces.append("" if half else text)
+        open_ = open_ if half else []
+    return pieces
+
+
+def _ids_after_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text in the middle of another: some tokenizers put a space before a text that stands
+    alone. If the newline put before it merges with the text, the ids are those of the text alone.
+    """
+    before = tokenizer("\n", add_special_tokens=False).input_ids
+    ids = tokenizer("\n" + text, add_special_tokens=False, verbose=False).input_ids
+    if ids[: len(before)] == before:
+        return ids[len(before) :]
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _broken_bytes(tokens: Sequence[str]) -> list[bool]:
+    """Which tokens are bytes that belong to no whole character."""
+    broken = [False] * len(tokens)
+    start = 0
+    while start < len(tokens):
+        if not BYTE.fullmatch(tokens[start]):
+            start += 1
+            continue
+        end = start
+        while end < len(tokens) and BYTE.fullmatch(tokens[end]):
+            end += 1
+        run = bytes(int(token[3:5], 16) for token in tokens[start:end])
+        while run:
+            try:
+                run.decode()
+                break
+            except UnicodeDecodeError as error:
+                first, last = end - len(run) + error.start, end - len(run) + error.end
+                broken[first:last] = [True] * (last - first)
+                run = run[error.end :]
+        start = end
+    return broken

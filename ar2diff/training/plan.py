@@ -1,0 +1,193 @@
+"""What a training run will be, found out before its first step: the model is loaded and converted,
+the rows are read, and whatever the run would stumble over later is refused. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.adapters import add_adapter, check_base
+from ..checkpoint.files import is_adapter, read_spec
+from ..checkpoint.io import load_checkpoint
+from ..checkpoint.model import Checkpoint, count_parameters
+from ..config.recipe import Recipe, with_values
+from ..conversion.convert import convert
+from ..core.errors import Ar2DiffError, first_line, option, shortened
+from ..core.forward import context_length
+from ..core.probe import probe
+from ..core.spec import Spec
+from .arguments import rows_per_step
+from .results import RunPlan
+
+STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before the first step.
+
+    Attributes:
+        rows: what is trained on, as the verb's trainer takes it; None trains nothing.
+        make_trainer: makes the trainer of (this plan, run folder, callbacks).
+        eval_rows: token ids of the rows on which the model is evaluated during and after the run.
+        preview: adds what only this verb's dry run shows; None adds nothing.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rows: Any
+    make_trainer: Callable[[Plan, Path, list[Any]], Any]
+    eval_rows: list[list[int]] = field(default_factory=list)
+    preview: Callable[[Plan, RunPlan], RunPlan] | None = None
+
+    def bytes_needed(self) -> int:
+        """Bytes that the run will write: the result, and its training checkpoints."""
+        files = self.checkpoint.path.glob("*.safetensors")
+        trainable = count_parameters(self.checkpoint.model)[0]
+        result = int(1.1 * sum(file.stat().st_size for file in files))
+        if self.checkpoint.base is not None:
+            result = 4 * trainable
+        if not self.recipe.train.max_steps:
+            return result
+        return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
+
+    def summary(self, output_dir: Path) -> RunPlan:
+        """What the run will be, without what only the verb's own dry run shows."""
+        train, spec = self.recipe.train, self.checkpoint.spec
+        trainable, parameters = count_parameters(self.checkpoint.model)
+        step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
+        return RunPlan(
+            output_dir=str(output_dir),
+            parameters=parameters,
+            trainable_parameters=trainable,
+            diffusion=spec.to_dict() if spec else None,
+            mask_token=self.checkpoint.tokenizer.mask_token,
+            pad_token=self.checkpoint.tokenizer.pad_token,
+            steps=train.max_steps,
+            rows_per_step=step,
+            tokens_at_most=train.max_steps * step * self.recipe.data.max_length,
+            eval_rows=len(self.eval_rows),
+            notes=self.checkpoint.notes,
+        )
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a training verb does differently from the others. Everything raises `Ar2DiffError`
+    where the user made a mistake.
+
+    Attributes:
+        name: of the API function and of the command.
+        check: refuses settings that do not fit the model in a folder (path, its spec, recipe), and
+            returns the recipe with the settings that the verb implies. Reads nothing else.
+        read: reads and checks all rows that a recipe names; None where it trains nothing.
+        plan: makes the plan of (a checkpoint that is ready to train, recipe, rows).
+        converts: whether the recipe's `convert` section applies to a diffusion model.
+    """
+
+    name: str
+    check: Callable[[Path, Spec | None, Recipe], Recipe]
+    read: Callable[[Recipe], Any]
+    plan: Callable[[Checkpoint, Recipe, Any], Plan]
+    converts: bool = True
+
+    def prepare(self, path: Path, recipe: Recipe) -> Plan:
+        """Check everything, read the rows, load the model in a folder and convert it in memory.
+
+        What costs nothing comes first: a bad row is found before the model is loaded.
+        """
+        spec = read_spec(path)
+        if recipe.peft is not None or is_adapter(path):
+            check_base(path, spec)
+        recipe = continued(self.check(path, spec, recipe), spec)
+        check_trackers(recipe.train.report_to)
+        rows = self.read(recipe)
+        checkpoint = load_checkpoint(
+            str(path), recipe.train.attn_implementation, quantization=recipe.quantization
+        )
+        recipe = fitted(recipe, checkpoint)
+        if self.converts and (spec is not None or recipe.objective.kind == "diffusion"):
+            convert_for(checkpoint, recipe)
+        add_adapter(checkpoint, recipe)
+        return self.plan(checkpoint, recipe, rows)
+
+
+def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
+    """Refuse to tune an unconverted model, or to make an AR control of a converted one; and a run
+    without steps, which would tune nothing."""
+    control = recipe.objective.kind == "ar"
+    if spec is None and not control:
+        raise Ar2DiffError(
+            f"model {path} is not converted", f"run 'ar2diff adapt {path} --output-dir DIR' first"
+        )
+    if spec is not None and control:
+        raise Ar2DiffError(
+            f"model {path} is converted, but {option('objective.kind', 'ar')} tunes an AR model",
+            f"name the AR base, or leave {option('objective.kind')} out",
+        )
+    if not recipe.train.max_steps:
+        raise Ar2DiffError(
+            f"{option('train.max_steps', 0)} trains nothing: only adapt has a use for it",
+            f"set {option('train.max_steps')} to 1 or more, or look at the run with "
+            f"{option('dry_run', True)}",
+        )
+
+
+def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
+    """The recipe with what it leaves open taken from the spec of a model converted before."""
+    if spec is None:
+        return recipe
+    chosen = recipe.convert.model_fields_set
+    names = ["attention", "block_length", "prediction"]
+    names += ["local_window"] if spec.local_window else []
+    return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
+
+
+def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with rows no longer than the model's context, unless it asks for a length."""
+    context, grid = context_length(checkpoint.model.config), recipe.convert.block_length or 1
+    if context is None or "max_length" in recipe.data.model_fields_set:
+        return recipe
+    fits = min(recipe.data.max_length, context // grid * grid)
+    return with_values(recipe, data={"max_length": fits}) if fits > 1 else recipe
+
+
+def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Convert a loaded model as the recipe says, and check by a few forwards that it does what its
+    new spec says.
+
+    Raises:
+        Ar2DiffError: it does not, or it cannot be converted.
+    """
+    # The AR mode is alive after the run if it is trained along, or if nothing is trained.
+    ar_mode = recipe.convert.attention == "causal_context" and (
+        recipe.objective.ar_weight > 0 or not recipe.train.max_steps
+    )
+    spec = convert(checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed)
+    problems = probe(checkpoint.model, spec)
+    if problems:
+        raise Ar2DiffError(
+            f"model {checkpoint.path}: {checkpoint.model.config.model_type} cannot be converted to "
+            f"{spec.attention} attention: {problems[0]}",
+            f"try another {option('convert.attention')}, or another "
+            f"{option('train.attn_implementation')}",
+        )
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that is not installed or does not start."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    if report_to in ("none", "all"):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks([report_to]):
+            callback()
+    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise Ar2DiffError(
+            f"{option('train.report_to')} {shortened(report_to)} does not start: "
+            f"{first_line(error)}",
+            f"install the tracker, or set {option('train.report_to', 'none')}",
+        ) from None

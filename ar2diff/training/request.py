@@ -1,0 +1,62 @@
+"""What a caller asks of a training verb, resolved: recipe, data and output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.recipe import Recipe, load_recipe, with_values
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that is asked for: model (folder or Hub id), resolved recipe, output folder."""
+
+    model: str
+    recipe: Recipe
+    output_dir: Path
+
+
+def requested(
+    verb: str,
+    model: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    output_dir: str | Path | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    text_field: str | None = None,
+    max_steps: int | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+) -> Request:
+    """Resolve what a caller gives; the arguments are those of `adapt`.
+
+    Raises:
+        Ar2DiffError: an unknown recipe or key, a value of the wrong type, or values that contradict
+            each other.
+    """
+    if isinstance(overrides, Mapping):  # JSON is YAML, which is what a value is read as
+        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    settings = list(overrides)
+    if max_steps is not None:
+        settings.append(f"train.max_steps={max_steps}")
+    if isinstance(recipe, Path):
+        recipe = str(recipe)
+    plan = load_recipe(recipe, settings)
+    values: dict[str, Any] = {}
+    if data is not None and len(data := [data] if isinstance(data, str | Path) else data):
+        known = {source.path: source for source in plan.data.sources}
+        paths = [str(path) for path in data]
+        # A source that the recipe knows keeps its weight and its other settings.
+        values["sources"] = [known[p].model_dump() if p in known else {"path": p} for p in paths]
+    if text_field is not None:
+        values["text_field"] = text_field
+    if values:
+        plan = with_values(plan, data=values)
+    model = str(model)
+    if output_dir is None:
+        stem = model.rstrip("/").split("/")[-1].partition("@")[0]
+        output_dir = Path("runs") / f"{stem}-{plan.convert.attention if verb == 'adapt' else verb}"
+    return Request(model, plan, Path(output_dir))

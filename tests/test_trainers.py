@@ -1,0 +1,152 @@
+"""`evaluate`, `predict` and `return_outputs` of the three trainers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import parse_recipe
+from ar2diff.data.conversations import Conversations, tokenize_conversations
+from ar2diff.training.adapt import AdaptTrainer, make_collator
+from ar2diff.training.arguments import training_arguments
+from ar2diff.training.loss import divisors_of, totals_of
+from ar2diff.training.plan import Plan
+from ar2diff.training.rl import check_settings
+from ar2diff.training.rl import make_trainer as make_rl_trainer
+from ar2diff.training.sft import make_trainer as make_sft_trainer
+
+TEXTS = [f"the cat sat on mat {n} and saw {'one ' * n}dog" for n in range(7)]
+PAIRS = [{"prompt": f"what is {n}?", "completion": f" it is {n}{'!' * n}."} for n in range(7)]
+PROMPTS = [{"prompt": text} for text in ("ab", "hello", "x")]
+
+
+def recipe_of(batch: int = 3, **sections: dict):
+    tree = {
+        "data": {"max_length": 32},
+        "train": {"max_steps": 1, "per_device_train_batch_size": batch},
+        **sections,
+    }
+    return parse_recipe(tree, "test")
+
+
+@pytest.fixture
+def trainer_of(convert_tiny, tmp_path):
+    """Factory: trainer_of("adapt") is a trainer of the tiny converted model."""
+
+    def make(verb: str, batch: int = 3, attention: str = "causal_context"):
+        full = attention == "full"
+        convert = {"attention": attention, "block_length": None if full else 4}
+        checkpoint = load_checkpoint(str(convert_tiny(
+            f"convert.attention={attention}", f"convert.block_length={'null' if full else 4}"
+        )))  # fmt: skip
+        if verb == "adapt":
+            recipe = recipe_of(batch, convert=convert)
+            return AdaptTrainer(
+                checkpoint, recipe, training_arguments(recipe, tmp_path),
+                data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
+            )  # fmt: skip
+        if verb == "sft":
+            recipe = recipe_of(batch, convert=convert)
+            data = Conversations(PAIRS, [""] * len(PAIRS), ())
+            rows = tokenize_conversations(data, checkpoint.tokenizer, recipe)
+            return make_sft_trainer(Plan(checkpoint, recipe, rows, None), tmp_path, [])
+        rl = {
+            "rewards": [{"name": "exact"}], "num_generations": 4, "max_completion_length": 6,
+            "estimator": "elbo",
+        }  # fmt: skip
+        recipe = recipe_of(4, rl=rl, convert=convert)
+        check_settings(recipe, checkpoint.spec)
+        return make_rl_trainer(Plan(checkpoint, recipe, PROMPTS, None), [reward], tmp_path, [])
+
+    return make
+
+
+def reward(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+ROWS = {"adapt": TEXTS, "sft": PAIRS}
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+@pytest.mark.parametrize("verb", ROWS)
+def test_evaluate_gives_the_training_loss_of_rows_with_fixed_noise(trainer_of, verb, attention):
+    found = []
+    for batch in (1, 3, 7):
+        trainer = trainer_of(verb, batch, attention)
+        found.append(trainer.evaluate(ROWS[verb]))
+    assert found[0]["eval_loss"] > 1 and 0 <= found[0]["eval_masked_accuracy"] <= 1
+    for other in found[1:]:  # batches of other sizes, and another trainer
+        assert other["eval_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-5)
+        assert other["eval_masked_accuracy"] == found[0]["eval_masked_accuracy"]
+    batch = trainer.data_collator(trainer.fixed_rows(ROWS[verb]))
+    divisors = divisors_of(totals_of([batch]))
+    with torch.no_grad():  # the loss as it is trained, on all rows together
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=divisors)
+    assert loss.item() == pytest.approx(found[0]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("verb", ROWS)
+def test_predict_gives_the_likeliest_ids_at_masked_tokens(trainer_of, verb):
+    trainer = trainer_of(verb)
+    output = trainer.predict(ROWS[verb])
+    found, labels = output.predictions, output.label_ids
+    assert found.shape == labels.shape and len(found) == len(trainer.fixed_rows(ROWS[verb]))
+    assert ((found == -100) == (labels == -100)).all() and (labels != -100).any()
+    masked = labels != -100
+    share = (found == labels)[masked].mean()
+    assert output.metrics["test_masked_accuracy"] == pytest.approx(share)
+    metrics = trainer.evaluate(ROWS[verb])
+    assert output.metrics["test_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    mask = trainer.spec.mask_token_id
+    assert not (found == mask).any()  # which the model can never mean
+
+
+@pytest.mark.parametrize("verb", ROWS)
+def test_return_outputs_gives_logits_predictions_and_labels(trainer_of, verb):
+    trainer = trainer_of(verb)
+    batch = trainer.data_collator(trainer.fixed_rows(ROWS[verb]))
+    alone = trainer.compute_loss(trainer.model, batch)
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    torch.testing.assert_close(loss, alone)
+    labels, masked = outputs["labels"], batch["masked"]
+    target = batch["x0" if verb == "adapt" else "target"]
+    assert torch.equal(labels, torch.where(masked, target, -100))
+    assert outputs["logits"].shape == (int(masked.sum()), trainer.model.config.vocab_size)
+    likeliest = outputs["logits"].masked_fill(trainer.suppressed, float("-inf")).argmax(-1)
+    assert torch.equal(outputs["predictions"][masked], likeliest)
+    loss.backward()  # and it can be trained on
+    assert any(p.grad is not None for p in trainer.model.parameters())
+
+
+def test_an_evaluation_set_of_the_trainer_is_evaluated_while_it_trains(trainer_of, tmp_path):
+    trainer = trainer_of("adapt")
+    trainer.eval_dataset = {"some": TEXTS[:3], "ids": [{"input_ids": list(range(3, 20))}]}
+    found = trainer.evaluate()
+    assert {"eval_some_loss", "eval_ids_loss"} <= found.keys()
+
+
+def test_rl_evaluates_completions_of_its_own(trainer_of):
+    trainer = trainer_of("rl")
+    trainer.model.eval()
+    found = trainer.evaluate(PROMPTS)
+    assert {"eval_loss", "eval_reward", "eval_stop_rate"} <= found.keys()
+    before = trainer.model.state_dict()
+    output = trainer.predict(PROMPTS)
+    assert output.predictions.shape[0] == 4 * len(PROMPTS) and output.label_ids is None
+    rewards = [reward([[i for i in row if i != -100]])[0] for row in output.predictions.tolist()]
+    assert output.metrics["test_reward"] == pytest.approx(sum(rewards) / len(rewards))
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rl_returns_the_log_probabilities_that_its_loss_is_of(trainer_of):
+    trainer = trainer_of("rl")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    torch.testing.assert_close(loss, trainer.compute_loss(trainer.model, inputs))
+    assert outputs["logps"].shape == outputs["completion_ids"].shape
+    assert (outputs["logps"] <= 0).all() and (outputs["logps"] < 0).any()
