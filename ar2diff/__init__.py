@@ -1,9 +1,9 @@
-"""ar2diff converts autoregressive (AR) language models into diffusion language models, and fine-tunes
-them.
+"""ar2diff converts autoregressive (AR) language models into diffusion language models, and
+fine-tunes them.
 
     import ar2diff
 
-    ar2diff.adapt("Qwen/Qwen3-0.6B", recipe="qwen3-0.6b", data="stories.jsonl", output_dir="runs/qwen")
+    ar2diff.adapt("Qwen/Qwen3-0.6B", "qwen3-0.6b", "runs/qwen", data="stories.jsonl")
     model = ar2diff.load("runs/qwen")
     print(model.generate("The sea", max_new_tokens=64))
 

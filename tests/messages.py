@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
-
 from ar2diff.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +21,7 @@ SPEC_ERRORS = {"Ar2DiffError", "SpecError"}
 
 
 def text_of(node: ast.expr) -> str | None:
-    """The text of a string expression, with `{name}` where something is filled in; None of others."""
+    """The text of a string expression, with `{name}` where something is filled in, or None."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

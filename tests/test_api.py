@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import json
 import inspect
+import json
 import pkgutil
 import subprocess
 import sys
@@ -35,7 +35,10 @@ def test_dir_is_all_and_every_name_is_there():
 
 
 def test_no_submodule_bears_the_name_of_a_public_function():
-    modules = {module.name for module in pkgutil.iter_modules(ar2diff.__path__)} | {"cli", "recipes"}
+    modules = {module.name for module in pkgutil.iter_modules(ar2diff.__path__)} | {
+        "cli",
+        "recipes",
+    }
     assert not modules & set(ar2diff.__all__)
 
 
@@ -57,7 +60,6 @@ def test_importing_it_imports_nothing_heavy():
 def verbs_of_the_command_line() -> dict[str, ast.Module]:
     """Every verb -> the tree of the file of its command."""
     import typer
-
     from ar2diff.cli.main import app
 
     commands = typer.main.get_command(app).commands
@@ -69,8 +71,8 @@ def verbs_of_the_command_line() -> dict[str, ast.Module]:
 
 
 def test_every_verb_has_a_public_function():
-    from ar2diff.cli.main import app
     import typer
+    from ar2diff.cli.main import app
 
     assert set(typer.main.get_command(app).commands) == set(VERBS) | LOCAL
     assert set(VERBS.values()) <= set(ar2diff.__all__)

@@ -1,4 +1,4 @@
-"""A loaded checkpoint as Python users hold it: it generates, streams, fills gaps, chats and judges."""
+"""A loaded checkpoint in Python: it generates, streams, fills gaps, chats and evaluates."""
 
 from __future__ import annotations
 
