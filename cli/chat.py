@@ -40,11 +40,12 @@ def chat(
     Example: ar2diff chat runs/demo --temperature 0.7 --pause 0.05
     """
     quiet()
+    from .. import load
     from ..generation.chat import Chat
-    from ..generation.complete import check_request, load
+    from ..generation.complete import check_request
 
     check_request(model, None, settings)
-    session = Chat(load(model), settings, system)
+    session = Chat(load(model, dtype="float32").checkpoint, settings, system)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()
     for note in session.greeting():

@@ -19,7 +19,7 @@ def check_command(
     Example: ar2diff check runs/demo
     """
     quiet()
-    from ..evaluation.check import check
+    from .. import check
 
     result = check(model)
     if as_json:

@@ -32,7 +32,7 @@ def evaluate_command(
     Example: ar2diff eval runs/demo --data valid.jsonl --limit 64
     """
     quiet()
-    from ..evaluation.score import evaluate
+    from .. import evaluate
 
     result = evaluate(
         model,

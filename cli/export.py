@@ -27,7 +27,7 @@ def export(
     Example: ar2diff export runs/qwen --to ar --output-dir runs/qwen-ar
     """
     quiet()
-    from ..conversion.exports import export as run
+    from .. import export as run
 
     done = run(model, output_dir, to, overwrite=overwrite, dry_run=dry_run)
     result = {"dry_run": dry_run, "output_dir": str(output_dir), **asdict(done)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,19 +69,21 @@ def generate(
     if output is not None:
         check_target(output, overwrite)
     quiet()
-    from ..generation.complete import answer, check_request, load
-    from ..generation.complete import stream as stream_text
+    from .. import load
+    from ..generation.complete import check_request
 
     check_request(model, request, settings)
-    checkpoint = load(model)
+    loaded = load(model, dtype="float32")
     if stream:
-        for text, result in stream_text(checkpoint, request.prompts[0], **settings):
-            typer.echo(text, nl=result is not None)
-            sys.stdout.flush()
-        results = [result]
+        results = [_streamed(loaded.stream(request.prompts[0], **settings))]
+    elif request.infill is not None:
+        before, after, lengths = request.infill
+        results = [loaded.infill(before, after, length=lengths, **settings)]
     else:
         with progress(len(request.prompts) if request.many else 0) as advance:
-            results = answer(checkpoint, request, batch_size, settings, advance)
+            results = loaded.generate(
+                request.prompts, batch_size=batch_size, progress=advance, **settings
+            )
     if output is not None:
         write_results(output, (result.to_dict() for result in results))
     if as_json:
@@ -91,6 +94,17 @@ def generate(
         for result in results:
             typer.echo(result.whole_text)
     sys.stdout.flush()  # the text first, if both streams go to one place
-    note = unread_note(checkpoint.spec, results)
+    note = unread_note(loaded.spec, results)
     for line in [*([note] if note else []), summary(results)]:
         typer.secho(f"[{line}]", err=True, dim=True)
+
+
+def _streamed(pieces: Generator[str, None, Any]) -> Any:
+    """Print pieces of text as they come; returns what the generator returns."""
+    while True:
+        try:
+            typer.echo(next(pieces), nl=False)
+            sys.stdout.flush()
+        except StopIteration as end:
+            typer.echo()
+            return end.value

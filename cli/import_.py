@@ -33,7 +33,7 @@ def import_command(
     Example: ar2diff import Dream-org/Dream-v0-Instruct-7B --output-dir runs/dream
     """
     quiet()
-    from ..conversion.imports import import_checkpoint
+    from .. import import_checkpoint
 
     result = import_checkpoint(
         model, output_dir, block_length=block_length, overwrite=overwrite, dry_run=dry_run

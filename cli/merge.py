@@ -27,7 +27,7 @@ def merge(
     Example: ar2diff merge runs/lora runs/merged
     """
     quiet()
-    from ..checkpoint.merge import merge as run
+    from .. import merge as run
 
     result = run(adapter, output_dir, base=base, overwrite=overwrite, dry_run=dry_run)
     report({"dry_run": dry_run, "output_dir": str(output_dir), **asdict(result)}, as_json)

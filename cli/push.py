@@ -69,7 +69,7 @@ def publish(folder: Path, repo: str, **options: Any) -> Pushed:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     quiet()
-    from ..hub.push import push as run
+    from .. import push as run
 
     return run(
         folder, repo, tell=lambda line: typer.secho(f"[{line}]", err=True, dim=True), **options

@@ -80,7 +80,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             start(launch, request.recipe.data.sources)
         quiet()
         with at_work(), planned_world(launch):
-            run = getattr(import_module(f"..training.{name}", __package__), name)
+            run = getattr(import_module("ar2diff"), name)
             result = run(
                 model,
                 request.recipe,

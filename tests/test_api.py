@@ -1,4 +1,4 @@
-"""`import ar2diff`: what it offers, what that costs, and that the command line calls nothing else."""
+"""`import ar2diff`: what it offers, what importing it costs, and that the commands call it."""
 
 from __future__ import annotations
 
@@ -57,25 +57,58 @@ def test_importing_it_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def verbs_of_the_command_line() -> dict[str, ast.Module]:
-    """Every verb -> the tree of the file of its command."""
-    import typer
+def commands() -> dict[str, Path]:
+    """Every command -> the file that defines it; groups of commands have none."""
     from ar2diff.cli.main import app
 
-    commands = typer.main.get_command(app).commands
     return {
-        name: ast.parse(Path(inspect.getsourcefile(command.callback)).read_text())
-        for name, command in commands.items()
-        if command.callback is not None
+        command.name: Path(sys.modules[command.callback.__module__].__file__)
+        for command in app.registered_commands
     }
 
 
-def test_every_verb_has_a_public_function():
-    import typer
-    from ar2diff.cli.main import app
+def imported_from(file: Path) -> set[tuple[str, str]]:
+    """(module, name) of every name that a file of the command line imports from ar2diff."""
+    return {
+        (node.module or "", alias.name)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 2
+        for alias in node.names
+    }
 
-    assert set(typer.main.get_command(app).commands) == set(VERBS) | LOCAL
+
+def test_every_command_has_its_public_function():
+    assert set(commands()) | {"recipes", "config"} == set(VERBS) | LOCAL
     assert set(VERBS.values()) <= set(ar2diff.__all__)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("adapt", "sft", "rl")])
+def test_a_command_calls_its_public_function(verb):
+    assert ("", VERBS[verb]) in imported_from(commands()[verb])
+
+
+@pytest.mark.parametrize("verb", ["adapt", "sft", "rl"])
+def test_a_training_command_calls_its_public_function(verb, monkeypatch, capsys):
+    """They share a file, so it is the call that is watched."""
+    calls = []
+
+    def stand_in(*args, **options):
+        calls.append(args)
+        raise ar2diff.Ar2DiffError("called", "nothing to fix")
+
+    monkeypatch.setattr(ar2diff, verb, stand_in)
+    monkeypatch.setattr(sys, "argv", ["ar2diff", verb, "model"])
+    from ar2diff.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main()
+    assert calls and calls[0][0] == "model"
+
+
+def test_no_command_imports_a_public_function_from_where_it_is_defined():
+    homes = {(home, name) for name, home in ar2diff._HOMES.items() if name in VERBS.values()}
+    for file in (ROOT / "cli").glob("*.py"):
+        assert not imported_from(file) & homes, file.name
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):

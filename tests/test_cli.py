@@ -245,7 +245,7 @@ def test_only_options_that_are_given_become_settings(run, converted, monkeypatch
         seen.append(settings)
         return iter(())
 
-    monkeypatch.setattr("ar2diff.generation.complete.complete_all", complete_all)
+    monkeypatch.setattr("ar2diff.api.model.complete_all", complete_all)
     run("generate", converted, "--prompt", "a")
     run(
         "generate", converted, "--prompt", "a", "--cache", "none", "--stop", ".", "--stop", "!",

@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
-from ..core.generate import check_model
 from ..core.spec import Spec
 from ..evaluation.score import Evaluation, evaluate
 from ..generation.chat import complete_chat
-from ..generation.complete import Completion, complete_all, infill, stream
+from ..generation.complete import complete_all, infill, stream
+from ..generation.complete import load as load_checkpoint
+from ..generation.results import Completion
 
 
 class DiffusionModel:
     """A model with its tokenizer, as `load` returns it.
+
+    Attributes:
+        checkpoint: what functions of the lower layers take.
 
     Every method takes the options of `ar2diff generate` as keywords: `mode`, `max_new_tokens`,
     `threshold`, `temperature`, `seed` and so on. An unconverted model has the mode `ar` alone.
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
 
     def __repr__(self) -> str:
         spec = self.spec
         kind = f"{spec.attention}, blocks of {spec.block_length}" if spec else "not converted"
         name = type(self.model).__name__
-        return f"DiffusionModel({str(self._checkpoint.path)!r}, {name}, {kind})"
+        return f"DiffusionModel({str(self.checkpoint.path)!r}, {name}, {kind})"
 
     @property
     def model(self) -> Any:
         """The stock transformers model; of an adapter, the PEFT model around it."""
-        return self._checkpoint.model
+        return self.checkpoint.model
 
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer, which knows the mask token."""
-        return self._checkpoint.tokenizer
+        return self.checkpoint.tokenizer
 
     @property
     def spec(self) -> Spec | None:
         """What a logit means, as config.json says; None of a model that is not converted."""
-        return self._checkpoint.spec
+        return self.checkpoint.spec
 
     def generate(
-        self, prompt: str | Sequence[str], *, batch_size: int = 8, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        *,
+        batch_size: int = 8,
+        progress: Callable[[], None] | None = None,
+        **options: Any,
     ) -> Completion | list[Completion]:
         """Complete a prompt, or several.
 
         Args:
             prompt: a text, or a sequence of texts. `{mask:N}` in one is a gap of N tokens to fill.
             batch_size: prompts that are decoded together; it changes no result.
+            progress: called after each prompt.
 
         Returns:
             One result for a text, a list in the order of the prompts for a sequence.
@@ -63,15 +72,27 @@ class DiffusionModel:
         """
         several = not isinstance(prompt, str)
         prompts = list(prompt) if several else [prompt]
-        found = dict(complete_all(self._checkpoint, prompts, batch_size=batch_size, **options))
+        found: dict[int, Completion] = {}
+        for number, completion in complete_all(
+            self.checkpoint, prompts, batch_size=batch_size, **options
+        ):
+            found[number] = completion
+            if progress is not None:
+                progress()
         return [found[number] for number in range(len(prompts))] if several else found[0]
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Any) -> Generator[str, None, Completion]:
         """Complete a prompt, yielding pieces of text as soon as everything before them is decided.
-        The pieces together are the prompt and its completion."""
-        for text, _ in stream(self._checkpoint, prompt, **options):
+        The pieces together are the prompt and its completion.
+
+        Returns:
+            The result, for callers that drive the generator themselves (`StopIteration.value`).
+        """
+        for text, result in stream(self.checkpoint, prompt, **options):
             if text:
                 yield text
+            if result is not None:
+                return result
 
     def infill(
         self, prefix: str, suffix: str = "", *, length: int | Sequence[int], **options: Any
@@ -83,7 +104,7 @@ class DiffusionModel:
                 and `candidates` of the result holds all of them.
         """
         lengths = [length] if isinstance(length, int) else list(length)
-        return infill(self._checkpoint, prefix, suffix, lengths, **options)
+        return infill(self.checkpoint, prefix, suffix, lengths, **options)
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Completion:
         """Answer a conversation by the tokenizer's chat template.
@@ -91,7 +112,7 @@ class DiffusionModel:
         Args:
             messages: dictionaries with `role` and `content`, the last one of the user.
         """
-        return complete_chat(self._checkpoint, messages, **options)
+        return complete_chat(self.checkpoint, messages, **options)
 
     def evaluate(self, data: str | Path | Sequence[str], **options: Any) -> Evaluation:
         """Likelihood on held-out text; arguments and result are those of `ar2diff.evaluate`.
@@ -99,7 +120,7 @@ class DiffusionModel:
         Args:
             data: a file of rows, or texts.
         """
-        return evaluate(self._checkpoint, data, **options)
+        return evaluate(self.checkpoint, data, **options)
 
 
 def load(model: str | Path, dtype: str = "auto") -> DiffusionModel:
@@ -113,7 +134,4 @@ def load(model: str | Path, dtype: str = "auto") -> DiffusionModel:
     Raises:
         Ar2DiffError: there is no such model, it is damaged, or it does not do what its config says.
     """
-    checkpoint = load_checkpoint(str(model), device="auto", dtype=dtype)
-    if checkpoint.spec is not None:
-        check_model(checkpoint.model, checkpoint.spec)
-    return DiffusionModel(checkpoint)
+    return DiffusionModel(load_checkpoint(str(model), dtype))

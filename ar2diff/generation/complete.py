@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,29 +63,6 @@ def complete_all(
             results = decode_rows(checkpoint, spec, options, batch)
             for number, result in zip(numbers, results, strict=True):
                 yield number, replace(result, prompt=prompts[number])
-
-
-def answer(
-    checkpoint: Checkpoint,
-    request: Request,
-    batch_size: int,
-    settings: dict[str, Any],
-    advance: Callable[[], None],
-) -> list[Completion]:
-    """Completions of a request, in its order.
-
-    Args:
-        advance: called after each prompt.
-    """
-    if request.infill is not None:
-        return [infill(checkpoint, *request.infill, **settings)]
-    results: dict[int, Completion] = {}
-    for number, result in complete_all(
-        checkpoint, request.prompts, batch_size=batch_size, **settings
-    ):
-        results[number] = result
-        advance()
-    return [results[number] for number in range(len(request.prompts))]
 
 
 def stream(
@@ -168,13 +145,16 @@ def begin(
     return canvas, denoise(model, spec, canvas, options, finished=finished)
 
 
-def load(reference: str) -> Checkpoint:
+def load(reference: str, dtype: str = "float32") -> Checkpoint:
     """A checkpoint to decode with, on the accelerator if there is one.
+
+    Args:
+        dtype: of the weights in memory; `auto` is the stored one.
 
     Raises:
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
     """
-    checkpoint = load_checkpoint(reference, device="auto")
+    checkpoint = load_checkpoint(reference, device="auto", dtype=dtype)
     if checkpoint.spec is not None:
         check_model(checkpoint.model, checkpoint.spec)
     return checkpoint
