@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-STUCK = 60  # seconds after which a child waits for a lock that a thread of its parent held
+from tqdm import tqdm
 
 
 def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "") -> tuple[int, int]:
@@ -40,6 +39,7 @@ def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "")
                 marked = calls
 
         try:
+            tqdm.set_lock(threading.RLock())  # not its own, which its parent would wait for
             threading.setprofile(profile)
             sys.setprofile(profile)
             work()
@@ -49,8 +49,6 @@ def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "")
             os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
-        if not select.select([answer], [], [], STUCK)[0]:
-            os.kill(pid, signal.SIGKILL)
         said = answer.read()
     killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert killed or said, "the work failed"

@@ -114,16 +114,7 @@ def export(
             f"{option('to')} is {shortened(to)}", f"give one of {', '.join(TARGETS)}"
         )
     path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
-    if is_adapter(path):
-        raise Ar2DiffError(
-            f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', then export DIR"
-        )
-    spec, config = read_spec(path), read_config(path)
-    if spec is None:
-        raise Ar2DiffError(
-            f"model {path} is not converted",
-            f"run 'ar2diff adapt {path}' first, or use it as it is",
-        )
+    spec, config = _read(path)
     check_output(output_dir, [path], overwrite=overwrite)
     if to == "sdar":
         _check_sdar(path, spec, config)
@@ -134,8 +125,7 @@ def export(
     if to == "sdar":
         exported, notes = _sdar_config(spec, config), _sdar_notes(spec, output_dir)
     else:
-        exported, notes = _ar_config(config), _ar_notes(spec)
-        exported["architectures"] = [architecture]
+        exported, notes = _ar_config(config, architecture), _ar_notes(spec)
     tokenizer, generation = load_tokenizer(path), _generation(path)
     result = Exported(reference, to, exported["architectures"][0], notes)
     weights = [*weight_files(path), *path.glob(f"{WEIGHTS}.index.json")]
@@ -163,6 +153,21 @@ def export(
         write_json(folder / "generation_config.json", generation)
         write_json(folder / "config.json", exported)
     return result
+
+
+def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
+    """Spec and config of a converted model, which must not be an adapter."""
+    if is_adapter(path):
+        raise Ar2DiffError(
+            f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', then export DIR"
+        )
+    spec = read_spec(path)
+    if spec is None:
+        raise Ar2DiffError(
+            f"model {path} is not converted",
+            f"run 'ar2diff adapt {path}' first, or use it as it is",
+        )
+    return spec, read_config(path)
 
 
 def _check_weights(path: Path) -> str:
@@ -280,8 +285,9 @@ def _check_ar(path: Path, spec: Spec) -> None:
         )
 
 
-def _ar_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _with_old_names(_without(config, "diffusion", "mask_token_id"))
+def _ar_config(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    kept = _with_old_names(_without(config, "diffusion", "mask_token_id"))
+    return kept | {"architectures": [architecture]}
 
 
 def _ar_notes(spec: Spec) -> list[str]:
