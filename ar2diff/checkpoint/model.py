@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,16 @@ def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> No
     extra = range(rows, len(tokenizer))
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
+        model.get_input_embeddings().register_forward_pre_hook(partial(_refuse_extra, rows))
+
+
+def _refuse_extra(rows: int, embeddings: Any, args: tuple[Tensor, ...]) -> None:
+    """Refuse a text that spells a token which has no row; a conversion adds the missing rows."""
+    if embeddings.weight.shape[0] == rows and args[0].numel() and args[0].max() >= rows:
+        raise Ar2DiffError(
+            f"a text has the token of id {int(args[0].max())}, but the weights have {rows} rows",
+            "remove the token from the text; it is not meant for texts",
+        )
 
 
 def _drop_ids(config: Any, rows: int) -> None:
