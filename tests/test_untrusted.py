@@ -353,6 +353,12 @@ def test_architectures_are_inferred_from_the_type(folder):
     assert "architectures is [3], but must be a list" in refused(load_checkpoint, str(folder))
 
 
+@pytest.mark.parametrize("kind", ["clip", ["llama"], {}, None, 5, "x" * 10**5])
+def test_a_model_type_that_does_not_fit(folder, kind):
+    change(folder / "config.json", model_type=kind)
+    assert "model_type" in refused(load_checkpoint, str(folder))
+
+
 @pytest.mark.parametrize(
     "start, library", [(b"\n\x0e", "sentencepiece"), (b"IQ== 0\n", "tiktoken")]
 )
