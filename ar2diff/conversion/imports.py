@@ -22,6 +22,7 @@ from .. import __version__
 from ..checkpoint.custom_generate import write_custom_generate
 from ..checkpoint.files import (
     RUN_FILE,
+    check_counts,
     find_checkpoint,
     is_adapter,
     read_config,
@@ -83,6 +84,7 @@ def import_checkpoint(
     check_output(output_dir, [path], False, overwrite)
     path = find_checkpoint(reference)
     stored = stored_dtypes(path)
+    check_counts(path, theirs, len(stored))
     model = _stock_model(family, theirs, path)
     common = max(stored.values(), key=list(stored.values()).count)
     model.config.dtype = DTYPES.get(common, "float32")
