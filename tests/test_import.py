@@ -435,6 +435,13 @@ def test_pickled_weights_are_refused(make, fails):
     assert "pickled" in fails(folder)
 
 
+def test_layers_without_weights_are_refused_before_they_are_built(make, fails):
+    folder = make(foreign.dream())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    assert "'num_hidden_layers' is 1000000" in fails(folder)
+
+
 def test_a_folder_in_use_is_refused_and_left_alone(make, run_both, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

@@ -338,6 +338,10 @@ def test_a_tokenizer_with_a_token_more_than_the_weights_is_taken(folder):
     checkpoint = load_checkpoint(str(folder))
     assert len(checkpoint.tokenizer) == 260
     assert checkpoint.model.generation_config.suppress_tokens == [259]
+    ids = torch.tensor([checkpoint.tokenizer("a<image>").input_ids])
+    assert "the token of id 259, but the weights have 259 rows" in refused(checkpoint.model, ids)
+    checkpoint.model.resize_token_embeddings(261, mean_resizing=False)  # as for a mask token
+    assert checkpoint.model(ids).logits.shape == (1, 3, 261)
 
 
 def test_architectures_are_inferred_from_the_type(folder):
@@ -347,6 +351,12 @@ def test_architectures_are_inferred_from_the_type(folder):
     assert "a model of type 'bert' is not a decoder" in refused(load_checkpoint, str(folder))
     change(folder / "config.json", architectures=[3])
     assert "architectures is [3], but must be a list" in refused(load_checkpoint, str(folder))
+
+
+@pytest.mark.parametrize("kind", ["clip", ["llama"], {}, None, 5, "x" * 10**5])
+def test_a_model_type_that_does_not_fit(folder, kind):
+    change(folder / "config.json", model_type=kind)
+    assert "model_type" in refused(load_checkpoint, str(folder))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def load_checkpoint(
     quantization: Any = None,
     dtype: str = "float32",
 ) -> Checkpoint:
-    """Load a checkpoint, or an adapter on its base; arguments and errors are those of
+    """Load a checkpoint, or an adapter on its base. The other arguments and the errors are those of
     `model.load_model`.
 
     Args:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +182,7 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
     values = read_config(path)
     check_counts(path, values, tensors)
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         foreign = "auto_map" in values
         raise Ar2DiffError(
             f"{path / CONFIG}: model_type is {shortened(kind)}, which transformers "
@@ -257,8 +259,7 @@ def _no_tokenizer(path: Path, values: dict[str, Any], error: BaseException) -> A
 
 def _dtype(name: str, stored: dict[str, str]) -> Any:
     if name == "auto":
-        common = max(set(stored.values()), key=list(stored.values()).count)
-        return DTYPES.get(common, torch.float32)
+        return DTYPES.get(_most_common(stored), torch.float32)
     if name == "float32" and "F64" in stored.values():
         return torch.float64
     found = getattr(torch, name, None)
@@ -286,6 +287,13 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     decoders = {
         name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)
     }
+    if names and isinstance(kind, str) and kind in CONFIG_MAPPING:
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and any(n in decoders for n in names):
+            raise Ar2DiffError(
+                f"{path / CONFIG}: model_type {shortened(kind)} and architectures "
+                f"{shortened(names)} do not belong together",
+                "correct it, or download the checkpoint again",
+            )
     if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
         what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
         raise Ar2DiffError(
@@ -344,6 +352,16 @@ def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> No
     extra = range(rows, len(tokenizer))
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
+        model.get_input_embeddings().register_forward_pre_hook(partial(_refuse_extra, rows))
+
+
+def _refuse_extra(rows: int, embeddings: Any, args: tuple[Tensor, ...]) -> None:
+    """Refuse a text that spells a token which has no row; a conversion adds the missing rows."""
+    if embeddings.weight.shape[0] == rows and args[0].numel() and args[0].max() >= rows:
+        raise Ar2DiffError(
+            f"a text has the token of id {int(args[0].max())}, but the weights have {rows} rows",
+            "remove the token from the text; it is not meant for texts",
+        )
 
 
 def _drop_ids(config: Any, rows: int) -> None:
@@ -358,17 +376,23 @@ def _drop_ids(config: Any, rows: int) -> None:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Parameters that train, and all of a model's; of quantised weights, what they stand for."""
-    if hasattr(model, "get_nb_trainable_parameters"):  # an adapter of peft's
+    """Number of parameters that train, and of all; a quantised weight counts unpacked."""
+    if hasattr(model, "get_nb_trainable_parameters"):  # an adapter of peft
         return model.get_nb_trainable_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
 
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """The dtype in which a parameter is written: the base's; for a new one, the most common."""
-    common = max(set(checkpoint.stored.values()), key=list(checkpoint.stored.values()).count)
-    return DTYPES.get(checkpoint.stored.get(name, common), torch.float32)
+    """The dtype in which a parameter is written: as in the base, or, if it is new, the base's most
+    common one."""
+    found = checkpoint.stored.get(name) or _most_common(checkpoint.stored)
+    return DTYPES.get(found, torch.float32)
+
+
+def _most_common(stored: dict[str, str]) -> str:
+    found = Counter(stored.values()).most_common(1)
+    return found[0][0] if found else "F32"
 
 
 def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
@@ -398,7 +422,7 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
 
 
 def causal_spec(model: Any) -> Spec:
-    """What an unconverted model is: its AR mode alone, and a mask id that no token has."""
+    """An unconverted model as a spec: its AR mode alone, with a mask id that no token has."""
     config = model.config.get_text_config()
     return replace(
         CAUSAL,

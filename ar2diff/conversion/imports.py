@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from .. import __version__
 from ..checkpoint.files import (
+    check_counts,
     find_checkpoint,
     is_adapter,
     read_config,
@@ -103,6 +104,7 @@ def import_checkpoint(
     check_output(output_dir, [path], overwrite=overwrite)
     path = find_checkpoint(reference)
     stored = stored_dtypes(path)
+    check_counts(path, theirs, len(stored))
     model = _stock_model(family, theirs, path)
     common = max(stored.values(), key=list(stored.values()).count)
     model.config.dtype = DTYPES.get(common, "float32")
