@@ -11,7 +11,7 @@ from .output import AsJson, quiet, report
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, converted or not.")],
-    data: Annotated[str, typer.Option(help="Local file with held-out text.")],
+    data: Annotated[str, typer.Option(help="File, or - for standard input, with held-out text.")],
     text_field: Annotated[str, typer.Option(help="Field of a row that holds the text.")] = "text",
     length: Annotated[
         int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are left out.")

@@ -23,8 +23,8 @@ def generate(
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt per line, or a .jsonl file with a field 'prompt'; also "
-            "compressed as .gz."
+            help="File with one prompt per line, or with a column 'prompt' (jsonl, json, parquet, "
+            "csv; each also .gz); - for standard input."
         ),
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="Text before a gap to fill.")] = None,

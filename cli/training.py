@@ -37,7 +37,8 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option(
                 metavar="SRC",
-                help="A data file or a Hub data set; repeat the option for several.",
+                help="A file (jsonl, json, parquet, csv, txt; each also .gz), - for standard "
+                "input, or a Hub data set; repeat the option for several.",
             ),
         ] = None,
         text_field: Annotated[

@@ -18,7 +18,9 @@ from ar2diff.cli.main import app, main
 
 from ar2diff.checkpoint.files import ADAPTER_CONFIG, is_adapter, read_spec
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.config.recipe import load_recipe
+from ar2diff.config.recipe import Recipe, load_recipe
+from ar2diff.config.schema import describe_fields
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.distributed.launch import STRATEGIES
 from ar2diff.training.base import Running
 
@@ -218,3 +220,51 @@ def check_module(arguments: list[str]) -> None:
     for option, value in itertools.pairwise(arguments):
         if option == "--recipe":
             load_recipe(value)
+
+
+# Recipes that are wrong or hostile
+
+BOMB = "a: &a [1, 1, 1, 1]\nb: &b [*a, *a, *a, *a]\n"
+HOSTILE = [  # an override, or a file; what is said of it
+    ("rl.preset=[d1]", "rl.preset: Input should be"),
+    ("rl.preset={a: 1}", "rl.preset: Input should be"),
+    ("train.seed=2020-13-45", "train.seed: Input should be a valid integer"),
+    ("train.seed=2020-12-25", "(got '2020-12-25')"),
+    ("train.seed=" + "9" * 5000, "Exceeds the limit (4300 digits)"),
+    ("train.seed=" + "x" * 5000, "train.seed: Input should be a valid integer"),
+    ("data.sources=" + "[" * 3000, "nested"),
+    ("data.sources=" + "[" * 60 + "]" * 60, "nested more than 50 levels deep"),
+    ("rl.rewards=[&a [1], *a]", "aliases (*a) are not supported"),
+    ("train={1: 2}", "train.1: Keys should be strings"),
+    ("convert=3", "convert: Input should be a valid dictionary"),
+    ("train.seed.x=3", "train.seed: Input should be a valid integer"),
+    ("a" * 5000 + "=3", "is not a key of the top level"),
+    ("a." * 5000 + "b=3", "is not a key of a recipe"),
+    ("modle=x", "modle is not a key of the top level of a recipe |"),
+    ("train.lr=3", "train.lr is not a key of section train |"),
+    ("train.learning_rat=3", "; did you mean train.learning_rate? |"),
+    ("max_steps=3", "; did you mean train.max_steps? |"),
+    ("data.sources=[{pth: a}]", "; did you mean data.sources.0.path? |"),
+    (BOMB.encode(), "aliases (*a) are not supported"),
+    (b"train: {seed: " + b"[" * 3000, "nested"),
+    (b"[1, 2]", "is not a mapping of sections"),
+    (b"\xff\xfe", "cannot be read: "),
+    (b"a: " + b"x" * 1_000_001, "it is larger than 1,000,000 bytes"),
+    (b"a: [", "is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize("given, said", HOSTILE, ids=lambda value: str(value)[:24])
+def test_a_wrong_recipe_is_two_short_lines(tmp_path, given, said):
+    name, overrides = "demo", [given]
+    if isinstance(given, bytes):
+        (tmp_path / "a.yaml").write_bytes(given)
+        name, overrides = str(tmp_path / "a.yaml"), []
+    with pytest.raises(Ar2DiffError) as error:
+        load_recipe(name, overrides)
+    assert said in f"{error.value.what} |"
+    assert len(error.value.what) <= 400 and "\n" not in error.value.what
+
+
+def test_every_field_of_a_recipe_is_described():
+    assert [name for name, _, _, text in describe_fields(Recipe) if not text] == []

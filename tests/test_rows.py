@@ -15,6 +15,7 @@ import pytest
 from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.config.sections import Source
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.chat_template import chat_template
 from ar2diff.data.conversations import read_conversations, tokenize_conversations
 from ar2diff.data.rows import as_dataset, parse_json, read_file, read_stdin
 from ar2diff.data.sources import identity, read_source, read_texts
@@ -375,7 +376,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(learned):
 def test_template_variables_of_a_row_reach_the_template(learned):
     _, whole, _ = learned([{**QA, "chat_template_kwargs": {"mark": "!"}}, QA])
     assert whole == ["U!:How many?A:Three.</s>", "U:How many?A:Three.</s>"]
-    for name in ("tokenize", "chat_template", "add_generation_prompt"):
+    for name in ("tokenize", "chat_template", "add_generation_prompt", "messages"):
         with pytest.raises(
             Ar2DiffError, match=f"row 1: chat_template_kwargs must not set '{name}'"
         ):
@@ -394,8 +395,6 @@ def test_what_is_not_used_is_said(learned):
 
 
 def test_a_template_that_refuses_a_row_is_quoted(learned, tiny_tokenizer, tmp_path):
-    from ar2diff.data.chat_template import chat_template
-
     refusing = MARKED.replace("{% for", "{% if messages[0].role == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}{% for", 1)  # fmt: skip
     tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -419,6 +418,13 @@ def test_a_template_that_refuses_a_row_is_quoted(learned, tiny_tokenizer, tmp_pa
         with pytest.raises(Ar2DiffError) as error:
             chat_template(tiny_tokenizer, recipe)
         assert said in error.value.what and "tokenizer" in error.value.what
+
+
+def test_a_template_of_the_recipe_is_tried_like_one_of_a_folder(tiny_tokenizer, tmp_path):
+    (tmp_path / "a.jinja").write_text(MARKED + "{# " + "x" * (1 << 20) + " #}")
+    recipe = load_recipe(None, [f"data.chat_template={tmp_path / 'a.jinja'}"])
+    with pytest.raises(Ar2DiffError, match="the chat template has 1048"):
+        chat_template(tiny_tokenizer, recipe)
 
 
 # Identity

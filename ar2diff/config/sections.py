@@ -175,7 +175,7 @@ class Train(Section):
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches in an optimizer step"
     )
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's AdamW or SGD")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scale: LrScale = LrScale()
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = Field(
@@ -183,7 +183,7 @@ class Train(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_steps: int = Field(0, ge=0, description="warmup_stable_decay: steps of the final decay")
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, description="decay of weights, not of norms and biases")
     adam_beta2: float = Field(0.95, gt=0, lt=1, description="adamw: decay of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 disables it")
     gradient_checkpointing: bool = Field(
@@ -221,7 +221,7 @@ class Eval(Section):
 class Peft(Section):
     """Adapters instead of full tuning: the model is frozen, and small matrices are trained."""
 
-    method: Literal["lora", "dora"] = "lora"
+    method: Literal["lora", "dora"] = Field("lora", description="kind of adapter")
     r: int = Field(16, gt=0, description="rank")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
@@ -240,7 +240,7 @@ class Peft(Section):
 class Quantization(Section):
     """How the frozen weights under an adapter are stored (QLoRA)."""
 
-    bits: Literal[4] = 4
+    bits: Literal[4] = Field(4, description="bits of a weight")
     kind: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
     double: bool = Field(True, description="quantize the quantization scales as well")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -12,6 +12,7 @@ from jinja2 import TemplateSyntaxError
 
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, first_line, nearest, option
+from .template_trial import check_cost
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIX = (
@@ -70,6 +71,8 @@ def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
             f"set one, for example {option('data.chat_template', 'plain')}",
         )
     name = template_name(recipe)
+    if recipe.data.chat_template is not None:  # the tokenizer's own was tried when it was loaded
+        check_cost(template, tokenizer.special_tokens_map)
     _check_syntax(tokenizer, template, name)
     if not recipe.data.assistant_only:
         return template
@@ -190,8 +193,16 @@ def _first_of(rows: Sequence[dict[str, Any]], wanted: Any) -> tuple[dict[str, An
 def _written_of(
     tokenizer: Any, template: str, row: dict[str, Any], messages: list[dict[str, Any]]
 ) -> str | None:
-    options = row.get("chat_template_kwargs", {})
-    return rendered(tokenizer, template, messages, row.get("tools"), **options)
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            row.get("tools"),
+            chat_template=template,
+            tokenize=False,
+            **row.get("chat_template_kwargs", {}),
+        )
+    except Exception:  # a template raises what it likes
+        return None
 
 
 def _said(content: str) -> dict[str, str]:

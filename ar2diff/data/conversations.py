@@ -127,6 +127,10 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
         names = ", ".join(data.unread[:8]) + (" ..." if len(data.unread) > 8 else "")
         notes.append(f"note: these columns of the data are not used: {names}")
     if data.chat:
+        pairs = [
+            _chat(row, where, tokenizer, recipe)
+            for row, where in zip(data.rows, data.where, strict=True)
+        ]
         dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
         name = template_name(recipe)
         notes += [f"note: {name} leaves out {what}" for what in dropped]
@@ -136,10 +140,6 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
                 "chat asks for them with: compare what the chat template renders with and without "
                 "add_generation_prompt"
             )
-        pairs = [
-            _chat(row, where, tokenizer, recipe)
-            for row, where in zip(data.rows, data.where, strict=True)
-        ]
     else:
         pairs = [_text(row, tokenizer) for row in data.rows]
     return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
@@ -186,6 +186,7 @@ def _chat(
             tools=row.get("tools"),
             return_dict=True,
             return_assistant_tokens_mask=marked,
+            tokenizer_kwargs={"verbose": False},
             **options,
         )
     except Exception as error:  # a template raises what it likes

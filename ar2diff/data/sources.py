@@ -194,11 +194,11 @@ def identity(recipe: Recipe) -> dict[str, str | None]:
             found[source.path] = hashlib.sha256(stdin_bytes(sys.stdin)).hexdigest()
         else:
             found[source.path] = _hub_hash(source)
-    template = recipe.data.chat_template
-    others = {"eval.data": recipe.eval.data, "data.chat_template": template}
-    for key, name in others.items():
-        if name is not None and Path(name).is_file():
-            found[key] = _sha256(Path(name))
+    judged, template = recipe.eval.data, recipe.data.chat_template
+    if judged is not None and (path := find_file(judged)) is not None:
+        found["eval.data"] = _sha256(path)
+    if template is not None and Path(template).is_file():
+        found["data.chat_template"] = _sha256(Path(template))
     return found
 
 
