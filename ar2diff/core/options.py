@@ -157,8 +157,9 @@ def resolve(
     """
     for name in kwargs:
         if name not in KNOWN:
+            shown = option(name) if name.isidentifier() and len(name) < 80 else shortened(name)
             raise Ar2DiffError(
-                f"generate has no option {shortened(name)}{nearest(name, KNOWN)}",
+                f"{shown} is not an option of generate{nearest(name, KNOWN)}",
                 "see the model card for its options",
             )
     get = Source(kwargs, configs)
@@ -231,8 +232,8 @@ def _check_mode(options: Options, spec: Spec) -> None:
     if options.mode != "diffusion":
         if not spec.ar_mode or spec.attention != "causal_context":
             raise Ar2DiffError(
-                f"{mode} needs the model's AR mode, which {spec.attention} attention or the "
-                "training has taken away",
+                f"{mode} needs an AR mode, which this model ({spec.attention} attention) does not "
+                "have",
                 f"use {option('mode', 'diffusion')}, or convert the base with causal_context "
                 f"attention and {option('objective.ar_weight')} above 0",
             )
