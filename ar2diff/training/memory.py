@@ -22,7 +22,7 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
 from ..core.attention import Slots, lay_out
-from ..core.errors import Ar2DiffError, first_line, option
+from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
 from ..diffusion.cross_entropy import PART, cross_entropy
 from ..diffusion.task import Task
@@ -189,9 +189,7 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if is_adapter(path):
-        raise Ar2DiffError(
-            f"model {path} is an adapter", f"give its base, and a {option('peft')} section"
-        )
+        raise Ar2DiffError(f"model {path} is an adapter", "give its base, and a peft section")
     recipe, bf16 = continued(recipe, read_spec(path)), _computes_in_bf16(recipe)
     with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
