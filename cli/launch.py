@@ -1,4 +1,4 @@
-"""The launch's options, which the training verbs have in common."""
+"""The options of several processes, which the training verbs have in common."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -14,22 +15,22 @@ import typer
 LAUNCH = typer.Option(
     "--launch",
     metavar="STRATEGY",
-    help="ddp, zero1, zero2, zero3, fsdp2; an accelerate .yaml; a DeepSpeed .json.",
+    help="ddp, zero1, zero2, zero3 or fsdp2; or an accelerate .yaml, or a DeepSpeed .json.",
     rich_help_panel="Several processes",
 )
 PROCESSES = typer.Option(
     "--num-processes",
     metavar="N",
-    help="Of this node; all GPUs if left out. What stands behind -- goes to the launcher: for two "
-    "nodes, -- --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT.",
+    help="Processes on this node; the default is one for each GPU. Whatever follows -- goes to the "
+    "launcher: for two nodes, -- --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT.",
     rich_help_panel="Several processes",
 )
-SMALL = 1 << 16  # bytes of data a process
+SMALL = 1 << 16  # bytes of data for each process
 OPTIONS = {"launch": str, "num_processes": int}
 
 
 def with_launch(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb `--launch`, `--num-processes` and flags behind `--`. It gets a `Launch` as
+    """Give a verb `--launch`, `--num-processes` and flags after `--`. It receives a `Launch` as
     `launch`, or None, and calls `start` once it knows that the command is sound."""
     own = inspect.signature(function, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.name != "launch"]
@@ -47,8 +48,8 @@ def with_launch(function: Callable[..., None]) -> Callable[..., None]:
     def verb(**values: Any) -> None:
         from ..distributed.launch import make_launch
 
-        flags = behind_dashes(sys.argv)
-        if flags:  # they arrive as arguments
+        flags = after_dashes(sys.argv)
+        if flags:  # typer takes them for arguments
             values["overrides"] = (values["overrides"] or [])[: -len(flags)]
         chosen, processes = values.pop("launch"), values.pop("num_processes")
         function(**values, launch=make_launch(chosen, processes, flags))
@@ -59,13 +60,13 @@ def with_launch(function: Callable[..., None]) -> Callable[..., None]:
     return verb
 
 
-def behind_dashes(arguments: list[str]) -> list[str]:
-    """What stands behind `--`."""
+def after_dashes(arguments: list[str]) -> list[str]:
+    """The arguments that follow `--`."""
     return arguments[arguments.index("--") + 1 :] if "--" in arguments else []
 
 
 def without_launch(arguments: list[str]) -> list[str]:
-    """A command line without the options of this file: what each process gets."""
+    """A command line without the options of this file, as each process gets it."""
     kept: list[str] = []
     rest = iter(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     for argument in rest:
@@ -80,8 +81,8 @@ def start(launch: Any, sources: Any) -> None:
     """Run this command line in the processes of the launch, and exit; None: go on in this one.
 
     Args:
-        sources: of the recipe's data. Where they are files so small that there may be fewer rows
-            than processes, these are not started before the rows are counted.
+        sources: of the recipe's data. If these are files so small that there may be fewer rows than
+            processes, the rows are counted before any process is started.
     """
     if launch is None:
         return
@@ -95,14 +96,14 @@ def start(launch: Any, sources: Any) -> None:
 
 
 def planned(launch: Any, model: str, recipe: Any) -> dict[str, Any]:
-    """What a dry run says of any verb: the resolved recipe, the bytes that each process needs (by
-    part, where they can be told), and the launch as a line for a shell."""
+    """What a dry run of any verb shows besides: the resolved recipe, the bytes that each process
+    needs (by part, where they are known), and the launch as a command for a shell."""
     from ..training.memory import estimate
 
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     strategy = "one" if launch is None else launch.strategy
-    needed = estimate(model, recipe, launch.processes if launch else 1)["bytes"]
-    result["memory"] = needed.get(strategy, "not known for a file's settings or fsdp2")
+    needed = asdict(estimate(model, recipe, launch.processes if launch else 1))["bytes"]
+    result["memory"] = needed.get(strategy, "unknown for fsdp2 and for the settings of a file")
     if launch is not None:
         told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
         line = [part for part in without_launch(sys.argv[1:]) if part != "--dry-run"]

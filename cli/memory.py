@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
@@ -10,15 +11,19 @@ from .output import AsJson, quiet, report
 
 
 def memory(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id; its weights are not read.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of the model; its weights are not read.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe by name, or a YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a YAML file.")] = None,
     launch: Annotated[
-        str | None, typer.Option(metavar="STRATEGY", help="One of them; all if left out.")
+        str | None, typer.Option(metavar="STRATEGY", help="Show one strategy; the default is all.")
     ] = None,
-    num_processes: Annotated[int, typer.Option(metavar="N", help="To cut it over.")] = 1,
+    num_processes: Annotated[
+        int, typer.Option(metavar="N", help="Processes that the run is divided over.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that each process of a run needs.
@@ -26,17 +31,22 @@ def memory(
     Example: ar2diff memory Qwen/Qwen3-0.6B --recipe qwen3-0.6b --num-processes 2
     """
     from ..config.recipe import load_recipe
-    from ..core.errors import Ar2DiffError
+    from ..core.errors import Ar2DiffError, nearest, option, shortened
 
     plan = load_recipe(recipe, overrides or [])
     if num_processes < 1:
-        raise Ar2DiffError(f"--num-processes {num_processes}: at least one", "give 1 or more")
+        raise Ar2DiffError(
+            f"{option('num_processes', num_processes)} is less than 1", "give 1 or more"
+        )
     quiet()
-    from ..training.memory import STRATEGIES, estimate
+    from ..training.memory import ESTIMATED, estimate
 
-    if launch not in (None, *STRATEGIES):
-        raise Ar2DiffError(f"--launch {launch!r} is unknown", f"one of {', '.join(STRATEGIES)}")
-    result = estimate(model, plan, num_processes)
+    if launch not in (None, *ESTIMATED):
+        raise Ar2DiffError(
+            f"{option('launch')} {shortened(launch)} is unknown{nearest(launch, ESTIMATED)}",
+            f"choose one of {', '.join(ESTIMATED)}",
+        )
+    result = asdict(estimate(model, plan, num_processes))
     if launch is not None:
         result["bytes"] = {launch: result["bytes"][launch]}
     if as_json:
@@ -45,19 +55,20 @@ def memory(
     print(table(result))
 
 
-def table(result: dict) -> str:
-    """The estimate in MB, a column a strategy."""
+def table(result: dict[str, Any]) -> str:
+    """The estimate in MB, with a column for each strategy."""
     strategies = list(result["bytes"])
     lines = [
-        f"{result['parameters']:,} parameters, {result['trainable_parameters']:,} trained; "
+        f"{result['parameters']:,} parameters, {result['trainable_parameters']:,} of them trained; "
         f"MB in each of {result['processes']} processes (one: in a single process)",
         f"{'':12}" + "".join(f"{name:>12}" for name in strategies),
     ]
     for part in result["bytes"][strategies[0]]:
         values = [result["bytes"][name][part] / 1e6 for name in strategies]
-        lines.append(f"{part:12}" + "".join(f"{value:12,.1f}" for value in values))
+        if part != "reference" or any(values):
+            lines.append(f"{part:12}" + "".join(f"{value:12,.1f}" for value in values))
     lines.append(
-        f"First each process loads all weights: {result['loading'] / 1e6:,.1f} MB of main memory, "
-        "whatever shards them later."
+        f"Before that, each process loads all weights: {result['loading'] / 1e6:,.1f} MB of main "
+        "memory, whatever shards them later."
     )
     return "\n".join(lines)

@@ -637,4 +637,4 @@ def test_launch_of_sft_that_cannot_start(tunes_not, converted, tmp_path):
     missing = tmp_path / "none.yaml"
     assert f"launch file {missing}: no such file" in tunes_not(converted, "--launch", missing)
     said = tunes_not(converted, "--launch", "ddp", "--num-processes", 5)
-    assert "5 processes, and the data has 4 rows" in said and "--num-processes 4" in said
+    assert "5 processes, and the data has only 4 rows" in said and "--num-processes 4" in said

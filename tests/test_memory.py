@@ -58,9 +58,9 @@ def test_weights_gradients_and_moments_are_exact(tiny_checkpoint, tmp_path, opti
     trainer.optimizer.step = noted
     trainer.train()
     moments = [x for held in trainer.optimizer.state.values() for x in held.values()]
-    said = estimate(str(tiny_checkpoint), recipe)["bytes"]["one"]
+    said = vars(estimate(str(tiny_checkpoint), recipe).bytes["one"])
     assert said["weights"] == bytes_of(parameters)
-    assert estimate(str(tiny_checkpoint), recipe)["loading"] == bytes_of(parameters)
+    assert estimate(str(tiny_checkpoint), recipe).loading == bytes_of(parameters)
     assert said["gradients"] == gradients[-1]
     assert said["optimizer"] == bytes_of(x for x in moments if x is not None)
 
@@ -98,7 +98,7 @@ def test_activations_and_logits_are_near_the_measured_peak(tiny_checkpoint, tmp_
     trainer.model.train()
     step()
     trainer.model.zero_grad()
-    said = estimate(str(tiny_checkpoint), recipe)["bytes"]["one"]
+    said = vars(estimate(str(tiny_checkpoint), recipe).bytes["one"])
     wanted = said["activations"] + said["logits"]
     measured = peak_of(step, tmp_path)
     assert wanted / ACTIVATIONS < measured < wanted * ACTIVATIONS
@@ -126,9 +126,9 @@ def test_adapters_train_little_and_quantised_weights_are_small(converted):
         estimate(str(converted), load_recipe(None, more))
         for more in ([], ["peft.r=2"], ["peft.r=2", "quantization.bits=4"])
     )
-    assert lora["trainable_parameters"] < full["trainable_parameters"] / 4
-    one = [result["bytes"]["one"] for result in (full, lora, qlora)]
-    assert one[1]["optimizer"] == 8 * lora["trainable_parameters"]
+    assert lora.trainable_parameters < full.trainable_parameters / 4
+    one = [vars(result.bytes["one"]) for result in (full, lora, qlora)]
+    assert one[1]["optimizer"] == 8 * lora.trainable_parameters
     assert one[2]["weights"] < 0.7 * one[1]["weights"]
 
 
@@ -137,12 +137,12 @@ def test_bfloat16_copies_are_those_of_float32_weights(converted):
         estimate(str(converted), load_recipe(None, ["peft.r=2", "train.precision=bf16", *more]))
         for more in ([], ["quantization.bits=4"])
     )
-    one, zero = (lora["bytes"][name] for name in ("one", "zero2"))
+    one, zero = (vars(lora.bytes[name]) for name in ("one", "zero2"))
     norms = 5 * 32
-    matrices = lora["parameters"] - norms
+    matrices = lora.parameters - norms
     assert one["activations"] - zero["activations"] == pytest.approx(2 * matrices, rel=0.01)
-    less = one["activations"] - qlora["bytes"]["one"]["activations"]
-    assert less == 2 * (matrices - lora["trainable_parameters"] - 2 * 260 * 32)  # but for both ends
+    less = one["activations"] - qlora.bytes["one"].activations
+    assert less == 2 * (matrices - lora.trainable_parameters - 2 * 260 * 32)  # but for both ends
 
 
 def test_what_zero_holds_falls_with_the_processes(tiny_checkpoint):
@@ -168,7 +168,7 @@ def test_memory_prints_a_table_and_json(monkeypatch, capsys, tiny_checkpoint):
     assert lines[1].split() == ["one", "ddp", "zero1", "zero2", "zero3"]
     assert lines[-2].startswith("total")
     weights = next(line for line in lines if line.startswith("weights")).split()
-    assert f"First each process loads all weights: {weights[1]} MB" in lines[-1]
+    assert f"Before that, each process loads all weights: {weights[1]} MB" in lines[-1]
     assert list(json.loads(run("--launch", "zero2", "--json"))["bytes"]) == ["zero2"]
 
 
@@ -202,7 +202,7 @@ def test_an_update_of_rl_is_near_the_measured_peak(convert_tiny, tmp_path, estim
     checkpoint.model.train()
     update()
     checkpoint.model.zero_grad()
-    said = estimate(str(convert_tiny(*of)), recipe)["bytes"]["one"]
+    said = vars(estimate(str(convert_tiny(*of)), recipe).bytes["one"])
     measured = peak_of(update, tmp_path)
     counted = said["activations"] + said["logits"] + said["gradients"]
     assert counted / 1.1 < measured < counted * 1.1
@@ -210,11 +210,11 @@ def test_an_update_of_rl_is_near_the_measured_peak(convert_tiny, tmp_path, estim
 
 def test_rl_holds_a_reference_where_its_kl_counts(converted):
     plain, beta, lora = (
-        estimate(str(converted), load_recipe("demo-rl", more), 2)["bytes"]
+        estimate(str(converted), load_recipe("demo-rl", more), 2).bytes
         for more in ([], ["rl.beta=0.1"], ["rl.beta=0.1", "peft.r=2"])
     )
-    assert all("reference" not in part for part in (*plain.values(), *lora.values()))
-    assert beta["ddp"]["reference"] == beta["ddp"]["weights"]
-    assert beta["zero2"]["reference"] == beta["zero2"]["weights"]
-    assert beta["zero3"]["reference"] == beta["zero3"]["weights"] < beta["zero2"]["weights"]
-    assert beta["one"]["total"] == plain["one"]["total"] + beta["one"]["reference"]
+    assert not any(part.reference for part in (*plain.values(), *lora.values()))
+    assert beta["ddp"].reference == beta["ddp"].weights
+    assert beta["zero2"].reference == beta["zero2"].weights
+    assert beta["zero3"].reference == beta["zero3"].weights < beta["zero2"].weights
+    assert beta["one"].total == plain["one"].total + beta["one"].reference

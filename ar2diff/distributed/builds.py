@@ -1,5 +1,5 @@
-"""What is compiled when it is first used. A build by DeepSpeed that is killed leaves a lock, for
-which torch would have every later run wait without an end and without a word."""
+"""Checks of what is compiled at its first use. A DeepSpeed build that is killed leaves a lock, for
+which torch would make every later run wait for ever and silently."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import sys
 import time
 from pathlib import Path
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam")  # communication on CPUs; offloaded optimizers
 STALE = 300  # seconds; a build takes one or two minutes, on another node unseen by us
 
 
 def check_compiler() -> None:
-    """Refuse torch.compile on a machine that cannot compile.
+    """Refuse torch.compile on a machine that has no compiler.
 
     Raises:
-        Ar2DiffError: CPUs alone, and no C++ compiler.
+        Ar2DiffError: it has neither a GPU nor a C++ compiler.
     """
     import torch
 
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise Ar2DiffError(
-            f"train.compile: torch compiles for CPUs with {compiler}, which is not on PATH",
-            "install it, name another in CXX, or leave train.compile out",
+            f"{option('train.compile')} needs {compiler} on a CPU, which is not on PATH",
+            f"install it, name another compiler in CXX, or leave {option('train.compile')} out",
         )
 
 
 def check_locks() -> None:
-    """Refuse to start where a run would wait for a build that nobody makes.
+    """Refuse to start a run that would wait for a build which nobody is making.
 
     Raises:
         Ar2DiffError: naming the lock.
@@ -42,11 +42,12 @@ def check_locks() -> None:
         while (age := _age(lock)) is not None and not _is_held(lock):
             if age >= STALE:
                 raise Ar2DiffError(
-                    f"{lock} is left of a DeepSpeed build that was killed; every run waits for it",
+                    f"{lock} was left by a DeepSpeed build that was killed, and every run would "
+                    "wait for it",
                     "remove that file",
                 )
             if not said:
-                print(f"waiting up to {STALE} s for whoever holds {lock}", file=sys.stderr)
+                print(f"waiting up to {STALE} s for the process that holds {lock}", file=sys.stderr)
             said = True
             time.sleep(1)
 
@@ -68,8 +69,8 @@ def _age(lock: Path) -> float | None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the file open, as torch does while it builds (Linux;
-    elsewhere, and on other nodes, the age has to tell)."""
+    """Whether a process of this machine has the file open, as torch does while it builds. This
+    works on Linux; elsewhere, and for other nodes, only the age of the lock tells."""
     path = str(lock.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:

@@ -1,11 +1,12 @@
 """One verb in several processes: DDP, DeepSpeed ZeRO-1, 2, 3, FSDP2, or a launch file.
 
-A verb that was given `--launch` starts itself again, once a process, under torch's elastic launcher
-(an accelerate config: under `accelerate launch`); what the processes are to do reaches them in the
-environment. A mistake is said once, whichever process makes it, and the exit code comes through.
+A verb that is given `--launch` starts itself again, once for each process, under torch's elastic
+launcher (with an accelerate config, under `accelerate launch`). The processes learn from the
+environment what they are. A mistake is reported once, whichever process makes it, and the exit code
+is that of the process.
 
-Several nodes: the same command on each, with the launcher's own flags behind `--`, and a folder for
-the output that all of them see:
+On several nodes, run the same command on each, with the launcher's own flags after `--` and an
+output folder that all of them see:
 
     ar2diff adapt MODEL --recipe R --output-dir /shared/run --launch zero2 --num-processes 8 \\
         -- --nnodes 2 --rdzv-id run --rdzv-backend c10d --rdzv-endpoint first-node:29500
@@ -13,7 +14,6 @@ the output that all of them see:
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
 from .builds import check_locks
 from .ranks import CHOSEN, STOPPED, search_path
 
@@ -39,12 +39,12 @@ SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds until the launcher kills 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a verb is to run.
+    """How a verb will run.
 
     Attributes:
-        strategy: one of `STRATEGIES`, or `accelerate` where a config of it decides.
+        strategy: one of `STRATEGIES`, or `accelerate` if an accelerate config decides.
         processes: on this node.
-        file: a DeepSpeed json or an accelerate yaml, absolute; None: our own settings.
+        file: absolute path of a DeepSpeed json or accelerate yaml; None for our own settings.
         flags: passed to the launcher.
     """
 
@@ -54,10 +54,10 @@ class Launch:
     flags: tuple[str, ...] = ()
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """What is run, as a shell would have it.
+        """The command that starts the processes.
 
         Args:
-            arguments: of ar2diff, the verb first, without the launch's own.
+            arguments: of ar2diff, beginning with the verb, without the options of the launch.
         """
         python = [sys.executable, "-m"]
         if self.strategy == "accelerate":
@@ -69,19 +69,19 @@ class Launch:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the processes are told."""
+        """Environment variables that tell the processes how they were launched."""
         return {CHOSEN: self.file or self.strategy}
 
     def run(self, arguments: Sequence[str]) -> NoReturn:
-        """Start the processes, wait for them, and exit as the first that failed did.
+        """Start the processes, wait for them, and exit like the first one that failed.
 
         Raises:
-            Ar2DiffError: what a process found to be the user's to mend.
+            Ar2DiffError: a mistake that one of the processes reported.
         """
         os.environ.update(self.environment)
         os.environ.setdefault(SHUTDOWN, "600")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.processes)))
-        # The launcher's own reports go nowhere: what went wrong is said by `_fail`.
+        # The launcher's own reports are silenced: `_fail` says what went wrong.
         os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
         import logging
 
@@ -98,8 +98,8 @@ class Launch:
             sys.exit(128 + error.sigval)
         except RendezvousError as error:
             raise Ar2DiffError(
-                f"the launcher's processes do not find each other ({first_line(error)})",
-                "check the flags of the rendezvous, and that the first node is reachable",
+                f"the nodes cannot find each other: {first_line(error)}",
+                "check the rendezvous flags, and that the first node is reachable",
             ) from None
         sys.exit(0)
 
@@ -117,18 +117,20 @@ class Launch:
 def make_launch(
     chosen: str | None, processes: int | None, flags: Sequence[str] = ()
 ) -> Launch | None:
-    """Check what the command line asks for; None: this process is all.
+    """The launch that a command line asks for; None to run in this process alone.
 
     Raises:
-        Ar2DiffError: an unknown strategy, a file that is not there, what this machine lacks.
+        Ar2DiffError: an unknown strategy, a missing file, or something that this machine lacks.
     """
     if chosen is None:
         if processes is None and not flags:
             return None
-        what = "--num-processes" if processes is not None else f"-- {' '.join(flags)}"
-        raise Ar2DiffError(f"{what} goes with --launch", f"add --launch {STRATEGIES[0]}")
+        what = option("num_processes") if processes is not None else f"-- {' '.join(flags)}"
+        raise Ar2DiffError(
+            f"{what} needs {option('launch')}", f"add {option('launch', STRATEGIES[0])}"
+        )
     if processes is not None and processes < 1:
-        raise Ar2DiffError(f"--num-processes {processes}: at least one", "give 1 or more")
+        raise Ar2DiffError(f"{option('num_processes', processes)} is less than 1", "give 1 or more")
     file, strategy, known = None, chosen, None
     if chosen not in STRATEGIES:
         strategy, file, known = _read_file(chosen)
@@ -136,47 +138,51 @@ def make_launch(
     processes = processes or known or _accelerators()
     accelerators = _accelerators()
     if processes is None:
-        raise Ar2DiffError(f"--launch {chosen}: how many processes?", "give --num-processes")
+        raise Ar2DiffError(
+            f"{option('launch', chosen)} needs a number of processes on a machine without GPUs",
+            f"give {option('num_processes')}",
+        )
     if accelerators is not None and processes > accelerators:
         raise Ar2DiffError(
-            f"--num-processes {processes}: this machine has {accelerators} GPUs",
+            f"{option('num_processes', processes)} is more than the {accelerators} GPUs of this "
+            "machine",
             f"give at most {accelerators}",
         )
     return Launch(strategy, processes, file, tuple(flags))
 
 
 def strategy_of(path: str) -> tuple[str, dict[str, Any]]:
-    """The strategy that a DeepSpeed json names, and what it says.
+    """The strategy that a DeepSpeed json asks for, and its content.
 
     Raises:
-        Ar2DiffError: it is not one.
+        Ar2DiffError: the file is not a DeepSpeed config.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
         stage = tree["zero_optimization"]["stage"]
         if stage not in (1, 2, 3):
-            raise ValueError(f"zero_optimization.stage is {stage!r}, wanted 1, 2 or 3")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise ValueError(f"zero_optimization.stage is {shortened(stage)}, not 1, 2 or 3")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise Ar2DiffError(
-            f"launch file {path}: no DeepSpeed config ({said})", "see deepspeed.ai's config-json"
+            f"launch file {path} is not a DeepSpeed config: {said}",
+            "see 'DeepSpeed Configuration JSON' in DeepSpeed's documentation",
         ) from None
     return f"zero{stage}", tree
 
 
 def _read_file(path: str) -> tuple[str, str, int | None]:
-    """Strategy, absolute path, processes (None: it does not say) of a launch file."""
+    """Strategy, absolute path and number of processes (None if it has none) of a launch file."""
     file = Path(path).expanduser()
     if file.suffix not in (".json", ".yaml", ".yml"):
-        near = difflib.get_close_matches(path, STRATEGIES, 1)
         raise Ar2DiffError(
-            f"--launch {path!r} is unknown{f'; did you mean {near[0]}?' if near else ''}",
-            f"one of {', '.join(STRATEGIES)}, an accelerate .yaml or a DeepSpeed .json",
+            f"{option('launch')} {shortened(path)} is unknown{nearest(path, STRATEGIES)}",
+            f"give one of {', '.join(STRATEGIES)}, an accelerate .yaml or a DeepSpeed .json",
         )
     if not file.is_file():
         raise Ar2DiffError(
             f"launch file {path}: no such file",
-            "make one with 'accelerate config', or write a DeepSpeed json",
+            "create one with 'accelerate config', or write a DeepSpeed json",
         )
     if file.suffix == ".json":
         return strategy_of(str(file))[0], str(file.resolve()), None
@@ -184,21 +190,23 @@ def _read_file(path: str) -> tuple[str, str, int | None]:
 
 
 def _read_accelerate(file: Path) -> int:
-    """Processes of an accelerate config, which must be one that really starts them."""
+    """The processes of an accelerate config, which must be one that really starts several."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         kind, processes = tree["distributed_type"], int(tree["num_processes"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise Ar2DiffError(
-            f"launch file {file}: no accelerate config ({said})",
-            "make one with 'accelerate config'",
+            f"launch file {file} is not an accelerate config: {said}",
+            "create one with 'accelerate config'",
         ) from None
     if kind in ("NO", "MULTI_CPU") or (tree.get("use_cpu") and processes > 1):
         if kind != "NO" or processes > 1:
             raise Ar2DiffError(
-                f"launch file {file}: accelerate runs distributed_type {kind} as one process",
-                "use --launch ddp, or distributed_type MULTI_GPU, which runs on CPUs too",
+                f"launch file {file}: accelerate runs distributed_type {shortened(kind)} as one "
+                "process",
+                f"use {option('launch', 'ddp')}, or distributed_type MULTI_GPU, which also runs on "
+                "CPUs",
             )
     if kind == "FSDP":
         _check_machine("fsdp2")
@@ -208,30 +216,32 @@ def _read_accelerate(file: Path) -> int:
 
 
 def _check_machine(strategy: str) -> None:
-    """Refuse what this machine cannot do before anything is started."""
+    """Refuse a strategy that this machine cannot run, before anything is started."""
     gpu = _accelerators() is not None
     if strategy == "fsdp2" and not gpu:
         raise Ar2DiffError(
-            "--launch fsdp2 needs GPUs: on CPUs accelerate runs plain DDP in its name",
-            "use --launch zero3, which shards on CPUs too",
+            f"{option('launch', 'fsdp2')} needs GPUs: on CPUs accelerate runs plain DDP instead",
+            f"use {option('launch', 'zero3')}, which also shards on CPUs",
         )
     if not strategy.startswith("zero"):
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise Ar2DiffError(
-            f"--launch {strategy}: deepspeed is not installed", "pip install 'ar2diff[deepspeed]'"
+            f"{option('launch', strategy)} needs deepspeed, which is not installed",
+            "pip install 'ar2diff[deepspeed]'",
         )
     missing = [tool for tool in ("ninja", "g++") if shutil.which(tool, path=search_path()) is None]
     if missing and not gpu:  # on CPUs DeepSpeed compiles its communication
         raise Ar2DiffError(
-            f"--launch {strategy}: DeepSpeed compiles for CPUs, and {missing[0]} is not on PATH",
+            f"{option('launch', strategy)} on CPUs makes DeepSpeed compile, and {missing[0]} is "
+            "not on PATH",
             "install it (pip install ninja)" if missing[0] == "ninja" else "install g++",
         )
     check_locks()
 
 
 def _accelerators() -> int | None:
-    """How many GPUs there are; None where there is none."""
+    """The number of GPUs; None if there is none."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else None
@@ -249,20 +259,20 @@ def _parsed(parse: Any, command: list[str]) -> Any:
     except SystemExit:
         line = (said.getvalue().strip().splitlines() or ["not understood"])[-1]
         raise Ar2DiffError(
-            f"flags of the launcher: {line.partition('error: ')[2] or line}",
+            f"the launcher refuses its flags: {line.partition('error: ')[2] or line}",
             "see 'torchrun --help' or 'accelerate launch --help'",
         ) from None
 
 
 def _fail(failures: list[tuple[int, Any]]) -> NoReturn:
-    """Say what the first process to fail said; a killed one takes the others with it."""
+    """Report what the first process to fail reported; one that is killed takes the others along."""
     killed = [f for f in failures if f[1].exitcode < 0 and f[1].exitcode != -signal.SIGTERM]
     said = [f for f in failures if f[1].exitcode > 0]
     if killed:
         rank, failure = killed[0]
         raise Ar2DiffError(
             f"process {rank} was killed ({failure.signal_name()})",
-            "if memory ran out ask 'ar2diff memory'; then go on with --resume",
+            f"if memory ran out, see 'ar2diff memory'; then continue with {option('resume', True)}",
         )
     first = min(said or failures, key=lambda f: (f[1].timestamp, -f[1].exitcode))[1]
     if first.error_file_data.get("what"):
@@ -274,7 +284,7 @@ def _fail(failures: list[tuple[int, Any]]) -> NoReturn:
 
 @contextmanager
 def planned_world(launch: Launch | None) -> Iterator[None]:
-    """For a dry run: as if the processes were running."""
+    """For a dry run: look as if the processes were running."""
     before = os.environ.get("WORLD_SIZE")
     if launch is not None:
         os.environ["WORLD_SIZE"] = str(launch.processes)

@@ -1,4 +1,4 @@
-"""One process among several: whether it is one, how it speaks, and how it ends."""
+"""One process among several: whether it is one, how it reports, and how it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 
 CHOSEN = "AR2DIFF_LAUNCH"  # tells a process the strategy, or the file, that it was launched with
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a process says to the launcher what went wrong
@@ -27,7 +27,7 @@ def search_path() -> str:
 
 
 def chosen() -> str | None:
-    """The strategy or the file that this process was launched with; None: it was not."""
+    """The strategy or file that this process was launched with; None if it was not launched."""
     return os.environ.get(CHOSEN) if ERROR_FILE in os.environ else None
 
 
@@ -37,7 +37,7 @@ def is_launched() -> bool:
 
 
 def report_error(error: BaseException, text: str) -> None:
-    """Leave it to the launcher to say what went wrong: it speaks once for all processes."""
+    """Leave the report to the launcher, which makes one for all processes."""
     data: dict[str, Any] = {"message": text, "timestamp": str(int(time.time()))}
     if isinstance(error, Ar2DiffError):
         data |= {"what": error.what, "fix": error.fix}
@@ -46,8 +46,8 @@ def report_error(error: BaseException, text: str) -> None:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Around the work of a verb. A launched process dies with its launcher, keeps what libraries
-    print off stdout, which is for results, and closes its connections at the end."""
+    """Surround the work of a verb. A launched process dies with its launcher, keeps the output of
+    libraries off stdout, which is for results, and closes its connections at the end."""
     if not is_launched():
         yield
         return
@@ -68,11 +68,10 @@ def at_work() -> Iterator[None]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Around a command line, before anything heavy is imported. One process among several, also
-    under a launcher that is not ours, ends when its exit handlers have run, and Python is not taken
-    apart: a thread of gloo's that still has tensors of a collective to let go would ask for
-    Python's lock then, be refused, and abort a process that had done all it should (pytorch
-    #179291)."""
+    """Surround a command line, before anything heavy is imported. One process among several, also
+    under another launcher, ends once its exit handlers have run, without Python's finalization:
+    there a thread of gloo that still has to free tensors of a collective would ask for the GIL, be
+    refused, and abort a process that had done all its work (pytorch #179291)."""
     if "RANK" not in os.environ:
         yield
         return
@@ -100,8 +99,8 @@ def _disconnect() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process with its parent: an orphan would write on beside a resumed
-    run."""
+    """Ask Linux to kill this process with its parent: an orphan would keep on writing next to a
+    resumed run."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
@@ -113,12 +112,12 @@ def die_with_parent() -> None:
 
 
 def world_size() -> int:
-    """How many processes run, here and on other nodes."""
+    """The number of processes, here and on other nodes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this process reports and writes for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -126,12 +125,12 @@ def check_rows(rows: int, processes: int | None = None) -> None:
     """Refuse more processes than rows of data.
 
     Args:
-        rows: 0 where they are not known.
-        processes: None: those that run.
+        rows: 0 if they are not known.
+        processes: None for the number of those that run.
     """
     processes = processes or world_size()
     if 0 < rows < processes:
         raise Ar2DiffError(
-            f"{processes} processes, and the data has {rows} rows",
-            f"give --num-processes {rows} or fewer, or more data",
+            f"there are {processes} processes, and the data has only {rows} rows",
+            f"give {option('num_processes', rows)} or fewer, or more data",
         )

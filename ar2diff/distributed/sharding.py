@@ -1,17 +1,17 @@
-"""How training is cut over processes: DeepSpeed's and FSDP's settings, and weights made whole."""
+"""How training is sharded over processes: the settings of DeepSpeed and FSDP, and whole weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, option
 from .launch import strategy_of
 from .ranks import chosen, is_main, world_size
 
 
 def training_kwargs() -> dict[str, Any]:
-    """What TrainingArguments needs for the strategy that this process was launched with."""
+    """Arguments of TrainingArguments for the strategy that this process was launched with."""
     how = chosen()
     if how is None or how == "ddp" or how.endswith((".yaml", ".yml")):
         return {}
@@ -23,10 +23,11 @@ def training_kwargs() -> dict[str, Any]:
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
-    """ZeRO of a stage; what is `auto` transformers fills in from the recipe and the model's size.
+    """The settings of a ZeRO stage; transformers fills in what is `auto` from the recipe and the
+    size of the model.
 
-    Weights are float32, or bfloat16 with float32 masters where the recipe computes in bfloat16.
-    Offloading is for a json of one's own, given as `--launch FILE`.
+    Weights are float32, or bfloat16 with float32 masters if the recipe computes in bfloat16.
+    Offloading needs a json of the user's own, given as the launch file.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": "auto"}  # not 500M elements
     if stage == 3:
@@ -47,7 +48,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 
 
 def sharding() -> str | None:
-    """What the optimizer's state of this run is cut by; its checkpoints fit no other."""
+    """How the optimizer's state of this run is sharded; its checkpoints fit no other sharding."""
     how = chosen()
     if how in (None, "ddp"):
         return None
@@ -57,8 +58,8 @@ def sharding() -> str | None:
 
 
 def check_engine(accelerator: Any) -> None:
-    """Refuse to train in other company than was asked for: some launchers run one process, or
-    plain DDP, and say nothing."""
+    """Refuse to train under another strategy than was asked for: some launchers silently run a
+    single process, or plain DDP."""
     how = chosen()
     if how is None:
         return
@@ -68,15 +69,15 @@ def check_engine(accelerator: Any) -> None:
         wanted = "DEEPSPEED"
     if accelerator.num_processes != world_size() or wanted not in (None, got):
         raise Ar2DiffError(
-            f"--launch {how}: accelerate runs {got} in {accelerator.num_processes} of "
-            f"{world_size()} processes",
-            "look for stray ACCELERATE_ variables and accelerate's default_config.yaml",
+            f"{option('launch', how)} was asked for, but accelerate runs {got} in "
+            f"{accelerator.num_processes} of {world_size()} processes",
+            "look for stray ACCELERATE_ variables, and for accelerate's default_config.yaml",
         )
 
 
 def join_deepspeed(args: Any) -> None:
-    """Let DeepSpeed know the processes before a model is loaded: ZeRO-3 cuts it as it is made, by
-    default for one process."""
+    """Tell DeepSpeed of the processes before a model is loaded: ZeRO-3 shards it while it is made,
+    and by default for one process."""
     if args.deepspeed:
         import deepspeed
 
@@ -84,7 +85,7 @@ def join_deepspeed(args: Any) -> None:
 
 
 def holds_shards(trainer: Any) -> bool:
-    """Whether each process holds a part of each weight, so that a forward takes all processes."""
+    """Whether each process holds a part of each weight, so that a forward needs all processes."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return trainer.is_fsdp_enabled or (
@@ -93,8 +94,8 @@ def holds_shards(trainer: Any) -> bool:
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:
-    """The trained weights, gathered from all processes (every one must call this) on the main one;
-    None where they stand whole in the model. Float32 masters are preferred to rounded copies."""
+    """The trained weights, gathered from all processes (each must call this) on the main one; None
+    if the model holds them whole. Float32 masters are preferred to rounded copies."""
     if getattr(trainer, "deepspeed", None) is not None:
         return _gather_deepspeed(trainer.model)
     if trainer.is_fsdp_enabled:
@@ -109,9 +110,9 @@ def _gather_deepspeed(model: Any) -> dict[str, Any]:
     state, adapted = {}, hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
         if adapted and not parameter.requires_grad:
-            continue  # the base's, which an adapter's folder does not hold
+            continue  # of the base, which the folder of an adapter does not hold
         whole = safe_get_full_fp32_param(parameter)
-        if whole is None:  # not trained: nobody has a master of it
+        if whole is None:  # it is not trained, so there is no master of it
             with deepspeed.zero.GatheredParameters([parameter]):
                 whole = parameter.detach().clone()
         if is_main():

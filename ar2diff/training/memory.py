@@ -1,25 +1,11 @@
-"""How much memory a process of a run needs, from the model's config and the recipe alone: no weight
-is loaded. The model is built without storage, converted, and one micro-batch is run on it, whose
-saved tensors are counted.
-
-    weights      in float32; under ZeRO in bfloat16 where the recipe computes in it
-    gradients    that wait for the optimizer's step
-    masters      ZeRO's float32 copies, on which it steps
-    optimizer    two moments of AdamW; none of SGD
-    buckets      of the communication
-    activations  of one micro-batch, kept for the backward pass
-    logits       of the masked tokens and the AR loss's, no other row reaches the head: a part of
-                 them and the head's gradient; all under ZeRO-3 and of heads with a cap or adapter
-
-    reference    rl: the model as it began, where its KL counts and no adapter can be switched off
+"""How much memory each process of a run needs, estimated from the model's config and the recipe; no
+weight is loaded. The model is built without storage and converted, one micro-batch is run on it,
+and the tensors that it saves are counted.
 
 A recipe with an `rl` section is estimated on canvases of `data.max_length` tokens that end with
-completions of `rl.max_completion_length`, in all views that the estimator scores: the update, which
-needs most. Not counted: the caches of rollouts, reward models, and, under ZeRO-3, the whole weights
-that each process gathers for the rollouts.
-
-Besides `loading`: main memory in which each process holds all weights before they are sharded, for
-the conversion and its probe work on whole ones, under ZeRO-3 and FSDP2 too.
+completions of `rl.max_completion_length`, in all views that the estimator scores: this is the
+update, which needs the most. The caches of rollouts, reward models and, under ZeRO-3, the whole
+weights that each process gathers for the rollouts are not counted.
 """
 
 from __future__ import annotations
@@ -44,13 +30,61 @@ from ..distributed.precision import computes_in_bf16
 from .modules import layers_of
 from .plan import continued, fitted
 
-STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3")
+ESTIMATED = ("one", "ddp", "zero1", "zero2", "zero3")  # strategies; `one` is a single process
 PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
 
 
 @dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of one process, by what they hold.
+
+    Attributes:
+        weights: in float32; under ZeRO in bfloat16 if the recipe computes in it.
+        gradients: those that wait for the optimizer's step.
+        masters: ZeRO's float32 copies of the weights, on which the optimizer steps.
+        optimizer: the two moments of AdamW; SGD has none.
+        buckets: of the communication.
+        activations: of one micro-batch, kept for the backward pass.
+        logits: of the masked tokens and those of the AR loss, since no others reach the head: a
+            part of them at a time and the head's gradient, or all of them under ZeRO-3 and with
+            heads that have a cap or an adapter.
+        reference: rl: the model as it began, if its KL counts and no adapter can be switched off.
+        total: of all these.
+    """
+
+    weights: int
+    gradients: int
+    masters: int
+    optimizer: int
+    buckets: int
+    activations: int
+    logits: int
+    reference: int
+    total: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What each process of a run needs.
+
+    Attributes:
+        parameters, trainable_parameters: of the converted model.
+        processes: over how many the sharded parts are divided.
+        loading: bytes of main memory in which each process holds all weights before they are
+            sharded, since conversion and probe need whole ones, under ZeRO-3 and FSDP2 too.
+        bytes: of each process, by strategy; `one` is a single process.
+    """
+
+    parameters: int
+    trainable_parameters: int
+    processes: int
+    loading: int
+    bytes: dict[str, MemoryParts]
+
+
+@dataclass(frozen=True)
 class Shape:
-    """What is to be held: elements of each weight, and bytes of one micro-batch.
+    """What has to be held: elements of each weight, and bytes of one micro-batch.
 
     Attributes:
         frozen, trained: elements of each tensor, trained ones by whether they are matrices.
@@ -71,23 +105,27 @@ class Shape:
     copies: int
 
 
-def estimate(model: str, recipe: Recipe, processes: int = 1) -> dict[str, Any]:
-    """Bytes of each part by strategy, for one of `processes` processes.
+def estimate(model: str, recipe: Recipe, processes: int = 1) -> MemoryEstimate:
+    """The memory that each of `processes` processes needs, by strategy.
 
     Raises:
-        Ar2DiffError: the model is not to be had, or cannot be run as the recipe says.
+        Ar2DiffError: the model cannot be found, or cannot be run as the recipe says.
     """
     shape = measure(find_checkpoint(model, weights=False), recipe)
     parts = {
-        name: held(shape, recipe, name, 1 if name == "one" else processes) for name in STRATEGIES
+        name: held(shape, recipe, name, 1 if name == "one" else processes) for name in ESTIMATED
     }
-    return {
-        "parameters": sum(shape.frozen) + sum(n for n, _ in shape.trained),
-        "trainable_parameters": sum(n for n, _ in shape.trained),
-        "processes": processes,
-        "loading": parts["one"]["weights"],
-        "bytes": {name: {**part, "total": sum(part.values())} for name, part in parts.items()},
-    }
+    trainable = sum(n for n, _ in shape.trained)
+    return MemoryEstimate(
+        parameters=sum(shape.frozen) + trainable,
+        trainable_parameters=trainable,
+        processes=processes,
+        loading=parts["one"]["weights"],
+        bytes={
+            name: MemoryParts(**{"reference": 0} | part, total=sum(part.values()))
+            for name, part in parts.items()
+        },
+    )
 
 
 def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[str, int]:
@@ -134,13 +172,13 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
 
 
 def has_reference(recipe: Recipe) -> bool:
-    """Whether the model as it began is held beside the one that is trained."""
+    """Whether the model as it began is held next to the one that is trained."""
     return recipe.rl is not None and recipe.rl.beta > 0 and recipe.peft is None
 
 
 def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
-    """Bytes that quantisation takes off the weights: half a byte each is left, and a scale for 64
-    of them, itself in one byte or in four."""
+    """Bytes that quantisation saves: half a byte is left of each weight, and for every 64 of them a
+    scale of one byte or four."""
     if recipe.quantization is None:
         return 0
     scale = (1 + 4 / 256) / 64 if recipe.quantization.double else 4 / 64
@@ -212,7 +250,7 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
 
 
 def _on_cpu(model: Any) -> None:
-    """Put tensors that claim to be on the CPU in the place of the model's."""
+    """Replace the tensors of a model by ones that claim to be on the CPU."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -228,8 +266,8 @@ def _on_cpu(model: Any) -> None:
 
 
 def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes kept for the backward pass of a micro-batch: of the layers, of logits and loss, and of
-    these in parts."""
+    """Bytes kept for the backward pass of a micro-batch: by the layers; by all logits and their
+    loss; and by these a part at a time."""
     model, spec = checkpoint.model, checkpoint.spec
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length
@@ -237,7 +275,7 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
         ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
         pos = torch.arange(length).expand(rows, length)
         input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
-        # Half of the tokens are masked, on average; the AR loss reads all of the clean copy.
+        # Half of the tokens are masked on average; the AR loss reads the whole clean copy.
         wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:
         input_ids, slots, wanted = _rollouts(recipe, spec)
@@ -257,11 +295,11 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
     states = input_ids.numel() * model.config.get_text_config().hidden_size
     kept, layers = books.bytes["body"], books.layers
     if recipe.train.gradient_checkpointing and layers:
-        # Each layer keeps what goes in; one at a time is run again.
+        # Each layer keeps its input; one at a time is run again.
         element = next(model.parameters()).element_size()
         kept = kept - sum(layers) + max(layers) + len(layers) * element * states
-    # In the backward pass the logits' gradient, besides what the loss keeps; rl keeps logits apart,
-    # and its entropies take as many more while they are made.
+    # The backward pass needs the gradient of the logits besides what the loss keeps. In rl the
+    # logits are kept separately, and the entropies need as much again while they are computed.
     copies = 1 if recipe.rl is None else 3
     whole = parts = books.bytes["logits"] + copies * 4 * logits.numel()
     if recipe.rl is None and type(head) is torch.nn.Linear and output.logits is made[0]:
@@ -271,7 +309,7 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
 
 
 def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
-    """Ids, their layout and the number of scored tokens of a micro-batch of rl."""
+    """Ids, layout and number of scored tokens of a micro-batch of rl."""
     rl, rows = recipe.rl, recipe.train.per_device_train_batch_size
     length = max(recipe.data.max_length, rl.max_completion_length + 1)
     answer, block = rl.max_completion_length, spec.block_length or rl.max_completion_length
@@ -292,7 +330,7 @@ def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
 
 
 class _Books:
-    """Counts the bytes of tensors saved for backward, each storage once, weights not."""
+    """Counts the bytes of the tensors saved for backward, each storage once, without weights."""
 
     def __init__(self, model: Any):
         self.account, self.bytes = "body", {"body": 0, "logits": 0}
@@ -311,7 +349,7 @@ class _Books:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
-            self.keep.append(storage)  # an address is not to be used twice
+            self.keep.append(storage)  # so that no address is used twice
             self.bytes[self.account] += storage.nbytes()
         return tensor
 
