@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint golden cpus stories3m clean
+.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -70,6 +70,10 @@ elsewhere: $(STAMP)
 	  'transformers[serving]' 'lm-eval[hf]' peft && \
 	$(BIN)/python benchmarks/elsewhere.py make "$$work/model" && cd "$$work" && \
 	venv/bin/python $(CURDIR)/benchmarks/elsewhere.py check model
+
+# Every message and help text on one page, to be read in one go.
+messages: $(STAMP)
+	$(BIN)/python tests/messages.py > docs/messages.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

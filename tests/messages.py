@@ -15,6 +15,9 @@ from pathlib import Path
 import typer
 from ar2diff.cli.main import app
 
+from ar2diff.config.recipe import Recipe
+from ar2diff.config.schema import describe_fields
+
 ROOT = Path(__file__).resolve().parents[1]
 SPOKEN = {"warn", "echo", "secho", "print", "Note", "Problem", "tell"}  # calls that speak to a user
 SPEC_ERRORS = {"Ar2DiffError", "SpecError"}
@@ -83,6 +86,9 @@ def main() -> None:
             print(f"\n### {file.relative_to(ROOT)}\n")
         for _, texts in found:
             print("* " + "\n  fix: ".join(" ".join(text.split()) for text in texts))
+    print("\n## Keys of a recipe\n")
+    for field in describe_fields(Recipe):
+        print(f"* `{field[0]}`: {field[-1]}")
     print("\n## Help", *help_of(typer.main.get_command(app), "ar2diff"), sep="\n")
 
 
