@@ -360,7 +360,7 @@ def test_modes_that_a_model_does_not_have(fails, convert_tiny, tiny_checkpoint):
             said = fails(*verb, "--mode", mode)
             assert f"--mode {mode} needs an AR mode, which this model" in said
     said = fails("chat", tiny_checkpoint, "--mode", "speculative")
-    assert f"run 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
+    assert f"convert it with 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
 
 
 def test_model_whose_attention_is_not_what_its_spec_says(fails, converted, monkeypatch):
@@ -576,7 +576,9 @@ def test_row_that_sft_cannot_learn_from(tunes_not, converted, monkeypatch, row, 
 def test_sft_of_a_model_that_is_not_converted(tunes_not, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
     said = tunes_not(tiny_checkpoint)
-    assert "is not converted" in said and f"run 'ar2diff adapt {tiny_checkpoint}" in said
+    assert (
+        "is not converted" in said and f"convert it with 'ar2diff adapt {tiny_checkpoint}" in said
+    )
 
 
 def test_assistant_alone_without_a_template_that_marks_it(tunes_not, converted, tmp_path):
