@@ -360,7 +360,7 @@ def test_modes_that_a_model_does_not_have(fails, convert_tiny, tiny_checkpoint):
             said = fails(*verb, "--mode", mode)
             assert f"--mode {mode} needs an AR mode, which this model" in said
     said = fails("chat", tiny_checkpoint, "--mode", "speculative")
-    assert f"run 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
+    assert f"convert it with 'ar2diff adapt {tiny_checkpoint} --output-dir DIR'" in said
 
 
 def test_model_whose_attention_is_not_what_its_spec_says(fails, converted, monkeypatch):

@@ -12,7 +12,7 @@ from ar2diff.cli.chat import FRESH, UNDECIDED, Screen
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.generation.chat import COMMANDS, Chat, Exchange
+from ar2diff.generation.chat import COMMANDS, Chat, Exchange, complete_chat
 from ar2diff.generation.chat_settings import parse_settings
 from ar2diff.generation.complete import complete
 from ar2diff.generation.events import Answer, End, Note, Problem, State
@@ -93,6 +93,19 @@ def test_with_a_template_the_history_is_in_it(templated, plain):
     text += f"{first}<user>and?<assistant>"
     assert second == complete(plain, text, max_new_tokens=8).text
     assert say(chat, " ") == {Note: [Note("write something, or /help")]}
+
+
+def test_messages_are_answered_as_the_template_renders_them(templated, plain):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    result = complete_chat(templated, messages, max_new_tokens=8)
+    text = "<system>be brief<user>hello<assistant>"
+    assert result.text == complete(plain, text, max_new_tokens=8).text
+    assert (result.new_tokens, result.prompt) == (8, None)
+    assert "prompt" not in result.to_dict()
+    with pytest.raises(Ar2DiffError, match="has no chat template"):
+        complete_chat(plain, messages)
+    with pytest.raises(Ar2DiffError, match="rejects the conversation"):
+        complete_chat(templated, [{"role": "user"}, "hello"])
 
 
 def test_a_template_that_refuses_is_no_crash(plain):
