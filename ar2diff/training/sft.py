@@ -33,6 +33,7 @@ from ..data.conversations import (
     read_conversations,
     tokenize_conversations,
 )
+from ..data.rows import from_arrow
 from ..data.turns import Answers, PackedConversations, TurnCollator
 from ..diffusion.task import Task, slots_at
 from ..distributed.ranks import check_rows
@@ -191,7 +192,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         """Conversations as rows with `input_ids` and `labels`; rows that have them as they are."""
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             return dataset
-        rows = ((f"row {number}", row) for number, row in enumerate(dataset, 1))
+        rows = ((f"row {number}", from_arrow(row)) for number, row in enumerate(dataset, 1))
         found = conversations_of(rows, self.recipe)
         return tokenize_conversations(found, self.checkpoint.tokenizer, self.recipe).dataset()
 
