@@ -151,7 +151,7 @@ def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, 
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert all("loss" in row and (what == "rl" or row["loss"] > 0) for row in rows)
     assert ("reward" in rows[0]) == (what == "rl")
-    assert ("eval" in record) == bool(recipe.eval.steps)
+    assert (record["eval"] is not None) == bool(recipe.eval.steps)
     check_features(trainer, recipe)
     assert is_adapter(out) == (recipe.peft is not None)
     tuned = load_checkpoint(str(out))

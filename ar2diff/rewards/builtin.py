@@ -37,14 +37,14 @@ Extract = Literal["whole", "first_line", "last_line", "last_number", "boxed"]
 
 
 def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
-    """1 where the completion's answer is that of column `answer`, else 0.
+    """1 if the answer of the completion is that of column `answer`, else 0.
 
-    Of an `answer` like gsm8k's, what follows `####` counts. Numbers are compared as numbers where
+    Of an `answer` as in gsm8k, only what follows `####` counts. Numbers are compared as numbers if
     `extract` is `last_number` or `boxed`: 1,000 is 1000, and $18.0 is 18.
 
     Args:
-        extract: where the answer stands in the completion: `whole`, `first_line`, `last_line`
-            (without the white space around them), `last_number`, or `boxed` (the last LaTeX
+        extract: which part of the completion is the answer: `whole`, `first_line`, `last_line`
+            (without surrounding white space), `last_number`, or `boxed` (the last LaTeX
             `\\boxed{}`).
     """
     wanted = str(answer).rpartition("####")[2]
@@ -61,10 +61,11 @@ def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
 
 
 def countdown(completion: str, numbers: Any, target: Any) -> float:
-    """1 for the column `target` out of each of `numbers` once, 0.1 for another value, else 0.
+    """1 for an expression that uses each of the column `numbers` once and gives the column
+    `target`, 0.1 if it gives another value, else 0.
 
     The answer is what follows the last `<answer>`, or the whole completion; of that the last line,
-    up to an equals sign. It may use + - * / and brackets. Division by zero is another value.
+    up to an equals sign. It may use + - * / and brackets. A division by zero is another value.
     """
     node = _arithmetic(_last_line(_answered(completion)).partition("=")[0])
     if node is None or Counter(_leaves(node)) != Counter(_integers(numbers)):
@@ -76,11 +77,11 @@ def countdown(completion: str, numbers: Any, target: Any) -> float:
 
 
 def sudoku(completion: str, puzzle: Any, solution: Any) -> float:
-    """Share of the empty cells (0 . _) of column `puzzle` that are as in column `solution`.
+    """The share of the empty cells (0 . _) of column `puzzle` that agree with column `solution`.
 
-    Both are digits in a row, in lines, or in lists. The answer is what follows the last
+    Both columns are digits in a row, in lines, or in lists. The answer is what follows the last
     `<answer>`, or the whole completion; of that the last run of as many digits as the puzzle has
-    cells, with nothing but space and | , + - [ ] between them, else the last run, cut to that.
+    cells, with only white space and | , + - [ ] between them, else the last run, cut to that size.
     """
     given, right = _cells(puzzle), _cells(solution)
     empty = [i for i, cell in enumerate(given) if cell == "0"]
@@ -93,12 +94,12 @@ def sudoku(completion: str, puzzle: Any, solution: Any) -> float:
 
 
 def regex(completion: str, *, pattern: re.Pattern[str]) -> float:
-    """1 where the whole completion, without white space around it, matches `pattern`, else 0."""
+    """1 if the whole completion, without surrounding white space, matches `pattern`, else 0."""
     return float(pattern.fullmatch(completion.strip()) is not None)
 
 
 def words(completion: str, words: Any) -> float:
-    """Share of column `words` that are in the completion, as whole words in any case.
+    """The share of the words in column `words` that the completion has, as whole words in any case.
 
     The column is a list, or a text like `pond, thirsty and drank`.
     """
@@ -112,17 +113,17 @@ def words(completion: str, words: Any) -> float:
 
 
 def length(completion: str, completion_ids: list[int], *, target: PositiveInt) -> float:
-    """1 where the completion has `target` tokens, falling to 0 at none and at twice as many.
+    """1 if the completion has `target` tokens, falling to 0 at no tokens and at twice as many.
 
-    Its end token counts.
+    The end token counts.
     """
     return max(0.0, 1 - abs(len(completion_ids) - target) / target)
 
 
 def demo(completion: str, answer: Any) -> float:
-    """1 where the last `The answer is N.` of the completion gives column `answer`, else 0.
+    """1 if the last `The answer is N.` of the completion gives column `answer`, else 0.
 
-    It is the score of the embedded corpus of counting questions.
+    This is the score of the embedded corpus of counting questions.
     """
     found = re.findall(r"The answer is ([0-9]+)\.", completion)
     # as text: Python reads no number of 5,000 digits
@@ -130,7 +131,7 @@ def demo(completion: str, answer: Any) -> float:
 
 
 def math(completion: str, answer: Any) -> float:
-    """1 where math-verify holds the completion's answer and column `answer` equal, else 0.
+    """1 if math-verify finds the answer of the completion equal to column `answer`, else 0.
 
     The column is LaTeX or plain text. A comparison that is stopped for its time is a 0.
     """
@@ -145,7 +146,7 @@ GRADERS: dict[str, Callable[..., float]] = {
 
 
 def _last_number(text: str) -> Fraction | None:
-    """The last number of a text; None without one."""
+    """The last number of a text; None if it has none."""
     found = NUMBER.findall(text.replace("−", "-"))
     if not found:
         return None
@@ -157,7 +158,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _same(found: str, wanted: str) -> bool:
-    """Equal texts but for white space, or equal numbers."""
+    """Whether two texts are equal but for white space, or are equal numbers."""
     found, wanted = ("".join(text.split()) for text in (found, wanted))
     numbers = [
         _last_number(text) if NUMBER.fullmatch(text.replace("$", "").replace("−", "-")) else None
@@ -167,7 +168,7 @@ def _same(found: str, wanted: str) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What is in the last \boxed{}, braces within it matched; None without one."""
+    r"""The content of the last \boxed{}, with its braces matched; None if there is none."""
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for i, character in enumerate(rest if box else ""):
@@ -178,7 +179,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _answered(text: str) -> str:
-    """What follows the last <answer>, up to </answer>; without one, the text."""
+    """What follows the last <answer>, up to </answer>; the whole text if there is none."""
     return text.rpartition("<answer>")[2].partition("</answer>")[0]
 
 

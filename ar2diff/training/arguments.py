@@ -1,4 +1,4 @@
-"""The recipe's `train` section as arguments of a transformers trainer."""
+"""The `train` section of a recipe as arguments of a transformers trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..distributed.sharding import training_kwargs
 def training_arguments(
     recipe: Recipe, run_dir: Path, kind: type = TrainingArguments, **more: Any
 ) -> Any:
-    """The recipe's `train` section as transformers' arguments, of a class of them, with `more`."""
+    """The `train` section as an instance of a class of transformers' arguments, with `more`."""
     train = recipe.train
     cuda = torch.cuda.is_available()
     more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
@@ -47,7 +47,7 @@ def training_arguments(
         save_steps=train.save_steps,
         report_to=train.report_to,
         remove_unused_columns=False,
-        # Every rank reads the stream and takes its own batches of it; nothing is broadcast.
+        # Every rank reads the whole stream and takes its own batches; nothing is broadcast.
         accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
@@ -58,5 +58,5 @@ def training_arguments(
 
 
 def rows_per_step(train: Train) -> int:
-    """Rows of one optimiser step over all ranks and accumulation steps."""
+    """Rows of one optimiser step, over all ranks and accumulation steps."""
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size()

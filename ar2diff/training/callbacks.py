@@ -1,4 +1,4 @@
-"""What is watched while training: the bound on a fixed set with fixed noise, and a sample."""
+"""What is watched during training: the bound on fixed rows with fixed noise, and a sample."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from ..generation.tokens import draw_tokens
 
 
 class Watch(TrainerCallback):
-    """Every `eval.steps`: bound and AR NLL of fixed rows; every `eval.panel_steps`: a panel of one
-    of them being denoised. Results go through `trainer.log`, so every tracker sees them."""
+    """Logs the bound and AR NLL of fixed rows every `eval.steps` steps, and shows one of them being
+    denoised every `eval.panel_steps`. Results go through `trainer.log`, so every tracker sees
+    them."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]):
         self.checkpoint, self.recipe, self.rows = checkpoint, recipe, rows
         self.trainer: Any = None  # set once it exists
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate and draw when it is time."""
+        """Evaluate and draw after the steps that are due."""
         steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
@@ -39,14 +40,14 @@ class Watch(TrainerCallback):
                 logs["eval_ar_nll"] = result.ar_nll.nats_per_token
             due = control.should_log
             self.trainer.log(logs)
-            control.should_log = due  # the step's loss is logged all the same
+            control.should_log = due  # `log` resets it, and the step's loss is logged too
         if panel_steps and state.global_step % panel_steps == 0:
-            # Where weights are cut to shards, every process takes part in every forward.
+            # If weights are sharded, every process takes part in every forward.
             if state.is_world_process_zero or holds_shards(self.trainer):
                 quietly(self.checkpoint.model, self._panel)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One line on stderr; stdout is for results."""
+        """Print one line on stderr; stdout is for results."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             shown = " ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -67,14 +68,14 @@ class Watch(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Saves and stops after the step in which any of the processes was sent SIGTERM."""
+    """Saves and stops after the step during which any of the processes received SIGTERM."""
 
     def __init__(self, accelerator: Any):
         self.accelerator, self.asked, self.agreed = accelerator, False, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of the signal. (Python lets the main thread alone do so.)"""
+        """Note the signal while inside. (Python allows that only in the main thread.)"""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -88,7 +89,7 @@ class Stopping(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All processes stop after the same step, or they would wait for each other."""
+        """Let all processes stop after the same step: else they would wait for each other."""
         asked = torch.tensor(int(self.asked), device=self.accelerator.device)
         self.agreed = bool(self.accelerator.reduce(asked, "sum"))
         if self.agreed:
@@ -96,7 +97,7 @@ class Stopping(TrainerCallback):
 
 
 def quietly(model: Any, function: Any) -> Any:
-    """Run in eval mode and leave the model and the random state as they were."""
+    """Call a function in eval mode, and restore the model's mode and the random state."""
     training = model.training
     model.eval()
     try:
@@ -109,7 +110,7 @@ def quietly(model: Any, function: Any) -> Any:
 def draw_panel(
     checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int, silent: bool = False
 ) -> None:
-    """A rich panel on stderr: states of one answer being denoised, undecided tokens as dots."""
+    """Print a panel on stderr with states of an answer being denoised, undecided tokens as dots."""
     from rich.console import Console
     from rich.panel import Panel
 

@@ -1,5 +1,5 @@
-"""Log-likelihoods of what a model wrote: which tokens are masked in which view, and what the views
-are worth together. Rollouts come as `Rollout`s, log-probabilities per token go out.
+"""Estimates of the log-likelihood of completions: which tokens are masked in which view, and how
+the views are weighted. Takes `Rollout`s and gives log-probabilities per token.
 
     value_i = sum_v w_vi log p(y_i | what view v shows),  over the views v that mask token i
 
@@ -14,8 +14,8 @@ are worth together. Rollouts come as `Rollout`s, log-probabilities per token go 
               with blocks as many views as a block took steps, at most.
 `ar`          the AR mode, from left to right.
 
-What stands behind an answer is a mask in every view, as it was when the answer was begun: to show
-where the canvas ends would leak the answer's length. A trajectory shows what was decided there.
+Whatever comes after an answer is a mask in every view, as it was when the answer was begun: to show
+where the canvas ends would leak the length of the answer. A trajectory shows what it decided there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..diffusion.noise import complement, corrupt, draw_times
 from ..diffusion.task import Task
 from .rollouts import Rollout
 
-SPG_BETA, SPG_MIX = 1.5, 0.5  # of the upper bound, and its share
+SPG_BETA, SPG_MIX = 1.5, 0.5  # order of the upper bound, and its share in the mix
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Scores:
     """Log-probabilities of masked tokens; all tensors [N].
 
     Attributes:
-        logp, entropy: of a token in a view. row, view, place: which token (counted from the
-            answer's first) of which rollout, in which view. weight: what it counts.
-        shape: rollouts, views, tokens of the longest answer.
+        logp, entropy: of a token in a view.
+        row, view, place: the rollout, the view, and the token counted from the answer's first.
+        weight: of the token in the view.
+        shape: numbers of rollouts, of views, and of tokens of the longest answer.
     """
 
     logp: Tensor
@@ -59,10 +60,10 @@ class Scores:
     shape: tuple[int, int, int]
 
     def per_token(self, good: Tensor | None = None) -> Tensor:
-        """[R, C] the estimate's part of each token; zero where there is none.
+        """[R, C] the part of each token in the estimate; zero where there is no token.
 
         Args:
-            good: [R] bool, for `spg`: where the bound from below is wanted.
+            good: [R] bool, for `spg`: rows that get the bound from below.
         """
         lower = self._sum(self.weight * self.logp)
         if good is None:
@@ -76,12 +77,12 @@ class Scores:
         return torch.where(good[:, None], lower, mixed)
 
     def entropies(self) -> Tensor:
-        """[R, C] mean over the views that score a token."""
+        """[R, C] entropies, averaged over the views that score a token."""
         count = self._sum(torch.ones_like(self.entropy))
         return self._sum(self.entropy) / count.clamp(min=1)
 
     def spread(self) -> Tensor:
-        """[R] standard deviation over views of the estimates that each gives alone."""
+        """[R] standard deviation over views of the estimates that each view gives by itself."""
         rows, views, _ = self.shape
         each = self.logp.new_zeros(rows, views)
         each = each.index_put((self.row, self.view), views * self.weight * self.logp, True)
@@ -93,7 +94,7 @@ class Scores:
 
 
 def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Which tokens are masked in which view, and what they count there.
+    """Which tokens are masked in each view, and their weights there.
 
     Returns:
         masked: [V, T] bool. weight: [V, T] double, zero where a token is not scored.
@@ -102,14 +103,14 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
     answer = torch.zeros(count, dtype=torch.bool)
     answer[rollout.prompt : rollout.prompt + rollout.answer] = True
     all_ = answer[None]
-    behind = torch.arange(count) >= rollout.prompt + rollout.answer
+    after = torch.arange(count) >= rollout.prompt + rollout.answer
     if rl.estimator == "ar":
         return torch.zeros_like(all_), all_.double()
     if rl.estimator == "one_step":
         generator = keyed_generator(rollout.seed, 1)
         prompt = torch.rand(count, generator=generator) < rl.prompt_mask
         prompt &= (torch.arange(count) > 0) & (torch.arange(count) < rollout.prompt)
-        return (answer | prompt | behind)[None], all_.double()
+        return (answer | prompt | after)[None], all_.double()
     block = torch.zeros(count, dtype=torch.long)
     if spec.attention != "full":
         block = torch.arange(count) // spec.block_length
@@ -117,11 +118,11 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
     if rl.estimator == "trajectory":
         return _trajectory(rollout, answer, block, rl.segments)
     masked, weight = zip(*_pairs(rollout, answer, block, rl), strict=True)
-    return torch.stack(masked) | behind, torch.stack(weight)
+    return torch.stack(masked) | after, torch.stack(weight)
 
 
 def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tuple[Tensor, Tensor]]:
-    """Complementary pairs of masks; for `coupled` behind the view of all masks."""
+    """Complementary pairs of masks; for `coupled` after the view in which all is masked."""
     generator = keyed_generator(rollout.seed, 0)
     times = draw_times(rl.samples, int(block.max()) + 1, generator)
     coupled = rl.estimator == "coupled"
@@ -142,23 +143,23 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
 def _trajectory(
     rollout: Rollout, answer: Tensor, block: Tensor, segments: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The states of the rollout in which it decided something, of all blocks side by side."""
+    """The states in which the rollout decided something, with those of all blocks in parallel."""
     step = rollout.step
-    behind = torch.arange(len(step)) >= rollout.prompt
+    written = torch.arange(len(step)) >= rollout.prompt
     rank = torch.full_like(step, len(step))  # never decided: a mask to the end
     for number in range(int(block.max()) + 1):
-        inside = behind & (block == number) & (step > 0)
+        inside = written & (block == number) & (step > 0)
         _, order = step[inside].unique(return_inverse=True)
         if segments is not None and len(order):
             order = order * segments // max(segments, int(order.max()) + 1)
         rank[inside] = order
     order = torch.arange(int(rank[answer].max()) + 1)[:, None]
-    return behind & (rank >= order), (answer & (rank == order)).double()
+    return written & (rank >= order), (answer & (rank == order)).double()
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Slots of a row, each [S]: what stands there and where."""
+    """The slots of a row, [S] each: their tokens, positions, copies and blocks."""
 
     ids: Tensor
     pos: Tensor
@@ -167,8 +168,9 @@ class _Row:
 
 
 def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
-    """Rows that show a rollout's views, and the slot [V, T, 2] (row, column) at which each token is
-    read. Blocks: all views in a row, [view 1 | view 2 | ... | clean]; `full`: a row each."""
+    """Rows that show the views of a rollout, and the slot [V, T, 2] (row, column) at which each
+    token is read. With blocks all views are in one row, [view 1 | view 2 | ... | clean]; with
+    `full` attention each has a row."""
     ids, count = rollout.ids, len(rollout.ids)
     pos = torch.arange(count)
     shown = torch.where(masked, spec.mask_token_id, ids)
@@ -204,12 +206,12 @@ def score(
     inner: Any = None,
     width: int = 0,
 ) -> Scores:
-    """Score rollouts in one forward.
+    """Score rollouts in one forward pass.
 
     Args:
-        model: wrapped or not; `inner` is the model in a wrapper.
+        model: wrapped or not. inner: the causal LM, if `model` is a wrapper.
         suppressed: [V] bool, ids that the sampler never writes.
-        width: tokens of the result, where that is more than the longest answer.
+        width: tokens of the result, if that is more than the longest answer has.
     """
     inner, device = inner or model, suppressed.device
     rows: list[_Row] = []
@@ -252,7 +254,7 @@ def score(
 
 
 def _stack(rows: Sequence[_Row], device: Any) -> list[Tensor]:
-    """ids, pos, noisy, block and doc, [B, S] each."""
+    """Ids, positions, copies, blocks and documents of padded rows, [B, S] each."""
     columns = [[getattr(row, name) for row in rows] for name in ("ids", "pos", "noisy", "block")]
     columns.append([torch.zeros_like(row.pos) for row in rows])
     fill = (0, 0, False, 0, PADDING)

@@ -1,5 +1,5 @@
-"""Diffusion-GRPO: trl's GRPOTrainer with our rollouts and log-probabilities. Advantages, ratios,
-clipping, KL, rewards, references and logs are trl's."""
+"""Diffusion-GRPO: trl's GRPOTrainer with our own rollouts and log-probabilities. Advantages,
+ratios, clipping, KL, rewards, reference models and logs are trl's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHOWN = (
     "kl", "entropy", "clip_ratio/region_mean", "frac_reward_zero_std", "estimator_spread",
     "grad_norm", "learning_rate", "generation_share", "step_time",
 )  # fmt: skip
-STATE = "rollouts-{}"  # of a rank, in a checkpoint
+STATE = "rollouts-{}"  # files of a rank in a checkpoint
 
 
 class DiffusionGRPOTrainer(Running, GRPOTrainer):
@@ -86,7 +86,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         start = time.perf_counter()
         first = self.accelerator.process_index * len(prompt_ids)
         key = (self.args.seed, self._step, int(self.model.training))
-        # Of the place in the global batch: neither ranks nor shuffles move a row's noise.
+        # Keyed by the place in the global batch: neither ranks nor shuffles move a row's noise.
         seeds = [content_key([*key, first + n]) % 2**62 for n in range(len(prompt_ids))]
         rl = self.recipe.rl
         settings = {
@@ -141,8 +141,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, C] log-probabilities by the recipe's estimator of `self._rollouts`, on the canvas of
-        the rollout with the noise of its seed; for old, new and reference policy alike."""
+        """[B, C] log-probabilities of `self._rollouts` by the recipe's estimator, on the canvas of
+        each rollout and with the noise of its seed; the same for old, new and reference policy."""
         live = torch.ones(len(input_ids), dtype=torch.bool) if self._live is None else self._live
         numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
@@ -177,7 +177,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         numbers = [[len(r.ids), r.prompt, r.answer, r.seed] for r in rollouts]
         output["canvas"], output["canvas_of"] = canvas, torch.tensor(numbers)
         if self.recipe.rl.estimator == "spg":
-            output.pop("old_per_token_logps", None)  # it has no ratio
+            output.pop("old_per_token_logps", None)  # spg has no ratio
         return output
 
     def compute_loss(
@@ -217,7 +217,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return loss + beta * self._squared_kl(inputs) / steps
 
     def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """trl's loss, in which a row without an advantage is worth nothing and is not scored."""
+        """trl's loss, without scoring rows whose advantage is zero, which add nothing to it."""
         live = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
         live[0] |= ~live.any()  # ranks wait for each other in a forward
         if "old_per_token_logps" in inputs:
@@ -229,7 +229,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             self._live = None
 
     def _squared_kl(self, inputs: dict[str, Any]) -> Tensor:
-        """(log p - log p_ref)^2 / 2 of sequences, divided by their tokens (ESPO, eq. 13)."""
+        """(log p - log p_ref)^2 / 2 of whole sequences, divided by their tokens (ESPO, eq. 13)."""
         mask = inputs["completion_mask"]
         difference = ((self._logps - inputs["ref_per_token_logps"]) * mask).sum(1)
         kl = (difference.square() / 2 / mask.sum(1).clamp(min=1)).mean()
@@ -319,16 +319,16 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         )  # fmt: skip
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-step; notes the share of an update's time that rollouts take."""
+        """Run a micro-step, and note the share of an update's time that rollouts take."""
         loss = super().training_step(*args, **kwargs)
-        if self._current_train_step_time == 0:  # an update is whole
+        if self._current_train_step_time == 0:  # an update is complete
             metrics = self._metrics["train"]
             metrics["generation_share"].append(self._generation_seconds / metrics["step_time"][-1])
             self._generation_seconds = 0.0
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Print some completions when it is time."""
+        """Print some completions after the steps that are due, and log."""
         every = self.recipe.rl.show_steps
         if every and self.state.global_step % every == 0 and self.is_world_process_zero():
             show_completions(self._logs, self.state.global_step)
@@ -339,10 +339,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return {name: value for name, value in logs.items() if name.startswith(SHOWN)}
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """A training checkpoint has none."""
+        """Write none: a training checkpoint has no card."""
 
     def save_rank(self, folder: Path) -> None:
-        """Each rank's rollouts in use, and how far it is with them."""
+        """Write the rollouts that a rank is using, and how far it is with them."""
         name = STATE.format(self.accelerator.process_index)
         batches = self._buffered_inputs or []
         tensors = {}
@@ -368,7 +368,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
 
 
 def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
-    """Rollouts as they lie in a batch.
+    """The rollouts in a batch.
 
     Args:
         canvas: [B, 2, T] ids and steps. numbers: [B, 4] length, prompt, answer, seed.
@@ -381,8 +381,9 @@ def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
 
 
 class Groups(Sampler):
-    """Indices of prompts: `groups` of them, each `size` times, all that `repeats` times; a function
-    of the seed alone, without epochs, so that a resumed run continues where it was."""
+    """Indices of prompts: `groups` of them, each `size` times, all of this `repeats` times. They
+    are a function of the seed alone, without epochs, so that a resumed run continues where it
+    was."""
 
     def __init__(
         self, rows: int, *, groups: int, size: int, repeats: int, seed: int, generations: int
@@ -410,7 +411,7 @@ class Groups(Sampler):
 
 
 def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
-    """A table on stderr of the newest completions, with their rewards."""
+    """Print a table of the newest completions and their rewards on stderr."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -428,7 +429,8 @@ def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
 
 
 def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
-    """The reference policy must be the model as it began, not the AR model that it was made of.
+    """Refuse a reference policy other than the model as it began, such as the AR model that it was
+    made from.
 
     Raises:
         Ar2DiffError: it is another model.
@@ -441,6 +443,6 @@ def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
     )
     if own != other:
         raise Ar2DiffError(
-            "the reference model is not the converted model that is trained",
+            "the reference model is not the converted model that is being trained",
             "give the converted folder as the model",
         )

@@ -13,7 +13,7 @@ SUMS = ("right", "eos_loss", "loss", "tokens", "ar_loss", "ar_tokens")
 
 
 class Meter:
-    """Accumulates on the device; `drain` reduces over ranks, returns the logs and starts afresh."""
+    """Accumulates on the device; `drain` reduces over ranks, returns the logs and starts over."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -26,11 +26,12 @@ class Meter:
 
     @torch.no_grad()
     def add(self, task: Any, right: Tensor, ce: Tensor) -> None:
-        """Masked tokens of a micro-batch.
+        """Add the masked tokens of a micro-batch.
 
         Args:
-            task: what was asked. right: [N] bool, whether the likeliest token is the right one.
-            ce: [N], cross-entropy of the masked tokens.
+            task: the `LossTask` of the micro-batch.
+            right: [N] bool, whether the likeliest token is the right one.
+            ce: [N] cross-entropy of the masked tokens, in nats.
         """
         ce = ce.double()
         bins = (task.t * T_BINS).ceil().long().clamp(1, T_BINS) - 1
@@ -44,7 +45,7 @@ class Meter:
 
     @torch.no_grad()
     def add_ar(self, ce: Tensor) -> None:
-        """Cross-entropy of the AR co-loss, [N]."""
+        """Add the cross-entropy [M] of the tokens of the AR co-loss."""
         self.sums["ar_loss"] += ce.sum()
         self.sums["ar_tokens"] += len(ce)
 

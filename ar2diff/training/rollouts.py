@@ -1,4 +1,4 @@
-"""Completions that are to be judged and scored, with the canvas on which they were written."""
+"""Completions to be judged and scored, with the canvas on which they were written."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Rollout:
     """A completion on its canvas.
 
     Attributes:
-        ids: [T] from position 0 to the canvas' end; masks where nothing was decided.
-        prompt: how many of them were given. answer: tokens after them, the end token included.
-        step: [T] forward at which a token was decided, 0 for others.
-        seed: of all noise that scores it.
-        forwards: that it took.
+        ids: [T] from position 0 to the end of the canvas; masks where nothing was decided.
+        prompt: tokens of the prompt. answer: tokens of the answer, its end token included.
+        step: [T] the forward in which a token was decided, 0 for the others.
+        seed: of all noise that scores the completion.
+        forwards: how many the completion took.
     """
 
     ids: Tensor
@@ -36,7 +36,7 @@ class Rollout:
 
     @property
     def answer_ids(self) -> list[int]:
-        """The completion."""
+        """Token ids of the completion."""
         return self.ids[self.prompt : self.prompt + self.answer].tolist()
 
 
@@ -47,10 +47,10 @@ def sample(
     settings: dict[str, Any],
     batch_size: int,
 ) -> list[Rollout]:
-    """A completion of each prompt, in their order; decoded in batches of like length.
+    """Complete each prompt, in batches of similar length; the result is in the prompts' order.
 
     Args:
-        seeds: one for each row; its draws are a function of it and the prompt.
+        seeds: one for each prompt; the draws of a row are a function of its seed and prompt.
         settings: options of `generate`.
     """
     found: dict[int, Rollout] = {}
@@ -68,8 +68,8 @@ def sample(
 
 
 def of_canvas(canvas: Canvas, row: int, spec: Spec, seed: int) -> Rollout:
-    """A finished row. In blocks its canvas ends with the block of the last token: what comes later
-    was never read."""
+    """The rollout in a row of a finished canvas. With blocks, its canvas ends with the block of the
+    last token, since what comes later was never read."""
     prompt, answer = int(canvas.prompt[row]), len(canvas.new_ids(row))
     stop = int(canvas.length[row])
     if spec.attention != "full":
