@@ -217,11 +217,21 @@ def test_a_card_in_the_folder_is_taken_as_it_is(hub, pushes, model, tmp_path):
 
 def test_what_is_not_the_models_stays_at_home(hub, pushes, model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "cluttered")
-    for name in ("checkpoints/checkpoint-2/optimizer.pt", "notes.txt", "custom_generate/mine.py"):
+    cluttered = ("checkpoints/checkpoint-2/optimizer.pt", "notes.txt", "custom_generate/mine.py")
+    for name in (*cluttered, "my.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     pushes(folder, "ana/tidy")
     assert set(hub.model("ana/tidy").files) == set(hub.model("ana/stories").files)
+
+
+def test_a_link_out_of_the_folder_is_not_published(hub, fails, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "linked"))
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    said = fails(folder, "ana/linked")
+    assert "special_tokens_map.json is a link to a file outside of the folder" in said
+    assert ("model", "ana/linked") not in hub.repos
 
 
 # Over an existing repository

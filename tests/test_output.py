@@ -261,17 +261,23 @@ def test_a_lock_dies_with_its_process(folder):
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_parent(folder):
     """A worker of a data loader may outlive a parent that was killed."""
-    read, written = os.pipe()
+    (ready, is_ready), (end, ended) = os.pipe(), os.pipe()
 
-    def work() -> None:
-        os.close(written)
-        os.read(read, 1)
+    def hold() -> None:
+        with claimed(folder):
+            if os.fork():
+                signal.pause()
+            os.close(ended)
+            os.write(is_ready, b"!")
+            os.read(end, 1)
+            os._exit(0)
 
-    with claimed(folder):
-        pid = in_a_child(work)
-    write(folder, "new")  # the child lives
-    os.close(written)
+    pid = in_a_child(hold)
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    write(folder, "new")  # while the child lives
+    os.close(ended)
 
 
 # Kills
