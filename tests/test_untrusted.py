@@ -279,6 +279,10 @@ def test_a_tokenizer_may_not_count_to_a_billion(folder):
         ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern is set"),
         ({"r": 10**9}, "r is 1000000000, but no stored matrix has that rank"),
         ({"r": "8"}, "r is '8'"),
+        ({"bias": "evil"}, "bias 'evil' is unknown"),
+        ({"bias": ["none"]}, "bias ['none'] is unknown"),
+        ({"trainable_token_indices": {"embed_tokens": [True]}}, "must be token ids"),
+        ({"trainable_token_indices": 5}, "must be token ids"),
     ],
 )
 def test_an_adapter_may_not_cost_more_than_its_weights(tmp_path, values, said):
