@@ -29,12 +29,14 @@ from ar2diff.checkpoint.files import (
 )
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import load_config, load_tokenizer
+from ar2diff.config.recipe import load_recipe
 from ar2diff.config.safe_json import parse_json
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.probe import probe
 from ar2diff.data import template_trial
 from ar2diff.data.template_trial import check_cost
 from ar2diff.distributed.precision import computes_in_bf16
+from ar2diff.training.memory import estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEP = "[" * 5000
@@ -277,6 +279,10 @@ def test_a_tokenizer_may_not_count_to_a_billion(folder):
         ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern is set"),
         ({"r": 10**9}, "r is 1000000000, but no stored matrix has that rank"),
         ({"r": "8"}, "r is '8'"),
+        ({"bias": "evil"}, "bias 'evil' is unknown"),
+        ({"bias": ["none"]}, "bias ['none'] is unknown"),
+        ({"trainable_token_indices": {"embed_tokens": [True]}}, "must be token ids"),
+        ({"trainable_token_indices": 5}, "must be token ids"),
     ],
 )
 def test_an_adapter_may_not_cost_more_than_its_weights(tmp_path, values, said):
@@ -427,7 +433,8 @@ def test_a_model_whose_own_forward_fails_is_not_blamed_on_the_mask(tiny_model, m
 
     monkeypatch.setattr(type(model), "forward", fail)
     assert probe(model, tiny_spec()) == [
-        "its own forward fails, without any mask too (mat1 and mat2 shapes cannot be multiplied)"
+        "its own forward fails, without the spec's masks too (mat1 and mat2 shapes cannot be "
+        "multiplied)"
     ]
 
 
@@ -462,3 +469,15 @@ def test_a_spec_names_the_key_and_quotes_little():
     spec = tiny_spec()
     assert refused(replace, spec, noise="x" * 10**6).startswith("diffusion.noise is 'xxx")
     assert len(refused(replace, spec, block_length="x" * 10**6)) < 200
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"vocab_size": 10**9}, "the tokenizer has 259 tokens, the weights 1000000000 rows"),
+        ({"num_key_value_heads": 3}, "its forward fails"),
+    ],
+)
+def test_the_estimate_of_memory_builds_no_model_that_cannot_be(folder, values, said):
+    change(folder / "config.json", **values)
+    assert said in refused(estimate, str(folder), load_recipe(None, ["data.max_length=64"]))

@@ -203,6 +203,15 @@ def _check_adapter(path: Path) -> None:
             raise Ar2DiffError(
                 f"{file}: {name} is {shortened(values[name])}, but must be a list of names", fix
             )
+    if values.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise Ar2DiffError(f"{file}: bias {shortened(values['bias'])} is unknown to peft", fix)
+    tokens = values.get("trainable_token_indices")
+    for ids in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
+        if not isinstance(ids, list) or not all(type(n) is int and n >= 0 for n in ids):
+            raise Ar2DiffError(
+                f"{file}: trainable_token_indices is {shortened(tokens)}, but must be token ids",
+                fix,
+            )
     rank = values.get("r")
     if type(rank) is not int or rank < 1:
         raise Ar2DiffError(f"{file}: r is {shortened(rank)}, but must be a rank of at least 1", fix)

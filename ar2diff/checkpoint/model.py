@@ -162,7 +162,7 @@ def load_model(
             f"model {path}: the weights lack {names[0]}{more}",
             "check that config.json and the weights belong together",
         )
-    _check_rows(path, model, tokenizer, spec)
+    check_rows(path, model, tokenizer, spec)
     if device == "auto" and quantization is None:  # bitsandbytes puts it there by itself
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None
@@ -327,11 +327,14 @@ def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:
         )
 
 
-def _check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> None:
+def check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> None:
     """Check that the ids of the tokenizer, but for a few, and those in the configs have rows.
 
     The official tokenizers of some models have a token or two more than the weights have rows, for
     models of the same family that take images too. No text ever means them.
+
+    Raises:
+        Ar2DiffError: the tokenizer or the mask token does not belong to the weights.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     # Vocabularies are padded to a round number of rows, not by a tenth of their size.

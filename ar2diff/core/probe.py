@@ -51,11 +51,22 @@ def probe(model: Any, spec: Spec) -> list[str]:
     except Exception as error:  # of any class: foreign forwards fail in their own ways
         reason = f"its forward does not accept the spec's attention masks ({first_line(error)})"
     try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        model(input_ids=ids, use_cache=False, **quiet_routers(model))
+        _run_as_stock(model)
     except Exception as error:
-        return [f"its own forward fails, without any mask too ({first_line(error)})"]
+        return [f"its own forward fails, without the spec's masks too ({first_line(error)})"]
     return [reason]
+
+
+def _run_as_stock(model: Any) -> None:
+    """One forward as before any conversion: causal, with a stock mask."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    is_causal = vars(model.config).pop("is_causal", None)
+    try:
+        mask = torch.ones_like(ids)
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **quiet_routers(model))
+    finally:
+        if is_causal is not None:
+            model.config.is_causal = is_causal
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.files import find_checkpoint, is_adapter, read_spec
-from ..checkpoint.model import Checkpoint, load_config, load_tokenizer
+from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
 from ..core.attention import Slots, lay_out
@@ -241,7 +241,9 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
         raise Ar2DiffError(
             f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
         ) from error
-    checkpoint = Checkpoint(path, model, tokenizer, read_spec(path), {})
+    spec = read_spec(path)
+    check_rows(path, model, tokenizer, spec)
+    checkpoint = Checkpoint(path, model, tokenizer, spec, {})
     recipe = fitted(recipe, checkpoint)
     convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
     if recipe.peft is not None:
