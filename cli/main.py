@@ -1,4 +1,4 @@
-"""The command line: one file a verb, heavy imports inside the verbs, one place for errors."""
+"""The command line: one file per verb, heavy imports inside the verbs, one place for errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_text(argument: str) -> None:
     except UnicodeEncodeError:
         raise Ar2DiffError(
             f"the argument {shortened(argument)} is not valid UTF-8",
-            "encode it as UTF-8; rename a file whose name is not",
+            "encode it as UTF-8; if it is a file name, rename the file",
         ) from None
 
 
@@ -125,7 +125,7 @@ def boundary() -> Iterator[None]:
     except BaseException as error:  # whatever is left is a bug of ours
         if is_panic(error):  # of a damaged tokenizer.json, at a text that its trial had not
             told = f"the tokenizer crashed ({first_line(error)})"
-            panic = Ar2DiffError(told, "check tokenizer.json, or download it again")
+            panic = Ar2DiffError(told, "download its tokenizer.json again")
             say(panic, f"error: {panic.what}\n  fix: {panic.fix}")
             sys.exit(2)
         told = "error: this is a bug in ar2diff\n  fix: please report it with the lines above"
@@ -155,4 +155,6 @@ def main() -> None:
                 print(context.get_help())
                 sys.exit(0)
             path = context.command_path if context else "ar2diff"
-            raise Ar2DiffError(error.format_message(), f"see '{path} --help'") from None
+            raise Ar2DiffError(
+                error.format_message(), f"run '{path} --help' to see the usage"
+            ) from None

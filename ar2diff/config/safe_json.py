@@ -1,5 +1,5 @@
-"""JSON that somebody else wrote, parsed within limits: no text makes the parser, or code that walks
-through the values, fail in a way of its own."""
+"""Untrusted JSON, parsed within limits: no text can make the parser, or code that walks through the
+values, fail in an unexpected way."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def _integer(digits: str) -> int:
     if len(digits) > LONGEST_INTEGER:
-        raise ValueError(f"it holds an integer of {len(digits)} digits")
+        raise ValueError(f"it contains an integer with {len(digits)} digits")
     return int(digits)
 
 
@@ -60,5 +60,5 @@ def _check(value: Any) -> None:
                 try:
                     item.encode()
                 except UnicodeEncodeError:
-                    raise ValueError("it holds a text that is not valid Unicode") from None
+                    raise ValueError("it contains a text that is not valid Unicode") from None
         level, depth = below, depth + 1
