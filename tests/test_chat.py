@@ -92,7 +92,7 @@ def test_with_a_template_the_history_is_in_it(templated, plain):
     second = answer(chat, "and?").text
     text += f"{first}<user>and?<assistant>"
     assert second == complete(plain, text, max_new_tokens=8).text
-    assert say(chat, " ") == {Note: [Note("write something, or /help")]}
+    assert say(chat, " ") == {Note: [Note("type a message, or /help")]}
 
 
 def test_messages_are_answered_as_the_template_renders_them(templated, plain):
@@ -259,7 +259,7 @@ def test_a_full_context_drops_the_oldest_exchanges(request, kind):
     assert any("were dropped" in note for note in notes)
     say(chat, "/undo")
     (problem,) = say(chat, "b" * 600)[Problem]
-    assert "your message takes 6" in problem.what
+    assert "your message has 6" in problem.what
     assert "the context has 512" in problem.what
 
 

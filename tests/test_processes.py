@@ -460,7 +460,7 @@ class TestKilledInTwo:
         process.terminate()
         said = process.communicate()[1]
         assert process.returncode == 128 + signal.SIGTERM
-        stopped = re.findall(r"^stopped by SIGTERM after step (\d+), which is saved", said, re.M)
+        stopped = re.findall(r"^stopped by SIGTERM after step (\d+), which was saved", said, re.M)
         assert len(stopped) == 1
         assert "Traceback" not in said
         saved = tmp_path / "out" / "checkpoints" / f"checkpoint-{stopped[0]}"
@@ -568,7 +568,7 @@ def test_an_error_of_two_processes_is_said_once(arguments_of, tiny_checkpoint, t
     command = launched(tmp_path, verb, str(model), *rest, *options)
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .* is cut short or damaged\n  fix: .*\n", done.stderr)
+    assert re.fullmatch(r"error: .* is incomplete or damaged\n  fix: .*\n", done.stderr)
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
 

@@ -719,7 +719,7 @@ def test_a_reward_that_ends_its_process_leaves_the_batch_out(own, capfd):
     ends = {**BATCH, "completions": ["end", "b"]}
     assert [reward(**ends), reward(**BATCH), reward(**ends)] == [[None] * 2, [1, 2], [None] * 2]
     said = capfd.readouterr().err
-    assert said.count("warning: reward f ended its process and was stopped") == 1
+    assert said.count("warning: reward f exited and was stopped") == 1
 
 
 def test_an_interrupt_ends_a_call_and_its_process(own):
