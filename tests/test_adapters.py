@@ -459,8 +459,10 @@ def test_the_same_base_in_other_files_is_the_same(make_base, tmp_path):
     for part in (0, 1):
         tensors = {name: state[name] for name in sorted(state)[part::2]}
         save_file(tensors, tmp_path / f"{part}.safetensors", metadata={"format": "pt"})
-    parts = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]
-    assert fingerprint(parts) == fingerprint([make_base() / "model.safetensors"])
+    names = {name: f"{n % 2}.safetensors" for n, name in enumerate(sorted(state))}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert fingerprint(tmp_path) == fingerprint(make_base())
 
 
 @pytest.mark.parametrize(
