@@ -116,6 +116,19 @@ def dense(_model: Any, slots: Slots, attention: str, block: int | None, *_: Any)
     return (inside | before | (past & clean_q & clean_k)) & real[:, None, None, :]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a trainer asks of a tokenizer."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.size)}
+
+
 class Step(AdaptTrainer):
     """Our trainer, or our trainer with its loss as others compute it."""
 
@@ -178,7 +191,7 @@ class Bench:
             ar_mode=ar_weight > 0, block_length=recipe.convert.block_length,
             local_window=None, max_length=job.length,
         )  # fmt: skip
-        checkpoint = Checkpoint(Path(folder), self.model, range(job.vocabulary), spec, {})
+        checkpoint = Checkpoint(Path(folder), self.model, Tokens(job.vocabulary), spec, {})
         collator = make_collator(recipe, mask)
         arguments = training_arguments(recipe, Path(folder))
         self.trainer = Step(checkpoint, recipe, arguments, data_collator=collator)
