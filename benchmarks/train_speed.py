@@ -50,7 +50,7 @@ from ar2diff.config.recipe import load_recipe
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.spec import Spec
 from ar2diff.data.documents import DocumentPart
-from ar2diff.training import loss as denoising
+from ar2diff.diffusion import task as task_module
 from ar2diff.training.adapt import AdaptTrainer, make_collator
 from ar2diff.training.arguments import training_arguments
 
@@ -116,16 +116,37 @@ def dense(_model: Any, slots: Slots, attention: str, block: int | None, *_: Any)
     return (inside | before | (past & clean_q & clean_k)) & real[:, None, None, :]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a trainer asks of a tokenizer."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.size)}
+
+
 class Step(AdaptTrainer):
     """Our trainer, or our trainer with its loss as others compute it."""
 
     way = "ours"
 
-    def denoising_loss(self, model: Any, task: denoising.Task, divisors: Tensor) -> Tensor:
-        mask_of = dense if WAYS[self.way].rebuilt else model_mask
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        mask_of, divisors = dense if WAYS[self.way].rebuilt else model_mask, num_items_in_batch
         if not WAYS[self.way].everywhere:
-            with patch.object(denoising, "model_mask", mask_of):
-                return super().denoising_loss(model, task, divisors)
+            with patch.object(task_module, "model_mask", mask_of):
+                return super().compute_loss(model, inputs, return_outputs, divisors)
+        wanted = self.task_of(inputs)
+        task = wanted.task
         mask = mask_of(model, task.slots, task.attention, task.block_length, None)
         logits = model(
             input_ids=task.input_ids, attention_mask=mask, position_ids=task.slots.pos,
@@ -133,11 +154,12 @@ class Step(AdaptTrainer):
         ).logits  # fmt: skip
         weight = torch.zeros(task.input_ids.numel(), device=logits.device)
         labels = torch.full_like(weight, IGNORED, dtype=torch.long)
-        labels[task.index], weight[task.index] = task.target, task.coef / divisors[0]
+        labels[task.index], weight[task.index] = task.target, wanted.coef / divisors[0]
         ar_weight = self.recipe.objective.ar_weight
-        labels[task.ar_index], weight[task.ar_index] = task.ar_target, ar_weight / divisors[1]
+        labels[wanted.ar_index] = wanted.ar_target
+        weight[wanted.ar_index] = ar_weight / divisors[1]
         labels, weight = labels.view_as(task.input_ids), weight.view_as(task.input_ids)
-        if task.attention != "full" and not len(task.ar_index):  # the noisy copy alone
+        if task.attention != "full" and not len(wanted.ar_index):  # the noisy copy alone
             half = labels.shape[1] // 2
             logits, labels, weight = logits[:, :half], labels[:, :half], weight[:, :half]
         ce = F.cross_entropy(
@@ -169,7 +191,7 @@ class Bench:
             ar_mode=ar_weight > 0, block_length=recipe.convert.block_length,
             local_window=None, max_length=job.length,
         )  # fmt: skip
-        checkpoint = Checkpoint(Path(folder), self.model, range(job.vocabulary), spec, {})
+        checkpoint = Checkpoint(Path(folder), self.model, Tokens(job.vocabulary), spec, {})
         collator = make_collator(recipe, mask)
         arguments = training_arguments(recipe, Path(folder))
         self.trainer = Step(checkpoint, recipe, arguments, data_collator=collator)

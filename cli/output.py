@@ -69,7 +69,9 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
         name = key.replace("_", " ")
         if isinstance(item, dict):
             lines += [f"{indent}{name}:", *_lines(item, indent + "  ")]
-        else:
+        elif isinstance(item, (list, tuple)) and item:
+            lines += [f"{indent}{name}:", *(f"{indent}  {part}" for part in item)]
+        elif item is not None and item != []:  # what does not apply is not shown
             shown = f"{item:.4g}" if isinstance(item, float) else item
             lines.append(f"{indent}{name}: {shown}")
     return lines

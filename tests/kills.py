@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 
 def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "") -> tuple[int, int]:
@@ -39,7 +39,8 @@ def in_a_child(work: Callable[[], Any], kill: int | None = None, mark: str = "")
                 marked = calls
 
         try:
-            tqdm.set_lock(threading.RLock())  # not its own, which its parent would wait for
+            # Shared with the parent, which would wait for it after a kill.
+            TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *_, **__: None
             threading.setprofile(profile)
             sys.setprofile(profile)
             work()

@@ -459,8 +459,10 @@ def test_the_same_base_in_other_files_is_the_same(make_base, tmp_path):
     for part in (0, 1):
         tensors = {name: state[name] for name in sorted(state)[part::2]}
         save_file(tensors, tmp_path / f"{part}.safetensors", metadata={"format": "pt"})
-    parts = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]
-    assert fingerprint(parts) == fingerprint([make_base() / "model.safetensors"])
+    names = {name: f"{n % 2}.safetensors" for n, name in enumerate(sorted(state))}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert fingerprint(tmp_path) == fingerprint(make_base())
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,10 @@ def test_an_adapter_of_no_diffusion_model(copy_of):
     [
         ({"modules_to_save": ["lm_head"]}, "contains modules other than LoRA layers"),
         ({"peft_type": "LOHA"}, "is of type .LOHA."),
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "contains modules other than LoRA layers"),
+        (
+            {"megatron_config": {"a": 1}, "megatron_core": "os"},
+            "contains modules other than LoRA layers",
+        ),
         ({"r": 3}, "do not belong together"),
         ({"target_modules": ["q_proj"]}, "do not belong together"),
     ],

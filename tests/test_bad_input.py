@@ -201,7 +201,7 @@ def test_compile_without_a_compiler(adapts_not, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     said = adapts_not(tiny_checkpoint, "train.compile=true")
-    assert "train.compile: torch compiles for CPUs with no-such-compiler" in said
+    assert "train.compile needs no-such-compiler on a CPU" in said
 
 
 def test_disk_too_full_to_start(adapts_not, tiny_checkpoint, monkeypatch):
@@ -429,9 +429,12 @@ def test_system_message_without_a_chat_template(fails, converted):
 @pytest.mark.parametrize(
     "setting,said",
     [
-        ("train.report_to=wandbb", "train.report_to wandbb"),
+        ("train.report_to=wandbb", "train.report_to 'wandbb'"),
         ("convert.mask_token='</s>'", "has another use"),
-        ("data.sources=[{path: a, weight: 1}, {path: b}]", "either all sources or no source must have a weight"),
+        (
+            "data.sources=[{path: a, weight: 1}, {path: b}]",
+            "either all sources or no source must have a weight",
+        ),
         ("train.decay_steps=5", "with train.schedule warmup_stable_decay"),
         ("train.schedule=warmup_stable_decay", "needs decay_steps"),
         ("eval.steps=1", "no text has 128 tokens"),
@@ -594,7 +597,7 @@ def test_end_token_outside_of_what_the_template_marks(tunes_not, converted, tmp_
         "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     said = tunes_not(converted, f"data.chat_template={tmp_path / 'a.jinja'}", rows=CHATS)
-    assert "nothing would teach to stop" in said
+    assert "nothing would teach the model to stop" in said
 
 
 def test_tools_in_a_template_without_them(tunes_not, converted):

@@ -422,7 +422,7 @@ def test_settings_that_a_denoiser_cannot_honour_are_left_out_and_noted(save_tiny
     }  # fmt: skip
     kept = {"repetition_penalty": 1.3, "num_return_sequences": 1}
     change(base / "generation_config.json", **odd, **kept)
-    notes = adapt(str(base), only_convert(), tmp_path / "out")["notes"]
+    notes = adapt(str(base), only_convert(), tmp_path / "out").notes
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert not odd.keys() & said.keys() and said["repetition_penalty"] == 1.3
     assert {note.split("=")[0] for note in notes} == {*odd}
@@ -433,7 +433,7 @@ def test_settings_that_a_denoiser_cannot_honour_are_left_out_and_noted(save_tiny
 def test_sampling_that_a_base_asks_for_is_kept(save_tiny, tmp_path):
     base = save_tiny("llama")
     change(base / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.9)
-    assert "notes" not in adapt(str(base), only_convert(), tmp_path / "out")
+    assert adapt(str(base), only_convert(), tmp_path / "out").notes == []
     said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (said["temperature"], said["top_p"]) == (0.6, 0.9)
 

@@ -372,7 +372,9 @@ def test_a_download_that_differs_is_seen(hub, fails, published, model):
     try:
         assert "the download has different logits" in fails(model, "ana/stories")
         hub.altered = {f"{FOLDER}/samplers.py": b"x" * len(custom_generate()["samplers.py"])}
-        assert "the downloaded model differs from the local one in its decoding code" in fails(model, "ana/stories")
+        assert "the downloaded model differs from the local one in its decoding code" in fails(
+            model, "ana/stories"
+        )
     finally:
         hub.altered = {}
 
@@ -437,7 +439,9 @@ def test_an_adapter_on_a_base_of_this_machine_is_refused(fails, adapter, model):
 def test_an_adapter_on_another_base_is_refused_before_the_upload(hub, fails, adapter, base, train):
     wrong = held(train(base, "wrong", "train.seed=8", steps=0))
     hub.add_repo("ana/wrong", wrong | {"README.md": b"---\nlicense: mit\n---\n"})
-    assert "are not the ones it was trained on" in fails(adapter, "ana/misled", "--base", "ana/wrong")
+    assert "are not the ones it was trained on" in fails(
+        adapter, "ana/misled", "--base", "ana/wrong"
+    )
     said = fails(adapter, "ana/misled", "--base", "ana/none")
     assert "there is no repository ana/none on the Hub" in said
     assert ("model", "ana/misled") not in hub.repos

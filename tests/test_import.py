@@ -384,7 +384,10 @@ def test_fused_rows_that_the_config_does_not_mean_are_refused(make, fails):
         ({"architectures": ["LlamaForCausalLM"], "auto_map": None}, "ar2diff adapt"),
         ({"mask_token_id": 64}, "is an ordinary token of the vocabulary"),
         ({"mask_token_id": 271}, "mask_token_id 271 is out of range: the tokenizer has 262 tokens"),
-        ({"mask_token_id": "260"}, "mask_token_id is '260' in its config.json, but must be an integer"),
+        (
+            {"mask_token_id": "260"},
+            "mask_token_id is '260' in its config.json, but must be an integer",
+        ),
         ({"use_mrope": True}, "use_mrope is True"),
         ({"hidden_size": "wide"}, "its config.json does not describe a qwen2 model"),
     ),
@@ -426,7 +429,7 @@ def test_other_verbs_point_to_the_import(make, run_both, tmp_path, verb):
     more = ("--output-dir", tmp_path / "out") if verb[0] == "adapt" else ()
     code, _, err = run_both(*verb, make(foreign.dream()), *more)
     assert code == 2
-    assert "run 'ar2diff import'" in err
+    assert "bring it in with 'ar2diff import'" in err
 
 
 def test_pickled_weights_are_refused(make, fails):

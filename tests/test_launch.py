@@ -193,7 +193,10 @@ def test_a_flag_that_the_launcher_does_not_know(monkeypatch, capsys, stories, ti
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "does not accept the flags after --: unrecognized arguments: --nonsense" in capsys.readouterr().err
+    assert (
+        "does not accept the flags after --: unrecognized arguments: --nonsense"
+        in capsys.readouterr().err
+    )
 
 
 def test_dry_run_shows_what_would_be_started(

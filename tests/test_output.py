@@ -102,7 +102,9 @@ def test_a_link_is_neither_followed_nor_deleted(old, tmp_path, name):
     (old / name).unlink(missing_ok=True)
     (old / name).symlink_to(outside)
     before = held(old)
-    with pytest.raises(Ar2DiffError, match=f"{name} is a symbolic link, but ar2diff would have to write there"):
+    with pytest.raises(
+        Ar2DiffError, match=f"{name} is a symbolic link, but ar2diff would have to write there"
+    ):
         write(old, "new", overwrite=True)
     assert (held(old), held(outside)) == (before, {"precious": "mine"})
     assert (old / name).is_symlink()

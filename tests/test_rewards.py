@@ -808,7 +808,7 @@ def test_a_reward_that_is_always_stopped_ends_the_run(own):
     reward = own(sleeps, time_limit=0.1)
     assert [reward(**BATCH) for _ in range(2)] == [[None, None]] * 2
     fails(
-        lambda: reward(**BATCH), "f took longer than 0.1 seconds and was stopped, 3 times in a row",
+        lambda: reward(**BATCH), "f took longer than 0.1 seconds and was stopped 3 times in a row",
         "'first prompt'", "time_limit",
     )  # fmt: skip
 

@@ -86,7 +86,8 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["train.compile=true"], ROWS, "train.compile cannot be used with rl"),
     (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens cannot be set for rollouts"),
     (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' does not write"),
-    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores under the same policy differ"),
+    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores under the same "
+    "policy differ"),
     (["rl.num_generation=4"], ROWS, "did you mean rl.num_generations?"),
 ]  # fmt: skip
 

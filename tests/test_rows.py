@@ -17,7 +17,7 @@ from ar2diff.config.sections import Source
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.chat_template import chat_template
 from ar2diff.data.conversations import read_conversations, tokenize_conversations
-from ar2diff.data.rows import as_dataset, parse_json, read_file, read_stdin
+from ar2diff.data.rows import as_dataset, parse_value, read_file, read_stdin
 from ar2diff.data.sources import identity, read_source, read_texts
 from ar2diff.data.turns import IGNORED
 from ar2diff.rewards.builtin import exact
@@ -132,7 +132,7 @@ BIG = "9" * 5000
 DEEP = '{"a":' * 100_000
 BROKEN = [  # name, content, what is said of it
     ("a.jsonl", '{"text": "a"}\n{"text": "b"', "row 2 is not JSON: Expecting"),
-    ("a.jsonl", f'{{"text": "a"}}\n{{"n": {BIG}}}', "row 2 is not JSON: Exceeds the limit"),
+    ("a.jsonl", f'{{"text": "a"}}\n{{"n": {BIG}}}', "row 2 is not JSON: an integer of 5000 digits"),
     ("a.jsonl", DEEP, "row 1 is not JSON: nested more than 100 levels deep"),
     ("a.jsonl", '{"a":' * 200 + "1" + "}" * 200, "row 1 is not JSON: nested more than 100"),
     ("a.jsonl", '{"n": NaN}', "row 1 is not JSON: NaN is not a JSON number"),
@@ -142,7 +142,7 @@ BROKEN = [  # name, content, what is said of it
     ("a.jsonl", b'{"text": "a"}\n\xff\xfe', "row 2 is not UTF-8 text: invalid start byte"),
     ("a.jsonl", "\n \n", "is empty"),
     ("a.json", "[" * 100_000, "a.json is not JSON: nested more than"),
-    ("a.json", f"[{BIG}]", "a.json is not JSON: Exceeds the limit"),
+    ("a.json", f"[{BIG}]", "a.json is not JSON: an integer of 5000 digits"),
     ("a.json", '"text"', "a.json holds text, but must hold a list of rows"),
     ("a.json", '{"text": "a"}', "a.json holds an object, but must hold a list of rows"),
     ("a.json", '[{"text": "a"}, 3]', "row 2 is a number, but must be an object"),
@@ -453,6 +453,6 @@ def test_json_is_read_exactly():
         + "0" * 60
         + "}"
     )
-    assert parse_json(text) == {
+    assert parse_value(text) == {
         "a": 9007199254740993, "b": "007", "c": 1.5, "d": "😀", "e": 10**60,
     }  # fmt: skip

@@ -366,7 +366,7 @@ def read_json(file: Path, fix: str, most: int = MOST_CONFIG) -> dict[str, Any]:
     except OSError as error:
         raise Ar2DiffError(f"{file}: {error.strerror or error}", AGAIN) from None
     except ValueError as error:
-        raise Ar2DiffError(f"{file} is not usable JSON: {error}", AGAIN) from None
+        raise Ar2DiffError(f"{file} is not JSON: {error}", AGAIN) from None
     if not isinstance(value, dict):
         raise Ar2DiffError(f"{file} is not a JSON object", AGAIN)
     return value

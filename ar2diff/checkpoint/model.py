@@ -133,7 +133,7 @@ def load_model(
     else:
         kind, quantized = _dtype(dtype, stored), {}
     try:
-        outline = _outline(config)
+        outline = outline_of(config)
         _refuse_size(path, outline, tensors)
         if quantization is not None:
             check_four_bit_shapes(path, outline)
@@ -308,7 +308,7 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _outline(config: Any) -> Any:
+def outline_of(config: Any) -> Any:
     """The model of a config without storage, which costs no memory whatever its size."""
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

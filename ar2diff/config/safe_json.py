@@ -4,61 +4,76 @@ values, fail in an unexpected way."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 DEEPEST = 100  # levels of nesting; what real files need is below 20
 LONGEST_INTEGER = 40  # digits; tokenizers write "no limit" as 10^30
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(
+    text: str | bytes, *, longest_integer: int = LONGEST_INTEGER, constants: bool = True
+) -> Any:
     """The value of a JSON text.
 
     Args:
         text: bytes are read as UTF-8, the only encoding that JSON files may have.
+        longest_integer: digits that an integer may have.
+        constants: accept NaN and Infinity, which Python writes, and configs of some models contain.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, nested deeper than `DEEPEST`, or holds an integer of
-            more than `LONGEST_INTEGER` digits or a text that is not valid Unicode. The message is
-            one line, to follow "the file is not usable JSON".
+        ValueError: it is not JSON, not UTF-8, nested deeper than `DEEPEST`, or contains an integer
+            that is too long, a constant that is not accepted, or half a surrogate pair. The message
+            is one line, to follow "the file is not JSON: ".
     """
     if isinstance(text, bytes):
         if text.startswith(b"\xef\xbb\xbf"):
-            raise ValueError("it begins with a byte order mark")
+            raise ValueError("a byte order mark at the start")
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
+            raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    too_deep = ValueError(f"nested more than {DEEPEST} levels deep")
     try:
-        value = json.loads(text, parse_int=_integer)
+        value = json.loads(
+            text,
+            parse_int=partial(_integer, longest=longest_integer),
+            parse_constant=None if constants else _constant,
+        )
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise too_deep from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{error.msg} at {place}") from None
-    _check(value)
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise ValueError(f"{error.msg} at {line}column {error.colno}") from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise too_deep
+    if "\\ud" in text or "\\uD" in text:  # JSON itself allows half a surrogate pair
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is not valid Unicode") from None
     return value
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > LONGEST_INTEGER:
-        raise ValueError(f"it contains an integer with {len(digits)} digits")
+def _integer(digits: str, longest: int) -> int:
+    if len(digits) > longest:
+        raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
 
-def _check(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        if depth > DEEPEST:
-            raise ValueError("it is nested too deeply")
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += [*item, *item.values()]
-            elif isinstance(item, list):
-                below += item
-            elif isinstance(item, str) and not item.isascii():
-                try:
-                    item.encode()
-                except UnicodeEncodeError:
-                    raise ValueError("it contains a text that is not valid Unicode") from None
-        level, depth = below, depth + 1
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _is_deep(value: Any) -> bool:
+    level: Iterable[Any] = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            item
+            for v in level
+            for item in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]
+        if not level:
+            return False
+    return True

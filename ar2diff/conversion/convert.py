@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import re
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.model import Checkpoint, write_spec
+from ..checkpoint.model import Checkpoint, load_tokenizer, write_spec
 from ..config.recipe import Convert
 from ..core.attention import layer_windows
 from ..core.errors import Ar2DiffError, option, shortened
@@ -209,7 +210,7 @@ def _add_token(checkpoint: Checkpoint, role: str, token: str) -> Any:
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            tokenizer = type(tokenizer).from_pretrained(folder)
+            tokenizer = load_tokenizer(Path(folder))
         tokenizer.name_or_path = checkpoint.tokenizer.name_or_path
         checkpoint.tokenizer = tokenizer
         ids = [*tokenizer.get_vocab().values()]

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from .. import __version__
 from ..checkpoint.files import (
     WEIGHTS,
@@ -27,7 +24,7 @@ from ..checkpoint.files import (
     read_spec,
     weight_files,
 )
-from ..checkpoint.model import load_tokenizer
+from ..checkpoint.model import load_config, load_tokenizer, outline_of
 from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
@@ -179,10 +176,9 @@ def _check_weights(path: Path) -> str:
         The name of the class that holds them.
     """
     tensors = stored_tensors(path)
+    config = load_config(path, len(tensors))
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = outline_of(config)
     except Exception as error:  # a value of the wrong type, a class without sdpa
         raise Ar2DiffError(
             f"model {path}: its config.json does not describe a model ({first_line(error)})", BELONG

@@ -102,7 +102,10 @@ class _Prober:
         self.xt[0, torch.arange(1, LENGTH, 2)] = spec.mask_token_id
         self.pos = torch.arange(LENGTH, device=model.device)[None]
         self.doc = torch.zeros_like(self.pos)
-        self.dtypes = {p.dtype for p in model.parameters() if p.dtype in ROUNDED}
+        # Layers in 4 bits compute in another dtype than that of the parameters beside them.
+        dtypes = {p.dtype for p in model.parameters()}
+        dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+        self.dtypes = dtypes & {*ROUNDED}
 
     def run(
         self, input_ids: Tensor, slots: Slots, cache: Any = None, queries: range | None = None

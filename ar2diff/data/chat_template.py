@@ -134,8 +134,8 @@ def check_options(tokenizer: Any, options: dict[str, Any], where: str) -> None:
 
 def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 64) -> int:
     """How many of the first rows teach their last answer after different tokens than a chat would
-    end
-    its prompt with: a tokenizer may merge the end of the prompt with the start of the answer."""
+    end its prompt with: a tokenizer may merge the end of the prompt with the start of the
+    answer."""
     found = 0
     for row in rows[:most]:
         messages, tools = row["messages"], row.get("tools")

@@ -9,22 +9,22 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..config.safe_json import parse_json
 from ..core.errors import Ar2DiffError, first_line, shortened
 
 STDIN = "-"
 BOM = b"\xef\xbb\xbf"  # that some programs begin a UTF-8 file with
 KINDS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 SUFFIXES = tuple(f"{kind}{gz}" for kind in KINDS for gz in ("", ".gz"))
-DEEPEST = 100  # levels of nesting within a row
+LONGEST_INTEGER = 4300  # digits; longer ones Python itself does not read
 FIX = "correct or remove it"
 LARGEST_CELL = 2**31 - 1  # characters of a CSV cell; the csv module's default is 131,072
 
@@ -76,28 +76,9 @@ def stdin_bytes(stdin: Any) -> bytes:
     return stdin.buffer.read() if hasattr(stdin, "buffer") else stdin.read().encode()
 
 
-def parse_json(text: str) -> Any:
-    """A JSON value, nested at most `DEEPEST` levels deep and of valid Unicode.
-
-    Raises:
-        ValueError: the text is none; the message says why, to follow "is not JSON".
-    """
-    try:
-        value = json.loads(text, parse_constant=_no_constant)
-        if text.count("[") + text.count("{") > DEEPEST:
-            _check_depth(value)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is valid in JSON alone
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column" if "\n" in text.strip() else "column"
-        raise ValueError(f"{error.msg} at {place} {error.colno}") from None
-    except RecursionError:
-        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair is not valid Unicode") from None
-    except ValueError as error:  # an integer of too many digits
-        raise ValueError(str(error).split(";")[0]) from None
-    return value
+def parse_value(text: str) -> Any:
+    """A JSON value of a row; errors as of `parse_json`."""
+    return parse_json(text, longest_integer=LONGEST_INTEGER, constants=False)
 
 
 def as_dataset(rows: list[dict[str, Any]]) -> Any:
@@ -118,7 +99,7 @@ def as_dataset(rows: list[dict[str, Any]]) -> Any:
 def _json_lines(file: BinaryIO, name: str, line_as: str) -> Iterator[Row]:
     for where, line in _lines(file, name):
         try:
-            row = parse_json(line)
+            row = parse_value(line)
         except ValueError as error:
             raise Ar2DiffError(f"{where} is not JSON: {error}", FIX) from None
         yield where, _mapping(row, where)
@@ -128,7 +109,7 @@ def _json(file: BinaryIO, name: str, line_as: str) -> Iterator[Row]:
     """A list of rows, or a mapping that holds one; or JSON lines, which often have this suffix."""
     content = file.read().removeprefix(BOM)
     try:
-        value = parse_json(_decoded(content, name))
+        value = parse_value(_decoded(content, name))
     except ValueError as error:
         if "Extra data" in str(error):
             yield from _json_lines(io.BytesIO(content), name, line_as)
@@ -268,20 +249,3 @@ def kind_of(value: Any) -> str:
         float: "a number", type(None): "null",
     }  # fmt: skip
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _check_depth(value: Any) -> None:
-    level: Iterable[Any] = [value]
-    for _ in range(DEEPEST):
-        level = [
-            item
-            for v in level
-            for item in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
-        ]
-        if not level:
-            return
-    raise RecursionError

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.errors import Ar2DiffError, option, shortened
 from .columns import likely_columns
-from .rows import FIX, kind_of, parse_json
+from .rows import FIX, kind_of, parse_value
 from .sources import columns_of
 
 SPEAKERS = {  # in ShareGPT and similar data
@@ -226,6 +226,6 @@ def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 def _of_json(text: str, where: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_value(text)
     except ValueError as error:
         raise Ar2DiffError(f"{where} is a text that is not JSON: {error}", FIX) from None
