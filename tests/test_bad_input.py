@@ -319,10 +319,10 @@ GENERATE_MISTAKES = [
     (["--order", "margin"], "--order margin needs a fixed number of steps"),
     (["--repetition-penalty", 0], "--repetition-penalty is 0.0"),
     (["--max-new-tokens", -1], "--max-new-tokens is -1"),
-    (["--draft-length", 3], "--draft-length needs --mode speculative"),
+    (["--draft-length", 3], "--draft-length only works with --mode speculative"),
     (
         ["--steps-per-block", 3, "--mode", "ar"],
-        "--steps-per-block belongs to --mode diffusion, not to --mode ar",
+        "--steps-per-block only works with --mode diffusion, not with --mode ar",
     ),
     (["--treshold", 3], "No such option: --treshold"),
     (["--stream", "--json"], "--stream prints text"),

@@ -260,13 +260,13 @@ def test_a_full_context_drops_the_oldest_exchanges(request, kind):
     say(chat, "/undo")
     (problem,) = say(chat, "b" * 600)[Problem]
     assert "your message has 6" in problem.what
-    assert "the context has 512" in problem.what
+    assert "only has room for 512" in problem.what
 
 
 def test_room_for_less_than_asked_for_is_said(plain):
     chat = Chat(plain, {"max_new_tokens": 600, "mode": "speculative"})
     events = say(chat, "the cat")
-    assert events[Note][0] == Note("the context has room for 504 tokens, not 600")
+    assert events[Note][0] == Note("the context has room for only 504 of 600 new tokens")
     assert events[Answer][0].new_tokens <= 504
 
 

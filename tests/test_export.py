@@ -220,7 +220,7 @@ def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run_bo
         ({"hidden_act": "gelu"}, "its activation is 'gelu', not silu"),
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            "its model_type is 'llama', but the engines run qwen3 and qwen3_moe",
+            "its model_type is 'llama', but the engines only run qwen3 and qwen3_moe",
         ),
     ),
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -304,7 +304,10 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
         (lambda header: header.update({NORM: [1]}), "incomplete or damaged"),
         (lambda header: header.pop(HEAD), "incomplete or damaged"),  # leaves a gap
         (lambda header: header[NORM].update(shape=[1, 32]), "norm.weight has shape [1, 32]"),
-        (lambda header: header.update({"x": header.pop(HEAD)}), "lack lm_head.weight"),
+        (
+            lambda header: header.update({"x": header.pop(HEAD)}),
+            "lm_head.weight is missing from its weights",
+        ),
     ),
     ids=["dtype", "huge", "size", "overlap", "type", "gap", "shape", "name"],
 )

@@ -620,8 +620,8 @@ def test_what_a_recipe_says_stands_above_its_preset():
 BATCHES = ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=4"]
 REFUSED = [  # overrides, attention, part of the message
     (["rl.rewards=[]"], BLOCKS, "rl.rewards is empty"),
-    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode 'ar' does not write"),
-    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode 'diffusion' does not write"),
+    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode 'ar' cannot be scored"),
+    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode 'diffusion' cannot be scored"),
     (["rl.estimator=ar"], FULL, "rl.estimator=ar needs an AR mode"),
     (["objective.kind=ar"], BLOCKS, "rl.estimator trajectory needs a diffusion model"),
     (["rl.estimator=one_step", "rl.prompt_mask=0.1"], BLOCKS, "rl.prompt_mask has no effect with"),
@@ -635,7 +635,7 @@ REFUSED = [  # overrides, attention, part of the message
     (["rl.sampler.nonsense=1"], BLOCKS, "rl.sampler.nonsense is not an option"),
     (["rl.sampler.top_p=2"], BLOCKS, "rl.sampler.top_p is 2"),
     (["rl.estimator=spg", "rl.beta=0.1"], BLOCKS, "rl.beta cannot be used with the spg"),
-    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high is the largest ratio"),
+    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high must be at least 1"),
     (["train.per_device_train_batch_size=6"], BLOCKS, "a generation step produces 6 completions"),
     (
         ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=3"],

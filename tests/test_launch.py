@@ -84,7 +84,7 @@ def test_launch_file_that_does_not_exist(refused, tmp_path, name):
         ("a.yaml", "a: [", "a.yaml is not an accelerate config"),
         ("a.yaml", "num_processes: 2", "it has no 'distributed_type'"),
         ("a.yaml", "{distributed_type: MULTI_CPU, num_processes: 2}", "a single process"),
-        ("a.yaml", "{distributed_type: MULTI_GPU, num_processes: 2, use_cpu: true}", "as one"),
+        ("a.yaml", "{distributed_type: MULTI_GPU, num_processes: 2, use_cpu: true}", "a single"),
     ],
 )
 def test_launch_file_that_would_not_do_it(refused, tmp_path, name, text, says):

@@ -582,7 +582,7 @@ def test_resume_with_another_sharding_is_refused(train_in_two, tiny_checkpoint, 
     record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
     record["recipe"] = recipe.model_dump(mode="json")
     (tmp_path / "out" / "ar2diff.json").write_text(json.dumps(record))
-    with pytest.raises(Ar2DiffError, match="its sharding was 'zero1 x 2', and is None now"):
+    with pytest.raises(Ar2DiffError, match="its sharding was 'zero1 x 2', but is now None"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 

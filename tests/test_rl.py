@@ -85,7 +85,7 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["rl.sampler.nonsense=1"], ROWS, "nonsense"),
     (["train.compile=true"], ROWS, "train.compile cannot be used with rl"),
     (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens cannot be set for rollouts"),
-    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' does not write"),
+    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' cannot be scored"),
     (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores under the same "
     "policy differ"),
     (["rl.num_generation=4"], ROWS, "did you mean rl.num_generations?"),

@@ -154,7 +154,7 @@ BROKEN = [  # name, content, what is said of it
     ("a.csv", "", "is empty"),
     ("a.parquet", "nothing", "a.parquet cannot be read: "),
     ("a.txt", b"fine\n\xff\xfe\n", "row 2 is not UTF-8 text"),
-    ("a.bin", "x", "a.bin: unknown file type"),
+    ("a.bin", "x", "a.bin has an unknown file type"),
     ("a.jsonl.gz", None, "a.jsonl.gz cannot be read: "),
 ]  # fmt: skip
 
@@ -313,7 +313,7 @@ UNREADABLE = [  # a row, what is said of it, and how it can be read or fixed
     ({"messages": "[{"}, "messages is a text that is not JSON", "correct"),
     ({"messages": ["a"]}, "messages[0] is text, but must be a message", "correct"),
     ({"messages": [{"role": 3, "content": "a"}]}, "messages[0]: the message has no", "correct"),
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "no role 'narrator'", "human"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "the role 'narrator' is unknown", "human"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
         "messages[0].content[0] is a part of type 'image'", "correct",

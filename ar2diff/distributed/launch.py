@@ -262,7 +262,7 @@ def _parsed(parse: Any, command: list[str]) -> Any:
     except SystemExit:
         line = (said.getvalue().strip().splitlines() or ["not understood"])[-1]
         raise Ar2DiffError(
-            "the launcher does not accept the flags after --:  "
+            "the launcher does not accept the flags after --: "
             f"{line.partition('error: ')[2] or line}",
             "see 'torchrun --help' or 'accelerate launch --help'",
         ) from None
