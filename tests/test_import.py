@@ -429,7 +429,7 @@ def test_other_verbs_point_to_the_import(make, run_both, tmp_path, verb):
     more = ("--output-dir", tmp_path / "out") if verb[0] == "adapt" else ()
     code, _, err = run_both(*verb, make(foreign.dream()), *more)
     assert code == 2
-    assert "bring it in with 'ar2diff import'" in err
+    assert "run 'ar2diff import' on it first" in err
 
 
 def test_pickled_weights_are_refused(make, fails):

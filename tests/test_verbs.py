@@ -97,7 +97,7 @@ def test_an_error_of_a_library_is_not_put_down_to_the_rows(call, monkeypatch, ve
 
 
 def test_resume_and_overwrite_contradict_each_other(call):
-    with pytest.raises(Ar2DiffError, match="resume=True and overwrite=True contradict"):
+    with pytest.raises(Ar2DiffError, match="resume=True and overwrite=True cannot be combined"):
         call("adapt", resume=True, overwrite=True)
 
 
