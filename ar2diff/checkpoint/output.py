@@ -40,8 +40,16 @@ WRITTEN = re.compile(
     r"|configuration_\w+\.py|custom_generate|checkpoints"
 )
 _held: set[int] = set()  # file descriptors of locks
-# A forked child (a worker of a data loader) must not keep the lock of a parent that was killed.
-os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in _held])
+
+
+def _forget_locks() -> None:
+    """In a forked child (a worker of a data loader), which must not keep the lock of a parent that
+    was killed: close it once, as the number may become that of another file."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 class Output:
