@@ -251,6 +251,8 @@ HOSTILE = [  # an override, or a file; what is said of it
     (b"\xff\xfe", "cannot be read: "),
     (b"a: " + b"x" * 1_000_001, "it is larger than 1,000,000 bytes"),
     (b"a: [", "is not valid YAML"),
+    *((b"description: " + value, "(!!)") for value in (b"!!int ''", b"!!bool x", b"!!float ''")),
+    (b"description: !!timestamp x", "timestamp"),
 ]
 
 
