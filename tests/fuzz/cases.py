@@ -77,7 +77,17 @@ def make(root: Path, seed: int, number: int, sound: bool = False) -> Case:
         case.notes += [note] if note else []
         if done == wanted:
             break
+    case.patient |= _trains_on(case)
     return case
+
+
+def _trains_on(case: Case) -> bool:
+    """Whether nothing says any more after how many steps a training ends: by default it is long."""
+    recipe = case.files.get("recipe")
+    told = recipe.read_bytes() if recipe and recipe.is_file() else b""
+    return case.verb in ("adapt", "sft", "rl") and b"max_steps" not in told + repr(
+        case.words
+    ).replace("-", "_").encode("utf-8", "replace")
 
 
 def _bring(case: Case, stock: Path, role: str, name: str) -> str:
