@@ -91,6 +91,19 @@ def find_checkpoint(reference: str, code: bool = False, weights: bool = True) ->
         ) from error
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that the system cannot even look up.
+
+    Raises:
+        Ar2DiffError: a name in it is too long, or a folder on the way is not readable.
+    """
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise Ar2DiffError(f"{shortened(str(path))}: {reason}", "check the name") from None
+
+
 def inside(folder: Path, name: Any) -> Path:
     """The path of a file of a checkpoint folder, by the name that the folder itself gives it.
 

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.errors import Ar2DiffError, option
-from .files import ADAPTER_CONFIG, RUN_FILE
+from .files import ADAPTER_CONFIG, RUN_FILE, check_path
 
 LAST = ("config.json", ADAPTER_CONFIG)  # a folder holds a model once it has one of these
 CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
@@ -185,6 +185,7 @@ def check_output(
         Ar2DiffError: the folder holds an input, files that are not ours or a model that is not to
             be replaced; it is a file, is not writable, or another process writes there.
     """
+    check_path(output_dir)
     elsewhere = f"give another {option('output_dir')}"
     target = output_dir.resolve()
     for path in inputs:

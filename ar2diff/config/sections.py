@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from .section import MOST_ROWS, MOST_SAMPLES, Section
 
 
 class Convert(Section):
@@ -171,7 +171,9 @@ class Train(Section):
     """Optimization. Fields are named after transformers.TrainingArguments where it has them."""
 
     max_steps: int = Field(1000, ge=0, description="optimizer steps; 0 converts without training")
-    per_device_train_batch_size: int = Field(8, gt=0, description="rows in a micro-batch")
+    per_device_train_batch_size: int = Field(
+        8, gt=0, le=MOST_ROWS, description="rows in a micro-batch"
+    )
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches in an optimizer step"
     )
@@ -211,7 +213,7 @@ class Eval(Section):
     data: str | None = Field(None, description="file; null: rows held out of the training data")
     rows: int = Field(16, gt=0, description="evaluation rows")
     length: int = Field(128, gt=1, description="tokens of an evaluation row")
-    samples: int = Field(4, gt=0, description="noise draws per row")
+    samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
     steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
     panel_steps: int = Field(
         0, ge=0, description="training steps between samples shown while denoised; 0: never"

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
-from ..core.errors import Ar2DiffError, option
+from ..config.section import MOST_SAMPLES
+from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
 from ..data.sources import read_texts
 from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
@@ -101,7 +102,7 @@ def evaluate(
         data: a file of rows, `-` for standard input, a Hub data set, or the texts themselves.
         text_field: the field of a row that holds the text.
         length: tokens of a window; shorter texts are left out.
-        samples: noise draws for each window.
+        samples: noise draws for each window, which one forward takes together.
         limit: number of windows, from the start of the file; None: all.
 
     Raises:
@@ -111,6 +112,10 @@ def evaluate(
     for name, value, least in (("length", length, 2), ("samples", samples, 1)):
         if value < least:
             raise Ar2DiffError(f"{option(name)} is {value}", f"give at least {least}")
+    if samples > MOST_SAMPLES:
+        raise Ar2DiffError(
+            f"{option('samples')} is {shortened(samples)}", f"give at most {MOST_SAMPLES}"
+        )
     source = str(data) if isinstance(data, str | Path) else None
     name = f"{option('data')} {source}" if source else option("data")
     checkpoint = model if isinstance(model, Checkpoint) else _load(model)
