@@ -7,7 +7,7 @@ fine-tunes them.
     model = ar2diff.load("runs/qwen")
     print(model.generate("The sea", max_new_tokens=64))
 
-Training, each as the command of its name:
+Training, with the same names as the commands:
     adapt               converts a checkpoint and trains it until it denoises
     sft                 tunes a converted model on conversations
     rl                  tunes a converted model by rewards
@@ -19,13 +19,13 @@ Using a model:
     check               what a checkpoint is, and whether it does what its config says
 
 Moving models:
-    merge               makes a whole model of an adapter and its base
-    import_checkpoint   brings in a diffusion checkpoint of another family
+    merge               merges an adapter into its base
+    import_checkpoint   imports a diffusion checkpoint of another family
     export              writes a converted model in a layout that engines read
     push                publishes a model or an adapter on the Hugging Face Hub
 
 Classes:
-    AdaptTrainer, DiffusionSFTTrainer, DiffusionGRPOTrainer     the trainers, for loops of your own
+    AdaptTrainer, DiffusionSFTTrainer, DiffusionGRPOTrainer     for your own training loops
     Spec                what a logit of a converted model means: `diffusion` of its config.json
     Ar2DiffError        every error that a user can fix, with `what`, `fix` and `option`
 """

@@ -1,4 +1,5 @@
-"""What this machine has installed, what it can compute, and settings with surprising effects."""
+"""What this machine has installed, what it can compute with, and settings with surprising
+effects."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ PACKAGES = (
     "bitsandbytes",
     "lm-eval",
 )
-LITTLE = 5e9  # bytes of free disk space below which a warning is due
+LITTLE = 5e9  # bytes of free disk space below which there is a warning
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Machine:
     """Facts about this machine; none of them is a secret.
 
     Attributes:
-        ar2diff, python: versions.
+        ar2diff, python: their versions.
         packages: version of each library that ar2diff uses, or `not installed`.
         accelerator: name of the first accelerator; `accelerators`: how many there are.
         precision: what training computes in when `train.precision` is `auto`.
@@ -55,7 +56,7 @@ class Machine:
 
 
 def examine() -> Machine:
-    """Look at this machine."""
+    """Examine this machine."""
     import torch
 
     from . import __version__
@@ -85,7 +86,7 @@ def _warnings(free: int) -> list[str]:
     if importlib.util.find_spec("ar2diff").origin is None:
         found.append("a leftover folder in site-packages hides ar2diff; uninstall and reinstall it")
     if free < LITTLE:
-        found.append(f"less than {LITTLE / 1e9:.0f} GB of disk space are free")
+        found.append(f"less than {LITTLE / 1e9:.0f} GB of disk space is free")
     return found
 
 

@@ -6,6 +6,6 @@ from .training import training_verb
 
 adapt = training_verb(
     "adapt",
-    "Turn an autoregressive checkpoint into a diffusion model.",
+    "Convert an autoregressive model into a diffusion model, and train it.",
     "Qwen/Qwen3-0.6B --recipe qwen3-0.6b --data stories.jsonl",
 )

@@ -26,10 +26,10 @@ UNDECIDED, FRESH = "dim", "bold green"
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
     system: Annotated[
-        str | None, typer.Option(help="System message, if the model has a chat template.")
+        str | None, typer.Option(help="System message; needs a model with a chat template.")
     ] = None,
     pause: Annotated[
-        float, typer.Option(min=0, help="Seconds to pause after each forward, to watch it.")
+        float, typer.Option(min=0, help="Seconds to pause after each forward pass, to watch it.")
     ] = 0.0,
     *,
     settings: dict[str, Any],
@@ -168,7 +168,7 @@ def _typed() -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)")
+            print("\n(press Ctrl-D or type /quit to leave)")
 
 
 @contextmanager

@@ -18,11 +18,11 @@ def _group() -> None:
 @config_app.command()
 def schema(
     section: Annotated[
-        str | None, typer.Argument(help="One section, for example train. [default: all]")
+        str | None, typer.Argument(help="Show only this section, for example train. [default: all]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as a JSON schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema.")] = False,
 ) -> None:
-    """Print each key of a recipe with its type, default and meaning.
+    """Print each recipe key with its type, default and meaning.
 
     Example: ar2diff config schema train
     """
@@ -34,7 +34,7 @@ def schema(
     if section is not None and section not in names:
         raise Ar2DiffError(
             f"a recipe has no section {shortened(section)}{nearest(section, names)}",
-            f"name one of {', '.join(names)}",
+            f"choose one of {', '.join(names)}",
         )
     if as_json:
         typer.echo(json.dumps(Recipe.model_json_schema()))

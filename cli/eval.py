@@ -11,16 +11,16 @@ from .output import AsJson, quiet, report
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, converted or not.")],
-    data: Annotated[str, typer.Option(help="File, or - for standard input, with held-out text.")],
-    text_field: Annotated[str, typer.Option(help="Field of a row that holds the text.")] = "text",
+    data: Annotated[str, typer.Option(help="File with held-out text, or - for standard input.")],
+    text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",
     length: Annotated[
-        int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are left out.")
+        int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are skipped.")
     ] = 128,
-    samples: Annotated[int, typer.Option(min=1, help="Number of noise draws for each window.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Number of noise draws per window.")] = 8,
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of windows, from the start of the file.", show_default="all"
+            min=1, help="Maximum number of windows, from the start of the file.", show_default="all"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise draws.")] = 0,

@@ -16,7 +16,10 @@ def export(
     output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
     to: Annotated[
         str,
-        typer.Option(help="sdar: block_causal Qwen3 for SGLang, LMDeploy; ar: causal_context."),
+        typer.Option(
+            help="Target format: sdar, for SGLang and LMDeploy (from block_causal Qwen3 "
+            "models), or ar, a plain AR model (from causal_context models)."
+        ),
     ],
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -23,22 +23,24 @@ def generate(
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt per line, or with a column 'prompt' (jsonl, json, parquet, "
-            "csv; each also .gz); - for standard input."
+            help="File with one prompt per line, or with a column 'prompt' (jsonl, json, "
+            "parquet or csv, each also as .gz); - for standard input."
         ),
     ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Text before a gap to fill.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Text before the gap to fill, instead of a prompt.")
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text after the gap.")] = None,
     length: Annotated[
         list[str] | None,
         typer.Option(
             metavar="N,...",
-            help="Number of tokens in the gap; of several, the one with the likeliest text is "
-            "chosen.",
+            help="Number of tokens in the gap. If there are several, as in 4,8, the one with the "
+            "likeliest text is chosen.",
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Number of prompts that are decoded together.")
+        int, typer.Option(min=1, help="Number of prompts to decode together.")
     ] = 8,
     output: Annotated[
         Path | None,

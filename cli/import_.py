@@ -13,14 +13,17 @@ from .output import AsJson, DryRun, Overwrite, quiet, report
 
 def import_command(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub id: Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR, A2D.")
+        str,
+        typer.Argument(
+            help="Folder or Hub id of a Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR or A2D model."
+        ),
     ],
     output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
     block_length: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Length of the blocks it was trained on.",
+            help="Length of the blocks that the model was trained on.",
             show_default="from its config or family; A2D: whole rows",
         ),
     ] = None,
@@ -28,7 +31,7 @@ def import_command(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Import a diffusion model that needs code of its own as a stock class that needs none.
+    """Import a diffusion model that needs code of its own, as a stock class that does not.
 
     Example: ar2diff import Dream-org/Dream-v0-Instruct-7B --output-dir runs/dream
     """

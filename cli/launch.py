@@ -15,14 +15,16 @@ import typer
 LAUNCH = typer.Option(
     "--launch",
     metavar="STRATEGY",
-    help="ddp, zero1, zero2, zero3 or fsdp2; or an accelerate .yaml, or a DeepSpeed .json.",
+    help="Run in several processes: ddp, zero1, zero2, zero3, fsdp2, an accelerate .yaml or a "
+    "DeepSpeed .json.",
     rich_help_panel="Several processes",
 )
 PROCESSES = typer.Option(
     "--num-processes",
     metavar="N",
-    help="Processes on this node; the default is one for each GPU. Whatever follows -- goes to the "
-    "launcher: for two nodes, -- --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT.",
+    help="Number of processes on this node; by default, one per GPU. Anything after -- is "
+    "passed to the launcher; for two nodes: -- --nnodes 2 --rdzv-backend c10d --rdzv-endpoint "
+    "HOST:PORT.",
     rich_help_panel="Several processes",
 )
 SMALL = 1 << 16  # bytes of data for each process
@@ -103,7 +105,7 @@ def planned(launch: Any, model: str, recipe: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     strategy = "one" if launch is None else launch.strategy
     needed = asdict(estimate(model, recipe, launch.processes if launch else 1))["bytes"]
-    result["memory"] = needed.get(strategy, "unknown for fsdp2 and for the settings of a file")
+    result["memory"] = needed.get(strategy, "unknown for fsdp2 and for launch files")
     if launch is not None:
         told = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
         line = [part for part in without_launch(sys.argv[1:]) if part != "--dry-run"]

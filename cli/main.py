@@ -1,4 +1,4 @@
-"""The command line: one file a verb, heavy imports inside the verbs, one place for errors."""
+"""The command line: one file per verb, heavy imports inside the verbs, one place for errors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def boundary() -> Iterator[None]:
     except BaseException as error:  # whatever is left is a bug of ours
         if is_panic(error):  # of a damaged tokenizer.json, at a text that its trial had not
             told = f"the tokenizer crashed ({first_line(error)})"
-            panic = Ar2DiffError(told, "check tokenizer.json, or download it again")
+            panic = Ar2DiffError(told, "download its tokenizer.json again")
             say(panic, f"error: {panic.what}\n  fix: {panic.fix}")
             sys.exit(2)
         told = "error: this is a bug in ar2diff\n  fix: please report it with the lines above"
@@ -140,4 +140,6 @@ def main() -> None:
                 print(context.get_help())
                 sys.exit(0)
             path = context.command_path if context else "ar2diff"
-            raise Ar2DiffError(error.format_message(), f"see '{path} --help'") from None
+            raise Ar2DiffError(
+                error.format_message(), f"run '{path} --help' to see the usage"
+            ) from None

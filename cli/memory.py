@@ -15,14 +15,14 @@ def memory(
         str, typer.Argument(help="Folder or Hub id of the model; its weights are not read.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to set.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a YAML file.")] = None,
     launch: Annotated[
-        str | None, typer.Option(metavar="STRATEGY", help="Show one strategy; the default is all.")
+        str | None, typer.Option(metavar="STRATEGY", help="Show only this strategy. [default: all]")
     ] = None,
     num_processes: Annotated[
-        int, typer.Option(metavar="N", help="Processes that the run is divided over.")
+        int, typer.Option(metavar="N", help="Number of processes that share the run.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +36,7 @@ def memory(
     plan = load_recipe(recipe, overrides or [])
     if num_processes < 1:
         raise Ar2DiffError(
-            f"{option('num_processes', num_processes)} is less than 1", "give 1 or more"
+            f"{option('num_processes', num_processes)} is less than 1", "set it to 1 or more"
         )
     quiet()
     from ..training.memory import ESTIMATED, estimate
@@ -68,7 +68,7 @@ def table(result: dict[str, Any]) -> str:
         if part != "reference" or any(values):
             lines.append(f"{part:12}" + "".join(f"{value:12,.1f}" for value in values))
     lines.append(
-        f"Before that, each process loads all weights: {result['loading'] / 1e6:,.1f} MB of main "
-        "memory, whatever shards them later."
+        f"At the start, each process loads all weights into main memory, even if they are sharded "
+        f"later: {result['loading'] / 1e6:,.1f} MB."
     )
     return "\n".join(lines)

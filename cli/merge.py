@@ -16,13 +16,15 @@ def merge(
     output_dir: Annotated[Path, typer.Argument(help="New or empty folder.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of its base.", show_default="as the adapter names it"),
+        typer.Option(
+            help="Folder or Hub id of the adapter's base.", show_default="as the adapter names it"
+        ),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base, and report how far the logits moved.
+    """Merge an adapter into its base, and report how much the logits changed.
 
     Example: ar2diff merge runs/lora runs/merged
     """

@@ -1,5 +1,5 @@
-"""What verbs print, JSON on stdout where asked for, else lines, with logs on stderr; and options
-that many of them have."""
+"""What verbs print (lines or, if asked for, JSON on stdout, with logs on stderr), and options that
+many of them share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import typer
 
 # Options that several verbs have.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all, write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, but write nothing.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
+]
 
 
 def quiet() -> None:

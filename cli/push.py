@@ -15,16 +15,21 @@ from .output import AsJson, quiet, report
 if TYPE_CHECKING:
     from ..hub.push import Pushed
 
-BASE = typer.Option(metavar="REPO", help="Hub id of its base, if that was a local folder.")
-LICENSE = typer.Option(
-    metavar="ID", help="Identifier from the Hub's list.", show_default="the base's"
+BASE = typer.Option(
+    metavar="REPO", help="Hub id of the model's base, if the base was a local folder."
 )
-PROMPT = typer.Option(help="For the card's example, whose answer is compared.")
+LICENSE = typer.Option(
+    metavar="ID", help="License identifier from the Hub's list.", show_default="the base's"
+)
+PROMPT = typer.Option(help="Prompt for the example on the card, whose answer is compared.")
 
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
-    repo: Annotated[str, typer.Argument(help="user/name; without a user, that of the token.")],
+    repo: Annotated[
+        str,
+        typer.Argument(help="Repository, as USER/NAME; USER defaults to the owner of the token."),
+    ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")
     ] = False,
@@ -32,13 +37,14 @@ def push(
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the files and the card; change nothing.")
+        bool, typer.Option("--dry-run", help="Show the files and the card, but change nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish a model or an adapter on the Hub, download it again and compare the two.
+    """Publish a model or an adapter on the Hub, then download it and compare the two.
 
-    Its card is what 'card' prints, unless DIR has a README.md. Other files in the repository stay.
+    The model card is what 'card' prints, unless DIR has a README.md. Other files in the repository
+    are kept.
 
     Example: ar2diff push runs/demo user/stories --dry-run
     """
@@ -58,8 +64,8 @@ def push(
         state = "is now at" if result.changed else "was already at"
         typer.echo(f"{result.url} {state} {result.commit}")
         typer.echo(
-            f"downloaded again: logits differ by {result.difference:.1e} of the largest, and the "
-            f"{result.tokens} tokens of the example are the same"
+            f"downloaded and compared: the logits differ by {result.difference:.1e} of the "
+            f"largest, and the {result.tokens} tokens of the example are the same"
         )
 
 

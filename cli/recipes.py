@@ -30,7 +30,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 @recipes_app.command()
 def show(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .yaml file.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="Write out every default.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Include every default.")] = False,
 ) -> None:
     """Print a recipe.
 
@@ -46,7 +46,7 @@ def cp(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
     target: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write nothing; say what would be written.")
+        bool, typer.Option("--dry-run", help="Say what would be written, but write nothing.")
     ] = False,
 ) -> None:
     """Copy a recipe to a file that you can edit.
@@ -61,12 +61,14 @@ def cp(
         if target.is_dir():
             target = target / f"{recipe}.yaml"
         if target.exists():
-            raise Ar2DiffError(f"{target} already exists", "give another name, or remove the file")
+            raise Ar2DiffError(
+                f"{target} already exists", "choose another name, or remove the file"
+            )
         if not dry_run:
             target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise Ar2DiffError(
-            f"{target} cannot be written: {error.strerror}", "give another file"
+            f"{target} cannot be written: {error.strerror}", "choose another file"
         ) from None
     typer.echo(f"{'would write' if dry_run else 'wrote'} {target}")
 

@@ -6,6 +6,6 @@ from .training import training_verb
 
 rl = training_verb(
     "rl",
-    "Tune a converted model by rewards: diffusion-GRPO.",
+    "Tune a converted model with rewards (diffusion-GRPO).",
     "runs/demo --recipe demo-rl --data questions.jsonl",
 )

@@ -23,33 +23,34 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         Mode,
         "--mode",
         "diffusion",
-        "How to decode: denoise blocks; draft blocks and verify them left to right, with the text "
-        "of the AR mode; or one token after the other.",
+        "How to decode: diffusion denoises blocks; speculative drafts blocks and verifies them, "
+        "which gives the same text as ar; ar writes one token after another.",
     ),
     "max_new_tokens": (
-        int, "--max-new-tokens", "128; 0 for prompts with gaps", "Number of tokens to write.",
+        int, "--max-new-tokens", "128; 0 for prompts with gaps", "Maximum number of tokens to "
+        "write.",
     ),
     "block_length": (
-        int, "--block-length", "as trained", "Number of tokens that are denoised together.",
+        int, "--block-length", "as trained", "Number of tokens to denoise together.",
     ),
     "threshold": (
         float,
         "--threshold",
         "0.9",
-        "Decide all tokens whose probability is above this at each forward.",
+        "In each forward pass, decide all tokens whose probability is above this.",
     ),
     "steps_per_block": (
         int,
         "--steps-per-block",
         None,
-        "Instead of a threshold: finish each block in this many forwards.",
+        "Instead of a threshold: finish each block in this many forward passes.",
     ),
     "entropy_bound": (
         float,
         "--entropy-bound",
         None,
-        "Instead of a threshold: decide tokens at each forward while their joint entropy, in nats, "
-        "stays within this bound.",
+        "Instead of a threshold: in each forward pass, decide as many tokens as keep their joint "
+        "entropy within this bound, in nats.",
     ),
     "order": (
         Order, "--order", "prob", "With --steps-per-block: which tokens are decided first.",
@@ -58,58 +59,59 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         float,
         "--remask",
         "0",
-        "With --steps-per-block: share of the decided tokens that each forward masks again.",
+        "With --steps-per-block: share of the decided tokens that each forward pass masks again.",
     ),
     "cfg_scale": (float, "--cfg-scale", "0", "Strength of classifier-free guidance."),
     "draft_length": (
-        int, "--draft-length", "3", "With --mode speculative: number of tokens in a draft.",
+        int, "--draft-length", "3", "With --mode speculative: number of tokens per draft.",
     ),
     "cache_implementation": (
         Cache,
         "--cache",
         None,
-        "How keys and values are kept. For full attention prefix and dual, which are approximate, "
-        "or none; otherwise dynamic, static or none.",
+        "How to cache keys and values: dynamic, static or none; for full attention prefix or dual, "
+        "which are approximate, or none.",
     ),
     "check_cache": (
         bool,
         "--check-cache",
         None,
-        "Compute each forward without the cache as well, and report the difference.",
+        "Compute each forward pass without the cache too, and report the difference.",
     ),
     "temperature": (
-        float, "--temperature", "0", "Temperature of the draws; at 0 the likeliest token is taken.",
+        float, "--temperature", "0", "Sampling temperature; at 0, the likeliest token is chosen.",
     ),
-    "top_k": (int, "--top-k", None, "Draw from this many of the likeliest tokens."),
+    "top_k": (int, "--top-k", None, "Sample only from this many of the likeliest tokens."),
     "top_p": (
-        float, "--top-p", None, "Draw from the likeliest tokens up to this total probability.",
+        float, "--top-p", None, "Sample only from the likeliest tokens, up to this total "
+        "probability.",
     ),
     "min_p": (
         float,
         "--min-p",
         None,
-        "Draw from the tokens with at least this fraction of the likeliest token's probability.",
+        "Sample only from tokens with at least this fraction of the likeliest token's probability.",
     ),
     "repetition_penalty": (
         float,
         "--repetition-penalty",
         "1",
-        "Above 1, tokens that have occurred before become less likely.",
+        "Above 1, make tokens that have occurred before less likely.",
     ),
     "stop_strings": (
-        list[str], "--stop", None, "End the answer after this text. Can be given several times.",
+        list[str], "--stop", None, "End the answer after this text. Can be repeated.",
     ),
     "seed": (
         int,
         "--seed",
         None,
-        "Seed of the draws. A prompt gets the same answer in every batch.",
+        "Random seed. A prompt has the same answer whatever batch it is in.",
     ),
 }  # fmt: skip
 
 
 def with_sampler(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the sampler's options: it gets those that the user gave as `settings`."""
+    """Give a verb the sampler options; those that the user set are passed as `settings`."""
     own = inspect.signature(function, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.name != "settings"]
     for name, (kind, flag, default, text) in OPTIONS.items():

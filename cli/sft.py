@@ -6,6 +6,6 @@ from .training import training_verb
 
 sft = training_verb(
     "sft",
-    "Tune a converted model on conversations (messages), or prompts and completions.",
+    "Tune a converted model on conversations, or on prompts and completions.",
     "runs/qwen --recipe stories-chat --data chats.jsonl",
 )

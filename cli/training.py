@@ -24,11 +24,14 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
 
     def verb(
         model: Annotated[
-            str, typer.Argument(help="Folder or Hub id of the model; id@revision is allowed.")
+            str, typer.Argument(help="Folder or Hub id of the model, as ID or ID@REVISION.")
         ],
         overrides: Annotated[
             list[str] | None,
-            typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe to set."),
+            typer.Argument(
+                metavar="[KEY=VALUE]...",
+                help="Recipe fields to set, for example train.learning_rate=1e-3.",
+            ),
         ] = None,
         recipe: Annotated[
             str | None, typer.Option(help="Name of a recipe, or a YAML file.")
@@ -37,19 +40,22 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option(
                 metavar="SRC",
-                help="A file (jsonl, json, parquet, csv, txt; each also .gz), - for standard "
-                "input, or a Hub data set; repeat the option for several.",
+                help="A file (jsonl, json, parquet, csv or txt, each also as .gz), - for standard "
+                "input, or a Hub data set. Can be repeated.",
             ),
         ] = None,
         text_field: Annotated[
-            str | None, typer.Option(help="The field of a row that holds the text.")
+            str | None, typer.Option(help="Field that holds the text of a row.")
         ] = None,
         output_dir: Annotated[
             Path | None,
-            typer.Option(help="A new or empty folder.", show_default="a folder in runs"),
+            typer.Option(help="New or empty folder.", show_default="a folder in runs"),
         ] = None,
         max_steps: Annotated[
-            int | None, typer.Option(help="Optimiser steps; adapt converts without training at 0.")
+            int | None,
+            typer.Option(
+                help="Number of optimizer steps; with 0, adapt converts without training."
+            ),
         ] = None,
         resume: Annotated[
             bool, typer.Option("--resume", help="Continue the run in the output folder.")
@@ -59,7 +65,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         ] = False,
         dry_run: DryRun = False,
         push_to_hub: Annotated[
-            str | None, typer.Option(metavar="REPO", help="Publish the result as 'push' does.")
+            str | None,
+            typer.Option(
+                metavar="REPO", help="Publish the result in this repository, as 'push' does."
+            ),
         ] = None,
         as_json: AsJson = False,
         *,
@@ -113,6 +122,6 @@ def _published(output_dir: Path, repo: str) -> dict[str, Any]:
     except Ar2DiffError as error:
         again = f"ar2diff push {output_dir} {repo}"
         raise Ar2DiffError(
-            error.what, f"{error.fix}; the run itself is complete, so then run: {again}"
+            error.what, f"{error.fix}; the run itself is complete, so afterwards run: {again}"
         ) from None
     return {name: getattr(done, name) for name in ("url", "commit", "difference", "tokens")}

@@ -332,9 +332,9 @@ def test_an_adapter_gets_no_adapter(make_adapter, recipe, tmp_path):
 @pytest.mark.parametrize(
     "targets,said",
     [
-        ("[q_porj]", "q_porj matches no linear layer of the model; did you mean q_proj?"),
-        ("[q_proj, embed_tokens]", "embed_tokens matches no linear layer"),
-        ("[lm_head]", "lm_head is the output embeddings"),
+        ("[q_porj]", "q_porj does not match any linear layer in the model; did you mean q_proj?"),
+        ("[q_proj, embed_tokens]", "embed_tokens does not match any linear layer"),
+        ("[lm_head]", "lm_head is the output head"),
     ],
 )
 def test_targets_that_no_adapter_has(make_base, recipe, tmp_path, targets, said):
@@ -442,7 +442,7 @@ def test_a_base_with_another_mask_row(copy_of, make_base, tmp_path):
     state["model.embed_tokens.weight"][259, 0] += 1e-6
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
-    refused("are not those it was trained on", load_checkpoint, str(copy_of))
+    refused("are not the ones it was trained on", load_checkpoint, str(copy_of))
 
 
 def test_a_base_that_was_retrained_but_for_its_embeddings(copy_of, make_base, tmp_path):
@@ -451,7 +451,7 @@ def test_a_base_that_was_retrained_but_for_its_embeddings(copy_of, make_base, tm
     state["model.layers.1.mlp.up_proj.weight"] += 1e-6
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     change_json(copy_of / "adapter_config.json", base_model_name_or_path=str(base))
-    refused("are not those it was trained on", load_checkpoint, str(copy_of))
+    refused("are not the ones it was trained on", load_checkpoint, str(copy_of))
 
 
 def test_the_same_base_in_other_files_is_the_same(make_base, tmp_path):
@@ -483,9 +483,12 @@ def test_an_adapter_of_no_diffusion_model(copy_of):
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"modules_to_save": ["lm_head"]}, "without further modules"),
+        ({"modules_to_save": ["lm_head"]}, "contains modules other than LoRA layers"),
         ({"peft_type": "LOHA"}, "is of type .LOHA."),
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "without further modules"),
+        (
+            {"megatron_config": {"a": 1}, "megatron_core": "os"},
+            "contains modules other than LoRA layers",
+        ),
         ({"r": 3}, "do not belong together"),
         ({"target_modules": ["q_proj"]}, "do not belong together"),
     ],
@@ -499,7 +502,7 @@ def test_an_adapter_that_is_not_ours_to_read(copy_of, change, said):
 def test_a_cut_adapter(copy_of):
     file = copy_of / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    refused("cut short", load_checkpoint, str(copy_of))
+    refused("incomplete or damaged", load_checkpoint, str(copy_of))
 
 
 # Merge
@@ -570,7 +573,7 @@ def test_a_merge_of_no_adapter_or_into_a_full_folder(make_adapter, make_base, tm
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     refused("is not empty", merge, str(make_adapter()), tmp_path / "full")
-    refused("holds the input", merge, str(make_adapter()), make_base(), overwrite=True)
+    refused("contains the input", merge, str(make_adapter()), make_base(), overwrite=True)
 
 
 # A kill and a resume

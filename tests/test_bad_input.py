@@ -98,7 +98,7 @@ def test_argument_that_is_no_key_value(adapts_not, tiny_checkpoint):
 
 
 def test_missing_data_file(adapts_not, tiny_checkpoint):
-    assert "no such file" in adapts_not(tiny_checkpoint, data="./nowhere.jsonl")
+    assert "does not exist" in adapts_not(tiny_checkpoint, data="./nowhere.jsonl")
 
 
 def test_empty_data_file(adapts_not, tiny_checkpoint, write_jsonl):
@@ -106,7 +106,7 @@ def test_empty_data_file(adapts_not, tiny_checkpoint, write_jsonl):
 
 
 def test_no_data_named(fails, tmp_path, tiny_checkpoint):
-    assert "no data is given" in fails("adapt", tiny_checkpoint, "--output-dir", tmp_path / "out")
+    assert "there is no data" in fails("adapt", tiny_checkpoint, "--output-dir", tmp_path / "out")
 
 
 def test_row_without_the_field_is_named_by_number(adapts_not, tiny_checkpoint, write_jsonl):
@@ -127,7 +127,7 @@ def test_rows_all_shorter_than_two_tokens(adapts_not, tiny_checkpoint, write_jso
 def test_truncated_weights(adapts_not, broken):
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert "cut short" in adapts_not(broken)
+    assert "incomplete or damaged" in adapts_not(broken)
 
 
 def test_pickled_weights_are_not_opened(adapts_not, broken):
@@ -144,7 +144,7 @@ def test_config_without_weights(adapts_not, broken):
 
 def test_folder_without_config(adapts_not, tmp_path):
     (tmp_path / "nothing").mkdir()
-    assert "config.json: no such file" in adapts_not(tmp_path / "nothing")
+    assert "config.json does not exist" in adapts_not(tmp_path / "nothing")
 
 
 def test_weights_that_lack_a_tensor(adapts_not, broken):
@@ -196,7 +196,7 @@ def test_non_empty_output_folder(fails, tmp_path, tiny_checkpoint):
 
 def test_output_folder_that_holds_the_model(fails, broken):
     said = fails("adapt", broken, "--max-steps", 0, "--output-dir", broken, "--overwrite")
-    assert "holds the input" in said
+    assert "contains the input" in said
     assert (broken / "model.safetensors").is_file()
 
 
@@ -271,7 +271,7 @@ def test_tokenizer_that_does_not_match_the_weights(adapts_not, broken):
     weights["lm_head.weight"] = weights["lm_head.weight"][:100].clone()
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     change_json(broken / "config.json", vocab_size=100)
-    assert "the tokenizer has 259 tokens, the weights 100 rows" in adapts_not(broken)
+    assert "the tokenizer has 259 tokens, but the weights have 100 rows" in adapts_not(broken)
 
 
 def test_generate_with_a_model_that_is_not_converted(fails, tiny_checkpoint):
@@ -331,18 +331,18 @@ GENERATE_MISTAKES = [
     (["--order", "margin"], "--order margin needs a fixed number of steps"),
     (["--repetition-penalty", 0], "--repetition-penalty is 0.0"),
     (["--max-new-tokens", -1], "--max-new-tokens is -1"),
-    (["--draft-length", 3], "--draft-length needs --mode speculative"),
+    (["--draft-length", 3], "--draft-length only works with --mode speculative"),
     (
         ["--steps-per-block", 3, "--mode", "ar"],
-        "--steps-per-block belongs to --mode diffusion, not to --mode ar",
+        "--steps-per-block only works with --mode diffusion, not with --mode ar",
     ),
     (["--treshold", 3], "No such option: --treshold"),
     (["--stream", "--json"], "--stream prints text"),
     (["--length", 0, "--prefix", "a"], "--length '0' is not a number of tokens"),
     (["--length", "4,x", "--prefix", "a"], "--length 'x' is not a number of tokens"),
-    (["--suffix", "b"], "--suffix needs --prefix as well"),
-    (["--length", "3"], "--length needs --prefix as well"),
-    (["--prefix", "a"], "--prefix needs --length as well"),
+    (["--suffix", "b"], "--suffix only works together with --prefix"),
+    (["--length", "3"], "--length only works together with --prefix"),
+    (["--prefix", "a"], "--prefix only works together with --length"),
     (
         ["--prefix", "a", "--prompt", "b", "--length", 2],
         "more than one of --prompt, --prompts-file and --prefix is given",
@@ -416,7 +416,7 @@ def test_cache_of_block_attention_for_full_attention(fails, convert_tiny):
         ),
         ("a.jsonl", '{"prompt": 3}', "row 1 has no text in column 'prompt'"),
         ("a.jsonl", '{"prompt": ""}', "row 1 has no text in column 'prompt'"),
-        ("a.jsonl", "[1]", "row 1 is a list, but an object"),
+        ("a.jsonl", "[1]", "row 1 is a list, but must be an object"),
         ("a.jsonl", '{"prompt": "\\ud800"}', "half a surrogate pair is not valid Unicode"),
         ("a.txt", "one\ntwo {mask:0}\n", "row 2: the gap '{mask:0}' does not say how many"),
         ("a.txt", "\n \n", "a.txt is empty"),
@@ -431,7 +431,7 @@ def test_broken_file_of_prompts(fails, converted, tmp_path, name, text, said):
 
 def test_file_of_prompts_that_is_not_there(fails, converted, tmp_path):
     said = fails("generate", converted, "--prompts-file", tmp_path / "none.txt")
-    assert "there is no such file" in said
+    assert "does not exist" in said
 
 
 def test_system_message_without_a_chat_template(fails, converted):
@@ -443,10 +443,13 @@ def test_system_message_without_a_chat_template(fails, converted):
     [
         ("train.report_to=wandbb", "train.report_to 'wandbb'"),
         ("convert.mask_token='</s>'", "has another use"),
-        ("data.sources=[{path: a, weight: 1}, {path: b}]", "every source a weight, or none"),
-        ("train.decay_steps=5", "needs train.schedule warmup_stable_decay"),
+        (
+            "data.sources=[{path: a, weight: 1}, {path: b}]",
+            "either all sources or no source must have a weight",
+        ),
+        ("train.decay_steps=5", "with train.schedule warmup_stable_decay"),
         ("train.schedule=warmup_stable_decay", "needs decay_steps"),
-        ("eval.steps=1", "no text has the 128 tokens"),
+        ("eval.steps=1", "no text has 128 tokens"),
         ("objective.wieght=1/t", "did you mean objective.weight?"),
     ],
 )
@@ -571,9 +574,9 @@ BAD_ROWS = [
         {"prompt": "a"},
         "nor prompt and completion, nor 'text' (it has prompt)",
     ),
-    ({"prompt": "a", "completion": None}, "completion is null, but text is wanted"),
+    ({"prompt": "a", "completion": None}, "completion is null, but must be text"),
     ({"messages": [{"role": "assistant"}]}, "messages[0]: the content is null"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "no message is the assistant's"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "there is no message from the assistant"),
     ({"prompt": "", "completion": ""}, "prompt and completion are empty"),
 ]
 
@@ -613,14 +616,14 @@ def test_tools_in_a_template_without_them(tunes_not, converted):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
     said = tunes_not(converted, "data.chat_template=plain", rows=[row])
-    assert "row 1: the chat template plain does not render it" in said
+    assert "row 1: the chat template plain cannot render it" in said
     assert "plain does not support tools" in said
 
 
 @pytest.mark.parametrize(
     "policy, rows, said",
     [
-        ("drop", PAIRS, "4 of 4 rows are longer than data.max_length 8 and are left out"),
+        ("drop", PAIRS, "4 of 4 rows are longer than data.max_length 8 and are dropped"),
         ("truncate", PAIRS, "4 of 4 rows are longer than data.max_length 8 and are cut"),
     ],
 )
@@ -639,7 +642,7 @@ def test_rows_longer_than_the_models_context(tunes_not, converted, tiny_checkpoi
 
 @pytest.mark.parametrize(
     "targets, said",
-    [("[q_porj]", "did you mean q_proj?"), ("[lm_head]", "lm_head is the output embeddings")],
+    [("[q_porj]", "did you mean q_proj?"), ("[lm_head]", "lm_head is the output head")],
 )
 def test_adapter_targets_that_sft_cannot_train(tunes_not, converted, targets, said):
     assert said in tunes_not(converted, "peft.r=2", f"peft.targets={targets}")
@@ -647,6 +650,6 @@ def test_adapter_targets_that_sft_cannot_train(tunes_not, converted, targets, sa
 
 def test_launch_of_sft_that_cannot_start(tunes_not, converted, tmp_path):
     missing = tmp_path / "none.yaml"
-    assert f"launch file {missing}: no such file" in tunes_not(converted, "--launch", missing)
+    assert f"launch file {missing} does not exist" in tunes_not(converted, "--launch", missing)
     said = tunes_not(converted, "--launch", "ddp", "--num-processes", 5)
-    assert "5 processes, and the data has only 4 rows" in said and "--num-processes 4" in said
+    assert "5 processes, but the data has only 4 rows" in said and "--num-processes 4" in said

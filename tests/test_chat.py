@@ -99,7 +99,7 @@ def test_with_a_template_the_history_is_in_it(templated, plain):
     second = answer(chat, "and?").text
     text += f"{first}<user>and?<assistant>"
     assert second == complete(plain, text, max_new_tokens=8).text
-    assert say(chat, " ") == {Note: [Note("write something, or /help")]}
+    assert say(chat, " ") == {Note: [Note("type a message, or /help")]}
 
 
 def test_messages_are_answered_as_the_template_renders_them(templated, plain):
@@ -266,14 +266,14 @@ def test_a_full_context_drops_the_oldest_exchanges(request, kind):
     assert any("were dropped" in note for note in notes)
     say(chat, "/undo")
     (problem,) = say(chat, "b" * 600)[Problem]
-    assert "your message takes 6" in problem.what
-    assert "the context has 512" in problem.what
+    assert "your message has 6" in problem.what
+    assert "only has room for 512" in problem.what
 
 
 def test_room_for_less_than_asked_for_is_said(plain):
     chat = Chat(plain, {"max_new_tokens": 600, "mode": "speculative"})
     events = say(chat, "the cat")
-    assert events[Note][0] == Note("the context has room for 504 tokens, not 600")
+    assert events[Note][0] == Note("the context has room for only 504 of 600 new tokens")
     assert events[Answer][0].new_tokens <= 504
 
 

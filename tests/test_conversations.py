@@ -459,7 +459,7 @@ def test_the_end_of_a_turn_is_the_templates(tokenizer, tiny_tokenizer, make_reci
     for name, end in ends.items():
         assert turn_end(tokenizer, shipped(name)) == tokenizer.convert_tokens_to_ids(end)
     # A tokenizer to which it is text, no token: the end of an answer could not be told.
-    with pytest.raises(Ar2DiffError, match="ends no answer with an end token"):
+    with pytest.raises(Ar2DiffError, match="does not end answers with an end token"):
         chat_template(tiny_tokenizer, make_recipe(data={"chat_template": "chatml"}))
 
 

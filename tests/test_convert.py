@@ -152,7 +152,7 @@ def test_unused_row_of_a_padded_vocabulary_is_the_mask(save_tiny):
 
 def test_a_word_is_never_the_mask(save_tiny):
     checkpoint = load_checkpoint(str(save_tiny("llama")))
-    with pytest.raises(Ar2DiffError, match="is a word of the vocabulary"):
+    with pytest.raises(Ar2DiffError, match="is an ordinary token of the vocabulary"):
         convert(checkpoint, Convert(mask_token="a"), 64, True, 0)
 
 

@@ -451,7 +451,7 @@ def test_the_order_is_a_function_of_the_seed(write_jsonl):
 
 
 def test_a_missing_source_and_an_ambiguous_folder_are_errors(tmp_path, write_jsonl):
-    with pytest.raises(Ar2DiffError, match="there is no such file"):
+    with pytest.raises(Ar2DiffError, match="does not exist"):
         find_file(str(tmp_path / "nothing.jsonl"))
     write_jsonl("two/a.jsonl", [])
     assert find_file(str(tmp_path / "two")) == tmp_path / "two" / "a.jsonl"
@@ -461,5 +461,5 @@ def test_a_missing_source_and_an_ambiguous_folder_are_errors(tmp_path, write_jso
 
 
 def test_no_source_is_an_error():
-    with pytest.raises(Ar2DiffError, match="no data is given"):
+    with pytest.raises(Ar2DiffError, match="there is no data"):
         Documents([], "text", 0)

@@ -243,7 +243,7 @@ def test_what_a_cache_costs_is_said(checkpoint, full):
         full, TEXT, max_new_tokens=12, block_length=4, cache_implementation="dual", check_cache=True
     )
     assert 1e-4 < result.drift.mean <= result.drift.largest
-    assert "the likeliest token the same" in summary([result])
+    assert "the likeliest token stays the same" in summary([result])
     assert "cache" not in summary([complete(full, TEXT, max_new_tokens=4)])
 
 

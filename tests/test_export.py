@@ -216,12 +216,12 @@ def test_an_exported_ar_model_can_be_converted_again(converted, tmp_path, run_bo
     (
         ({"attention": "full", "block_length": None}, "its attention is full"),
         ({"prediction": "shift"}, "its prediction is shift"),
-        ({"mask_token_id": 7}, "its mask token is 7, but the engines always take 151669"),
+        ({"mask_token_id": 7}, "its mask token is 7, but the engines always use 151669"),
         ({"use_sliding_window": True, "sliding_window": 4}, "it has a sliding window"),
         ({"hidden_act": "gelu"}, "its activation is 'gelu', not silu"),
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            "its model_type is 'llama', but the engines run qwen3 and qwen3_moe",
+            "its model_type is 'llama', but the engines only run qwen3 and qwen3_moe",
         ),
     ),
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -238,7 +238,7 @@ def test_experts_in_some_layers_alone_are_refused(sdar, fails, tmp_path):
 def test_models_without_an_ar_mode_are_refused(sdar, fails, converted, tmp_path):
     assert "its attention is block_causal" in fails(sdar("dense")[2], "ar")
     dead = edited(converted, tmp_path / "dead", ar_mode=False)
-    assert "none was trained along" in fails(dead, "ar")
+    assert "the AR loss was not trained" in fails(dead, "ar")
 
 
 def test_unconverted_models_and_adapters_are_refused(fails, tiny_checkpoint, tmp_path):
@@ -253,7 +253,7 @@ def test_unconverted_models_and_adapters_are_refused(fails, tiny_checkpoint, tmp
 def test_an_unknown_format_is_refused_and_the_known_ones_are_named(fails, converted):
     said = fails(converted, "gguf")
     assert "--to is 'gguf'" in said
-    assert "give one of sdar, ar" in said
+    assert "choose one of sdar, ar" in said
 
 
 def test_a_folder_in_use_is_refused_and_ours_is_replaced_on_demand(run_both, converted, tmp_path):
@@ -298,14 +298,17 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 @pytest.mark.parametrize(
     ("change", "said"),
     (
-        (lambda header: header[NORM].update(dtype="Z9"), "cut short or damaged"),
-        (lambda header: header[NORM].update(shape=[2**40, 2**40]), "cut short or damaged"),
-        (lambda header: header[NORM].update(shape=[31]), "cut short or damaged"),
-        (lambda header: header[NORM].update(data_offsets=[0, 128]), "cut short or damaged"),
-        (lambda header: header.update({NORM: [1]}), "cut short or damaged"),
-        (lambda header: header.pop(HEAD), "cut short or damaged"),  # leaves a gap
+        (lambda header: header[NORM].update(dtype="Z9"), "incomplete or damaged"),
+        (lambda header: header[NORM].update(shape=[2**40, 2**40]), "incomplete or damaged"),
+        (lambda header: header[NORM].update(shape=[31]), "incomplete or damaged"),
+        (lambda header: header[NORM].update(data_offsets=[0, 128]), "incomplete or damaged"),
+        (lambda header: header.update({NORM: [1]}), "incomplete or damaged"),
+        (lambda header: header.pop(HEAD), "incomplete or damaged"),  # leaves a gap
         (lambda header: header[NORM].update(shape=[1, 32]), "norm.weight has shape [1, 32]"),
-        (lambda header: header.update({"x": header.pop(HEAD)}), "lack lm_head.weight"),
+        (
+            lambda header: header.update({"x": header.pop(HEAD)}),
+            "lm_head.weight is missing from its weights",
+        ),
     ),
     ids=["dtype", "huge", "size", "overlap", "type", "gap", "shape", "name"],
 )

@@ -620,8 +620,8 @@ def test_what_a_recipe_says_stands_above_its_preset():
 BATCHES = ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=4"]
 REFUSED = [  # overrides, attention, part of the message
     (["rl.rewards=[]"], BLOCKS, "rl.rewards is empty"),
-    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode 'ar' does not write"),
-    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode 'diffusion' does not write"),
+    (["rl.sampler.mode=ar"], BLOCKS, "rl.sampler.mode 'ar' cannot be scored"),
+    (["rl.estimator=ar", "rl.sampler.mode=diffusion"], BLOCKS, "mode 'diffusion' cannot be scored"),
     (["rl.estimator=ar"], FULL, "rl.estimator=ar needs an AR mode"),
     (["objective.kind=ar"], BLOCKS, "rl.estimator trajectory needs a diffusion model"),
     (["rl.estimator=one_step", "rl.prompt_mask=0.1"], BLOCKS, "rl.prompt_mask has no effect with"),
@@ -635,17 +635,17 @@ REFUSED = [  # overrides, attention, part of the message
     (["rl.sampler.nonsense=1"], BLOCKS, "rl.sampler.nonsense is not an option"),
     (["rl.sampler.top_p=2"], BLOCKS, "rl.sampler.top_p is 2"),
     (["rl.estimator=spg", "rl.beta=0.1"], BLOCKS, "rl.beta cannot be used with the spg"),
-    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high is the largest ratio"),
-    (["train.per_device_train_batch_size=6"], BLOCKS, "a generation has 6 completions"),
+    (["rl.loss_type=cispo"], BLOCKS, "rl.epsilon_high must be at least 1"),
+    (["train.per_device_train_batch_size=6"], BLOCKS, "a generation step produces 6 completions"),
     (
         ["rl.steps_per_generation=2", "train.gradient_accumulation_steps=3"],
         BLOCKS,
-        "an update would mix generations",
+        "one update would mix completions from different generation steps",
     ),
     (
         [*BATCHES, "rl.num_iterations=2"],
         BLOCKS,
-        "several iterations would be one update",
+        "several iterations would fall into one update",
     ),
 ]
 
@@ -680,9 +680,9 @@ def test_check_settings_lets_pass(convert_tiny, overrides, of):
 
 
 BAD_SECTIONS = [
-    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask needs"),
-    ({"samples": 2}, "samples needs"),
-    ({"segments": 2, "estimator": "elbo"}, "segments needs"),
+    ({"prompt_mask": 0.1, "estimator": "elbo"}, "prompt_mask can only be set"),
+    ({"samples": 2}, "samples can only be set"),
+    ({"segments": 2, "estimator": "elbo"}, "segments can only be set"),
     ({"sampler": {"temperature": 0}}, "temperature must be above 0"),
     ({"sampler": {"max_new_tokens": 4}}, "max_new_tokens cannot be set"),
     ({"sampler": {"repetition_penalty": 1.1}}, "repetition_penalty cannot be set"),

@@ -344,7 +344,7 @@ def test_a_config_that_no_stock_class_computes_is_refused_with_its_key(make, fai
 def test_what_no_tensor_tells_must_be_in_the_config(make, fails, missing):
     theirs = foreign.llada()
     del theirs.config[missing]
-    assert f"its config.json does not say {missing}" in fails(make(theirs))
+    assert f"{missing} is missing from its config.json" in fails(make(theirs))
 
 
 def test_tensors_of_another_layout_are_refused_by_name(make, fails, tmp_path):
@@ -352,14 +352,14 @@ def test_tensors_of_another_layout_are_refused_by_name(make, fails, tmp_path):
     weights = theirs.weights()
     weights.pop("model.layers.0.self_attn.k_proj.bias")
     said = fails(make(theirs, weights=weights))
-    assert "lack model.layers.0.self_attn.k_proj.bias, which Qwen2ForCausalLM needs" in said
+    assert "k_proj.bias is missing from its weights, but Qwen2ForCausalLM needs it" in said
 
 
 def test_tensors_without_a_place_are_refused_by_name(make, fails):
     theirs = foreign.sdar()
     more = theirs.weights() | {"model.layers.0.self_attn.sink": torch.zeros(4)}
     said = fails(make(theirs, weights=more))
-    assert "contain model.layers.0.self_attn.sink, which Qwen3ForCausalLM has no place for" in said
+    assert "contain model.layers.0.self_attn.sink, which is not part of Qwen3ForCausalLM" in said
 
 
 def test_shapes_that_the_config_does_not_mean_are_refused(make, fails):
@@ -382,11 +382,14 @@ def test_fused_rows_that_the_config_does_not_mean_are_refused(make, fails):
     (
         ({"architectures": ["DreamForCausalLM"]}, "DreamForCausalLM needs code of its own, and no"),
         ({"architectures": ["LlamaForCausalLM"], "auto_map": None}, "ar2diff adapt"),
-        ({"mask_token_id": 64}, "is a word of the vocabulary"),
+        ({"mask_token_id": 64}, "is an ordinary token of the vocabulary"),
         ({"mask_token_id": 271}, "mask_token_id 271 is out of range: the tokenizer has 262 tokens"),
-        ({"mask_token_id": "260"}, "mask_token_id is '260' in its config.json, which is not"),
+        (
+            {"mask_token_id": "260"},
+            "mask_token_id is '260' in its config.json, but must be an integer",
+        ),
         ({"use_mrope": True}, "use_mrope is True"),
-        ({"hidden_size": "wide"}, "its config.json makes no qwen2 model"),
+        ({"hidden_size": "wide"}, "its config.json does not describe a qwen2 model"),
     ),
     ids=["unknown", "AR", "word", "no-token", "text", "config", "type"],
 )

@@ -102,7 +102,9 @@ def test_a_link_is_neither_followed_nor_deleted(old, tmp_path, name):
     (old / name).unlink(missing_ok=True)
     (old / name).symlink_to(outside)
     before = held(old)
-    with pytest.raises(Ar2DiffError, match=f"{name} is a symbolic link and is in the way"):
+    with pytest.raises(
+        Ar2DiffError, match=f"{name} is a symbolic link, but ar2diff would have to write there"
+    ):
         write(old, "new", overwrite=True)
     assert (held(old), held(outside)) == (before, {"precious": "mine"})
     assert (old / name).is_symlink()
@@ -179,7 +181,7 @@ def test_a_run_keeps_the_old_model_until_its_own_is_complete(old):
     assert held(old)["model.safetensors"] == "old"
     assert run_record(old) == {"made": "run"}
     assert finished_record(old) is None
-    with pytest.raises(Ar2DiffError, match="holds a run that has not ended"):
+    with pytest.raises(Ar2DiffError, match="holds an unfinished run"):
         check_output(old)
     write(old, "run", resume=True)
     assert held(old) == {"config.json": "run", "model.safetensors": "run"} | MINE
@@ -234,7 +236,7 @@ def test_a_folder_that_is_being_written_is_refused_and_stays_as_it_is(old):
         for check in (check_output, lambda *args, **flags: write(old, "new", **flags)):
             with pytest.raises(Ar2DiffError, match="another run is writing") as error:
                 check(old, overwrite=True)
-            assert error.value.fix.startswith("wait until it has ended")
+            assert error.value.fix.startswith("wait until it has finished")
         assert (old / ".ar2diff.lock").exists()
     write(old, "new", overwrite=True)
     assert not (old / ".ar2diff.lock").exists()

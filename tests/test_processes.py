@@ -460,7 +460,7 @@ class TestKilledInTwo:
         process.terminate()
         said = process.communicate()[1]
         assert process.returncode == 128 + signal.SIGTERM
-        stopped = re.findall(r"^stopped by SIGTERM after step (\d+), which is saved", said, re.M)
+        stopped = re.findall(r"^stopped by SIGTERM after step (\d+), which was saved", said, re.M)
         assert len(stopped) == 1
         assert "Traceback" not in said
         saved = tmp_path / "out" / "checkpoints" / f"checkpoint-{stopped[0]}"
@@ -568,7 +568,7 @@ def test_an_error_of_two_processes_is_said_once(arguments_of, tiny_checkpoint, t
     command = launched(tmp_path, verb, str(model), *rest, *options)
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .* is cut short or damaged .*\n  fix: .*\n", done.stderr)
+    assert re.fullmatch(r"error: .* is incomplete or damaged .*\n  fix: .*\n", done.stderr)
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
 
@@ -582,7 +582,7 @@ def test_resume_with_another_sharding_is_refused(train_in_two, tiny_checkpoint, 
     record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
     record["recipe"] = recipe.model_dump(mode="json")
     (tmp_path / "out" / "ar2diff.json").write_text(json.dumps(record))
-    with pytest.raises(Ar2DiffError, match="its sharding was 'zero1 x 2', and is None now"):
+    with pytest.raises(Ar2DiffError, match="its sharding was 'zero1 x 2', but is now None"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 

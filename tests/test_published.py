@@ -305,12 +305,12 @@ def test_llada_cuts_one_row_in_a_hundred_to_a_random_length(setting):
 
 
 def test_a_share_of_cut_rows_belongs_to_full_attention():
-    with pytest.raises(Ar2DiffError, match=r"data\.cut_share needs attention full"):
+    with pytest.raises(Ar2DiffError, match=r"data\.cut_share can only be set with attention full"):
         load_recipe("sdar", ["data.cut_share=0.01"])
 
 
 def test_weights_by_context_are_for_adapt(convert_tiny, write_jsonl):
     data = write_jsonl("rows.jsonl", [{"prompt": "say:", "completion": " it"}])
     recipe = load_recipe("dream", [f"data.sources=[{data}]", "data.max_length=64"])
-    with pytest.raises(Ar2DiffError, match=r"objective\.weight=cart is for adapt"):
+    with pytest.raises(Ar2DiffError, match=r"objective\.weight=cart only works with adapt"):
         SFT.prepare(convert_tiny("convert.attention=full"), recipe)

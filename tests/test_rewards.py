@@ -719,7 +719,7 @@ def test_a_reward_that_ends_its_process_leaves_the_batch_out(own, capfd):
     ends = {**BATCH, "completions": ["end", "b"]}
     assert [reward(**ends), reward(**BATCH), reward(**ends)] == [[None] * 2, [1, 2], [None] * 2]
     said = capfd.readouterr().err
-    assert said.count("warning: reward f ended its process and was stopped") == 1
+    assert said.count("warning: reward f exited and was stopped") == 1
 
 
 def test_an_interrupt_ends_a_call_and_its_process(own):
@@ -808,7 +808,7 @@ def test_a_reward_that_is_always_stopped_ends_the_run(own):
     reward = own(sleeps, time_limit=0.1)
     assert [reward(**BATCH) for _ in range(2)] == [[None, None]] * 2
     fails(
-        lambda: reward(**BATCH), "f took longer than 0.1 seconds and was stopped, 3 times in a row",
+        lambda: reward(**BATCH), "f took longer than 0.1 seconds and was stopped 3 times in a row",
         "'first prompt'", "time_limit",
     )  # fmt: skip
 

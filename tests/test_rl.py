@@ -78,15 +78,16 @@ MISTAKES = [  # overrides, rows, part of what is said
     ([], [{"prompt": ["a"]}], "row 1 has no prompt"),
     (["data.columns.prompt=task"], ROWS, "has no column 'task' (it has prompt, answer)"),
     ([], [*ROWS, {"prompt": MESSAGES}], "some prompts are texts and some are lists of messages"),
-    ([], [{"prompt": "a", "prompts": "b"}], "trl itself uses the name 'prompts'"),
+    ([], [{"prompt": "a", "prompts": "b"}], "the column name 'prompts' is reserved by trl"),
     ([], [], "is empty"),
-    (["train.per_device_train_batch_size=6"], ROWS, "a generation has 6 completions"),
+    (["train.per_device_train_batch_size=6"], ROWS, "a generation step produces 6 completions"),
     (["rl.sampler.temperature=0"], ROWS, "sampler.temperature must be above 0"),
     (["rl.sampler.nonsense=1"], ROWS, "nonsense"),
     (["train.compile=true"], ROWS, "train.compile cannot be used with rl"),
     (["rl.sampler.max_new_tokens=4"], ROWS, "sampler.max_new_tokens cannot be set for rollouts"),
-    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' does not write"),
-    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores of one policy differ"),
+    (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' cannot be scored"),
+    (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores under the same "
+    "policy differ"),
     (["rl.num_generation=4"], ROWS, "did you mean rl.num_generations?"),
 ]  # fmt: skip
 
@@ -129,7 +130,7 @@ def test_prompts_that_do_not_fit_the_model(refused, convert_tiny, tmp_path):
         model, f"data.chat_template={tmp_path / 'a.jinja'}",
         rows=[{"prompt": MESSAGES}, {"prompt": [{"role": "system", "content": "a"}]}],
     )  # fmt: skip
-    assert "does not render prompt 2: users alone" in said
+    assert "cannot render prompt 2: users alone" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -197,8 +198,8 @@ def test_a_reward_that_hangs_does_not_end_the_run(rl, convert_tiny, tmp_path):
     code, _, lines = rl(*run)
     assert code == 0 and (tmp_path / "out" / "config.json").exists()
     assert lines == [
-        "warning: reward judge took longer than 0.5 seconds and was stopped; the batch has no "
-        "reward of it. This is said once."
+        "warning: reward judge took longer than 0.5 seconds and was stopped; its values "
+        "for this batch are left out. This warning is shown once."
     ]
 
 

@@ -138,23 +138,23 @@ BROKEN = [  # name, content, what is said of it
     ("a.jsonl", '{"n": NaN}', "row 1 is not JSON: NaN is not a JSON number"),
     ("a.jsonl", '{"n": -Infinity}', "row 1 is not JSON: -Infinity"),
     ("a.jsonl", '{"text": "\\ud800"}', "row 1 is not JSON: half a surrogate pair"),
-    ("a.jsonl", '["b"]', "row 1 is a list, but an object with columns is wanted"),
+    ("a.jsonl", '["b"]', "row 1 is a list, but must be an object with columns"),
     ("a.jsonl", b'{"text": "a"}\n\xff\xfe', "row 2 is not UTF-8 text: invalid start byte"),
     ("a.jsonl", "\n \n", "is empty"),
     ("a.json", "[" * 100_000, "a.json is not JSON: nested more than"),
     ("a.json", f"[{BIG}]", "a.json is not JSON: an integer of 5000 digits"),
-    ("a.json", '"text"', "a.json holds text, but a list of rows is wanted"),
-    ("a.json", '{"text": "a"}', "a.json holds an object, but a list of rows is wanted"),
-    ("a.json", '[{"text": "a"}, 3]', "row 2 is a number, but an object"),
+    ("a.json", '"text"', "a.json holds text, but must hold a list of rows"),
+    ("a.json", '{"text": "a"}', "a.json holds an object, but must hold a list of rows"),
+    ("a.json", '[{"text": "a"}, 3]', "row 2 is a number, but must be an object"),
     ("a.json", "[]", "is empty"),
-    ("a.csv", "text,text\na,b\n", "the header has an empty or a repeated column name"),
+    ("a.csv", "text,text\na,b\n", "the header has an empty or repeated column name"),
     ("a.csv", "text,n\na,1\nb\n", "row 2 has 1 cells, but the header has 2 columns"),
     ("a.csv", 'text\n"a', "row 1 is not CSV: unexpected end of data"),
     ("a.csv", "text,n\n", "is empty"),
     ("a.csv", "", "is empty"),
     ("a.parquet", "nothing", "a.parquet cannot be read: "),
     ("a.txt", b"fine\n\xff\xfe\n", "row 2 is not UTF-8 text"),
-    ("a.bin", "x", "a.bin: unknown file type"),
+    ("a.bin", "x", "a.bin has an unknown file type"),
     ("a.jsonl.gz", None, "a.jsonl.gz cannot be read: "),
 ]  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_row(tmp_path, name, conten
     [
         ({"txt": "b"}, "no column 'text' (it has txt); did you mean txt?", "text_field=txt"),
         ({"id": "7", "content": "b"}, "has no column 'text'", "text_field=content"),
-        ({"text": 5}, "row 2: column 'text' holds a number, but text is wanted", "correct the row"),
+        ({"text": 5}, "row 2: column 'text' holds a number, but must hold text", "correct the row"),
         ({"text": None}, "row 2: column 'text' holds null", "correct the row"),
     ],
 )  # fmt: skip
@@ -309,17 +309,17 @@ UNREADABLE = [  # a row, what is said of it, and how it can be read or fixed
     ({"story": "a"}, "it has story", "data.text_field=story"),
     ({"prompt": "a", "completion": 4}, "is a number", "data.columns.completion={completion}"),
     ({"prompt": "a", "completion": True}, "completion is a boolean", "correct or remove"),
-    ({"messages": {"a": 1}}, "messages holds no messages", "correct"),
-    ({"messages": "[{"}, "messages is text, but not JSON", "correct"),
-    ({"messages": ["a"]}, "messages[0] is text, but a message is wanted", "correct"),
+    ({"messages": {"a": 1}}, "messages has no messages", "correct"),
+    ({"messages": "[{"}, "messages is a text that is not JSON", "correct"),
+    ({"messages": ["a"]}, "messages[0] is text, but must be a message", "correct"),
     ({"messages": [{"role": 3, "content": "a"}]}, "messages[0]: the message has no", "correct"),
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "no role 'narrator'", "human"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "the role 'narrator' is unknown", "human"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
         "messages[0].content[0] is a part of type 'image'", "correct",
     ),
-    (weighed(QA, 1) | {"tools": "x"}, "tools is text, but not JSON", "correct"),
-    ({**QA, "tools": {"a": 1}}, "tools is an object, but a list is wanted", "correct"),
+    (weighed(QA, 1) | {"tools": "x"}, "tools is a text that is not JSON", "correct"),
+    ({**QA, "tools": {"a": 1}}, "tools is an object, but must be a list", "correct"),
     ({**QA, "chat_template_kwargs": [1]}, "chat_template_kwargs is a list", "correct"),
     ({"messages": [{**QA["messages"][0], "weight": 0.5}]}, "messages[0].weight is 0.5", "0 or 1"),
     ({"messages": [{**QA["messages"][0], "train": "no"}]}, "messages[0].train is 'no'", "true"),
@@ -369,7 +369,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(learned):
     texts, whole, notes = learned([weighed(TURNS, 1), TURNS])
     assert texts[0].strip(".") == "good</s>" and texts[1].count("bad</s>") == 1
     assert whole[0] == whole[1] == "U:aA:bad</s>U:bA:good</s>" and notes == ()
-    with pytest.raises(Ar2DiffError, match="row 1: a message is not to be learned, but"):
+    with pytest.raises(Ar2DiffError, match="row 1: a message is excluded from learning, but"):
         learned([weighed(TURNS, 1)], "data.assistant_only=false")
 
 
@@ -402,8 +402,8 @@ def test_what_is_not_used_is_said(learned):
     row = {"messages": [*QA["messages"], tool], "tools": TOOLS, "id": 7, "source": "x"}
     _, _, notes = learned([QA, row])
     assert sorted(note.split(": ", 1)[1] for note in notes) == [
-        "the chat template of the tokenizer leaves out messages of role tool",
-        "the chat template of the tokenizer leaves out the column tools",
+        "the chat template of the tokenizer drops messages of role tool",
+        "the chat template of the tokenizer drops the column tools",
         "these columns of the data are not used: id, source",
     ]
 
@@ -424,9 +424,9 @@ def test_a_template_that_refuses_a_row_is_quoted(learned, tiny_tokenizer, tmp_pa
         ("{% for m in messages %}{{ m.content ", "is not valid: "),
         (
             "{{ documents[0].title }}" + MARKED,
-            "does not render a question and its answer: None has",
+            "cannot render a question and its answer: None has",
         ),
-        (MARKED.replace("</s>", ""), "ends no answer with an end token"),
+        (MARKED.replace("</s>", ""), "does not end answers with an end token"),
     ):
         tiny_tokenizer.chat_template = template
         with pytest.raises(Ar2DiffError) as error:

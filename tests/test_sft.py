@@ -104,16 +104,16 @@ def test_stock_trl_leaks_where_attention_goes_both_ways():
 
 BAD = [
     ('{"text": 3}', "neither messages, nor prompt and completion"),
-    ('{"prompt": "a", "completion": null}', "completion is null, but text is wanted"),
+    ('{"prompt": "a", "completion": null}', "completion is null, but must be text"),
     ('{"prompt": "", "completion": ""}', "prompt and completion are empty"),
     ('{"prompt": "a", "completion": "\\ud800"}', "is not valid Unicode"),
     (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
-        "messages[1]: the content is null, but text is wanted",
+        "messages[1]: the content is null, but must be text",
     ),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "there is no message from the assistant"),
     ('{"messages": [{"content": "a"}]}', "messages[0]: the message has no role"),
-    ('{"messages": []}', "messages holds no messages"),
+    ('{"messages": []}', "messages has no messages"),
     ('{"prompt": "a"', "is not JSON"),
 ]
 
@@ -156,8 +156,8 @@ def test_columns_say_where_the_messages_are(write_jsonl):
     [
         ("data.columns.prompt=task", "row 1: data.columns.prompt: the row has no column 'task'"),
         ("data.columns.prompt='{task}'", "the row has no column 'task'"),
-        ("data.columns.prompt='{none}'", "'none' hold no text"),
-        ("data.columns.prompt=number", "prompt is a number, but text is wanted"),
+        ("data.columns.prompt='{none}'", "there is no text in 'none'"),
+        ("data.columns.prompt=number", "prompt is a number, but must be text"),
     ],
 )
 def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, what):
@@ -168,7 +168,7 @@ def test_a_column_that_is_not_there_or_no_text_is_named(write_jsonl, columns, wh
 
 
 def test_rows_of_several_formats_are_refused(write_jsonl):
-    with pytest.raises(Ar2DiffError, match="the data mixes formats"):
+    with pytest.raises(Ar2DiffError, match="all rows must have the same"):
         read_conversations(recipe_for(write_jsonl("rows.jsonl", [*PAIRS, *CHATS])))
 
 
@@ -226,7 +226,10 @@ def test_what_the_turns_are_like_is_said(convert_tiny, write_jsonl, tmp_path, ca
     rows = [*PAIRS, {"prompt": "a?", "completion": " b" * 60}]
     sft(str(convert_tiny()), recipe_for(write_jsonl("rows.jsonl", rows)), tmp_path / "out")
     said = capsys.readouterr().err
-    assert "13 supervised turns, median length 10 tokens, longest 121; 0 without an end" in said
+    assert (
+        "13 supervised turns with a median length of 10 tokens, the longest 121; 0 without an end"
+        in said
+    )
     assert "1 rows longer than data.max_length 64 are cut" in said
 
 
@@ -286,8 +289,8 @@ def test_a_dry_run_shows_what_is_learned_and_writes_nothing(
     plan = json.loads(run("--json"))
     text = "<s>User: say 0\nAssistant:⟦ 0 it is</s>⟧\nUser: again\nAssistant:⟦ 0</s>⟧"
     assert plan["example"] == {"text": text, "tokens": 58, "supervised_tokens": 12}
-    assert "26 supervised turns, median length 9 tokens, longest 10" in plan["turns"]
-    assert "1 rows longer than data.max_length 64 are left out" in plan["turns"]
+    assert "26 supervised turns with a median length of 9 tokens, the longest 10" in plan["turns"]
+    assert "1 rows longer than data.max_length 64 are dropped" in plan["turns"]
     assert plan["recipe"]["data"]["max_length"] == 64 and "memory" in plan
     assert ("launch" in plan) == bool(launch)
     if not launch:

@@ -422,7 +422,7 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
-    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, and is 0.2 now"):
+    with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, but is now 0.2"):
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
     record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
     record["recipe"]["train"]["former"] = 7  # a key of an older version
@@ -465,7 +465,7 @@ def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_pa
     recipe = recipe_of(text_file, train={"max_steps": 1})
     adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
     monkeypatch.setattr("ar2diff.training.plan.rows_per_step", lambda train: 16)
-    with pytest.raises(Ar2DiffError, match="its number of rows per step was 8, and is 16 now"):
+    with pytest.raises(Ar2DiffError, match="its number of rows per step was 8, but is now 16"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 

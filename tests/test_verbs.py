@@ -74,7 +74,7 @@ def test_a_tracker_that_does_not_start_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
     if tracker == "wandb":
         monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", bool)
-    with pytest.raises(Ar2DiffError, match=f"train.report_to '{tracker}' does not start"):
+    with pytest.raises(Ar2DiffError, match=f"train.report_to '{tracker}' cannot be started"):
         call(verb, overrides={"train.report_to": tracker})
     assert not (tmp_path / "out").exists()
 

@@ -1,1 +1,1 @@
-"""The Python API: what `import ar2diff` offers beside the verbs."""
+"""The Python API: what `import ar2diff` offers besides the verbs."""

@@ -1,4 +1,4 @@
-"""A loaded checkpoint in Python: it generates, streams, fills gaps, chats and evaluates."""
+"""A loaded checkpoint in Python, which generates, streams, fills gaps, chats and evaluates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class DiffusionModel:
     """A model with its tokenizer, as `load` returns it.
 
     Attributes:
-        checkpoint: what functions of the lower layers take.
+        checkpoint: the checkpoint, as the lower layers take it.
 
     Every method takes the options of `ar2diff generate` as keywords: `mode`, `max_new_tokens`,
-    `threshold`, `temperature`, `seed` and so on. An unconverted model has the mode `ar` alone.
+    `threshold`, `temperature`, `seed` and so on. An unconverted model only has the mode `ar`.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -36,7 +36,7 @@ class DiffusionModel:
 
     @property
     def model(self) -> Any:
-        """The stock transformers model; of an adapter, the PEFT model around it."""
+        """The stock transformers model or, for an adapter, the PEFT model around it."""
         return self.checkpoint.model
 
     @property
@@ -46,7 +46,7 @@ class DiffusionModel:
 
     @property
     def spec(self) -> Spec | None:
-        """What a logit means, as config.json says; None of a model that is not converted."""
+        """What a logit means, according to config.json; None for an unconverted model."""
         return self.checkpoint.spec
 
     def generate(
@@ -60,15 +60,16 @@ class DiffusionModel:
         """Complete a prompt, or several.
 
         Args:
-            prompt: a text, or a sequence of texts. `{mask:N}` in one is a gap of N tokens to fill.
-            batch_size: prompts that are decoded together; it changes no result.
+            prompt: a text, or a sequence of texts. `{mask:N}` in a text is a gap of N tokens to
+                fill.
+            batch_size: number of prompts decoded together, which does not change the results.
             progress: called after each prompt.
 
         Returns:
-            One result for a text, a list in the order of the prompts for a sequence.
+            One result for a text; for a sequence, a list of results in the same order.
 
         Raises:
-            Ar2DiffError: an option is wrong, or a prompt does not fit.
+            Ar2DiffError: an option is wrong, or a prompt is too long.
         """
         several = not isinstance(prompt, str)
         prompts = list(prompt) if several else [prompt]
@@ -83,7 +84,7 @@ class DiffusionModel:
 
     def stream(self, prompt: str, **options: Any) -> Generator[str, None, Completion]:
         """Complete a prompt, yielding pieces of text as soon as everything before them is decided.
-        The pieces together are the prompt and its completion.
+        Concatenated, the pieces are the prompt and its completion.
 
         Returns:
             The result, for callers that drive the generator themselves (`StopIteration.value`).
@@ -100,22 +101,22 @@ class DiffusionModel:
         """Fill the gap between two texts.
 
         Args:
-            length: tokens of the gap; of several lengths, the one with the likeliest text is taken,
-                and `candidates` of the result holds all of them.
+            length: tokens in the gap. Of several lengths, the one with the likeliest text is
+                chosen, and the result has all of them in `candidates`.
         """
         lengths = [length] if isinstance(length, int) else list(length)
         return infill(self.checkpoint, prefix, suffix, lengths, **options)
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Completion:
-        """Answer a conversation by the tokenizer's chat template.
+        """Answer a conversation, using the tokenizer's chat template.
 
         Args:
-            messages: dictionaries with `role` and `content`, the last one of the user.
+            messages: dictionaries with `role` and `content`; the last message is the user's.
         """
         return complete_chat(self.checkpoint, messages, **options)
 
     def evaluate(self, data: str | Path | Sequence[str], **options: Any) -> Evaluation:
-        """Likelihood on held-out text; arguments and result are those of `ar2diff.evaluate`.
+        """Likelihood on held-out text. Arguments and result are those of `ar2diff.evaluate`.
 
         Args:
             data: a file of rows, or texts.
@@ -127,11 +128,12 @@ def load(model: str | Path, dtype: str = "auto") -> DiffusionModel:
     """Load a model, or an adapter on its base, on the accelerator if there is one.
 
     Args:
-        model: a folder, or a Hub id with an optional `@revision`; a model that is not converted has
-            its AR mode.
-        dtype: of the weights in memory: `auto` is the stored one, or float32, bfloat16, float16.
+        model: a folder, or a Hub id with an optional `@revision`. An unconverted model only has its
+            AR mode.
+        dtype: type of the weights in memory: float32, bfloat16, float16, or `auto` for the stored
+            one.
 
     Raises:
-        Ar2DiffError: there is no such model, it is damaged, or it does not do what its config says.
+        Ar2DiffError: the model does not exist, is damaged, or does not do what its config says.
     """
     return DiffusionModel(load_checkpoint(str(model), dtype))

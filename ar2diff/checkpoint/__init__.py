@@ -1,2 +1,2 @@
-"""Checkpoint folders: found and checked, loaded, written whole or not at all; adapters and their
-merge."""
+"""Checkpoint folders: finding, checking and loading them, and writing them whole or not at all;
+adapters and merging them."""

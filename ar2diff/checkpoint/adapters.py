@@ -1,8 +1,8 @@
-"""Adapters: LoRA and DoRA on a converted model, with the mask token's embedding trained along, and
-the folders that hold them.
+"""Adapters: LoRA and DoRA on a converted model, with the embedding of the mask token trained too,
+and the folders that hold them.
 
 An adapter changes a *converted* model. Its folder names that base and holds `diffusion.json`: what
-a logit of the adapted model means, and how the base is recognised.
+a logit of the adapted model means, and how the base is recognized.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Base:
     Attributes:
         reference: an absolute folder, or a Hub id. revision: the commit of the Hub id, or None.
         spec: the `diffusion` block of its config.
-        mask_row: of `mask_row_of`. weights: of `stored.fingerprint`.
+        mask_row: the result of `mask_row_of`. weights: the result of `stored.fingerprint`.
     """
 
     reference: str
@@ -83,7 +83,7 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
         before, after = getattr(spec, name), getattr(checkpoint.spec, name)
         raise Ar2DiffError(
             f"an adapter cannot change {name} from {before} to {after}",
-            f"set {option(f'convert.{name}', before)}, or leave out the peft section",
+            f"set {option(f'convert.{name}', before)}, or remove the peft section from the recipe",
         )
     model = checkpoint.model
     targets = _targets(model, wanted.targets)
@@ -117,7 +117,8 @@ def check_base(path: Path, spec: Spec | None) -> None:
     """
     if is_adapter(path):
         raise Ar2DiffError(
-            f"model {path} is an adapter itself", f"run 'ar2diff merge {path} DIR' first"
+            f"model {path} is itself an adapter",
+            f"run 'ar2diff merge {path} DIR', then train on DIR",
         )
     if spec is None:
         raise Ar2DiffError(
@@ -149,7 +150,7 @@ def load_adapter(
     file_tensors(path / ADAPTER_WEIGHTS)
     folder = _find_base(path, base or _reference(config))
     found = read_spec(folder)
-    fix = "give the converted checkpoint that it was trained on"
+    fix = "set base_model_name_or_path in its adapter_config.json to the model it was trained on"
     if is_adapter(folder) or found is None:
         raise Ar2DiffError(f"adapter {path}: its base {folder} is not a converted model", fix)
     for name, value in asdict(found).items():
@@ -162,12 +163,12 @@ def load_adapter(
             )
     if name := _changed(found, spec):
         raise Ar2DiffError(
-            f"adapter {path}: {name} is {getattr(spec, name)} in its {DIFFUSION} but "
-            f"{getattr(found, name)} in its base, which no adapter can change",
+            f"adapter {path}: {name} is {getattr(spec, name)} in its {DIFFUSION}, but "
+            f"{getattr(found, name)} in its base, and no adapter can change that",
             f"download the adapter again, or {RETRAIN}",
         )
     other = Ar2DiffError(
-        f"adapter {path}: the weights of its base {folder} are not those it was trained on", fix
+        f"adapter {path}: the weights of its base {folder} are not the ones it was trained on", fix
     )
     weights = fingerprint(folder)
     if weights != known.get("weights_sha256"):
@@ -195,12 +196,12 @@ def save_adapter(
     """Write the adapter of a checkpoint.
 
     Args:
-        record: for `ar2diff.json`.
-        weights: {parameter name: tensor} of the trained ones, if the model itself does not hold
-            them whole.
+        record: content of `ar2diff.json`.
+        weights: {parameter name: tensor} for the trained parameters, if the model itself does not
+            hold them whole.
 
     Raises:
-        Ar2DiffError: as `Output.staged`.
+        Ar2DiffError: as for `Output.staged`.
     """
     state = get_peft_model_state_dict(
         checkpoint.model, state_dict=weights, save_embedding_layers=False
@@ -212,7 +213,7 @@ def save_adapter(
 
 
 def save_adapter_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write all files of an adapter but the weights and the record."""
+    """Write all files of an adapter except the weights and the record."""
     base, config = checkpoint.base, checkpoint.model.peft_config["default"]
     named = replace(
         config,
@@ -229,8 +230,8 @@ def save_adapter_config(checkpoint: Checkpoint, folder: Path) -> None:
 
 @torch.no_grad()
 def mask_row_of(model: Any, mask_token_id: int) -> str:
-    """sha256 of the embedding of a model's mask token in float32, whatever its stored dtype. Empty
-    for a model without storage, whose memory is being estimated."""
+    """SHA-256 of the mask token's embedding in float32, whatever its stored dtype. Empty for a
+    model without storage, whose memory is being estimated."""
     row = model.get_input_embeddings().weight[mask_token_id]
     if row.is_meta:
         return ""
@@ -256,8 +257,8 @@ class AddToColumn(torch.autograd.Function):
 
 
 class MaskRow(TrainableTokensLayer):
-    """peft's layer of trainable tokens, but it replaces their rows where they are used: peft's own
-    copies the whole table in each forward and computes a gradient for all of it."""
+    """peft's layer for trainable tokens, but it replaces rows only where they are used. peft's own
+    layer copies the whole table in each forward pass and computes a gradient for all of it."""
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Any:
         """The embeddings of ids or, for a head tied to them, the logits of hidden states."""
@@ -285,7 +286,7 @@ def _wrap(checkpoint: Checkpoint, config: LoraConfig, base: Base) -> None:
     except Exception as error:  # peft asserts, indexes and divides on the way
         raise Ar2DiffError(
             f"model {checkpoint.path}: peft cannot put an adapter on it ({first_line(error)})",
-            f"name other layers in {option('peft.targets')}",
+            f"name other layers in {option('peft.targets')}, or set it to all-linear",
         ) from error
     for module in wrapped.modules():
         if type(module) is TrainableTokensLayer:
@@ -312,23 +313,23 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
         matched = [name for name in linear if f".{name}".endswith(f".{target}")]
         if any(linear[name] for name in matched):
             raise Ar2DiffError(
-                f"{option('peft.targets')}: {target} is the output embeddings, which adapters "
-                "leave alone",
+                f"{option('peft.targets')}: {target} is the output head, to which adapters are not "
+                "applied",
                 f"leave it out; {option('peft.mask_row', True)} trains the mask token's row",
             )
         if not matched:
             names = sorted({name.rpartition(".")[2] for name in layers})
             raise Ar2DiffError(
-                f"{option('peft.targets')}: {target} matches no linear layer of the model"
+                f"{option('peft.targets')}: {target} does not match any linear layer in the model"
                 f"{nearest(target, names)}",
-                f"name some of {', '.join(names)}, or all-linear for all of them",
+                f"choose from {', '.join(names)}, or use all-linear for all of them",
             )
         found.update(matched)
     return [name for name in layers if name in found]
 
 
 def _changed(base: Spec, spec: Spec) -> str | None:
-    """The first key in which an adapter's spec differs from its base's and must not."""
+    """The first key in which an adapter's spec must not differ from that of its base, but does."""
     names = (field.name for field in fields(Spec) if field.name not in MAY_DIFFER)
     return next((name for name in names if getattr(base, name) != getattr(spec, name)), None)
 
@@ -356,7 +357,7 @@ def _find_base(path: Path, reference: str) -> Path:
     except Ar2DiffError as error:
         raise Ar2DiffError(
             f"adapter {path}: its base was not found: {error.what}",
-            f"put it there, or correct base_model_name_or_path in {path / ADAPTER_CONFIG}",
+            f"correct base_model_name_or_path in {path / ADAPTER_CONFIG}",
         ) from error
 
 
@@ -364,15 +365,15 @@ def _read_config(path: Path) -> LoraConfig:
     """The adapter's config, if ar2diff can read it. It must not name code to import."""
     values = read_json(path / ADAPTER_CONFIG, RETRAIN)
     kind = values.get("peft_type") if isinstance(values, dict) else None
-    fix = "merge it into its base with peft first"
+    fix = "merge it into its base with peft's merge_and_unload first"
     if kind != "LORA":
         raise Ar2DiffError(
-            f"adapter {path} is of type {shortened(kind)}; ar2diff reads LoRA and DoRA", fix
+            f"adapter {path} is of type {shortened(kind)}, but ar2diff only reads LoRA and DoRA",
+            fix,
         )
     if values.get("megatron_config") or values.get("modules_to_save"):
         raise Ar2DiffError(
-            f"adapter {path} contains more than LoRA layers; ar2diff reads LoRA and DoRA without "
-            "further modules",
+            f"adapter {path} contains modules other than LoRA layers, which ar2diff cannot read",
             fix,
         )
     try:
@@ -385,7 +386,7 @@ def _read_base(path: Path) -> dict[str, Any]:
     base = read_json(path / DIFFUSION, "").get("base")
     if not isinstance(base, dict) or not isinstance(base.get("diffusion"), dict):
         raise Ar2DiffError(
-            f"{path / DIFFUSION} does not describe the base of the adapter",
+            f"{path / DIFFUSION} does not say what base the adapter was trained on",
             RETRAIN,
         )
     return base

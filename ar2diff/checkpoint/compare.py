@@ -23,5 +23,5 @@ def fixed_logits(checkpoint: Checkpoint) -> Tensor:
 
 
 def far(before: Tensor, after: Tensor) -> float:
-    """The largest difference of the logits over the largest logit."""
+    """The largest difference in the logits, relative to the largest logit."""
     return ((before - after).abs().max() / before.abs().max()).item()

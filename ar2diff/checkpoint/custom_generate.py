@@ -1,5 +1,5 @@
-"""The decoding code that folders of converted models carry, so that they denoise where ar2diff is
-not installed.
+"""The decoding code that folders of converted models contain, so that they denoise even where
+ar2diff is not installed.
 
 `custom_generate/` holds byte copies of the modules of `core`. transformers runs them for anyone who
 loads the folder with `trust_remote_code=True`; ar2diff itself never runs them. `save_pretrained` of
@@ -22,8 +22,8 @@ class CustomGenerate:
     """The decoding code in a folder.
 
     Attributes:
-        state: `ok` (byte for byte that of this version), `differs` or `missing`.
-        sha256: of the bytes of its files in the order of their names, as printed by
+        state: `ok` (identical to the code of this version), `differs` or `missing`.
+        sha256: SHA-256 of its files, concatenated in the order of their names, as printed by
             `cat custom_generate/* | sha256sum`; None if it is missing.
     """
 

@@ -1,5 +1,4 @@
-"""Checkpoint folders on disk or on the Hub: how they are found, and what is checked before anything
-is loaded.
+"""Checkpoint folders on disk or on the Hub: finding them, and the checks before anything is loaded.
 
 A downloaded folder is untrusted: its JSON is parsed within limits, and no file outside of it is
 read. This module imports no torch, so that a bad folder is refused at once.
@@ -70,7 +69,7 @@ def find_checkpoint(reference: str, code: bool = False, weights: bool = True) ->
         check_entries(folder)
         return folder
     if is_file or reference.startswith(("/", ".", "~")) or reference.count("/") > 1:
-        raise Ar2DiffError(f"model {quoted}: no such folder", "give a folder or a Hub id")
+        raise Ar2DiffError(f"model {quoted} does not exist", "give a folder or a Hub id")
     from huggingface_hub import snapshot_download
 
     name, _, revision = reference.partition("@")
@@ -83,9 +82,9 @@ def find_checkpoint(reference: str, code: bool = False, weights: bool = True) ->
                 ignore_patterns=[*([] if code else CODE), *([] if weights else ["*.safetensors"])],
             )
         )
-    except Exception as error:  # of huggingface_hub, httpx or the OS: all mean that it is not there
+    except Exception as error:  # from huggingface_hub, httpx or the OS: it is not there
         raise Ar2DiffError(
-            f"model {quoted}: there is no such folder, and it cannot be downloaded from the Hub "
+            f"model {quoted} is not a local folder, and cannot be downloaded from the Hub "
             f"({first_line(error)})",
             "check the name and the connection, or give a local folder",
         ) from error
@@ -113,7 +112,7 @@ def inside(folder: Path, name: Any) -> Path:
         Ar2DiffError: the name or a link leads out of the folder, or to something that is no file.
     """
     outside = Ar2DiffError(
-        f"model {folder}: {shortened(name)} is not a file inside of the folder",
+        f"model {folder}: {shortened(name)} is not a file inside the folder",
         "download the checkpoint again, or copy the file into the folder",
     )
     if not isinstance(name, str) or not name or "\\" in name:
@@ -153,7 +152,8 @@ def check_entries(folder: Path) -> None:
             entries += [e for e in (folder / name).rglob("*") if e.is_symlink() or not e.is_dir()]
     except OSError as error:
         raise Ar2DiffError(
-            f"model {folder}: {error.strerror or error}", "check the permissions of the folder"
+            f"model {folder}: {error.strerror or error}",
+            "make sure that the folder and its files are readable",
         ) from None
     for entry in entries:
         inside(folder, str(entry.relative_to(folder)))
@@ -194,9 +194,9 @@ def adapter_spec(path: Path) -> Spec:
     """
     if not (path / DIFFUSION).is_file():
         raise Ar2DiffError(
-            f"adapter {path}: it is not an adapter of a diffusion model, because it has no "
+            f"adapter {path} is not an adapter for a diffusion model, because it has no "
             f"{DIFFUSION}",
-            "train one with a peft section, on a converted model",
+            "train one on a converted model, with a recipe that has a peft section",
         )
     _check_adapter(path)
     block = read_json(path / DIFFUSION, AGAIN).get("diffusion")
@@ -211,20 +211,22 @@ def adapter_spec(path: Path) -> Spec:
 
 def _check_adapter(path: Path) -> None:
     """Refuse an adapter whose config would cost too much: names of layers given as regular
-    expressions, which may backtrack for ever, and matrices of a rank that no stored one has."""
+    expressions, which may backtrack forever, and matrices of a rank that no stored one has."""
     file, weights = path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS
     values = read_json(file, AGAIN)
-    fix = "download the adapter again, or merge it with peft first"
+    fix = "download the adapter again, or merge it into its base with peft first"
     for name in PATTERNS:
         if values.get(name):
-            raise Ar2DiffError(f"{file}: {name} is set, which ar2diff does not read", fix)
+            raise Ar2DiffError(f"{file}: {name} is set, which ar2diff does not support", fix)
     for name in ("target_modules", "exclude_modules"):
         if not isinstance(values.get(name), list | None):
             raise Ar2DiffError(
                 f"{file}: {name} is {shortened(values[name])}, but must be a list of names", fix
             )
     if values.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise Ar2DiffError(f"{file}: bias {shortened(values['bias'])} is unknown to peft", fix)
+        raise Ar2DiffError(
+            f"{file}: bias is {shortened(values['bias'])}, which peft does not know", fix
+        )
     tokens = values.get("trainable_token_indices")
     for ids in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
         if not isinstance(ids, list) or not all(type(n) is int and n >= 0 for n in ids):
@@ -240,7 +242,7 @@ def _check_adapter(path: Path) -> None:
             with safe_open(weights, framework="np") as stored:
                 shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]
         except (SafetensorError, OSError):
-            return  # whoever reads the weights says so
+            return  # reported when the weights are read
         if not any(rank in shape for shape in shapes):
             raise Ar2DiffError(f"{file}: r is {rank}, but no stored matrix has that rank", fix)
 
@@ -263,16 +265,17 @@ def weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         found = read_json(path / INDEX, AGAIN, MOST_JSON).get("weight_map")
         if not isinstance(found, dict) or not found:
-            raise Ar2DiffError(f"{path / INDEX}: it has no weight_map", AGAIN)
+            raise Ar2DiffError(f"{path / INDEX} has no weight_map", AGAIN)
         for name in (name for name in found.values() if not isinstance(name, str)):
             raise Ar2DiffError(
-                f"{path / INDEX}: weight_map names {shortened(name)}, which is no file name", AGAIN
+                f"{path / INDEX}: weight_map names {shortened(name)}, which is not a file name",
+                AGAIN,
             )
         names = sorted(set(found.values()))
         if WEIGHTS not in names and (path / WEIGHTS).exists():
             raise Ar2DiffError(
-                f"model {path}: {INDEX} names other files, but there is a {WEIGHTS} too",
-                "remove the one that does not belong there",
+                f"model {path} has both a {WEIGHTS} and an {INDEX} that names other files",
+                "remove the one that does not belong to the model",
             )
     files = [inside(path, name) for name in names]
     for name in names:
@@ -285,10 +288,11 @@ def weight_files(path: Path) -> list[Path]:
         pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickled:
             raise Ar2DiffError(
-                f"model {path}: its weights are pickled ({pickled[0]}), and a pickle can run code",
-                "convert them to safetensors first",
+                f"model {path}: its weights are pickled ({pickled[0]}), and loading a pickle "
+                "can run code",
+                "convert them to safetensors first, with transformers' save_pretrained",
             )
-        raise Ar2DiffError(f"model {path}: it has a {CONFIG} but no {names[0]}", AGAIN)
+        raise Ar2DiffError(f"model {path} has a {CONFIG} but no {names[0]}", AGAIN)
     return files
 
 
@@ -310,23 +314,23 @@ def check_counts(path: Path, config: dict[str, Any], tensors: int | None = None)
         elif EXPERTS.fullmatch(key) and depth == 0:
             most, of = MOST_EXPERTS, "experts"
         elif LAYERS.fullmatch(key) and depth == 0:
-            most, of = max(MOST_LAYERS, tensors or 0), "layers, which have no weights"
+            most, of = max(MOST_LAYERS, tensors or 0), "layers, for which there are no weights"
         elif depth > 1:
             most, of = MOST_REPEATS, "repetitions"
         if most is not None and value > most:
             raise Ar2DiffError(
-                f"{path / CONFIG}: {shortened(key)} is {value}: more than {most} {of}",
+                f"{path / CONFIG}: {shortened(key)} is {value}, which is more than {most} {of}",
                 "download the checkpoint again, or correct the file",
             )
     if "transformers_weights" in config:
         raise Ar2DiffError(
-            f"{path / CONFIG}: transformers_weights names other weights than {WEIGHTS}",
-            f"rename them to {WEIGHTS}, and remove the key",
+            f"{path / CONFIG}: transformers_weights names a file other than {WEIGHTS}",
+            f"rename that file to {WEIGHTS}, and remove the key",
         )
 
 
 def check_ids(path: Path) -> None:
-    """Refuse configs in which the id of a token is none. -1 is how the first LLaMA said "none".
+    """Refuse configs in which a token id is not an id. (-1 is how the first LLaMA said "none".)
 
     Raises:
         Ar2DiffError: naming file and key.
@@ -340,8 +344,8 @@ def check_ids(path: Path) -> None:
                 for value in given if isinstance(given, list) else [given]:
                     if type(value) is not int or value < -1:
                         raise Ar2DiffError(
-                            f"{file}: {key} {shortened(value)} is not the id of a token",
-                            "correct it, or remove it",
+                            f"{file}: {key} is {shortened(value)}, which is not a token id",
+                            "correct or remove the key",
                         )
 
 
@@ -370,19 +374,19 @@ def read_json(file: Path, fix: str, most: int = MOST_CONFIG) -> dict[str, Any]:
             `parse_json`.
     """
     try:
-        if file.exists() and not file.is_file():  # reading from a pipe would never end
-            raise Ar2DiffError(f"{file}: it is not a regular file", AGAIN)
+        if file.exists() and not file.is_file():  # reading from a pipe might never end
+            raise Ar2DiffError(f"{file} is not a regular file", AGAIN)
         with file.open("rb") as stream:
             text = stream.read(most + 1)
         if len(text) > most:
-            raise Ar2DiffError(f"{file}: it has more than {most >> 20} MB", AGAIN)
+            raise Ar2DiffError(f"{file} is larger than {most >> 20} MB", AGAIN)
         value = parse_json(text)
     except FileNotFoundError:
-        raise Ar2DiffError(f"{file}: no such file", fix) from None
+        raise Ar2DiffError(f"{file} does not exist", fix) from None
     except OSError as error:
         raise Ar2DiffError(f"{file}: {error.strerror or error}", AGAIN) from None
     except ValueError as error:
-        raise Ar2DiffError(f"{file}: it is not JSON: {error}", AGAIN) from None
+        raise Ar2DiffError(f"{file} is not JSON: {error}", AGAIN) from None
     if not isinstance(value, dict):
-        raise Ar2DiffError(f"{file}: it is not a JSON object", AGAIN)
+        raise Ar2DiffError(f"{file} is not a JSON object", AGAIN)
     return value

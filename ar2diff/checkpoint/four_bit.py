@@ -1,4 +1,4 @@
-"""Linear layers in 4 bits, for QLoRA: what bitsandbytes is asked for, and what it cannot do."""
+"""4-bit linear layers for QLoRA: the settings of bitsandbytes, and its limits."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ def bits_and_bytes(quantization: Any) -> BitsAndBytesConfig:
 def check_four_bit_shapes(path: Path, outline: Any) -> None:
     """Refuse a model whose layers a CPU cannot hold in 4 bits, before its weights are read.
 
-    bitsandbytes quantises blocks of 64 weights. Its CPU kernels take each row of a layer for whole
-    blocks: of other rows they apply the wrong scales without a word, or fail, depending on the CPU.
+    bitsandbytes quantizes blocks of 64 weights. Its CPU kernels assume that each row of a layer
+    consists of whole blocks; for other rows they fail or silently apply wrong scales, depending on
+    the CPU.
 
     Args:
         outline: the model without storage.
     """
     if torch.cuda.is_available():
         return
-    head = outline.get_output_embeddings()  # it is never quantised
+    head = outline.get_output_embeddings()  # it is never quantized
     for name, module in outline.named_modules():
         if module is head or not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
@@ -58,7 +59,7 @@ def check_four_bit_shapes(path: Path, outline: Any) -> None:
             raise Ar2DiffError(
                 f"model {path}: layer {name} has {inputs} inputs; on a CPU, 4-bit layers need a "
                 f"multiple of {FOUR_BIT_BLOCK}",
-                "leave out the quantization section, or train on a GPU",
+                "set quantization=null, or train on a GPU",
             )
 
 
@@ -66,8 +67,8 @@ def keep_unpacked(model: Any) -> None:
     """Keep 4-bit layers in the form that trains, on every CPU.
 
     On a CPU with avx512_bf16, the first forward in eval mode would repack a layer for inference.
-    That rounds its scales to bfloat16, and no gradient passes through it any more, so that the
-    training that follows would silently go wrong.
+    That rounds its scales to bfloat16 and blocks gradients, so that the training that follows would
+    silently go wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -42,15 +42,15 @@ def save(
     weights: dict[str, Any] | None = None,
 ) -> None:
     """Write a converted checkpoint in the stored dtypes of its base, with the code that denoises
-    it; of a checkpoint with an adapter, the adapter alone. (Checkpoints of training carry no such
-    code: they are there to resume from.)
+    it; for a checkpoint with an adapter, only the adapter. (Training checkpoints do not contain the
+    code: they are only for resuming.)
 
     Args:
-        record: for `ar2diff.json`.
+        record: content of `ar2diff.json`.
         weights: {parameter name: tensor}, if the model itself does not hold them whole.
 
     Raises:
-        Ar2DiffError: as `Output.staged`.
+        Ar2DiffError: as for `Output.staged`.
     """
     if checkpoint.base is not None:
         save_adapter(checkpoint, output, record, weights)
@@ -68,8 +68,8 @@ def save(
 
 
 def check_saving(checkpoint: Checkpoint) -> None:
-    """Write everything but the weights once, to a scratch folder: what the libraries refuse to
-    write is found before a run trains, not after it.
+    """Write everything but the weights to a scratch folder, so that anything the libraries refuse
+    to write is found before a run trains, not after it.
 
     Raises:
         Ar2DiffError: a config, generation config or tokenizer cannot be written, or the mask token
@@ -94,8 +94,8 @@ def check_saving(checkpoint: Checkpoint) -> None:
     if spec is not None and again.mask_token_id != spec.mask_token_id:
         raise Ar2DiffError(
             f"model {checkpoint.path}: its mask token has id {spec.mask_token_id}, but "
-            f"{again.mask_token_id} once the tokenizer is written and loaded again",
-            "use a tokenizer without holes between its ids",
+            f"{again.mask_token_id} after the tokenizer is saved and loaded again",
+            "use a tokenizer without gaps in its ids",
         )
 
 

@@ -19,13 +19,13 @@ from .output import check_output, claimed, record_of
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge made.
+    """The result of a merge.
 
     Attributes:
-        adapter: the reference that was given. base_model: folder or Hub id of its base.
-        parameters: of the merged model.
-        difference: largest difference of the logits before and after, over the largest logit.
-        rounding: the same for storing the merged weights in the base's dtype.
+        adapter: the adapter as it was given. base_model: folder or Hub id of its base.
+        parameters: number of parameters in the merged model.
+        difference: largest difference in the logits, before and after, relative to the largest.
+        rounding: the same, due to storing the merged weights in the dtype of the base.
     """
 
     adapter: str
@@ -44,23 +44,23 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Merged:
-    """Make a whole converted model of an adapter and its base, in the base's stored dtypes.
+    """Make a whole converted model from an adapter and its base, in the stored dtypes of the base.
 
     Args:
         adapter: folder or Hub id.
         output_dir: a new or empty folder.
         base: folder or Hub id, if the base is not where the adapter says.
-        overwrite: replace the model in `output_dir` that ar2diff wrote.
-        dry_run: check and merge in memory; write nothing.
+        overwrite: replace the model that ar2diff wrote to `output_dir`.
+        dry_run: check and merge in memory, but write nothing.
 
     Raises:
-        Ar2DiffError: as `load_adapter` and `claimed`; merging changes the logits.
+        Ar2DiffError: as for `load_adapter` and `claimed`; or merging changes the logits.
     """
     path, output_dir = find_checkpoint(adapter), Path(output_dir)
     if not is_adapter(path):
         raise Ar2DiffError(
             f"{path} is not an adapter: it has no {ADAPTER_CONFIG}",
-            f"name the folder of an adapter as {option('adapter')}",
+            f"give the folder of an adapter as {option('adapter')}",
         )
     check_output(output_dir, [path], overwrite=overwrite)
     checkpoint = load_adapter(path, device="auto", base=base)
@@ -73,9 +73,9 @@ def merge(
     difference = far(before, merged)
     if not difference <= MERGED:
         raise Ar2DiffError(
-            f"adapter {path}: merging changes the logits by {difference:.1e} of the largest, which "
-            f"is more than {MERGED:.0e}",
-            "use the adapter as it is",
+            f"adapter {path}: merging changes the logits by {difference:.1e} of the largest, more "
+            f"than the {MERGED:.0e} allowed",
+            "use the adapter without merging it",
         )
     needed = 0
     for key, parameter in checkpoint.model.named_parameters():

@@ -44,7 +44,7 @@ from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
 from .stored import StoredTensor, stored_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-MOST_NUMBERS = 16  # numbers of the model for each stored byte: 8 of 1 bit, and some to spare
+MOST_NUMBERS = 16  # most numbers per stored byte: 8 at 1 bit each, and some to spare
 SMALL = 10_000_000  # numbers that cost nothing, whatever is stored
 MOST_EXTRA = 16  # tokens that a tokenizer may have more than the weights have rows
 MOST_TOKENS = 10_000_000
@@ -151,7 +151,7 @@ def load_model(
         raise
     except Exception as error:  # from a config of the wrong type to a class without sdpa
         raise Ar2DiffError(
-            f"model {path}: it cannot be loaded ({first_line(error)})",
+            f"model {path} cannot be loaded ({first_line(error)})",
             "check that config.json and the weights belong together",
         ) from error
     keep_unpacked(model)
@@ -188,9 +188,9 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
             f"{path / CONFIG}: model_type is {shortened(kind)}, which transformers "
             f"{transformers.__version__} does not know"
             f"{'; ar2diff never runs the code in the folder' if foreign else ''}",
-            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
+            "if it is a diffusion model of another family, run 'ar2diff import' on it first"
             if foreign
-            else "upgrade transformers, or give another checkpoint",
+            else "upgrade transformers, or use another checkpoint",
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -203,7 +203,7 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a folder, as a stock class of transformers. Its chat templates have been
-    tried: none runs for ever.
+    tried, so none of them runs forever.
 
     Raises:
         Ar2DiffError: it needs code of its own, does not load, cannot tokenize, or has a chat
@@ -214,7 +214,8 @@ def load_tokenizer(path: Path) -> Any:
     for name, value in values.items():
         if type(value) is int and value > MOST_TOKENS and "length" not in name:
             raise Ar2DiffError(
-                f"{settings}: {shortened(name)} is {value}: more than {MOST_TOKENS} tokens",
+                f"{settings}: {shortened(name)} is {value}, which is more than {MOST_TOKENS} "
+                "tokens",
                 "download the checkpoint again, or correct the file",
             )
     try:
@@ -233,7 +234,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _no_tokenizer(path: Path, values: dict[str, Any], error: BaseException) -> Ar2DiffError:
-    """Why a tokenizer does not load, in words that tell what to do."""
+    """The error for a tokenizer that does not load, with what to do about it."""
     model, whole = path / "tokenizer.model", (path / "tokenizer.json").is_file()
     if model.is_file() and not whole:
         with model.open("rb") as stream:
@@ -243,17 +244,16 @@ def _no_tokenizer(path: Path, values: dict[str, Any], error: BaseException) -> A
             return Ar2DiffError(
                 f"model {path}: its tokenizer is a {library} model, {model.name}, and {library} is "
                 "not installed",
-                f"pip install {library}, or put a tokenizer.json beside it",
+                f"pip install {library}, or add a tokenizer.json to the folder",
             )
     if "auto_map" in values and "trust_remote_code" in str(error):
         return Ar2DiffError(
-            f"model {path}: its tokenizer needs code in the folder, which ar2diff never runs",
-            "put a tokenizer.json beside the weights, and remove auto_map from "
-            "tokenizer_config.json",
+            f"model {path}: its tokenizer needs code from the folder, which ar2diff never runs",
+            "add a tokenizer.json to the folder, and remove auto_map from tokenizer_config.json",
         )
     return Ar2DiffError(
-        f"model {path}: its tokenizer does not load ({first_line(error)})",
-        "put the tokenizer's files beside the weights",
+        f"model {path}: its tokenizer cannot be loaded ({first_line(error)})",
+        "add the files of its tokenizer to the folder, or download them again",
     )
 
 
@@ -265,8 +265,8 @@ def _dtype(name: str, stored: dict[str, str]) -> Any:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise Ar2DiffError(
-            f"{option('dtype')} {shortened(name)} is no floating-point type of torch",
-            f"set {option('dtype', 'float32')}, bfloat16, float16 or auto",
+            f"{option('dtype')} {shortened(name)} is not a floating-point type of torch",
+            f"set {option('dtype')} to float32, bfloat16, float16 or auto",
         )
     return found
 
@@ -278,7 +278,7 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     ):
         raise Ar2DiffError(
             f"{path / CONFIG}: architectures is {shortened(names)}, but must be a list of names",
-            "correct it, or remove it",
+            "correct or remove the key",
         )
     if not names:  # the type tells as much, but for models that are encoders or decoders
         names = []
@@ -298,9 +298,9 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
         what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
         raise Ar2DiffError(
             f"model {path}: {what} is not a decoder-only causal LM",
-            "bring it in with 'ar2diff import' if it is a diffusion model of another family"
+            "if it is a diffusion model of another family, run 'ar2diff import' on it first"
             if "auto_map" in config
-            else "give an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
+            else "use an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
         )
 
 
@@ -315,14 +315,14 @@ def outline_of(config: Any) -> Any:
 
 
 def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:
-    """Refuse a config whose model would be far larger than the weights: the libraries would allot
-    the memory for what is missing before they said that it is."""
+    """Refuse a config whose model would be far larger than the weights: the libraries would
+    allocate memory for missing weights before reporting them."""
     held = {id(t): t.numel() for t in (*outline.parameters(), *outline.buffers())}
     wanted, there = sum(held.values()), sum(t.size for t in tensors)
     if wanted > MOST_NUMBERS * there + SMALL:
         raise Ar2DiffError(
-            f"model {path}: config.json describes a model of {wanted} numbers, and the weights "
-            f"have only {there} bytes",
+            f"model {path}: config.json describes a model with {wanted} parameters, but the "
+            f"weights have only {there} bytes",
             "check that config.json and the weights belong together",
         )
 
@@ -340,7 +340,8 @@ def check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> Non
     # Vocabularies are padded to a round number of rows, not by a tenth of their size.
     if len(tokenizer) - rows > MOST_EXTRA or rows - len(tokenizer) > max(1024, rows // 10):
         raise Ar2DiffError(
-            f"model {path}: the tokenizer has {len(tokenizer)} tokens, the weights {rows} rows",
+            f"model {path}: the tokenizer has {len(tokenizer)} tokens, but the weights have "
+            f"{rows} rows",
             "use the tokenizer that the model was trained with",
         )
     if spec is not None and spec.mask_token_id >= rows:
@@ -362,8 +363,8 @@ def _refuse_extra(rows: int, embeddings: Any, args: tuple[Tensor, ...]) -> None:
     """Refuse a text that spells a token which has no row; a conversion adds the missing rows."""
     if embeddings.weight.shape[0] == rows and args[0].numel() and args[0].max() >= rows:
         raise Ar2DiffError(
-            f"a text has the token of id {int(args[0].max())}, but the weights have {rows} rows",
-            "remove the token from the text; it is not meant for texts",
+            f"a text contains token id {int(args[0].max())}, but the weights have only {rows} rows",
+            "remove that special token from the text",
         )
 
 
@@ -379,7 +380,7 @@ def _drop_ids(config: Any, rows: int) -> None:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Number of parameters that train, and of all; a quantised weight counts unpacked."""
+    """The numbers of trainable and of all parameters; quantized weights count unpacked."""
     if hasattr(model, "get_nb_trainable_parameters"):  # an adapter of peft
         return model.get_nb_trainable_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

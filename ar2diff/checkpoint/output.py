@@ -1,5 +1,5 @@
-"""Output folders. Every verb that writes one goes the same way: check it, claim it, write the new
-files beside the old ones, record them, publish them.
+"""Output folders. Every verb that writes one does it the same way: check it, claim it, write the
+new files beside the old ones, record them, move them into place.
 
     with claimed(output_dir, inputs, overwrite=overwrite) as output:
         with output.staged(record) as folder:
@@ -29,9 +29,9 @@ from .files import ADAPTER_CONFIG, RUN_FILE, check_path
 LAST = ("config.json", ADAPTER_CONFIG)  # a folder holds a model once it has one of these
 CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
 LOCK, PARTIAL = ".ar2diff.lock", ".partial"
-LEFTOVERS = (LOCK, PARTIAL)  # what a killed process may leave; it is nobody's loss
-FULL = 1 << 22  # a write that fails with fewer bytes free is put down to a full disk
-# What a verb may write at the top of a folder. A file of the user's by such a name is in the way.
+LEFTOVERS = (LOCK, PARTIAL)  # what a killed process may leave behind
+FULL = 1 << 22  # if fewer bytes are free, a failed write means a full disk
+# What a verb may write at the top of a folder; a user's file with such a name is in the way.
 WRITTEN = re.compile(
     r"(config|generation_config|adapter_config|diffusion|ar2diff|tokenizer|tokenizer_config"
     r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
@@ -186,13 +186,13 @@ def check_output(
             be replaced; it is a file, is not writable, or another process writes there.
     """
     check_path(output_dir)
-    elsewhere = f"give another {option('output_dir')}"
+    elsewhere = f"choose another {option('output_dir')}"
     target = output_dir.resolve()
     for path in inputs:
         if target == path.resolve() or target in path.resolve().parents:
-            raise Ar2DiffError(f"output folder {output_dir} holds the input {path}", elsewhere)
+            raise Ar2DiffError(f"output folder {output_dir} contains the input {path}", elsewhere)
     if output_dir.exists() and not output_dir.is_dir():
-        raise Ar2DiffError(f"output folder {output_dir} is a file", elsewhere)
+        raise Ar2DiffError(f"output folder {output_dir} is not a folder", elsewhere)
     if not os.access(_existing(target), os.W_OK):
         raise Ar2DiffError(f"folder {_existing(target)} is not writable", elsewhere)
     if not locked:
@@ -204,13 +204,13 @@ def check_output(
     complete = holds_model(output_dir)
     if files is None and not running:
         raise Ar2DiffError(
-            f"output folder {output_dir} is not empty, and no {RUN_FILE} lists its files: ar2diff "
-            "did not write them",
+            f"output folder {output_dir} is not empty, and ar2diff did not write its files (no "
+            f"{RUN_FILE} lists them)",
             f"{elsewhere}, or empty the folder yourself",
         )
     # Files without a config are those of a killed verb, unless they belong to a run.
     if not (resume or overwrite) and (running or complete):
-        state = "holds a run that has not ended" if running else "already holds a complete model"
+        state = "holds an unfinished run" if running else "already holds a complete model"
         go_on = f"continue it with {option('resume', True)}, " if running else ""
         replace = f"replace it with {option('overwrite', True)}"
         raise Ar2DiffError(
@@ -225,7 +225,7 @@ def check_disk(output_dir: Path, needed: int) -> None:
     """Refuse a disk that has fewer bytes free than will be written.
 
     Raises:
-        Ar2DiffError: it has.
+        Ar2DiffError: the disk is too full.
     """
     parent = _existing(output_dir.resolve())
     free = shutil.disk_usage(parent).free
@@ -233,7 +233,7 @@ def check_disk(output_dir: Path, needed: int) -> None:
         raise Ar2DiffError(
             f"{parent}: the disk is full ({free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB "
             "are needed)",
-            f"free some space, or give another {option('output_dir')}",
+            f"free some space, or choose another {option('output_dir')}",
         )
 
 
@@ -275,7 +275,7 @@ def recorded_files(folder: Path) -> list[str] | None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say what an error of the file system means to the user.
+    """Translate file system errors into what they mean for the user.
 
     safetensors and torch wrap a full disk in classes of their own, so the disk is asked too.
     """
@@ -292,7 +292,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise full from error
         if isinstance(error, OSError):
-            fix = f"give another {option('output_dir')}"
+            fix = f"choose another {option('output_dir')}"
             raise Ar2DiffError(f"{path}: {error.strerror or error}", fix) from error
         if shutil.disk_usage(_existing(path.resolve())).free < FULL:
             raise full from error
@@ -358,7 +358,7 @@ def _take(lock: int, kind: int, folder: Path) -> None:
     except BlockingIOError:
         raise Ar2DiffError(
             f"another run is writing to {folder}",
-            f"wait until it has ended, or give another {option('output_dir')}",
+            f"wait until it has finished, or choose another {option('output_dir')}",
         ) from None
     except OSError:  # a file system without locks
         pass
@@ -382,7 +382,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def _check_free(folder: Path, name: str, ours: Sequence[str]) -> None:
-    """Refuse to write where something lies that is not ours.
+    """Refuse to write where there is something that ar2diff did not write.
 
     Args:
         name: relative path. ours: paths that the record lists.
@@ -400,8 +400,8 @@ def _check_free(folder: Path, name: str, ours: Sequence[str]) -> None:
     if link is not None or (path.exists() and not known):
         what = "is a symbolic link" if link else "was not written by ar2diff"
         raise Ar2DiffError(
-            f"{link or path} {what} and is in the way of a file to be written",
-            f"move it elsewhere, or give another {option('output_dir')}",
+            f"{link or path} {what}, but ar2diff would have to write there",
+            f"move it elsewhere, or choose another {option('output_dir')}",
         )
 
 

@@ -1,5 +1,5 @@
-"""Tensors as they lie in safetensors files: found and checked by the headers alone. Nothing is
-loaded, and no torch is imported."""
+"""Tensors as stored in safetensors files, found and checked by the headers alone. Nothing is
+loaded, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES, SAMPLE = 4, 1024  # places in a tensor and bytes at each that its finge
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the bytes of a tensor lie.
+    """Where the bytes of a tensor are stored.
 
     Attributes:
         name, dtype, shape: as the header gives them (`F32`, `BF16` ...).
@@ -68,7 +68,7 @@ def file_tensors(file: Path) -> list[StoredTensor]:
             bytes that overlap, leave a gap or do not fit the shape.
     """
     if not file.is_file():
-        raise Ar2DiffError(f"{file}: this weight file is missing", "download it again")
+        raise Ar2DiffError(f"{file}: this weight file is missing", "download the checkpoint again")
     try:
         with safe_open(file, framework="np"):  # which checks all of the above
             pass
@@ -77,8 +77,8 @@ def file_tensors(file: Path) -> list[StoredTensor]:
             header = parse_json(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise Ar2DiffError(
-            f"{file}: the file is cut short or damaged ({first_line(error)[:100]})",
-            "download it again",
+            f"{file} is incomplete or damaged ({first_line(error)[:100]})",
+            "download the checkpoint again",
         ) from None
     header.pop("__metadata__", None)
     tensors = []

@@ -69,20 +69,20 @@ class Recipe(Section):
                 "quantization needs a peft section, because quantized weights cannot be trained"
             )
         if full and self.noise.time == "block":
-            raise ValueError("noise.time must be document or sequence for attention full")
+            raise ValueError("noise.time must be document or sequence with attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":
-            raise ValueError(
-                "objective.ar_weight needs attention causal_context; otherwise set it to 0"
-            )
+            raise ValueError("objective.ar_weight must be 0 unless the attention is causal_context")
         weighted = [source.weight is not None for source in self.data.sources]
         if any(weighted) and not all(weighted):
-            raise ValueError("data.sources: give every source a weight, or none of them")
+            raise ValueError("data.sources: either all sources or no source must have a weight")
         if self.train.compile and self.rl is not None:
             raise ValueError(
-                "train.compile cannot be used with rl, whose rollouts would recompile the model"
+                "train.compile cannot be used with rl, because rollouts would recompile the model"
             )
         if self.train.decay_steps and self.train.schedule != "warmup_stable_decay":
-            raise ValueError("train.decay_steps needs train.schedule warmup_stable_decay")
+            raise ValueError(
+                "train.decay_steps can only be set with train.schedule warmup_stable_decay"
+            )
         if self.train.schedule == "warmup_stable_decay" and self.train.max_steps:
             if not 0 < self.train.decay_steps <= self.train.max_steps - self.train.warmup_steps:
                 raise ValueError(
@@ -100,13 +100,14 @@ class Recipe(Section):
                 )
         if self.data.cut_share and not full:
             raise ValueError(
-                "data.cut_share needs attention full; blocks are always cut at the grid"
+                "data.cut_share can only be set with attention full; otherwise documents are "
+                "cut between blocks"
             )
         return self
 
 
 def _implied(attention: Any) -> list[tuple[str, str, Any]]:
-    """(section, key, value) that an attention other than the default goes with."""
+    """(section, key, value) that go with an attention other than the default."""
     implied: list[tuple[str, str, Any]] = []
     if attention == "full":
         implied = [("convert", "block_length", None), ("noise", "time", "sequence")]
@@ -133,7 +134,7 @@ def recipe_text(name: str) -> str:
     if name not in recipe_names():
         raise Ar2DiffError(
             f"there is no recipe {shortened(name)}{nearest(name, recipe_names())}",
-            "list the recipes with 'ar2diff recipes ls', or give a .yaml file",
+            "list the recipes with 'ar2diff recipes ls', or give the path of a .yaml file",
         )
     return resources.files("ar2diff.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -171,10 +172,13 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
         else:
             tree = (parse_yaml(recipe_text(name)) if name else None) or {}
     except ValueError as error:
-        raise Ar2DiffError(f"recipe {label} is not valid YAML: {error}", "fix the YAML") from None
+        raise Ar2DiffError(
+            f"recipe {label} is not valid YAML: {error}", "correct the file"
+        ) from None
     if not isinstance(tree, dict):
         raise Ar2DiffError(
-            f"recipe {label} is not a mapping of sections", "see 'ar2diff config schema'"
+            f"recipe {label} is not a mapping of sections",
+            "write it like those that 'ar2diff recipes show demo' prints",
         )
     chosen = {override.partition("=")[0] for override in overrides}
     for override in overrides:
@@ -223,11 +227,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise Ar2DiffError(
             f"argument {shortened(override)} is not of the form key=value",
-            "write for example train.learning_rate=1e-3",
+            "write it like train.learning_rate=1e-3",
         )
     *sections, last = key.split(".")
     if len(sections) > 5:
-        raise Ar2DiffError(f"{key[:80]} is not a key of a recipe", "see 'ar2diff config schema'")
+        raise Ar2DiffError(
+            f"{key[:80]} is not a recipe key", "run 'ar2diff config schema' to see all keys"
+        )
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -235,7 +241,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise Ar2DiffError(
                 f"{key[:80]}: {section} is a value, not a section",
-                "see 'ar2diff config schema'",
+                "run 'ar2diff config schema' to see all keys",
             )
     try:
         tree[last] = parse_yaml(text)
@@ -247,7 +253,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any, label: str) -> Ar2DiffError:
-    """The error that a validation error of pydantic stands for."""
+    """Our error for one of pydantic's validation errors."""
     names = [str(part)[:80] for part in error["loc"]]
     where = ".".join(names)
     if error["type"] == "extra_forbidden":
@@ -257,7 +263,8 @@ def _explain(error: Any, label: str) -> Ar2DiffError:
     message = error["msg"].removeprefix("Value error, ")
     schema = ["ar2diff config schema", *(n for n in names[:1] if n in Recipe.model_fields)]
     return Ar2DiffError(
-        f"{label}: {where + ': ' if where else ''}{message}{shown}", f"see '{' '.join(schema)}'"
+        f"{label}: {where + ': ' if where else ''}{message}{shown}",
+        f"run '{' '.join(schema)}' to see what is allowed",
     )
 
 

@@ -37,28 +37,30 @@ class Reward(Section):
     """A function that scores completions."""
 
     name: str = Field(description="a built-in reward, module:function, or file.py:function")
-    weight: float = Field(1.0, description="factor on its value in the sum of the rewards")
+    weight: float = Field(1.0, description="weight of the reward in the sum of all rewards")
     args: dict[str, Any] = Field({}, description="keyword arguments in addition to the columns")
-    time_limit: float = Field(60.0, gt=0, description="seconds allowed for a batch")
+    time_limit: float = Field(60.0, gt=0, description="seconds that a batch may take")
 
 
 class Rl(Section):
     """Diffusion-GRPO. Fields are named after trl.GRPOConfig where it has them."""
 
     preset: Literal["d1", "coupled", "espo", "spg"] | None = Field(
-        None, description="settings of a published method, for the fields not set here"
+        None, description="use the settings of a published method, except for fields set here"
     )
     rewards: tuple[Reward, ...] = Field((), description="functions that score completions")
     chat: bool = Field(
-        False, description="treat a prompt as a user message and apply the chat template"
+        False, description="treat each prompt as a user message, and apply the chat template"
     )
     num_generations: int = Field(8, gt=1, description="completions per prompt")
-    max_completion_length: int = Field(64, gt=0, description="tokens of a completion")
-    sampler: dict[str, Any] = Field({}, description="options of generate for the rollouts")
+    max_completion_length: int = Field(64, gt=0, description="maximum tokens in a completion")
+    sampler: dict[str, Any] = Field({}, description="generate options for the rollouts")
     estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
-        "trajectory", description="how the log-likelihood of a completion is estimated"
+        "trajectory", description="how to estimate the log-likelihood of a completion"
     )
-    samples: int = Field(1, gt=0, le=MOST_SAMPLES, description="coupled, elbo, spg: noise draws")
+    samples: int = Field(
+        1, gt=0, le=MOST_SAMPLES, description="coupled, elbo, spg: noise draws per completion"
+    )
     segments: int | None = Field(
         None,
         gt=0,
@@ -66,14 +68,14 @@ class Rl(Section):
         "null: one pass per step",
     )
     prompt_mask: float = Field(
-        0.0, ge=0, lt=1, description="one_step, attention full: share of prompt tokens masked"
+        0.0, ge=0, lt=1, description="one_step with attention full: share of prompt tokens to mask"
     )
-    num_iterations: int = Field(1, gt=0, description="updates on the same completions")
+    num_iterations: int = Field(1, gt=0, description="updates on each set of completions")
     steps_per_generation: int | None = Field(
-        None, gt=0, description="micro-batches per generation; null: those of one update"
+        None, gt=0, description="micro-batches per generation step; null: as many as one update has"
     )
     level: Literal["token", "sequence"] = Field(
-        "token", description="level of the importance ratio"
+        "token", description="whether importance ratios are per token or per sequence"
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = (
         Field("dapo", description="how the loss is clipped and normalized, as in trl")
@@ -83,11 +85,12 @@ class Rl(Section):
         None, gt=0, description="upper clipping range; null: epsilon"
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="whose standard deviation the advantages are divided by"
+        "group",
+        description="over what to take the standard deviation that advantages are divided by",
     )
-    beta: float = Field(0.0, ge=0, description="weight of the KL to the initial model")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial model")
     kl: Literal["k3", "k2"] = Field(
-        "k3", description="estimator of the KL; k2: per sequence, divided by its length"
+        "k3", description="estimator of the KL; k2 is per sequence, divided by its length"
     )
     mask_truncated_completions: bool = Field(
         False, description="leave completions without an end token out of the loss"
@@ -106,15 +109,17 @@ class Rl(Section):
     @model_validator(mode="after")
     def _parts_agree(self) -> Rl:
         if self.prompt_mask and self.estimator != "one_step":
-            raise ValueError("prompt_mask needs estimator one_step")
+            raise ValueError("prompt_mask can only be set with estimator one_step")
         if self.samples > 1 and self.estimator not in ("coupled", "elbo", "spg"):
-            raise ValueError(f"samples needs estimator coupled, elbo or spg, not {self.estimator}")
+            raise ValueError(
+                f"samples can only be set with estimator coupled, elbo or spg, not {self.estimator}"
+            )
         if self.segments is not None and self.estimator != "trajectory":
-            raise ValueError("segments needs estimator trajectory")
+            raise ValueError("segments can only be set with estimator trajectory")
         temperature = self.sampler.get("temperature", 1.0)
         if not isinstance(temperature, (int, float)) or temperature <= 0:
             raise ValueError(
-                "sampler.temperature must be above 0, because equal completions teach nothing"
+                "sampler.temperature must be above 0: identical completions teach nothing"
             )
         for name in ("max_new_tokens", "seed", "num_return_sequences", "repetition_penalty"):
             if name in self.sampler:

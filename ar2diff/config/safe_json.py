@@ -1,5 +1,5 @@
-"""JSON that somebody else wrote, parsed within limits: no text makes the parser, or code that walks
-through the values, fail in a way of its own."""
+"""Untrusted JSON, parsed within limits: no text can make the parser, or code that walks through the
+values, fail in an unexpected way."""
 
 from __future__ import annotations
 

@@ -18,27 +18,27 @@ class Convert(Section):
         "causal over blocks, or bidirectional",
     )
     block_length: int | None = Field(
-        8, gt=0, description="tokens denoised together; null for attention full"
+        8, gt=0, description="number of tokens denoised together; null for attention full"
     )
     prediction: Literal["same", "shift"] = Field(
-        "shift", description="a token is predicted at its own position, or at the one before it"
+        "shift", description="whether a token is predicted at its own position or at the one before"
     )
     local_window: Literal["kept", "dropped"] | None = Field(
         None,
-        description="what happens to the base's sliding window; null keeps it where rows are "
-        "longer than the window",
+        description="whether the sliding window of the base is kept or dropped; null keeps it "
+        "where rows are longer than the window",
     )
     mask_token: str | None = Field(
-        None, description="text of the special token to use as the mask; null chooses or adds one"
+        None, description="the special token to use as the mask; null chooses or adds one"
     )
     reconvert: bool = Field(
-        False, description="allow a converted model to be given another attention or prediction"
+        False, description="allow changing the attention or prediction of a converted model"
     )
 
     @model_validator(mode="after")
     def _full_has_no_blocks(self) -> Convert:
         if (self.attention == "full") != (self.block_length is None):
-            raise ValueError("block_length is null for attention full, and a number otherwise")
+            raise ValueError("block_length must be null for attention full, and a number otherwise")
         return self
 
 
@@ -47,24 +47,25 @@ class Anneal(Section):
 
     kind: Literal["none", "reveal", "grow", "wsd"] = Field(
         "none",
-        description="reveal look-ahead edges at random, grow the block length, or warm it up, "
-        "hold it and decay it (wsd)",
+        description="reveal look-ahead edges at random, grow the block length, or warm up, "
+        "hold and decay the block length (wsd)",
     )
-    steps: int = Field(0, ge=0, description="optimizer steps until the goal is reached")
+    steps: int = Field(0, ge=0, description="optimizer steps until the final attention is reached")
     lengths: tuple[int, ...] = Field(
         (),
-        description="block lengths to go through before the goal, for an equal number of steps "
-        "each; only wsd may exceed the goal",
+        description="block lengths to go through before the final one, with an equal number of "
+        "steps each; only those of wsd may exceed the final one",
     )
 
     @model_validator(mode="after")
     def _needs_steps(self) -> Anneal:
         if (self.kind == "none") != (self.steps == 0):
-            raise ValueError("steps is 0 for kind none, and at least 1 otherwise")
+            raise ValueError("steps must be 0 for kind none, and at least 1 otherwise")
         by_length = self.kind in ("grow", "wsd")
         if by_length != bool(self.lengths) or any(n < 1 for n in self.lengths):
             raise ValueError(
-                "kinds grow and wsd need lengths of at least 1, and no other kind has them"
+                "lengths must be set for kinds grow and wsd, to values of at least 1, and for "
+                "no other kind"
             )
         return self
 
@@ -74,10 +75,11 @@ class Noise(Section):
 
     time: Literal["block", "document", "sequence"] = Field(
         "block",
-        description="which tokens share a noise level; document or sequence for attention full",
+        description="which tokens share a noise level; document or sequence with attention full",
     )
     complementary: bool = Field(
-        False, description="add a second view of each row, with exactly the other tokens masked"
+        False,
+        description="add a second view of each row, in which exactly the other tokens are masked",
     )
 
 
@@ -85,12 +87,12 @@ class Objective(Section):
     """The loss: weight(t) * cross-entropy of masked tokens / divisor + ar_weight * AR loss."""
 
     kind: Literal["diffusion", "ar"] = Field(
-        "diffusion", description="sft, rl: ar tunes an unconverted model, as a control"
+        "diffusion", description="sft, rl: ar tunes an unconverted AR model, as a control"
     )
     weight: Literal["uniform", "1/t", "cart"] = Field(
-        "uniform", description="weight of a masked token as a function of the noise level"
+        "uniform", description="how the noise level determines the weight of a masked token"
     )
-    cart_p: float = Field(0.3, gt=0, lt=1, description="cart: decay of the geometric weights")
+    cart_p: float = Field(0.3, gt=0, lt=1, description="cart: decay rate of the geometric weights")
     normaliser: Literal["tokens", "masked", "sequence"] = Field(
         "tokens", description="what the summed loss is divided by"
     )
@@ -102,7 +104,9 @@ class Source(Section):
 
     path: str = Field(description="file, - for standard input, or id of a Hub data set")
     weight: float | None = Field(
-        None, gt=0, description="share of the documents; null: in proportion to the source's size"
+        None,
+        gt=0,
+        description="share of the documents; null: in proportion to the size of the source",
     )
     name: str | None = Field(None, description="configuration of a Hub data set")
     split: str = Field("train", description="split of a Hub data set")
@@ -112,42 +116,48 @@ class Columns(Section):
     """Which columns of a row hold what: a column's name, or a text with columns in {braces}."""
 
     prompt: str | None = Field(
-        None, description="sft, rl: a column, or a text with {columns}; null: column prompt"
+        None,
+        description="sft, rl: a column, or a text with {column} in it; null: the column prompt",
     )
     completion: str | None = Field(
-        None, description="sft: a column, or a text with {columns}; null: column completion"
+        None,
+        description="sft: a column, or a text with {column} in it; null: the column completion",
     )
     messages: str | None = Field(
-        None, description="sft: a column of messages; null: column messages or conversations"
+        None, description="sft: a column of messages; null: the column messages or conversations"
     )
 
 
 class Data(Section):
-    """The rows that are trained on."""
+    """The training data."""
 
-    sources: tuple[Source, ...] = Field((), description="files, standard input, Hub data sets")
-    text_field: str = Field("text", description="the column that holds a row's text")
+    sources: tuple[Source, ...] = Field(
+        (), description="files, standard input or Hub data sets to train on"
+    )
+    text_field: str = Field("text", description="the column that holds the text of a row")
     columns: Columns = Columns()
-    max_length: int = Field(512, gt=1, description="tokens in a row")
+    max_length: int = Field(512, gt=1, description="maximum tokens in a row")
     overlong: Literal["split", "truncate", "drop"] = Field(
-        "split", description="what happens to longer documents; sft never splits, it truncates"
+        "split", description="what to do with longer documents; sft truncates instead of splitting"
     )
     cut_share: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="adapt with attention full: share of documents that is cut to a random length",
+        description="adapt with attention full: share of documents to cut to a random length",
     )
     packing: bool = Field(
         True, description="put several documents into a row, isolated from each other"
     )
-    streaming: bool = Field(False, description="adapt: stream Hub data sets, do not download them")
+    streaming: bool = Field(
+        False, description="adapt: stream Hub data sets instead of downloading them"
+    )
     assistant_only: bool = Field(
-        True, description="sft: learn only the assistant's messages of a conversation"
+        True, description="sft: learn only the assistant's messages in a conversation"
     )
     chat_template: str | None = Field(
         None,
-        description="sft, rl: name of a shipped template, or a .jinja file; null: the tokenizer's",
+        description="sft, rl: name of a built-in template, or a .jinja file; null: the tokenizer's",
     )
 
     @model_validator(mode="before")
@@ -162,9 +172,11 @@ class Data(Section):
 class LrScale(Section):
     """Factors on the learning rate by kind of parameter; norms and biases keep 1."""
 
-    attention: float = Field(1.0, ge=0, description="weights of the attention layers")
-    mlp: float = Field(1.0, ge=0, description="weights of all other layers")
-    embeddings: float = Field(1.0, ge=0, description="embeddings and output head")
+    attention: float = Field(1.0, ge=0, description="factor for weights of attention layers")
+    mlp: float = Field(1.0, ge=0, description="factor for weights of all other layers")
+    embeddings: float = Field(
+        1.0, ge=0, description="factor for the embeddings and the output head"
+    )
 
 
 class Train(Section):
@@ -172,51 +184,61 @@ class Train(Section):
 
     max_steps: int = Field(1000, ge=0, description="optimizer steps; 0 converts without training")
     per_device_train_batch_size: int = Field(
-        8, gt=0, le=MOST_ROWS, description="rows in a micro-batch"
+        8, gt=0, le=MOST_ROWS, description="rows per micro-batch on each device"
     )
     gradient_accumulation_steps: int = Field(
-        1, gt=0, description="micro-batches in an optimizer step"
+        1, gt=0, description="micro-batches per optimizer step"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's AdamW or SGD")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scale: LrScale = LrScale()
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up"
+        "cosine", description="learning rate schedule after the warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    decay_steps: int = Field(0, ge=0, description="warmup_stable_decay: steps of the final decay")
-    weight_decay: float = Field(0.1, ge=0, description="decay of weights, not of norms and biases")
-    adam_beta2: float = Field(0.95, gt=0, lt=1, description="adamw: decay of the second moment")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 disables it")
+    warmup_steps: int = Field(0, ge=0, description="number of linear warm-up steps")
+    decay_steps: int = Field(
+        0, ge=0, description="warmup_stable_decay: number of final decay steps"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="weight decay, except for norms and biases")
+    adam_beta2: float = Field(
+        0.95, gt=0, lt=1, description="adamw: decay rate of the second moment"
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradient norm to clip at; 0 disables clipping"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the forward and backward passes; master weights are float32"
+        "auto", description="precision of forward and backward passes; master weights are float32"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
-        "auto", description="auto: sdpa, or eager for models that lack it"
+        "auto", description="attention implementation; auto: sdpa, or eager for models without it"
     )
     compile: bool = Field(
         False, description="compile the layers with torch.compile; the first steps are slow"
     )
-    seed: int = Field(0, ge=0, description="seed of data order, noise and initialization")
+    seed: int = Field(0, ge=0, description="random seed for data order, noise and initialization")
     logging_steps: int = Field(25, gt=0, description="steps between log lines")
     save_steps: int = Field(500, gt=0, description="steps between training checkpoints")
-    save_total_limit: int = Field(2, gt=0, description="training checkpoints to keep")
-    report_to: str = Field("none", description="tracker: wandb, tensorboard, trackio, none ...")
+    save_total_limit: int = Field(2, gt=0, description="number of training checkpoints to keep")
+    report_to: str = Field(
+        "none", description="where to report metrics: wandb, tensorboard, trackio, none ..."
+    )
 
 
 class Eval(Section):
     """The likelihood bound of fixed rows under fixed noise, during training."""
 
-    data: str | None = Field(None, description="file; null: rows held out of the training data")
-    rows: int = Field(16, gt=0, description="evaluation rows")
-    length: int = Field(128, gt=1, description="tokens of an evaluation row")
+    data: str | None = Field(
+        None, description="evaluation file; null: rows held out of the training data"
+    )
+    rows: int = Field(16, gt=0, description="number of evaluation rows")
+    length: int = Field(128, gt=1, description="tokens in an evaluation row")
     samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
     steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
     panel_steps: int = Field(
-        0, ge=0, description="training steps between samples shown while denoised; 0: never"
+        0, ge=0, description="training steps between displays of a sample being denoised; 0: never"
     )
 
 
@@ -225,26 +247,30 @@ class Peft(Section):
 
     method: Literal["lora", "dora"] = Field("lora", description="kind of adapter")
     r: int = Field(16, gt=0, description="rank")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    alpha: float = Field(
+        32.0, gt=0, description="scale of the update, which is multiplied by alpha / r"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
     targets: str | tuple[str, ...] = Field(
-        "all-linear", description="all-linear, or names of linear layers: [q_proj, v_proj]"
+        "all-linear",
+        description="all-linear, or a list of linear layers, for example [q_proj, v_proj]",
     )
     mask_row: bool = Field(True, description="also train the embedding of the mask token")
 
     @model_validator(mode="after")
     def _names_are_a_list(self) -> Peft:
         if self.targets == () or (isinstance(self.targets, str) and self.targets != "all-linear"):
-            raise ValueError("targets is all-linear, or a list of names")
+            raise ValueError("targets must be all-linear or a list of names")
         return self
 
 
 class Quantization(Section):
     """How the frozen weights under an adapter are stored (QLoRA)."""
 
-    bits: Literal[4] = Field(4, description="bits of a weight")
+    bits: Literal[4] = Field(4, description="bits per weight")
     kind: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type")
-    double: bool = Field(True, description="quantize the quantization scales as well")
+    double: bool = Field(True, description="quantize the quantization scales too")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU that supports it, float32 otherwise"
+        "auto",
+        description="type to compute in; auto: bfloat16 on a GPU that supports it, else float32",
     )

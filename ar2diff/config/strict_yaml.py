@@ -1,4 +1,4 @@
-"""YAML without surprises: whatever a file holds, it is read as plain values or refused."""
+"""YAML without surprises: a file is either read as plain values or refused."""
 
 from __future__ import annotations
 

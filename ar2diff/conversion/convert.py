@@ -74,7 +74,7 @@ def end_token(checkpoint: Checkpoint) -> int:
     if checkpoint.end_ids:
         return checkpoint.end_ids[0]
     raise Ar2DiffError(
-        f"model {checkpoint.path} names no end-of-text token",
+        f"model {checkpoint.path} has no end token",
         "set eos_token_id in its generation_config.json",
     )
 
@@ -89,7 +89,7 @@ def _without_unusable(generation: Any) -> list[str]:
     notes, set_here = [], {n: v for n, v in vars(generation).items() if v is not None}
     for name, value in set_here.items():
         if name in IGNORED or (name in REFUSED and value != REFUSED[name]):
-            why = "it has no meaning where tokens are not written from left to right"
+            why = "it has no meaning unless tokens are written from left to right"
         elif not generation.do_sample and name in (*FILTERS, "temperature"):
             why = "it has no effect without do_sample"
         elif name == "cache_implementation" and generation.use_cache is False:
@@ -97,7 +97,7 @@ def _without_unusable(generation: Any) -> list[str]:
         else:
             continue
         setattr(generation, name, None)
-        notes.append(f"{name}={shortened(value)} in generation_config.json is left out: {why}")
+        notes.append(f"{name}={shortened(value)} in generation_config.json is dropped: {why}")
     return notes
 
 
@@ -163,7 +163,7 @@ def _check_continuation(old: Spec, wanted: Convert) -> None:
         raise Ar2DiffError(
             f"the model was trained with blocks of {old.block_length} tokens, but the recipe asks "
             f"for {wanted.block_length}",
-            f"set {option('convert.block_length', old.block_length)} or more",
+            f"set {option('convert.block_length', old.block_length)} or higher",
         )
 
 
@@ -178,8 +178,9 @@ def _add_mask_token(checkpoint: Checkpoint, wanted: str | None, seed: int) -> in
     known = tokenizer.get_vocab().get(token)
     if known is not None and known not in tokenizer.added_tokens_decoder:
         raise Ar2DiffError(
-            f"{option('convert.mask_token')}: {shortened(token)} is a word of the vocabulary",
-            "name a special token, or null to let one be chosen",
+            f"{option('convert.mask_token')}: {shortened(token)} is an ordinary token of the "
+            "vocabulary",
+            "name a special token, or use null to have one chosen",
         )
     busy = {*_as_list(model.generation_config.eos_token_id), tokenizer.pad_token_id}
     busy |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
@@ -187,7 +188,7 @@ def _add_mask_token(checkpoint: Checkpoint, wanted: str | None, seed: int) -> in
         raise Ar2DiffError(
             f"{option('convert.mask_token')}: {shortened(token)} has another use (it begins or "
             "ends texts, pads them, or stands for unknown words)",
-            "name a special token without another use, or null to let one be chosen",
+            "name a special token with no other use, or use null to have one chosen",
         )
     tokenizer = _add_token(checkpoint, "mask_token", token)
     mask_token_id = tokenizer.mask_token_id
@@ -215,9 +216,9 @@ def _add_token(checkpoint: Checkpoint, role: str, token: str) -> Any:
         ids = [*tokenizer.get_vocab().values()]
         if ids.count(tokenizer.convert_tokens_to_ids(token)) > 1:
             raise Ar2DiffError(
-                f"model {checkpoint.path}: its tokenizer leaves out ids, and the new token {token} "
-                "would share one with another token",
-                "give the tokenizer a reserved special token, or ids without holes",
+                f"model {checkpoint.path}: there are gaps in the ids of its tokenizer, so that "
+                f"the new token {token} would share an id with another token",
+                "use a tokenizer with a reserved special token, or without gaps in its ids",
             )
     return tokenizer
 

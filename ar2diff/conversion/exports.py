@@ -71,12 +71,12 @@ class {config_class}(PretrainedConfig):
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
-        model: the reference that was given. to: the target format.
+        model: the model as it was given. to: the target format.
         loads_as: the class that its config names.
-        notes: what its user should know.
+        notes: what the user should know.
     """
 
     model: str
@@ -100,8 +100,8 @@ def export(
         reference: folder or Hub id.
         output_dir: a new or empty folder.
         to: one of `TARGETS`.
-        overwrite: replace the model in `output_dir` that ar2diff wrote.
-        dry_run: check everything; write nothing.
+        overwrite: replace the model that ar2diff wrote to `output_dir`.
+        dry_run: check everything, but write nothing.
 
     Raises:
         Ar2DiffError: the target format cannot express the model; its weights are damaged or are not
@@ -109,7 +109,8 @@ def export(
     """
     if to not in TARGETS:
         raise Ar2DiffError(
-            f"{option('to')} is {shortened(to)}", f"give one of {', '.join(TARGETS)}"
+            f"{option('to')} is {shortened(to)}, which is not a format",
+            f"choose one of {', '.join(TARGETS)}",
         )
     path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
     spec, config = _read(path)
@@ -163,7 +164,7 @@ def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
     if spec is None:
         raise Ar2DiffError(
             f"model {path} is not converted",
-            f"run 'ar2diff adapt {path}' first, or use it as it is",
+            f"run 'ar2diff adapt {path} --output-dir DIR', then export DIR",
         )
     return spec, read_config(path)
 
@@ -182,7 +183,7 @@ def _check_weights(path: Path) -> str:
         model = outline_of(config)
     except Exception as error:  # a value of the wrong type, a class without sdpa
         raise Ar2DiffError(
-            f"model {path}: its config.json makes no model ({first_line(error)})", BELONG
+            f"model {path}: its config.json does not describe a model ({first_line(error)})", BELONG
         ) from error
     check_tensors(tensors, model, path, others=True)
     return type(model).__name__
@@ -209,12 +210,12 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
         ),
         (
             kind not in [*SDAR],
-            f"its model_type is {shortened(kind)}, but the engines run {' and '.join(SDAR)} alone",
+            f"its model_type is {shortened(kind)}, but the engines only run {' and '.join(SDAR)}",
             "convert a Qwen3 model",
         ),
         (
             spec.mask_token_id != SDAR_MASK,
-            f"its mask token is {spec.mask_token_id}, but the engines always take {SDAR_MASK}",
+            f"its mask token is {spec.mask_token_id}, but the engines always use {SDAR_MASK}",
             f"convert a Qwen3 model with its own tokenizer, whose next free id is {SDAR_MASK}",
         ),
         (
@@ -266,7 +267,7 @@ def _sdar_notes(spec: Spec, output_dir: Path) -> list[str]:
     return [
         *notes,
         f"LMDeploy: lmdeploy serve api_server {output_dir} --dllm-block-length {block}",
-        "transformers has no such class; 'ar2diff import' turns it into a converted model again",
+        "transformers has no such class; 'ar2diff import' turns it back into a converted model",
     ]
 
 
@@ -278,7 +279,7 @@ def _check_ar(path: Path, spec: Spec) -> None:
         )
     if not spec.ar_mode:
         raise Ar2DiffError(
-            f"model {path} has no AR mode: none was trained along",
+            f"model {path} has no AR mode: the AR loss was not trained",
             f"train it with {option('objective.ar_weight')} above 0",
         )
 

@@ -244,16 +244,16 @@ def family_of(config: Mapping[str, Any], path: Any) -> Family:
     if "diffusion" in config:
         raise Ar2DiffError(
             f"model {path} is already a converted model",
-            f"use it as it is; 'ar2diff check {path}' inspects it",
+            f"use it as it is; to inspect it, run 'ar2diff check {path}'",
         )
     if "auto_map" not in config:
         raise Ar2DiffError(
             f"model {path}: {', '.join(names) or 'its class'} is not one of the diffusion models "
             f"that can be imported ({known})",
-            f"convert an autoregressive model with 'ar2diff adapt {path}'",
+            f"if it is an autoregressive model, run 'ar2diff adapt {path}' instead",
         )
     raise Ar2DiffError(
         f"model {path}: {', '.join(names) or 'its class'} needs code of its own, and no stock "
-        "class is known to compute the same",
-        f"import one of {known}",
+        "class is known that computes the same",
+        f"choose a model of one of these families: {known}",
     )

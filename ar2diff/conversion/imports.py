@@ -55,11 +55,11 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made.
+    """The result of an import.
 
     Attributes:
-        model: the reference that was given. family: of the foreign model.
-        loads_as: the stock class. dtype: that of most tensors. parameters: their number.
+        model: the model as it was given. family: the family it belongs to.
+        loads_as: the stock class. dtype: the dtype of most tensors. parameters: their number.
         diffusion: the spec.
     """
 
@@ -86,8 +86,8 @@ def import_checkpoint(
         output_dir: a new or empty folder.
         block_length: the length of the blocks it was trained on; None: as its config says, else
             as is usual for its family.
-        overwrite: replace the model in `output_dir` that ar2diff wrote.
-        dry_run: check everything; write nothing.
+        overwrite: replace the model that ar2diff wrote to `output_dir`.
+        dry_run: check everything, but write nothing.
 
     Raises:
         Ar2DiffError: the family is not known; no stock class computes what the config asks for; the
@@ -97,7 +97,8 @@ def import_checkpoint(
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter",
-            "merge it into its base with the code that it came with, and import the result",
+            "merge it into its base with the code that it was published with, and import the "
+            "result",
         )
     theirs = read_config(path)
     family = family_of(theirs, path)
@@ -164,15 +165,17 @@ def _stock_model(family: Family, theirs: Mapping[str, Any], path: Path) -> Any:
     missing += [] if "rope_theta" in rope else ["rope_theta"]
     if missing:
         raise Ar2DiffError(
-            f"model {path}: its config.json does not say {family.keys.get(missing[0], missing[0])}",
-            "add the value that its own code uses",
+            f"model {path}: {family.keys.get(missing[0], missing[0])} is missing from its "
+            "config.json",
+            "add it, with the value that the code of the model uses",
         )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock(**values), trust_remote_code=False)
     except Exception as error:  # a value of the wrong type, heads that do not divide
         raise Ar2DiffError(
-            f"model {path}: its config.json makes no {family.stock} model ({first_line(error)})",
+            f"model {path}: its config.json does not describe a {family.stock} model "
+            f"({first_line(error)})",
             "download it again, or correct the value",
         ) from error
     model.config.architectures = [type(model).__name__]
@@ -225,7 +228,7 @@ def _ends(path: Path, theirs: Mapping[str, Any], tokenizer: Any) -> dict[str, An
     ends = [end for number, end in enumerate(ends) if end not in ends[:number]]
     if any(type(end) is not int for end in ends):
         raise Ar2DiffError(
-            f"model {path}: eos_token_id is {shortened(ends)}, which are not token ids",
+            f"model {path}: eos_token_id is {shortened(ends)}, but must be token ids",
             "correct it in its config.json or generation_config.json",
         )
     return {
@@ -243,31 +246,33 @@ def _set_mask(checkpoint: Checkpoint, theirs: Mapping[str, Any], family: Family)
     token = tokenizer.mask_token or MASK_TOKEN
     if wanted is not None and type(wanted) is not int:
         raise Ar2DiffError(
-            f"model {path}: mask_token_id is {shortened(wanted)} in its config.json, which is not "
-            "a whole number",
-            "set it to the id that its own code uses for the mask",
+            f"model {path}: mask_token_id is {shortened(wanted)} in its config.json, but must "
+            "be an integer",
+            "set it to the id that the code of the model uses for the mask",
         )
     if wanted is not None and wanted != tokenizer.mask_token_id:
         if tokenizer.mask_token is not None:
             raise Ar2DiffError(
                 f"model {path}: mask_token_id is {wanted} in its config.json, but the tokenizer's "
                 f"mask token {token} is {tokenizer.mask_token_id}",
-                "make the two equal; the code that it came with tells which one is right",
+                "make the two equal; the code that the model came with shows which one is right",
             )
         if wanted < len(tokenizer):
             token = tokenizer.convert_ids_to_tokens(wanted)
     known = tokenizer.get_vocab().get(token)
     if known is not None and known not in tokenizer.added_tokens_decoder:
         raise Ar2DiffError(
-            f"model {path}: its mask token {token!r} ({known}) is a word of the vocabulary",
-            "check mask_token_id in its config.json",
+            f"model {path}: its mask token {token!r} ({known}) is an ordinary token of the "
+            "vocabulary",
+            "correct mask_token_id in its config.json",
         )
     tokenizer.add_special_tokens({"mask_token": token})
     rows = checkpoint.model.config.vocab_size
     if tokenizer.mask_token_id >= rows or wanted not in (None, tokenizer.mask_token_id):
         raise Ar2DiffError(
             f"model {path}: mask_token_id {wanted or tokenizer.mask_token_id} is out of range: the "
-            f"tokenizer has {len(tokenizer) - (known is None)} tokens, the weights {rows} rows",
+            f"tokenizer has {len(tokenizer) - (known is None)} tokens, and the weights have "
+            f"{rows} rows",
             "use the tokenizer that the model was trained with",
         )
     return tokenizer.mask_token_id
@@ -278,8 +283,8 @@ def _set_pad(checkpoint: Checkpoint, mask_token_id: int) -> None:
     set_pad(checkpoint, mask_token_id)
     if checkpoint.tokenizer.pad_token_id >= rows:
         raise Ar2DiffError(
-            f"model {checkpoint.path}: the pad token is an end token, and no row is "
-            "left for another",
+            f"model {checkpoint.path}: the pad token is an end token, and there is no free "
+            "row for another one",
             "give its tokenizer a pad token that is not an end token",
         )
 

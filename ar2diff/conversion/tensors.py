@@ -82,11 +82,12 @@ def check_tensors(
     stock = type(model).__name__
     if missing := wanted.keys() - found.keys():
         raise Ar2DiffError(
-            f"model {path}: its weights lack {min(missing)}, which {stock} needs", BELONG
+            f"model {path}: {min(missing)} is missing from its weights, but {stock} needs it",
+            BELONG,
         )
     if not others and (more := found.keys() - wanted.keys()):
         raise Ar2DiffError(
-            f"model {path}: its weights contain {min(more)}, which {stock} has no place for", BELONG
+            f"model {path}: its weights contain {min(more)}, which is not part of {stock}", BELONG
         )
     for name, shape in wanted.items():
         if found[name] != shape:

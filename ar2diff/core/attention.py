@@ -1,4 +1,4 @@
-"""The one place where it is decided which slot may read which: masks for every mode.
+"""The only place that decides which slot may read which: masks for every mode.
 
 A row is laid out in *slots*. A slot has a document, a logical position in it, and belongs to the
 noisy or to the clean copy. From these three the predicate of `allowed_edges` follows:
@@ -11,8 +11,8 @@ noisy or to the clean copy. From these three the predicate of `allowed_edges` fo
     (full: one copy, every slot reads every slot)
 
 Training lays out [noisy | clean] (BD3LM, Arriola et al. 2025, section 3.2), decoding
-[clean context | noisy block], the AR mode clean slots alone, speculation several noisy blocks that
-start anywhere: one rule serves them all.
+[clean context | noisy block], the AR mode only clean slots, and speculation several noisy blocks
+that start anywhere: one rule serves them all.
 This file is copied into converted folders: it imports torch and the standard library alone.
 """
 
@@ -55,7 +55,7 @@ def lay_out(
 
     Args:
         xt, x0, doc, pos: [B, L] noised ids, clean ids, documents, logical positions.
-        attention: of the spec.
+        attention: the attention in the spec.
     """
     noisy = torch.ones_like(doc, dtype=torch.bool)
     if attention == "full":
@@ -183,7 +183,7 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
 
     Args:
         config: the model's (text) config.
-        local_window: of the spec; `dropped` ignores the base's windows.
+        local_window: the value in the spec; `dropped` ignores the windows of the base.
     """
     size = getattr(config, "sliding_window", None)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or [None]))
@@ -249,7 +249,7 @@ def model_mask(
             blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
             return torch.where(mask, torch.zeros_like(blocked), blocked)
         raise ValueError(
-            f"attention implementation {kind!r} takes no mask; use sdpa, eager or flex"
+            f"attention implementation {kind!r} does not accept a mask; use sdpa, eager or flex"
         )
 
     masks = {name: build(window) for name, window in layer_windows(config, local_window).items()}

@@ -38,7 +38,7 @@ class ContextCache:
         self.kept: list[tuple[Any, Tensor, Tensor]] = []
 
     def columns(self, slots: int) -> int:
-        """Number of key columns in a forward of so many slots."""
+        """Number of key columns in a forward pass with this many slots."""
         return self.static if self.static is not None else self.width + slots
 
     def keep(self, slots: int, first: Tensor, count: Tensor) -> None:
@@ -62,7 +62,7 @@ class ContextCache:
         self._drop(width + slots - self.width)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         for layer in self._layers():  # the stock method skips layers that hold nothing yet
             at = rows.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[at], layer.values[at]

@@ -115,7 +115,7 @@ class CandidateReader:
             self.cache.keep(layout.pos.shape[1], first, self.certain + accepted)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         if self.cache:
             self.cache.select(rows)
 

@@ -21,9 +21,9 @@ class Canvas:
 
     Attributes:
         ids: [R, T]; undecided tokens hold the mask id.
-        mask_token_id: which that is.
-        given: [R, T] bool, tokens of the prompt, fixed ones between masks included.
-        prompt: [R] tokens of the prompt, its masks included.
+        mask_token_id: the mask id.
+        given: [R, T] bool, tokens of the prompt, including fixed tokens between masks.
+        prompt: [R] length of the prompt, including its masks.
         total: [R] the last possible end of the answer.
         length: [R] end of the canvas: `total`, rounded up to whole blocks.
         end_from: [R] first position at which an end token may be written.
@@ -122,11 +122,11 @@ class Canvas:
 
     @property
     def done(self) -> Tensor:
-        """[R] bool, rows whose answer is finished."""
+        """[R] bool, which rows have a finished answer."""
         return self.end >= 0
 
     def new_ids(self, row: int) -> list[int]:
-        """The answer of a row, its end token included; of an unfinished one, what is decided."""
+        """The answer in a row, including its end token; if unfinished, what has been decided."""
         end = int(self.end[row])
         return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
@@ -172,7 +172,7 @@ class Canvas:
         logprob: Tensor,
         finished: Finished | None = None,
     ) -> None:
-        """Decide tokens, and find the answers that are finished by them.
+        """Decide tokens, and find the answers that they finish.
 
         Args:
             rows, positions, tokens, logprob: [N].

@@ -48,10 +48,10 @@ def denoise(
 
     Args:
         model: in eval mode.
-        canvas: of `canvas_of`; changed in place.
-        options: of `resolve`.
-        processors: further processors of transformers that look at each position alone.
-        finished: further reasons to stop a row, of `finished_of`.
+        canvas: from `canvas_of`; changed in place.
+        options: from `resolve`.
+        processors: additional processors of transformers that look at each position alone.
+        finished: additional reasons to stop a row, from `finished_of`.
 
     Raises:
         Ar2DiffError: the options leave no token to write, or name one that the model lacks.
@@ -60,15 +60,15 @@ def denoise(
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
     if len(impossible | (canvas.ends if canvas.held else set())) >= rows:
         raise Ar2DiffError(
-            f"{option('suppress_tokens')} and {option('eos_token_id')} together leave no token to "
-            "write",
-            f"take tokens out of {option('suppress_tokens')}",
+            f"{option('suppress_tokens')} and {option('eos_token_id')} together leave no token "
+            "that could be written",
+            f"remove tokens from {option('suppress_tokens')}",
         )
     if any(token >= rows for (token,) in options.sequence_bias or ()):
         raise Ar2DiffError(
-            f"{option('sequence_bias')} is on a token that the model, which has {rows}, does not "
-            "have",
-            "give ids of its tokenizer",
+            f"{option('sequence_bias')} names a token id that is out of range for the model, "
+            f"which has {rows} tokens",
+            "use ids of its tokenizer",
         )
     suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
     penalty = _penalty(options)
@@ -178,7 +178,7 @@ class _Denoiser:
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
-        """Choose tokens and write those that are sure enough; returns which, [R, W] bool."""
+        """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""
         canvas, options, rows = self.canvas, self.options, self.rows
         row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
@@ -257,8 +257,8 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
     if isinstance(seed, tuple):
         if len(seed) != rows:
             raise Ar2DiffError(
-                f"{option('seed')} is a list of {len(seed)}, and there are {rows} rows",
-                "give one seed, or one for each row",
+                f"{option('seed')} is a list of {len(seed)}, but there are {rows} rows",
+                "use one seed, or a list with one for each row",
             )
         return [keyed_generator(s) for s in seed]
     seen: Counter[tuple[int, ...]] = Counter()

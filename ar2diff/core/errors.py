@@ -1,4 +1,4 @@
-"""The one error a user is meant to see: what is wrong, and what to do about it.
+"""The one error that users are meant to see: what is wrong, and what to do about it.
 
 This file is copied into converted folders: it imports the standard library alone.
 """
@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-LONGEST = 400  # characters of a line of an error; what a file or a user gave may have millions
+LONGEST = 400  # characters per line of an error; input quoted in it may have millions
 
 # An option within a message. The two control characters occur in no text that a user gives us
 # unescaped, so that nothing but `option` makes a mention.
@@ -36,14 +36,14 @@ class Ar2DiffError(Exception):
     """A mistake that the user can fix. The command line prints two lines and exits with 2.
 
     Args:
-        what: what is wrong, naming the file, key or row. Options in it are written by `option`.
+        what: what is wrong, naming the file, key or row. Options are mentioned with `option`.
         fix: what to do about it, likewise.
 
     Attributes:
-        what, fix: one printable line each, with options as Python names them; `named` gives them
-            in another surface's names. The middle of an overlong line is left out.
-        option: the name of the option that the error is about, the first that `what` mentions;
-            None if it mentions none.
+        what, fix: one printable line each, with options as Python writes them; `named` writes them
+            differently. Overlong lines are shortened in the middle.
+        option: the name of the option that the error is about, which is the first that `what`
+            mentions, or None.
     """
 
     def __init__(self, what: str, fix: str):
@@ -51,7 +51,9 @@ class Ar2DiffError(Exception):
         self.what, self.fix = (_line(_written(text, as_keyword)) for text in (what, fix))
         mention = _OPTION.search(what)
         self.option = mention[1] if mention else None
-        super().__init__(f"{self.what} (fix: {self.fix})")  # one line: servers put it in theirs
+        super().__init__(
+            f"{self.what} (fix: {self.fix})"
+        )  # one line, because servers quote it in their own messages
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self._what, self._fix)
@@ -61,11 +63,11 @@ class Ar2DiffError(Exception):
         return Ar2DiffError(_written(self._what, write), _written(self._fix, write))
 
     def within(self, section: str) -> Ar2DiffError:
-        """The same error about options that stand in a section of a recipe."""
+        """The same error, about options in a section of a recipe."""
         return self.named(lambda name, value: option(f"{section}.{name}", value))
 
     def about(self, subject: str) -> Ar2DiffError:
-        """The same error, saying first which of many things it is about: a row, a file."""
+        """The same error, prefixed with the row, file or other thing that it is about."""
         return Ar2DiffError(f"{subject}: {self._what}", self._fix)
 
 

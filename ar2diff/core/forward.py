@@ -1,5 +1,5 @@
-"""One forward of a model whose logits are computed at chosen slots only, and the longest row that a
-model takes.
+"""A forward pass that computes logits at chosen slots only, and the longest row that a model
+accepts.
 
 This file is copied into converted folders: it imports torch and the standard library alone.
 """
@@ -17,7 +17,7 @@ FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # names of the factor of th
 
 
 def context_length(config: Any) -> int | None:
-    """The longest row that a model takes, in tokens; None if its config does not say."""
+    """The longest row that a model accepts, in tokens; None if its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -37,7 +37,8 @@ def rope_switches(config: Any) -> tuple[int, ...]:
 
 
 def rope_regime(length: Tensor, switches: tuple[int, ...]) -> Tensor:
-    """[R] by which factors rows of so many tokens [R] are read: how many switches they exceed."""
+    """[R] which factors are used to read rows of the given lengths [R]: how many switches each
+    exceeds."""
     return (length[:, None] > torch.tensor(switches, dtype=length.dtype)).sum(1)
 
 
@@ -48,7 +49,7 @@ def quiet_routers(model: Any) -> dict[str, bool]:
 
 
 def router_loss(model: Any, output: Any) -> Tensor | float:
-    """The routers' loss in an output of `output_at`, times the factor in the config; 0 if there is
+    """The router loss in an output of `output_at`, times the factor in the config; 0 if there is
     none."""
     loss = getattr(output, "aux_loss", None)
     if not isinstance(loss, Tensor):

@@ -43,7 +43,7 @@ PROBING = Lock()  # the probe shortens the windows in the config while it looks
 
 @dataclass
 class DiffusionOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
+    """The result of `generate(..., return_dict_in_generate=True)`.
 
     Attributes:
         sequences: [R, L] prompts and answers, as without it.
@@ -81,8 +81,8 @@ def canvas_of(
     """The canvas that answers prompts, which may hold masks.
 
     Args:
-        cut: if the context has no room for `max_new_tokens`, write fewer and warn, instead of
-            raising.
+        cut: if the context has no room for `max_new_tokens`, write fewer and warn instead of
+            raising an error.
 
     Raises:
         Ar2DiffError: a prompt that is empty, starts with a mask, or exceeds the model's context.
@@ -94,9 +94,9 @@ def canvas_of(
     for number, prompt in enumerate(prompts):
         if not len(prompt) or prompt[0] == spec.mask_token_id:
             raise Ar2DiffError(
-                f"row {number} does not start with a token of its own: the first token of a text "
-                "cannot be predicted",
-                "start it with a token, for example the BOS",
+                f"row {number} starts with a mask, but the first token of a text cannot be "
+                "predicted",
+                "start it with another token, for example the BOS token",
             )
     if any(spec.mask_token_id in prompt for prompt in prompts) and options.mode != "diffusion":
         raise Ar2DiffError(
@@ -107,17 +107,18 @@ def canvas_of(
     if room < min(new, 1):
         raise Ar2DiffError(
             f"the prompt has {longest} tokens, which leaves no room for an answer in the model's "
-            f"context of {context}",
-            f"shorten it to at most {max(0, most - 1)} tokens",
+            f"context of {context} tokens",
+            f"shorten the prompt to at most {max(0, most - 1)} tokens",
         )
     if room < new and not cut:
         raise Ar2DiffError(
-            f"{longest} prompt tokens and {new} new ones exceed the model's context of {context}",
+            f"{longest} prompt tokens plus {new} new ones exceed the model's context of {context}",
             f"lower {option('max_new_tokens')} to {room}",
         )
     if room < new:
         warnings.warn(
-            f"max_new_tokens {new} is reduced to {room}: the context has {context} tokens",
+            f"max_new_tokens is reduced from {new} to {room}, because the context has only "
+            f"{context} tokens",
             stacklevel=3,
         )
         new = room
@@ -169,7 +170,7 @@ def generate(
     given = inputs if inputs is not None else input_ids
     if inputs is not None and input_ids is not None:
         raise Ar2DiffError(
-            f"{option('inputs')} and {option('input_ids')} are both given", "give one of them"
+            f"{option('inputs')} and {option('input_ids')} are both given", "use only one of them"
         )
     check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
@@ -191,7 +192,7 @@ def generate(
             )
     if streamer is not None and len(prompts) > 1:
         raise Ar2DiffError(
-            f"{option('streamer')} takes a single row", "leave it out, or give one prompt"
+            f"{option('streamer')} only works with a single row", "leave it out, or use one prompt"
         )
     padding = [given.shape[1] - len(prompt) for prompt in prompts]
     finished = finished_of(model, options, stopping_criteria, tokenizer, padding)
@@ -262,7 +263,7 @@ def _processors(given: Any) -> list[Any]:
             raise Ar2DiffError(
                 f"{option('logits_processor')}: {type(processor).__name__} may read the tokens to "
                 "the left, which a denoiser has not written yet",
-                "use the options of generate instead, or a processor that looks at one position",
+                "use generate options instead, or a processor that looks at each position alone",
             )
     return list(given or ())
 

@@ -1,4 +1,4 @@
-"""The prompts of a call of `generate`: what its tensors mean, row by row.
+"""The prompts in a call of `generate`: what its tensors mean, row by row.
 
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
@@ -23,7 +23,7 @@ def check_tensors(input_ids: Any, attention_mask: Any) -> None:
     for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if value is not None and not (isinstance(value, Tensor) and value.dim() in (1, 2)):
             raise Ar2DiffError(
-                f"{option(name)} is not a tensor of one or two dimensions",
+                f"{option(name)} is not a tensor with one or two dimensions",
                 "pass a tensor [rows, tokens]",
             )
 
@@ -46,7 +46,7 @@ def read_prompts(
     if given is None or given.shape[-1] == 0:
         if options.bos_token_id is None:
             raise Ar2DiffError(
-                "there is no prompt, and the model has no BOS token to start from", "give a prompt"
+                "there is no prompt, and the model has no BOS token to start from", "pass a prompt"
             )
         rows = 1 if given is None or given.dim() == 1 else len(given)
         given = torch.full((rows, 1), options.bos_token_id)
@@ -67,14 +67,14 @@ def read_prompts(
 def _check_mask(real: Tensor, given: Tensor) -> None:
     if real.shape != given.shape:
         raise Ar2DiffError(
-            f"{option('attention_mask')} has the shape {list(real.shape)} and "
-            f"{option('input_ids')} {list(given.shape)}",
-            "give one entry of the mask for each token",
+            f"{option('attention_mask')} has shape {list(real.shape)}, but "
+            f"{option('input_ids')} has shape {list(given.shape)}",
+            "pass a mask of the same shape as the input ids",
         )
     edges = (real[:, 1:] != real[:, :-1]).sum(1)
     if (edges > 2).any() or ((edges == 2) & real[:, 0]).any():
         raise Ar2DiffError(
-            f"{option('attention_mask')} has a hole", "pad on the left or on the right only"
+            f"{option('attention_mask')} has a 0 between two 1s", "pad only on the left or right"
         )
 
 
@@ -90,12 +90,12 @@ def _padding(given: Tensor, options: Options) -> Tensor | None:
 
 def _check_ids(prompts: list[list[int]], vocabulary: int) -> None:
     if not prompts:
-        raise Ar2DiffError(f"{option('input_ids')} has no rows", "give a prompt")
+        raise Ar2DiffError(f"{option('input_ids')} has no rows", "pass a prompt")
     for number, prompt in enumerate(prompts):
         for token in prompt:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise Ar2DiffError(
-                    f"row {number} contains the token id {shortened(token)}, and the model has "
+                    f"row {number} contains token id {shortened(token)}, but the model has only "
                     f"{vocabulary} tokens",
-                    "tokenize with the model's own tokenizer",
+                    "use the model's own tokenizer",
                 )

@@ -48,7 +48,7 @@ REFUSED: dict[str, Any] = {
     "output_logits": False, "output_attentions": False, "output_hidden_states": False,
     "past_key_values": None, "inputs_embeds": None, "position_ids": None, "use_mtp": None,
 }  # fmt: skip
-# Options that change nothing that this loop does.
+# Options that make no difference to this loop.
 IGNORED = (
     "synced_gpus", "early_stopping", "length_penalty", "renormalize_logits",
     "remove_invalid_values", "low_memory", "disable_compile", "compile_config", "max_cache_len",
@@ -145,11 +145,11 @@ def resolve(
     configs: Sequence[Any] = (),
     prompt_length: int = 0,
 ) -> Options:
-    """Settings of one call.
+    """The settings for one call.
 
     Args:
-        kwargs: what the call names; an unknown name is refused.
-        configs: generation configs, the nearer first.
+        kwargs: keyword arguments of the call; unknown ones are refused.
+        configs: generation configs, in order of precedence.
         prompt_length: tokens of the (padded) prompt, which `max_length` counts.
 
     Raises:
@@ -167,8 +167,8 @@ def resolve(
         value = get(name)
         if value is not None and value != neutral:
             raise Ar2DiffError(
-                f"{option(name)} needs tokens that are written from left to right",
-                f"leave {option(name)} out",
+                f"{option(name)} only works if tokens are written from left to right",
+                f"leave out {option(name)}",
             )
     options = Options(
         max_new_tokens=_max_new_tokens(get, prompt_length),
@@ -206,23 +206,21 @@ def resolve(
 
 
 def _check_rule(options: Options) -> None:
-    """Refuse options of a rule that is not in force."""
+    """Refuse options that belong to a rule that is not used."""
     steps = option("steps_per_block")
     if options.entropy_bound is not None and (
         options.steps_per_block or options.threshold is not None
     ):
         raise Ar2DiffError(
             f"{option('entropy_bound')} cannot be combined with {option('threshold')} or {steps}",
-            "keep one of the three",
+            "use only one of the three",
         )
     if options.remask and not options.steps_per_block:
-        raise Ar2DiffError(
-            f"{option('remask')} needs a fixed number of steps", f"set {steps} as well"
-        )
+        raise Ar2DiffError(f"{option('remask')} needs a fixed number of steps", f"set {steps} too")
     if options.order != "prob" and not options.steps_per_block:
         raise Ar2DiffError(
             f"{option('order', options.order)} needs a fixed number of steps",
-            f"set {steps} as well",
+            f"set {steps} too",
         )
 
 
@@ -240,21 +238,22 @@ def _check_mode(options: Options, spec: Spec) -> None:
         for name in ("steps_per_block", "entropy_bound", "cfg_scale", "check_cache"):
             if getattr(options, name):
                 raise Ar2DiffError(
-                    f"{option(name)} belongs to {option('mode', 'diffusion')}, not to {mode}",
-                    f"leave {option(name)} out",
+                    f"{option(name)} only works with {option('mode', 'diffusion')}, not with "
+                    f"{mode}",
+                    f"leave out {option(name)}",
                 )
     if options.draft_length is None:
         return
     if options.mode != "speculative":
         raise Ar2DiffError(
-            f"{option('draft_length')} needs {option('mode', 'speculative')}",
-            f"leave {option('draft_length')} out",
+            f"{option('draft_length')} only works with {option('mode', 'speculative')}",
+            f"leave out {option('draft_length')}",
         )
     if options.draft_length >= spec.block_length:
         raise Ar2DiffError(
             f"{option('draft_length', options.draft_length)} is not below the model's block length "
             f"of {spec.block_length}",
-            f"give at most {spec.block_length - 1}",
+            f"set it to {spec.block_length - 1} or less",
         )
 
 
@@ -291,12 +290,12 @@ def _block_length(get: Source, spec: Spec) -> int | None:
         raise Ar2DiffError(
             f"{option('block_length', size)} is above the model's block length of "
             f"{spec.block_length}",
-            f"give at most {spec.block_length}",
+            f"set it to {spec.block_length} or less",
         )
     if spec.block_length is not None and size < spec.block_length:
         warnings.warn(
-            f"block_length {size} is below the {spec.block_length} of the training: the model has "
-            "not seen blocks of this length",
+            f"block_length {size} is below the {spec.block_length} that the model was trained "
+            "with; it has never seen blocks of this length",
             stacklevel=2,
         )
     return size
@@ -314,7 +313,7 @@ def _cache(get: Source, spec: Spec) -> str:
         raise Ar2DiffError(
             f"{option('cache_implementation')} {shortened(value)} does not work with "
             f"{spec.attention} attention",
-            f"give one of {', '.join(allowed)}",
+            f"use one of {', '.join(allowed)}",
         )
     return value
 

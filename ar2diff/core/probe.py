@@ -48,12 +48,12 @@ def probe(model: Any, spec: Spec) -> list[str]:
                 *(prober.ar_mode() if spec.ar_mode and spec.attention == "causal_context" else []),
                 *prober.packing(),
             ]
-    except Exception as error:  # of any class: foreign forwards fail in their own ways
+    except Exception as error:  # any class: other people's forwards fail in many ways
         reason = f"its forward does not accept the spec's attention masks ({first_line(error)})"
     try:
         _run_as_stock(model)
     except Exception as error:
-        return [f"its own forward fails, without the spec's masks too ({first_line(error)})"]
+        return [f"its forward pass fails even without the masks of the spec ({first_line(error)})"]
     return [reason]
 
 
@@ -128,7 +128,7 @@ class _Prober:
         return self.model(**{"use_cache": False} | inputs, **quiet_routers(self.model)).logits
 
     def differ(self, a: Tensor, b: Tensor) -> bool:
-        """Whether they differ by more than rounding, relative to the largest logit."""
+        """Whether two tensors differ by more than rounding, relative to the largest logit."""
         dtypes = self.dtypes | {b.dtype} & {*ROUNDED}  # under autocast only the logits have it
         tolerance = max([TOLERANCE, *(ROUNDING * torch.finfo(dtype).eps for dtype in dtypes)])
         return ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() > tolerance
@@ -193,7 +193,7 @@ class _Prober:
         try:
             self.run(row, context, cache, range(start))
             cached = self.run(row, slots, cache, range(start, end))
-        except Exception as error:  # its cache is of another kind, or it has none
+        except Exception as error:  # it has another kind of cache, or none
             return [f"it does not decode from a cache of keys and values ({first_line(error)})"]
         if self.differ(cached, self.run(row, slots)[:, start:]):
             return ["a block after a cached context differs from the block in one forward"]

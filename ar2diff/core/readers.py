@@ -104,7 +104,7 @@ class BlockReader:
         return self._across(logits, layout, masked) if self.spec.prediction == "shift" else logits
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         self.rows = len(rows)
         if self.cache:
             self.cache.select(rows)
@@ -222,7 +222,7 @@ class FullReader:
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         self.length = self.length[rows]
         if self.cache:
             self.cache.select(rows)

@@ -1,4 +1,4 @@
-"""Which token each position gets, and which positions are decided at a step.
+"""Choosing a token for each position, and which positions to decide at a step.
 
 Confidence is measured in the model's own distribution, before temperature and filters: a low
 temperature would otherwise decide more tokens at once, silently. Positions compete within their row
@@ -33,7 +33,7 @@ TIE = 1e-4  # below it, a difference of scores counts as rounding
 
 @dataclass(frozen=True)
 class Choice:
-    """Tokens [N] for N positions and how sure the model is of them, on the CPU.
+    """Tokens [N] for N positions, and how sure the model is of each, on the CPU.
 
     Attributes:
         logprob: log-probability of the token in the model's own distribution.
@@ -130,7 +130,7 @@ def draw(probability: Tensor, u: Tensor) -> Tensor:
     """[N] tokens by inversion: the first whose cumulative probability exceeds u.
 
     Args:
-        probability: [N, V], not necessarily normalised.
+        probability: [N, V], not necessarily normalized.
         u: [N] in [0, 1).
     """
     cumulative = probability.double().cumsum(-1)

@@ -111,14 +111,14 @@ class Spec:
         beside = config.get("mask_token_id")
         if type(beside) is not int or beside != spec.mask_token_id:
             raise Ar2DiffError(
-                f"mask_token_id is {shortened(beside)} but diffusion.mask_token_id is "
+                f"mask_token_id is {shortened(beside)}, but diffusion.mask_token_id is "
                 f"{shortened(spec.mask_token_id)}",
-                "make the two equal; the id of the tokenizer's mask token is the right one",
+                "set both to the id of the tokenizer's mask token",
             )
         return spec
 
     def to_dict(self) -> dict[str, Any]:
-        """The block as it stands in `config.json`."""
+        """The block as it is written in `config.json`."""
         return asdict(self)
 
 

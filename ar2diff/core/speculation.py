@@ -67,7 +67,7 @@ class _Group:
         self.reader.keep(_accept(canvas, self, chooser, target, ahead, alive, finished))
 
     def select(self, keep: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         self.reader.select(keep)
         self.rows, self.front, self.drafts = self.rows[keep], self.front[keep], self.drafts[keep]
         if self.q is not None:

@@ -1,4 +1,4 @@
-"""When an answer is finished besides at an end token: stop strings, time limits, criteria.
+"""What finishes an answer, besides an end token: stop strings, time limits, criteria.
 
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
@@ -60,8 +60,8 @@ def finished_of(
 
 
 def _of_row(criterion: Any, row: int, rows: int) -> Any:
-    """A criterion that is asked about a single row: of the flags that it may keep for each row of a
-    batch (lm-eval's do) it has that row's."""
+    """A criterion for a single row. If it keeps flags for each row of a batch, as lm-eval's do, it
+    gets those of that row."""
     own = copy(criterion) if rows > 1 else criterion
     for name, value in vars(own).items() if rows > 1 else ():
         if isinstance(value, list) and [type(flag) for flag in value] == [bool] * rows:

@@ -16,10 +16,10 @@ from .readers import BlockReader, FullReader
 
 
 class SwitchingReader:
-    """Reads rows apart if the model turns their keys by different rotary factors.
+    """Reads rows separately if the model rotates their keys by different factors.
 
     All keys of a forward get the factors of its longest row, so rows on different sides of a switch
-    are not read together; and keys from before a switch are of no use after it, so a row that
+    are not read together; and keys from before a switch are useless after it, so a row that
     crosses it is read again from its start, by a new reader.
 
     Args:
@@ -57,7 +57,7 @@ class SwitchingReader:
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         if self.length is not None:
             self.length = self.length[rows]
         if self.rows is not None:
@@ -90,7 +90,7 @@ class _Part:
     reader: BlockReader | FullReader
 
     def where(self, stay: Tensor) -> _Part | None:
-        """Go on with the rows that `stay` [K]; None if there are none."""
+        """Continue with the rows that `stay` [K]; None if there are none."""
         if not stay.any():
             return None
         if not stay.all():

@@ -21,10 +21,10 @@ class Source:
 
     Args:
         kwargs: arguments of the call.
-        configs: generation configs, the nearer first.
+        configs: generation configs, in order of precedence.
 
     Raises:
-        Ar2DiffError: a config that is not one.
+        Ar2DiffError: one of the configs is not a generation config.
     """
 
     def __init__(self, kwargs: Mapping[str, Any], configs: Sequence[Any] = ()):
@@ -32,7 +32,7 @@ class Source:
             if config is not None and not hasattr(config, "__dict__"):
                 raise Ar2DiffError(
                     f"{option('generation_config')} is of type {type(config).__name__}",
-                    "pass a GenerationConfig of transformers",
+                    "pass a GenerationConfig from transformers",
                 )
         self.places = [kwargs, *(vars(config) for config in configs if config is not None)]
 
@@ -54,8 +54,8 @@ class Source:
 
 
 def bad(name: str, value: Any, wanted: str) -> Ar2DiffError:
-    """The error about an option with a value it cannot have."""
-    return Ar2DiffError(f"{option(name)} is {shortened(value)}", f"give {wanted}")
+    """The error for an option with an invalid value."""
+    return Ar2DiffError(f"{option(name)} is {shortened(value)}", f"set it to {wanted}")
 
 
 def one_of(get: Source, name: str, allowed: Sequence[str], default: str) -> str:
@@ -119,7 +119,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     several = isinstance(value, Iterable) and not isinstance(value, str)
     ids = tuple(i for i in (value if several else [value]) if i is not None)
     if not all(is_integer(i) for i in ids):
-        raise bad(name, value, "a token id, or a list of them")
+        raise bad(name, value, "a token id or a list of token ids")
     return tuple(map(int, ids))
 
 
@@ -135,7 +135,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     """Texts: none, one or several."""
     found = (value,) if isinstance(value, str) else value or ()
     if not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
-        raise bad(name, value, "a text, or a list of them")
+        raise bad(name, value, "a text or a list of texts")
     return tuple(found)
 
 
@@ -146,7 +146,7 @@ def seeds(name: str, value: Any) -> int | tuple[int, ...] | None:
         return value
     found = () if isinstance(value, (str, float)) else tuple(value)
     if not found or not all(is_integer(seed) for seed in found):
-        raise bad(name, value, "an integer, or a list with one for each row")
+        raise bad(name, value, "an integer or a list with one for each row")
     return tuple(int(seed) for seed in found)
 
 
@@ -159,9 +159,9 @@ def token_bias(name: str, value: Any) -> dict[tuple[int, ...], float] | None:
         bias = {(): 0.0}
     if any(len(key) > 1 for key in bias):
         raise Ar2DiffError(
-            f"{option(name)} on a sequence of several tokens needs the text to their left, which a "
-            "denoiser has not written yet",
-            "give biases for single tokens only",
+            f"{option(name)} for a sequence of several tokens needs the text to their left, "
+            "which a denoiser has not written yet",
+            "set biases for single tokens only",
         )
     if not all(
         key and is_integer(key[0]) and key[0] >= 0 and added <= LARGE for key, added in bias.items()

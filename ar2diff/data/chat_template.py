@@ -1,5 +1,5 @@
 """The chat template that turns messages into text: which one a run uses, whether it marks what the
-assistant says, and where it ends an answer."""
+assistant says, and where an answer ends."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
     if not template:
         raise Ar2DiffError(
             "the tokenizer has no chat template",
-            f"set one, for example {option('data.chat_template', 'plain')}",
+            f"choose one, for example {option('data.chat_template', 'plain')}",
         )
     name = template_name(recipe)
     if recipe.data.chat_template is not None:  # the tokenizer's own was tried when it was loaded
@@ -84,7 +84,7 @@ def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
 
 
 def template_name(recipe: Recipe) -> str:
-    """What an error calls the template of a run."""
+    """How an error refers to the template of a run."""
     given = recipe.data.chat_template
     return "the chat template of the tokenizer" if given is None else f"the chat template {given}"
 
@@ -127,13 +127,15 @@ def check_options(tokenizer: Any, options: dict[str, Any], where: str) -> None:
     for name in options:
         if name in taken or name in ("messages", "raise_exception"):
             raise Ar2DiffError(
-                f"{where}: chat_template_kwargs must not set {name!r}", "remove it from the row"
+                f"{where}: chat_template_kwargs must not set {name!r}",
+                "remove it from chat_template_kwargs in the row",
             )
 
 
 def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 64) -> int:
-    """How many of the first rows teach their last answer after other tokens than those that a chat
-    would ask for it with: a tokenizer may join the end of the prompt to the start of the answer."""
+    """How many of the first rows teach their last answer after different tokens than a chat would
+    end its prompt with: a tokenizer may merge the end of the prompt with the start of the
+    answer."""
     found = 0
     for row in rows[:most]:
         messages, tools = row["messages"], row.get("tools")
@@ -157,7 +159,7 @@ def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 
 
 
 def dropped_by(tokenizer: Any, template: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What of the conversations a template leaves out: messages of a role, tools, tool calls."""
+    """Which parts of the conversations a template drops: messages of a role, tools, tool calls."""
     probe, dropped = "ar2diffprobe", []
     for role in sorted({m["role"] for row in rows for m in row["messages"]}):
         row, place = _first_of(rows, lambda m, role=role: m["role"] == role and m["content"])
@@ -221,18 +223,18 @@ def _check_syntax(tokenizer: Any, template: str, name: str) -> None:
 
 
 def _endless(tokenizer: Any, template: str, name: str) -> Ar2DiffError:
-    """The error of a template that does not end an answer, or does not render one at all."""
+    """The error for a template that does not end an answer, or does not render one at all."""
     chat = [{"role": "user", "content": "a"}, _said("what is said")]
     try:
         tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception as error:  # a template raises what it likes
         return Ar2DiffError(
-            f"{name} does not render a question and its answer: {first_line(error)}", OWN
+            f"{name} cannot render a question and its answer: {first_line(error)}", OWN
         )
     return Ar2DiffError(
-        f"{name} ends no answer with an end token that the tokenizer has, so nothing would teach "
+        f"{name} does not end answers with an end token of the tokenizer, so nothing would teach "
         "the model to stop",
-        f"set one that does, for example {option('data.chat_template', 'plain')}",
+        f"use one that does, for example {option('data.chat_template', 'plain')}",
     )
 
 

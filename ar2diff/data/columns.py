@@ -1,4 +1,4 @@
-"""Rows whose columns have other names, or are parts of a prompt: `data.columns` of a recipe."""
+"""Rows whose columns have other names or are parts of a prompt: `data.columns` in a recipe."""
 
 from __future__ import annotations
 
@@ -82,18 +82,19 @@ def _value(row: dict[str, Any], text: str, where: str) -> Any:
             raise Ar2DiffError(
                 f"{where}: the row has no column {name!r} (it has {columns_of(row)})"
                 f"{nearest(name, row)}",
-                "name columns that it has; in a text, columns stand in {braces}",
+                "use names of existing columns; within a text, put them in {braces}",
             )
         if names and _text(row[name]) is None:
             raise Ar2DiffError(
-                f"{where}: column {name!r} holds {kind_of(row[name])}, but text is wanted",
+                f"{where}: column {name!r} holds {kind_of(row[name])}, but must hold text",
                 "correct or remove the row",
             )
     if not names:
         return row[text]
     if not any(_text(row[name]) for name in names):
         raise Ar2DiffError(
-            f"{where}: {' and '.join(map(repr, names))} hold no text", "correct or remove the row"
+            f"{where}: there is no text in {' and '.join(map(repr, names))}",
+            "correct or remove the row",
         )
     return PLACE.sub(lambda place: _text(row[place[1]]) or "", text)
 

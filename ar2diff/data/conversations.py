@@ -113,8 +113,8 @@ def conversations_of(found: Iterable[tuple[str, dict[str, Any]]], recipe: Recipe
             unread |= dict.fromkeys(name for name in row if name not in read)
         if _format(rows[-1]) != _format(rows[0]):
             raise Ar2DiffError(
-                f"{where} is of another format than {places[0]}: the data mixes formats",
-                f"give rows of one format: {', '.join(FORMATS)}",
+                f"{where} has a different format than {places[0]}, but all rows must have the same",
+                f"use one of these formats for all rows: {', '.join(FORMATS)}",
             )
     return Conversations(rows, places, tuple(unread))
 
@@ -136,12 +136,12 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
         ]
         dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
         name = template_name(recipe)
-        notes += [f"note: {name} leaves out {what}" for what in dropped]
+        notes += [f"note: {name} drops {what}" for what in dropped]
         if count := asked_otherwise(tokenizer, data.rows):
             notes.append(
-                f"warning: {count} of the first answers are taught after other tokens than those a "
-                "chat asks for them with: compare what the chat template renders with and without "
-                "add_generation_prompt"
+                f"warning: {count} of the first answers follow different tokens in training "
+                "than they would in a chat; compare what the chat template renders with and "
+                "without add_generation_prompt"
             )
     else:
         pairs = [np.array(_text(row, tokenizer), dtype=np.int32) for row in data.rows]
@@ -194,8 +194,8 @@ def _chat(
         )
     except Exception as error:  # a template raises what it likes
         raise Ar2DiffError(
-            f"{where}: {template_name(recipe)} does not render it: {first_line(error)}",
-            f"correct or remove the row, or set {option('data.chat_template')}",
+            f"{where}: {template_name(recipe)} cannot render it: {first_line(error)}",
+            f"correct or remove the row, or set another {option('data.chat_template')}",
         ) from None
     ids = list(encoded["input_ids"])
     learned = encoded["assistant_masks"] if marked else [1] * len(ids)
@@ -211,8 +211,8 @@ def _forget(labels: list[int], weights: Sequence[int], where: str, marked: bool)
     runs = list(runs_of(labels))
     if not marked or len(runs) != len(weights):
         raise Ar2DiffError(
-            f"{where}: a message is not to be learned, but the chat template does not mark each "
-            "answer by itself",
+            f"{where}: a message is excluded from learning, but the chat template does not mark "
+            "each answer separately",
             f"set {option('data.assistant_only', 'true')} and a template that does, for example "
             f"{option('data.chat_template', 'plain')}",
         )

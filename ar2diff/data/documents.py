@@ -121,8 +121,8 @@ class PackedDocuments(IterableDataset):
             barren = 0 if found else barren + 1
             if barren > max(1000, 2 * self.documents.size):
                 raise Ar2DiffError(
-                    f"the data has no usable row: the last {barren:,} have less than 2 tokens or "
-                    "are held out for evaluation",
+                    f"the data has no usable row: each of the last {barren:,} rows has fewer "
+                    "than 2 tokens, or is held out for evaluation",
                     f"check the data and {option('text_field')}, or lower {option('eval.rows')}",
                 )
 

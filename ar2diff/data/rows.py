@@ -44,13 +44,16 @@ def read_file(path: Path, line_as: str = "text", what: str = "data") -> Iterator
     name = f"{what} {path}"
     kind = next((kind for kind in KINDS if path.name.endswith((kind, f"{kind}.gz"))), None)
     if kind is None:
-        raise Ar2DiffError(f"{name}: unknown file type", f"give a file of type {', '.join(KINDS)}")
+        raise Ar2DiffError(
+            f"{name} has an unknown file type", f"use one of these file types: {', '.join(KINDS)}"
+        )
     try:
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
             yield from _READERS[kind](file, name, line_as)
     except (OSError, EOFError, zlib.error) as error:
         raise Ar2DiffError(
-            f"{name} cannot be read: {first_line(error)}", "check the file"
+            f"{name} cannot be read: {first_line(error)}",
+            "check that the file is complete and readable",
         ) from None
 
 
@@ -117,8 +120,8 @@ def _json(file: BinaryIO, name: str, line_as: str) -> Iterator[Row]:
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise Ar2DiffError(
-            f"{name} holds {kind_of(value)}, but a list of rows is wanted",
-            "write one list of objects, or one object per line in a .jsonl file",
+            f"{name} holds {kind_of(value)}, but must hold a list of rows",
+            "write a list of objects, or a .jsonl file with one object per line",
         )
     for number, row in enumerate(value, 1):
         where = f"{name}: row {number}"
@@ -139,9 +142,9 @@ def _csv(file: BinaryIO, name: str, line_as: str) -> Iterator[Row]:
                 header = cells
                 if len(set(header)) < len(header) or "" in header:
                     raise Ar2DiffError(
-                        f"{name}: the header has an empty or a repeated column name: "
+                        f"{name}: the header has an empty or repeated column name: "
                         f"{shortened(header)}",
-                        "give every column its own name in the first line",
+                        "give each column a unique name in the first line",
                     )
                 continue
             number += 1
@@ -175,7 +178,8 @@ def _parquet(file: BinaryIO, name: str, line_as: str) -> Iterator[Row]:
                 yield f"{name}: row {number}", from_arrow(row)
     except (pyarrow.ArrowException, ValueError) as error:  # a time that Python's types cannot hold
         raise Ar2DiffError(
-            f"{name} cannot be read: {first_line(error)}", "check the file"
+            f"{name} cannot be read: {first_line(error)}",
+            "check that the file is complete and readable",
         ) from None
 
 
@@ -232,8 +236,8 @@ def _decoded(content: bytes, where: str) -> str:
 def _mapping(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise Ar2DiffError(
-            f"{where} is {kind_of(row)}, but an object with columns is wanted",
-            'write for example {"text": "..."}',
+            f"{where} is {kind_of(row)}, but must be an object with columns",
+            'write it like {"text": "..."}',
         )
     return row
 

@@ -18,7 +18,7 @@ from .columns import likely_columns
 from .rows import FIX, kind_of, parse_value
 from .sources import columns_of
 
-SPEAKERS = {  # of ShareGPT and those that write like it
+SPEAKERS = {  # in ShareGPT and similar data
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
     "tool": "tool", "function": "tool", "function_response": "tool", "observation": "tool",
@@ -54,9 +54,9 @@ def conversation_of(row: dict[str, Any], where: str, text_field: str) -> dict[st
     raise Ar2DiffError(
         f"{where} has neither messages, nor prompt and completion, nor {text_field!r} "
         f"(it has {columns_of(row)})",
-        f"say what its columns are: {likely}"
+        f"say which columns to read: {likely}"
         if likely
-        else "see data.columns in 'ar2diff config schema data'",
+        else "set data.columns; see 'ar2diff config schema data'",
     )
 
 
@@ -86,13 +86,13 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = _of_json(value, where)
     if not isinstance(value, list) or not value:
-        raise Ar2DiffError(f"{where} holds no messages", FIX)
+        raise Ar2DiffError(f"{where} has no messages", FIX)
     return [_message(message, f"{where}[{n}]") for n, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise Ar2DiffError(f"{where} is {kind_of(message)}, but a message is wanted", FIX)
+        raise Ar2DiffError(f"{where} is {kind_of(message)}, but must be a message", FIX)
     message = dict(message)
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
@@ -100,7 +100,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         message["content"] = message.pop("value", None)
         if message["role"] is None:
             raise Ar2DiffError(
-                f"{where}.from: there is no role {shortened(speaker)}",
+                f"{where}.from: the role {shortened(speaker)} is unknown",
                 f"use one of {', '.join(SPEAKERS)}",
             )
     role, content = message.get("role"), message.get("content")
@@ -111,7 +111,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         content = "".join(_part(part, f"{where}.content[{n}]") for n, part in enumerate(content))
     if not isinstance(content, str) and not (content is None and calls):
         raise Ar2DiffError(
-            f"{where}: the content is {kind_of(content)}, but text is wanted",
+            f"{where}: the content is {kind_of(content)}, but must be text",
             'correct or remove the row; an empty answer is ""',
         )
     message["content"] = content
@@ -129,7 +129,7 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else "text"
     if kind != "text" or not isinstance(text, str):
         raise Ar2DiffError(
-            f"{where} is a part of type {shortened(kind)}, but ar2diff reads only text", FIX
+            f"{where} is a part of type {shortened(kind)}, but ar2diff only reads text", FIX
         )
     return text
 
@@ -153,8 +153,8 @@ def _learned(message: dict[str, Any], where: str) -> bool:
     if weight not in (None, 0, 1) or train not in (None, False, True):
         name, value = ("weight", weight) if weight not in (None, 0, 1) else ("train", train)
         raise Ar2DiffError(
-            f"{where}.{name} is {shortened(value)}: a message is learned or it is not",
-            "give weight 0 or 1, or train true or false",
+            f"{where}.{name} is {shortened(value)}, but a message can only be learned or not",
+            "set weight to 0 or 1, or train to true or false",
         )
     return weight != 0 and train is not False
 
@@ -162,7 +162,7 @@ def _learned(message: dict[str, Any], where: str) -> bool:
 def _chat(messages: list[dict[str, Any]], row: dict[str, Any], where: str) -> dict[str, Any]:
     """Messages with the columns that belong to them."""
     if all(message["role"] != "assistant" for message in messages):
-        raise Ar2DiffError(f"{where}: no message is the assistant's", FIX)
+        raise Ar2DiffError(f"{where}: there is no message from the assistant", FIX)
     system = row.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         if row.get("messages") is None:  # there they are complete
@@ -176,11 +176,11 @@ def _chat(messages: list[dict[str, Any]], row: dict[str, Any], where: str) -> di
             continue
         if not isinstance(value, kind):
             raise Ar2DiffError(
-                f"{where}: {name} is {kind_of(value)}, but {kind_of(kind())} is wanted", FIX
+                f"{where}: {name} is {kind_of(value)}, but must be {kind_of(kind())}", FIX
             )
         found[name] = value
     if not all(isinstance(tool, dict) for tool in found.get("tools", ())):
-        raise Ar2DiffError(f"{where}: tools holds something other than objects", FIX)
+        raise Ar2DiffError(f"{where}: tools contains something other than objects", FIX)
     return found
 
 
@@ -195,8 +195,8 @@ def _pair(row: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(row[name], str):
             number = isinstance(row[name], (int, float)) and not isinstance(row[name], bool)
             raise Ar2DiffError(
-                f"{where}: {name} is {kind_of(row[name])}, but text is wanted",
-                f"{option(f'data.columns.{name}', '{' + name + '}')} writes numbers as text"
+                f"{where}: {name} is {kind_of(row[name])}, but must be text",
+                f"set {option(f'data.columns.{name}', '{' + name + '}')} to turn numbers into text"
                 if number
                 else 'correct or remove the row; an empty answer is ""',
             )
@@ -215,7 +215,7 @@ def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """An instruction, with its input below it, and the answer."""
     given = row.get("input")
     if given is not None and not isinstance(given, str):
-        raise Ar2DiffError(f"{where}: input is {kind_of(given)}, but text is wanted", FIX)
+        raise Ar2DiffError(f"{where}: input is {kind_of(given)}, but must be text", FIX)
     asked = "\n\n".join(text for text in (row["instruction"], given) if text)
     return [
         {"role": "user", "content": asked},
@@ -227,4 +227,4 @@ def _of_json(text: str, where: str) -> Any:
     try:
         return parse_value(text)
     except ValueError as error:
-        raise Ar2DiffError(f"{where} is text, but not JSON: {error}", FIX) from None
+        raise Ar2DiffError(f"{where} is a text that is not JSON: {error}", FIX) from None

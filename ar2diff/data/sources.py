@@ -39,7 +39,10 @@ def find_file(path: str) -> Path | None:
     try:
         return _find_file(path)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, no such ~user
-        raise Ar2DiffError(f"data {path}: {first_line(error)}", "check the name") from None
+        raise Ar2DiffError(
+            f"data {path}: {first_line(error)}",
+            "give the path of a file, or the id of a Hub data set",
+        ) from None
 
 
 def _find_file(path: str) -> Path | None:
@@ -56,23 +59,23 @@ def _find_file(path: str) -> Path | None:
             if len(inside) == 1:
                 return inside[0]
             raise Ar2DiffError(
-                f"data {path}: the folder holds {len(inside)} data files, but must hold one",
-                f"name one of {', '.join(p.name for p in inside)}"
+                f"data {path}: the folder contains {len(inside)} data files, but must contain one",
+                f"give one of {', '.join(p.name for p in inside)}"
                 if inside
-                else f"give a file of type {', '.join(SUFFIXES)}",
+                else f"give a file of one of these types: {', '.join(SUFFIXES)}",
             )
     if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise Ar2DiffError(
-            f"data {path}: there is no such file",
-            f"give a file of type {', '.join(SUFFIXES)}, or the id of a Hub data set",
+            f"data {path} does not exist",
+            f"give a file ({', '.join(SUFFIXES)}), or the id of a Hub data set",
         )
     return None
 
 
 def no_data() -> Ar2DiffError:
-    """The error of a run whose recipe and arguments name no data."""
+    """The error for a run without data in its recipe or arguments."""
     return Ar2DiffError(
-        f"no data is given: {option('data')} and data.sources are empty",
+        f"there is no data: {option('data')} and data.sources are empty",
         f"give {option('data', 'FILE')}, or list data.sources in the recipe",
     )
 
@@ -94,7 +97,7 @@ def read_source(source: Source, line_as: str = "text", what: str = "data") -> It
         if world_size() > 1:
             raise Ar2DiffError(
                 "standard input cannot be read by several processes",
-                f"write it to a file, and give that with {option('data', 'FILE')}",
+                f"save it to a file, and read that with {option('data', 'FILE')}",
             )
         rows = read_stdin(line_as, what)
     else:
@@ -106,7 +109,9 @@ def read_source(source: Source, line_as: str = "text", what: str = "data") -> It
         empty = False
         yield row
     if empty:
-        raise Ar2DiffError(f"{what} {path or source.path} is empty", "give data with rows")
+        raise Ar2DiffError(
+            f"{what} {path or source.path} is empty", "use data with at least one row"
+        )
 
 
 def open_hub(source: Source, streaming: bool = False) -> Any:
@@ -156,7 +161,7 @@ def text_of(row: dict[str, Any], field: str, where: str) -> str:
     wanted = option("text_field", likely[0] if likely else None)
     if field in row:
         raise Ar2DiffError(
-            f"{where}: column {field!r} holds {kind_of(value)}, but text is wanted",
+            f"{where}: column {field!r} holds {kind_of(value)}, but must hold text",
             f"correct the row, or name another column with {wanted}",
         )
     raise Ar2DiffError(
@@ -182,9 +187,9 @@ def count_rows(source: Source) -> int | None:
 
 
 def identity(recipe: Recipe) -> dict[str, str | None]:
-    """What decides the rows of a run, by what a recipe calls it: the SHA-256 of each file, the hash
-    that `datasets` has of a Hub data set's files. Two runs whose identities are equal read the
-    same rows. A hash that cannot be had is None."""
+    """What determines the rows of a run, by name in the recipe: the SHA-256 of each file, or the
+    hash that `datasets` has for the files of a Hub data set. Two runs whose identities are equal
+    read the same rows. A hash that is not available is None."""
     found: dict[str, str | None] = {}
     for source in recipe.data.sources:
         path = find_file(source.path)
@@ -208,7 +213,8 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Ar2DiffError(
-            f"{path} cannot be read: {first_line(error)}", "check the file"
+            f"{path} cannot be read: {first_line(error)}",
+            "check that the file is complete and readable",
         ) from None
 
 
@@ -248,8 +254,8 @@ class Documents:
         if len(weights) > 1 and None in weights:
             path = self.sources[weights.index(None)].path
             raise Ar2DiffError(
-                f"data {path}: a streamed source in a mixture needs a weight",
-                "write every source as {path: ..., weight: ...} in the recipe",
+                f"data {path}: a streamed source needs a weight if there are several sources",
+                "write each source in the recipe as {path: ..., weight: ...}",
             )
         self.weights = [weight or 1.0 for weight in weights]
 
@@ -295,6 +301,7 @@ class Documents:
                     yield self._field(row, i, number), epoch
                 if number == 0:
                     raise Ar2DiffError(
-                        f"data {self.sources[i].path}: the stream is empty", "check its split"
+                        f"data {self.sources[i].path}: the stream is empty",
+                        "set another split for it",
                     )
             epoch += 1

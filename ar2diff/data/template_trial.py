@@ -1,8 +1,7 @@
-"""The trial of a chat template before it is used: in a child process with limits.
+"""Trying a chat template before it is used, in a child process with limits.
 
-A template that comes with a checkpoint is a program of somebody else. The sandbox that it runs in
-keeps it from files and from Python's internals, but not from running for ever or from writing
-gigabytes.
+A template that comes with a checkpoint is an untrusted program. Its sandbox keeps it from files and
+from Python's internals, but not from running forever or writing gigabytes.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import Any
 from ..core.errors import Ar2DiffError
 
 SECONDS = 2  # of CPU time for all trials of a template; usual ones need a few milliseconds
-PATIENCE = 60  # seconds after which a child that does not even use the CPU is given up
+PATIENCE = 60  # seconds after which an idle child is given up
 MOST_TEXT = 1 << 20  # characters that a template may write about one of the trial conversations
 MOST_MEMORY = 1 << 28  # bytes that the trials may take
 MOST_TEMPLATE = 1 << 20  # characters of a template
-OTHER = "give another template, or remove it from the folder"
+OTHER = "use another template, or remove it from the folder"
 
 _USER, _ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -57,7 +56,7 @@ def templates_of(tokenizer: Any) -> list[str]:
 
 
 def check_cost(template: str, values: dict[str, Any]) -> None:
-    """Refuse a template that runs for ever or writes far too much: it is compiled, and renders the
+    """Refuse a template that runs forever or writes far too much: it is compiled, and renders the
     trial conversations, in a child process, which is limited in time and memory. What the template
     raises there does not matter, since few templates take conversations of every kind.
 
@@ -146,9 +145,9 @@ def _limited(work: Callable[[], None]) -> str | None:
     if os.WIFSIGNALED(status):
         if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
             return f"runs for more than {SECONDS} seconds on a short conversation"
-        return "makes Python itself crash"
+        return "makes Python crash"
     if os.WEXITSTATUS(status) == LARGE:
-        return f"writes more than {MOST_TEXT} characters about a short conversation"
+        return f"writes more than {MOST_TEXT} characters for a short conversation"
     return None
 
 

@@ -174,7 +174,7 @@ class PackedConversations(IterableDataset):
             epoch += 1
 
     def parts(self, number: int, epoch: int) -> list[ConversationPart]:
-        """What one conversation gives to the rows of an epoch."""
+        """What one conversation contributes to the rows of an epoch."""
         return conversation_parts(*self._supervised(number), epoch, self.ends, self.recipe)
 
     def _supervised(self, number: int) -> tuple[list[int], list[int]]:
@@ -196,8 +196,8 @@ class PackedConversations(IterableDataset):
         return Answers(len(lengths), ended, tuple(lengths), cut, barren)
 
     def example(self) -> tuple[list[int], list[bool]] | None:
-        """Ids of the first conversation from which something is learned, cut to `max_length`, and
-        which of them are learned; None if there is no such conversation."""
+        """Ids of the first conversation with supervised tokens, cut to `max_length`, and which of
+        them are supervised; None if there is no such conversation."""
         for number in range(len(self.rows)):
             ids, labels = self._supervised(number)
             parts = conversation_parts(ids, labels, 0, self.ends, self.recipe)

@@ -25,7 +25,7 @@ SHOWN = 3
 
 
 def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> None:
-    """Run the demo with a recipe and a number of stories; the model is left in `output_dir`."""
+    """Run the demo with a recipe and a number of stories; writes the model to `output_dir`."""
     quiet()
     from ..checkpoint.io import load_checkpoint
     from ..config.recipe import load_recipe, with_values
@@ -61,13 +61,13 @@ Likelihood on {len(rows)} held-out stories, nats per token
 {record.tokens:,} training tokens; {trained:.0f} s until trained, {in_all:.0f} s in all
 The converted model is in {output_dir}:
   ar2diff generate {output_dir} --prompt "One day Mia was in the garden."
-Next, what rewards teach it in three minutes:
+Next, see what rewards can teach it in three minutes:
   make demo-rl      (without make: the commands that 'ar2diff recipes show demo-rl' begins with)
 """)
 
 
 def write_stories(path: Path, count: int = TRAIN_STORIES) -> None:
-    """The training data of the demo."""
+    """Write the training data of the demo."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stories = (json.dumps({"text": text(e)}) for e in corpus(count, 1, PRETRAIN_LEVELS))
     path.write_text("".join(f"{line}\n" for line in stories))

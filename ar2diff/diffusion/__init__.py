@@ -1,1 +1,1 @@
-"""The mathematics: noise, objective, loss and likelihood bounds; tensors in, tensors out."""
+"""The mathematics: noise, objective, loss and likelihood bounds. Tensors in, tensors out."""

@@ -1,9 +1,9 @@
-"""Cross-entropy, of logits or through the output embeddings without them.
+"""Cross-entropy, from logits or straight through the output embeddings.
 
-The vocabulary is most of a small model's memory, and moving it most of its time. So logits are
-worked on a few rows at a time, which stay in the caches; and in training, where the loss is a sum
-of weighted cross-entropies, the gradient of each few rows is worked out together with them, so that
-no tensor of the logits' size is ever there ("fused linear cross-entropy", Hsu et al. 2024).
+In a small model, logits take most of the memory, and moving them takes most of the time. So they
+are processed a few rows at a time, which stay in the CPU's caches. In training, where the loss is a
+sum of weighted cross-entropies, the gradient of those rows is computed in the same pass, so that a
+tensor of all logits never exists ("fused linear cross-entropy", Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from ..core.forward import quiet_routers
 
-PART = 1 << 23  # logits that are worked on at a time
+PART = 1 << 23  # logits processed at a time
 
 
 def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = None) -> Tensor:
     """-log p(target), [N], in float32 or better.
 
-    Nothing of the logits' size is kept for the backward pass but the logits, and nothing is made
-    in it but their gradient.
+    Besides the logits themselves, nothing of their size is kept for the backward pass, which
+    creates nothing of that size but their gradient.
 
     Args:
         logits: [N, V]. target: [N] int.
@@ -37,11 +37,11 @@ def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = No
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """A weighted sum of cross-entropies, and what it was made of.
+    """A weighted sum of cross-entropies, with its terms.
 
     Attributes:
         total: scalar, sum_i coef_i * -log p(target_i).
-        ce: [N] -log p(target), without gradient.
+        ce: [N] -log p(target), detached.
         right: [N] bool, whether the target is the likeliest token.
     """
 
@@ -53,11 +53,12 @@ class WeightedLoss:
 def loss_of_logits(
     logits: Tensor, target: Tensor, coef: Tensor, suppressed: Tensor | None, first: int
 ) -> WeightedLoss:
-    """The weighted loss of logits.
+    """The weighted loss, given logits.
 
     Args:
         logits: [N, V]. target: [N] int. coef: [N] float.
-        suppressed: as for `cross_entropy`. first: how many positions it holds for, from the first.
+        suppressed: as for `cross_entropy`. first: `suppressed` applies to this many leading
+            positions.
     """
     ce, right = _OfLogits.apply(logits, target, suppressed, first)
     return WeightedLoss((coef * ce).sum(), ce.detach(), right)
@@ -67,8 +68,8 @@ def loss_of_hidden(
     head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
     suppressed: Tensor | None, first: int,
 ) -> WeightedLoss:  # fmt: skip
-    """The same of the head's inputs [N, H], without the logits; for a model that
-    `has_plain_head`."""
+    """The weighted loss, given the inputs of the output head, [N, H], without making the logits.
+    For models that satisfy `has_plain_head`."""
     weight, bias, device = head.weight, head.bias, hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -78,12 +79,12 @@ def loss_of_hidden(
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether a model's logits are what one whole linear layer makes of its last states: no
-    adapter, shards, soft cap or scale. A forward of one token tells."""
+    """Whether the logits are simply one unsharded linear layer applied to the last hidden states,
+    with no adapter, soft cap or scale. Finds out by a forward pass on one token."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter:
         return False
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3 keeps a part of it
+    if hasattr(head.weight, "ds_id"):  # ZeRO-3 holds only a shard of it
         return False
     rows = head.weight.shape[0]
     ramp = torch.linspace(-50, 50, rows, device=head.weight.device).view(1, 1, rows)
@@ -128,8 +129,8 @@ class _OfLogits(torch.autograd.Function):
 
 
 class _OfHidden(torch.autograd.Function):
-    """The gradients are made in the forward pass: the loss is a sum, so the backward pass only
-    scales them."""
+    """Computes the gradients in the forward pass; the loss is a sum, so the backward pass only has
+    to scale them."""
 
     @staticmethod
     def forward(
@@ -177,8 +178,10 @@ class _OfHidden(torch.autograd.Function):
 def _exponentiate_(
     part: Tensor, target: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-log p(target), logarithm of the whole, whether the target is likeliest, all [n], and the
-    [n, 1] sums of the part, which becomes its own exponentials (of the difference to the largest).
+    """Replaces logits by their exponentials, relative to each row's maximum, in place.
+
+    Returns -log p(target), the log of the normalizer, whether the target is the likeliest token
+    (all [n]), and the [n, 1] sums of the exponentials.
     """
     if ids is not None:
         part.masked_fill_(ids, float("-inf"))
@@ -195,7 +198,7 @@ def _rows_of(shape: tuple[int, ...]) -> int:
 def _parts(
     shape: tuple[int, ...], suppressed: Tensor | None, first: int
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slices of few rows, and which ids are suppressed in them."""
+    """Slices of a few rows each, with the ids that are suppressed in them."""
     size = _rows_of(shape)
     for begin, end, ids in ((0, first, suppressed), (first, shape[0], None)):
         for start in range(begin, end, size):

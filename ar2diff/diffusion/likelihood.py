@@ -4,8 +4,9 @@ For a block of n tokens
 
     -log p(x) <= E_{k ~ U{1..n}} E_{|S|=k} (n/k) sum_{i in S} -log p(x_i | x_notS),
 
-the mean over all orders of the chain rule (LLaDA, Nie et al. 2025, eq. 6); a row's bound is the sum
-over its blocks, each given the clean blocks before it. k is stratified over a block's draws.
+which averages the chain rule over all orders (LLaDA, Nie et al. 2025, eq. 6). The bound for a row
+is the sum over its blocks, each given the clean blocks before it. The draws of a block are
+stratified in k.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from .task import Task, masked_task, slots_at
 
 @dataclass(frozen=True)
 class Estimate:
-    """Nats of rows: `nats` [R]; `variance` [R] of the Monte Carlo draws; `tokens` [R] scored."""
+    """Likelihoods of rows, all [R]: `nats`, their Monte Carlo `variance`, and the number of scored
+    `tokens`."""
 
     nats: Tensor
     variance: Tensor
@@ -42,7 +44,7 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Monte Carlo standard error of `mean` (of the draws, not of the choice of rows)."""
+        """Standard error of `mean` due to the Monte Carlo draws (not to the choice of rows)."""
         return (self.variance.sum().sqrt() / self.tokens.sum()).item()
 
 
@@ -56,14 +58,14 @@ def bound(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Estimate:
-    """Upper bound on -log p of each row, position 0 given.
+    """Upper bound on each row's -log p, given its first token.
 
     Args:
         model: in eval mode.
         rows: token ids, each row one document from its first token.
-        suppressed: [V] bool of `objective.suppressed_ids`.
-        samples: noise draws a row; a function of (seed, the row's ids).
-        batch_size: rows of a forward; each row takes `samples` of them.
+        suppressed: [V] bool, from `objective.suppressed_ids`.
+        samples: noise draws per row. The draws depend only on the seed and the row's ids.
+        batch_size: rows per forward pass; each row to score takes `samples` of them.
     """
     nats, variance, tokens = [], [], []
     per_forward = max(1, batch_size // samples)
@@ -77,7 +79,7 @@ def bound(
 
 
 def scored(row: Sequence[int], suppressed: Tensor) -> Tensor:
-    """[L] bool, tokens that are judged: not position 0, not a text that spells the mask token."""
+    """[L] bool, which tokens are scored: all but the first, and suppressed ids such as the mask."""
     return (torch.arange(len(row)) > 0) & ~suppressed[torch.tensor(row)]
 
 
@@ -89,8 +91,8 @@ def _draws(
     samples: int,
     seed: int,
 ) -> Tensor:
-    """[R, samples, K] double: (n/k) sum of -log p over the masked tokens, for each draw and block;
-    along `samples` sorted by k."""
+    """[R, samples, K] double: (n/k) times the sum of -log p over the masked tokens, for each draw
+    and block, with the draws sorted by k."""
     length = max(map(len, rows))
     size = spec.block_length or length
     shape = (len(rows), samples, length)
@@ -98,7 +100,7 @@ def _draws(
     masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
     for r, row in enumerate(rows):
         ids, n = torch.tensor(row), len(row)
-        generator = keyed_generator(seed, content_key(row))  # the row alone decides its draws
+        generator = keyed_generator(seed, content_key(row))  # draws depend on the row alone
         block = torch.arange(n) // size
         maskable = scored(row, suppressed)
         times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
@@ -132,8 +134,8 @@ def masked_nll(
 
 
 def _stratified_variance(values: Tensor) -> Tensor:
-    """Variance of the mean over draws sorted by stratum, [R, samples, K] -> [R, K]: neighbouring
-    strata are collapsed in pairs, which errs on the large side. NaN for a single draw."""
+    """Variance of the mean over draws sorted by stratum, [R, samples, K] -> [R, K]: pairs of
+    neighbouring strata are merged, which overestimates slightly. NaN for a single draw."""
     samples = values.shape[1]
     if samples == 1:
         return torch.full_like(values[:, 0], float("nan"))
@@ -150,7 +152,8 @@ def ar_nll(
     local_window: str | None = None,
     batch_size: int = 32,
 ) -> Estimate:
-    """-log p of each row read left to right, position 0 given: exact, of an AR model or AR mode."""
+    """Exact -log p of each row from left to right, given its first token, under an AR model or
+    mode."""
     nats = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

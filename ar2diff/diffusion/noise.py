@@ -1,9 +1,10 @@
-"""The forward process: which tokens are masked. Absorbing noise, q(xt | x0, t) of MDLM.
+"""The forward process: which tokens are masked. The noise is MDLM's q(xt | x0, t), absorbing.
 
-Noise is a function of (seed, epoch, the document's own ids): it does not know of batches, ranks,
-packing or resume. Instead of a Bernoulli(t) per token we mask exactly k of a block's n tokens,
-k = ceil(t n) with t ~ U(0, 1), so k is uniform on 1..n: never an empty block, and the weight
-n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al. 2025, eq. 6).
+The noise depends only on the seed, the epoch and the document's ids, so batching, ranks, packing
+and resuming do not change it. Instead of drawing a Bernoulli(t) per token, we mask exactly k of the
+n tokens in a block, with k = ceil(t n) and t ~ U(0, 1). Then k is uniform on 1..n, no block is left
+unmasked, and the weight n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al.
+2025, eq. 6).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
 def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, document: int) -> Tensor:
     """[blocks] times in (0, 1) for the blocks of one sequence.
 
-    `block`: each its own, stratified over the sequence's blocks. `sequence`, `document`: one for
-    all, over the epochs a low-discrepancy sequence keyed by the sequence or by the document it was
-    cut from.
+    `block`: one time per block, stratified over the blocks of the sequence. `sequence`, `document`:
+    one time for all blocks; over the epochs these form a low-discrepancy sequence, keyed by the
+    sequence itself or by the document it was cut from.
     """
     if time == "block":
         generator = keyed_generator(seed, epoch, key, 1)
@@ -32,7 +33,7 @@ def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, documen
 
 
 def draw_times(draws: int, blocks: int, generator: torch.Generator) -> Tensor:
-    """[draws, blocks] times for a likelihood estimate, stratified over each block's draws."""
+    """[draws, blocks] times for a likelihood estimate; the draws of each block are stratified."""
     return torch.stack([_stratified(draws, generator) for _ in range(blocks)], 1)
 
 
@@ -52,15 +53,16 @@ def corrupt(
 
     Args:
         maskable: [L] bool, positions that may be masked.
-        block: [L] int, block of each position, 0..K-1.
+        block: [L] int, the block that each position is in, 0..K-1.
         times: [K] in (0, 1).
         generator: CPU generator.
         complementary: the caller will use the complement too. Then k = floor(t (n + 1)) is uniform
-            on 0..n, alike for the mask and its complement, and t becomes k / (n + 1): with weight
-            1/t both views are unbiased, and together they supervise each token exactly once.
+            on 0..n for the mask and for its complement, and t becomes k / (n + 1): with weight 1/t
+            both views are unbiased, and together they supervise each token exactly once.
 
     Returns:
-        masked: [L] bool. t: [L] double, k / n of the position's block (the t of the weights).
+        masked: [L] bool. t: [L] double, k / n for the block of each position, from which the loss
+            weights are computed.
     """
     count = torch.zeros(len(times), dtype=torch.long).index_add_(0, block, maskable.long())
     if complementary:
@@ -69,7 +71,7 @@ def corrupt(
     else:
         k = torch.minimum((times * count).ceil().long().clamp(min=1), count)
         t = k.double() / count.clamp(min=1)
-    # Rank the positions of each block in random order, unmaskable ones last.
+    # Rank the positions of each block in random order, with unmaskable ones last.
     priority = torch.rand(len(block), generator=generator) + (~maskable).float()
     order = torch.argsort(block * 2.0 + priority.double())
     start = torch.searchsorted(block[order].contiguous(), torch.arange(len(times)))
@@ -79,10 +81,10 @@ def corrupt(
 
 
 def complement(maskable: Tensor, block: Tensor, masked: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The other view of a sequence that `corrupt` masked with `complementary`.
+    """The complementary view of a sequence that `corrupt` masked with `complementary=True`.
 
     Args:
-        maskable, block: as given to `corrupt`. masked, t: as it returned them.
+        maskable, block: as passed to `corrupt`. masked, t: as it returned them.
 
     Returns:
         masked: [L] bool, the maskable positions that the first view shows. t: [L] double,

@@ -1,10 +1,10 @@
-"""The weights of the loss, which is a weighted cross-entropy of masked tokens, and its divisors.
+"""Weights and divisors of the loss, a weighted cross-entropy over masked tokens.
 
     loss = sum_i coef_i * -log p(x0_i | xt) / divisor,   coef_i = w(t) * weight_i
 
 With w = 1/t and t = k/n the sum over a row is an unbiased estimate of the bound on -log p(x0)
-(MDLM, Sahoo et al. 2024, eq. 10). The divisor is a sum over the *global* batch, all accumulation
-steps and ranks, so that no split of the batch changes the gradient.
+(MDLM, Sahoo et al. 2024, eq. 10). The divisor is a sum over the *global* batch, across all
+accumulation steps and ranks, so that splitting the batch differently does not change the gradient.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ def coefficients(
     time_weight: Tensor,
     normaliser: str,
 ) -> tuple[Tensor, Tensor]:
-    """Factors of each masked token's cross-entropy, and this batch's part of the divisor.
+    """The factor of each masked token's cross-entropy, and this batch's share of the divisor.
 
     Args:
         masked: [B, L] bool.
-        weight: [B, L] float, what a token counts: 1; its share of an EOS run; 0 if never scored.
-        seq: [B, L] int, sequence (packed document) within the row; `PADDING` for none.
-        time_weight: [B, L] float, w(t) of `time_weights` or `cart_weights`.
-        normaliser: `tokens`: all scored tokens; `masked`: the masked ones; `sequence`: every
-            sequence is divided by its own scored tokens, and the sum by the number of sequences.
+        weight: [B, L] float, how much a token counts: 1, a fraction if it is in a run of EOS
+            tokens, or 0 if it is never scored.
+        seq: [B, L] int, the sequence (packed document) within the row, or `PADDING`.
+        time_weight: [B, L] float, w(t) from `time_weights` or `cart_weights`.
+        normaliser: `tokens` divides by the number of scored tokens, `masked` by that of masked
+            ones; `sequence` divides each sequence by its own scored tokens, and the sum by the
+            number of sequences.
 
     Returns:
         coef: [B, L] float, zero where nothing is masked. divisor: scalar.
@@ -43,27 +45,28 @@ def coefficients(
     if normaliser == "masked":
         return coef, (weight * masked).sum()
     same = (seq[:, :, None] == seq[:, None, :]) & (seq != PADDING)[:, None, :]
-    tokens = (same * weight[:, None, :]).sum(-1)  # [B, L], scored tokens of the own sequence
+    tokens = (same * weight[:, None, :]).sum(-1)  # [B, L], scored tokens in the same sequence
     sequences = sum(len(row[row != PADDING].unique()) for row in seq)
     return coef / tokens.clamp(min=torch.finfo(tokens.dtype).tiny), torch.tensor(float(sequences))
 
 
 def time_weights(t: Tensor, kind: str) -> Tensor:
-    """w(t): `uniform` is 1, `1/t` makes the loss the bound (0 where nothing was masked)."""
+    """w(t): 1 for `uniform`; 1/t for `1/t`, which makes the loss the bound (0 if nothing was
+    masked)."""
     if kind == "uniform":
         return torch.ones_like(t)
     return torch.where(t > 0, 1 / t.clamp(min=torch.finfo(t.dtype).tiny), 0)
 
 
 def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p: float) -> Tensor:
-    """Context-adaptive weights of Dream (Ye et al. 2025): a masked token n weighs
-    1/2 * sum over the visible tokens i of p (1 - p)^(|n - i| - 1), so that tokens with near
-    context count more.
+    """The context-adaptive weights of Dream (Ye et al. 2025). The weight of a masked token n is
+    1/2 * sum over the visible tokens i of p (1 - p)^(|n - i| - 1), so that tokens with visible
+    tokens nearby count more.
 
     Args:
-        masked, context: [B, L] bool; `context` is the real tokens (no EOS fill, no padding).
-        seq, block: [B, L] int; a token of an earlier block is visible, one of a later block is not,
-            one of the same block if it is not masked. (`full`: one block.)
+        masked, context: [B, L] bool; `context` marks real tokens (not EOS fill or padding).
+        seq, block: [B, L] int. Tokens in earlier blocks are visible, those in later blocks are not,
+            and those in the same block are visible unless masked. (`full` attention has one block.)
 
     Returns:
         [B, L] float.
@@ -78,7 +81,7 @@ def cart_weights(masked: Tensor, context: Tensor, seq: Tensor, block: Tensor, p:
 
 
 def suppressed_ids(mask_token_id: int | None, tokens: Iterable[int], rows: int) -> Tensor:
-    """[rows] bool: the mask, and every id that is not among `tokens`, the ids of the tokenizer."""
+    """[rows] bool: the mask, and every id that is not in `tokens`, the ids of the tokenizer."""
     suppressed = torch.ones(rows, dtype=torch.bool)
     suppressed[[token for token in tokens if token < rows]] = False
     if mask_token_id is not None:

@@ -1,4 +1,4 @@
-"""One forward pass and the slots of it at which tokens are predicted: what losses, likelihoods and
+"""One forward pass, and the slots in it that predict tokens: what losses, likelihoods and
 estimators have in common."""
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ..core.spec import Spec
 
 @dataclass(frozen=True)
 class Task:
-    """A forward pass and what is predicted by it.
+    """A forward pass and what it predicts.
 
     Attributes:
         input_ids: [B, S] token ids.
-        slots: the document, position and block of each of them.
+        slots: the document, position and block of each token.
         attention, block_length, reveal: the rule of the attention mask, as `model_mask` takes it.
-        index: [N] slots of the flattened [B * S] whose logits predict a token.
+        index: [N] slots, in the flattened [B * S], whose logits predict a token.
         target: [N] the tokens that are predicted there.
     """
 
@@ -37,7 +37,7 @@ class Task:
         """Keyword arguments of the model's forward.
 
         Args:
-            model: the causal LM, not wrapped. local_window: of the spec.
+            model: the causal LM, not wrapped. local_window: the value in the spec.
         """
         mask = model_mask(
             model, self.slots, self.attention, self.block_length, local_window, self.reveal
@@ -50,12 +50,12 @@ class Task:
 
 
 def slots_at(columns: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """[N] slots of a flattened [B * width] batch, in row-major order of the wanted tokens.
+    """[N] slots in a flattened [B * width] batch, in row-major order of the wanted tokens.
 
     Args:
-        columns: [B, L], the slot within its row at which each token is predicted.
-        wanted: [B, L] bool, tokens that are predicted.
-        width: slots of a row.
+        columns: [B, L], the slot within the row at which each token is predicted.
+        wanted: [B, L] bool, the tokens to predict.
+        width: slots per row.
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None] * width
     return (rows + columns)[wanted]
@@ -78,8 +78,9 @@ def masked_task(
     Args:
         x0, xt, doc, pos: [B, L] clean ids, noised ids, documents, logical positions.
         masked: [B, L] bool (never position 0 of a document).
-        attention, block_length: those of the spec where `attention` is None; an anneal has others.
-        reveal: edges that an anneal shows.
+        attention, block_length: for an anneal, which differs from the spec; if `attention` is None,
+            both are those of the spec.
+        reveal: look-ahead edges that an anneal reveals.
     """
     if attention is None:
         attention, block_length = spec.attention, spec.block_length

@@ -1,5 +1,5 @@
-"""Checks of what is compiled at its first use. A DeepSpeed build that is killed leaves a lock, for
-which torch would make every later run wait for ever and silently."""
+"""Checks for code that is compiled on first use. A DeepSpeed build that is killed leaves a lock
+behind, and torch would make every later run wait for it silently and forever."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.errors import Ar2DiffError, option
 
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam")  # communication on CPUs; offloaded optimizers
-STALE = 300  # seconds; a build takes one or two minutes, on another node unseen by us
+STALE = 300  # seconds; a build takes a minute or two, and may run on a node that we cannot see
 
 
 def check_compiler() -> None:
@@ -26,13 +26,13 @@ def check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise Ar2DiffError(
-            f"{option('train.compile')} needs {compiler} on a CPU, which is not on PATH",
+            f"{option('train.compile')} on a CPU needs {compiler}, which is not on PATH",
             f"install it, name another compiler in CXX, or leave {option('train.compile')} out",
         )
 
 
 def check_locks() -> None:
-    """Refuse to start a run that would wait for a build which nobody is making.
+    """Refuse to start a run that would wait for a build that no process is working on.
 
     Raises:
         Ar2DiffError: naming the lock.
@@ -42,9 +42,9 @@ def check_locks() -> None:
         while (age := _age(lock)) is not None and not _is_held(lock):
             if age >= STALE:
                 raise Ar2DiffError(
-                    f"{lock} was left by a DeepSpeed build that was killed, and every run would "
+                    f"{lock} was left behind by a DeepSpeed build that was killed; every run would "
                     "wait for it",
-                    "remove that file",
+                    f"remove it with: rm {lock}",
                 )
             if not said:
                 print(f"waiting up to {STALE} s for the process that holds {lock}", file=sys.stderr)
@@ -64,18 +64,18 @@ def _locks() -> list[Path]:
 def _age(lock: Path) -> float | None:
     try:
         return time.time() - lock.stat().st_mtime
-    except FileNotFoundError:  # the build is done
+    except FileNotFoundError:  # the build has finished
         return None
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the file open, as torch does while it builds. This
-    works on Linux; elsewhere, and for other nodes, only the age of the lock tells."""
+    """Whether a process on this machine has the file open, as torch does while it builds. This
+    works only on Linux; elsewhere, and for other nodes, only the age of the lock can tell."""
     path = str(lock.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if str(descriptor.readlink()) == path:
                 return True
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return False

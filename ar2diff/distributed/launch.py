@@ -1,9 +1,9 @@
-"""One verb in several processes: DDP, DeepSpeed ZeRO-1, 2, 3, FSDP2, or a launch file.
+"""Running a command in several processes: DDP, DeepSpeed ZeRO-1, 2 or 3, FSDP2, or a launch file.
 
-A verb that is given `--launch` starts itself again, once for each process, under torch's elastic
-launcher (with an accelerate config, under `accelerate launch`). The processes learn from the
-environment what they are. A mistake is reported once, whichever process makes it, and the exit code
-is that of the process.
+With `--launch`, a command starts itself again, once for each process, under torch's elastic
+launcher (or under `accelerate launch`, if given an accelerate config). The processes learn their
+roles from the environment. An error is reported once, whichever process hits it, and the exit code
+is that of the failing process.
 
 On several nodes, run the same command on each, with the launcher's own flags after `--` and an
 output folder that all of them see:
@@ -34,18 +34,18 @@ from .builds import check_locks
 from .ranks import CHOSEN, STOPPED, search_path
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds until the launcher kills what saves
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds before processes that still save are killed
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a verb will run.
+    """How a command will run.
 
     Attributes:
         strategy: one of `STRATEGIES`, or `accelerate` if an accelerate config decides.
-        processes: on this node.
-        file: absolute path of a DeepSpeed json or accelerate yaml; None for our own settings.
-        flags: passed to the launcher.
+        processes: how many to start on this node.
+        file: absolute path of a DeepSpeed .json or accelerate .yaml; None for our own settings.
+        flags: extra arguments for the launcher.
     """
 
     strategy: str
@@ -57,7 +57,7 @@ class Launch:
         """The command that starts the processes.
 
         Args:
-            arguments: of ar2diff, beginning with the verb, without the options of the launch.
+            arguments: those of ar2diff, beginning with the command, without the launch options.
         """
         python = [sys.executable, "-m"]
         if self.strategy == "accelerate":
@@ -73,7 +73,7 @@ class Launch:
         return {CHOSEN: self.file or self.strategy}
 
     def run(self, arguments: Sequence[str]) -> NoReturn:
-        """Start the processes, wait for them, and exit like the first one that failed.
+        """Start the processes, wait for them, and exit with the code of the first one that failed.
 
         Raises:
             Ar2DiffError: a mistake that one of the processes reported.
@@ -81,7 +81,7 @@ class Launch:
         os.environ.update(self.environment)
         os.environ.setdefault(SHUTDOWN, "600")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.processes)))
-        # The launcher's own reports are silenced: `_fail` says what went wrong.
+        # The launcher's own reports are silenced: `_fail` reports what went wrong.
         os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "CRITICAL")
         import logging
 
@@ -99,7 +99,7 @@ class Launch:
         except RendezvousError as error:
             raise Ar2DiffError(
                 f"the nodes cannot find each other: {first_line(error)}",
-                "check the rendezvous flags, and that the first node is reachable",
+                "check the rendezvous flags after --, and that the first node can be reached",
             ) from None
         sys.exit(0)
 
@@ -130,7 +130,9 @@ def make_launch(
             f"{what} needs {option('launch')}", f"add {option('launch', STRATEGIES[0])}"
         )
     if processes is not None and processes < 1:
-        raise Ar2DiffError(f"{option('num_processes', processes)} is less than 1", "give 1 or more")
+        raise Ar2DiffError(
+            f"{option('num_processes', processes)} is less than 1", "set it to 1 or more"
+        )
     file, strategy, known = None, chosen, None
     if chosen not in STRATEGIES:
         strategy, file, known = _read_file(chosen)
@@ -139,20 +141,21 @@ def make_launch(
     accelerators = _accelerators()
     if processes is None:
         raise Ar2DiffError(
-            f"{option('launch', chosen)} needs a number of processes on a machine without GPUs",
-            f"give {option('num_processes')}",
+            f"{option('launch', chosen)} needs a number of processes, because this machine has "
+            "no GPUs",
+            f"set {option('num_processes')}, for example {option('num_processes', 2)}",
         )
     if accelerators is not None and processes > accelerators:
         raise Ar2DiffError(
-            f"{option('num_processes', processes)} is more than the {accelerators} GPUs of this "
-            "machine",
-            f"give at most {accelerators}",
+            f"{option('num_processes', processes)} is more than the number of GPUs on this "
+            f"machine, {accelerators}",
+            f"set it to {accelerators} or less",
         )
     return Launch(strategy, processes, file, tuple(flags))
 
 
 def strategy_of(path: str) -> tuple[str, dict[str, Any]]:
-    """The strategy that a DeepSpeed json asks for, and its content.
+    """The strategy that a DeepSpeed .json asks for, and the content of the file.
 
     Raises:
         Ar2DiffError: the file is not a DeepSpeed config.
@@ -166,23 +169,23 @@ def strategy_of(path: str) -> tuple[str, dict[str, Any]]:
         said = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise Ar2DiffError(
             f"launch file {path} is not a DeepSpeed config: {said}",
-            "see 'DeepSpeed Configuration JSON' in DeepSpeed's documentation",
+            "correct it as described at https://www.deepspeed.ai/docs/config-json",
         ) from None
     return f"zero{stage}", tree
 
 
 def _read_file(path: str) -> tuple[str, str, int | None]:
-    """Strategy, absolute path and number of processes (None if it has none) of a launch file."""
+    """The strategy, absolute path and number of processes (None if not given) of a launch file."""
     file = Path(path).expanduser()
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise Ar2DiffError(
             f"{option('launch')} {shortened(path)} is unknown{nearest(path, STRATEGIES)}",
-            f"give one of {', '.join(STRATEGIES)}, an accelerate .yaml or a DeepSpeed .json",
+            f"use one of {', '.join(STRATEGIES)}, or an accelerate .yaml or DeepSpeed .json file",
         )
     if not file.is_file():
         raise Ar2DiffError(
-            f"launch file {path}: no such file",
-            "create one with 'accelerate config', or write a DeepSpeed json",
+            f"launch file {path} does not exist",
+            "check the path, or create a file with 'accelerate config --config_file launch.yaml'",
         )
     if file.suffix == ".json":
         return strategy_of(str(file))[0], str(file.resolve()), None
@@ -190,7 +193,7 @@ def _read_file(path: str) -> tuple[str, str, int | None]:
 
 
 def _read_accelerate(file: Path) -> int:
-    """The processes of an accelerate config, which must be one that really starts several."""
+    """The number of processes in an accelerate config, which must really start several."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         kind, processes = tree["distributed_type"], int(tree["num_processes"])
@@ -198,15 +201,15 @@ def _read_accelerate(file: Path) -> int:
         said = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise Ar2DiffError(
             f"launch file {file} is not an accelerate config: {said}",
-            "create one with 'accelerate config'",
+            "create one with 'accelerate config --config_file launch.yaml'",
         ) from None
     if kind in ("NO", "MULTI_CPU") or (tree.get("use_cpu") and processes > 1):
         if kind != "NO" or processes > 1:
             raise Ar2DiffError(
-                f"launch file {file}: accelerate runs distributed_type {shortened(kind)} as one "
-                "process",
-                f"use {option('launch', 'ddp')}, or distributed_type MULTI_GPU, which also runs on "
-                "CPUs",
+                f"launch file {file}: with distributed_type {shortened(kind)}, accelerate runs "
+                "a single process",
+                f"use {option('launch', 'ddp')}, or set distributed_type to MULTI_GPU, which "
+                "also works on CPUs",
             )
     if kind == "FSDP":
         _check_machine("fsdp2")
@@ -221,7 +224,7 @@ def _check_machine(strategy: str) -> None:
     if strategy == "fsdp2" and not gpu:
         raise Ar2DiffError(
             f"{option('launch', 'fsdp2')} needs GPUs: on CPUs accelerate runs plain DDP instead",
-            f"use {option('launch', 'zero3')}, which also shards on CPUs",
+            f"use {option('launch', 'zero3')}, which shards on CPUs too",
         )
     if not strategy.startswith("zero"):
         return
@@ -233,15 +236,15 @@ def _check_machine(strategy: str) -> None:
     missing = [tool for tool in ("ninja", "g++") if shutil.which(tool, path=search_path()) is None]
     if missing and not gpu:  # on CPUs DeepSpeed compiles its communication
         raise Ar2DiffError(
-            f"{option('launch', strategy)} on CPUs makes DeepSpeed compile, and {missing[0]} is "
-            "not on PATH",
-            "install it (pip install ninja)" if missing[0] == "ninja" else "install g++",
+            f"{option('launch', strategy)} on CPUs needs {missing[0]} to compile DeepSpeed's "
+            "communication, and it is not on PATH",
+            "pip install ninja" if missing[0] == "ninja" else "install g++",
         )
     check_locks()
 
 
 def _accelerators() -> int | None:
-    """The number of GPUs; None if there is none."""
+    """The number of GPUs, or None if there are none."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else None
@@ -259,20 +262,23 @@ def _parsed(parse: Any, command: list[str]) -> Any:
     except SystemExit:
         line = (said.getvalue().strip().splitlines() or ["not understood"])[-1]
         raise Ar2DiffError(
-            f"the launcher refuses its flags: {line.partition('error: ')[2] or line}",
+            "the launcher does not accept the flags after --: "
+            f"{line.partition('error: ')[2] or line}",
             "see 'torchrun --help' or 'accelerate launch --help'",
         ) from None
 
 
 def _fail(failures: list[tuple[int, Any]]) -> NoReturn:
-    """Report what the first process to fail reported; one that is killed takes the others along."""
+    """Pass on the error of the first process to fail; when one is killed, the others die with
+    it."""
     killed = [f for f in failures if f[1].exitcode < 0 and f[1].exitcode != -signal.SIGTERM]
     said = [f for f in failures if f[1].exitcode > 0]
     if killed:
         rank, failure = killed[0]
         raise Ar2DiffError(
             f"process {rank} was killed ({failure.signal_name()})",
-            f"if memory ran out, see 'ar2diff memory'; then continue with {option('resume', True)}",
+            "if it ran out of memory, see 'ar2diff memory'; continue with "
+            f"{option('resume', True)}",
         )
     first = min(said or failures, key=lambda f: (f[1].timestamp, -f[1].exitcode))[1]
     if first.error_file_data.get("what"):
@@ -284,7 +290,7 @@ def _fail(failures: list[tuple[int, Any]]) -> NoReturn:
 
 @contextmanager
 def planned_world(launch: Launch | None) -> Iterator[None]:
-    """For a dry run: look as if the processes were running."""
+    """For a dry run: make this process look like one of those that would run."""
     before = os.environ.get("WORLD_SIZE")
     if launch is not None:
         os.environ["WORLD_SIZE"] = str(launch.processes)

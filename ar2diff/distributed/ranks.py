@@ -1,4 +1,4 @@
-"""One process among several: whether it is one, how it reports, and how it ends."""
+"""Being one process among several: detecting it, reporting errors, and exiting."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 
 from ..core.errors import Ar2DiffError, option
 
-CHOSEN = "AR2DIFF_LAUNCH"  # tells a process the strategy, or the file, that it was launched with
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a process says to the launcher what went wrong
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
+CHOSEN = "AR2DIFF_LAUNCH"  # the strategy or file that a process was launched with
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a process tells the launcher what went wrong
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that was told to stop
 
 
 def search_path() -> str:
-    """PATH, and the folder of this Python, where pip puts the tools that libraries look for."""
+    """PATH, plus the folder of this Python, where pip puts tools that libraries look for."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
@@ -37,7 +37,7 @@ def is_launched() -> bool:
 
 
 def report_error(error: BaseException, text: str) -> None:
-    """Leave the report to the launcher, which makes one for all processes."""
+    """Hand the error to the launcher, which prints one report for all processes."""
     data: dict[str, Any] = {"message": text, "timestamp": str(int(time.time()))}
     if isinstance(error, Ar2DiffError):
         data |= {"what": error.what, "fix": error.fix}
@@ -46,8 +46,8 @@ def report_error(error: BaseException, text: str) -> None:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Surround the work of a verb. A launched process dies with its launcher, keeps the output of
-    libraries off stdout, which is for results, and closes its connections at the end."""
+    """A context for the work of a command. A launched process dies with its launcher, keeps the
+    output of libraries off stdout, which is for results, and closes its connections at the end."""
     if not is_launched():
         yield
         return
@@ -68,10 +68,10 @@ def at_work() -> Iterator[None]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Surround a command line, before anything heavy is imported. One process among several, also
-    under another launcher, ends once its exit handlers have run, without Python's finalization:
-    there a thread of gloo that still has to free tensors of a collective would ask for the GIL, be
-    refused, and abort a process that had done all its work (pytorch #179291)."""
+    """A context for a whole command, entered before anything heavy is imported. One process among
+    several, under whatever launcher, exits once its exit handlers have run and skips Python's
+    finalization, during which a gloo thread that still has to free the tensors of a collective
+    would be refused the GIL and abort a process that had done all its work (pytorch #179291)."""
     if "RANK" not in os.environ:
         yield
         return
@@ -82,7 +82,7 @@ def ending() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(code)
 
-    atexit.register(leave)  # the first to be registered is the last to run
+    atexit.register(leave)  # registered first, so it runs last
     try:
         yield
         code = 0
@@ -99,7 +99,7 @@ def _disconnect() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process with its parent: an orphan would keep on writing next to a
+    """Ask Linux to kill this process when its parent dies: an orphan would keep writing alongside a
     resumed run."""
     if not sys.platform.startswith("linux"):
         return
@@ -107,17 +107,17 @@ def die_with_parent() -> None:
 
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() == 1:  # the parent died before we asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def world_size() -> int:
-    """The number of processes, here and on other nodes."""
+    """The number of processes on all nodes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process reports and writes for all."""
+    """Whether this process does the reporting and writing for all of them."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -125,12 +125,12 @@ def check_rows(rows: int, processes: int | None = None) -> None:
     """Refuse more processes than rows of data.
 
     Args:
-        rows: 0 if they are not known.
-        processes: None for the number of those that run.
+        rows: 0 if the number is not known.
+        processes: None for the number that are running.
     """
     processes = processes or world_size()
     if 0 < rows < processes:
         raise Ar2DiffError(
-            f"there are {processes} processes, and the data has only {rows} rows",
-            f"give {option('num_processes', rows)} or fewer, or more data",
+            f"there are {processes} processes, but the data has only {rows} rows",
+            f"set {option('num_processes', rows)} or lower, or use more data",
         )

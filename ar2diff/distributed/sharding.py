@@ -1,4 +1,5 @@
-"""How training is sharded over processes: the settings of DeepSpeed and FSDP, and whole weights."""
+"""How training is sharded over processes: DeepSpeed and FSDP settings, and gathering the
+weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from .ranks import chosen, is_main, world_size
 
 
 def training_kwargs() -> dict[str, Any]:
-    """Arguments of TrainingArguments for the strategy that this process was launched with."""
+    """TrainingArguments keywords for the strategy that this process was launched with."""
     how = chosen()
     if how is None or how == "ddp" or how.endswith((".yaml", ".yml")):
         return {}
@@ -23,11 +24,11 @@ def training_kwargs() -> dict[str, Any]:
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
-    """The settings of a ZeRO stage; transformers fills in what is `auto` from the recipe and the
-    size of the model.
+    """The settings of a ZeRO stage. transformers fills in each `auto` from the training arguments
+    and the size of the model.
 
     Weights are float32, or bfloat16 with float32 masters if the recipe computes in bfloat16.
-    Offloading needs a json of the user's own, given as the launch file.
+    Offloading needs a .json of the user's own, passed as the launch file.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": "auto"}  # not 500M elements
     if stage == 3:
@@ -48,7 +49,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 
 
 def sharding() -> str | None:
-    """How the optimizer's state of this run is sharded; its checkpoints fit no other sharding."""
+    """How this run's optimizer state is sharded; its checkpoints only fit the same sharding."""
     how = chosen()
     if how in (None, "ddp"):
         return None
@@ -58,7 +59,7 @@ def sharding() -> str | None:
 
 
 def check_engine(accelerator: Any) -> None:
-    """Refuse to train under another strategy than was asked for: some launchers silently run a
+    """Refuse to train under a strategy other than the requested one: some launchers silently run a
     single process, or plain DDP."""
     how = chosen()
     if how is None:
@@ -69,15 +70,16 @@ def check_engine(accelerator: Any) -> None:
         wanted = "DEEPSPEED"
     if accelerator.num_processes != world_size() or wanted not in (None, got):
         raise Ar2DiffError(
-            f"{option('launch', how)} was asked for, but accelerate runs {got} in "
+            f"{option('launch', how)} was requested, but accelerate runs {got} in "
             f"{accelerator.num_processes} of {world_size()} processes",
-            "look for stray ACCELERATE_ variables, and for accelerate's default_config.yaml",
+            "unset any ACCELERATE_* environment variables, and remove accelerate's "
+            "default_config.yaml",
         )
 
 
 def join_deepspeed(args: Any) -> None:
-    """Tell DeepSpeed of the processes before a model is loaded: ZeRO-3 shards it while it is made,
-    and by default for one process."""
+    """Tell DeepSpeed about the processes before a model is loaded: ZeRO-3 shards it while it is
+    built, by default for a single process."""
     if args.deepspeed:
         import deepspeed
 
@@ -85,7 +87,8 @@ def join_deepspeed(args: Any) -> None:
 
 
 def holds_shards(trainer: Any) -> bool:
-    """Whether each process holds a part of each weight, so that a forward needs all processes."""
+    """Whether each process holds only a shard of each weight, so that a forward pass needs them
+    all."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return trainer.is_fsdp_enabled or (
@@ -94,8 +97,8 @@ def holds_shards(trainer: Any) -> bool:
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:
-    """The trained weights, gathered from all processes (each must call this) on the main one; None
-    if the model holds them whole. Float32 masters are preferred to rounded copies."""
+    """The trained weights, gathered on the main process (every process must call this), or None if
+    the model holds them whole. Float32 masters are preferred to rounded copies."""
     if getattr(trainer, "deepspeed", None) is not None:
         return _gather_deepspeed(trainer.model)
     if trainer.is_fsdp_enabled:
@@ -110,9 +113,9 @@ def _gather_deepspeed(model: Any) -> dict[str, Any]:
     state, adapted = {}, hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
         if adapted and not parameter.requires_grad:
-            continue  # of the base, which the folder of an adapter does not hold
+            continue  # part of the base, which an adapter folder does not contain
         whole = safe_get_full_fp32_param(parameter)
-        if whole is None:  # it is not trained, so there is no master of it
+        if whole is None:  # not trained, so it has no master copy
             with deepspeed.zero.GatheredParameters([parameter]):
                 whole = parameter.detach().clone()
         if is_main():

@@ -1,4 +1,5 @@
-"""What a checkpoint is, whether it does what it says, and where it would silently decode as AR."""
+"""What a checkpoint is, whether it does what its config says, and where it would silently decode as
+an AR model."""
 
 from __future__ import annotations
 
@@ -15,8 +16,7 @@ from ..core.spec import Spec
 
 TRUSTED = "transformers >= 5.2 with trust_remote_code=True"
 TRUSTING = (
-    "denoises without ar2diff being installed: generate(), pipelines, serve, generation tasks of "
-    "lm-eval"
+    "denoises without ar2diff installed: generate(), pipelines, serve, generation tasks in lm-eval"
 )
 CODELESS = f"does not denoise, because the folder has no {FOLDER}"
 ELSEWHERE = {
@@ -27,7 +27,7 @@ ELSEWHERE = {
         "transformers serve --continuous-batching": (
             "decodes left to right, with or without trust_remote_code"
         ),
-        "lm-eval --model hf": "perplexities and scores of choices are those of the AR mode",
+        "lm-eval --model hf": "perplexities and multiple-choice scores are those of the AR mode",
     },
     "other": {
         "transformers without trust_remote_code": (
@@ -37,11 +37,11 @@ ELSEWHERE = {
             "decodes the same way, with or without trust_remote_code: the text is wrong"
         ),
         "transformers < 5.2, vLLM, SGLang, llama.cpp": (
-            "ignore is_causal and run the AR model that it no longer is: the text is wrong"
+            "ignore is_causal and decode left to right, as an AR model: the text is wrong"
         ),
         "lm-eval --model hf": (
-            "perplexities and scores of choices are invalid, because the model sees the answer; "
-            "use 'ar2diff eval'"
+            "perplexities and multiple-choice scores are invalid, because the model sees the "
+            "answer; use 'ar2diff eval' instead"
         ),
     },
 }
@@ -49,7 +49,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was examined: a statement, and whether it holds."""
+    """A checked statement, and whether it holds."""
 
     what: str
     ok: bool
@@ -61,8 +61,9 @@ class Check:
 
     Attributes:
         model: folder or Hub id.
-        spec: None for an unconverted model.
-        custom_generate: the state of the decoding code in the folder; None for an unconverted one.
+        spec: the diffusion spec; None for an unconverted model.
+        custom_generate: the state of the decoding code in the folder; None for an unconverted
+            model.
         elsewhere: {program: what happens when it runs the model}.
         ok: whether every finding holds.
     """
@@ -75,7 +76,7 @@ class Check:
     ok: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as JSON values."""
         return asdict(self)
 
 
@@ -86,7 +87,7 @@ def check(model: str | Path) -> Check:
         model: folder or Hub id.
 
     Raises:
-        Ar2DiffError: it does not load at all, or its spec cannot be honoured.
+        Ar2DiffError: the checkpoint does not load, or its spec cannot be honoured.
     """
     path = find_checkpoint(str(model), code=True)
     checkpoint = load_checkpoint(str(path), device="auto")
@@ -139,13 +140,15 @@ def _findings(checkpoint: Checkpoint, spec: Spec) -> list[Finding]:
     if checkpoint.base is not None:  # otherwise it would not have loaded
         name = checkpoint.base.reference
         findings.append(
-            Finding(f"the base {name} has the spec and the mask row of the training", True)
+            Finding(
+                f"the base {name} has the spec and mask row that the adapter was trained with", True
+            )
         )
     return findings
 
 
 def _home(checkpoint: Checkpoint) -> Path:
-    """The folder with the decoding code; for an adapter, that of its base."""
+    """The folder with the decoding code, which for an adapter is that of its base."""
     base = checkpoint.base
     if base is None:
         return checkpoint.path
@@ -156,8 +159,8 @@ def _home(checkpoint: Checkpoint) -> Path:
 def _code_finding(code: CustomGenerate) -> Finding:
     what = {
         "missing": f"{FOLDER} is missing: the model does not denoise without ar2diff",
-        "differs": f"{FOLDER} differs from this version's; read it before you trust it "
+        "differs": f"{FOLDER} differs from that of this version; read it before you trust it "
         f"(sha256 {code.sha256})",
-        "ok": f"{FOLDER} is this version's, byte for byte (sha256 {code.sha256})",
+        "ok": f"{FOLDER} is identical to that of this version (sha256 {code.sha256})",
     }
     return Finding(what[code.state], code.state == "ok")

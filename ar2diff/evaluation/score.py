@@ -1,4 +1,4 @@
-"""Judging a model on held-out text: the bound of the diffusion mode, the NLL of the AR mode."""
+"""Scoring a model on held-out text: the bound of the diffusion mode and the NLL of the AR mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Bound:
     """Upper bound on the negative log-likelihood in the diffusion mode.
 
     Attributes:
-        standard_error: of `nats_per_token`, from the noise draws alone; None for a single draw.
+        standard_error: standard error of `nats_per_token`, due to the noise draws alone; None for a
+            single draw.
     """
 
     nats_per_token: float
@@ -44,10 +45,10 @@ class Score:
     """Likelihood of token rows.
 
     Attributes:
-        tokens: tokens that were scored: not the first of a row, no mask token.
-        bytes: UTF-8 length of the rows' text.
+        tokens: number of scored tokens, which excludes mask tokens and the first token of each row.
+        bytes: UTF-8 length of the text of the rows.
         bound: None for an unconverted model.
-        ar_nll: None if the AR mode was not trained along.
+        ar_nll: None if the AR mode was not trained.
     """
 
     tokens: int
@@ -56,7 +57,7 @@ class Score:
     ar_nll: NegativeLogLikelihood | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: without the modes that the model lacks."""
+        """The result as JSON values, without modes that the model lacks."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -67,8 +68,8 @@ class Evaluation(Score):
     Attributes:
         model: folder or Hub id.
         data: the file; None for texts.
-        rows: number of windows; length: tokens of each.
-        samples: noise draws for each window; seed: of the draws.
+        rows: number of windows. length: tokens in each.
+        samples: noise draws for each window. seed: seed of the draws.
     """
 
     model: str
@@ -79,7 +80,7 @@ class Evaluation(Score):
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the settings first, without the modes that the model lacks."""
+        """The result as JSON values, settings first, without modes that the model lacks."""
         found = super().to_dict()
         settings = ("model", "data", "rows", "length", "samples", "seed")
         return {name: found.pop(name) for name in settings if name in found} | found
@@ -101,9 +102,9 @@ def evaluate(
         model: folder or Hub id, or a loaded checkpoint; it may be unconverted.
         data: a file of rows, `-` for standard input, a Hub data set, or the texts themselves.
         text_field: the field of a row that holds the text.
-        length: tokens of a window; shorter texts are left out.
-        samples: noise draws for each window, which one forward takes together.
-        limit: number of windows, from the start of the file; None: all.
+        length: tokens per window; shorter texts are skipped.
+        samples: noise draws per window, which one forward takes together.
+        limit: maximum number of windows, from the start of the file; None for all.
 
     Raises:
         Ar2DiffError: the model does not load, the data cannot be read, no text is long enough, or
@@ -111,10 +112,10 @@ def evaluate(
     """
     for name, value, least in (("length", length, 2), ("samples", samples, 1)):
         if value < least:
-            raise Ar2DiffError(f"{option(name)} is {value}", f"give at least {least}")
+            raise Ar2DiffError(f"{option(name)} is {value}", f"set it to {least} or more")
     if samples > MOST_SAMPLES:
         raise Ar2DiffError(
-            f"{option('samples')} is {shortened(samples)}", f"give at most {MOST_SAMPLES}"
+            f"{option('samples')} is {shortened(samples)}", f"set it to {MOST_SAMPLES} or less"
         )
     source = str(data) if isinstance(data, str | Path) else None
     name = f"{option('data')} {source}" if source else option("data")
@@ -124,7 +125,7 @@ def evaluate(
     rows = windows(texts, checkpoint.tokenizer, length, limit)
     if not rows:
         raise Ar2DiffError(
-            f"{name}: no text has {length} tokens", f"give a lower {option('length')}"
+            f"{name}: no text has {length} tokens", f"lower {option('length')}, or use longer texts"
         )
     try:
         found = score(checkpoint, rows, samples=samples, seed=seed)
@@ -148,8 +149,8 @@ def _load(model: str | Path) -> Checkpoint:
 def windows(
     texts: Sequence[str], tokenizer: Any, length: int, limit: int | None
 ) -> list[list[int]]:
-    """The first `length` tokens of each text that has as many, at most `limit` of them; with the
-    tokenizer's own BOS, without an EOS."""
+    """The first `length` tokens of each text that has as many, for at most `limit` texts; with the
+    tokenizer's own BOS, but without an EOS."""
     rows: list[list[int]] = []
     closing = closing_tokens(tokenizer)
     for text in texts:
@@ -171,12 +172,12 @@ def check_length(checkpoint: Checkpoint, length: int, name: str) -> None:
     if context is not None and length > context:
         raise Ar2DiffError(
             f"{option(name, length)} exceeds the model's context of {context} tokens",
-            f"give at most {context}",
+            f"set it to {context} or less",
         )
 
 
 def score(checkpoint: Checkpoint, rows: list[list[int]], *, samples: int, seed: int = 0) -> Score:
-    """Bound (of a converted model) and AR NLL (if it has an AR mode) of token rows.
+    """Bound (for a converted model) and AR NLL (if there is an AR mode) of token rows.
 
     Raises:
         Ar2DiffError: no token of the rows can be scored.
@@ -187,7 +188,7 @@ def score(checkpoint: Checkpoint, rows: list[list[int]], *, samples: int, seed: 
     size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in rows)
     if not tokens:
         raise Ar2DiffError(
-            "no token can be scored: the text consists of special tokens", "give other text"
+            "no token can be scored: the text consists of special tokens", "use other text"
         )
 
     def bits_per_byte(estimate: Estimate) -> float:

@@ -1,4 +1,4 @@
-"""A conversation: lines go in, events come out. Drawing them is the command line's business."""
+"""A conversation: lines go in, events come out. Drawing them is left to the command line."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .tokens import encode, encode_messages, text_after
 COMMANDS = {
     "help": ("/help", "show this list"),
     "reset": ("/reset", "forget the conversation"),
-    "set": ("/set key=value ...", "set options of the sampler; key= restores the default"),
-    "show": ("/show", "show the options in force and the size of the context"),
-    "mode": ("/mode NAME", "diffusion, speculative or ar"),
+    "set": ("/set key=value ...", "set sampler options; key= restores the default"),
+    "show": ("/show", "show the current options and the size of the context"),
+    "mode": ("/mode NAME", "switch to diffusion, speculative or ar"),
     "seed": ("/seed N", "seed the random draws"),
     "undo": ("/undo", "forget the last message and its answer"),
     "save": ("/save FILE", "write the conversation as JSON"),
@@ -84,20 +84,20 @@ class Chat:
         self._stop = False
         if system is not None and not self.templated:
             raise Ar2DiffError(
-                f"{option('system')} needs a chat template, and the tokenizer has none",
-                f"leave {option('system')} out",
+                f"{option('system')} needs a chat template, but the tokenizer has none",
+                f"leave out {option('system')}",
             )
         settings_of(checkpoint, self.settings)
 
     def greeting(self) -> list[Note]:
-        """What to say first."""
-        notes = [Note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")]
+        """The first notes to show."""
+        notes = [Note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D quits")]
         if not self.templated:
             notes.insert(
                 0,
                 Note(
-                    "the model has no chat template: it continues your text (an empty line lets it "
-                    "go on)"
+                    "the model has no chat template, so it continues your text (press Enter to let "
+                    "it go on)"
                 ),
             )
         return notes
@@ -107,7 +107,7 @@ class Chat:
         self._stop = True
 
     def events(self, line: str) -> Iterator[Event]:
-        """What a line of the user leads to."""
+        """The events that a line from the user leads to."""
         try:
             check_text(line, "the line")
             if line.startswith("/") and not line.startswith("//"):
@@ -122,7 +122,7 @@ class Chat:
 
     def _answer(self, line: str) -> Iterator[Event]:
         if not line.strip() and (self.templated or not self.exchanges):
-            yield Note("write something, or /help")
+            yield Note("type a message, or /help")
             return
         spec, options = settings_of(self.checkpoint, self.settings)
         ids, new, notes = self._fit(line, spec, options)
@@ -141,7 +141,7 @@ class Chat:
             self.exchanges.append(Exchange(line, answer.text, answer.ended))
         yield answer
         if answer.ended and not self.templated:
-            yield Note("the model has ended its text; your next message starts a new one")
+            yield Note("the model has finished its text; your next message starts a new one")
 
     def _finish(self, ids: list[int], canvas: Canvas, seconds: float) -> Answer:
         new = canvas.new_ids(0)
@@ -169,18 +169,18 @@ class Chat:
         if self.dropped > before:
             notes.append(
                 Note(
-                    f"the context of {room} tokens is full: the {self.dropped - before} oldest "
+                    f"the context of {room} tokens is full, so the {self.dropped - before} oldest "
                     "messages and answers were dropped"
                 )
             )
         new = wanted if room is None else min(wanted, room - len(ids))
         if new < 1:
             raise Ar2DiffError(
-                f"your message takes {len(ids)} tokens and the context has {room}",
-                "write a shorter one",
+                f"your message has {len(ids)} tokens, but the context only has room for {room}",
+                "write a shorter message",
             )
         if new < wanted:
-            notes.append(Note(f"the context has room for {new} tokens, not {wanted}"))
+            notes.append(Note(f"the context has room for only {new} of {wanted} new tokens"))
         return ids, new, notes
 
     def _ids(self, line: str, spec: Spec) -> list[int]:
@@ -204,7 +204,7 @@ class Chat:
         if name not in COMMANDS:
             raise Ar2DiffError(
                 f"there is no command /{name}{nearest(name, COMMANDS)}",
-                "see /help; a message that starts with / is written with //",
+                "type /help for a list, or // to start a message with /",
             )
         yield from getattr(self, f"_{name}")(rest.strip())
 
@@ -213,14 +213,14 @@ class Chat:
 
     def _reset(self, _rest: str) -> Iterator[Event]:
         self.exchanges, self.dropped = [], 0
-        yield Note("the conversation is forgotten")
+        yield Note("the conversation was forgotten")
 
     def _undo(self, _rest: str) -> Iterator[Event]:
         if not self.exchanges:
-            raise Ar2DiffError("there is nothing to undo", "say something first")
+            raise Ar2DiffError("there is nothing to undo", "send a message first")
         exchange = self.exchanges.pop()
         self.dropped = min(self.dropped, len(self.exchanges))
-        yield Note(f"forgotten: {shortened(exchange.said)} and its answer")
+        yield Note(f"forgot {shortened(exchange.said)} and its answer")
 
     def _mode(self, rest: str) -> Iterator[Event]:
         yield from self._change({"mode": rest or None})
@@ -258,17 +258,17 @@ class Chat:
 
     def _save(self, rest: str) -> Iterator[Event]:
         if not rest:
-            raise Ar2DiffError("/save needs a file name", "write for example /save chat.json")
+            raise Ar2DiffError("/save needs a file name", "type /save chat.json, for example")
         try:
             path = Path(rest).expanduser()
             taken = path.exists()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name, or no such user
             raise Ar2DiffError(
-                f"/save {shortened(rest)}: not a file name ({first_line(error)})",
+                f"/save {shortened(rest)}: this is not a file name ({first_line(error)})",
                 "give another name",
             ) from None
         if taken:
-            raise Ar2DiffError(f"{path} already exists", "give another name")
+            raise Ar2DiffError(f"{path} already exists", "choose another name")
         write_results(path, [{"messages": self._messages(self.exchanges)}])
         yield Note(f"wrote {path}")
 

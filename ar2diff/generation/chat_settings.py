@@ -15,7 +15,7 @@ SETTINGS = (
     "entropy_bound", "order", "remask", "cfg_scale", "draft_length", "cache", "temperature",
     *FILTERS, "repetition_penalty", "stop", "max_time", "seed",
 )  # fmt: skip
-EXAMPLE = "write for example /set threshold=0.8"
+EXAMPLE = "type /set threshold=0.8, for example"
 
 
 def as_setting(name: str, value: str | None) -> str:
@@ -44,7 +44,7 @@ def parse_settings(text: str) -> dict[str, Any]:
         if name not in SETTINGS and name not in ALIASES.values():
             raise Ar2DiffError(
                 f"there is no option {shortened(name)}{nearest(name, SETTINGS)}",
-                f"the options are {', '.join(SETTINGS)}",
+                f"use one of {', '.join(SETTINGS)}",
             )
         name = ALIASES.get(name, name)
         values[name] = value_of(name, value)

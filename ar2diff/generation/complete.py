@@ -84,7 +84,7 @@ def stream(
     for _ in states:
         certain = canvas.ids[0, : canvas.certain(0, bool(options.remask))].tolist()
         text = decode(checkpoint.tokenizer, certain)
-        # Half a character ends in a replacement mark, and what has been shown must not change.
+        # Half a character ends in a replacement mark, but text that was shown must not change.
         if not text.endswith(UNKNOWN) and text.startswith(shown):
             yield text[len(shown) :], None
             shown = text

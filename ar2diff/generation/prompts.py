@@ -43,23 +43,23 @@ def request_of(
     suffix: str | None,
     lengths: Sequence[str],
 ) -> Request:
-    """The request that arguments of the command line make.
+    """The request that the command line arguments describe.
 
     Raises:
-        Ar2DiffError: they contradict each other, or one of them cannot be read.
+        Ar2DiffError: they contradict each other, or one of them is not valid.
     """
     infilling = prefix is not None or suffix is not None or bool(lengths)
     if (prompt is not None) + (file is not None) + infilling != 1:
         names = f"{option('prompt')}, {option('prompts_file')} and {option('prefix')}"
         given = "more than one" if prompt is not None or file is not None else "none"
-        raise Ar2DiffError(f"{given} of {names} is given", "give exactly one of them")
+        raise Ar2DiffError(f"{given} of {names} is given", "use exactly one of them")
     if infilling:
         if prefix is None or not lengths:
             given = "suffix" if suffix is not None else "length" if lengths else "prefix"
             missing = "prefix" if prefix is None else "length"
             raise Ar2DiffError(
-                f"{option(given)} needs {option(missing)} as well",
-                f"give {option('prefix')}, {option('suffix')} and {option('length')}, the number "
+                f"{option(given)} only works together with {option(missing)}",
+                f"set {option('prefix')}, {option('suffix')} and {option('length')}, the number "
                 "of tokens in the gap between them",
             )
         return Request(infill=(prefix, suffix or "", tuple(lengths_of(lengths))))
@@ -77,13 +77,14 @@ def check_stream(request: Request, elsewhere: bool) -> None:
     """
     if request.many or request.infill:
         raise Ar2DiffError(
-            f"{option('stream')} works on a single prompt",
-            f"give {option('prompt')}, with {{mask:N}} for a gap, or leave {option('stream')} out",
+            f"{option('stream')} only works with a single prompt",
+            f"use {option('prompt')}, with {{mask:N}} for a gap, or leave out {option('stream')}",
         )
     if elsewhere:
         raise Ar2DiffError(
-            f"{option('stream')} prints text, {option('as_json')} and {option('output')} do not",
-            "choose one of them",
+            f"{option('stream')} prints text, so it cannot be combined with {option('as_json')} or "
+            f"{option('output')}",
+            "use only one of them",
         )
 
 
@@ -94,7 +95,7 @@ def lengths_of(texts: Sequence[str]) -> list[int]:
         if not _positive(word):
             raise Ar2DiffError(
                 f"{option('length')} {shortened(word)} is not a number of tokens",
-                f'give integers from 1 to {LONGEST:,}, for example "4,8"',
+                f'use integers from 1 to {LONGEST:,}, for example "4,8"',
             )
     return list(dict.fromkeys(map(int, words)))
 
@@ -111,7 +112,7 @@ def split_gaps(prompt: str) -> Segments:
         if not _positive(gap[1] or ""):
             raise Ar2DiffError(
                 f"the gap {shortened(gap[0])} does not say how many tokens it has",
-                f"write {{mask:N}} for a gap of N tokens, N from 1 to {LONGEST:,}",
+                f"write {{mask:N}} for a gap of N tokens, with N from 1 to {LONGEST:,}",
             )
         segments += [prompt[end : gap.start()], int(gap[1])]
         end = gap.end()
@@ -134,7 +135,7 @@ def read_prompts(path: Path) -> list[str]:
 
     check_path(path)
     if str(path) != "-" and not path.is_file():
-        raise Ar2DiffError(f"prompts {path}: there is no such file", "check the name")
+        raise Ar2DiffError(f"prompts file {path} does not exist", "check the path")
     prompts = []
     for where, row in read_source(Source(path=str(path)), "prompt", "prompts"):
         prompt = row.get("prompt")

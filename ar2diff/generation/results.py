@@ -1,4 +1,4 @@
-"""What comes back from a generation, and the file of results."""
+"""The results of generating, and writing them to a file."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def _drift_of(drifts: Sequence[Drift]) -> str:
     same = sum(drift.same_token for drift in drifts) / len(drifts)
     largest = max(drift.largest for drift in drifts)
     return (
-        f"; the cache changes logits by {mean:.1e} of the largest on average, {largest:.1e} at "
-        f"most, and leaves the likeliest token the same at {100 * same:.1f} % of the positions"
+        f"; the cache changes logits by {mean:.1e} of the largest on average and {largest:.1e} at "
+        f"most; the likeliest token stays the same at {100 * same:.1f} % of the positions"
     )
 
 
@@ -137,17 +137,19 @@ def check_target(path: Path, overwrite: bool) -> None:
         folder, taken = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # too long a name
         raise Ar2DiffError(
-            f"{name} is not a file name ({first_line(error)})", "give another name"
+            f"{name} is not a file name ({first_line(error)})", "choose another name"
         ) from None
     if folder:
-        raise Ar2DiffError(f"{name} is a folder", "name a file, for example out.jsonl")
+        raise Ar2DiffError(f"{name} is a folder", "give the name of a file, for example out.jsonl")
     if taken and not overwrite:
         raise Ar2DiffError(
             f"{name} already exists",
-            f"replace it with {option('overwrite', True)}, or give another name",
+            f"replace it with {option('overwrite', True)}, or choose another name",
         )
     if not path.parent.is_dir():
-        raise Ar2DiffError(f"{name}: the folder {path.parent} does not exist", "create it first")
+        raise Ar2DiffError(
+            f"{name}: the folder {path.parent} does not exist", "create the folder first"
+        )
     if not os.access(path.parent, os.W_OK):
         raise Ar2DiffError(
             f"{name}: the folder {path.parent} is not writable", "choose another folder"
@@ -155,7 +157,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines to a file beside and rename it, so that no reader ever sees half a file.
+    """Write JSON lines to a temporary file and rename it, so that readers never see half a file.
 
     Raises:
         Ar2DiffError: the file system refuses.

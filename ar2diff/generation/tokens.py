@@ -60,7 +60,7 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
             )
         ids += new
     if not ids:
-        raise Ar2DiffError("the prompt has no tokens", "give a longer prompt")
+        raise Ar2DiffError("the prompt has no tokens", "use a longer prompt")
     return ids
 
 
@@ -74,17 +74,19 @@ def encode_messages(tokenizer: Any, spec: Spec, messages: Sequence[dict[str, Any
     if not tokenizer.chat_template:
         raise Ar2DiffError(
             "the tokenizer has no chat template, so messages cannot be rendered",
-            "give the conversation as one text",
+            "pass the conversation as one text",
         )
     try:
         ids = prompt_ids(tokenizer, messages)
     except Exception as error:  # a template may raise anything
         raise Ar2DiffError(
             f"the chat template rejects the conversation ({first_line(error)})",
-            "change the messages, for example their roles and their order",
+            "change the messages, for example their roles or their order",
         ) from error
     if spec.mask_token_id in ids:
-        raise Ar2DiffError("the conversation contains the mask token", "leave it out")
+        raise Ar2DiffError(
+            "the conversation contains the mask token", "remove it from the messages"
+        )
     return ids
 
 

@@ -1,2 +1,1 @@
-"""Publishing on the Hugging Face Hub: model cards, uploads, and the comparison after the
-download."""
+"""Publishing on the Hugging Face Hub: model cards, uploads, and checking what was uploaded."""

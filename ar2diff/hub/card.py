@@ -1,5 +1,5 @@
-"""The model card: what a published model is, how to run it and what happens without its code, how
-fast it decodes, how it was made, and its limits."""
+"""The model card: what a published model is, how to run it, what happens without its code, how fast
+it decodes, how it was made, and its limits."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ..generation.events import Answer, Problem
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
-TOKENS = 32  # of a sample, at most: the model may be large and run on a CPU
-# The first is what a folder does when no settings are given.
+TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
+# The first is what a folder does without any settings.
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The greedy answer of a model to a prompt.
+    """A model's greedy answer to a prompt.
 
     Attributes:
-        settings: of the sampler, in addition to the folder's own.
-        text: the answer. tokens: its length. forwards: how many it took.
+        settings: sampler settings, in addition to the folder's own.
+        text: the answer. tokens: its length. forwards: how many forward passes it took.
     """
 
     settings: dict[str, Any]
@@ -49,11 +49,11 @@ class Sample:
 
 
 def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sample]:
-    """Answers to one prompt at the settings that a card shows.
+    """Answers to one prompt, with each of the settings that a card shows.
 
     Args:
-        prompt: a user's message if there is a chat template, else the beginning of a text.
-        every: False takes only the first settings.
+        prompt: a user message if there is a chat template, else the beginning of a text.
+        every: False uses only the first settings.
 
     Raises:
         Ar2DiffError: the prompt is empty or too long.
@@ -65,7 +65,7 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
         try:
             chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
         except Ar2DiffError:
-            if settings:  # they contradict the folder's own
+            if settings:  # the folder's own would conflict with them
                 continue
             raise
         for event in chat.events(prompt):
@@ -92,9 +92,9 @@ def make_card(
     """The card as Markdown with front matter.
 
     Args:
-        name: of the repository.
-        record: as it is published, without paths of this machine.
-        prompt, samples: of `measure`.
+        name: name of the repository.
+        record: the record as published, without paths on this machine.
+        prompt, samples: argument and result of `measure`.
     """
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
@@ -140,7 +140,7 @@ def make_card(
 
 
 def changes(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recorded recipe that differ from the defaults, in their sections."""
+    """The values in a recorded recipe that differ from the defaults, by section."""
     defaults = Recipe().model_dump(mode="json")
     found: dict[str, Any] = {}
     for name, values in recipe.items():
@@ -159,7 +159,8 @@ def _label(settings: dict[str, Any]) -> str:
 
 
 def _own_rule(generation: Any) -> str:
-    """The settings in `generation_config.json` that say which tokens a forward decides."""
+    """The settings in `generation_config.json` that determine which tokens a forward pass
+    decides."""
     own = {name: getattr(generation, name, None) for name in RULE}
     return f"`{_label({name: value for name, value in own.items() if value is not None})}`"
 
@@ -169,7 +170,7 @@ def _class_name(model: Any) -> str:
 
 
 def _differences(spec: Spec, checkpoint: Checkpoint) -> list[str]:
-    """What an adapter changed of its base's spec, which only ar2diff reads."""
+    """What an adapter changed in the spec of its base, which only ar2diff reads."""
     base = checkpoint.base.spec.to_dict()
     return [f"{key} {base[key]} -> {value}" for key, value in spec.to_dict().items()
             if base[key] != value]  # fmt: skip

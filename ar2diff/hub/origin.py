@@ -1,5 +1,5 @@
-"""Where a model comes from, for people on other machines: the base that they can find, its licence,
-and the record of the run without the paths of this machine."""
+"""Where a model comes from, as seen from other machines: the base that others can find, its
+licence, and the record of the run without paths on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..core.errors import Ar2DiffError, option
 from .client import asking, reason
 
 CARD = "README.md"
-LICENCE = ("license", "license_name", "license_link")  # keys of the front matter of a card
-HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how an obvious path begins
+LICENCE = ("license", "license_name", "license_link")  # keys in the front matter of a card
+HERE = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\")  # how obvious paths begin
 FILES = (
     "base_model",
     "adapter",
     "path",
     "data",
-)  # keys whose value is a file, or a name on the Hub
+)  # keys whose value is a file or a name on the Hub
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Origin:
     """The nearest model upstream that others can find.
 
     Attributes:
-        name: its Hub id; None if nothing upstream is published.
+        name: Hub id; None if nothing upstream is published.
         commit: its commit, if known.
-        licence: its `license`, with `license_name` and `license_link` if it has them.
+        licence: its `license`, with `license_name` and `license_link` if present.
         unknown: why the licence is not known.
     """
 
@@ -43,7 +43,7 @@ class Origin:
 
 
 def origin_of(folder: Path, base: str | None = None) -> Origin:
-    """Follow a folder's record from base to base until one is on the Hub.
+    """Follow the records from base to base until one is on the Hub.
 
     Args:
         folder: a converted model or an adapter.
@@ -58,7 +58,8 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
         if base is None and Path(reference).is_dir():
             raise Ar2DiffError(
                 f"the base of adapter {folder} is a folder on this machine, {reference}",
-                f"run 'ar2diff push {reference} REPO', then give its name as {option('base')}",
+                f"run 'ar2diff push {reference} REPO', then push again with "
+                f"{option('base', 'REPO')}",
             )
         name, commit = (base, None) if base else (reference, config.get("revision"))
         with asking(name):
@@ -75,7 +76,7 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
 
     Args:
         reference: folder or Hub id.
-        commit: as recorded: None if it was a folder, empty if the record does not say.
+        commit: as recorded: None if the base was a folder, empty if the record does not say.
     """
     licence: dict[str, Any] = {}
     seen: set[str] = set()
@@ -89,14 +90,14 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
         record = read_json(folder / RUN_FILE, "") if (folder / RUN_FILE).is_file() else {}
         seen.add(reference)
         if record.get("base_model", reference) in seen:
-            found = Origin(None, unknown=f"the card of the folder {reference} does not say")
+            found = Origin(None, unknown=f"the card in folder {reference} does not say")
             break
         reference, commit = str(record["base_model"]), record.get("base_commit", "")
     return Origin(found.name, found.commit, licence or found.licence, found.unknown)
 
 
 def without_paths(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """A record as it is published: files and folders without paths, the base by its Hub id."""
+    """A record as published: files and folders without their paths, and the base by its Hub id."""
     clean = _clean(record)
     if origin.name is not None:
         clean |= {"base_model": origin.name, "base_commit": origin.commit}
@@ -114,14 +115,14 @@ def _clean(value: Any, key: str = "") -> Any:
 
 
 def _is_file(value: str, key: str) -> bool:
-    """Whether a value names a file on this machine, not a name on the Hub."""
+    """Whether a value names a file on this machine rather than something on the Hub."""
     from ..data.sources import SUFFIXES, find_file
 
     try:
         if key not in FILES:
-            return "/" in value and Path(value.partition(":")[0]).exists()  # or file:function
+            return "/" in value and Path(value.partition(":")[0]).exists()  # may be file:function
         return value.endswith(SUFFIXES) or Path(value).exists() or find_file(value) is not None
-    except OSError:  # too long for a path
+    except OSError:  # too long to be a path
         return False
     except Ar2DiffError:
         return True
@@ -130,8 +131,10 @@ def _is_file(value: str, key: str) -> bool:
 def _published(name: str, commit: str | None) -> Origin:
     try:
         info = HfApi().model_info(name, revision=commit)
-    except Exception as error:  # no such repository, no connection: the user may name a licence
-        return Origin(name, commit, unknown=f"the Hub did not tell that of {name}: {reason(error)}")
+    except Exception as error:  # no repository or no connection: the user may give a licence
+        return Origin(
+            name, commit, unknown=f"{name} could not be looked up on the Hub: {reason(error)}"
+        )
     return _origin(name, commit, info)
 
 
@@ -143,7 +146,7 @@ def _origin(name: str, commit: str | None, info: Any) -> Origin:
 def _front_matter(file: Path) -> dict[str, Any]:
     try:
         return _licence(ModelCard.load(file).data.to_dict()) if file.is_file() else {}
-    except (ValueError, OSError):  # not YAML, or not the YAML of a card
+    except (ValueError, OSError):  # not YAML, or not YAML that a card can have
         return {}
 
 

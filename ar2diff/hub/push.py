@@ -1,6 +1,6 @@
-"""Publishing: a folder that ar2diff wrote becomes a repository on the Hub in one commit, is
-downloaded again and compared with what was uploaded. Whatever can be checked without torch is
-checked before it is imported."""
+"""Publishing: a folder that ar2diff wrote becomes a repository on the Hub in one commit, and is
+then downloaded and compared with what was uploaded. Whatever can be checked without torch is
+checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .client import Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
 PROMPT = "Once upon a time"
-# What is read of a model, beside its weights: published, and replaced in the repository.
+# The files of a model besides its weights, which are published and replaced in the repository.
 PUBLISHED = [
     RUN_FILE, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -46,13 +46,13 @@ class Pushed:
     """What a push published, or would publish.
 
     Attributes:
-        repository: its name on the Hub.
-        files: {path: bytes}. removed: paths in the repository that are not of the model any more.
+        repository: name on the Hub.
+        files: {path: bytes}. removed: paths in the repository that are no longer part of the model.
         card: the model card.
-        url, commit: of the repository; None in a dry run, like all that follow.
-        changed: whether the repository was not already as it is now.
-        difference: of the logits before and after, over the largest logit.
-        tokens: of the generation that was compared.
+        url, commit: those of the repository; None in a dry run, like all attributes below.
+        changed: whether the push changed the repository.
+        difference: difference of the logits before and after, relative to the largest logit.
+        tokens: length of the generation that was compared.
     """
 
     repository: str
@@ -77,26 +77,27 @@ def push(
     dry_run: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
-    """Publish a folder, download it to a fresh one, and compare the two.
+    """Publish a folder, download it to a fresh folder, and compare the two.
 
     Args:
         folder: a converted model or an adapter that ar2diff wrote.
-        name: of the repository; without an owner, that of the token's user.
+        name: name of the repository; if it has no owner, the user of the token is the owner.
         private: make the repository private; an existing public one is refused.
         base: Hub id under which the base was published, if the record names a folder.
-        license: identifier from the Hub's list; None: that of the base.
-        prompt: for the card's example and the generation that is compared; None: that of a story.
-        dry_run: check everything; change nothing anywhere.
-        tell: called with a line on what is being done.
+        license: identifier from the Hub's list; None means that of the base.
+        prompt: prompt for the example on the card and for the generation that is compared; None
+            means the beginning of a story.
+        dry_run: check everything, but change nothing anywhere.
+        tell: called with a line that says what is being done.
 
     Raises:
-        Ar2DiffError: something that the user can fix. Nothing was changed before the upload.
+        Ar2DiffError: for anything the user can fix. Nothing is changed before the upload.
     """
     folder, prompt = Path(folder), PROMPT if prompt is None else prompt
     record = check_folder(folder)
     target = find_target(name, private)
     origin = known_origin(folder, base, license)
-    # A base given by the caller may have another name than an earlier push gave it.
+    # The caller may name a base differently than an earlier push did.
     known = None if base else origin.name or record.get("base_model")
     check_same(target, record | {"base_model": known}, is_adapter(folder))
     from ..checkpoint.compare import fixed_logits
@@ -120,7 +121,7 @@ def push(
     del checkpoint
     tell(f"uploading {len(files)} files, {sum(result.files.values()) / 1e6:,.1f} MB")
     commit = upload(target, files, result.removed, f"{folder.resolve().name}, by ar2diff")
-    tell("downloading it again")
+    tell("downloading and comparing")
     difference = verify(target.name, commit, logits, samples[0], prompt)
     return replace(
         result,
@@ -139,13 +140,13 @@ def preview(
     license: str | None = None,
     prompt: str | None = None,
 ) -> str:
-    """The card that `push` would publish, with `USER` for the owner of the repository.
+    """The card that `push` would publish, with `USER` as the owner of the repository.
 
     Args:
         folder, base, license, prompt: as for `push`.
 
     Raises:
-        Ar2DiffError: as `push`, except that no token or repository is needed.
+        Ar2DiffError: as for `push`, but no token or repository is needed.
     """
     folder, prompt = Path(folder), PROMPT if prompt is None else prompt
     record, origin = check_folder(folder), known_origin(folder, base, license)
@@ -159,37 +160,37 @@ def preview(
 
 
 def check_before(name: str, model: str, recipe: Recipe) -> None:
-    """Refuse, before a run trains, what could not be published when it has ended.
+    """Refuse, before a run trains, what could not be published after it.
 
     Args:
-        name: of the repository. model: folder or Hub id of the model that is trained.
+        name: name of the repository. model: folder or Hub id of the model to train.
 
     Raises:
-        Ar2DiffError: as `push`.
+        Ar2DiffError: as for `push`.
     """
     hub = option("push_to_hub")
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
-            f"{hub}: an autoregressive control is not a diffusion model",
+            f"{hub} cannot be used here: an AR control run does not make a diffusion model",
             f"leave out {hub} or {option('objective.kind')}",
         )
     target, here, adapter = find_target(name), Path(model).is_dir(), recipe.peft is not None
     if adapter and here:
         raise Ar2DiffError(
-            f"{hub}: the adapter's base {model} is a folder on this machine",
-            f"leave out {hub}; later push the base, then the adapter with {option('base')}",
+            f"{hub} cannot be used here: the adapter's base {model} is a folder on this machine",
+            f"leave out {hub}; later push the base, and then the adapter with {option('base')}",
         )
     origin = origin_of_base(model.rstrip("/"), None if here else "")
     check_same(target, {"base_model": origin.name or model}, adapter)
     if not origin.licence:
         raise Ar2DiffError(
-            f"{hub}: the licence of {model} is not known ({origin.unknown})",
-            f"leave out {hub}, and push with {option('license')} when the run has ended",
+            f"{hub} cannot be used here: the license of {model} is unknown ({origin.unknown})",
+            f"leave out {hub}, and push with {option('license')} when the run has finished",
         )
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The record of a folder that can be published.
+    """Check that a folder can be published, and return its record.
 
     Raises:
         Ar2DiffError: the folder is missing, holds no converted model, or is being written; its card
@@ -198,13 +199,13 @@ def check_folder(folder: Path) -> dict[str, Any]:
     check_path(folder)
     fix = "give a folder that ar2diff wrote"
     if not folder.is_dir():
-        raise Ar2DiffError(f"{folder}: no such folder", fix)
+        raise Ar2DiffError(f"{folder} does not exist", fix)
     check_not_locked(folder)
     if not holds_model(folder):
         if run_record(folder) is None:
             raise Ar2DiffError(f"{folder} holds no model", fix)
         raise Ar2DiffError(
-            f"the run in {folder} has not ended", f"continue it with {option('resume', True)}"
+            f"the run in {folder} has not finished", f"continue it with {option('resume', True)}"
         )
     if read_spec(folder) is None:
         raise Ar2DiffError(
@@ -219,15 +220,15 @@ def check_same(target: Target, record: dict[str, Any], adapter: bool) -> None:
     """Refuse a repository that holds another model, or one that ar2diff did not write.
 
     Args:
-        record: of the model to be published. adapter: whether that is an adapter.
+        record: record of the model to be published. adapter: whether the model is an adapter.
 
     Raises:
-        Ar2DiffError: it holds one.
+        Ar2DiffError: it does.
     """
     held = matching(target.files, MODELS)
     if not held:
         return
-    fix = "give another name, or delete that repository first"
+    fix = "choose another name, or delete that repository first"
     if RUN_FILE not in target.files:
         raise Ar2DiffError(
             f"repository {target.name} holds a model that ar2diff did not write ({held[0]})", fix
@@ -256,8 +257,8 @@ def known_origin(folder: Path, base: str | None, license: str | None) -> Origin:
         return Origin(origin.name, origin.commit, {"license": license})
     if not origin.licence:
         raise Ar2DiffError(
-            f"the licence of the base of {folder} is not known ({origin.unknown})",
-            f"give {option('license', 'apache-2.0')} (or mit, llama3.2, other ...)",
+            f"the license of {folder}'s base is unknown ({origin.unknown})",
+            f"add {option('license', 'apache-2.0')} (or mit, llama3.2, other ...)",
         )
     return origin
 
@@ -271,12 +272,12 @@ def files_of(
     prompt: str,
     samples: list[Any],
 ) -> dict[str, Path | bytes]:
-    """What is published, by its path in the repository: the files of the folder's model, the
+    """Everything that is published, by path in the repository: the model files in the folder, the
     decoding code of this version, the record and an adapter's config with names that others can
-    follow, and the card.
+    resolve, and the card.
 
     Raises:
-        Ar2DiffError: a file is a link that leads out of the folder.
+        Ar2DiffError: a file is a link that points outside the folder.
     """
     from ..checkpoint.custom_generate import FOLDER, custom_generate
     from .card import make_card
@@ -288,7 +289,7 @@ def files_of(
         for file in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
             if not file.resolve().is_relative_to(folder.resolve()):
                 raise Ar2DiffError(
-                    f"{file} is a link to a file outside of the folder",
+                    f"{file} is a link to a file outside the folder",
                     "replace it with a copy of that file",
                 )
             if file.is_file():

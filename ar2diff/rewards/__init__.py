@@ -1,2 +1,2 @@
-"""Reward functions of `ar2diff rl`: finding them, the built-in ones, and the limits they run
+"""Reward functions for `ar2diff rl`: loading them, the built-in ones, and the limits they run
 under."""

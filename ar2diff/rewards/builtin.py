@@ -1,9 +1,9 @@
-"""Rewards that come with ar2diff: pure functions, each of which judges one completion.
+"""Rewards that ship with ar2diff: pure functions that each score one completion.
 
 A grader's first parameter is the text of the completion; the parameters after it are columns of the
-data, and keyword-only ones are the reward's `args` in the recipe, checked by their annotations. A
-column from which no answer can be read is a ValueError, since it would silently make every
-completion wrong. A grader that can take for ever on some text is named in `loading.UNBOUNDED`.
+data, and keyword-only ones are the reward's `args` in the recipe, validated by their annotations. A
+column that holds no readable answer raises a ValueError, since every completion would silently be
+wrong. A grader that can run forever on some texts is listed in `loading.UNBOUNDED`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-# 18  1,000  18.0  .5  -3  $18  -$18; not the parts of 1_000, x2, 1e5, 3.14.15 or of 10-5's -5
+# 18  1,000  18.0  .5  -3  $18  -$18; but not parts of 1_000, x2, 1e5, 3.14.15, or the -5 in 10-5
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|\.\d|[eE][+-]?\d)"
 NUMBER = re.compile(
     rf"((?<![\w)])-\\?\$?)?(?<![\w.])({_UNSIGNED})(?:/({_UNSIGNED}))?", flags=re.ASCII
 )
-LONGEST_NUMBER = 40  # characters; Python would refuse to read one of 5,000 digits
-LONGEST_SUM = 500  # characters of a countdown's answer: its numbers are few
+LONGEST_NUMBER = 40  # characters; Python refuses to parse 5,000 digits
+LONGEST_SUM = 500  # characters in an answer to countdown, which has few numbers
 SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/"})
 OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -37,10 +37,10 @@ Extract = Literal["whole", "first_line", "last_line", "last_number", "boxed"]
 
 
 def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
-    """1 if the answer of the completion is that of column `answer`, else 0.
+    """1 if the answer in the completion equals the column `answer`, else 0.
 
-    Of an `answer` as in gsm8k, only what follows `####` counts. Numbers are compared as numbers if
-    `extract` is `last_number` or `boxed`: 1,000 is 1000, and $18.0 is 18.
+    If the `answer` contains `####`, as in gsm8k, only what follows it counts. With `last_number`
+    and `boxed`, numbers are compared by value: 1,000 equals 1000, and $18.0 equals 18.
 
     Args:
         extract: which part of the completion is the answer: `whole`, `first_line`, `last_line`
@@ -61,11 +61,12 @@ def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
 
 
 def countdown(completion: str, numbers: Any, target: Any) -> float:
-    """1 for an expression that uses each of the column `numbers` once and gives the column
-    `target`, 0.1 if it gives another value, else 0.
+    """1 for an expression that uses each number in the column `numbers` once and evaluates to the
+    column `target`, 0.1 if it evaluates to another value, else 0.
 
-    The answer is what follows the last `<answer>`, or the whole completion; of that the last line,
-    up to an equals sign. It may use + - * / and brackets. A division by zero is another value.
+    The answer is the last line, up to an equals sign, of what follows the last `<answer>`, or else
+    of the whole completion. It may use + - * / and brackets. A division by zero counts as another
+    value.
     """
     node = _arithmetic(_last_line(_answered(completion)).partition("=")[0])
     if node is None or Counter(_leaves(node)) != Counter(_integers(numbers)):
@@ -77,17 +78,20 @@ def countdown(completion: str, numbers: Any, target: Any) -> float:
 
 
 def sudoku(completion: str, puzzle: Any, solution: Any) -> float:
-    """The share of the empty cells (0 . _) of column `puzzle` that agree with column `solution`.
+    """The share of the empty cells (0 . _) in the column `puzzle` that agree with the column
+    `solution`.
 
-    Both columns are digits in a row, in lines, or in lists. The answer is what follows the last
-    `<answer>`, or the whole completion; of that the last run of as many digits as the puzzle has
-    cells, with only white space and | , + - [ ] between them, else the last run, cut to that size.
+    Both columns hold digits in a row, in lines, or in lists. The answer is looked for in what
+    follows the last `<answer>`, or else in the whole completion. It is the last run of exactly as
+    many digits as the puzzle has cells, with only white space and | , + - [ ] between them; if
+    there is none, it is the last run, cut to that size.
     """
     given, right = _cells(puzzle), _cells(solution)
     empty = [i for i, cell in enumerate(given) if cell == "0"]
     if len(given) != len(right) or not empty:
         raise ValueError(
-            f"column puzzle has {len(given)} cells ({len(empty)} empty), solution {len(right)}"
+            f"column puzzle has {len(given)} cells ({len(empty)} of them empty), but column "
+            f"solution has {len(right)}"
         )
     found = _grid(_answered(completion), len(right)).ljust(len(right), "0")
     return sum(found[i] == right[i] for i in empty) / len(empty)
@@ -99,9 +103,10 @@ def regex(completion: str, *, pattern: re.Pattern[str]) -> float:
 
 
 def words(completion: str, words: Any) -> float:
-    """The share of the words in column `words` that the completion has, as whole words in any case.
+    """The share of the words in the column `words` that the completion contains as whole words, in
+    any case.
 
-    The column is a list, or a text like `pond, thirsty and drank`.
+    The column holds a list, or a text like `pond, thirsty and drank`.
     """
     listed = re.split(r",|;|\n|\band\b|&", words) if isinstance(words, str) else words
     wanted = {word.strip().casefold() for word in listed} - {""}
@@ -113,7 +118,7 @@ def words(completion: str, words: Any) -> float:
 
 
 def length(completion: str, completion_ids: list[int], *, target: PositiveInt) -> float:
-    """1 if the completion has `target` tokens, falling to 0 at no tokens and at twice as many.
+    """1 if the completion has `target` tokens, falling to 0 for no tokens and for twice as many.
 
     The end token counts.
     """
@@ -121,21 +126,21 @@ def length(completion: str, completion_ids: list[int], *, target: PositiveInt) -
 
 
 def demo(completion: str, answer: Any) -> float:
-    """1 if the last `The answer is N.` of the completion gives column `answer`, else 0.
+    """1 if the last `The answer is N.` in the completion matches the column `answer`, else 0.
 
-    This is the score of the embedded corpus of counting questions.
+    This is how the built-in corpus of counting questions is scored.
     """
     found = re.findall(r"The answer is ([0-9]+)\.", completion)
-    # as text: Python reads no number of 5,000 digits
+    # compared as text: Python refuses to parse 5,000 digits
     return float(bool(found) and found[-1].lstrip("0") == str(answer).strip().lstrip("0"))
 
 
 def math(completion: str, answer: Any) -> float:
-    """1 if math-verify finds the answer of the completion equal to column `answer`, else 0.
+    """1 if math-verify finds the answer in the completion equal to the column `answer`, else 0.
 
-    The column is LaTeX or plain text. A comparison that is stopped for its time is a 0.
+    The column holds LaTeX or plain text. A comparison that times out scores 0.
     """
-    import math_verify  # an extra
+    import math_verify  # optional dependency
 
     return float(_verified(math_verify, completion, answer))
 
@@ -146,7 +151,7 @@ GRADERS: dict[str, Callable[..., float]] = {
 
 
 def _last_number(text: str) -> Fraction | None:
-    """The last number of a text; None if it has none."""
+    """The last number in a text, or None."""
     found = NUMBER.findall(text.replace("−", "-"))
     if not found:
         return None
@@ -158,7 +163,7 @@ def _last_number(text: str) -> Fraction | None:
 
 
 def _same(found: str, wanted: str) -> bool:
-    """Whether two texts are equal but for white space, or are equal numbers."""
+    """Whether two texts are equal up to white space, or are equal numbers."""
     found, wanted = ("".join(text.split()) for text in (found, wanted))
     numbers = [
         _last_number(text) if NUMBER.fullmatch(text.replace("$", "").replace("−", "-")) else None
@@ -168,7 +173,7 @@ def _same(found: str, wanted: str) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{}, with its braces matched; None if there is none."""
+    r"""The content of the last \boxed{}, with braces matched, or None."""
     _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for i, character in enumerate(rest if box else ""):
@@ -179,7 +184,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _answered(text: str) -> str:
-    """What follows the last <answer>, up to </answer>; the whole text if there is none."""
+    """What follows the last <answer>, up to </answer>; the whole text if there is no <answer>."""
     return text.rpartition("<answer>")[2].partition("</answer>")[0]
 
 
@@ -188,9 +193,9 @@ def _last_line(text: str) -> str:
 
 
 def _arithmetic(text: str) -> ast.expr | None:
-    """The tree of an expression of whole numbers with + - * /; None for anything else."""
+    """The syntax tree of an expression of integers with + - * /, or None for anything else."""
     text = text.strip().translate(SYMBOLS).rstrip(". ")
-    # Underscores, letters and points go first: Python would read 1_000, 0x10, 1e9 and 1.0.
+    # Rejects underscores, letters and points: Python would accept 1_000, 0x10, 1e9 and 1.0.
     if len(text) > LONGEST_SUM or not re.fullmatch(r"[0-9+\-*/() ]+", text):
         return None
     try:
@@ -202,7 +207,7 @@ def _arithmetic(text: str) -> ast.expr | None:
         if not isinstance(node, known) or (
             isinstance(node, ast.operator)
             and (
-                type(node) not in OPERATIONS  # ** could not end, and // is none of the four
+                type(node) not in OPERATIONS  # ** might never finish, and // is not allowed
             )
         ):
             return None
@@ -222,7 +227,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def _integers(numbers: Any) -> list[int]:
-    """A list of numbers, or a text like `3, 4, 5`."""
+    """The integers in a list, or in a text like `3, 4, 5`."""
     found = re.findall(r"[0-9]+", numbers) if isinstance(numbers, str) else numbers
     if not found:
         raise ValueError("column numbers has no numbers")
@@ -230,7 +235,7 @@ def _integers(numbers: Any) -> list[int]:
 
 
 def _cells(grid: Any) -> str:
-    """The digits of a text or of nested lists, 0 for an empty cell."""
+    """The digits in a text or in nested lists, with 0 for an empty cell."""
     if isinstance(grid, (list, tuple)):
         return "".join(map(_cells, grid))
     return re.sub("[^0-9]", "", re.sub("[._]", "0", str(grid)))
@@ -246,10 +251,10 @@ def _grid(text: str, size: int) -> str:
 def _verified(math_verify: Any, completion: str, answer: Any) -> bool:
     answer = str(answer).rpartition("####")[2].strip()
     if "\\boxed" not in answer and "$" not in answer:
-        answer = f"\\boxed{{{answer}}}"  # LaTeX is only looked for within some mark
-    # The worker that this runs in is killed where it takes too long; its own limits need alarms.
+        answer = f"\\boxed{{{answer}}}"  # math-verify finds LaTeX only inside a delimiter
+    # The worker is killed if this takes too long; math-verify's own time limits need signals.
     wanted = math_verify.parse(answer, parsing_timeout=None)
     if not wanted:
-        raise ValueError(f"math-verify reads no answer in column answer: {answer[:60]!r}")
+        raise ValueError(f"math-verify finds no answer in column answer: {answer[:60]!r}")
     found = math_verify.parse(completion, parsing_timeout=None)
     return math_verify.verify(wanted, found, timeout_seconds=None)

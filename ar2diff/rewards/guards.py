@@ -1,4 +1,4 @@
-"""What holds rewards to their contract: finite numbers, in time, and errors that name them."""
+"""Holding rewards to their contract: finite numbers, in time, with errors that name the reward."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from .workers import Raised, Stopped
 
 FLOAT32_MAX = 3.4028234663852886e38  # trl keeps rewards in float32
 SHOWN = 60  # characters of a prompt or a value in an error
-STOPPED_IN_A_ROW = 3  # calls of a reward that are stopped before the run is
+STOPPED_IN_A_ROW = 3  # stopped calls of a reward that end the run
 
 
 class Guard:
-    """Turns what goes wrong in a reward into an error or a warning that names it, and the row if it
-    is known.
+    """Turns failures of a reward into errors or warnings that name the reward and, if known, the
+    row.
 
     Args:
-        name: that trl logs.
-        limit: seconds that a batch may take.
-        alone: whether no other reward judges the completions that this one leaves out.
+        name: the name that trl logs. limit: seconds that a batch may take.
+        alone: whether this is the only reward, so that completions it skips have no reward.
     """
 
     def __init__(self, name: str, limit: float, alone: bool):
         self.name, self.limit, self.alone = name, limit, alone
-        self._stopped = 0  # calls in a row
+        self._stopped = 0  # consecutive calls
         self._warned = False
 
     def named(self, reward: Callable[..., Any], function: Any) -> Callable[..., Any]:
-        """The reward with the name that trl logs, and the function's docstring."""
+        """The reward, with the name that trl logs and the docstring of the function."""
         reward.__name__ = reward.__qualname__ = self.name
         reward.__doc__ = inspect.getdoc(function)
         return reward
@@ -39,40 +38,40 @@ class Guard:
     def failed(
         self, raised: Raised, prompts: Sequence[Any], row: int | None = None
     ) -> Ar2DiffError:
-        """The error of a reward that raised something.
+        """The error for a reward that raised an exception.
 
         Args:
-            row: of the batch, that was being judged; None if that is not known.
+            row: the row of the batch that was being scored; None if unknown.
         """
         return Ar2DiffError(
             f"reward {self.name} raised {raised.kind}: {raised.message}{_where(prompts, row)}",
-            f"fix {raised.place}" if row is None else "fix or remove the row",
+            f"correct {raised.place}" if row is None else "correct or remove the row",
         )
 
     def warn(self, stopped: Stopped, worth: str) -> None:
-        """Say once that a call was stopped, and what its completions are worth."""
+        """Warn once that a call was stopped, and say what its completions are worth."""
         if not self._warned:
             print(
                 f"warning: reward {self.name} {stopped.why} and was stopped; {worth}. "
-                "This is said once.",
+                "This warning is shown once.",
                 file=sys.stderr,
             )
         self._warned = True
 
     def left_out(self, stopped: Stopped, prompts: Sequence[Any]) -> list[None]:
-        """The values of a batch whose call was stopped: none.
+        """The values for a batch whose call was stopped: all None.
 
         Raises:
-            Ar2DiffError: it happens for the third time in a row.
+            Ar2DiffError: this is the third time in a row.
         """
         self._stopped += 1
         if self._stopped == STOPPED_IN_A_ROW:
             raise Ar2DiffError(
-                f"reward {self.name} {stopped.why} and was stopped, {self._stopped} times in a row"
+                f"reward {self.name} {stopped.why} and was stopped {self._stopped} times in a row"
                 f"{_where(prompts, None)}",
-                f"fix it, or raise its {option('time_limit')}",
+                f"make it faster, or raise its {option('time_limit')} in rl.rewards",
             )
-        self.warn(stopped, "the batch has no reward of it")
+        self.warn(stopped, "its values for this batch are left out")
         return [None] * len(prompts)
 
     def done(self) -> None:
@@ -80,12 +79,12 @@ class Guard:
         self._stopped = 0
 
     def checked(self, values: Any, prompts: Sequence[Any]) -> list[float | None]:
-        """The values as floats, None where a row is left out.
+        """The values as floats, with None for rows that are left out.
 
         Raises:
             Ar2DiffError: they are not one finite number or None for each prompt.
         """
-        if hasattr(values, "tolist"):  # of numpy or torch
+        if hasattr(values, "tolist"):  # from numpy or torch
             values = values.tolist()
         if not isinstance(values, (list, tuple)):
             raise self._wrong(f"returned a {type(values).__name__}, not a list of numbers")
@@ -102,7 +101,7 @@ class Guard:
     def _wrong(self, what: str) -> Ar2DiffError:
         return Ar2DiffError(
             f"reward {self.name} {what}",
-            "it must return a list with a finite number, or None, for each completion",
+            "make it return a list with one finite number, or None, for each completion",
         )
 
 
@@ -112,11 +111,11 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX  # of NaN it is False
+    return isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX  # False for NaN
 
 
 def _where(prompts: Sequence[Any], row: int | None) -> str:
-    """A row of a batch by its prompt, or the batch by its first row."""
+    """Identify a row of a batch by its prompt, or the batch by its first prompt."""
     if row is not None and row >= len(prompts):
         return ""
     prompt = " ".join(text_of(prompts[row or 0]).split())
@@ -127,11 +126,11 @@ def _where(prompts: Sequence[Any], row: int | None) -> str:
 
 
 def text_of(turns: Any, role: str | None = None) -> str:
-    """A text as it is; of messages, the content of the last one, or of the last one of a role."""
+    """A text unchanged; for messages, the content of the last one, or of the last with a role."""
     if isinstance(turns, str):
         return turns
     turns = [turn for turn in turns if role in (None, turn.get("role"))]
     content = turns[-1].get("content") if turns else None
-    if isinstance(content, list):  # parts, some of which may be images
+    if isinstance(content, list):  # content parts, some of which may be images
         content = "".join(part.get("text") or "" for part in content)
     return content or ""

@@ -1,4 +1,4 @@
-"""Rewards of a recipe: found by their names, and guarded, as trl calls them."""
+"""Loading the rewards that a recipe names, guarded and in the form that trl calls."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from .builtin import GRADERS
 from .guards import Guard, text_of
 from .workers import Raised, Stopped, Worker
 
-MODEL = "model:"  # before the folder or Hub id of a reward model
-NOTES = ("log_extra", "log_metric")  # functions that trl passes
+MODEL = "model:"  # prefix of the folder or Hub id of a reward model
+NOTES = ("log_extra", "log_metric")  # callbacks that trl passes
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", *NOTES)
-UNBOUNDED = ("regex", "math")  # those of ours that can take for ever on a completion
-SECONDS = 2.0  # for one of their completions at least, of the batch's time_limit
+UNBOUNDED = ("regex", "math")  # built-in rewards that can run forever
+SECONDS = 2.0  # minimum per completion, out of the time_limit of a batch
 
 
 def make_rewards(entries: Sequence[Reward]) -> list[Callable[..., Any] | str]:
-    """What trl takes as `reward_funcs`, in the order of the entries.
+    """The rewards in the form of trl's `reward_funcs`, in the order of the entries.
 
-    An entry's name is one of ours (`builtin.GRADERS`), `module:function` (also of the current
-    directory), `path/to/file.py:function`, or `model:PATH`. A function, sync or async, is called as
-    `function(prompts=, completions=, **columns, **args)` and returns a number, or None for "does
-    not apply", for each completion. It runs in a forked process of its own, where what it keeps
-    between calls stays, and which is killed where a call takes longer than `time_limit`: the batch
-    then has no reward of it, and the run goes on. So do those of ours that can take for ever; the
-    completion at fault is worth 0. A model's path is returned as it is: trl loads it.
+    An entry's name is that of a built-in reward (`builtin.GRADERS`), `module:function` (the current
+    folder is searched too), `path/to/file.py:function`, or `model:PATH`. A function, sync or async,
+    is called as `function(prompts=, completions=, **columns, **args)` and returns a number, or None
+    for "does not apply", for each completion. It runs in a forked process of its own, which keeps
+    its state between calls and is killed if a call takes longer than `time_limit`; the batch then
+    has no values from it, and the run goes on. Built-in rewards that can run forever are treated
+    alike, but the completion at fault scores 0. A model's path is returned as is: trl loads it.
 
     Raises:
-        Ar2DiffError: a reward cannot be found, or does not fit. The functions raise it when a
-            reward raises, returns anything else, or is stopped in three calls in a row. That all
-            of a batch is None is allowed only beside other rewards.
+        Ar2DiffError: a reward cannot be found, or does not fit. The returned functions raise it if
+            the reward raises an exception, returns anything else, or is stopped in three calls in a
+            row. A batch may be all None only if there are other rewards.
     """
     taken: set[str] = set()
     made: list[Callable[..., Any] | str] = []
@@ -61,7 +61,7 @@ def make_rewards(entries: Sequence[Reward]) -> list[Callable[..., Any] | str]:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """The name, or name_2, name_3 ...: trl logs by it."""
+    """The name, or name_2, name_3 ... if it is taken, since trl logs by name."""
     numbers = iter(range(2, len(taken) + 3))
     free = name
     while free in taken:
@@ -71,7 +71,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _near(name: str, names: Sequence[str], otherwise: str) -> str:
-    """A fix: the nearest of the names, or something else."""
+    """A fix: the nearest of the names, or else `otherwise`."""
     return nearest(name, names).removeprefix("; ") or otherwise
 
 
@@ -88,13 +88,14 @@ def _model(entry: Reward) -> str:
     if not is_id:
         raise Ar2DiffError(
             f"reward {shortened(entry.name)}: there is no model at {shortened(path)}",
-            "give the folder or the Hub id of a sequence classifier",
+            "give the folder or Hub id of a sequence classification model, for example "
+            "model:USER/NAME",
         )
     return path
 
 
 def _own(entry: Reward) -> tuple[Callable[..., Any], str]:
-    """A function that the user wrote, and its name."""
+    """A function written by the user, and its name."""
     source, _, path = entry.name.rpartition(":")
     if not (source and path):
         raise _nameless(entry.name)
@@ -113,11 +114,11 @@ def _own(entry: Reward) -> tuple[Callable[..., Any], str]:
 
 
 def _nameless(name: str) -> Ar2DiffError:
-    """The error of a name that is neither one of ours nor source:function."""
+    """The error for a name that is neither built in nor source:function."""
     source = name.strip(":")
     if source.endswith(".py") or (source and name.endswith(":")):
         return Ar2DiffError(f"reward {name!r} names no function", f"write {source}:FUNCTION")
-    yours = f"ours are {', '.join(GRADERS)}; yours are module:function or file.py:function"
+    yours = f"use one of {', '.join(GRADERS)}, or your own as module:function or file.py:function"
     return Ar2DiffError(f"there is no reward {name!r}", _near(source, list(GRADERS), yours))
 
 
@@ -125,17 +126,17 @@ def _check_callable(function: Any, entry: Reward) -> None:
     if not callable(function):
         raise Ar2DiffError(
             f"reward {entry.name!r} is not a function but of type {type(function).__name__}",
-            "name a function of (prompts, completions, **columns)",
+            "name a function with the parameters (prompts, completions, **columns)",
         )
     for name in PASSED:
         if name in entry.args:
             raise Ar2DiffError(
                 f"reward {entry.name!r}: trl passes {name} itself, so it cannot be in args",
-                "rename it",
+                "rename that parameter of the function",
             )
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # compiled code may have none
+    except (TypeError, ValueError):  # compiled code may have no signature
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise Ar2DiffError(
@@ -153,7 +154,7 @@ def _module(name: str, entry: Reward) -> ModuleType:
             raise _not_imported(entry, error) from error
         raise Ar2DiffError(
             f"reward {entry.name!r}: there is no module {name!r}",
-            "install it, run from its folder, or write path/to/file.py:function",
+            "install it, run ar2diff from its folder, or write path/to/file.py:function",
         ) from None
     except Exception as error:
         raise _not_imported(entry, error) from error
@@ -163,8 +164,8 @@ def _file(name: str, entry: Reward) -> ModuleType:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise Ar2DiffError(f"reward {entry.name!r}: there is no file {name}", "correct the path")
-    _on_path(path.parent)  # for files beside it, as Python does with a script's
-    key = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # hides no module of this name
+    _on_path(path.parent)  # so that it can import its neighbours, like a script
+    key = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # cannot shadow a module of this name
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         module = importlib.util.module_from_spec(spec)
@@ -187,22 +188,22 @@ def _on_path(folder: Path) -> None:
 def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
     return Ar2DiffError(
         f"reward {entry.name!r} cannot be imported: {type(error).__name__}: {first_line(error)}",
-        "fix the module; python -m pdb shows where it fails",
+        "correct the module; 'python -m pdb FILE' shows where it fails",
     )
 
 
-# Ours
+# Built-in rewards
 
 
 def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
-    """One of ours, over a batch; its failures name their row."""
+    """A built-in reward, applied to a batch. Its errors name the row."""
     grade = GRADERS[entry.name]
     if entry.name == "math":
         if importlib.util.find_spec("math_verify") is None:
             raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
         importlib.import_module(
             "math_verify"
-        )  # here, once, and not in each worker: it takes seconds
+        )  # imported here once, not in each worker: it takes seconds
     parameters = list(inspect.signature(grade).parameters.values())[1:]
     wanted = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     arguments = _arguments(entry, grade)
@@ -223,7 +224,7 @@ def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
                 raise Ar2DiffError(
                     f"reward {guard.name} reads column {name!r}, which the data does not have "
                     f"(it has {', '.join(known) or 'none'})",
-                    "rename a column of the data, or choose another reward",
+                    f"rename the column of the data to {name}, or choose another reward",
                 )
         own = {name: columns[name] for name in wanted}
         return guard.checked(judge(prompts, completions, own), prompts)
@@ -236,7 +237,7 @@ Judge = Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], list[float]]
 
 
 def _judged_here(grades: Grades, guard: Guard) -> Judge:
-    """For graders whose time is bounded by the length of a text."""
+    """Run graders whose time is bounded by the length of the text in this process."""
 
     def judge(
         prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
@@ -244,7 +245,7 @@ def _judged_here(grades: Grades, guard: Guard) -> Judge:
         values: list[float] = []
         try:
             for value in grades(completions, columns):
-                values.append(value)  # one by one: their number tells the row that fails
+                values.append(value)  # one by one, so that their number tells which row fails
         except ValueError as error:
             raised = Raised(type(error).__name__, first_line(error), "")
             raise guard.failed(raised, prompts, len(values)) from error
@@ -254,8 +255,8 @@ def _judged_here(grades: Grades, guard: Guard) -> Judge:
 
 
 def _judged_apart(grades: Grades, guard: Guard) -> Judge:
-    """For graders that can take for ever on one completion, which is then worth 0: in a confined
-    process, that is killed and replaced."""
+    """Run graders that can take forever in a confined process. When one is stuck on a completion,
+    the process is killed and replaced, and the completion scores 0."""
     worker = Worker(grades, confined=True)
 
     def judge(
@@ -271,7 +272,7 @@ def _judged_apart(grades: Grades, guard: Guard) -> Judge:
                 if isinstance(value, Raised):
                     raise guard.failed(value, prompts, len(values))
                 if isinstance(value, Stopped):
-                    guard.warn(value, "the completion is worth 0")
+                    guard.warn(value, "the completion scores 0")
                     value = 0.0
                 values.append(value)
         return values
@@ -280,7 +281,7 @@ def _judged_apart(grades: Grades, guard: Guard) -> Judge:
 
 
 def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
-    """The entry's args as the grader's annotations want them."""
+    """The args of an entry, validated by the grader's annotations."""
     fields = {
         name: (p.annotation, ... if p.default is p.empty else p.default)
         for name, p in inspect.signature(grade, eval_str=True).parameters.items()
@@ -299,13 +300,14 @@ def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
                 _near(name, list(fields), f"its args: {has}"),
             ) from None
         raise Ar2DiffError(
-            f"reward {entry.name}: args.{name}: {first['msg']}", "correct the args of the reward"
+            f"reward {entry.name}: args.{name}: {first['msg']}",
+            f"correct args.{name} of the reward",
         ) from None
     return {name: getattr(values, name) for name in fields}
 
 
 def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Callable[..., Any]:
-    """A user's function in a process of its own, checked; async where it is."""
+    """A user's function, checked, in a process of its own; async if the function is."""
 
     def judge(notes: list[str], passed: dict[str, Any]) -> Any:
         noted: list[Any] = []
@@ -334,14 +336,14 @@ def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Calla
             writers[name](*args, **kwargs)
         return values
 
-    # an object's own __call__ may be the async one
+    # for an object, __call__ may be the async function
     if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
 
         async def reward(
             prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
         ) -> list[float | None]:
             passed = {**columns, **entry.args, "prompts": prompts, "completions": completions}
-            return await asyncio.to_thread(judged, prompts, passed)  # others go on meanwhile
+            return await asyncio.to_thread(judged, prompts, passed)  # other rewards run meanwhile
     else:
 
         def reward(
@@ -354,5 +356,5 @@ def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Calla
 
 
 def _note(noted: list[Any], name: str, *args: Any, **kwargs: Any) -> None:
-    """Keep a call of trl's `log_extra` or `log_metric`, which only its own process can take."""
+    """Record a call of trl's `log_extra` or `log_metric`, to be replayed in the main process."""
     noted.append((name, args, kwargs))

@@ -1,9 +1,9 @@
-"""Functions that are called in a process of their own, which is killed where a call takes too long.
+"""Calling functions in a process of their own, which is killed if a call takes too long.
 
-Nothing in a process can end its own code for certain: a regex that backtracks looks for no signal,
+A process cannot reliably interrupt its own code: a backtracking regex does not check for signals,
 and `except BaseException` catches whatever is raised into it. So a `Worker` forks a server while
-this process is small and has no threads at work, and the server forks the worker that is called,
-and another one after a kill, without importing anything again.
+this process is small and has no busy threads. The server forks the worker that is called, and a new
+one after each kill, without importing anything again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from typing import Any
 from ..core.errors import Ar2DiffError, first_line
 from ..distributed.ranks import die_with_parent
 
-MEMORY = 2 << 30  # bytes that a confined worker may take beyond what it begins with
+MEMORY = 2 << 30  # bytes that a confined worker may add to its initial memory
 NUMBER = struct.Struct("!Q")
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 @dataclass(frozen=True)
 class Raised:
-    """What a function raised: the class, the first line of its message, and where."""
+    """An exception that a function raised: its class, the first line of its message, and the
+    place."""
 
     kind: str
     message: str
@@ -49,14 +50,14 @@ class Raised:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A call without a result: the worker was killed for its time, or ended by itself."""
+    """A call without a result: the worker was killed for taking too long, or it exited."""
 
     why: str
 
 
 @dataclass
 class _Processes:
-    """The server of a worker, the worker if there is one, and the sockets to them."""
+    """A server, its worker if there is one, and the sockets to both."""
 
     control: socket.socket
     server: int
@@ -65,7 +66,7 @@ class _Processes:
     owner: int = field(default_factory=os.getpid)
 
     def end_worker(self) -> None:
-        """Kill the worker, and whatever it has started."""
+        """Kill the worker and whatever it has started."""
         if self.calls is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.worker, signal.SIGKILL)
@@ -73,7 +74,7 @@ class _Processes:
             self.calls = None
 
     def end(self) -> None:
-        """Kill both. A forked process that inherited this object must not."""
+        """Kill both. Must not be called in a forked process that inherited this object."""
         if self.owner == os.getpid():
             self.end_worker()
             self.control.close()
@@ -83,25 +84,25 @@ class _Processes:
 
 
 class Worker:
-    """A process in which a function is called.
+    """A process that calls a function.
 
     Args:
-        function: called with keywords; sync or async. What it returns must be JSON; the values of
-            a generator arrive one by one.
-        confined: for functions that judge what a model wrote and need nothing from outside: they
-            can write no file and reach no network, and their memory is limited.
+        function: a sync or async function, called with keyword arguments. Its result must be
+            JSON; the values of a generator arrive one by one.
+        confined: for functions that score what a model wrote and need nothing from outside. They
+            cannot write files or use the network, and their memory is limited.
     """
 
     def __init__(self, function: Callable[..., Any], confined: bool = False):
         if not hasattr(os, "fork"):
             raise Ar2DiffError(
-                "rewards run in forked processes, which this system does not have",
-                "train on Linux, on macOS, or in WSL",
+                "rewards run in forked processes, which this operating system does not support",
+                "run rl on Linux, macOS or WSL",
             )
         control, theirs = socket.socketpair()
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():  # of threads, which the server does not need
+        with warnings.catch_warnings():  # warns of threads, which the server does not need
             warnings.simplefilter("ignore", DeprecationWarning)
             server = os.fork()
         if not server:
@@ -112,10 +113,10 @@ class Worker:
         weakref.finalize(self, self._processes.end)
 
     def call(self, seconds: float, passed: dict[str, Any]) -> Any:
-        """What the function returns; `Raised` or `Stopped` where it does not.
+        """The result of the function, or `Raised` or `Stopped` if there is none.
 
         Args:
-            seconds: how long it may take. passed: keyword arguments, which must be picklable.
+            seconds: how long the call may take. passed: keyword arguments, which must be picklable.
 
         Raises:
             Ar2DiffError: the function raised it.
@@ -123,15 +124,15 @@ class Worker:
         return list(self.values(seconds, passed))[-1]
 
     def values(self, seconds: float, passed: dict[str, Any]) -> Iterator[Any]:
-        """The values of a function that returns a generator, each within `seconds` of the one
-        before; a `Raised` or a `Stopped` is the last."""
+        """The values of a function that returns a generator. Each may take `seconds`; `Raised` or
+        `Stopped` comes last."""
         state = self._processes
         try:
             if state.calls is None:
                 self._start()
             _send(state.calls, pickle.dumps(passed))
             while True:
-                # JSON: what comes from a process that may run foreign code is not unpickled.
+                # JSON, because data from a process that may run foreign code must not be unpickled.
                 kind, value = json.loads(_message(state.calls, time.monotonic() + seconds))
                 if kind == "error":
                     raise Ar2DiffError(*value)
@@ -144,10 +145,10 @@ class Worker:
         except (TimeoutError, EOFError, ConnectionError) as error:
             late = isinstance(error, TimeoutError)
             state.end_worker()
-            yield Stopped(f"took longer than {seconds:g} seconds" if late else "ended its process")
+            yield Stopped(f"took longer than {seconds:g} seconds" if late else "exited")
         except Ar2DiffError:
             raise
-        except BaseException:  # an interrupt, or a caller that wants no more values
+        except BaseException:  # an interrupt, or the caller wants no more values
             state.end_worker()
             raise
 
@@ -162,7 +163,7 @@ class Worker:
 def _run(function: Callable[[], None]) -> None:
     """The whole life of a forked process, which never returns into the code that forked it."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt does
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         function()
     finally:
@@ -174,7 +175,7 @@ def _run(function: Callable[[], None]) -> None:
 
 def _serve(control: socket.socket, function: Callable[..., Any], confined: bool) -> None:
     """Fork a worker for each socket that arrives, until the other end is closed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     while True:
         message, sockets, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
@@ -186,7 +187,7 @@ def _serve(control: socket.socket, function: Callable[..., Any], confined: bool)
             _run(functools.partial(_work, calls, function, confined))
         os.close(sockets[0])
         with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpgid(process, process)  # here and there: whoever comes first
+            os.setpgid(process, process)  # in both processes, since either may come first
         control.sendall(NUMBER.pack(process))
 
 
@@ -197,10 +198,10 @@ def _work(calls: socket.socket, function: Callable[..., Any], confined: bool) ->
         os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # threads of a pool do not survive a fork
+        sys.modules["torch"].set_num_threads(1)  # thread pools do not survive a fork
     if confined:
         _confine()
-    loop = asyncio.new_event_loop()  # one for all calls: clients of a network belong to a loop
+    loop = asyncio.new_event_loop()  # one for all calls: network clients are tied to a loop
     while True:
         try:
             passed = pickle.loads(_message(calls))
@@ -224,7 +225,7 @@ def _answer(
             answer = json.dumps(("value", value))
     except Ar2DiffError as error:
         answer = json.dumps(("error", error.__reduce__()[1]))
-    except BaseException as error:  # an exit too: it is the function's failure, not the run's end
+    except BaseException as error:  # even SystemExit: the function failed, but the run goes on
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         answer = json.dumps(("raised", (type(error).__name__, first_line(error), place)))
@@ -232,7 +233,7 @@ def _answer(
 
 
 def _confine() -> None:
-    """Take away what judging a text needs nothing of."""
+    """Take away everything that scoring a text does not need."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -240,7 +241,7 @@ def _confine() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    if sys.platform.startswith("linux"):  # a network of its own, which is empty, if it may have one
+    if sys.platform.startswith("linux"):  # move to an empty network namespace, if allowed
         ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)
 
 
@@ -253,7 +254,7 @@ def _message(source: socket.socket, until: float | None = None) -> bytes:
 
 
 def _exactly(source: socket.socket, size: int, until: float | None = None) -> bytes:
-    """So many bytes.
+    """Receive exactly `size` bytes.
 
     Raises:
         TimeoutError: they do not arrive in time. EOFError: the other end is closed.

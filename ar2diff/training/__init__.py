@@ -1,1 +1,1 @@
-"""Trainers: the data pipeline and the loss are ours, everything else is transformers'."""
+"""Trainers. The data pipeline and the loss are ours; everything else comes from transformers."""

@@ -52,13 +52,13 @@ def adapt(
     """Convert a checkpoint and train it until it denoises.
 
     Args:
-        model: folder or Hub id, `@revision` allowed; an AR model, or one converted before.
-        recipe: a `Recipe`, the name of one that ships with ar2diff, or a YAML file; None is the
+        model: folder or Hub id, with an optional `@revision`; an AR model, or a converted one.
+        recipe: a `Recipe`, the name of one that ships with ar2diff, or a YAML file; None means the
             defaults.
-        output_dir: a new or empty folder; None is one in `runs`, named after the model.
+        output_dir: a new or empty folder; None means a folder in `runs` named after the model.
         data: files or Hub data sets, in place of the recipe's `data.sources`.
-        text_field: the field of a row that is the text; None leaves it to the recipe.
-        max_steps: optimiser steps; 0 converts without training; None leaves it to the recipe.
+        text_field: the field that holds the text of a row; None leaves it to the recipe.
+        max_steps: optimizer steps; 0 converts without training; None leaves it to the recipe.
         overrides: further fields of the recipe, `{"train.learning_rate": 1e-3}` or
             `["train.learning_rate=1e-3"]`.
         resume: continue from the newest checkpoint in `output_dir`, or start if there is none.
@@ -66,10 +66,10 @@ def adapt(
         dry_run: check everything and write nothing.
 
     Returns:
-        What the run was; with `dry_run` what it will be.
+        A description of the run; with `dry_run`, of the run as it would be.
 
     Raises:
-        Ar2DiffError: something the user can fix; nothing was written.
+        Ar2DiffError: for anything the user can fix; nothing has been written.
     """
     request = requested(
         "adapt", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
@@ -79,17 +79,17 @@ def adapt(
 
 
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
-    """Refuse the AR objective, which makes no diffusion model."""
+    """Refuse the AR objective, which does not produce a diffusion model."""
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
-            f"{option('objective.kind', 'ar')} trains no diffusion model",
-            "leave it out; it is for the AR controls of sft and rl",
+            f"{option('objective.kind', 'ar')} does not train a diffusion model",
+            "leave it out; it is for AR control runs with sft and rl",
         )
     return recipe
 
 
 def read_documents(recipe: Recipe) -> Documents | None:
-    """The documents of a recipe's sources, endlessly; None if it trains nothing."""
+    """An endless stream of documents from the recipe's sources; None if the run does not train."""
     if not recipe.train.max_steps:
         return None
     documents = Documents(
@@ -100,7 +100,7 @@ def read_documents(recipe: Recipe) -> Documents | None:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | None) -> Plan:
-    """The plan of a run on whole documents, some of which are held out to evaluate it."""
+    """The plan for a run on whole documents, some of which are held out for evaluation."""
     if documents is None:
         return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
@@ -117,7 +117,8 @@ ADAPT = Verb("adapt", check, read_documents, make_plan)
 def _eval_rows(
     checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
 ) -> tuple[list[list[int]], frozenset[int]]:
-    """The fixed evaluation rows, and keys of the documents that training must not see for it."""
+    """The fixed evaluation rows, and the keys of the documents that must be kept out of
+    training."""
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
     if not wanted.steps:
         return [], frozenset()
@@ -126,7 +127,7 @@ def _eval_rows(
         path = find_file(wanted.data)
         if path is None:
             raise Ar2DiffError(
-                f"{option('eval.data')} {wanted.data}: no such file", "give a local file"
+                f"{option('eval.data')} {wanted.data} does not exist", "set it to a local file"
             )
         texts, keys = read_texts(path, recipe.data.text_field), frozenset()
     else:
@@ -139,22 +140,22 @@ def _eval_rows(
     rows = windows(texts, tokenizer, wanted.length, wanted.rows)
     if not rows:
         raise Ar2DiffError(
-            f"no text has the {wanted.length} tokens of {option('eval.length')}",
+            f"no text has {wanted.length} tokens, as {option('eval.length')} requires",
             f"lower {option('eval.length')}",
         )
     return rows, keys
 
 
 class AdaptTrainer(Denoising, Trainer):
-    """Trains a converted checkpoint on whole documents; noise, anneal and block length come with
-    the batch.
+    """Trains a converted checkpoint on whole documents. Each batch carries its noise, anneal state
+    and block length.
 
-    `evaluate` and `predict` take rows of a text, of `{"input_ids": [...]}` or `{"text": ...}` (the
-    recipe's `data.text_field`), each of which is a document, or token ids.
+    `evaluate` and `predict` take rows, each of which is one document: a text, token ids,
+    `{"input_ids": [...]}`, or `{"text": ...}` (the recipe's `data.text_field`).
     """
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
-        """What a batch of the collator asks for."""
+        """The loss task for a batch from the collator."""
         attention, block_length, reveal = self.attention_at(int(inputs["step"]))
         x0 = inputs["x0"]
         task = masked_task(
@@ -167,7 +168,7 @@ class AdaptTrainer(Denoising, Trainer):
         return self.loss_task(task, inputs, labels=x0, ar_columns=ar_columns)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
-        """Each document as one or more rows of its own, in the first epoch's noise and in the
+        """Each document as one or more rows of its own, with the noise of the first epoch and the
         attention that the anneal ends with."""
         recipe, eos = self.recipe, end_token(self.checkpoint)
         last = recipe.anneal.steps * rows_per_step(recipe.train)
@@ -182,7 +183,7 @@ class AdaptTrainer(Denoising, Trainer):
         return rows
 
     def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:
-        """Attention, block length and revealed edges of an optimiser step: the anneal."""
+        """The anneal: attention, block length and revealed edges at an optimizer step."""
         attention, anneal = self.spec.attention, self.recipe.anneal
         block_length = block_length_at(self.recipe, step)
         if attention == "full" and block_length is not None:
@@ -204,12 +205,12 @@ class AdaptTrainer(Denoising, Trainer):
 
 
 def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
-    """The collator of a run."""
+    """The collator for a run."""
     return Collator(recipe, mask_token_id, rows_per_step(recipe.train))
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
-    """The trainer of a plan, on its stream of rows."""
+    """The trainer for a plan, on its stream of rows."""
     return AdaptTrainer(
         plan.checkpoint,
         plan.recipe,

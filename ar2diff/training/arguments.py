@@ -1,4 +1,4 @@
-"""The `train` section of a recipe as arguments of a transformers trainer."""
+"""The `train` section of a recipe as arguments for a transformers trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..distributed.sharding import training_kwargs
 def training_arguments(
     recipe: Recipe, run_dir: Path, kind: type = TrainingArguments, **more: Any
 ) -> Any:
-    """The `train` section as an instance of a class of transformers' arguments, with `more`."""
+    """The `train` section as an instance of a TrainingArguments class, with `more` added."""
     train = recipe.train
     cuda = torch.cuda.is_available()
     more = {"per_device_eval_batch_size": train.per_device_train_batch_size, **more}
@@ -58,5 +58,5 @@ def training_arguments(
 
 
 def rows_per_step(train: Train) -> int:
-    """Rows of one optimiser step, over all ranks and accumulation steps."""
+    """Rows per optimizer step, over all ranks and accumulation steps."""
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size()

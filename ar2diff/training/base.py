@@ -1,5 +1,5 @@
-"""What all our trainers share: checkpoints that are whole or absent, an orderly end on SIGTERM,
-learning rates by kind of parameter. A mixin over `transformers.Trainer`."""
+"""What all our trainers share: checkpoints that are either complete or absent, an orderly end on
+SIGTERM, and learning rates by kind of parameter. A mixin over `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .modules import disable_dropout, parameter_kinds
 
 
 class Running:
-    """Trains a checkpoint as a recipe says; a mixin before the trainer's class.
+    """Trains a checkpoint as a recipe says. A mixin, listed before the trainer class.
 
     Args:
-        checkpoint: its model is trained.
-        args: of the trainer's class; see `arguments.training_arguments`.
-        kwargs: those of the trainer, without `model` and `args`.
+        checkpoint: the checkpoint whose model is trained.
+        args: training arguments for the trainer class; see `arguments.training_arguments`.
+        kwargs: other keyword arguments of the trainer class.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
@@ -39,18 +39,18 @@ class Running:
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
 
     def save_rank(self, folder: Path) -> None:
-        """Write what a rank adds to a checkpoint; by default nothing."""
+        """Write what this rank adds to a checkpoint; by default, nothing."""
 
     def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """The logs that are worth a place on the terminal's line."""
+        """The logs to show in the terminal's progress line."""
         return logs
 
     def facts(self) -> dict[str, Any]:
-        """What the run's record says of the data, besides the tokens."""
+        """What the run's record says about the data, besides the number of tokens."""
         return {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer, with the recipe's learning-rate factors by kind of parameter."""
+        """The optimizer, with the recipe's learning-rate factor for each kind of parameter."""
         optimizer = super().create_optimizer(model)
         scales = self.recipe.train.lr_scale.model_dump()
         if len(optimizer.param_groups) and any(scale != 1 for scale in scales.values()):
@@ -64,7 +64,7 @@ class Running:
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. A SIGTERM saves a checkpoint and ends the process, with exit code 143."""
+        """Train. On SIGTERM, save a checkpoint and end the process with exit code 143."""
         check_engine(self.accelerator)
         stopping = Stopping(self.accelerator)
         self.add_callback(stopping)
@@ -73,7 +73,7 @@ class Running:
         if stopping.agreed and self.state.global_step < self.state.max_steps:
             if self.is_world_process_zero():
                 print(
-                    f"stopped by SIGTERM after step {self.state.global_step}, which is saved; "
+                    f"stopped by SIGTERM after step {self.state.global_step}, which was saved; "
                     "resume the run to continue",
                     file=sys.stderr,
                 )
@@ -81,8 +81,8 @@ class Running:
         return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint under another name and rename it, so that whatever is called
-        checkpoint-N is whole."""
+        """Write the checkpoint under another name and then rename it, so that any folder called
+        checkpoint-N is complete."""
         run_dir = Path(self.args.output_dir)
         stage = run_dir / ".partial"
         self.args.output_dir = str(stage)
@@ -100,8 +100,9 @@ class Running:
 
 @contextmanager
 def weights_kept(model: Any) -> Iterator[None]:
-    """Undo what the `__init__` of trl's trainers does to adapters of quantised models: it rounds
-    them to bfloat16, whose 8 bits lose small updates and move the mask token's row."""
+    """Undo what the `__init__` of trl's trainers does to adapters on quantized models: it rounds
+    them to bfloat16, whose 8 bits of precision lose small updates and change the mask token's
+    row."""
     kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
     yield
     for parameter, data in kept:
@@ -119,11 +120,11 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
         (run_dir / name).replace(stage / f"old-{name}")
     (stage / name).replace(run_dir / name)
     for old in checkpoints(run_dir)[:-keep]:
-        old.replace(stage / f"old-{old.name}")  # renamed first: a checkpoint-N is never half there
+        old.replace(stage / f"old-{old.name}")  # so that no checkpoint-N is ever incomplete
     shutil.rmtree(stage)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Training checkpoints of a run, oldest first."""
+    """The training checkpoints of a run, oldest first."""
     found = run_dir.glob("checkpoint-*") if run_dir.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))

@@ -21,16 +21,16 @@ from ..generation.tokens import draw_tokens
 
 
 class Watch(TrainerCallback):
-    """Logs the bound and AR NLL of fixed rows every `eval.steps` steps, and shows one of them being
-    denoised every `eval.panel_steps`. Results go through `trainer.log`, so every tracker sees
+    """Logs the bound and AR NLL of fixed rows every `eval.steps` steps, and shows one row being
+    denoised every `eval.panel_steps` steps. Results go through `trainer.log`, so trackers see
     them."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]):
         self.checkpoint, self.recipe, self.rows = checkpoint, recipe, rows
-        self.trainer: Any = None  # set once it exists
+        self.trainer: Any = None  # set once the trainer exists
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate and draw after the steps that are due."""
+        """Evaluate, and draw a panel, when they are due at this step."""
         steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
                 logs["eval_ar_nll"] = result.ar_nll.nats_per_token
             due = control.should_log
             self.trainer.log(logs)
-            control.should_log = due  # `log` resets it, and the step's loss is logged too
+            control.should_log = due  # `log` resets it, but the loss of the step is due too
         if panel_steps and state.global_step % panel_steps == 0:
             # If weights are sharded, every process takes part in every forward.
             if state.is_world_process_zero or holds_shards(self.trainer):
@@ -68,14 +68,14 @@ class Watch(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Saves and stops after the step during which any of the processes received SIGTERM."""
+    """Saves and stops after the step during which any process received SIGTERM."""
 
     def __init__(self, accelerator: Any):
         self.accelerator, self.asked, self.agreed = accelerator, False, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signal while inside. (Python allows that only in the main thread.)"""
+        """A context in which the signal is noted. (Python allows this only in the main thread.)"""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -89,7 +89,7 @@ class Stopping(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let all processes stop after the same step: else they would wait for each other."""
+        """Make all processes stop after the same step; otherwise they would wait for each other."""
         asked = torch.tensor(int(self.asked), device=self.accelerator.device)
         self.agreed = bool(self.accelerator.reduce(asked, "sum"))
         if self.agreed:
@@ -97,7 +97,7 @@ class Stopping(TrainerCallback):
 
 
 def quietly(model: Any, function: Any) -> Any:
-    """Call a function in eval mode, and restore the model's mode and the random state."""
+    """Call a function with the model in eval mode, then restore its mode and the random state."""
     training = model.training
     model.eval()
     try:
@@ -110,7 +110,8 @@ def quietly(model: Any, function: Any) -> Any:
 def draw_panel(
     checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int, silent: bool = False
 ) -> None:
-    """Print a panel on stderr with states of an answer being denoised, undecided tokens as dots."""
+    """Print a panel on stderr that shows an answer being denoised, with undecided tokens as
+    dots."""
     from rich.console import Console
     from rich.panel import Panel
 

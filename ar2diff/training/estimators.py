@@ -1,21 +1,23 @@
 """Estimates of the log-likelihood of completions: which tokens are masked in which view, and how
-the views are weighted. Takes `Rollout`s and gives log-probabilities per token.
+the views are weighted. Takes `Rollout`s and returns log-probabilities per token.
 
     value_i = sum_v w_vi log p(y_i | what view v shows),  over the views v that mask token i
 
-`one_step`    one view: each block masked as a whole, given the clean ones (d1, Zhao et al. 2025).
-`coupled`     half of that view, and half of w l_i in the one of two complementary masks that has
-              the token; w is the inverse of the mask's share (DiffuCoder, Gong et al. 2025, eq. 6).
-`elbo`        complementary pairs with k of n tokens masked, k uniform on 0..n, weights (n+1) / k:
-              its expectation is the bound on log p (ESPO, Ou et al. 2025).
-`spg`         the same pairs; the bound from below for a good completion, half of it and half of an
-              evidence upper bound for a bad one (SPG, Wang et al. 2025, eq. 8).
-`trajectory`  a token is scored in the state in which it was decided (TraceRL, Wang et al. 2025):
-              with blocks as many views as a block took steps, at most.
-`ar`          the AR mode, from left to right.
+`one_step`    One view, with each block fully masked, given the clean blocks (d1, Zhao et al. 2025).
+`coupled`     The mean of that view and a pair of complementary masks, in which each token is scored
+              under the mask that covers it, weighted by the inverse of the masked share
+              (DiffuCoder, Gong et al. 2025, eq. 6).
+`elbo`        Complementary pairs with k of n tokens masked, k uniform on 0..n, weights (n+1) / k.
+              The expectation is the bound on log p (ESPO, Ou et al. 2025).
+`spg`         The same pairs: the lower bound for good completions, and an equal mix of it and an
+              evidence upper bound for bad ones (SPG, Wang et al. 2025, eq. 8).
+`trajectory`  Each token is scored in the state in which it was decided (TraceRL, Wang et al. 2025).
+              With blocks, there are at most as many views as a block took steps.
+`ar`          The AR mode, from left to right.
 
-Whatever comes after an answer is a mask in every view, as it was when the answer was begun: to show
-where the canvas ends would leak the length of the answer. A trajectory shows what it decided there.
+Everything after an answer is masked in every view, as it was when the answer was begun: showing
+where the canvas ends would leak the length of the answer. A trajectory shows what it decided
+there.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from ..diffusion.noise import complement, corrupt, draw_times
 from ..diffusion.task import Task
 from .rollouts import Rollout
 
-SPG_BETA, SPG_MIX = 1.5, 0.5  # order of the upper bound, and its share in the mix
+SPG_BETA, SPG_MIX = 1.5, 0.5  # order of the upper bound, and its weight in the mix
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class Scores:
     """Log-probabilities of masked tokens; all tensors [N].
 
     Attributes:
-        logp, entropy: of a token in a view.
-        row, view, place: the rollout, the view, and the token counted from the answer's first.
-        weight: of the token in the view.
-        shape: numbers of rollouts, of views, and of tokens of the longest answer.
+        logp, entropy: log-probability of a token, and the entropy there, in a view.
+        row, view, place: the rollout, the view, and the index of the token within the answer.
+        weight: weight of the token in the view.
+        shape: the numbers of rollouts and views, and the length of the longest answer.
     """
 
     logp: Tensor
@@ -60,10 +62,10 @@ class Scores:
     shape: tuple[int, int, int]
 
     def per_token(self, good: Tensor | None = None) -> Tensor:
-        """[R, C] the part of each token in the estimate; zero where there is no token.
+        """[R, C] the contribution of each token to the estimate; zero where there is no token.
 
         Args:
-            good: [R] bool, for `spg`: rows that get the bound from below.
+            good: [R] bool, for `spg`: the rows that use the lower bound.
         """
         lower = self._sum(self.weight * self.logp)
         if good is None:
@@ -77,12 +79,12 @@ class Scores:
         return torch.where(good[:, None], lower, mixed)
 
     def entropies(self) -> Tensor:
-        """[R, C] entropies, averaged over the views that score a token."""
+        """[R, C] entropies, averaged over the views that score each token."""
         count = self._sum(torch.ones_like(self.entropy))
         return self._sum(self.entropy) / count.clamp(min=1)
 
     def spread(self) -> Tensor:
-        """[R] standard deviation over views of the estimates that each view gives by itself."""
+        """[R] standard deviation of the single-view estimates over the views."""
         rows, views, _ = self.shape
         each = self.logp.new_zeros(rows, views)
         each = each.index_put((self.row, self.view), views * self.weight * self.logp, True)
@@ -122,13 +124,13 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tuple[Tensor, Tensor]]:
-    """Complementary pairs of masks; for `coupled` after the view in which all is masked."""
+    """Complementary pairs of masks; for `coupled`, preceded by the fully masked view."""
     generator = keyed_generator(rollout.seed, 0)
     times = draw_times(rl.samples, int(block.max()) + 1, generator)
     coupled = rl.estimator == "coupled"
     found = [(answer, answer.double() / 2)] if coupled else []
     for time in times:
-        if coupled:  # a share of 0.2 to 0.8 of each block
+        if coupled:  # masks 20% to 80% of each block
             masked, t = corrupt(answer, block, 0.2 + 0.6 * time, generator)
             other, other_t = answer & ~masked, 1 - t
         else:
@@ -143,10 +145,10 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
 def _trajectory(
     rollout: Rollout, answer: Tensor, block: Tensor, segments: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The states in which the rollout decided something, with those of all blocks in parallel."""
+    """The states in which the rollout decided tokens, with all blocks advancing in parallel."""
     step = rollout.step
     written = torch.arange(len(step)) >= rollout.prompt
-    rank = torch.full_like(step, len(step))  # never decided: a mask to the end
+    rank = torch.full_like(step, len(step))  # never decided, so masked to the end
     for number in range(int(block.max()) + 1):
         inside = written & (block == number) & (step > 0)
         _, order = step[inside].unique(return_inverse=True)
@@ -159,7 +161,7 @@ def _trajectory(
 
 @dataclass(frozen=True)
 class _Row:
-    """The slots of a row, [S] each: their tokens, positions, copies and blocks."""
+    """The slots of a row: their tokens, positions, copies and blocks, [S] each."""
 
     ids: Tensor
     pos: Tensor
@@ -168,9 +170,9 @@ class _Row:
 
 
 def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
-    """Rows that show the views of a rollout, and the slot [V, T, 2] (row, column) at which each
-    token is read. With blocks all views are in one row, [view 1 | view 2 | ... | clean]; with
-    `full` attention each has a row."""
+    """Rows that hold the views of a rollout, and the slot [V, T, 2] (row, column) at which each
+    token is read. With blocks, all views share one row, [view 1 | view 2 | ... | clean]; with
+    `full` attention, each view has its own row."""
     ids, count = rollout.ids, len(rollout.ids)
     pos = torch.arange(count)
     shown = torch.where(masked, spec.mask_token_id, ids)
@@ -209,9 +211,9 @@ def score(
     """Score rollouts in one forward pass.
 
     Args:
-        model: wrapped or not. inner: the causal LM, if `model` is a wrapper.
+        model: the causal LM, or a wrapper around it. inner: the causal LM, if `model` is a wrapper.
         suppressed: [V] bool, ids that the sampler never writes.
-        width: tokens of the result, if that is more than the longest answer has.
+        width: width of the result, if larger than the length of the longest answer.
     """
     inner, device = inner or model, suppressed.device
     rows: list[_Row] = []
@@ -254,7 +256,7 @@ def score(
 
 
 def _stack(rows: Sequence[_Row], device: Any) -> list[Tensor]:
-    """Ids, positions, copies, blocks and documents of padded rows, [B, S] each."""
+    """Ids, positions, copies, blocks and documents of the padded rows, [B, S] each."""
     columns = [[getattr(row, name) for row in rows] for name in ("ids", "pos", "noisy", "block")]
     columns.append([torch.zeros_like(row.pos) for row in rows])
     fill = (0, 0, False, 0, PADDING)

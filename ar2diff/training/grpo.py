@@ -1,5 +1,5 @@
 """Diffusion-GRPO: trl's GRPOTrainer with our own rollouts and log-probabilities. Advantages,
-ratios, clipping, KL, rewards, reference models and logs are trl's."""
+ratios, clipping, KL, rewards, reference models and logs come from trl."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ SHOWN = (
     "kl", "entropy", "clip_ratio/region_mean", "frac_reward_zero_std", "estimator_spread",
     "grad_norm", "learning_rate", "generation_share", "step_time",
 )  # fmt: skip
-STATE = "rollouts-{}"  # files of a rank in a checkpoint
+STATE = "rollouts-{}"  # name of the files that a rank adds to a checkpoint
 
 
 class DiffusionGRPOTrainer(Running, GRPOTrainer):
-    """Group-relative policy optimisation of a converted model; with `objective.kind: ar` of an AR
-    one, the control.
+    """Group-relative policy optimization of a converted model or, with `objective.kind: ar`, of an
+    AR model as a control.
 
     Args:
-        rows: with `prompt` (text, or messages), and the columns that rewards read.
-        rewards: functions of trl's signature, or reward models.
+        rows: rows with `prompt` (a text or messages) and the columns that the rewards read.
+        rewards: functions with the signature that trl expects, or reward models.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self.suppressed = checkpoint.suppressed
         self.suppressed[list(recipe.rl.sampler.get("suppress_tokens") or ())] = True
         self.suppressed = self.suppressed.to(args.device)
-        self._rollouts: list[Rollout] = []  # those that the next scores are of
+        self._rollouts: list[Rollout] = []  # the ones to be scored next
         self._good: Tensor | None = None  # [B], for spg
-        self._live: Tensor | None = None  # [B], the rows that a gradient can come from; None: all
+        self._live: Tensor | None = None  # [B], the rows that can contribute a gradient; None: all
         self._generation_seconds = 0.0
-        join_deepspeed(args)  # for the reference
+        join_deepspeed(args)  # before the reference model is loaded
         super().__init__(
             checkpoint, recipe, args, reward_funcs=rewards, train_dataset=rows,
             processing_class=checkpoint.tokenizer, **kwargs,
         )  # fmt: skip
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
-        # DeepSpeed's engine around it has a `config` of its own.
+        # DeepSpeed's engine, which wraps the model, has a `config` of its own.
         check_reference(getattr(self.ref_model, "module", self.ref_model), checkpoint)
 
     # Rollouts
@@ -86,7 +86,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         start = time.perf_counter()
         first = self.accelerator.process_index * len(prompt_ids)
         key = (self.args.seed, self._step, int(self.model.training))
-        # Keyed by the place in the global batch: neither ranks nor shuffles move a row's noise.
+        # Keyed by the place in the global batch, so neither ranks nor shuffling change the noise.
         seeds = [content_key([*key, first + n]) % 2**62 for n in range(len(prompt_ids))]
         rl = self.recipe.rl
         settings = {
@@ -126,7 +126,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._generation_seconds += seconds
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Prompts as `generate` reads them: trl would keep an EOS that the tokenizer appends."""
+        """Tokenize prompts as `generate` does; trl would keep an EOS that the tokenizer appends."""
         return [prompt_ids(self.processing_class, prompt) for prompt in prompts], None, {}
 
     # Scores
@@ -141,8 +141,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, C] log-probabilities of `self._rollouts` by the recipe's estimator, on the canvas of
-        each rollout and with the noise of its seed; the same for old, new and reference policy."""
+        """[B, C] log-probabilities of `self._rollouts` by the recipe's estimator. Each rollout is
+        scored on its own canvas with the noise of its seed, which the old, new and reference policy
+        share."""
         live = torch.ones(len(input_ids), dtype=torch.bool) if self._live is None else self._live
         numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
@@ -160,7 +161,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._logps, entropy = torch.cat(logps), torch.cat(entropies)
         if not live.all():
             seen = attention_mask[numbers, -logits_to_keep:]
-            mean = (entropy * seen).sum() / seen.sum().clamp(min=1)  # and trl's is of these rows
+            mean = (entropy * seen).sum() / seen.sum().clamp(min=1)  # trl averages over the same
             whole = self._logps.new_zeros(len(live), logits_to_keep)
             self._logps = whole.index_put((numbers,), self._logps)
             entropy = (whole + mean).index_put((numbers,), entropy)
@@ -187,12 +188,12 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The policy's loss of a batch of completions.
+        """The policy loss on a batch of completions.
 
         Returns:
             The loss; with `return_outputs` also a dict of [B, C] `completion_ids`,
             `completion_mask` and `logps`, the estimates of their log-probabilities (0 for a row
-            whose advantage is 0, which has no part in the loss), and of `advantages` [B].
+            whose advantage is 0, which does not affect the loss), and with `advantages` [B].
         """
         loss = self._compute_loss(model, inputs)
         if not return_outputs:
@@ -217,9 +218,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return loss + beta * self._squared_kl(inputs) / steps
 
     def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """trl's loss, without scoring rows whose advantage is zero, which add nothing to it."""
+        """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it."""
         live = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
-        live[0] |= ~live.any()  # ranks wait for each other in a forward
+        live[0] |= ~live.any()  # every rank must take part in the forward pass
         if "old_per_token_logps" in inputs:
             inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * live[:, None]
         self._live = live.cpu()
@@ -229,7 +230,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             self._live = None
 
     def _squared_kl(self, inputs: dict[str, Any]) -> Tensor:
-        """(log p - log p_ref)^2 / 2 of whole sequences, divided by their tokens (ESPO, eq. 13)."""
+        """(log p - log p_ref)^2 / 2 for whole sequences, divided by their lengths (ESPO, eq.
+        13)."""
         mask = inputs["completion_mask"]
         difference = ((self._logps - inputs["ref_per_token_logps"]) * mask).sum(1)
         kl = (difference.square() / 2 / mask.sum(1).clamp(min=1)).mean()
@@ -244,12 +246,12 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """trl's evaluation on completions of ours: `eval_loss`, `eval_reward` and what else is
-        logged of `rl.num_generations` completions of each prompt.
+        """Run trl's evaluation on our completions, `rl.num_generations` for each prompt:
+        `eval_loss`, `eval_reward` and the other metrics that training logs.
 
         Args:
-            eval_dataset: a data set or a list of rows with `prompt` and the columns that rewards
-                read; None: the one given to the trainer.
+            eval_dataset: a data set or a list of rows with `prompt` and the columns that the
+                rewards read; None means the one that was passed to the trainer.
         """
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -259,11 +261,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
-        """Completions of prompts.
+        """Complete prompts.
 
         Returns:
-            `predictions` [prompts * rl.num_generations, C] ids of the completions, -100 after them;
-            `label_ids` None; `metrics` as of `evaluate`.
+            `predictions` [prompts * rl.num_generations, C], the ids of the completions padded with
+            -100; `label_ids`, None; `metrics`, as from `evaluate`.
         """
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         for name, values in self._metrics["eval"].items():
@@ -278,7 +280,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Loss and completion ids of a batch of prompts."""
+        """The loss and the completion ids for a batch of prompts."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).mean().detach()
@@ -291,7 +293,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
         if not is_training:
-            # In the rows, not in the sampler: accelerate counts rows to find the last batch's end.
+            # Repeat rows, not indices: accelerate counts rows to find the end of the last batch.
             each = range(self.num_generations_eval)
             dataset = as_dataset(dataset) if isinstance(dataset, list | tuple) else dataset
             dataset = dataset.select([n for n in range(len(dataset)) for _ in each])
@@ -319,7 +321,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         )  # fmt: skip
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a micro-step, and note the share of an update's time that rollouts take."""
+        """Run a micro-step, and record what share of the update's time rollouts take."""
         loss = super().training_step(*args, **kwargs)
         if self._current_train_step_time == 0:  # an update is complete
             metrics = self._metrics["train"]
@@ -328,21 +330,21 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Print some completions after the steps that are due, and log."""
+        """Log, and print some completions when they are due at this step."""
         every = self.recipe.rl.show_steps
         if every and self.state.global_step % every == 0 and self.is_world_process_zero():
             show_completions(self._logs, self.state.global_step)
         super().log(logs, start_time)
 
     def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """The logs that are worth a place on the terminal's line."""
+        """The logs to show in the terminal's progress line."""
         return {name: value for name, value in logs.items() if name.startswith(SHOWN)}
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: a training checkpoint has no card."""
+        """Do nothing: a training checkpoint has no card."""
 
     def save_rank(self, folder: Path) -> None:
-        """Write the rollouts that a rank is using, and how far it is with them."""
+        """Write the rollouts that this rank is using, and how far it has got with them."""
         name = STATE.format(self.accelerator.process_index)
         batches = self._buffered_inputs or []
         tensors = {}
@@ -371,7 +373,8 @@ def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
     """The rollouts in a batch.
 
     Args:
-        canvas: [B, 2, T] ids and steps. numbers: [B, 4] length, prompt, answer, seed.
+        canvas: [B, 2, T] ids and steps. numbers: [B, 4] the lengths of the canvas, prompt and
+            answer, and the seed.
     """
     rows = zip(canvas.cpu(), numbers.tolist(), strict=True)
     return [
@@ -381,9 +384,9 @@ def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:
 
 
 class Groups(Sampler):
-    """Indices of prompts: `groups` of them, each `size` times, all of this `repeats` times. They
-    are a function of the seed alone, without epochs, so that a resumed run continues where it
-    was."""
+    """Indices of prompts: `groups` of them, each repeated `size` times, and the whole batch
+    repeated `repeats` times. They depend on the seed alone and have no epochs, so that a resumed
+    run continues where it stopped."""
 
     def __init__(
         self, rows: int, *, groups: int, size: int, repeats: int, seed: int, generations: int
@@ -411,7 +414,7 @@ class Groups(Sampler):
 
 
 def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
-    """Print a table of the newest completions and their rewards on stderr."""
+    """Print a table of the latest completions and their rewards on stderr."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -429,11 +432,11 @@ def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
 
 
 def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a reference policy other than the model as it began, such as the AR model that it was
-    made from.
+    """Refuse a reference policy other than the initial model, such as the AR model it was converted
+    from.
 
     Raises:
-        Ar2DiffError: it is another model.
+        Ar2DiffError: the reference is a different model.
     """
     if reference is None:
         return
@@ -444,5 +447,5 @@ def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
     if own != other:
         raise Ar2DiffError(
             "the reference model is not the converted model that is being trained",
-            "give the converted folder as the model",
+            "pass the folder of the converted model as the model",
         )

@@ -1,5 +1,5 @@
-"""The loss of training by denoising, whole, with its divisors over the global batch, and what is
-logged and evaluated of it. A mixin over `transformers.Trainer`."""
+"""The denoising loss, with divisors over the global batch, and its logging and evaluation. A mixin
+over `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
 @dataclass(frozen=True)
 class LossTask:
-    """A forward pass and the tokens in its loss: N masked ones, and M of the AR co-loss.
+    """A forward pass and the tokens in its loss: N masked tokens, and M tokens of the AR co-loss.
 
     Attributes:
-        task: the forward pass, and the masked tokens.
-        masked: [B, L] bool, which tokens these are. labels: [B, L] all tokens of the batch.
-        coef, t, eos: [N] each token's factor in the loss, its time, whether it is in an EOS run.
-        ar_index, ar_target: [M] the slots that predict the tokens of the AR loss, and the tokens.
-        tokens: scalar, real tokens of the batch.
+        task: the forward pass and the masked tokens it predicts.
+        masked: [B, L] bool, which tokens are masked. labels: [B, L] all tokens of the batch.
+        coef, t, eos: [N] each token's factor in the loss, its time, and whether it is in an EOS
+            run.
+        ar_index, ar_target: [M] the slots that predict the tokens of the AR loss, and those tokens.
+        tokens: scalar, the number of real tokens in the batch.
     """
 
     task: Task
@@ -52,7 +53,8 @@ class LossTask:
     tokens: Tensor
 
     def at_masked(self, values: Tensor) -> Tensor:
-        """[B, L] values [N] of the masked tokens in their places, `IGNORED` elsewhere."""
+        """Scatter values [N] of the masked tokens to their places, [B, L], with `IGNORED`
+        elsewhere."""
         placed = torch.full_like(self.labels, IGNORED)
         placed[self.masked] = values
         return placed
@@ -61,11 +63,11 @@ class LossTask:
 class Denoising(Running):
     """Trains a converted checkpoint to denoise.
 
-    The loss is a sum over the global batch divided by divisors of the global batch, so neither
+    The loss is a sum over the global batch, divided by divisors of the global batch, so neither
     gradient accumulation nor the number of ranks scales it. All randomness comes with the batch.
 
-    A subclass says by `task_of` what a batch asks for, and by `fixed_rows` what rows an evaluation
-    has.
+    A subclass defines the task for a batch with `task_of`, and the rows of an evaluation with
+    `fixed_rows`.
     """
 
     loss_is_scaled_for_ga = True
@@ -73,27 +75,28 @@ class Denoising(Running):
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         self.suppressed = checkpoint.suppressed.to(args.device)
         self._seen = Meter(args.device)
-        self._fused: bool | None = None  # not known before the model is where it trains
+        self._fused: bool | None = None  # unknown until the model is on its training device
         self.current_gradient_accumulation_steps = 1  # until `train` counts
         super().__init__(checkpoint, recipe, args, **kwargs)
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
-        """What a batch of the collator asks for."""
+        """The loss task for a batch from the collator."""
         raise NotImplementedError
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
-        """Rows for the collator whose noise is a function of the seed and their tokens alone."""
+        """Rows for the collator whose noise depends only on the seed and their tokens."""
         raise NotImplementedError
 
     def loss_task(
         self, task: Task, batch: dict[str, Tensor], labels: Tensor, ar_columns: Tensor
     ) -> LossTask:
-        """The task of the masked tokens, with the AR co-loss where the recipe gives it a weight.
+        """The task of predicting the masked tokens, plus the AR co-loss if the recipe gives it a
+        weight.
 
         Args:
-            batch: of the collator: masked, coef, t, eos, ar [B, L]; tokens, a scalar.
-            labels: [B, L] all tokens. ar_columns: [B, L] the slots of a row that predict them from
-                left to right.
+            batch: from the collator: masked, coef, t, eos, ar [B, L]; tokens, a scalar.
+            labels: [B, L] all tokens. ar_columns: [B, L] the slots in the row that predict them
+                from left to right.
         """
         masked = batch["masked"]
         ar = batch["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
@@ -116,15 +119,15 @@ class Denoising(Running):
 
               sum over masked tokens    coef * -log p(token) / divisor            diffusion loss
             + sum over clean tokens     ar_weight * -log p(token) / ar_divisor    AR co-loss
-            + the loss of the routers of a mixture of experts, where its config asks for one
+            + the router loss of a mixture of experts, if its config asks for one
 
         Args:
-            divisors: [2] of the diffusion and of the AR loss, over the global batch.
-            logits: work out all logits, which the fused loss avoids.
+            divisors: [2] for the diffusion loss and the AR loss, over the global batch.
+            logits: whether to compute all logits, which the fused loss avoids.
 
         Returns:
-            The loss; the first two sums, with each token's cross-entropy (masked tokens first);
-            the logits [N + M, V] if they were asked for.
+            The loss; the first two sums, with the cross-entropy of each token (masked tokens
+            first); and the logits [N + M, V], if they were asked for.
         """
         inner = self.accelerator.unwrap_model(model)
         task, count, (divisor, ar_divisor) = wanted.task, len(wanted.coef), divisors
@@ -158,16 +161,16 @@ class Denoising(Running):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch of the collator.
+        """The loss on a batch from the collator.
 
         Args:
-            num_items_in_batch: [2] divisors of the diffusion and of the AR loss, over the global
-                batch; None: those of this batch.
+            num_items_in_batch: [2] divisors for the diffusion loss and the AR loss, over the global
+                batch; None means those of this batch alone.
 
         Returns:
-            The loss; with `return_outputs` also a dict of `logits` [N, V] of the N masked tokens in
-            row-major order, and `predictions` and `labels` [B, L]: the likeliest and the right id
-            of each masked token, -100 elsewhere.
+            The loss; with `return_outputs` also a dict with the `logits` [N, V] of the N masked
+            tokens in row-major order, and `predictions` and `labels` [B, L], the likeliest and the
+            right id of each masked token, with -100 elsewhere.
         """
         wanted = self.task_of(inputs)
         if num_items_in_batch is None:
@@ -184,11 +187,11 @@ class Denoising(Running):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The denoising loss of rows with fixed noise: `eval_loss`, by the recipe's objective, with
-        divisors of the whole data set, and `eval_masked_accuracy`. Batch sizes change neither.
+        """The denoising loss on rows with fixed noise: `eval_loss`, by the recipe's objective with
+        divisors of the whole data set, and `eval_masked_accuracy`. Neither depends on batch sizes.
 
         Args:
-            eval_dataset: rows as `fixed_rows` takes them; None: those given to the trainer.
+            eval_dataset: rows as `fixed_rows` takes them; None means those passed to the trainer.
         """
         # Not super(): trl's would prepare the rows first, which `fixed_rows` does.
         return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
@@ -200,7 +203,7 @@ class Denoising(Running):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, predictions and labels of a batch, as `compute_loss` returns them."""
+        """Loss, predictions and labels for a batch, as `compute_loss` returns them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             wanted, totals = self.task_of(inputs), totals_of([inputs])
@@ -215,7 +218,8 @@ class Denoising(Running):
         return loss.detach(), outputs["predictions"], outputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """transformers' loop, whose mean over batches gives way to the loss of the whole set."""
+        """Run transformers' loop, but replace its mean over batches by the loss on the whole data
+        set."""
         self._judged = torch.zeros(6, dtype=torch.double, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(self._judged, "sum")
@@ -229,7 +233,7 @@ class Denoising(Running):
     def _fuses(self, inner: Any) -> bool:
         if self._fused is None:
             self._fused = has_plain_head(inner)
-            if self.recipe.train.compile:  # not before: that was a forward of another shape
+            if self.recipe.train.compile:  # not before: the earlier forward had another shape
                 compile_layers(inner)
         return self._fused
 
@@ -249,13 +253,13 @@ class Denoising(Running):
         return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """[2] divisors of the diffusion and the AR loss, over all accumulation steps and ranks."""
+        """[2] divisors for the diffusion and AR losses, over all accumulation steps and ranks."""
         totals = self.accelerator.reduce(totals_of(batch_samples).to(device), "sum")
         self.state.num_input_tokens_seen += int(totals[2])
         return divisors_of(totals)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was seen since the last log: CE by t, accuracy, EOS share, tokens/s."""
+        """Add what the meter saw since the last log: CE by t, accuracy, EOS share, tokens/s."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
             logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
@@ -263,12 +267,13 @@ class Denoising(Running):
 
 
 def totals_of(batches: list[dict[str, Tensor]]) -> Tensor:
-    """[3] float64, over some micro-batches: what divides the diffusion and the AR loss, tokens."""
+    """[3] float64 totals over micro-batches: divisors of the diffusion and AR losses, and
+    tokens."""
     names = ("divisor", "ar_divisor", "tokens")
     return torch.stack([torch.stack([b[name].double() for name in names]) for b in batches]).sum(0)
 
 
 def divisors_of(totals: Tensor) -> Tensor:
-    """[2] divisors of the diffusion and of the AR loss, never 0, of totals over a batch."""
+    """[2] divisors for the diffusion and AR losses, never 0, from the totals over a batch."""
     tiny = torch.finfo(torch.float32).tiny
     return totals[:2].clamp(min=tiny).to(torch.get_default_dtype())

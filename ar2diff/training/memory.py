@@ -1,11 +1,11 @@
-"""How much memory each process of a run needs, estimated from the model's config and the recipe; no
-weight is loaded. The model is built without storage and converted, one micro-batch is run on it,
-and the tensors that it saves are counted.
+"""How much memory each process of a run needs, estimated from the model's config and the recipe. No
+weights are loaded: the model is built without storage and converted, one micro-batch is run through
+it, and the tensors that it saves are counted.
 
-A recipe with an `rl` section is estimated on canvases of `data.max_length` tokens that end with
-completions of `rl.max_completion_length`, in all views that the estimator scores: this is the
-update, which needs the most. The caches of rollouts, reward models and, under ZeRO-3, the whole
-weights that each process gathers for the rollouts are not counted.
+A recipe with an `rl` section is estimated by its update, which needs the most: canvases of
+`data.max_length` tokens that end with completions of `rl.max_completion_length`, in all views that
+the estimator scores. Not counted are the caches of rollouts, reward models and, under ZeRO-3, the
+full weights that each process gathers for the rollouts.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .modules import layers_of
 from .plan import continued, fitted
 
 ESTIMATED = ("one", "ddp", "zero1", "zero2", "zero3")  # strategies; `one` is a single process
-PERSISTENT = 10  # ZeRO-3 keeps tensors of fewer elements than this many hidden sizes whole
+PERSISTENT = 10  # ZeRO-3 does not shard tensors with fewer elements than this times the hidden size
 
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Bytes of one process, by what they hold.
+    """Bytes that one process needs, by what they hold.
 
     Attributes:
-        weights: in float32; under ZeRO in bfloat16 if the recipe computes in it.
-        gradients: those that wait for the optimizer's step.
-        masters: ZeRO's float32 copies of the weights, on which the optimizer steps.
-        optimizer: the two moments of AdamW; SGD has none.
-        buckets: of the communication.
-        activations: of one micro-batch, kept for the backward pass.
-        logits: of the masked tokens and those of the AR loss, since no others reach the head: a
-            part of them at a time and the head's gradient, or all of them under ZeRO-3 and with
-            heads that have a cap or an adapter.
-        reference: rl: the model as it began, if its KL counts and no adapter can be switched off.
-        total: of all these.
+        weights: the weights in float32; under ZeRO in bfloat16, if the recipe computes in it.
+        gradients: the gradients that are kept until the optimizer step.
+        masters: ZeRO's float32 copies of the weights, which the optimizer updates.
+        optimizer: the two moments of AdamW; nothing for SGD.
+        buckets: communication buffers.
+        activations: what one micro-batch keeps for the backward pass.
+        logits: those of the masked tokens and of the AR loss, since no others reach the head.
+            Either a part at a time, with the head's gradient, or, under ZeRO-3 and with heads that
+            have a soft cap or an adapter, all of them.
+        reference: rl: the initial model, if there is a KL term and no adapter to switch off.
+        total: the sum of all these.
     """
 
     weights: int
@@ -65,14 +65,15 @@ class MemoryParts:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What each process of a run needs.
+    """How much memory each process of a run needs.
 
     Attributes:
-        parameters, trainable_parameters: of the converted model.
-        processes: over how many the sharded parts are divided.
-        loading: bytes of main memory in which each process holds all weights before they are
-            sharded, since conversion and probe need whole ones, under ZeRO-3 and FSDP2 too.
-        bytes: of each process, by strategy; `one` is a single process.
+        parameters, trainable_parameters: those of the converted model.
+        processes: how many processes the sharded parts are divided over.
+        loading: bytes of main memory with which each process holds all weights before they are
+            sharded, since the conversion and its probe need them whole, even under ZeRO-3 and
+            FSDP2.
+        bytes: what each process needs, by strategy; `one` is a single process.
     """
 
     parameters: int
@@ -84,14 +85,14 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Shape:
-    """What has to be held: elements of each weight, and bytes of one micro-batch.
+    """What has to be kept in memory: elements of each weight, and bytes of one micro-batch.
 
     Attributes:
-        frozen, trained: elements of each tensor, trained ones by whether they are matrices.
-        quantized: how many of the frozen are held in 4 bits.
-        hidden: size. element: bytes of a number in the forward pass.
-        logits, parts: bytes of all logits and their loss, and of a part at a time.
-        copies: bytes of the bfloat16 copies that autocast makes of float32 weights.
+        frozen, trained: elements of each tensor; the trained ones by whether they are matrices.
+        quantized: how many of the frozen elements are held in 4 bits.
+        hidden: the hidden size. element: bytes per number in the forward pass.
+        logits, parts: bytes of all logits and their loss, and of one part at a time.
+        copies: bytes of the bfloat16 copies of float32 weights that autocast makes.
     """
 
     frozen: list[int]
@@ -106,10 +107,10 @@ class Shape:
 
 
 def estimate(model: str, recipe: Recipe, processes: int = 1) -> MemoryEstimate:
-    """The memory that each of `processes` processes needs, by strategy.
+    """Estimate the memory that each of `processes` processes needs, by strategy.
 
     Raises:
-        Ar2DiffError: the model cannot be found, or cannot be run as the recipe says.
+        Ar2DiffError: the model cannot be found, or cannot run as the recipe says.
     """
     shape = measure(find_checkpoint(model, weights=False), recipe)
     parts = {
@@ -129,7 +130,7 @@ def estimate(model: str, recipe: Recipe, processes: int = 1) -> MemoryEstimate:
 
 
 def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[str, int]:
-    """Bytes of each part in one process."""
+    """The bytes of each part in one process."""
     sizes, count = [n for n, _ in shape.trained], processes
     frozen, trained = sum(shape.frozen), sum(sizes)
     moments = 2 if recipe.train.optimizer == "adamw" else 0
@@ -153,8 +154,8 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
         whole = sum(n for n in [*sizes, *shape.frozen] if n < few)
         part = sum(ceil(n / count) for n in sizes)
         weights = sum(ceil(n / count) for n in shape.frozen) + part + whole
-        live = 2 * max([*sizes, *shape.frozen])  # the tensor in use, and the next
-    else:  # each group is padded so that every process gets as much
+        live = 2 * max([*sizes, *shape.frozen])  # the tensor in use and the next one
+    else:  # each group is padded so that every process gets the same amount
         groups = [sum(n for n, matrix in shape.trained if matrix is kind) for kind in (True, False)]
         part = sum(2 * ceil(n / (2 * count)) for n in groups)
         weights, live = frozen + trained, 0
@@ -172,13 +173,13 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
 
 
 def has_reference(recipe: Recipe) -> bool:
-    """Whether the model as it began is held next to the one that is trained."""
+    """Whether the initial model is held alongside the one being trained."""
     return recipe.rl is not None and recipe.rl.beta > 0 and recipe.peft is None
 
 
 def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
-    """Bytes that quantisation saves: half a byte is left of each weight, and for every 64 of them a
-    scale of one byte or four."""
+    """Bytes that quantization saves: each weight shrinks to half a byte, and every 64 weights need
+    a scale of one byte or four."""
     if recipe.quantization is None:
         return 0
     scale = (1 + 4 / 256) / 64 if recipe.quantization.double else 4 / 64
@@ -190,7 +191,10 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if is_adapter(path):
-        raise Ar2DiffError(f"model {path} is an adapter", "give its base, and a peft section")
+        raise Ar2DiffError(
+            f"model {path} is an adapter",
+            "give its base model instead, and a recipe with a peft section",
+        )
     recipe, bf16 = continued(recipe, read_spec(path)), computes_in_bf16(recipe.train.precision)
     with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
@@ -201,22 +205,23 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     ends = [
         parameter
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        for parameter in module.parameters()  # layers of the mask row may stand around the weight
+        for parameter in module.parameters()  # the mask-row layers may wrap the weight
     ]
     quantized = sum(
         p.numel()
         for p in parameters
         if not p.requires_grad and p.ndim > 1 and all(p is not end for end in ends)
     )
-    with FakeTensorMode():  # as on a CPU: without a device, attention would keep what none keeps
+    with FakeTensorMode():  # as on a CPU: on meta, attention saves tensors that no device saves
         _on_cpu(model)
         try:
             saved = _saved(checkpoint, fitted(recipe, checkpoint))
         except (RuntimeError, ValueError) as error:
             raise Ar2DiffError(
-                f"model {path}: its forward fails ({first_line(error)})", "check its config.json"
+                f"model {path}: its forward pass fails ({first_line(error)})",
+                "correct its config.json",
             ) from error
-    # Layers in 4 bits are unpacked where they are used, and no copy of them is kept.
+    # 4-bit layers are unpacked where they are used, and no copy is kept.
     matrices = sum(p.numel() for p in parameters if p.ndim > 1)
     copied = matrices - (quantized if recipe.quantization is not None else 0)
     hidden = model.config.get_text_config().hidden_size
@@ -237,9 +242,9 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
             dtype=dtype,
             trust_remote_code=False,
         )
-    except Exception as error:  # from a config of the wrong type to a class without sdpa
+    except Exception as error:  # anything from a badly typed config to a class without sdpa
         raise Ar2DiffError(
-            f"model {path}: cannot be built ({first_line(error)})", "check its config.json"
+            f"model {path} cannot be built ({first_line(error)})", "correct its config.json"
         ) from error
     spec = read_spec(path)
     check_rows(path, model, tokenizer, spec)
@@ -252,7 +257,7 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
 
 
 def _on_cpu(model: Any) -> None:
-    """Replace the tensors of a model by ones that claim to be on the CPU."""
+    """Replace the tensors of a model by fake ones that claim to be on the CPU."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -268,8 +273,8 @@ def _on_cpu(model: Any) -> None:
 
 
 def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes kept for the backward pass of a micro-batch: by the layers; by all logits and their
-    loss; and by these a part at a time."""
+    """Bytes that a micro-batch keeps for the backward pass: in the layers; for all logits and their
+    loss; and for logits and loss a part at a time."""
     model, spec = checkpoint.model, checkpoint.spec
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length
@@ -297,11 +302,11 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
     states = input_ids.numel() * model.config.get_text_config().hidden_size
     kept, layers = books.bytes["body"], books.layers
     if recipe.train.gradient_checkpointing and layers:
-        # Each layer keeps its input; one at a time is run again.
+        # Each layer keeps its input, and one layer at a time is recomputed.
         element = next(model.parameters()).element_size()
         kept = kept - sum(layers) + max(layers) + len(layers) * element * states
-    # The backward pass needs the gradient of the logits besides what the loss keeps. In rl the
-    # logits are kept separately, and the entropies need as much again while they are computed.
+    # The backward pass needs the gradient of the logits on top of what the loss keeps. In rl the
+    # logits are kept separately, and computing the entropies needs as much again.
     copies = 1 if recipe.rl is None else 3
     whole = parts = books.bytes["logits"] + copies * 4 * logits.numel()
     if recipe.rl is None and type(head) is torch.nn.Linear and output.logits is made[0]:
@@ -311,7 +316,7 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
 
 
 def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
-    """Ids, layout and number of scored tokens of a micro-batch of rl."""
+    """Ids, layout and number of scored tokens in an rl micro-batch."""
     rl, rows = recipe.rl, recipe.train.per_device_train_batch_size
     length = max(recipe.data.max_length, rl.max_completion_length + 1)
     answer, block = rl.max_completion_length, spec.block_length or rl.max_completion_length
@@ -325,14 +330,15 @@ def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
         shape = (rows, length)
     elif spec.attention == "full":
         shape = (rows * views, length)
-    else:  # all views of the answer in a row, before the clean canvas
+    else:  # all views of the answer in one row, before the clean canvas
         shape = (rows, views * answer + length)
     zeros = torch.zeros(shape, dtype=torch.long)
     return zeros, Slots(zeros, zeros, zeros.bool(), zeros, zeros), rows * scored * answer
 
 
 class _Books:
-    """Counts the bytes of the tensors saved for backward, each storage once, without weights."""
+    """Counts the bytes of tensors saved for the backward pass, each storage once, without
+    weights."""
 
     def __init__(self, model: Any):
         self.account, self.bytes = "body", {"body": 0, "logits": 0}
@@ -351,7 +357,7 @@ class _Books:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
-            self.keep.append(storage)  # so that no address is used twice
+            self.keep.append(storage)  # so that no address is reused
             self.bytes[self.account] += storage.nbytes()
         return tensor
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-T_BINS = 4  # masked cross-entropy is logged by quarters of t
+T_BINS = 4  # masked cross-entropy is logged for each quarter of t
 SUMS = ("right", "eos_loss", "loss", "tokens", "ar_loss", "ar_tokens")
 
 
 class Meter:
-    """Accumulates on the device; `drain` reduces over ranks, returns the logs and starts over."""
+    """Accumulates sums on the device. `drain` reduces them over ranks, returns logs and starts
+    over."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -50,8 +51,8 @@ class Meter:
         self.sums["ar_tokens"] += len(ce)
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Logs since the last call: `ce_t*` by quarter of t, accuracy on masked tokens, EOS share
-        of the diffusion loss, AR loss in nats, tokens per second."""
+        """Logs since the last call: `ce_t*` for each quarter of t, accuracy on masked tokens, the
+        share of EOS tokens in the diffusion loss, the AR loss in nats, and tokens per second."""
         seconds = time.monotonic() - self.start
         packed = torch.cat([self.ce, self.count, torch.stack(list(self.sums.values()))])
         values = accelerator.reduce(packed, "sum").tolist()

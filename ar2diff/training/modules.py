@@ -1,4 +1,4 @@
-"""The parts of a model that training finds and changes: layers, dropout, kinds of parameters."""
+"""Parts of a model that training looks up or changes: layers, dropout, kinds of parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def disable_dropout(model: Any) -> None:
-    """Set every dropout to 0, except an adapter's, which the recipe asks for: dropout is noise that
-    no seed of ours governs, and masking regularises enough."""
+    """Set every dropout to 0, except an adapter's, which the recipe asks for: dropout is noise
+    that none of our seeds controls, and masking regularizes enough."""
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue
@@ -21,15 +21,15 @@ def disable_dropout(model: Any) -> None:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The decoder layers: the longest list of modules directly in the decoder."""
+    """The decoder layers: the longest module list that is a direct child of the decoder."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     lists = [m for m in inner.get_decoder().children() if isinstance(m, torch.nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place with torch.compile: one graph serves all layers, the
-    names of the weights stay, and what lies around the layers (hooks on the head) is untouched."""
+    """Compile each decoder layer in place with torch.compile: one graph serves all layers, weights
+    keep their names, and whatever surrounds the layers (hooks on the head) is untouched."""
     for layer in layers_of(model):
         layer.compile()
 

@@ -1,5 +1,5 @@
-"""What a training run will be, found out before its first step: the model is loaded and converted,
-the rows are read, and whatever the run would stumble over later is refused. Writes nothing."""
+"""Planning a training run before its first step: the model is loaded and converted, the rows are
+read, and anything that would make the run fail later is refused. Writes nothing."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..core.spec import Spec
 from .arguments import rows_per_step
 from .results import RunPlan
 
-STATE_BYTES = 12  # a parameter's bytes in a training checkpoint: weight and two moments, float32
+STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before the first step.
+    """Everything that is known before the first step.
 
     Attributes:
-        rows: what is trained on, as the verb's trainer takes it; None trains nothing.
-        make_trainer: makes the trainer of (this plan, run folder, callbacks).
+        rows: the training data, as the verb's trainer takes it; None if the run does not train.
+        make_trainer: makes the trainer from (this plan, run folder, callbacks).
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
-        preview: adds what only this verb's dry run shows; None adds nothing.
+        preview: adds details that only this verb's dry run shows; None adds nothing.
     """
 
     checkpoint: Checkpoint
@@ -43,7 +43,7 @@ class Plan:
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
 
     def bytes_needed(self) -> int:
-        """Bytes that the run will write: the result, and its training checkpoints."""
+        """Bytes that the run will write: the result and its training checkpoints."""
         files = self.checkpoint.path.glob("*.safetensors")
         trainable = count_parameters(self.checkpoint.model)[0]
         result = int(1.1 * sum(file.stat().st_size for file in files))
@@ -54,7 +54,7 @@ class Plan:
         return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
 
     def summary(self, output_dir: Path) -> RunPlan:
-        """What the run will be, without what only the verb's own dry run shows."""
+        """A summary of the run, without details that only the verb's own dry run shows."""
         train, spec = self.recipe.train, self.checkpoint.spec
         trainable, parameters = count_parameters(self.checkpoint.model)
         step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
@@ -75,15 +75,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Verb:
-    """What a training verb does differently from the others. Everything raises `Ar2DiffError`
-    where the user made a mistake.
+    """How a training verb differs from the others. All functions raise `Ar2DiffError` when the user
+    made a mistake.
 
     Attributes:
-        name: of the API function and of the command.
-        check: refuses settings that do not fit the model in a folder (path, its spec, recipe), and
+        name: the name of the API function and of the command.
+        check: refuses settings that do not fit the model; called with (folder, spec, recipe), it
             returns the recipe with the settings that the verb implies. Reads nothing else.
-        read: reads and checks all rows that a recipe names; None where it trains nothing.
-        plan: makes the plan of (a checkpoint that is ready to train, recipe, rows).
+        read: reads and checks all rows that a recipe names; returns None if the run does not train.
+        plan: makes the plan from (a checkpoint that is ready to train, recipe, rows).
         converts: whether the recipe's `convert` section applies to a diffusion model.
     """
 
@@ -96,7 +96,7 @@ class Verb:
     def prepare(self, path: Path, recipe: Recipe) -> Plan:
         """Check everything, read the rows, load the model in a folder and convert it in memory.
 
-        What costs nothing comes first: a bad row is found before the model is loaded.
+        Cheap checks come first: a bad row is found before the model is loaded.
         """
         spec = read_spec(path)
         if recipe.peft is not None or is_adapter(path):
@@ -115,7 +115,7 @@ class Verb:
 
 
 def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
-    """Refuse to tune an unconverted model, or to make an AR control of a converted one; and a run
+    """Refuse to tune an unconverted model, to make an AR control from a converted one, and to run
     without steps, which would tune nothing."""
     control = recipe.objective.kind == "ar"
     if spec is None and not control:
@@ -125,18 +125,20 @@ def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
     if spec is not None and control:
         raise Ar2DiffError(
             f"model {path} is converted, but {option('objective.kind', 'ar')} tunes an AR model",
-            f"name the AR base, or leave {option('objective.kind')} out",
+            "give the AR model that it was converted from, or leave out "
+            f"{option('objective.kind')}",
         )
     if not recipe.train.max_steps:
         raise Ar2DiffError(
-            f"{option('train.max_steps', 0)} trains nothing: only adapt has a use for it",
-            f"set {option('train.max_steps')} to 1 or more, or look at the run with "
+            f"{option('train.max_steps', 0)} trains nothing; only adapt can use it",
+            f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
         )
 
 
 def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
-    """The recipe with what it leaves open taken from the spec of a model converted before."""
+    """The recipe, with what it leaves open filled in from the spec of an already converted
+    model."""
     if spec is None:
         return recipe
     chosen = recipe.convert.model_fields_set
@@ -146,7 +148,7 @@ def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
 
 
 def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with rows no longer than the model's context, unless it asks for a length."""
+    """The recipe, with rows limited to the model's context unless it asks for a length."""
     context, grid = context_length(checkpoint.model.config), recipe.convert.block_length or 1
     if context is None or "max_length" in recipe.data.model_fields_set:
         return recipe
@@ -155,13 +157,13 @@ def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
 
 
 def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Convert a loaded model as the recipe says, and check by a few forwards that it does what its
-    new spec says.
+    """Convert a loaded model as the recipe says, and run a few forward passes to check that it does
+    what its new spec says.
 
     Raises:
         Ar2DiffError: it does not, or it cannot be converted.
     """
-    # The AR mode is alive after the run if it is trained along, or if nothing is trained.
+    # The AR mode survives the run if it is trained too, or if nothing is trained.
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
@@ -187,7 +189,7 @@ def check_trackers(report_to: str) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError, KeyError) as error:
         raise Ar2DiffError(
-            f"{option('train.report_to')} {shortened(report_to)} does not start: "
+            f"{option('train.report_to')} {shortened(report_to)} cannot be started: "
             f"{first_line(error)}",
             f"install the tracker, or set {option('train.report_to', 'none')}",
         ) from None

@@ -1,4 +1,4 @@
-"""What a caller asks of a training verb, resolved: recipe, data and output folder."""
+"""Resolving what a caller asks of a training verb: recipe, data and output folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config.recipe import Recipe, load_recipe, with_values
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is asked for: model (folder or Hub id), resolved recipe, output folder."""
+    """A requested run: model (folder or Hub id), resolved recipe and output folder."""
 
     model: str
     recipe: Recipe
@@ -31,7 +31,7 @@ def requested(
     max_steps: int | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
 ) -> Request:
-    """Resolve what a caller gives; the arguments are those of `adapt`.
+    """Resolve the arguments of a training verb, which are those of `adapt`.
 
     Raises:
         Ar2DiffError: an unknown recipe or key, a value of the wrong type, or values that contradict
@@ -49,7 +49,7 @@ def requested(
     if data is not None and len(data := [data] if isinstance(data, str | Path) else data):
         known = {source.path: source for source in plan.data.sources}
         paths = [str(path) for path in data]
-        # A source that the recipe knows keeps its weight and its other settings.
+        # A source that is also in the recipe keeps its weight and other settings.
         values["sources"] = [known[p].model_dump() if p in known else {"path": p} for p in paths]
     if text_field is not None:
         values["text_field"] = text_field

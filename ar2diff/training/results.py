@@ -1,4 +1,4 @@
-"""What the training verbs return: of a dry run what the run will be, else what it was."""
+"""What the training verbs return: for a dry run, the planned run; otherwise, the completed run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run will be; `adapt`, `sft` and `rl` return it where `dry_run` is set.
+    """A planned run, which `adapt`, `sft` and `rl` return if `dry_run` is set.
 
     Attributes:
-        output_dir: folder that the run will write.
-        parameters, trainable_parameters: of the converted model.
-        diffusion: the spec that its config.json will hold; None of an AR model.
-        mask_token, pad_token: their texts.
-        steps: optimiser steps. rows_per_step: rows of one, over all processes.
-        tokens_at_most: tokens of all steps if every row were full.
+        output_dir: folder that the run will write to.
+        parameters, trainable_parameters: numbers of parameters in the converted model.
+        diffusion: the spec that its config.json will hold; None for an AR model.
+        mask_token, pad_token: the tokens as text.
+        steps: optimizer steps. rows_per_step: rows per step, over all processes.
+        tokens_at_most: tokens in all steps if every row were full.
         eval_rows: rows on which the model is evaluated during the run and after it.
-        notes: what the conversion could not keep of the base, a sentence each.
+        notes: what the conversion could not keep from the base, one sentence each.
         dry_run: True.
     """
 
@@ -43,8 +43,8 @@ class SftExample:
     """The first conversation that teaches something.
 
     Attributes:
-        text: with what is learned between ⟦ and ⟧.
-        tokens, supervised_tokens: of all of it, and of what is learned.
+        text: its text, with what is learned between ⟦ and ⟧.
+        tokens, supervised_tokens: how many tokens it has, and how many of them are learned.
     """
 
     text: str
@@ -54,11 +54,11 @@ class SftExample:
 
 @dataclass(frozen=True, kw_only=True)
 class SftPlan(RunPlan):
-    """A `RunPlan` of `sft`.
+    """A `RunPlan` for `sft`.
 
     Attributes:
         turns: the number and lengths of the supervised turns, in a sentence.
-        example: the first of them.
+        example: the first conversation with one.
     """
 
     turns: str
@@ -75,10 +75,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class RlPlan(RunPlan):
-    """A `RunPlan` of `rl`.
+    """A `RunPlan` for `rl`.
 
     Attributes:
-        prompts: how many there are. first_prompt: the first of them.
+        prompts: number of prompts. first_prompt: the first one.
         rewards: names of the rewards.
     """
 
@@ -89,19 +89,19 @@ class RlPlan(RunPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run was, as its `ar2diff.json` holds it.
+    """A completed run, as recorded in its `ar2diff.json`.
 
     Attributes:
         output_dir: folder that holds the model.
-        ar2diff, versions: versions of ar2diff, Python and libraries.
-        base_model, base_commit: what was trained: folder or Hub id, and the commit of the latter.
+        ar2diff, versions: the versions of ar2diff, and of Python and the libraries.
+        base_model, base_commit: the model that was trained: folder or Hub id, and the Hub commit.
         recipe: the resolved recipe.
-        sharding: what the optimizer's state was cut by; None if it was whole.
+        sharding: how the optimizer state was sharded; None if it was not.
         parameters, trainable_parameters, diffusion, mask_token, pad_token, steps, rows_per_step,
-            tokens_at_most, eval_rows, notes: as of `RunPlan`.
+            tokens_at_most, eval_rows, notes: as in `RunPlan`.
         tokens: real tokens that were trained on; None if nothing was trained.
-        answers: sft: numbers and lengths of the supervised turns.
-        eval: bound and AR NLL of the evaluation rows after the run; None without any.
+        answers: sft only: the number and lengths of the supervised turns.
+        eval: bound and AR NLL of the evaluation rows after the run; None if there are none.
         dry_run: False.
     """
 
@@ -129,6 +129,6 @@ class RunResult:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], output_dir: Path) -> RunResult:
-        """The result of a run with the given record, which may have more keys."""
+        """The result for a run with the given record, which may have additional keys."""
         known = {f.name for f in fields(cls)} & record.keys()
         return cls(**{name: record[name] for name in known} | {"output_dir": str(output_dir)})

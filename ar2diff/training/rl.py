@@ -1,4 +1,4 @@
-"""`rl`: a converted model, prompts and rewards in, a model that earns more out."""
+"""`rl`: a converted model, prompts and rewards in, a model that earns more reward out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .request import requested
 from .results import Prompt, RlPlan, RunPlan, RunResult
 from .run import run
 
-RESERVED = (*PASSED, "image", "images", "environments")  # what a column may not be called
+RESERVED = (*PASSED, "image", "images", "environments")  # names that a column must not have
 
 
 def rl(
@@ -47,20 +47,20 @@ def rl(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> RunResult | RunPlan:
-    """Tune a converted model (or, with `objective.kind: ar`, an AR one) by its rewards.
+    """Tune a converted model (or, with `objective.kind: ar`, an AR one) with rewards.
 
     Args:
-        model: folder or Hub id of the model, `@revision` allowed.
-        recipe: with a section `rl`; else as of `adapt`.
+        model: folder or Hub id of the model, with an optional `@revision`.
+        recipe: as for `adapt`, but with an `rl` section.
         data: files of prompts, in place of the recipe's `data.sources`.
-        output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as of `adapt`; at
-            least one step.
+        output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as for `adapt`,
+            but with at least one step.
 
     Returns:
-        What the run was; with `dry_run` an `RlPlan` of what it will be.
+        A description of the run; with `dry_run`, an `RlPlan` of the run as it would be.
 
     Raises:
-        Ar2DiffError: something the user can fix; nothing was written.
+        Ar2DiffError: for anything the user can fix; nothing has been written.
     """
     request = requested(
         "rl", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
@@ -82,14 +82,14 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows with prompts, and the rewards that judge their completions."""
+    """Rows with prompts, and the rewards that score their completions."""
 
     rows: list[dict[str, Any]]
     rewards: list[Any]
 
 
 def read(recipe: Recipe) -> Judged:
-    """The rewards of a recipe, and the prompts of its sources."""
+    """The rewards of a recipe, and the prompts from its sources."""
     rewards = make_rewards(recipe.rl.rewards)
     rows = read_prompts(recipe)
     check_rows(len(rows))
@@ -97,10 +97,10 @@ def read(recipe: Recipe) -> Judged:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
-    """The plan of a run on prompts; gives the tokenizer the chat template of the run."""
+    """The plan for a run on prompts. Sets the run's chat template on the tokenizer."""
     rows, rewards = judged.rows, judged.rewards
     if not isinstance(rows[0]["prompt"], str):
-        # What the assistant says need not be marked: nothing is learned from given answers.
+        # The template need not mark what the assistant says: no given answers are learned.
         plain = with_values(recipe, data={"assistant_only": False})
         checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
     check_lengths(checkpoint, recipe, rows)
@@ -127,7 +127,7 @@ RL = Verb("rl", check, read, make_plan, converts=False)
 def make_trainer(
     plan: Plan, rewards: list[Any], run_dir: Path, callbacks: list[Any]
 ) -> DiffusionGRPOTrainer:
-    """The trainer of a plan on rows of `read_prompts`."""
+    """The trainer for a plan, on rows from `read_prompts`."""
     rl = plan.recipe.rl
     args = training_arguments(
         plan.recipe,
@@ -148,7 +148,7 @@ def make_trainer(
         use_bias_correction_kl=False,
         mask_truncated_completions=rl.mask_truncated_completions,
         reward_weights=[reward.weight for reward in rl.rewards],
-        disable_dropout=True,  # else two scores of one policy differ, and the ratio is noise
+        disable_dropout=True,  # otherwise two scores of one policy differ, and ratios are noisy
     )
     return DiffusionGRPOTrainer(
         plan.checkpoint, plan.recipe, args, as_dataset(plan.rows), rewards, callbacks=callbacks
@@ -156,7 +156,7 @@ def make_trainer(
 
 
 def check_settings(recipe: Recipe, spec: Any) -> None:
-    """Refuse settings that would give a wrong run, before anything is loaded.
+    """Refuse settings that would make a run wrong, before anything is loaded.
 
     Raises:
         Ar2DiffError: naming the setting.
@@ -165,20 +165,20 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     if not rl.rewards:
         raise Ar2DiffError(
             f"{option('rl.rewards')} is empty",
-            "name at least one reward; see 'ar2diff config schema rl'",
+            "add a reward, for example {name: exact}; see 'ar2diff config schema rl'",
         )
     modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
     mode = rl.sampler.get("mode", modes[0])
     if mode not in modes:
         raise Ar2DiffError(
-            f"{option('rl.sampler.mode')} {shortened(mode)} does not write completions that "
-            f"{option('rl.estimator')} {rl.estimator} can score",
+            f"completions written with {option('rl.sampler.mode')} {shortened(mode)} cannot be "
+            f"scored with {option('rl.estimator')} {rl.estimator}",
             f"set it to {modes[0]}",
         )
     if rl.estimator == "ar" and not spec.ar_mode:
         raise Ar2DiffError(
             f"{option('rl.estimator', 'ar')} needs an AR mode, which the model does not have",
-            "choose another estimator",
+            f"choose another estimator, for example {option('rl.estimator', 'elbo')}",
         )
     if recipe.objective.kind == "ar" and rl.estimator != "ar":
         raise Ar2DiffError(
@@ -190,37 +190,37 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
         raise Ar2DiffError(
             f"{option('rl.prompt_mask')} has no effect with {spec.attention} attention, in which "
             "every block sees the clean prompt",
-            "set it to 0; it is for full attention",
+            "set it to 0; it is only for full attention",
         )
     grid = spec.block_length
     if grid is not None and rl.sampler.get("block_length", grid) != grid:
         raise Ar2DiffError(
-            f"{option('rl.sampler.block_length')} differs from the model's {grid}: completions "
-            "would be scored on another grid than they are written on",
+            f"{option('rl.sampler.block_length')} differs from the model's {grid}, so completions "
+            "would be scored on a different block grid than they were written on",
             "leave it out",
         )
     if rl.sampler.get("remask") and rl.estimator == "trajectory":
         raise Ar2DiffError(
-            f"{option('rl.sampler.remask')} lets a token be decided twice, and the trajectory "
-            "estimator scores each token in the one step that decided it",
+            f"{option('rl.sampler.remask')} lets a token be decided twice, but the trajectory "
+            "estimator scores each token in the single step that decided it",
             f"leave it out, or set {option('rl.estimator', 'elbo')}",
         )
     if rl.estimator == "spg" and rl.beta:
         raise Ar2DiffError(
-            f"{option('rl.beta')} cannot be used with the spg estimator, whose bound for bad "
-            "completions has no KL",
+            f"{option('rl.beta')} cannot be used with the spg estimator: its bound for bad "
+            "completions does not define a KL",
             "set it to 0",
         )
     if rl.loss_type == "cispo" and (rl.epsilon_high or rl.epsilon) < 1:
         raise Ar2DiffError(
-            f"{option('rl.epsilon_high')} is the largest ratio itself in the cispo loss; below 1 "
-            "it cuts every ratio",
-            "set it, for example to 5",
+            f"{option('rl.epsilon_high')} must be at least 1 with the cispo loss, in which it "
+            "is the largest ratio allowed; below 1, every ratio would be clipped",
+            "set it to 5, for example",
         )
     if recipe.peft is not None and recipe.peft.dropout:
         raise Ar2DiffError(
-            f"{option('peft.dropout')} makes two scores of one policy differ, and their ratio "
-            "noise",
+            f"{option('peft.dropout')} makes two scores under the same policy differ, so their "
+            "ratio would be noise",
             "set it to 0",
         )
     try:
@@ -232,7 +232,7 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     completions = train.per_device_train_batch_size * steps * world_size()
     if completions % rl.num_generations:
         raise Ar2DiffError(
-            f"a generation has {completions} completions, which is not a multiple of "
+            f"a generation step produces {completions} completions, which is not a multiple of "
             f"{option('rl.num_generations')} {rl.num_generations}",
             f"change {option('train.per_device_train_batch_size')} or "
             f"{option('rl.num_generations')}",
@@ -241,15 +241,15 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
         raise Ar2DiffError(
             f"with {option('rl.steps_per_generation')} {steps} and "
             f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps}, "
-            "an update would mix generations",
+            "one update would mix completions from different generation steps",
             "make one a multiple of the other",
         )
     if rl.num_iterations > 1 and steps % train.gradient_accumulation_steps:
         raise Ar2DiffError(
             f"{option('rl.num_iterations')} is {rl.num_iterations}, but with "
             f"{option('rl.steps_per_generation')} {steps} below "
-            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps} "
-            "several iterations would be one update",
+            f"{option('train.gradient_accumulation_steps')} {train.gradient_accumulation_steps}, "
+            "several iterations would fall into one update",
             f"set {option('rl.steps_per_generation')} to a multiple of it, or leave it out",
         )
 
@@ -266,29 +266,30 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
             count = len(prompt_ids(tokenizer, row["prompt"]))
         except (ValueError, TypeError, TemplateError) as error:
             raise Ar2DiffError(
-                f"the chat template does not render prompt {number}: {first_line(error)}",
+                f"the chat template cannot render prompt {number}: {first_line(error)}",
                 f"fix the prompt, or set {option('data.chat_template')} to another template",
             ) from error
         if longest is not None and count + recipe.rl.max_completion_length > longest:
             raise Ar2DiffError(
-                f"prompt {number} has {count} tokens; with {option('rl.max_completion_length')} "
-                f"{recipe.rl.max_completion_length} that exceeds the model's context of {longest}",
+                f"prompt {number} has {count} tokens, which with "
+                f"{option('rl.max_completion_length')} {recipe.rl.max_completion_length} exceeds "
+                f"the model's context of {longest} tokens",
                 f"remove the prompt, or lower {option('rl.max_completion_length')}",
             )
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows of all sources with `prompt` (a text, or with `rl.chat` what the user says in it) and
-    the columns that rewards read.
+    """The rows of all sources, with `prompt` (a text or messages; `rl.chat` turns a text into the
+    user's message) and the columns that the rewards read.
 
     Raises:
-        Ar2DiffError: naming the file and the row that has none.
+        Ar2DiffError: naming the file and row without a prompt.
     """
     rows = [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
     if len({type(row["prompt"]) for row in rows}) > 1:
         raise Ar2DiffError(
             "some prompts are texts and some are lists of messages",
-            f"set {option('rl.chat', True)}, or give prompts of one kind",
+            f"set {option('rl.chat', True)}, or make all prompts of one kind",
         )
     return rows
 
@@ -300,13 +301,13 @@ def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
         likely = option("data.columns.prompt", likely_prompt(row) or "COLUMN")
         raise Ar2DiffError(
             f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
-            f"correct the row, or name its column with {likely}",
+            f"correct the row, or name the column of the prompt with {likely}",
         )
     row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
     for name in RESERVED:
         if name in row:
             raise Ar2DiffError(
-                f"{where}: trl itself uses the name {name!r}, so no column may have it",
+                f"{where}: the column name {name!r} is reserved by trl",
                 "rename the column",
             )
     if recipe.rl.chat and not chat:

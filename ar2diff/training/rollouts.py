@@ -20,11 +20,11 @@ class Rollout:
     """A completion on its canvas.
 
     Attributes:
-        ids: [T] from position 0 to the end of the canvas; masks where nothing was decided.
-        prompt: tokens of the prompt. answer: tokens of the answer, its end token included.
-        step: [T] the forward in which a token was decided, 0 for the others.
-        seed: of all noise that scores the completion.
-        forwards: how many the completion took.
+        ids: [T] from position 0 to the end of the canvas, with masks where nothing was decided.
+        prompt: length of the prompt. answer: length of the answer, including its end token.
+        step: [T] the forward pass in which each token was decided, 0 for the others.
+        seed: seed of all noise used to score the completion.
+        forwards: how many forward passes the completion took.
     """
 
     ids: Tensor
@@ -36,7 +36,7 @@ class Rollout:
 
     @property
     def answer_ids(self) -> list[int]:
-        """Token ids of the completion."""
+        """The token ids of the completion."""
         return self.ids[self.prompt : self.prompt + self.answer].tolist()
 
 
@@ -47,11 +47,11 @@ def sample(
     settings: dict[str, Any],
     batch_size: int,
 ) -> list[Rollout]:
-    """Complete each prompt, in batches of similar length; the result is in the prompts' order.
+    """Complete each prompt, in batches of similar length. Results are in the order of the prompts.
 
     Args:
-        seeds: one for each prompt; the draws of a row are a function of its seed and prompt.
-        settings: options of `generate`.
+        seeds: one per prompt; the draws for a row depend only on its seed and prompt.
+        settings: options for `generate`.
     """
     found: dict[int, Rollout] = {}
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
@@ -69,7 +69,7 @@ def sample(
 
 def of_canvas(canvas: Canvas, row: int, spec: Spec, seed: int) -> Rollout:
     """The rollout in a row of a finished canvas. With blocks, its canvas ends with the block of the
-    last token, since what comes later was never read."""
+    last token, since nothing after it was ever read."""
     prompt, answer = int(canvas.prompt[row]), len(canvas.new_ids(row))
     stop = int(canvas.length[row])
     if spec.attention != "full":

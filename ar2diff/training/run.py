@@ -1,4 +1,4 @@
-"""The driver of all training verbs: plan, claim the output folder, resume, train, save."""
+"""The driver for all training verbs: plan, claim the output folder, resume, train, save."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .plan import Plan, Verb
 from .request import Request
 from .results import RunPlan, RunResult
 
-DECISIVE = {  # keys of a record that must be equal where a run is resumed, and what they are
+DECISIVE = {  # record keys that must match when a run is resumed, in words
     "recipe": "recipe", "base_model": "model", "inputs": "content",
     "rows_per_step": "number of rows per step", "sharding": "sharding",
 }  # fmt: skip
@@ -50,26 +50,26 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> RunResult | RunPlan:
-    """Run a training verb; the arguments and results are those of `adapt`.
+    """Run a training verb. Arguments and results are those of `adapt`.
 
     Raises:
-        Ar2DiffError: something the user can fix; nothing was written.
+        Ar2DiffError: for anything the user can fix; nothing has been written.
     """
     recipe, output_dir = request.recipe, request.output_dir
     if resume and overwrite:
         raise Ar2DiffError(
-            f"{option('resume', True)} and {option('overwrite', True)} contradict each other",
+            f"{option('resume', True)} and {option('overwrite', True)} cannot be combined",
             "choose one of them",
         )
     if recipe.train.compile:
         check_compiler()
-    path = find_checkpoint(request.model)  # once: a Hub id is a download
+    path = find_checkpoint(request.model)  # only once: a Hub id means a download
     inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
     if is_main():
         check_output(output_dir, inputs, resume, overwrite)
     plan = verb.prepare(path, recipe)
     check_disk(output_dir, plan.bytes_needed())
-    check_saving(plan.checkpoint)  # not after the training
+    check_saving(plan.checkpoint)  # before training, not after it
     summary = plan.summary(output_dir)
     if dry_run:
         return plan.preview(plan, summary) if plan.preview else summary
@@ -90,7 +90,7 @@ def run(
 
 
 def _record(plan: Plan, request: Request, path: Path, summary: RunPlan) -> dict[str, Any]:
-    """What `ar2diff.json` holds of a run that has not begun."""
+    """The content of `ar2diff.json` for a run that has not begun."""
     known = asdict(summary)
     del known["output_dir"], known["dry_run"]
     return {
@@ -107,7 +107,7 @@ def _record(plan: Plan, request: Request, path: Path, summary: RunPlan) -> dict[
 
 
 def _begin(output: Output, record: dict[str, Any], resume: bool) -> None:
-    """Begin a run in its folder, or check that the run to resume is the same."""
+    """Begin a run in its folder, or check that the run to be resumed is the same."""
     old = run_record(output.folder) if resume else None
     if old is None:
         if record["steps"]:
@@ -118,41 +118,41 @@ def _begin(output: Output, record: dict[str, Any], resume: bool) -> None:
         if old.get(name) != new[name]:
             changed = _difference(name, old.get(name), new[name])
             raise Ar2DiffError(
-                f"{output.folder} cannot be resumed: {changed}",
-                "resume with the command and the files that it was started with, or set "
+                f"the run in {output.folder} cannot be resumed: {changed}",
+                "resume it with the command and files that it was started with, or start over with "
                 f"{option('overwrite', True)}",
             )
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    """What differs between a decisive part of a run's record and that of its resumption."""
+    """How a decisive part of a run's record differs from that of its resumption."""
     if name in ("recipe", "inputs") and isinstance(old, dict):
         for key, value in new.items():
             if old.get(key) == value:
                 continue
             if name == "inputs":
-                return f"the content of {INPUTS[key]} has changed since it was started"
+                return f"the content of {INPUTS[key]} has changed since the run was started"
             if isinstance(value, dict) and isinstance(old.get(key), dict):
                 names = (*value, *old[key])  # an older version may have had more of them
                 inner = next(k for k in names if old[key].get(k) != value.get(k))
                 before, now = old[key].get(inner), value.get(inner)
-                return f"{key}.{inner} was {shortened(before)}, and is {shortened(now)} now"
-            return f"{key} was {shortened(old.get(key))}, and is {shortened(value)} now"
-    return f"its {DECISIVE[name]} was {shortened(old)}, and is {shortened(new)} now"
+                return f"{key}.{inner} was {shortened(before)}, but is now {shortened(now)}"
+            return f"{key} was {shortened(old.get(key))}, but is now {shortened(value)}"
+    return f"its {DECISIVE[name]} was {shortened(old)}, but is now {shortened(new)}"
 
 
 def _train(
     plan: Plan, output_dir: Path, resume: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Train; returns what the record gains, and the weights if the model does not hold them
+    """Train. Returns what to add to the record, and the weights if the model does not hold them
     whole."""
     run_dir = output_dir / "checkpoints"
-    use_cache = plan.checkpoint.model.config.use_cache  # which the Trainer turns off
+    use_cache = plan.checkpoint.model.config.use_cache  # the Trainer turns it off
     watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
     trainer = plan.make_trainer(plan, run_dir, [watch])
     watch.trainer = trainer
     if trainer.is_world_process_zero():
-        shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # of a killed run
+        shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # left by a killed run
     done = checkpoints(run_dir)
     trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
     plan.checkpoint.model.config.use_cache = use_cache

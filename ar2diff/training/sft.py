@@ -1,5 +1,6 @@
-"""`sft`: a converted model and conversations in, a model that answers out. trl prepares the data,
-our loss trains on it; `objective.kind: ar` is the control, the AR base tuned on the same rows."""
+"""`sft`: a converted model and conversations in, a model that answers out. trl prepares the data
+and our loss trains on it. With `objective.kind: ar`, a control: the AR base tuned on the same
+rows."""
 
 from __future__ import annotations
 
@@ -67,16 +68,16 @@ def sft(
     """Tune a converted model (or, with `objective.kind: ar`, an AR one) on conversations.
 
     Args:
-        model: folder or Hub id of the model, `@revision` allowed.
+        model: folder or Hub id of the model, with an optional `@revision`.
         data: files of conversations, in place of the recipe's `data.sources`.
-        recipe, output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as of
-            `adapt`; at least one step.
+        recipe, output_dir, text_field, max_steps, overrides, resume, overwrite, dry_run: as for
+            `adapt`, but with at least one step.
 
     Returns:
-        What the run was; with `dry_run` an `SftPlan` of what it will be.
+        A description of the run; with `dry_run`, an `SftPlan` of the run as it would be.
 
     Raises:
-        Ar2DiffError: something the user can fix; nothing was written.
+        Ar2DiffError: for anything the user can fix; nothing has been written.
     """
     request = requested(
         "sft", model, recipe, output_dir, data=data, text_field=text_field, max_steps=max_steps,
@@ -86,12 +87,12 @@ def sft(
 
 
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
-    """Refuse what sft cannot do with a model, and set what it implies."""
+    """Refuse settings that sft cannot use with a model, and fill in those it implies."""
     check_kind(path, spec, recipe)
     if recipe.objective.weight == "cart":
         raise Ar2DiffError(
-            f"{option('objective.weight', 'cart')} is for adapt: sft does not weight tokens by "
-            "their context",
+            f"{option('objective.weight', 'cart')} only works with adapt: sft does not weight "
+            "tokens by their context",
             f"set {option('objective.weight')} to uniform or 1/t",
         )
     if recipe.data.overlong == "split":
@@ -102,14 +103,14 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
 
 
 def read(recipe: Recipe) -> Conversations:
-    """The conversations of a recipe's sources."""
+    """The conversations from a recipe's sources."""
     conversations = read_conversations(recipe)
     check_rows(len(conversations.rows))
     return conversations
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversations) -> Plan:
-    """The plan of a run on conversations; gives the tokenizer the chat template of the run."""
+    """The plan for a run on conversations. Sets the run's chat template on the tokenizer."""
     if recipe.objective.kind == "ar":
         check_length(checkpoint, recipe.data.max_length, "data.max_length")
     tokenizer = checkpoint.tokenizer
@@ -125,14 +126,15 @@ SFT = Verb("sft", check, read, make_plan)
 
 
 class DiffusionSFTTrainer(Denoising, SFTTrainer):
-    """trl's SFTTrainer with the denoising loss: its PEFT, accelerate, logging and saving; our data
-    preparation, noise, masks, packing and loss. With `objective.kind: ar` the rows have their clean
-    copies alone, and the loss is that of the AR mode: the control, on the same stream of rows.
+    """trl's SFTTrainer with the denoising loss. PEFT, accelerate, logging and saving are trl's;
+    data preparation, noise, masks, packing and loss are ours. With `objective.kind: ar`, the
+    control, it trains on the same stream of rows, but on the clean copies alone and with the AR
+    loss.
 
-    `evaluate` and `predict` take conversations, as a data set or a list of rows.
+    `evaluate` and `predict` take conversations as a data set or a list of rows.
 
     Args:
-        rows: with `input_ids` and `labels`, as `TokenRows.dataset` makes them.
+        rows: rows with `input_ids` and `labels`, as `TokenRows.dataset` makes them.
     """
 
     def __init__(
@@ -143,12 +145,12 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             checkpoint, recipe, args, train_dataset=rows, processing_class=checkpoint.tokenizer,
             data_collator=collator, **kwargs,
         )  # fmt: skip
-        self._loss_shifts_labels = False  # nothing here is counted by labels
+        self._loss_shifts_labels = False  # we count no tokens by their labels
         self.train_dataset = self._conversations(self.train_dataset)
         self.answers = self.train_dataset.answers()
 
     def facts(self) -> dict[str, Any]:
-        """What the run's record says of the answers."""
+        """What the run's record says about the answers."""
         answers, lengths = self.answers, sorted(self.answers.lengths)
         return {
             "answers": {
@@ -163,7 +165,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         }
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
-        """What a batch of `TurnCollator` asks for."""
+        """The loss task for a batch from `TurnCollator`."""
         masked, target = inputs["masked"], inputs["target"]
         task = Task(
             input_ids=inputs["input_ids"],
@@ -177,8 +179,8 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         return self.loss_task(task, inputs, labels=target, ar_columns=before)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
-        """Each conversation that teaches something as rows of its own, in the first epoch's
-        noise."""
+        """Each conversation with supervised tokens, as rows of its own with the noise of the first
+        epoch."""
         rows = self._conversations(self._tokenized(dataset))
         parts = [part for n in range(len(rows.rows)) for part in rows.parts(n, epoch=0)]
         return [(number, [part]) for number, part in enumerate(parts)]
@@ -189,7 +191,8 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         return PackedConversations(tokenized, ends, self.recipe, blanks(tokenizer))
 
     def _tokenized(self, dataset: Any) -> Dataset:
-        """Conversations as rows with `input_ids` and `labels`; rows that have them as they are."""
+        """Conversations as rows with `input_ids` and `labels`; rows that have these are kept as
+        is."""
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             return dataset
         rows = ((f"row {number}", from_arrow(row)) for number, row in enumerate(dataset, 1))
@@ -198,17 +201,17 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
-    """Let an answer's end token end a text: those of a base may be for documents only."""
+    """Make the end token of answers a stop token: the base may only know those of documents."""
     known = checkpoint.end_ids
     if end is not None and end not in known:
         checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
-    """The trainer of a plan on rows of `tokenize_conversations`.
+    """The trainer for a plan, on rows from `tokenize_conversations`.
 
     Raises:
-        Ar2DiffError: the rows teach nothing.
+        Ar2DiffError: there is nothing to learn in the rows.
     """
     recipe: Recipe = plan.recipe
     rows: TokenRows = plan.rows
@@ -216,8 +219,8 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
         recipe,
         run_dir,
         kind=SFTConfig,
-        max_length=None,  # longer rows are treated by our own rule
-        packing=False,  # rows are packed by us
+        max_length=None,  # we handle longer rows ourselves
+        packing=False,  # we pack rows ourselves
     )
     datasets.disable_progress_bars()
     trainer = DiffusionSFTTrainer(
@@ -232,12 +235,12 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
 
 
 def blanks(tokenizer: Any) -> Any:
-    """A function that says whether the text of an id is white space only."""
+    """A function that tells whether an id stands for white space only."""
     return functools.cache(lambda token: tokenizer.decode([token]).isspace())
 
 
 def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
-    """Refuse rows that would teach nothing, or would never teach the model to stop."""
+    """Refuse rows that would teach the model nothing, or would never teach it to stop."""
     data = recipe.data
     if answers.turns and not answers.ended and data.assistant_only:
         raise Ar2DiffError(
@@ -246,34 +249,34 @@ def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
         )
     if answers.barren == rows:
         if answers.cut:
-            over = "left out" if data.overlong == "drop" else "cut before an answer is complete"
+            over = "dropped" if data.overlong == "drop" else "cut before an answer is complete"
             raise Ar2DiffError(
                 f"there is nothing to learn: {answers.cut} of {rows} rows are longer than "
                 f"{option('data.max_length')} {data.max_length} and are {over}",
-                f"raise {option('data.max_length')}, or give shorter rows",
+                f"raise {option('data.max_length')}, or use shorter rows",
             )
         raise Ar2DiffError(
-            f"there is nothing to learn: none of the {rows} rows has a supervised token",
+            f"there is nothing to learn: no token in the {rows} rows is supervised",
             TEMPLATE_FIX,
         )
 
 
 def described(answers: Answers, recipe: Recipe) -> str:
-    """The numbers and lengths of the supervised turns, in a line."""
+    """The number and lengths of the supervised turns, in one line."""
     lengths = sorted(answers.lengths) or [0]
-    over = "left out" if recipe.data.overlong == "drop" else "cut"
-    barren = f"; {answers.barren} rows teach nothing" if answers.barren else ""
+    over = "dropped" if recipe.data.overlong == "drop" else "cut"
+    barren = f"; {answers.barren} rows have no supervised token" if answers.barren else ""
     return (
-        f"{answers.turns} supervised turns, median length {lengths[len(lengths) // 2]} tokens, "
-        f"longest {lengths[-1]}; {answers.turns - answers.ended} without an end token; "
+        f"{answers.turns} supervised turns with a median length of {lengths[len(lengths) // 2]} "
+        f"tokens, the longest {lengths[-1]}; {answers.turns - answers.ended} without an end token; "
         f"{answers.cut} rows longer than data.max_length {recipe.data.max_length} are "
         f"{over}{barren}"
     )
 
 
 def preview(plan: Plan, summary: RunPlan) -> SftPlan:
-    """A dry run's plan with the turns described and the first of them shown. Makes the trainer of
-    the run, in a temporary folder."""
+    """A dry run's plan, with the turns described and the first one shown. Makes the run's trainer
+    in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, _one_process():
         trainer = plan.make_trainer(plan, Path(folder), [])
     ids, learned = trainer.train_dataset.example()
@@ -289,7 +292,7 @@ def preview(plan: Plan, summary: RunPlan) -> SftPlan:
 
 
 def marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
-    """The text of the ids, with what is learned between ⟦ and ⟧."""
+    """The text of the ids, with the learned parts between ⟦ and ⟧."""
     text, before = "", ""
     for start, (now, last) in enumerate(zip(learned, [False, *learned[:-1]], strict=True)):
         if now != last:
@@ -300,7 +303,7 @@ def marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Hide the other processes from the libraries: a dry run plans for several and is one."""
+    """Hide the other processes from the libraries: a dry run plans for several, but is only one."""
     before = os.environ.pop("WORLD_SIZE", None)
     try:
         yield
