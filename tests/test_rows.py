@@ -313,7 +313,11 @@ UNREADABLE = [  # a row, what is said of it, and how it can be read or fixed
     ({"messages": "[{"}, "messages is a text that is not JSON", "correct"),
     ({"messages": ["a"]}, "messages[0] is text, but must be a message", "correct"),
     ({"messages": [{"role": 3, "content": "a"}]}, "messages[0]: the message has no", "correct"),
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "the role 'narrator' is unknown", "human"),
+    (
+        {"conversations": [{"from": "narrator", "value": "a"}]},
+        "the role 'narrator' is unknown",
+        "human",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
         "messages[0].content[0] is a part of type 'image'", "correct",
