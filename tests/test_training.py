@@ -427,7 +427,7 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
     record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
     record["recipe"]["train"]["former"] = 7  # a key of an older version
     (tmp_path / "out" / "ar2diff.json").write_text(json.dumps(record))
-    with pytest.raises(Ar2DiffError, match="train.former was 7, and is None now"):
+    with pytest.raises(Ar2DiffError, match=r"train.former was 7, and is None now"):
         adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 
