@@ -74,15 +74,16 @@ ATTENTIONS = {
         "objective.ar_weight=0",
     ],
 }  # fmt: skip
+PER_BLOCK = "--steps-per-block"  # which was --steps up to commit 3553796
 SAMPLINGS = {"greedy": ["--seed=7"], "sampled": ["--temperature=0.8", "--seed=7"]}
 DECODINGS = {
     "threshold 0.9": ["--threshold=0.9"],
     "threshold 0.5": ["--threshold=0.5"],
-    "steps": ["--steps=4"],
-    "steps, order margin": ["--steps=4", "--order=margin"],
-    "steps, order entropy": ["--steps=4", "--order=entropy"],
-    "steps, order random": ["--steps=4", "--order=random"],
-    "steps, remask": ["--steps=6", "--remask=0.25"],
+    "steps": [f"{PER_BLOCK}=4"],
+    "steps, order margin": [f"{PER_BLOCK}=4", "--order=margin"],
+    "steps, order entropy": [f"{PER_BLOCK}=4", "--order=entropy"],
+    "steps, order random": [f"{PER_BLOCK}=4", "--order=random"],
+    "steps, remask": [f"{PER_BLOCK}=6", "--remask=0.25"],
     "entropy bound": ["--entropy-bound=0.5"],
     "cfg": ["--cfg-scale=1"],
     "blocks of 4": ["--block-length=4"],
@@ -100,7 +101,7 @@ LEFT_TO_RIGHT = {
 BLOCK_CACHES = {
     "static cache": ["--cache=static"],
     "no cache": ["--cache=none"],
-    "static cache, steps": ["--cache=static", "--steps=4"],
+    "static cache, steps": ["--cache=static", f"{PER_BLOCK}=4"],
 }
 FULL_CACHES = {
     "prefix cache": ["--cache=prefix", "--block-length=8"],
@@ -109,7 +110,7 @@ FULL_CACHES = {
 CACHES = {"causal_context": BLOCK_CACHES, "block_causal": BLOCK_CACHES, "full": FULL_CACHES}
 INFILLS = {
     "threshold 0.9": ["--threshold=0.9"],
-    "steps": ["--steps=4"],
+    "steps": [f"{PER_BLOCK}=4"],
     "entropy bound": ["--entropy-bound=0.5"],
 }
 

@@ -46,6 +46,7 @@ def chat(
 
     check_request(model, None, settings)
     session = Chat(load(model, dtype="float32").checkpoint, settings, system)
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text ends no chat
     live = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()
     for note in session.greeting():

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..core.errors import Ar2DiffError, as_keyword, first_line, is_panic, shortened
+from ..core.errors import Ar2DiffError, as_keyword, check_text, first_line, is_panic
 from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
@@ -95,21 +95,6 @@ def root(
         raise typer.Exit
 
 
-def check_text(argument: str) -> None:
-    """Refuse an argument that is not text: no file can hold it, and no tokenizer reads it.
-
-    Raises:
-        Ar2DiffError: it is not UTF-8.
-    """
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise Ar2DiffError(
-            f"the argument {shortened(argument)} is not valid UTF-8",
-            "encode it as UTF-8; if it is a file name, rename the file",
-        ) from None
-
-
 @contextmanager
 def boundary() -> Iterator[None]:
     """Exit with 2 for what the user can fix, told in two lines; 1 for a bug; 130 if interrupted."""
@@ -146,7 +131,7 @@ def main() -> None:
     with ending(), boundary():
         for argument in sys.argv[1:]:
             if not argument.isascii():
-                check_text(argument)
+                check_text(argument, "the argument")
         try:
             sys.exit(app(standalone_mode=False) or 0)
         except USAGE as error:

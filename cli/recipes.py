@@ -57,17 +57,19 @@ def cp(
     from ..core.errors import Ar2DiffError
 
     text = recipe_text(recipe)
-    if target.is_dir():
-        target = target / f"{recipe}.yaml"
-    if target.exists():
-        raise Ar2DiffError(f"{target} already exists", "choose another name, or remove the file")
-    if not dry_run:
-        try:
-            target.write_text(text, encoding="utf-8")
-        except OSError as error:
+    try:
+        if target.is_dir():
+            target = target / f"{recipe}.yaml"
+        if target.exists():
             raise Ar2DiffError(
-                f"{target} cannot be written: {error.strerror}", "choose another file"
-            ) from None
+                f"{target} already exists", "choose another name, or remove the file"
+            )
+        if not dry_run:
+            target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Ar2DiffError(
+            f"{target} cannot be written: {error.strerror}", "choose another file"
+        ) from None
     typer.echo(f"{'would write' if dry_run else 'wrote'} {target}")
 
 

@@ -13,6 +13,9 @@ import torch
 from ar2diff.cli.main import main
 from safetensors.torch import load_file, save_file
 
+from ar2diff.checkpoint.output import check_output
+from ar2diff.core.errors import Ar2DiffError
+
 
 @pytest.fixture
 def fails(monkeypatch, capsys, tmp_path):
@@ -204,6 +207,11 @@ def test_compile_without_a_compiler(adapts_not, tiny_checkpoint, monkeypatch):
     assert "train.compile needs no-such-compiler on a CPU" in said
 
 
+def test_output_folder_whose_name_is_too_long(tmp_path):
+    with pytest.raises(Ar2DiffError, match="File name too long"):
+        check_output(tmp_path / ("x" * 300))
+
+
 def test_disk_too_full_to_start(adapts_not, tiny_checkpoint, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("ar2diff.checkpoint.output.shutil.disk_usage", lambda path: usage)
@@ -292,6 +300,10 @@ def test_converted_model_refuses_another_attention(fails, tmp_path, tiny_checkpo
         (["adapt", "x", "--max-steps", "many"], "--max-steps"),
         (["generate", "x", "--prompt", "a", "--mode", "sideways"], "--mode"),
         (["translate"], "No such command"),
+        (["recipes", "cp", "demo", "x" * 300], "cannot be written: File name too long"),
+        (["generate", "x", "--prompts-file", "x" * 300], "File name too long"),
+        (["eval", "x", "--data", "y", "--samples", "9" * 18], "--samples is 999999999999999999"),
+        (["card", "x" * 300], "File name too long"),
     ],
 )
 def test_wrong_usage_is_two_lines_too(fails, arguments, said):

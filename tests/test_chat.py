@@ -63,6 +63,13 @@ def test_a_line_leads_to_states_and_an_answer(plain):
     assert "9 tokens, " in result.summary
 
 
+def test_a_line_that_is_not_utf_8_is_a_problem_and_the_chat_goes_on(plain):
+    chat = Chat(plain, {"max_new_tokens": 2})
+    for line in ("a\udcff", "/set a\udcff=1"):
+        assert "is not valid UTF-8" in say(chat, line)[Problem][0].what
+    assert answer(chat, "the cat").new_tokens == 2
+
+
 def test_without_a_template_the_text_goes_on(plain):
     chat = Chat(plain, {"max_new_tokens": 8})
     assert any("no chat template" in note.text for note in chat.greeting())

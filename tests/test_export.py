@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import foreign
 import pytest
@@ -313,4 +314,20 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 )
 def test_damaged_weights_are_not_copied(fails, converted, tmp_path, change, said):
     folder = with_header(shutil.copytree(converted, tmp_path / "ours"), change)
+    assert said in fails(folder, "ar")
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"suppress_tokens": [{"a": 2}]}, "suppress_tokens {'a': 2} is not the id of a token"),
+        ({"early_stopping": 5}, "it is not a generation config"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_generation_config_that_cannot_be_loaded_is_not_copied(
+    fails, converted, tmp_path, values, said
+):
+    folder = Path(shutil.copytree(converted, tmp_path / "ours"))
+    (folder / "generation_config.json").write_text(json.dumps(values))
     assert said in fails(folder, "ar")

@@ -23,7 +23,9 @@ from test_custom_generate import BLOCKER
 from ar2diff.checkpoint.custom_generate import FOLDER, custom_generate
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.hub.card import TOKENS
+from ar2diff.hub.push import check_folder
 from ar2diff.training.adapt import adapt
 
 TOKEN, READER, ROBS = "hf_AnasOwnSecret", "hf_MayReadAlone", "hf_RobsSecret"
@@ -230,8 +232,22 @@ def test_a_link_out_of_the_folder_is_not_published(hub, fails, model, tmp_path):
     (tmp_path / "secret.json").write_text("{}")
     (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
     said = fails(folder, "ana/linked")
-    assert "special_tokens_map.json is a link to a file outside of the folder" in said
+    assert "'special_tokens_map.json' is a symbolic link that leads out of the" in said
     assert ("model", "ana/linked") not in hub.repos
+
+
+@pytest.mark.parametrize("kind", ["bytes", "link"])
+def test_a_card_that_is_no_text_of_the_folder_is_refused_first(model, tmp_path, kind):
+    folder = Path(shutil.copytree(model, tmp_path / "own"))
+    card = folder / "README.md"
+    if kind == "bytes":
+        card.write_bytes(b"# mine \xff")
+    else:
+        (tmp_path / "secret").write_text("mine")
+        card.symlink_to(tmp_path / "secret")
+    said = {"bytes": "it is not UTF-8 (byte 7)", "link": "is not a file inside of the folder"}
+    with pytest.raises(Ar2DiffError, match=re.escape(said[kind])):
+        check_folder(folder)
 
 
 # Over an existing repository

@@ -282,6 +282,20 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(folder):
     os.close(ended)
 
 
+def test_a_forked_child_of_a_child_closes_nothing_of_its_own(folder):
+    """The child gives the number of the lock that it closed to a file of its own."""
+    with claimed(folder):
+        child = os.fork()
+        if not child:
+            number, _ = os.pipe()
+            grandchild = os.fork()
+            if not grandchild:
+                os.fstat(number)
+                os._exit(0)
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # Kills
 
 STEPS = ("unlink", "replace", "rmdir", "mkdir", "chmod", "write_text")

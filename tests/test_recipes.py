@@ -240,6 +240,9 @@ HOSTILE = [  # an override, or a file; what is said of it
     ("train.seed.x=3", "train.seed: Input should be a valid integer"),
     ("a" * 5000 + "=3", "is not a key of the top level"),
     ("a." * 5000 + "b=3", "is not a recipe key"),
+    ("train.save_steps=" + "9" * 23, "train.save_steps: must lie between"),
+    ("rl.epsilon=1e308", "rl.epsilon: must lie between"),
+    ("train.per_device_train_batch_size=1000000000", "less than or equal to 65536"),
     ("modle=x", "modle is not a key of the top level of a recipe |"),
     ("train.lr=3", "train.lr is not a key of section train |"),
     ("train.learning_rat=3", "; did you mean train.learning_rate? |"),
@@ -251,6 +254,8 @@ HOSTILE = [  # an override, or a file; what is said of it
     (b"\xff\xfe", "cannot be read: "),
     (b"a: " + b"x" * 1_000_001, "it is larger than 1,000,000 bytes"),
     (b"a: [", "is not valid YAML"),
+    *((b"description: " + value, "(!!)") for value in (b"!!int ''", b"!!bool x", b"!!float ''")),
+    (b"description: !!timestamp x", "timestamp"),
 ]
 
 

@@ -724,9 +724,14 @@ def test_a_reward_that_ends_its_process_leaves_the_batch_out(own, capfd):
 
 def test_an_interrupt_ends_a_call_and_its_process(own):
     reward = own(sleeps)
-    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        reward(**BATCH)
+    # A shell starts background jobs with interrupts ignored, which Python leaves so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            reward(**BATCH)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(call, in_main):

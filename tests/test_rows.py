@@ -230,10 +230,10 @@ SHAPES = {  # a row, and what is made of it
         {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"},
     ),
     "prompt and completion as messages": (
-        {"prompt": QA["messages"][:1], "completion": QA["messages"][1:]}, QA,
+        {"prompt": QA["messages"][:1], "completion": QA["messages"][1:]}, weighed(QA, 0),
     ),
     "a prompt of several messages is not learned": (
-        {"prompt": TURNS["messages"][:3], "completion": "good"}, weighed(TURNS, 1),
+        {"prompt": TURNS["messages"][:3], "completion": "good"}, weighed(TURNS, 0, 1, 2),
     ),
     "Alpaca": (
         {"instruction": "Count.", "input": "1 2", "output": "Two."}, chat("Count.\n\n1 2", "Two."),
@@ -375,6 +375,20 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(learned):
     assert whole[0] == whole[1] == "U:aA:bad</s>U:bA:good</s>" and notes == ()
     with pytest.raises(Ar2DiffError, match="row 1: a message is excluded from learning, but"):
         learned([weighed(TURNS, 1)], "data.assistant_only=false")
+
+
+def test_a_prompt_of_messages_is_never_learned(learned):
+    row = {"prompt": QA["messages"][:1], "completion": QA["messages"][1:]}
+    assert learned([row])[0][0].strip(".") == "Three.</s>"
+    with pytest.raises(Ar2DiffError, match="row 1: a message is not to be learned, but"):
+        learned([row], "data.assistant_only=false")
+
+
+def test_tokens_take_a_few_bytes_each(tiny_tokenizer, write_jsonl):
+    recipe = recipe_for(write_jsonl("a.jsonl", [{"text": "a b c"}]))
+    found = tokenize_conversations(read_conversations(recipe), tiny_tokenizer, recipe)
+    assert found.ids[0].itemsize == found.labels[0].itemsize == 4
+    assert found.dataset()[0]["labels"] == found.ids[0].tolist()
 
 
 def test_template_variables_of_a_row_reach_the_template(learned):

@@ -424,6 +424,11 @@ def test_resume_with_another_recipe_is_refused(tiny_checkpoint, text_file, tmp_p
     other = recipe_of(text_file, train={"max_steps": 1, "learning_rate": 0.2})
     with pytest.raises(Ar2DiffError, match=r"train.learning_rate was 0.1, but is now 0.2"):
         adapt(str(tiny_checkpoint), other, tmp_path / "out", resume=True)
+    record = json.loads((tmp_path / "out" / "ar2diff.json").read_text())
+    record["recipe"]["train"]["former"] = 7  # a key of an older version
+    (tmp_path / "out" / "ar2diff.json").write_text(json.dumps(record))
+    with pytest.raises(Ar2DiffError, match=r"train\.former was 7, but is now None"):
+        adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
 
 
 CHANGES = {  # of what a path holds, and what is said of it

@@ -34,7 +34,7 @@ MOST_CONFIG = 16 << 20  # bytes of any JSON file but the index
 
 LAYERS, EXPERTS = re.compile(r".*layers?"), re.compile(r"(.*_)?(n|num)_.*experts?")  # keys
 MOST_LAYERS = 256  # of a model that has fewer tensors than layers, because layers share them
-MOST_EXPERTS = 1 << 12
+MOST_EXPERTS = 1 << 14  # as many as Doge has by default
 MOST_LABELS = 100_000
 MOST_RANK = 1024  # of an adapter whose weights need not be looked at
 PATTERNS = ("layers_pattern", "layers_to_transform", "rank_pattern", "alpha_pattern")
@@ -90,6 +90,19 @@ def find_checkpoint(reference: str, code: bool = False, weights: bool = True) ->
         ) from error
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that the system cannot even look up.
+
+    Raises:
+        Ar2DiffError: a name in it is too long, or a folder on the way is not readable.
+    """
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise Ar2DiffError(f"{shortened(str(path))}: {reason}", "check the name") from None
+
+
 def inside(folder: Path, name: Any) -> Path:
     """The path of a file of a checkpoint folder, by the name that the folder itself gives it.
 
@@ -109,6 +122,13 @@ def inside(folder: Path, name: Any) -> Path:
         real = path.resolve()
         homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
         if not any(real.is_relative_to(place) for place in homes):
+            if path.is_symlink():
+                raise Ar2DiffError(
+                    f"model {folder}: {shortened(name)} is a symbolic link that leads out of the "
+                    "folder",
+                    "copy the file into the folder in place of the link, or give the folder that "
+                    "the link leads to",
+                )
             raise outside
         if real.exists() and not real.is_file():
             raise outside

@@ -212,7 +212,7 @@ def load_tokenizer(path: Path) -> Any:
     settings = path / "tokenizer_config.json"
     values = read_json(settings, "") if settings.is_file() else {}
     for name, value in values.items():
-        if type(value) is int and value > MOST_TOKENS and "length" not in name:
+        if type(value) is int and value > MOST_TOKENS and "len" not in name:
             raise Ar2DiffError(
                 f"{settings}: {shortened(name)} is {value}, which is more than {MOST_TOKENS} "
                 "tokens",

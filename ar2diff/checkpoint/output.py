@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.errors import Ar2DiffError, option
-from .files import ADAPTER_CONFIG, RUN_FILE
+from .files import ADAPTER_CONFIG, RUN_FILE, check_path
 
 LAST = ("config.json", ADAPTER_CONFIG)  # a folder holds a model once it has one of these
 CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
@@ -40,8 +40,16 @@ WRITTEN = re.compile(
     r"|configuration_\w+\.py|custom_generate|checkpoints"
 )
 _held: set[int] = set()  # file descriptors of locks
-# A forked child (a worker of a data loader) must not keep the lock of a parent that was killed.
-os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in _held])
+
+
+def _forget_locks() -> None:
+    """In a forked child (a worker of a data loader), which must not keep the lock of a parent that
+    was killed: close it once, as the number may become that of another file."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 class Output:
@@ -177,6 +185,7 @@ def check_output(
         Ar2DiffError: the folder holds an input, files that are not ours or a model that is not to
             be replaced; it is a file, is not writable, or another process writes there.
     """
+    check_path(output_dir)
     elsewhere = f"choose another {option('output_dir')}"
     target = output_dir.resolve()
     for path in inputs:

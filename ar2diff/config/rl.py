@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from .section import MOST_SAMPLES, Section
 
 # The settings of each method's paper. Values that a recipe sets itself take precedence.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,9 @@ class Rl(Section):
     estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
         "trajectory", description="how to estimate the log-likelihood of a completion"
     )
-    samples: int = Field(1, gt=0, description="coupled, elbo, spg: noise draws per completion")
+    samples: int = Field(
+        1, gt=0, le=MOST_SAMPLES, description="coupled, elbo, spg: noise draws per completion"
+    )
     segments: int | None = Field(
         None,
         gt=0,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from .section import MOST_ROWS, MOST_SAMPLES, Section
 
 
 class Convert(Section):
@@ -184,7 +184,7 @@ class Train(Section):
 
     max_steps: int = Field(1000, ge=0, description="optimizer steps; 0 converts without training")
     per_device_train_batch_size: int = Field(
-        8, gt=0, description="rows per micro-batch on each device"
+        8, gt=0, le=MOST_ROWS, description="rows per micro-batch on each device"
     )
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches per optimizer step"
@@ -235,7 +235,7 @@ class Eval(Section):
     )
     rows: int = Field(16, gt=0, description="number of evaluation rows")
     length: int = Field(128, gt=1, description="tokens in an evaluation row")
-    samples: int = Field(4, gt=0, description="noise draws per row")
+    samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
     steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
     panel_steps: int = Field(
         0, ge=0, description="training steps between displays of a sample being denoised; 0: never"

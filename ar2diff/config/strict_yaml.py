@@ -17,6 +17,11 @@ class StrictLoader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    yaml_constructors: ClassVar = {
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or not tag.endswith(":timestamp")
+    }
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -47,3 +52,5 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:  # an integer of too many digits, say
         raise ValueError(" ".join(str(error).split(";")[0].split())) from None
+    except (AttributeError, IndexError, KeyError):  # PyYAML's own, of `!!int ''` or `!!bool x`
+        raise ValueError("a value does not fit its tag (!!)") from None

@@ -17,6 +17,7 @@ from typing import Any
 from .. import __version__
 from ..checkpoint.files import (
     WEIGHTS,
+    check_ids,
     find_checkpoint,
     is_adapter,
     read_config,
@@ -175,6 +176,7 @@ def _check_weights(path: Path) -> str:
     Returns:
         The name of the class that holds them.
     """
+    check_ids(path)
     tensors = stored_tensors(path)
     config = load_config(path, len(tensors))
     try:
@@ -294,13 +296,25 @@ def _ar_notes(spec: Spec) -> list[str]:
 
 
 def _generation(path: Path) -> dict[str, Any]:
-    """The generation config without the settings that only our sampler knows."""
+    """The generation config without the settings that only our sampler knows.
+
+    Raises:
+        Ar2DiffError: nothing could load it.
+    """
     from transformers import GenerationConfig
 
     file = path / "generation_config.json"
     values = read_json(file, "") if file.is_file() else {}
     known = GenerationConfig().to_dict().keys()
-    return {name: value for name, value in values.items() if name in known}
+    values = {name: value for name, value in values.items() if name in known}
+    try:
+        GenerationConfig(**values).validate()
+    except Exception as error:  # of any class: nothing checks the types before
+        raise Ar2DiffError(
+            f"{file}: it is not a generation config ({first_line(error)})",
+            "correct it, or remove it",
+        ) from error
+    return values
 
 
 def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,24 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def check_text(text: str, what: str) -> None:
+    """Refuse a text with bytes that are not UTF-8 (Python keeps them as halves of surrogate pairs),
+    which no tokenizer takes and no file holds.
+
+    Args:
+        what: what the text is, as the error calls it: "the argument".
+
+    Raises:
+        Ar2DiffError: it has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Ar2DiffError(
+            f"{what} {shortened(text)} is not valid UTF-8", "encode it as UTF-8"
+        ) from None
+
+
 def shortened(value: object, most: int = 80) -> str:
     """The repr of a value that may be huge, in at most `most` characters."""
     if isinstance(value, str | bytes):

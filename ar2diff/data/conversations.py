@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, first_line, option
 from .chat_template import asked_otherwise, check_options, dropped_by, template_name
@@ -53,12 +55,13 @@ class TokenRows:
     """Conversations as token ids.
 
     Attributes:
-        ids: of each row. labels: of each token, its id where it is learned, else `IGNORED`.
+        ids: int32, of each row; lists would take ten times the memory.
+        labels: int32, of each token, its id where it is learned, else `IGNORED`.
         notes: lines for the user: what of the data is not used, what may be wrong with it.
     """
 
-    ids: list[list[int]]
-    labels: list[list[int]]
+    ids: list[np.ndarray]
+    labels: list[np.ndarray]
     notes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -128,7 +131,7 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
         notes.append(f"note: these columns of the data are not used: {names}")
     if data.chat:
         pairs = [
-            _chat(row, where, tokenizer, recipe)
+            np.array(_chat(row, where, tokenizer, recipe), dtype=np.int32)
             for row, where in zip(data.rows, data.where, strict=True)
         ]
         dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
@@ -141,7 +144,7 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
                 "without add_generation_prompt"
             )
     else:
-        pairs = [_text(row, tokenizer) for row in data.rows]
+        pairs = [np.array(_text(row, tokenizer), dtype=np.int32) for row in data.rows]
     return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
 
 
@@ -197,7 +200,8 @@ def _chat(
     ids = list(encoded["input_ids"])
     learned = encoded["assistant_masks"] if marked else [1] * len(ids)
     labels = [one if keep else IGNORED for one, keep in zip(ids, learned, strict=True)]
-    if 0 in weights:
+    unlearned = {m["role"] for m in row["messages"] if m.get("weight") == 0}
+    if "assistant" in unlearned or (unlearned and not marked):
         _forget(labels, weights, where, marked)
     return ids, labels
 

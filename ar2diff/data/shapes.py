@@ -190,8 +190,7 @@ def _pair(row: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(prompt, list) or isinstance(completion, list):
         before = _side(prompt, "user", f"{where}: prompt")
         after = _side(completion, "assistant", f"{where}: completion")
-        before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in before]
-        return _chat([*before, *after], row, where)
+        return _chat([*({**m, "weight": 0} for m in before), *after], row, where)
     for name in ("prompt", "completion"):
         if not isinstance(row[name], str):
             number = isinstance(row[name], (int, float)) and not isinstance(row[name], bool)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..core.seeds import keyed_generator
 
-TIMES = ("block", "document", "sequence")
 GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
-from ..core.errors import Ar2DiffError, option
+from ..config.section import MOST_SAMPLES
+from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
 from ..data.sources import read_texts
 from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
@@ -102,7 +103,7 @@ def evaluate(
         data: a file of rows, `-` for standard input, a Hub data set, or the texts themselves.
         text_field: the field of a row that holds the text.
         length: tokens per window; shorter texts are skipped.
-        samples: noise draws per window.
+        samples: noise draws per window, which one forward takes together.
         limit: maximum number of windows, from the start of the file; None for all.
 
     Raises:
@@ -112,6 +113,10 @@ def evaluate(
     for name, value, least in (("length", length, 2), ("samples", samples, 1)):
         if value < least:
             raise Ar2DiffError(f"{option(name)} is {value}", f"set it to {least} or more")
+    if samples > MOST_SAMPLES:
+        raise Ar2DiffError(
+            f"{option('samples')} is {shortened(samples)}", f"set it to {MOST_SAMPLES} or less"
+        )
     source = str(data) if isinstance(data, str | Path) else None
     name = f"{option('data')} {source}" if source else option("data")
     checkpoint = model if isinstance(model, Checkpoint) else _load(model)

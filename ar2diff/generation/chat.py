@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas
-from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
+from ..core.errors import Ar2DiffError, check_text, first_line, nearest, option, shortened
 from ..core.generate import room_of
 from ..core.options import FILTERS, Options
 from ..core.spec import Spec
@@ -109,6 +109,7 @@ class Chat:
     def events(self, line: str) -> Iterator[Event]:
         """The events that a line from the user leads to."""
         try:
+            check_text(line, "the line")
             if line.startswith("/") and not line.startswith("//"):
                 yield from self._command(line[1:])
             else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.files import check_path
 from ..core.errors import Ar2DiffError, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
@@ -132,6 +133,7 @@ def read_prompts(path: Path) -> list[str]:
     from ..config.sections import Source
     from ..data.sources import columns_of, read_source
 
+    check_path(path)
     if str(path) != "-" and not path.is_file():
         raise Ar2DiffError(f"prompts file {path} does not exist", "check the path")
     prompts = []

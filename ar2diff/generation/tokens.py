@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.errors import Ar2DiffError, first_line
+from ..core.errors import Ar2DiffError, check_text, first_line
 from ..core.spec import Spec
 from .prompts import Segments
 
@@ -52,6 +52,7 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
         if isinstance(segment, int):
             ids += [spec.mask_token_id] * segment
             continue
+        check_text(segment, "the prompt")
         new = _ids_after_text(tokenizer, segment) if number else prompt_ids(tokenizer, segment)
         if spec.mask_token_id in new:
             raise Ar2DiffError(

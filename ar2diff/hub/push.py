@@ -16,6 +16,8 @@ from ..checkpoint.files import (
     ADAPTER_WEIGHTS,
     DIFFUSION,
     RUN_FILE,
+    check_path,
+    inside,
     is_adapter,
     read_json,
     read_spec,
@@ -191,8 +193,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """Check that a folder can be published, and return its record.
 
     Raises:
-        Ar2DiffError: the folder is missing, holds no converted model, or is still being written.
+        Ar2DiffError: the folder is missing, holds no converted model, or is being written; its card
+            is not text.
     """
+    check_path(folder)
     fix = "give a folder that ar2diff wrote"
     if not folder.is_dir():
         raise Ar2DiffError(f"{folder} does not exist", fix)
@@ -208,6 +212,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"the model in {folder} is not converted: its config.json has no diffusion block",
             f"run 'ar2diff adapt {folder} --output-dir DIR', then push DIR",
         )
+    _check_card(folder)
     return read_json(folder / RUN_FILE, fix)
 
 
@@ -302,6 +307,18 @@ def files_of(
     card = make_card(name, checkpoint, published, origin, prompt, samples)
     files[CARD] = own if own.is_file() else card.encode()
     return files
+
+
+def _check_card(folder: Path) -> None:
+    """Refuse a card of the user's own that is not text, or lies outside of the folder."""
+    file = inside(folder, CARD)
+    try:
+        if file.is_file():
+            file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise Ar2DiffError(
+            f"{file}: it is not UTF-8 (byte {error.start})", "save it as UTF-8, or remove it"
+        ) from None
 
 
 def _identity(record: dict[str, Any], adapter: bool) -> dict[str, Any]:

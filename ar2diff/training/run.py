@@ -133,8 +133,9 @@ def _difference(name: str, old: Any, new: Any) -> str:
             if name == "inputs":
                 return f"the content of {INPUTS[key]} has changed since the run was started"
             if isinstance(value, dict) and isinstance(old.get(key), dict):
-                inner = next(k for k in value if old[key].get(k) != value[k])
-                before, now = old[key].get(inner), value[inner]
+                names = (*value, *old[key])  # an older version may have had more of them
+                inner = next(k for k in names if old[key].get(k) != value.get(k))
+                before, now = old[key].get(inner), value.get(inner)
                 return f"{key}.{inner} was {shortened(before)}, but is now {shortened(now)}"
             return f"{key} was {shortened(old.get(key))}, but is now {shortened(value)}"
     return f"its {DECISIVE[name]} was {shortened(old)}, but is now {shortened(new)}"

@@ -46,9 +46,16 @@ def folder(case: Case, draw: random.Random, path: Path) -> str:
 
 def _json(path: Path) -> Any:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if path.stat().st_size < 200_000:
+        if path.is_file() and path.stat().st_size < 200_000:
             return json.loads(path.read_text())
     return None
+
+
+def _put(file: Path, data: bytes) -> None:
+    """Write a file, unless a link or something that is no file is there: it would lead elsewhere,
+    or never end."""
+    if not file.is_symlink() and (file.is_file() or not file.exists()):
+        file.write_bytes(data)
 
 
 def _files(path: Path, suffix: str = "") -> list[Path]:
@@ -238,10 +245,8 @@ def template(case: Case, draw: random.Random, path: Path) -> str:
             (path / "chat_template.jinja").unlink()
         settings["chat_template"] = text
         (path / "tokenizer_config.json").write_bytes(dumps(settings))
-    elif (path / "chat_template.jinja").is_dir():
-        return ""
     else:
-        (path / "chat_template.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
+        _put(path / "chat_template.jinja", text.encode("utf-8", "surrogatepass"))
     return shown(text)
 
 
@@ -342,7 +347,7 @@ def shards(case: Case, draw: random.Random, path: Path) -> str:
             )
             index["weight_map"][names[0]] = new
             kind = f"name {shown(new)}"
-    (path / "model.safetensors.index.json").write_bytes(dumps(index))
+    _put(path / "model.safetensors.index.json", dumps(index))
     return kind
 
 
@@ -355,22 +360,21 @@ def extra(case: Case, draw: random.Random, path: Path) -> str:
         case "model":
             with contextlib.suppress(OSError):
                 (path / "tokenizer.json").unlink()
-            (path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00")
+            _put(path / "tokenizer.model", b"\x0a\x0e\x0a\x05<unk>\x15\x00")
         case "vocab":
             with contextlib.suppress(OSError):
                 (path / "tokenizer.json").unlink()
-            (path / "vocab.json").write_bytes(dumps(value(draw)))
-            (path / "merges.txt").write_bytes(b"#version\na b c\n\xff")
+            _put(path / "vocab.json", dumps(value(draw)))
+            _put(path / "merges.txt", b"#version\na b c\n\xff")
         case "index":
-            (path / "model.safetensors.index.json").write_bytes(dumps(value(draw)))
+            _put(path / "model.safetensors.index.json", dumps(value(draw)))
         case "link":
             for name in ("tokenizer_x", "checkpoints", "notes.safetensors"):
                 with contextlib.suppress(FileExistsError):
                     (path / name).symlink_to("../../secret/diary.txt")
         case "large":
-            (path / "special_tokens_map.json").write_bytes(dumps({"bos_token": "@@deep@@"}))
+            _put(path / "special_tokens_map.json", dumps({"bos_token": "@@deep@@"}))
         case "map":
-            (path / "added_tokens.json").write_bytes(
-                dumps(draw.choice([{"x": 10**9}, {"x": -1}, [], {"x": "y"}]))
-            )
+            values = draw.choice([{"x": 10**9}, {"x": -1}, [], {"x": "y"}])
+            _put(path / "added_tokens.json", dumps(values))
     return kind

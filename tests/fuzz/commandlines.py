@@ -96,7 +96,7 @@ def recipe_file(case: Case, draw: random.Random, file: Path) -> str:
         note = f"{shown(key)}: {shown(text)}"
         case.patient |= key.rpartition(".")[2] in LARGE
         with contextlib.suppress(
-            yaml.YAMLError, UnicodeError, AttributeError, ValueError, RecursionError
+            yaml.YAMLError, UnicodeError, AttributeError, TypeError, ValueError, RecursionError
         ):
             tree = yaml.safe_load(data)
             section, _, name = key.partition(".")

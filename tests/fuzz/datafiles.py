@@ -53,7 +53,11 @@ def _rows(rows: list[Any], kind: str) -> bytes:
         names = list(dict.fromkeys(str(n) for row in rows if isinstance(row, dict) for n in row))
         writer = csv.DictWriter(text, names or ["text"], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(row for row in rows if isinstance(row, dict))
+        writer.writerows(
+            {n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in row.items()}
+            for row in rows
+            if isinstance(row, dict)
+        )
         return text.getvalue().encode("utf-8", "backslashreplace")
     if kind == "parquet":
         return _parquet(rows)

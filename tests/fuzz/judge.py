@@ -32,13 +32,13 @@ class Finding:
 def examine(
     root: Path, seed: int, number: int, sound: bool = False
 ) -> tuple[cases.Case, sandbox.Outcome, list[Finding]]:
-    """Make a case, run it, judge it; a sound one has to exit with 0."""
+    """Make a case, run it, judge it; a sound one has to end well."""
     case = cases.make(root, seed, number, sound)
     before = sandbox.snapshot(root / "case")
     outcome = sandbox.run(root, case.words, case.stdin, lambda: loadable(case), case.seconds)
     after = sandbox.snapshot(root / "case")
     findings = list(judge(case, outcome, before, after))
-    if sound and outcome.code != 0:
+    if sound and outcome.code != (2 if case.refused else 0):
         error = outcome.err.strip()[-300:]
         findings.append(
             Finding("refused", (case.verb, _gist(error)), "a sound case is refused", error)
