@@ -142,7 +142,8 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     for n, call in enumerate(calls):
         inner = call.get("function")
         if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
-            given = _of_json(inner["arguments"], f"{where}.tool_calls[{n}].function.arguments")
+            text = inner["arguments"].strip() or "{}"  # some APIs write no arguments as no text
+            given = _of_json(text, f"{where}.tool_calls[{n}].function.arguments")
             call = {**call, "function": {**inner, "arguments": given}}
         read.append(call)
     return read
