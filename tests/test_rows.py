@@ -211,6 +211,12 @@ QA = chat("How many?", "Three.")
 TURNS = chat("a", "bad", "b", "good")
 PARTS = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+
+
+def with_arguments(value):
+    return {"type": "function", "function": {"name": "f", "arguments": value}}
+
+
 JSON_CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": "1"}'}}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d"}}]
 ASKED = {"role": "user", "content": "a"}
@@ -252,6 +258,10 @@ SHAPES = {  # a row, and what is made of it
     "arguments as JSON text": (
         {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [JSON_CALL]}]},
         {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+    ),
+    "arguments as empty text": (
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [with_arguments("")]}]},
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [with_arguments({})]}]},
     ),
     "weight 0": (
         {"messages": [{**m, "weight": int(n != 1)} for n, m in enumerate(TURNS["messages"])]},
