@@ -210,14 +210,13 @@ def weighed(row, *places):
 QA = chat("How many?", "Three.")
 TURNS = chat("a", "bad", "b", "good")
 PARTS = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
 
 
-def with_arguments(value):
-    return {"type": "function", "function": {"name": "f", "arguments": value}}
+def calls(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]}
 
 
-JSON_CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": "1"}'}}
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d"}}]
 ASKED = {"role": "user", "content": "a"}
 SHAPES = {  # a row, and what is made of it
@@ -256,12 +255,12 @@ SHAPES = {  # a row, and what is made of it
     "tools as JSON text": ({**QA, "tools": json.dumps(TOOLS)}, {**QA, "tools": TOOLS}),
     "no tools as an empty text": ({**QA, "tools": ""}, QA),
     "arguments as JSON text": (
-        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [JSON_CALL]}]},
-        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        calls('{"x": "1"}'),
+        calls({"x": "1"}),
     ),
     "arguments as empty text": (
-        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [with_arguments("")]}]},
-        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [with_arguments({})]}]},
+        calls(""),
+        calls({}),
     ),
     "weight 0": (
         {"messages": [{**m, "weight": int(n != 1)} for n, m in enumerate(TURNS["messages"])]},
@@ -390,7 +389,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned(learned):
 def test_a_prompt_of_messages_is_never_learned(learned):
     row = {"prompt": QA["messages"][:1], "completion": QA["messages"][1:]}
     assert learned([row])[0][0].strip(".") == "Three.</s>"
-    with pytest.raises(Ar2DiffError, match="row 1: a message is not to be learned, but"):
+    with pytest.raises(Ar2DiffError, match="row 1: a message is excluded from learning, but"):
         learned([row], "data.assistant_only=false")
 
 
