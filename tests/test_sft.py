@@ -186,6 +186,10 @@ def test_a_template_that_does_not_mark_the_assistant_is_refused(tiny_tokenizer, 
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(Ar2DiffError, match="does not mark"):
         chat_template(tokenizer, make_recipe())
+    tokenizer.chat_template = "{{ range(10**12) | list }}"  # raises in jinja's sandbox
+    with pytest.raises(Ar2DiffError, match="does not mark"):
+        chat_template(tokenizer, make_recipe())
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     whole = make_recipe(data={"assistant_only": False})
     assert chat_template(tokenizer, whole) == tokenizer.chat_template
 

@@ -112,6 +112,12 @@ def test_every_loader_of_transformers_is_told_to_run_no_code():
     assert {file for file, _ in loads} == {"model.py"} and len(loads) == 3
 
 
+@pytest.mark.parametrize("value", [{"a": None}, "4", True, 0])
+def test_a_window_that_is_no_number_of_tokens_is_refused(folder, value):
+    change(folder / "config.json", sliding_window=value)
+    assert "sliding_window is" in refused(load_config, folder)
+
+
 # Files outside of the folder
 
 

@@ -193,12 +193,20 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
             else "upgrade transformers, or use another checkpoint",
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of any class: from a wrong type to heads that do not divide
         raise Ar2DiffError(
             f"{path / CONFIG}: it does not describe a {kind} model ({first_line(error)})",
             "correct it, or download the checkpoint again",
         ) from error
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise Ar2DiffError(
+            f"{path / CONFIG}: sliding_window is {shortened(window)}, but must be a number of "
+            "tokens",
+            "correct it, or download the checkpoint again",
+        )
+    return config
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -263,7 +263,7 @@ def _marked(tokenizer: Any, template: str, tools: bool, name: str) -> str:
         known = get_training_chat_template(tokenizer)
         if known is not None and has_generation_markers(known):
             return known
-    except ValueError:
+    except Exception:  # trl renders it, and a template raises what it likes
         pass
     finally:
         tokenizer.chat_template = before
