@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import AsJson, quiet, report
+from .output import AsJson, as_yaml, quiet, report
 
 
 def check_command(
@@ -27,7 +27,7 @@ def check_command(
     else:
         plain = {"diffusion": "no, this is an autoregressive model"}
         for name, value in (result.spec.to_dict() if result.spec else plain).items():
-            typer.echo(f"{name:15} {value}")
+            typer.echo(f"{name:15} {as_yaml(value)}")
         for finding in result.findings:
             typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}")
         for place, how in result.elsewhere.items():

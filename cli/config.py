@@ -29,6 +29,7 @@ def schema(
     from ..config.recipe import Recipe
     from ..config.schema import describe_fields
     from ..core.errors import Ar2DiffError, nearest, shortened
+    from .output import as_yaml
 
     names = list(Recipe.model_fields)
     if section is not None and section not in names:
@@ -41,4 +42,4 @@ def schema(
         return
     for name, kind, default, description in describe_fields(Recipe):
         if section in (None, name.split(".")[0]):
-            typer.echo(f"{name:40} {kind:34} {default!s:12} {description}".rstrip())
+            typer.echo(f"{name:40} {kind:34} {as_yaml(default):12} {description}".rstrip())

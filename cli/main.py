@@ -36,6 +36,11 @@ USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors n
 class Verb(TyperCommand):
     """A command whose errors name options as its own flags."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The list of commands would keep the line breaks of a docstring.
+        self.short_help = " ".join((self.help or "").split("\n\n")[0].split())
+
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the verb."""
         try:
@@ -140,6 +145,5 @@ def main() -> None:
                 print(context.get_help())
                 sys.exit(0)
             path = context.command_path if context else "ar2diff"
-            raise Ar2DiffError(
-                error.format_message(), f"run '{path} --help' to see the usage"
-            ) from None
+            told = error.format_message().replace(": Value error, ", ": ")  # pydantic's words
+            raise Ar2DiffError(told, f"run '{path} --help' to see the usage") from None

@@ -68,13 +68,25 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     for key, item in value.items():
         name = key.replace("_", " ")
         if isinstance(item, dict):
-            lines += [f"{indent}{name}:", *_lines(item, indent + "  ")]
+            inner = _lines(item, indent + "  ")
+            lines += [f"{indent}{name}:", *inner] if inner else []
         elif isinstance(item, (list, tuple)) and item:
-            lines += [f"{indent}{name}:", *(f"{indent}  {part}" for part in item)]
+            lines += [f"{indent}{name}:", *(f"{indent}  {as_yaml(part)}" for part in item)]
         elif item is not None and item != []:  # what does not apply is not shown
-            shown = f"{item:.4g}" if isinstance(item, float) else item
+            shown = f"{item:.4g}" if isinstance(item, float) else as_yaml(item)
             lines.append(f"{indent}{name}: {shown}")
     return lines
+
+
+def as_yaml(value: Any) -> str:
+    """A value on one line, as a recipe would write it, not as Python does."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {as_yaml(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return str(value)
 
 
 def _finite(value: Any) -> Any:

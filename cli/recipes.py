@@ -23,8 +23,9 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     if as_json:
         report(described, True)
     else:
+        width = max(map(len, described))
         for name, description in described.items():
-            typer.echo(f"{name:14} {description}")
+            typer.echo(f"{name:{width}} {description}")
 
 
 @recipes_app.command()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from ar2diff.cli.main import main
+from ar2diff.cli.output import report
 
 from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
 from ar2diff.generation.results import write_results
@@ -53,6 +54,41 @@ def test_help_of_every_verb_shows_an_example(run, verb):
     code, out = run(*verb, "--help")
     assert code == 0
     assert "Example: ar2diff" in out
+
+
+def test_the_list_of_commands_is_wrapped_once(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out = run("--help")
+    assert code == 0
+    assert "error, and the negative log-likelihood of the AR mode." in out
+    assert "each line of standard input is answered." in out
+
+
+@pytest.mark.parametrize("arguments", [["config", "schema"], ["doctor"]], ids=" ".join)
+def test_values_are_shown_as_a_recipe_writes_them(run, arguments):
+    code, out = run(*arguments)
+    assert code == 0
+    assert re.findall(r"\bNone\b|\bTrue\b|\bFalse\b|\(\)", out) == []
+
+
+def test_a_report_shows_no_python_values(capsys):
+    sources = [{"path": "a.jsonl", "weight": None, "split": "train"}]
+    report({"sources": sources, "columns": {"prompt": None}, "packing": True}, as_json=False)
+    assert capsys.readouterr().out == "sources:\n  path: a.jsonl, split: train\npacking: true\n"
+
+
+def test_recipes_are_listed_in_two_columns(run):
+    _, out = run("recipes", "ls")
+    described = {name: load_recipe(name).description for name in recipe_names()}
+    assert {line.index(described[line.split()[0]]) for line in out.splitlines()} == {
+        max(map(len, described)) + 1
+    }
+
+
+def test_a_wrong_choice_is_told_without_the_words_of_a_library(run_both):
+    code, _, said = run_both("generate", "x", "--prompt", "a", "--mode", "sideways")
+    assert code == 2
+    assert "Value error" not in said and "'sideways' is not one of" in said
 
 
 @pytest.mark.parametrize(
