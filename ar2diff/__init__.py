@@ -5,7 +5,7 @@ fine-tunes them.
 
     ar2diff.adapt("Qwen/Qwen3-0.6B", "qwen3-0.6b", "runs/qwen", data="stories.jsonl")
     model = ar2diff.load("runs/qwen")
-    print(model.generate("The sea", max_new_tokens=64))
+    print(model.generate("The sea", max_new_tokens=64).text)
 
 Training, with the same names as the commands:
     adapt               converts a checkpoint and trains it until it denoises

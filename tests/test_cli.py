@@ -300,7 +300,7 @@ def test_only_options_that_are_given_become_settings(run, converted, monkeypatch
 
 def test_chat_answers_lines_of_stdin(run_both, converted, monkeypatch):
     lines = "the cat\n/set thresold=1\n/mode ar\nthe dog\n/nonsense\n/quit\nnever read\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     code, out, err = run_both("chat", converted, "--max-new-tokens", 6)
     assert code == 0
     assert out.count("\n") >= 2
