@@ -118,6 +118,12 @@ def test_a_window_that_is_no_number_of_tokens_is_refused(folder, value):
     assert "sliding_window is" in refused(load_config, folder)
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, math.nan])
+def test_a_dropout_that_is_no_probability_is_refused(folder, value):
+    change(folder / "config.json", attention_dropout=value)
+    assert "attention_dropout is" in refused(load_config, folder)
+
+
 # Files outside of the folder
 
 

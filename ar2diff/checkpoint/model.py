@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,6 +49,7 @@ MOST_NUMBERS = 16  # most numbers per stored byte: 8 at 1 bit each, and some to 
 SMALL = 10_000_000  # numbers that cost nothing, whatever is stored
 MOST_EXTRA = 16  # tokens that a tokenizer may have more than the weights have rows
 MOST_TOKENS = 10_000_000
+DROPOUT = re.compile(r"dropout|pdrop")  # in keys of configs
 
 
 @dataclass
@@ -206,6 +208,12 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
             "tokens",
             "correct it, or download the checkpoint again",
         )
+    for name, value in config.get_text_config().to_dict().items():
+        if DROPOUT.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise Ar2DiffError(
+                f"{path / CONFIG}: {shortened(name)} is {value}, but must lie between 0 and 1",
+                "correct it, or download the checkpoint again",
+            )
     return config
 
 
