@@ -121,7 +121,7 @@ def test_a_window_that_is_no_number_of_tokens_is_refused(folder, value):
 @pytest.mark.parametrize("value", [-1, 1.5, math.nan])
 def test_a_dropout_that_is_no_probability_is_refused(folder, value):
     change(folder / "config.json", attention_dropout=value)
-    assert "attention_dropout is" in refused(load_config, folder)
+    assert "'attention_dropout' is" in refused(load_config, folder)
 
 
 # Files outside of the folder
@@ -255,7 +255,7 @@ def test_an_index_of_a_wrong_type(folder, names):
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"num_hidden_layers": 10**6}, "'num_hidden_layers' is 1000000: more than 256 layers"),
+        ({"num_hidden_layers": 10**6}, "'num_hidden_layers' is 1000000, which is more than 256 layers"),
         ({"text_config": {"n_layer": 10**6}}, "'n_layer'"),
         ({"num_labels": 10**9}, "'num_labels' is 1000000000"),
         ({"num_local_experts": 10**9}, "'num_local_experts'"),
