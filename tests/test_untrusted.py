@@ -255,7 +255,10 @@ def test_an_index_of_a_wrong_type(folder, names):
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"num_hidden_layers": 10**6}, "'num_hidden_layers' is 1000000, which is more than 256 layers"),
+        (
+            {"num_hidden_layers": 10**6},
+            "'num_hidden_layers' is 1000000, which is more than 256 layers",
+        ),
         ({"text_config": {"n_layer": 10**6}}, "'n_layer'"),
         ({"num_labels": 10**9}, "'num_labels' is 1000000000"),
         ({"num_local_experts": 10**9}, "'num_local_experts'"),
@@ -297,8 +300,8 @@ def test_a_tokenizer_may_not_count_to_a_billion(folder):
         ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern is set"),
         ({"r": 10**9}, "r is 1000000000, but no stored matrix has that rank"),
         ({"r": "8"}, "r is '8'"),
-        ({"bias": "evil"}, "bias 'evil' is unknown"),
-        ({"bias": ["none"]}, "bias ['none'] is unknown"),
+        ({"bias": "evil"}, "bias is 'evil', which peft does not know"),
+        ({"bias": ["none"]}, "bias is ['none'], which peft does not know"),
         ({"trainable_token_indices": {"embed_tokens": [True]}}, "must be token ids"),
         ({"trainable_token_indices": 5}, "must be token ids"),
     ],
