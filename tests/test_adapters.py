@@ -324,9 +324,9 @@ def test_an_ar_model_gets_no_adapter(tiny_checkpoint, recipe, tmp_path, monkeypa
 
 
 def test_an_adapter_gets_no_adapter(make_adapter, recipe, tmp_path):
-    refused("is an adapter itself", adapt, str(make_adapter()), recipe(), tmp_path / "out")
+    refused("is itself an adapter", adapt, str(make_adapter()), recipe(), tmp_path / "out")
     plain = recipe("peft=null")
-    refused("is an adapter itself", adapt, str(make_adapter()), plain, tmp_path / "out")
+    refused("is itself an adapter", adapt, str(make_adapter()), plain, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,7 @@ def test_damaged_weights_are_not_copied(fails, converted, tmp_path, change, said
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"suppress_tokens": [{"a": 2}]}, "suppress_tokens {'a': 2} is not the id of a token"),
+        ({"suppress_tokens": [{"a": 2}]}, "suppress_tokens is {'a': 2}, which is not a token id"),
         ({"early_stopping": 5}, "it is not a generation config"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -245,7 +245,7 @@ def test_a_card_that_is_no_text_of_the_folder_is_refused_first(model, tmp_path, 
     else:
         (tmp_path / "secret").write_text("mine")
         card.symlink_to(tmp_path / "secret")
-    said = {"bytes": "it is not UTF-8 (byte 7)", "link": "is not a file inside of the folder"}
+    said = {"bytes": "it is not UTF-8 (byte 7)", "link": "is a symbolic link that leads out"}
     with pytest.raises(Ar2DiffError, match=re.escape(said[kind])):
         check_folder(folder)
 

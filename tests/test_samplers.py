@@ -529,7 +529,9 @@ def test_a_row_draws_the_same_whatever_batch_it_is_in(seed, others):
 
 
 def test_blocks_shorter_than_the_trained_ones_are_warned_of():
-    with pytest.warns(UserWarning, match="block_length 2 is below the 4 of the training"):
+    with pytest.warns(
+        UserWarning, match="block_length 2 is below the 4 that the model was trained with"
+    ):
         assert resolve(tiny_spec(), {"block_length": 2}).block_length == 2
 
 
