@@ -124,6 +124,12 @@ def test_a_dropout_that_is_no_probability_is_refused(folder, value):
     assert "'attention_dropout' is" in refused(load_config, folder)
 
 
+@pytest.mark.parametrize("value", [True, {"model_type": "evil"}])
+def test_a_text_config_that_is_none_is_refused(folder, value):
+    change(folder / "config.json", text_config=value)
+    assert "does not describe a llama model" in refused(load_config, folder)
+
+
 # Files outside of the folder
 
 

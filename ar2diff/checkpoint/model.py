@@ -196,19 +196,20 @@ def load_config(path: Path, tensors: int | None = None) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        described = config.get_text_config().to_dict()
     except Exception as error:  # of any class: from a wrong type to heads that do not divide
         raise Ar2DiffError(
             f"{path / CONFIG}: it does not describe a {kind} model ({first_line(error)})",
             "correct it, or download the checkpoint again",
         ) from error
-    window = getattr(config.get_text_config(), "sliding_window", None)
+    window = described.get("sliding_window")
     if window is not None and (type(window) is not int or window < 1):
         raise Ar2DiffError(
             f"{path / CONFIG}: sliding_window is {shortened(window)}, but must be a number of "
             "tokens",
             "correct it, or download the checkpoint again",
         )
-    for name, value in config.get_text_config().to_dict().items():
+    for name, value in described.items():
         if DROPOUT.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise Ar2DiffError(
                 f"{path / CONFIG}: {shortened(name)} is {value}, but must lie between 0 and 1",
