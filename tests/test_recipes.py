@@ -271,5 +271,13 @@ def test_a_wrong_recipe_is_two_short_lines(tmp_path, given, said):
     assert len(error.value.what) <= 400 and "\n" not in error.value.what
 
 
+@pytest.mark.parametrize("later", ["convert=x", "convert=[1]", "convert={}", "convert=null"])
+def test_an_override_may_replace_the_section_of_one_before(later):
+    try:
+        load_recipe("demo", ["convert.attention=full", later])
+    except Ar2DiffError as error:
+        assert error.what.startswith("demo: convert: ")
+
+
 def test_every_field_of_a_recipe_is_described():
     assert [name for name, _, _, text in describe_fields(Recipe) if not text] == []

@@ -183,8 +183,10 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
     chosen = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         _apply(tree, override)
-    if "convert.attention" in chosen:  # another attention than the recipe's, and what goes with it
-        for section, key, value in _implied(tree["convert"]["attention"]):
+    convert = tree.get("convert")  # which a later override may have replaced by anything
+    if "convert.attention" in chosen and isinstance(convert, dict) and "attention" in convert:
+        # Another attention than the recipe's, and what goes with it.
+        for section, key, value in _implied(convert["attention"]):
             if f"{section}.{key}" not in chosen and isinstance(tree.get(section, {}), dict):
                 tree.setdefault(section, {})[key] = value
     return parse_recipe(tree, label)
