@@ -165,7 +165,7 @@ def row_file(case: Case, draw: random.Random, file: Path) -> str:
 
 
 def _read(data: bytes, kind: str) -> list[Any] | None:
-    with contextlib.suppress(ValueError, OSError, RecursionError, EOFError):
+    with contextlib.suppress(ValueError, OSError, RecursionError, EOFError, csv.Error):
         if kind == "json":
             return json.loads(data)
         if kind in ("jsonl", "jsonl.gz"):
