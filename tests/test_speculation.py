@@ -104,11 +104,9 @@ def drafted(monkeypatch):
     `wrong(position)`; a random model would hardly ever be right."""
 
     def plant(rows, wrong):
-        def draft(group, ends, newest, ahead):
+        def draft(group, ends, ahead):
             group.trees = [Tree() for _ in group.rows]
-            for tree, row, front in zip(
-                group.trees, group.rows.tolist(), group.front.tolist(), strict=True
-            ):
+            for tree, row, front in zip(group.trees, group.rows, group.front, strict=True):
                 for depth in range(1, group.drafts + 1):
                     place = front + depth - 1
                     word = rows[row][place] if place < len(rows[row]) else 3
@@ -169,9 +167,10 @@ def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, predicti
     window, back = WINDOW if kind == "mistral_window" else None, int(prediction == "shift")
     original, compared = CandidateReader.read, Counter()
 
-    def read(self, ids, fronts, trees, drafts):
-        target, ahead = original(self, ids, fronts, trees, drafts)
-        for line, front in enumerate(fronts.tolist()):
+    def read(self, canvas_ids, rows, fronts, newest, trees, drafts):
+        target, ahead = original(self, canvas_ids, rows, fronts, newest, trees, drafts)
+        ids = canvas_ids[torch.tensor(rows)]
+        for line, front in enumerate(fronts):
             more = trees[line].tokens
             (row,) = [n for n, p in enumerate(PROMPTS) if ids[line, : len(p)].tolist() == p]
             if front >= len(PROMPTS[row]) + 9:  # finished

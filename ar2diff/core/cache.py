@@ -64,6 +64,10 @@ class ContextCache:
             self.width = int(self.length.max())
         self._drop(width + slots - self.width)
 
+    def extend(self) -> None:
+        """After a forward of one slot a row, at the end of rows of equal length: it is context."""
+        self.length, self.width, self.kept = self.length + 1, self.width + 1, []
+
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""
         for layer in self._layers():  # the stock method skips layers that hold nothing yet

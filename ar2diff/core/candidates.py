@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import layer_windows, model_mask, with_context
 from .cache import ContextCache
 from .draft import Draft
-from .forward import logits_at
+from .forward import logits_at, quiet_routers
 from .readers import ALL, slots_of
 from .spec import Spec
 from .tree import Tree, shapes
@@ -120,31 +120,47 @@ class CandidateReader:
         self.last = (context or 1 << 60) - 1
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
         self.uniform = not any(windows.values())  # all slots read the whole context
+        self.length = [0] * rows  # tokens of each row in the cache
+        self.certain: list[int] = []  # tokens known that are not
+        self.layout: _CandidateSlots | None = None
         self._steady: tuple[Any, _CandidateSlots, Any] | None = None
 
     def read(
-        self, ids: Tensor, front: Tensor, trees: list[Tree], drafts: int
+        self,
+        ids: Tensor,
+        rows: list[int],
+        front: list[int],
+        newest: list[int],
+        trees: list[Tree],
+        drafts: int,
     ) -> tuple[Tensor, Tensor]:
         """Logits [R, N + 1, V] after the newest token and each of N candidates, and
         [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`.
 
         Args:
-            ids: [R, T] canvas. front: [R] tokens known.
-            trees: of each row. drafts: tokens drafted behind each of their `blocks`.
+            ids: [., T] canvas. rows: which of its rows are read.
+            front: tokens known of each. newest: the last of them. trees: its candidates.
+            drafts: tokens drafted behind each of the trees' `blocks`.
         """
-        rows, device = len(ids), self.model.device
-        length = self.cache.length if self.cache else torch.zeros_like(front)
-        self.certain = front - length
+        length = self.length if self.cache else [0] * len(front)
+        self.certain = [known - cached for known, cached in zip(front, length, strict=True)]
+        if not drafts and self._plain(front, trees):
+            return self._read_newest(newest, front[0] - 1)
+        device, first = self.model.device, max(self.certain)
         self.layout, mask = self._lay_out(front, length, trees, drafts)
-        layout, pos = self.layout, self.layout.pos + front[:, None]
+        layout, nodes = self.layout, max(map(len, trees))
+        pos = layout.pos + torch.tensor(front)[:, None]
         tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
-        first, nodes = int(self.certain.max()), max(map(len, trees))
-        tokens[:, :first] = ids.gather(1, pos[:, :first].clamp(0, ids.shape[1] - 1))
+        if first > 1:
+            at = pos[:, :first].clamp(0, ids.shape[1] - 1)
+            tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
+        elif first:
+            tokens[:, 0] = torch.tensor(newest)
         if nodes:
             tokens[:, first : layout.clean] = torch.tensor(
                 [tree.tokens + [0] * (nodes - len(tree)) for tree in trees]
             )
-        index = torch.arange(rows)[:, None] * pos.shape[1] + layout.wanted
+        index = torch.arange(len(rows))[:, None] * pos.shape[1] + layout.wanted
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)
         with self.draft.applied(self.model, noisy) if drafting else nullcontext():
@@ -155,42 +171,75 @@ class CandidateReader:
                 input_ids=tokens.to(device),
                 attention_mask=mask,
                 position_ids=pos.clamp(0, self.last).to(device),
-            ).view(rows, layout.wanted.shape[0], -1)
+            ).view(len(rows), layout.wanted.shape[0], -1)
         ahead = logits[:, nodes + 1 :]
-        return logits[:, : nodes + 1], ahead.reshape(rows, -1, max(drafts, 1), logits.shape[-1])
+        return logits[:, : nodes + 1], ahead.reshape(len(rows), -1, max(drafts, 1), ahead.shape[-1])
 
     def keep(self, paths: list[list[int]]) -> None:
         """The tokens that were certain and the accepted candidates, by row, become context."""
         if not self.cache:
             return
-        slots, certain = self.layout.pos.shape[1], int(self.certain.max())
-        first, count = certain - self.certain, self.certain + torch.tensor([*map(len, paths)])
-        size = int(count.max())
+        counts = [known + len(path) for known, path in zip(self.certain, paths, strict=True)]
+        self.length = [cached + more for cached, more in zip(self.length, counts, strict=True)]
+        if self.layout is None:
+            self.cache.extend()
+            return
+        slots, certain = self.layout.pos.shape[1], max(self.certain)
+        first, size = [certain - known for known in self.certain], max(counts)
         chosen = [
-            [*range(f, certain), *(certain + node for node in path)]
-            for f, path in zip(first.tolist(), paths, strict=True)
+            ([*range(begin, certain), *(certain + node for node in path)] + [slots - 1] * size)[
+                :size
+            ]
+            for begin, path in zip(first, paths, strict=True)
         ]
-        padded = [(row + [slots - 1] * size)[:size] for row in chosen]
-        self.cache.keep(slots, first, count, torch.tensor(padded).view(len(paths), size))
+        chosen = torch.tensor(chosen).view(len(paths), size)
+        self.cache.keep(slots, torch.tensor(first), torch.tensor(counts), chosen)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: list[int]) -> None:
         """Continue with some of the rows."""
+        self.length = [self.length[row] for row in rows]
         if self.cache:
-            self.cache.select(rows)
+            self.cache.select(torch.tensor(rows))
+
+    def _plain(self, front: list[int], trees: list[Tree]) -> bool:
+        """Whether a forward only reads the newest token of each row, after a context that fills
+        the cache: then it needs no mask."""
+        return (
+            self.cache is not None
+            and self.cache.static is None
+            and self.uniform
+            and 0 < self.cache.width == max(self.length) == min(self.length)
+            and self.certain == [1] * len(front)
+            and not any(map(len, trees))
+        )
+
+    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, Tensor]:
+        """`read` without candidates and drafts."""
+        self.layout, device = None, self.model.device
+        tokens = torch.tensor(newest, device=device)[:, None]
+        logits = self.model(
+            input_ids=tokens,
+            position_ids=torch.full_like(tokens, position),
+            past_key_values=self.cache.stock,
+            use_cache=True,
+            **quiet_routers(self.model),
+        ).logits
+        return logits, logits[:, None, :0]
 
     def _lay_out(
-        self, front: Tensor, length: Tensor, trees: list[Tree], drafts: int
+        self, front: list[int], length: list[int], trees: list[Tree], drafts: int
     ) -> tuple[_CandidateSlots, Any]:
         """The slots, and the mask over the context and them. As long as each row has one certain
         token and trees of the same shape, only the context grows, and the slots after it are laid
         out once."""
-        certain = int(self.certain.max())
+        certain = max(self.certain)
         width = min(drafts + 1, self.spec.block_length) if drafts else 0
         deepest = max((max(tree.depths) for tree in trees if len(tree)), default=0)
-        beyond = int(front.max()) + deepest + width > self.last
-        steady = self.uniform and not beyond and bool((self.certain == certain).all())
+        beyond = max(front) + deepest + width > self.last
+        steady = self.uniform and not beyond and min(self.certain) == certain
         key = (certain, drafts, *shapes(trees))
-        seen = torch.arange(self.cache.width if self.cache else 0) < length[:, None]
+        columns = self.cache.width if self.cache else 0
+        seen = torch.arange(columns) < torch.tensor(length)[:, None]
         if not steady or self._steady is None or self._steady[0] != key:
             ahead = 1 if self.spec.prediction == "same" else 0  # the first of a block is the AR's
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
@@ -202,20 +251,23 @@ class CandidateReader:
             return layout, with_context(mask, seen.to(self.model.device))
         return layout, self._mask(layout, front, length, seen)
 
-    def _mask(self, layout: _CandidateSlots, front: Tensor, length: Tensor, seen: Tensor) -> Any:
+    def _mask(
+        self, layout: _CandidateSlots, front: list[int], length: list[int], seen: Tensor
+    ) -> Any:
         """The mask of the slots, which follow the columns `seen` [R, C] of the context."""
-        pos, columns = layout.pos + front[:, None], seen.shape[1]
-        slots = pos.shape[1]
+        start = torch.tensor(front)[:, None]
+        pos, columns = layout.pos + start, seen.shape[1]
+        slots, cached = pos.shape[1], torch.tensor(length)[:, None]
         static = self.cache is not None and self.cache.static is not None
         built = slots_of(
             self.cache.static if static else columns + slots,
             seen,
             torch.arange(columns).expand(len(pos), -1),
-            (pos >= length[:, None]) & (pos <= self.last) & layout.real,
+            (pos >= cached) & (pos <= self.last) & layout.real,
             pos,
             layout.noisy.expand(len(pos), -1),
             self.model.device,
-            layout.start + front[:, None],
+            layout.start + start,
             layout.branch,
         )
         return model_mask(

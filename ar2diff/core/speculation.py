@@ -65,66 +65,70 @@ class Speculation:
     def run(self) -> Iterator[Canvas]:
         """Decode, yielding the canvas after every forward."""
         canvas = self.canvas
-        front = torch.tensor(canvas.front)
-        groups = self._found(torch.arange(len(front)), self._zones(front))
+        groups = self._found(list(range(len(canvas.front))))
         while canvas.unfinished:
             for group in groups:
                 group.step()
             yield canvas
             groups = self._regrouped(groups)
 
-    def _found(self, rows: Tensor, zones: Tensor) -> list[_Group]:
-        """New groups of rows [R], one for each zone."""
-        return [_Group(self, rows[zones == zone], zone) for zone in zones.unique().tolist()]
+    def _found(self, rows: list[int]) -> list[_Group]:
+        """New groups of rows, one for each zone."""
+        zones: dict[int, list[int]] = {}
+        for row, zone in zip(rows, self._zones(rows), strict=True):
+            zones.setdefault(zone, []).append(row)
+        return [_Group(self, found, zone) for zone, found in sorted(zones.items())]
 
     def _regrouped(self, groups: list[_Group]) -> list[_Group]:
         """Groups without the rows that have finished, once they are half of theirs, and with rows
         that have come to another zone in groups of their own."""
         kept: list[_Group] = []
         for group in groups:
-            alive = ~self.canvas.done[group.rows]
-            if not self.switches and alive.all():
+            alive = [not self.canvas.over[row] for row in group.rows]
+            if not self.switches and all(alive):
                 kept.append(group)
                 continue
-            zones = self._zones(group.front)
-            stay = zones == group.zone
-            kept += self._found(group.rows[alive & ~stay], zones[alive & ~stay])
-            left = (alive & stay).nonzero()[:, 0]
-            if not len(left):
+            stay = [zone == group.zone for zone in self._zones(group.rows)]
+            lines = list(zip(group.rows, alive, stay, strict=True))
+            kept += self._found([row for row, live, here in lines if live and not here])
+            left = [n for n, (_, live, here) in enumerate(lines) if live and here]
+            if not left:
                 continue
             few = self.cache != "static" and 2 * len(left) <= len(group.rows)
-            if few or not stay.all():
+            if few or not all(stay):
                 group.select(left)
             kept.append(group)
         return kept
 
-    def _zones(self, front: Tensor) -> Tensor:
-        """[R] which rows can be read together, where the model's rotary factors change with the
-        length of the longest row: twice the regime of `rope_regime`, plus one if drafts would reach
-        beyond its end. Such rows decode without drafts, as their AR mode would, until they have
-        passed it."""
+    def _zones(self, rows: list[int]) -> list[int]:
+        """Which rows can be read together, where the model's rotary factors change with the length
+        of the longest row: twice the regime of `rope_regime`, plus one if drafts would reach beyond
+        its end. Such rows decode without drafts, as their AR mode would, until they have passed
+        it."""
         if not self.switches:
-            return torch.zeros_like(front)
+            return [0] * len(rows)
+        front = torch.tensor([self.canvas.front[row] for row in rows])
         now = rope_regime(front, self.switches)
         reach = self.pace.reach  # of the block after the last draft
-        return 2 * now + (rope_regime(front + reach, self.switches) != now)
+        return (2 * now + (rope_regime(front + reach, self.switches) != now)).tolist()
 
 
 class _Group:
     """Rows that are read together, and what is known of them between two forwards.
 
     Attributes:
-        rows: [R] global numbers.
-        front: [R] tokens known, the newest not cached yet.
+        rows: global numbers.
+        front: tokens known of each, the newest not cached yet. newest: that token.
         trees: candidates for what follows, and the masks behind them.
         drafts: how many tokens are drafted behind each.
         zone: of `_zones`.
     """
 
-    def __init__(self, own: Speculation, rows: Tensor, zone: int):
+    def __init__(self, own: Speculation, rows: list[int], zone: int):
         canvas = own.canvas
         self.own, self.rows, self.zone = own, rows, zone
-        self.front = torch.tensor(canvas.front)[rows]
+        self.front = [canvas.front[row] for row in rows]
+        self.newest = [int(canvas.ids[row, canvas.front[row] - 1]) for row in rows]
         self.pace = own.pace if zone % 2 == 0 else Pace.without_drafts()
         self.trees = [Tree() for _ in rows]
         self.drafts = self.pace.drafts(len(rows))
@@ -135,100 +139,124 @@ class _Group:
 
     def step(self) -> None:
         """Forward the rows once, accept candidates and draft anew."""
-        canvas, rows = self.own.canvas, self.rows
-        alive = ~canvas.done[rows]
-        target, ahead = self.reader.read(canvas.ids[rows], self.front, self.trees, self.drafts)
-        canvas.forwards[rows] += alive
+        canvas = self.own.canvas
+        alive = [not canvas.over[row] for row in self.rows]
+        target, ahead = self.reader.read(
+            canvas.ids, self.rows, self.front, self.newest, self.trees, self.drafts
+        )
+        canvas.count([row for row, live in zip(self.rows, alive, strict=True) if live])
         tokens, logits = self._tokens(target)
+        own = tokens.tolist()
         ends = [
-            tree.walk(own) if live else -1
-            for tree, own, live in zip(self.trees, tokens.tolist(), alive.tolist(), strict=True)
+            tree.walk(line) if live else -1
+            for tree, line, live in zip(self.trees, own, alive, strict=True)
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
         self.reader.keep(paths)
         self._write(paths, tokens, logits, alive)
-        newest = tokens[torch.arange(len(rows)), torch.tensor(ends) + 1]
-        self.front = self.front + torch.where(alive, torch.tensor([len(p) + 1 for p in paths]), 0)
-        self._draft(ends, newest, ahead)
+        self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
+        self.front = [
+            front + (len(path) + 1 if live else 0)
+            for front, path, live in zip(self.front, paths, alive, strict=True)
+        ]
+        self._draft(ends, ahead)
 
-    def select(self, keep: Tensor) -> None:
+    def select(self, keep: list[int]) -> None:
         """Continue with some of the rows."""
         self.reader.select(keep)
-        self.rows, self.front = self.rows[keep], self.front[keep]
-        self.trees = [self.trees[row] for row in keep.tolist()]
+        self.rows, self.front, self.newest, self.trees = (
+            [values[line] for line in keep]
+            for values in (self.rows, self.front, self.newest, self.trees)
+        )
 
     def _tokens(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The AR mode's tokens [R, N + 1] after the newest token and each candidate, and the logits
         [R * (N + 1), V] of possible tokens from which they were drawn."""
-        canvas, chooser = self.own.canvas, self.own.chooser
         count, size = target.shape[:2]
-        line = torch.arange(count).repeat_interleave(size)
-        depths = torch.tensor([[0, *t.depths, *[0] * (size - 1 - len(t))] for t in self.trees])
-        position = (self.front[:, None] + depths).flatten()
-        no_end = position < canvas.end_from[self.rows[line]] if canvas.held else None
-        logits = chooser.possible(target.flatten(0, 1), no_end, canvas.end_ids)
-        scores = chooser.warp(logits, self._contexts(size))
-        if self.own.noise is not None:
-            noise = self.own.noise.at(self.rows[line].tolist(), position.tolist())
-            scores = scores + noise.to(scores.device)
+        rows = [row for row in self.rows for _ in range(size)]
+        position = [
+            front + depth
+            for front, tree in zip(self.front, self.trees, strict=True)
+            for depth in (0, *tree.depths, *[0] * (size - 1 - len(tree)))
+        ]
+        logits = self._possible(target.flatten(0, 1), rows, position)
+        scores = self._scores(logits, rows, position, self._contexts(size))
         return scores.argmax(-1).cpu().view(count, size), logits
 
-    def _write(self, paths: list[list[int]], tokens: Tensor, logits: Tensor, alive: Tensor) -> None:
+    def _possible(self, logits: Tensor, rows: list[int], position: list[int]) -> Tensor:
+        """Logits [N, V] with impossible tokens at -inf."""
+        canvas = self.own.canvas
+        no_end = None
+        if canvas.held:
+            no_end = torch.tensor(position) < canvas.end_from[torch.tensor(rows)]
+        return self.own.chooser.possible(logits, no_end, canvas.end_ids)
+
+    def _scores(
+        self, logits: Tensor, rows: list[int], position: list[int], context: Tensor | None
+    ) -> Tensor:
+        """Scores [N, V] after temperature, filters and penalties, with the noise of their
+        positions: the highest one is drawn."""
+        scores = self.own.chooser.warp(logits, context)
+        if self.own.noise is None:
+            return scores
+        return scores + self.own.noise.at(rows, position).to(scores.device)
+
+    def _write(
+        self, paths: list[list[int]], tokens: Tensor, logits: Tensor, alive: list[bool]
+    ) -> None:
         """Write each row's accepted candidates, and the token after them."""
         canvas, size = self.own.canvas, tokens.shape[1]
-        lines, places, positions = [], [], []
-        totals, fronts = canvas.total[self.rows].tolist(), self.front.tolist()
-        for line, (path, live) in enumerate(zip(paths, alive.tolist(), strict=True)):
-            room = totals[line] - fronts[line] if live else 0
-            taken = [0, *(node + 1 for node in path)][:room]
-            lines += [line] * len(taken)
-            places += taken
-            positions += range(fronts[line], fronts[line] + len(taken))
-        line, place = torch.tensor(lines), torch.tensor(places)
-        found = tokens[line, place]
-        chosen = (line * size + place).to(logits.device)
-        logprob = log_prob(logits[chosen], found.to(logits.device)).cpu()
-        rows = self.rows[line]
-        canvas.write(rows, torch.tensor(positions), found, logprob, self.own.finished)
+        rows, chosen, positions = [], [], []
+        for line, (row, front, path) in enumerate(zip(self.rows, self.front, paths, strict=True)):
+            room = canvas.last[row] - front if alive[line] else 0
+            taken = [line * size, *(line * size + node + 1 for node in path)][:room]
+            rows += [row] * len(taken)
+            chosen += taken
+            positions += range(front, front + len(taken))
+        if len(chosen) < len(logits):
+            at = torch.tensor(chosen)
+            tokens, logits = tokens.flatten()[at], logits[at.to(logits.device)]
+        found = tokens.flatten()
+        logprob = log_prob(logits, found.to(logits.device)).cpu()
+        canvas.write(torch.tensor(rows), torch.tensor(positions), found, logprob, self.own.finished)
+        if self.own.noise is not None:
+            for row in self.rows:
+                self.own.noise.forget(row, canvas.front[row])
 
-    def _draft(self, ends: list[int], newest: Tensor, ahead: Tensor) -> None:
+    def _draft(self, ends: list[int], ahead: Tensor) -> None:
         """New candidates for what follows the newest token of each row.
 
         Args:
-            ends: the node at which each row's walk ended. newest: [R] the token after it.
+            ends: the node at which each row's walk ended.
             ahead: [R, M, K, V] draft logits behind the candidates with masks.
         """
         drafts, self.drafts = self.drafts, self.pace.drafts(len(self.rows))
+        if not drafts and not self.drafts:
+            return
         blocks = [
             tree.blocks.index(end) if drafts and end in tree.blocks else -1
             for tree, end in zip(self.trees, ends, strict=True)
         ]
         self.trees = [Tree() for _ in blocks]
-        have = [row for row, block in enumerate(blocks) if block >= 0]
-        if not have:
-            return self.pace.plan(self.trees, self.drafts)
-        at = torch.tensor(have)
-        logits = ahead[at, torch.tensor([blocks[row] for row in have])]
-        guesses = self._guesses(at, newest[at], logits)
-        for row, tree in zip(have, self.pace.grown(guesses), strict=True):
-            self.trees[row] = tree
+        have = [line for line, block in enumerate(blocks) if block >= 0]
+        if have:
+            logits = ahead[torch.tensor(have), torch.tensor([blocks[line] for line in have])]
+            guesses = self._guesses(have, logits)
+            for line, tree in zip(have, self.pace.grown(guesses), strict=True):
+                self.trees[line] = tree
         self.pace.plan(self.trees, self.drafts)
 
-    def _guesses(self, at: Tensor, newest: Tensor, logits: Tensor) -> Guesses:
-        """Guesses from the draft logits [R', K, V] of some rows."""
-        canvas, chooser = self.own.canvas, self.own.chooser
+    def _guesses(self, lines: list[int], logits: Tensor) -> Guesses:
+        """Guesses from the draft logits [R', K, V] of some of the rows."""
         count, drafts = logits.shape[:2]
-        rows = self.rows[at].repeat_interleave(drafts)
-        position = (self.front[at, None] + torch.arange(drafts)).flatten()
-        no_end = position < canvas.end_from[rows] if canvas.held else None
-        logits = chooser.possible(logits.flatten(0, 1), no_end, canvas.end_ids)
-        scores = chooser.warp(logits, None)
-        if self.own.noise is not None:
-            noise = self.own.noise.at(rows.tolist(), position.tolist())
-            scores = scores + noise.to(scores.device)
+        rows = [self.rows[line] for line in lines for _ in range(drafts)]
+        position = [self.front[line] + ahead for line in lines for ahead in range(drafts)]
+        logits = self._possible(logits.flatten(0, 1), rows, position)
+        scores = self._scores(logits, rows, position, None).view(count, drafts, -1)
         head = None if self.own.draft is None else self.own.draft.head
-        temperature = chooser.options.temperature or 1.0
-        return Guesses.of(scores.view(count, drafts, -1), newest, head, temperature)
+        temperature = self.own.chooser.options.temperature or 1.0
+        newest = torch.tensor([self.newest[line] for line in lines])
+        return Guesses.of(scores, newest, head, temperature)
 
     def _contexts(self, size: int) -> Tensor | None:
         """[R * size, T] what stands before the token after the newest token and each candidate,
@@ -236,18 +264,14 @@ class _Group:
         canvas = self.own.canvas
         if self.own.chooser.penalty is None:
             return None
-        ids = canvas.ids[self.rows]
-        longest = max((max(tree.depths) for tree in self.trees if len(tree)), default=0)
-        blank = torch.full((len(ids), longest), canvas.mask_token_id)
-        ids = torch.cat([ids, blank], 1)
-        ids = ids.masked_fill(
-            torch.arange(ids.shape[1]) >= self.front[:, None], canvas.mask_token_id
-        )
-        ids = ids[:, None].repeat(1, size, 1)
-        for line, tree in enumerate(self.trees):
-            front = int(self.front[line])
-            for node, token in enumerate(tree.tokens):
-                parent, depth = tree.parents[node], tree.depths[node]
+        deepest = max((max(tree.depths) for tree in self.trees if len(tree)), default=0)
+        width = canvas.ids.shape[1] + deepest
+        ids = torch.full((len(self.rows), size, width), canvas.mask_token_id)
+        for line, (row, front, tree) in enumerate(
+            zip(self.rows, self.front, self.trees, strict=True)
+        ):
+            ids[line, :, :front] = canvas.ids[row, :front]
+            for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]
-                ids[line, node + 1, front + depth - 1] = token
+                ids[line, node + 1, front + tree.depths[node] - 1] = token
         return ids.flatten(0, 1)
