@@ -22,6 +22,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DRAFT_CONFIG, DRAFT_WEIGHTS = "draft.json", "draft.safetensors"
 DIFFUSION = "diffusion.json"  # for an adapter what the block in config.json is for a whole model
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # downloaded from the Hub
@@ -176,6 +177,7 @@ def read_spec(path: Path) -> Spec | None:
     """
     if is_adapter(path):
         return adapter_spec(path)
+    refuse_draft(path, "which has no spec of its own")
     return _spec(path / CONFIG, read_config(path))
 
 
@@ -183,6 +185,27 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter. One that has a config.json as well is an adapter to the
     libraries too."""
     return (path / ADAPTER_CONFIG).is_file()
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a folder holds a draft adapter."""
+    return (path / DRAFT_CONFIG).is_file()
+
+
+def refuse_draft(path: Path, why: str) -> None:
+    """Refuse a draft adapter, naming the model that it drafts for.
+
+    Args:
+        why: what cannot be done with one, with the reason.
+
+    Raises:
+        Ar2DiffError: the folder holds one.
+    """
+    if is_draft(path):
+        base = read_json(path / DRAFT_CONFIG, AGAIN).get("base")
+        raise Ar2DiffError(
+            f"model {path} is a draft adapter, {why}", f"use its base model, {shortened(base)}"
+        )
 
 
 def adapter_spec(path: Path) -> Spec:

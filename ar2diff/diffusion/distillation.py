@@ -41,6 +41,13 @@ def mixed_divergence(
     """The weighted sum of several divergences, for example {"ce": 0.1, "tv": 0.9}, [N]; the other
     arguments are those of `divergence`."""
     log_q, p = log_probabilities(q_logits), log_probabilities(p_logits.detach()).exp()
+    return weighted_divergence(weights, log_q, p, target)
+
+
+def weighted_divergence(
+    weights: Mapping[str, float], log_q: Tensor, p: Tensor, target: Tensor
+) -> Tensor:
+    """`mixed_divergence`, given the log-probabilities of q and the probabilities p, [N, V]."""
     total = torch.zeros_like(log_q[:, 0])
     for kind, weight in weights.items():
         total = total + weight * _KINDS[kind](log_q, p, target)
