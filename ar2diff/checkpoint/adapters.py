@@ -30,6 +30,7 @@ from .files import (
     adapter_spec,
     find_checkpoint,
     is_adapter,
+    is_draft,
     read_json,
     read_spec,
 )
@@ -152,7 +153,7 @@ def load_adapter(
     folder = _find_base(path, base or _reference(config))
     found = read_spec(folder)
     fix = "set base_model_name_or_path in its adapter_config.json to the model it was trained on"
-    if is_adapter(folder) or found is None:
+    if is_adapter(folder) or is_draft(folder) or found is None:
         raise Ar2DiffError(f"adapter {path}: its base {folder} is not a converted model", fix)
     for name, value in asdict(found).items():
         trained_on = known["diffusion"].get(name)

@@ -16,7 +16,7 @@ from ..core.draft import CONFIG, WEIGHTS, load_draft, read_draft_spec
 from ..core.errors import Ar2DiffError
 from .adapters import name_of
 from .custom_generate import write_custom_generate
-from .files import find_checkpoint, is_adapter, is_draft
+from .files import draft_base
 from .model import Checkpoint, load_model, load_tokenizer
 from .output import Output, write_json
 from .stored import file_tensors, fingerprint
@@ -49,21 +49,13 @@ def load_drafting(
     """
     spec = read_draft_spec(path / CONFIG)
     file_tensors(path / WEIGHTS)
-    named = f"{spec.base}@{spec.revision}" if spec.revision else spec.base
-    fix = "load it with the model that it was trained for as its base"
-    try:
-        folder = find_checkpoint(base or _beside(path, named))
-    except Ar2DiffError as error:
-        raise Ar2DiffError(
-            f"draft adapter {path}: its base was not found: {error.what}", fix
-        ) from None
-    if is_adapter(folder) or is_draft(folder):
-        raise Ar2DiffError(f"draft adapter {path}: its base {folder} is an adapter itself", fix)
+    folder = draft_base(path, base)
     if base is None and fingerprint(folder) != spec.weights_sha256:
         raise Ar2DiffError(
             f"draft adapter {path}: the weights of its base {folder} are not the ones it was "
             "trained for",
-            fix,
+            "restore the base, or load the adapter with another base explicitly: its text is then "
+            "that of the other model",
         )
     checkpoint = load_model(folder, attn_implementation, device, quantization, dtype)
     checkpoint.draft = load_draft(path, checkpoint.model)
@@ -102,9 +94,3 @@ def save_draft_config(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint.tokenizer.save_pretrained(folder)
     write_custom_generate(folder)
     write_json(folder / CONFIG, checkpoint.draft.spec.to_dict())
-
-
-def _beside(path: Path, name: str) -> str:
-    """A base as `find_checkpoint` takes it: a relative folder is looked for from the adapter's."""
-    relative = path / name
-    return str(relative) if not Path(name).is_absolute() and relative.is_dir() else name

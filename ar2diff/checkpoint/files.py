@@ -170,14 +170,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_spec(path: Path) -> Spec | None:
-    """The spec of a folder; None for an unconverted model.
+    """The spec of a folder; None for an unconverted model. That of a draft adapter is its base's.
 
     Raises:
         Ar2DiffError: the spec is not one that this version honours.
     """
+    if is_draft(path):
+        return read_spec(draft_base(path))
     if is_adapter(path):
         return adapter_spec(path)
-    refuse_draft(path, "which has no spec of its own")
     return _spec(path / CONFIG, read_config(path))
 
 
@@ -190,6 +191,35 @@ def is_adapter(path: Path) -> bool:
 def is_draft(path: Path) -> bool:
     """Whether a folder holds a draft adapter."""
     return (path / DRAFT_CONFIG).is_file()
+
+
+def draft_base(path: Path, base: str | None = None) -> Path:
+    """The folder of the model that a draft adapter drafts for.
+
+    Args:
+        base: folder or Hub id to use instead of the one that the adapter names.
+
+    Raises:
+        Ar2DiffError: there is none, or it is an adapter itself.
+    """
+    fix = "move it there, or give the model that the adapter was trained for as its base"
+    values = read_json(path / DRAFT_CONFIG, AGAIN)
+    named, revision = values.get("base"), values.get("revision")
+    if not isinstance(named, str) or not isinstance(revision, str | None):
+        raise Ar2DiffError(f"{path / DRAFT_CONFIG} does not name a base", AGAIN)
+    beside = path / named
+    if base is not None:
+        named, revision = base, None
+    elif not Path(named).is_absolute() and beside.is_dir():
+        named = str(beside)
+    try:
+        folder = find_checkpoint(f"{named}@{revision}" if revision else named)
+    except Ar2DiffError as error:
+        what = f"draft adapter {path}: its base was not found: {error.what}"
+        raise Ar2DiffError(what, fix) from None
+    if is_adapter(folder) or is_draft(folder):
+        raise Ar2DiffError(f"draft adapter {path}: its base {folder} is an adapter itself", fix)
+    return folder
 
 
 def refuse_draft(path: Path, why: str) -> None:

@@ -23,7 +23,7 @@ from ..core.attention import Slots, model_mask
 from ..core.draft import Draft
 from ..core.forward import output_at
 from ..core.spec import Spec
-from .cross_entropy import PART, has_plain_head
+from .cross_entropy import PART
 from .distillation import weighted_divergence
 
 FLOOR = 0.5  # dpace: a draft that is certainly wrong still leaves this share to the later ones
@@ -56,6 +56,7 @@ class Drafting(torch.nn.Module):
         draft: the adapter. spec: how the model is read with it.
         suppressed: [V] bool, ids that no position can hold: both distributions lack them.
         loss: {divergence: weight}. dpace: whether the weights of positions are learned.
+        plain: whether the model satisfies `has_plain_head`: logits are then made a part at a time.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Drafting(torch.nn.Module):
         suppressed: Tensor,
         loss: Mapping[str, float],
         dpace: bool = False,
+        plain: bool = True,
     ):
         super().__init__()
         self.draft = draft
         self._base = (base, suppressed)  # in a tuple, which torch does not look into
         self.spec, self.loss, self.dpace = spec, dict(loss), dpace
-        self._plain: bool | None = None
+        self.plain = plain
 
     def to_device(self, device: torch.device) -> None:
         """Move what this module holds beside the adapter, except for the model."""
@@ -98,44 +100,47 @@ class Drafting(torch.nn.Module):
         return total / divisor, stats
 
     def predictions(self, batch: Mapping[str, Tensor]) -> Predictions:
-        """Run both forwards on a batch."""
-        base, draft, column = self._base[0], self.draft, batch["column"]
+        """Run both forwards on a batch. Blocks in which nothing is predicted are left out."""
+        column, slots = batch["column"], batch["noisy_ids"].shape[1]
         rows, length = batch["x0"].shape
         kept = (batch["weight"] > 0).any(-1)
         if not kept.any():  # one block without weight, so that there is a gradient
             kept = torch.zeros_like(kept)
             kept[0, 0] = True
         row = torch.arange(rows, device=column.device)[:, None, None]
-        cache = DynamicCache()
-        with torch.no_grad():
-            clean = Slots(
-                *(batch[name] for name in ("doc", "pos")), torch.zeros_like(batch["doc"]).bool()
-            )
-            p = self._read(
-                (row * length + column[..., :-1])[kept].flatten(),
-                cache,
-                input_ids=batch["x0"],
-                attention_mask=self._mask(clean),
-                position_ids=batch["pos"],
-            )
-        noisy = torch.ones_like(batch["noisy_doc"]).bool()
-        slots = Slots(
-            torch.cat([batch["doc"], batch["noisy_doc"]], 1),
-            torch.cat([batch["pos"], batch["noisy_pos"]], 1),
-            torch.cat([clean.noisy, noisy], 1),
-            torch.cat([batch["pos"], batch["start"]], 1),
-        )
-        own = torch.arange(noisy.shape[1], device=noisy.device).view(column.shape[1:])
-        with draft.applied(base, slice(0, None)):
-            q = self._read(
-                (row * noisy.shape[1] + own[:, :-1])[kept].flatten(),
-                cache,
-                input_ids=batch["noisy_ids"],
-                attention_mask=self._mask(slots, range(length, length + noisy.shape[1])),
-                position_ids=batch["noisy_pos"],
-            )
-        ids = batch["x0"].gather(1, column.flatten(1)).view_as(column)[kept]
+        own = torch.arange(slots, device=column.device).view(column.shape[1:])
+        before = [(row * length + column)[kept], (row * slots + own)[kept]]
+        p, q = self.read(batch, *(index[:, :-1].flatten() for index in before))
+        ids = batch["x0"].flatten()[before[0]]
         return Predictions(q, p, ids[:, 1:], ids[:, :-1], batch["weight"][kept])
+
+    def read(
+        self, batch: Mapping[str, Tensor], clean: Tensor, noisy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both forwards: p of `Predictions` at some slots of the clean rows, and q at some slots of
+        the blocks. (Slots are those of the flattened batch.)"""
+        doc, pos = batch["doc"], batch["pos"]
+        length, cache = doc.shape[1], DynamicCache()
+        shown = Slots(doc, pos, torch.zeros_like(doc).bool())
+        with torch.no_grad():
+            p = self._read(
+                clean, cache, input_ids=batch["x0"], attention_mask=self._mask(shown),
+                position_ids=pos,
+            )  # fmt: skip
+        blocks = torch.ones_like(batch["noisy_doc"]).bool()
+        slots = Slots(
+            torch.cat([doc, batch["noisy_doc"]], 1),
+            torch.cat([pos, batch["noisy_pos"]], 1),
+            torch.cat([shown.noisy, blocks], 1),
+            torch.cat([pos, batch["start"]], 1),
+        )
+        mask = self._mask(slots, range(length, length + blocks.shape[1]))
+        with self.draft.applied(self._base[0], slice(0, None)):
+            q = self._read(
+                noisy, cache, input_ids=batch["noisy_ids"], attention_mask=mask,
+                position_ids=batch["noisy_pos"],
+            )  # fmt: skip
+        return p, q
 
     def _mask(self, slots: Slots, queries: range | None = None) -> Any:
         spec = self.spec
@@ -147,21 +152,17 @@ class Drafting(torch.nn.Module):
     def _read(self, index: Tensor, cache: Any, **inputs: Any) -> Tensor:
         """The inputs of the output head at some slots; its logits if it is not a plain one."""
         base = self._base[0]
-        if self._plain is None:
-            self._plain = has_plain_head(base)
         states: list[Tensor] = []
 
         def keep(_head: Any, found: Tensor) -> None:
             states.append(found)
 
-        output = output_at(
-            base, index, cache=cache, instead=keep if self._plain else None, **inputs
-        )
-        return states[0] if self._plain else output.logits[0]
+        output = output_at(base, index, cache=cache, instead=keep if self.plain else None, **inputs)
+        return states[0] if self.plain else output.logits[0]
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] of states of `Predictions`, without the suppressed ids."""
-        if self._plain:
+        if self.plain:
             head = self._base[0].get_output_embeddings()
             states = linear(states, head.weight, head.bias)
         return states.masked_fill(self._base[1], float("-inf"))

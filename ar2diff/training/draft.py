@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ..checkpoint.draft import base_of
-from ..checkpoint.layers import draft_layers
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.draft import FORMAT, DraftSpec, new_draft
 from ..core.errors import Ar2DiffError, option
 from ..core.probe import probe
 from ..core.spec import Spec
 from ..data.documents import PackedDocuments
 from ..data.sources import Documents
-from ..diffusion.drafting import Drafting
 from ..distributed.ranks import chosen
 from ..evaluation.drafts import DraftJudge, collator_for
 from ..evaluation.score import check_length
 from .adapt import held_out_rows, read_documents
 from .arguments import training_arguments
 from .base import Running
+from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
 from .plan import Plan, Verb
 from .request import requested
@@ -157,39 +154,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> P
 
 
 DRAFT = Verb("draft", check, read_documents, make_plan, converts=False)
-
-
-def add_draft(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Freeze the model, and put an untrained draft adapter beside it."""
-    wanted, model = recipe.draft, checkpoint.model.eval().requires_grad_(False)
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
-    reference, revision, weights = base_of(checkpoint.path)
-    spec = DraftSpec(
-        format=FORMAT,
-        base=reference,
-        revision=revision,
-        weights_sha256=weights,
-        vocabulary=vocabulary,
-        hidden_size=hidden,
-        block_length=wanted.block_length,
-        targets=tuple(draft_layers(model, wanted.targets, "draft.targets")),
-        rank=wanted.rank,
-        head_rank=wanted.head_rank,
-    )
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    checkpoint.draft = new_draft(model, spec, generator)
-
-
-def drafting_for(checkpoint: Checkpoint, recipe: Recipe) -> Drafting:
-    """The module that a run trains."""
-    return Drafting(
-        checkpoint.model,
-        checkpoint.draft,
-        checkpoint.draft.spec_for(checkpoint.spec_or_causal),
-        checkpoint.suppressed,
-        recipe.draft.loss,
-        recipe.draft.decay == "dpace",
-    )
 
 
 class DraftTrainer(Running, Trainer):
