@@ -1,4 +1,4 @@
-"""Checkpoints in and out: whole models, and adapters on their bases."""
+"""Checkpoints in and out: whole models, and adapters and draft adapters on their bases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from ..core.errors import Ar2DiffError
 from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
-from .files import find_checkpoint, is_adapter
+from .draft import load_drafting, save_draft, save_draft_config
+from .files import find_checkpoint, is_adapter, is_draft
 from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
 from .output import Output
 
@@ -23,14 +24,14 @@ def load_checkpoint(
     quantization: Any = None,
     dtype: str = "float32",
 ) -> Checkpoint:
-    """Load a checkpoint, or an adapter on its base. The other arguments and the errors are those of
-    `model.load_model`.
+    """Load a checkpoint, or an adapter or draft adapter on its base. The other arguments and the
+    errors are those of `model.load_model`.
 
     Args:
         reference: a folder, or a Hub id with an optional `@revision`.
     """
     path = find_checkpoint(reference)
-    load = load_adapter if is_adapter(path) else load_model
+    load = load_drafting if is_draft(path) else load_adapter if is_adapter(path) else load_model
     return load(path, attn_implementation, device, quantization, dtype=dtype)
 
 
@@ -42,8 +43,8 @@ def save(
     weights: dict[str, Any] | None = None,
 ) -> None:
     """Write a converted checkpoint in the stored dtypes of its base, with the code that denoises
-    it; for a checkpoint with an adapter, only the adapter. (Training checkpoints do not contain the
-    code: they are only for resuming.)
+    it; for a checkpoint with an adapter or a draft adapter, only that. (Training checkpoints do not
+    contain the code: they are only for resuming.)
 
     Args:
         record: content of `ar2diff.json`.
@@ -52,6 +53,9 @@ def save(
     Raises:
         Ar2DiffError: as for `Output.staged`.
     """
+    if checkpoint.draft is not None:
+        save_draft(checkpoint, output, record, weights)
+        return
     if checkpoint.base is not None:
         save_adapter(checkpoint, output, record, weights)
         return
@@ -77,7 +81,9 @@ def check_saving(checkpoint: Checkpoint) -> None:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            if checkpoint.base is None:
+            if checkpoint.draft is not None:
+                save_draft_config(checkpoint, Path(scratch))
+            elif checkpoint.base is None:
                 save_beside(checkpoint, Path(scratch))
             else:
                 save_adapter_config(checkpoint, Path(scratch))
