@@ -101,6 +101,12 @@ class Checkpoint:
         """The spec; of an unconverted model that of its AR mode, where no token is a mask."""
         return self.spec or causal_spec(self.model)
 
+    @property
+    def read_as(self) -> Spec:
+        """The spec with which it is decoded: with a draft adapter, that of its AR mode and of the
+        masks that the adapter reads."""
+        return self.draft.spec_for(self.spec) if self.draft else self.spec_or_causal
+
 
 def load_model(
     path: Path,

@@ -146,6 +146,7 @@ def resolve(
     kwargs: Mapping[str, Any],
     configs: Sequence[Any] = (),
     prompt_length: int = 0,
+    drafts: bool = False,
 ) -> Options:
     """The settings for one call.
 
@@ -153,6 +154,7 @@ def resolve(
         kwargs: keyword arguments of the call; unknown ones are refused.
         configs: generation configs, in order of precedence.
         prompt_length: tokens of the (padded) prompt, which `max_length` counts.
+        drafts: the model has a draft adapter; it is decoded in mode speculative unless told not to.
 
     Raises:
         Ar2DiffError: an option that is unknown, out of range, or that a denoiser cannot honour.
@@ -175,7 +177,7 @@ def resolve(
     options = Options(
         max_new_tokens=_max_new_tokens(get, prompt_length),
         min_new_tokens=integer(get, "min_new_tokens", 0, 0),
-        mode=one_of(get, "mode", MODES, "diffusion"),
+        mode=one_of(get, "mode", MODES[1:] if drafts else MODES, MODES[drafts]),
         block_length=_block_length(get, spec),
         **_rule(get),
         order=one_of(get, "order", ORDERS, "prob"),

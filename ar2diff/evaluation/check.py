@@ -151,7 +151,7 @@ def _moved(checkpoint: Checkpoint) -> tuple[bool, bool]:
     """Whether, in a forward of a short [noisy | clean] row, the adapter leaves every clean logit as
     it is, and changes the noisy ones."""
     model, draft = checkpoint.model, checkpoint.draft
-    spec, length = draft.spec_for(checkpoint.spec_or_causal), 2 * draft.spec.block_length
+    spec, length = checkpoint.read_as, 2 * draft.spec.block_length
     pos = torch.arange(length, device=model.device)[None]
     x0 = pos % draft.spec.vocabulary
     ids, slots = lay_out(

@@ -123,7 +123,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> P
     check_length(checkpoint, recipe.data.max_length, "data.max_length")
     add_draft(checkpoint, recipe)
     with checkpoint.draft.applied(checkpoint.model, slice(0, 0)):  # which embeds the mask
-        problems = probe(checkpoint.model, checkpoint.draft.spec_for(checkpoint.spec_or_causal))
+        problems = probe(checkpoint.model, checkpoint.read_as)
     if problems:
         kind = checkpoint.model.config.model_type
         raise Ar2DiffError(

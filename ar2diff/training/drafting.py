@@ -49,7 +49,7 @@ def drafting_for(checkpoint: Checkpoint, recipe: Recipe, plain: bool | None = No
     return Drafting(
         checkpoint.model,
         checkpoint.draft,
-        checkpoint.draft.spec_for(checkpoint.spec_or_causal),
+        checkpoint.read_as,
         checkpoint.suppressed,
         recipe.draft.loss,
         recipe.draft.decay == "dpace",
