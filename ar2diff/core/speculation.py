@@ -129,9 +129,9 @@ class _Group:
         self.own, self.rows, self.zone = own, rows, zone
         self.front = [canvas.front[row] for row in rows]
         self.newest = [int(canvas.ids[row, canvas.front[row] - 1]) for row in rows]
-        self.pace = own.pace if zone % 2 == 0 else Pace.without_drafts()
+        self.pace = own.pace if zone % 2 == 0 else Pace(0)
         self.trees = [Tree() for _ in rows]
-        self.drafts = self.pace.drafts(len(rows))
+        self.drafts = self.pace.drafts()
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
             context_length(own.model.config), self.pace.most, own.draft,
@@ -153,6 +153,7 @@ class _Group:
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
         self.reader.keep(paths)
+        self.pace.saw(self.trees, [len(path) for path in paths])
         self._write(paths, tokens, logits, alive)
         self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
         self.front = [
@@ -230,7 +231,7 @@ class _Group:
             ends: the node at which each row's walk ended.
             ahead: [R, M, K, V] draft logits behind the candidates with masks.
         """
-        drafts, self.drafts = self.drafts, self.pace.drafts(len(self.rows))
+        drafts, self.drafts = self.drafts, self.pace.drafts()
         if not drafts and not self.drafts:
             return
         blocks = [
@@ -256,7 +257,7 @@ class _Group:
         head = None if self.own.draft is None else self.own.draft.head
         temperature = self.own.chooser.options.temperature or 1.0
         newest = torch.tensor([self.newest[line] for line in lines])
-        return Guesses.of(scores, newest, head, temperature)
+        return Guesses(scores, newest, head, temperature)
 
     def _contexts(self, size: int) -> Tensor | None:
         """[R * size, T] what stands before the token after the newest token and each candidate,

@@ -1,26 +1,25 @@
 """Candidates for a row's next tokens: a chain, or a tree of several continuations.
 
 Draft logits give guesses at each of the next positions. Along a path the bigram head corrects each
-guess by the one before it. `chain` follows the likeliest path; `best_first` pops the likeliest
-unvisited node from a heap, again and again (DDTree, 2604.12989). A model's own tokens decide which
+guess by the one before it. `chain` follows the likeliest path; `likeliest` takes the likeliest
+nodes of all paths (DDTree, 2604.12989). A model's own tokens decide which
 candidates are accepted, so nothing here can change what is written.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import exp
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .head import BigramHead
 
-GUESSES = 16  # the likeliest tokens of a position, among which candidates are chosen
-SIBLINGS = 8  # candidates that can follow one token
+BEAM = 8  # paths that are followed, and candidates that can follow one token
 
 
 @dataclass
@@ -107,102 +106,87 @@ class Tree:
 
 @dataclass(frozen=True)
 class Guesses:
-    """Guesses for the K positions after the next token of each row.
+    """Guesses for the K positions after the newest token of each row.
 
     Attributes:
-        tokens: [R, K, C] the likeliest ones.
-        first: [R, C] log-probabilities at the first of the positions.
-        then: [R, K - 1, C, C] those at the others, given each guess at the position before.
+        scores: [R, K, V] of draft slots, after temperature and filters, with the noise of their
+            positions.
+        newest: [R] the token before the first of the positions.
+        head: corrects a guess by the one before it; None: each ignores the others.
+        temperature: by which the head's bias is divided.
     """
 
-    tokens: Tensor
-    first: Tensor
-    then: Tensor
+    scores: Tensor
+    newest: Tensor
+    head: BigramHead | None
+    temperature: float
 
-    @classmethod
-    def of(
-        cls, scores: Tensor, newest: Tensor, head: BigramHead | None, temperature: float
-    ) -> Guesses:
-        """The guesses from the scores of draft slots.
-
-        Args:
-            scores: [R, K, V] after temperature and filters, with the noise of their positions.
-            newest: [R] the token before the first of the positions.
-            head: corrects a guess by the one before it; None: each ignores the others.
-            temperature: by which the head's bias is divided.
-        """
-        scores, tokens = scores.topk(min(GUESSES, scores.shape[-1]), -1)
-        rows, drafts, count = tokens.shape
-        first = scores[:, 0]
-        then = scores[:, 1:, None].expand(rows, drafts - 1, count, count)
-        if head is not None:
-            after = head.after.T  # [V, r]: the columns that are needed are gathered as rows
-            newest = newest.to(tokens.device)
-            first = (
-                first
-                + torch.einsum("rd,rcd->rc", head.before[newest], after[tokens[:, 0]]).to(first)
-                / temperature
-            )
-            bias = head.before[tokens[:, :-1]] @ after[tokens[:, 1:]].transpose(-1, -2)
-            then = then + bias.to(then) / temperature
-        return cls(tokens.cpu(), first.log_softmax(-1).cpu(), then.log_softmax(-1).cpu())
+    def _after(self, place: int, before: Tensor) -> Tensor:
+        """[R, B, V] scores at a position, after each of B tokens [R, B] (without a head, B is 1:
+        they do not matter)."""
+        scores = self.scores[:, place, None]
+        if self.head is None:
+            return scores
+        return scores + self.head(before.to(scores.device)).to(scores) / self.temperature
 
     def chain(self, length: int) -> list[Tree]:
         """The likeliest guess at each position, given the one before it."""
-        rows = torch.arange(len(self.tokens))
-        chance, place = self.first.max(-1)
-        found, chances = [self.tokens[rows, 0, place]], [chance]
-        for depth in range(1, length):
-            given = self.then[rows, depth - 1, place]
-            step, place = given.max(-1)
-            found.append(self.tokens[rows, depth, place])
-            chances.append(chances[-1] + step)
+        found, before = [], self.newest[:, None]
+        for place in range(length):
+            before = self._after(place, before).argmax(-1)
+            found.append(before)
         parents, depths = list(range(-1, length - 1)), list(range(1, length + 1))
         return [
-            Tree(tokens, parents[:], depths[:], chances)
-            for tokens, chances in zip(
-                torch.stack(found, 1).tolist(), torch.stack(chances, 1).exp().tolist(), strict=True
-            )
+            Tree(tokens, parents[:], depths[:], [1.0] * length)
+            for tokens in torch.cat(found, 1).tolist()
         ]
 
-    def best_first(self, nodes: int) -> list[Tree]:
-        """The likeliest nodes of each row's tree."""
-        siblings = min(SIBLINGS, self.first.shape[-1])
-        first = [part.tolist() for part in self.first.topk(siblings, -1)]
-        then = [part.tolist() for part in self.then.topk(siblings, -1)]
-        tokens = self.tokens.tolist()
+    def likeliest(self, nodes: int) -> list[Tree]:
+        """The likeliest nodes of each row's tree, in descending order.
+
+        The guesses at a position are made after the `BEAM` likeliest paths to it, and no deeper
+        than a path that ranks among the nodes.
+        """
+        rows, beam = len(self.newest), min(BEAM, nodes)
+        before, chance = self.newest[:, None], self.scores.new_zeros(rows, 1)
+        levels: list[tuple[Any, Any, Any]] = []
+        for place in range(self.scores.shape[1]):
+            after = self._after(place, before).log_softmax(-1)
+            best, tokens = after.topk(min(beam, after.shape[-1]), -1)
+            paths = (chance[:, :, None] + best).flatten(1)
+            size = best.shape[-1]
+            chance, at = paths.topk(min(beam, paths.shape[1]), -1)
+            tokens = tokens.expand(rows, len(before[0]), size).flatten(1).gather(1, at)
+            levels.append((tokens.tolist(), (at // size).tolist(), chance.tolist()))
+            before = tokens
+            if place and all(_ranks_below(levels, row, nodes) for row in range(rows)):
+                break
         return [
-            _grow(tokens[row], *(part[row] for part in (*first, *then)), nodes)
-            for row in range(len(tokens))
+            _tree_of([[part[row] for part in level] for level in levels], nodes)
+            for row in range(rows)
         ]
 
 
-def _grow(
-    tokens: list[list[int]],
-    first: list[float],
-    first_places: list[int],
-    then: list[list[list[float]]],
-    then_places: list[list[list[int]]],
-    nodes: int,
-) -> Tree:
-    """The likeliest nodes of a row, from log-probabilities in descending order and the places of
-    their tokens among the guesses."""
-    tree = Tree()
-    # (-log chance, parent, its -log chance, depth, place of the parent's token, rank)
-    heap = [(-first[0], -1, 0.0, 1, 0, 0)]
-    while heap and len(tree) < nodes:
-        own, parent, before, depth, given, rank = heapq.heappop(heap)
-        scores = first if depth == 1 else then[depth - 2][given]
-        places = first_places if depth == 1 else then_places[depth - 2][given]
-        node, place = len(tree), places[rank]
-        tree.add(tokens[depth - 1][place], parent, depth, exp(-own))
-        if rank + 1 < len(scores):
-            heapq.heappush(
-                heap, (before - scores[rank + 1], parent, before, depth, given, rank + 1)
-            )
-        if depth < len(tokens):
-            follows = own - then[depth - 1][place][0]
-            heapq.heappush(heap, (follows, node, own, depth + 1, place, 0))
+def _ranks_below(levels: list[tuple[Any, Any, Any]], row: int, nodes: int) -> bool:
+    """Whether enough nodes are likelier than the likeliest one of the last level."""
+    least = levels[-1][2][row][0]
+    return sum(c > least for level in levels[:-1] for c in level[2][row]) >= nodes
+
+
+def _tree_of(levels: list[list[list[Any]]], nodes: int) -> Tree:
+    """The likeliest nodes of a row, from the tokens, parents in the level before and log-chances of
+    each level. A parent is never less likely than its children."""
+    order = sorted(
+        (-chance, depth, place)
+        for depth, level in enumerate(levels)
+        for place, chance in enumerate(level[2])
+    )
+    tree, number = Tree(), {(-1, 0): -1}
+    for cost, depth, place in order[:nodes]:
+        tokens, parents, _ = levels[depth]
+        number[depth, place] = len(tree)
+        parent = number[depth - 1, parents[place]] if depth else -1
+        tree.add(tokens[place], parent, depth + 1, exp(-cost))
     return tree
 
 
