@@ -412,9 +412,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_checkpoint, texts, tmp_path,
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("convert.block_length=8", "convert section"),
-        ("objective.ar_weight=1.0", "objective section"),
-        ("peft.r=4", "peft section"),
+        ("convert.block_length=8", "sets convert"),
+        ("objective.ar_weight=1.0", "sets objective"),
+        ("peft.r=4", "sets peft"),
         ("train.compile=true", "train.compile"),
         ("train.gradient_checkpointing=true", "train.gradient_checkpointing"),
         ("train.lr_scale.mlp=0.5", "train.lr_scale"),

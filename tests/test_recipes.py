@@ -92,12 +92,8 @@ def base_of(tiny_checkpoint, convert_tiny, convert_wide):
     return find
 
 
-ROWS = {
-    "adapt": adapt_rows,
-    "draft": adapt_rows,
-    "sft": sft_rows,
-    "rl": rl_rows,
-}  # what a verb's recipes read
+# What a verb's recipes read.
+ROWS = {"adapt": adapt_rows, "draft": adapt_rows, "sft": sft_rows, "rl": rl_rows}
 
 
 def sizes(recipe) -> list[str]:
@@ -111,12 +107,13 @@ def sizes(recipe) -> list[str]:
         "train.decay_steps": min(1, train.decay_steps),
         "train.logging_steps": 1,
         "data.max_length": 64,
-        "anneal.steps": min(2, recipe.anneal.steps),
         "eval.steps": min(1, watch.steps),
         "eval.panel_steps": min(2, watch.panel_steps),
         "eval.rows": 2,
         "eval.length": 16,
     }
+    if recipe.draft is None:
+        values["anneal.steps"] = min(2, recipe.anneal.steps)
     if recipe.rl is not None:
         values |= {
             "rl.num_generations": 2,
