@@ -75,9 +75,14 @@ class Drafting(torch.nn.Module):
         self.spec, self.loss, self.dpace = spec, dict(loss), dpace
         self.plain = plain
 
+    @property
+    def base(self) -> Any:
+        """The frozen model."""
+        return self._base[0]
+
     def to_device(self, device: torch.device) -> None:
         """Move what this module holds beside the adapter, except for the model."""
-        self._base = (self._base[0], self._base[1].to(device))
+        self._base = (self.base, self._base[1].to(device))
 
     def forward(self, batch: Mapping[str, Tensor], divisor: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch of `BlockCollator`, and what `Tally` counts.
@@ -135,7 +140,7 @@ class Drafting(torch.nn.Module):
             torch.cat([pos, batch["start"]], 1),
         )
         mask = self._mask(slots, range(length, length + blocks.shape[1]))
-        with self.draft.applied(self._base[0], slice(0, None)):
+        with self.draft.applied(self.base, slice(0, None)):
             q = self._read(
                 noisy, cache, input_ids=batch["noisy_ids"], attention_mask=mask,
                 position_ids=batch["noisy_pos"],
@@ -145,13 +150,13 @@ class Drafting(torch.nn.Module):
     def _mask(self, slots: Slots, queries: range | None = None) -> Any:
         spec = self.spec
         return model_mask(
-            self._base[0], slots, spec.attention, spec.block_length, spec.local_window,
+            self.base, slots, spec.attention, spec.block_length, spec.local_window,
             queries=queries,
         )  # fmt: skip
 
     def _read(self, index: Tensor, cache: Any, **inputs: Any) -> Tensor:
         """The inputs of the output head at some slots; its logits if it is not a plain one."""
-        base = self._base[0]
+        base = self.base
         states: list[Tensor] = []
 
         def keep(_head: Any, found: Tensor) -> None:
@@ -163,7 +168,7 @@ class Drafting(torch.nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] of states of `Predictions`, without the suppressed ids."""
         if self.plain:
-            head = self._base[0].get_output_embeddings()
+            head = self.base.get_output_embeddings()
             states = linear(states, head.weight, head.bias)
         return states.masked_fill(self._base[1], float("-inf"))
 
@@ -179,14 +184,15 @@ class Drafting(torch.nn.Module):
             q_logits = q_logits + bias @ after
         dtype = torch.promote_types(q_logits.dtype, torch.float32)
         log_q, p = q_logits.to(dtype).log_softmax(-1), p_logits.to(dtype).softmax(-1)
-        apart = weighted_divergence(self.loss, log_q, p, target.flatten()).view_as(weight)
+        apart = weighted_divergence(self.loss, log_q, p, target.flatten()).view(weight.shape)
         counted, likely = weight > 0, log_q.detach().exp()
         if self.dpace:
-            weight = weight * pace(likely.gather(1, target.view(-1, 1)).view_as(weight), counted)
+            right = likely.gather(1, target.reshape(-1, 1)).view(weight.shape)
+            weight = weight * pace(right, counted)
         loss = (weight * torch.where(counted, apart, 0.0)).sum()
         with torch.no_grad():
-            accepted = torch.minimum(likely, p).sum(-1).view_as(weight)
-            same = (likely.argmax(-1) == p.argmax(-1)).view_as(weight)
+            accepted = torch.minimum(likely, p).sum(-1).view(weight.shape)
+            same = (likely.argmax(-1) == p.argmax(-1)).view(weight.shape)
             whole = counted.all(1)
             runs = same.long().cumprod(1).sum(1) + 1
             per_slot = torch.stack([counted.double(), accepted * counted, same & counted]).sum(1)

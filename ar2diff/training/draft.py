@@ -93,8 +93,8 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     for name in UNUSED:
         if name in recipe.model_fields_set and getattr(recipe, name) is not None:
             raise Ar2DiffError(
-                f"the recipe has a {option(name)} section, which draft does not use: the model "
-                "stays as it is",
+                f"the recipe sets {option(name)}, which draft does not use: the model stays as it "
+                "is",
                 "remove it",
             )
     for key, why in NEEDLESS.items():

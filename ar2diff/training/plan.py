@@ -110,7 +110,7 @@ class Verb:
                 f"the recipe has a {option('draft')} section, which {self.name} does not use",
                 "remove it, or run 'ar2diff draft'",
             )
-        if recipe.peft is not None or is_adapter(path):
+        if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)
         recipe = continued(self.check(path, spec, recipe), spec)
         check_trackers(recipe.train.report_to)
