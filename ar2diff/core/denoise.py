@@ -19,13 +19,13 @@ from .canvas import Canvas, Finished
 from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches
-from .options import DRAFTS, Options
+from .options import Options
 from .pace import Pace
 from .readers import BlockReader, FullReader
 from .samplers import Chooser, commits, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
-from .speculation import Speculation
+from .speculation import Speculation, measured_pace
 from .switching import SwitchingReader
 
 FILTERS = {
@@ -84,14 +84,23 @@ def denoise(
         penalty,
     )
     if options.mode != "diffusion":
-        length = options.draft_length or min(DRAFTS, spec.block_length - 1)
-        pace = Pace(0 if options.mode == "ar" else length, options.draft_nodes)
         yield from Speculation(
-            model, spec, canvas, chooser, pace, draft=draft, cache=options.cache_implementation,
-            finished=finished,
+            model, spec, canvas, chooser, _pace(model, spec, canvas, chooser, draft),
+            draft=draft, cache=options.cache_implementation, finished=finished,
         ).run()  # fmt: skip
         return
     yield from _Denoiser(model, spec, canvas, options, chooser, finished).run()
+
+
+def _pace(model: Any, spec: Spec, canvas: Canvas, chooser: Chooser, draft: Draft | None) -> Pace:
+    """How many tokens the options ask to draft; if they do not say, as many as pay."""
+    options = chooser.options
+    if options.mode == "ar" or spec.block_length == 1:
+        return Pace(0)
+    if options.draft_length is None and options.draft_nodes is None:
+        prompt = canvas.ids[0, : canvas.front[0]].tolist()
+        return measured_pace(model, spec, prompt, chooser.suppressed, draft)
+    return Pace(options.draft_length or spec.block_length - 1, options.draft_nodes)
 
 
 class _Denoiser:

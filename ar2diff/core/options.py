@@ -30,7 +30,6 @@ MODES = ("diffusion", "speculative", "ar")
 ORDERS = ("prob", "margin", "entropy", "random")
 CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
-DRAFTS = 3
 RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
 MAX_NEW_TOKENS = 128
 
@@ -83,9 +82,9 @@ class Options:
         remask: share of a block's decided tokens that each of its `steps_per_block` forwards masks
             again.
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
-        draft_length: in mode speculative, tokens drafted after each candidate; fewer than a block
-            (3).
+        draft_length: in mode speculative, tokens drafted behind each candidate; fewer than a block.
         draft_nodes: in mode speculative, verify a tree of so many candidates instead of a chain.
+            Without these two, as many are drafted and verified as pay on this device.
         cache_implementation: `dynamic`, `static` or `none`; for `full` attention `none`, `prefix`
             or `dual`.
         check_cache: also read each step without the cache, and note the differences in

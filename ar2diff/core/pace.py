@@ -64,19 +64,29 @@ class Pace:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a forward for a batch.
+    """Seconds of a forward.
 
     Attributes:
-        plain: of one slot in each row, without drafts.
-        fixed, slot: of a forward with drafts: for itself, and for each slot of a row.
+        plain: of one slot, without drafts.
+        fixed, slot: of a forward with drafts: for itself, and for each of its slots.
     """
 
     plain: float
     fixed: float
     slot: float
 
+    @classmethod
+    def through(cls, plain: float, few: tuple[int, float], many: tuple[int, float]) -> Cost:
+        """From the seconds of a plain forward, and (slots, seconds) of two with drafts."""
+        slot = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
+        return cls(plain, max(plain, few[1] - slot * few[0]), slot)
+
+    def for_rows(self, rows: int) -> Cost:
+        """The cost for a batch of rows, with `slot` for a slot in each row."""
+        return Cost(self.plain + self.slot * (rows - 1), self.fixed, self.slot * rows)
+
     def of(self, slots: float) -> float:
-        """With drafts and so many slots in each row."""
+        """Seconds with drafts and so many slots."""
         return self.fixed + self.slot * slots
 
 
@@ -84,12 +94,13 @@ class MeasuredPace(Pace):
     """Numbers by expected acceptance against measured cost.
 
     Args:
-        cost: of a forward of the batch. longest: the most tokens that can be drafted at once.
+        cost: of a forward for one row. longest: the most tokens that can be drafted at once.
     """
 
     def __init__(self, cost: Cost, longest: int):
         super().__init__(longest)
-        self.cost, self.longest = cost, longest
+        self.alone = self.cost = cost
+        self.longest = longest
         self.depth = min(FIRST, longest)
         self.chance = [*CHANCES[: self.depth]]  # that the likeliest chain is right up to a depth
         self.gain, self.slots = 1.0 + sum(self.chance), 8.0  # tokens and slots of a row's forward
@@ -137,6 +148,7 @@ class MeasuredPace(Pace):
     def plan(self, trees: list[Tree], drafts: int) -> None:
         """Choose which candidates stay, and which have masks behind them."""
         rows, right = len(trees), min(1.5, self.actual / self.expected)
+        self.cost = self.alone.for_rows(rows)
         worth = self.worth
         most = max(map(len, trees))
         nodes = 0

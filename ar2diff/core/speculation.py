@@ -16,8 +16,10 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,10 +29,14 @@ from .canvas import Canvas, Finished
 from .draft import Draft
 from .forward import context_length, rope_regime, rope_switches
 from .gumbel import GumbelNoise
-from .pace import Pace
+from .options import Options
+from .pace import Cost, MeasuredPace, Pace
 from .samplers import Chooser, log_prob
 from .spec import Spec
 from .tree import Guesses, Tree
+
+COSTS: WeakKeyDictionary[Any, dict[bool, Cost]] = WeakKeyDictionary()  # with a draft adapter or not
+TIMED = 16  # tokens of a prompt that are continued to time the forwards
 
 
 class Speculation:
@@ -111,6 +117,44 @@ class Speculation:
         now = rope_regime(front, self.switches)
         reach = self.pace.reach  # of the block after the last draft
         return (2 * now + (rope_regime(front + reach, self.switches) != now)).tolist()
+
+
+def measured_pace(
+    model: Any, spec: Spec, prompt: list[int], suppressed: Tensor, draft: Draft | None
+) -> MeasuredPace:
+    """A pace for a model, whose forwards are timed once: a few tokens are written without drafts,
+    with few and with many.
+
+    Args:
+        prompt: any tokens to continue. suppressed: ids that no position can hold.
+    """
+    longest, known = spec.block_length - 1, COSTS.setdefault(model, {})
+    if (draft is not None) not in known:
+        lengths = (0, min(2, longest), min(6, longest))
+        paces = [Pace(length) for length in lengths]
+        chooser = Chooser(Options(), suppressed, [])
+        timed = [
+            _seconds(Speculation(model, spec, _blank(spec, prompt), chooser, pace, draft=draft))
+            for pace in paces
+        ]
+        (plain, few, many), (_, small, large) = timed, [1 + pace.most for pace in paces]
+        large = max(large, small + 1)  # blocks of 2 or 3: the slope is then unknown, and 0
+        known[draft is not None] = Cost.through(plain, (small, few), (large, many))
+    return MeasuredPace(known[draft is not None], longest)
+
+
+def _blank(spec: Spec, prompt: list[int]) -> Canvas:
+    return Canvas.of_prompts([prompt[-TIMED:]], spec.mask_token_id, max_new_tokens=1 << 10)
+
+
+def _seconds(run: Speculation) -> float:
+    """Of the fastest of a few forwards after the first two."""
+    states, found = run.run(), []
+    for _ in range(2 + TIMED // 4):
+        start = time.perf_counter()
+        next(states)
+        found.append(time.perf_counter() - start)
+    return min(found[2:])
 
 
 class _Group:
