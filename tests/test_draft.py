@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import ar2diff
+from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.draft import Draft as Settings
 from ar2diff.core.attention import Slots, model_mask
@@ -452,7 +453,7 @@ def test_a_converted_model_takes_a_draft_adapter(converted, texts, tmp_path):
     overrides = recipe_of(texts, **{"draft.targets": "attention-output"})
     ar2diff.draft(converted, None, tmp_path / "out", data=texts, overrides=overrides)
     checkpoint = load_checkpoint(str(tmp_path / "out"))
-    assert checkpoint.spec is not None
+    assert checkpoint.spec == read_spec(tmp_path / "out") == read_spec(converted)
     assert [name.rpartition(".")[2] for name in checkpoint.draft.spec.targets] == ["o_proj"] * 2
 
 

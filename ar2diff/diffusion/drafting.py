@@ -74,6 +74,7 @@ class Drafting(torch.nn.Module):
         self._base = (base, suppressed)  # in a tuple, which torch does not look into
         self.spec, self.loss, self.dpace = spec, dict(loss), dpace
         self.plain = plain
+        self.config = base.config  # DeepSpeed looks up the hidden size for its buffers
 
     @property
     def base(self) -> Any:
