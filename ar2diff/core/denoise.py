@@ -18,9 +18,10 @@ from transformers.generation import logits_process
 from .canvas import Canvas, Finished
 from .errors import Ar2DiffError, option
 from .forward import rope_switches
+from .head import UNKNOWN, head_of
 from .options import DRAFTS, Options
 from .readers import BlockReader, FullReader
-from .samplers import Chooser, commits, quota_of, top
+from .samplers import Chooser, commits, left_to_right, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import speculate
@@ -54,7 +55,8 @@ def denoise(
         finished: additional reasons to stop a row, from `finished_of`.
 
     Raises:
-        Ar2DiffError: the options leave no token to write, or name one that the model lacks.
+        Ar2DiffError: the options leave no token to write, or name one that the model lacks; the
+            diffusion head that the spec names is not there.
     """
     rows = model.config.get_text_config().vocab_size
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
@@ -103,6 +105,7 @@ class _Denoiser:
         finished: Finished | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
+        self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
         self.rows = torch.arange(len(canvas.ids))
@@ -183,14 +186,23 @@ class _Denoiser:
         row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        if self.head is not None:
+            before = canvas.ids[row, position - 1]
+            before = before.masked_fill(before == canvas.mask_token_id, UNKNOWN)
+            logits = logits + self.head(before).to(logits)
         context = canvas.ids[row] if self.chooser.penalty is not None else None
-        choice = self.chooser.choose(logits, row, context)
+        u = None if options.greedy else self.chooser.uniform(row)
+        choice = self.chooser.pick(logits, u, context)
         quota = None
         if options.steps_per_block is not None:
             left = masked.sum(1)
             taken = canvas.forwards[rows] - self.began[rows] - 1
             quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
         commit = commits(options, choice, masked, quota, self.chooser, rows)
+        if self.head is not None:
+            choice, commit = left_to_right(
+                self.head, self.chooser, logits, u, context, choice, masked, commit
+            )
         now = commit[masked]
         canvas.write(
             row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished
