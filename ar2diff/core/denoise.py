@@ -187,9 +187,7 @@ class _Denoiser:
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
-            before = canvas.ids[row, position - 1]
-            before = before.masked_fill(before == canvas.mask_token_id, UNKNOWN)
-            logits = logits + self.head(before).to(logits)
+            logits = logits + self.head(self._before(row, position)).to(logits)
         context = canvas.ids[row] if self.chooser.penalty is not None else None
         u = None if options.greedy else self.chooser.uniform(row)
         choice = self.chooser.pick(logits, u, context)
@@ -208,6 +206,11 @@ class _Denoiser:
             row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished
         )
         return commit
+
+    def _before(self, row: Tensor, position: Tensor) -> Tensor:
+        """[N] the tokens to the left of positions, `UNKNOWN` where undecided."""
+        before = self.canvas.ids[row, position - 1]
+        return before.masked_fill(before == self.canvas.mask_token_id, UNKNOWN)
 
     def _next(self, masked: Tensor) -> Tensor:
         """Which tokens to decide next, [R, W] bool: a row whose block is decided moves to another

@@ -124,7 +124,7 @@ def read_head(file: Path, vocabulary: int, wanted: Head) -> BigramHead:
         )
     head = BigramHead(vocabulary, wanted.rank)
     head.load_state_dict(tensors)
-    return head.eval().requires_grad_(False)
+    return head
 
 
 def _find(model: Any) -> Path:

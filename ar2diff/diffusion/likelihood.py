@@ -8,9 +8,9 @@ which averages the chain rule over all orders (LLaDA, Nie et al. 2025, eq. 6). T
 is the sum over its blocks, each given the clean blocks before it. The draws of a block are
 stratified in k.
 
-With a diffusion head, p(x_i | x_notS) is softmax(U_i + W1[x_{i-1}] W2) where x_{i-1} is visible, and
-softmax(U_i) where it is masked: what the sampler draws a token from that it decides alone. The bound
-is thus that of drawing one token at a step, in random order. It reads no token that is masked.
+With a diffusion head, p(x_i | x_notS) is softmax(U_i + W1[x_{i-1}] W2) where x_{i-1} is visible,
+and softmax(U_i) where it is masked: what the sampler draws a token from that it decides alone. The
+bound is thus that of drawing one token at a step, in random order. It reads no masked token.
 """
 
 from __future__ import annotations
