@@ -88,7 +88,7 @@ def _without_head(
         return weights, None
     weights = checkpoint.model.state_dict() if weights is None else weights
     own = {name for name in weights if name.startswith(IN_HEAD)}
-    head.load_state_dict({name.removeprefix(IN_HEAD): weights[name] for name in own})
+    head.float().load_state_dict({name.removeprefix(IN_HEAD): weights[name] for name in own})
     checkpoint.spec = replace(checkpoint.spec, head=head.described())
     return {name: x for name, x in weights.items() if name not in own}, head.to_bytes()
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -112,7 +111,7 @@ def read_head(file: Path, vocabulary: int, wanted: Head) -> BigramHead:
     shapes = {"before": (vocabulary, wanted.rank), "after": (wanted.rank, vocabulary)}
     try:
         tensors = safetensors.torch.load(content)
-    except SafetensorError as error:
+    except Exception as error:  # from a damaged header to a dtype that torch lacks
         raise Ar2DiffError(f"{file} is damaged ({first_line(error)})", fix) from None
     if {name: (*x.shape,) for name, x in tensors.items()} != shapes or any(
         x.dtype != torch.float32 for x in tensors.values()
