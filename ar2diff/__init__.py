@@ -11,6 +11,8 @@ Training, with the same names as the commands:
     adapt               converts a checkpoint and trains it until it denoises
     sft                 tunes a converted model on conversations
     rl                  tunes a converted model by rewards
+    draft               trains a draft adapter, with which a frozen model writes the same text in
+                        fewer forwards
 
 Using a model:
     load                loads a folder or Hub id as a `DiffusionModel`, which generates, streams,
@@ -41,6 +43,7 @@ _HOMES = {
     "adapt": "training.adapt",
     "sft": "training.sft",
     "rl": "training.rl",
+    "draft": "training.draft",
     "load": "api.model",
     "DiffusionModel": "api.model",
     "evaluate": "evaluation.score",

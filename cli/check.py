@@ -26,7 +26,11 @@ def check_command(
         report(result.to_dict(), True)
     else:
         plain = {"diffusion": "no, this is an autoregressive model"}
-        for name, value in (result.spec.to_dict() if result.spec else plain).items():
+        shown = result.spec.to_dict() if result.spec else plain
+        if result.draft:
+            shown = {k: v for k, v in result.draft.to_dict().items() if k != "targets"}
+            shown["targets"] = f"{len(result.draft.targets)} linear layers"
+        for name, value in shown.items():
             typer.echo(f"{name:15} {as_yaml(value)}")
         for finding in result.findings:
             typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}")

@@ -19,6 +19,7 @@ from .chat import chat
 from .check import check_command
 from .config import config_app
 from .doctor import doctor
+from .draft import draft
 from .eval import evaluate_command
 from .export import export
 from .generate import generate
@@ -69,6 +70,7 @@ app = typer.Typer(
 app.command("adapt", cls=Verb)(adapt)
 app.command("sft", cls=Verb)(sft)
 app.command("rl", cls=Verb)(rl)
+app.command("draft", cls=Verb)(draft)
 app.command("generate", cls=Verb)(generate)
 app.command("chat", cls=Verb)(chat)
 app.command("eval", cls=Verb)(evaluate_command)

@@ -17,10 +17,12 @@ import ar2diff
 ROOT = Path(__file__).resolve().parents[1]
 # verb -> the public function that it calls
 VERBS = {
-    "adapt": "adapt", "sft": "sft", "rl": "rl", "generate": "load", "chat": "load",
+    "adapt": "adapt", "sft": "sft", "rl": "rl", "draft": "draft",
+    "generate": "load", "chat": "load",
     "eval": "evaluate", "check": "check", "merge": "merge", "push": "push", "export": "export",
     "import": "import_checkpoint",
 }  # fmt: skip
+TRAINING = ("adapt", "sft", "rl", "draft")
 LOCAL = {"card", "recipes", "config", "doctor", "memory"}  # they print; nothing to call in Python
 
 
@@ -82,12 +84,12 @@ def test_every_command_has_its_public_function():
     assert set(VERBS.values()) <= set(ar2diff.__all__)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("adapt", "sft", "rl")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in TRAINING])
 def test_a_command_calls_its_public_function(verb):
     assert ("", VERBS[verb]) in imported_from(commands()[verb])
 
 
-@pytest.mark.parametrize("verb", ["adapt", "sft", "rl"])
+@pytest.mark.parametrize("verb", TRAINING)
 def test_a_training_command_calls_its_public_function(verb, monkeypatch, capsys):
     """They share a file, so it is the call that is watched."""
     calls = []

@@ -83,7 +83,7 @@ def base_of(tiny_checkpoint, convert_tiny, convert_wide):
     in a shape for 4-bit layers where the recipe has them."""
 
     def find(name: str, recipe) -> Path:
-        if verb(name) == "adapt":
+        if verb(name) in ("adapt", "draft"):
             return tiny_checkpoint
         chosen = recipe.convert.model_dump(include=recipe.convert.model_fields_set)
         convert = convert_tiny if recipe.quantization is None else convert_wide
@@ -92,7 +92,8 @@ def base_of(tiny_checkpoint, convert_tiny, convert_wide):
     return find
 
 
-ROWS = {"adapt": adapt_rows, "sft": sft_rows, "rl": rl_rows}  # what a verb's recipes read
+# What a verb's recipes read.
+ROWS = {"adapt": adapt_rows, "draft": adapt_rows, "sft": sft_rows, "rl": rl_rows}
 
 
 def sizes(recipe) -> list[str]:
@@ -106,12 +107,13 @@ def sizes(recipe) -> list[str]:
         "train.decay_steps": min(1, train.decay_steps),
         "train.logging_steps": 1,
         "data.max_length": 64,
-        "anneal.steps": min(2, recipe.anneal.steps),
         "eval.steps": min(1, watch.steps),
         "eval.panel_steps": min(2, watch.panel_steps),
         "eval.rows": 2,
         "eval.length": 16,
     }
+    if recipe.draft is None:
+        values["anneal.steps"] = min(2, recipe.anneal.steps)
     if recipe.rl is not None:
         values |= {
             "rl.num_generations": 2,
@@ -155,8 +157,10 @@ def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, 
     check_features(trainer, recipe)
     assert is_adapter(out) == (recipe.peft is not None)
     tuned = load_checkpoint(str(out))
-    assert tuned.spec.attention == recipe.convert.attention
-    assert tuned.spec.ar_mode == (recipe.objective.ar_weight > 0 or what == "rl")
+    assert (tuned.draft is not None) == (what == "draft")
+    if what != "draft":
+        assert tuned.spec.attention == recipe.convert.attention
+        assert tuned.spec.ar_mode == (recipe.objective.ar_weight > 0 or what == "rl")
     if recipe.peft is not None:
         trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
         assert trained and not any("base_layer" in n for n in trained)

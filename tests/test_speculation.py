@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ar2diff.core.candidates import CandidateReader
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
 from ar2diff.core.options import resolve
-from ar2diff.core.samplers import Chooser
+from ar2diff.core.tree import Tree
 
 PROMPTS = [[1, 17, 42, 5, 9, 60, 33], [1, 8], [1, 33, 21, 4], [1, 50, 50, 50, 50]]
 mask_of = cache(own_mask)
@@ -105,15 +104,17 @@ def drafted(monkeypatch):
     `wrong(position)`; a random model would hardly ever be right."""
 
     def plant(rows, wrong):
-        def draft(canvas, state, chooser, logits, drafts):
-            state.drafts = torch.zeros(len(state.rows), drafts, dtype=torch.long)
-            for line, row in enumerate(state.rows.tolist()):
-                for i in range(drafts):
-                    place = int(state.front[line]) + i
+        def draft(group, ends, ahead):
+            group.trees = [Tree() for _ in group.rows]
+            for tree, row, front in zip(group.trees, group.rows, group.front, strict=True):
+                for depth in range(1, group.drafts + 1):
+                    place = front + depth - 1
                     word = rows[row][place] if place < len(rows[row]) else 3
-                    state.drafts[line, i] = (word + 1) % MASK if wrong(place) else word
+                    word = (word + 1) % MASK if wrong(place) else word
+                    tree.add(word, depth - 2, depth, 1.0)
+            group.pace.plan(group.trees, group.drafts)
 
-        monkeypatch.setattr(speculation, "_draft", draft)
+        monkeypatch.setattr(speculation._Group, "_draft", draft)
 
     return plant
 
@@ -166,11 +167,11 @@ def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, predicti
     window, back = WINDOW if kind == "mistral_window" else None, int(prediction == "shift")
     original, compared = CandidateReader.read, Counter()
 
-    def read(self, ids, fronts, drafted):
-        target, ahead = original(self, ids, fronts, drafted)
-        drafts = self.drafts
-        for line, front in enumerate(fronts.tolist()):
-            more = drafted[line].tolist()
+    def read(self, canvas_ids, rows, fronts, newest, trees, drafts):
+        target, ahead = original(self, canvas_ids, rows, fronts, newest, trees, drafts)
+        ids = canvas_ids[torch.tensor(rows)]
+        for line, front in enumerate(fronts):
+            more = trees[line].tokens
             (row,) = [n for n, p in enumerate(PROMPTS) if ids[line, : len(p)].tolist() == p]
             if front >= len(PROMPTS[row]) + 9:  # finished
                 continue
@@ -215,14 +216,6 @@ def ar(ids, **warp):
     return probabilities(logits, ids, **warp)
 
 
-def drafting(prompt, count, prediction, repetition_penalty=1.0, **warp):
-    """What drafts behind the word after a prompt are drawn from."""
-    n, back = len(prompt), int(prediction == "shift")
-    mask = own_mask(n + count + 1, n, "causal_context", 4)
-    logits = raw_logits(three_words(), torch.tensor([[*prompt, *[3] * (count + 1)]]), mask)[0]
-    return [probabilities(logits[n + 1 + i - back], **warp) for i in range(count)]
-
-
 def continued(words, prompt, length, **warp):
     """{words: probability} of all that the AR mode makes of a beginning."""
     if len(words) >= length:
@@ -234,84 +227,23 @@ def continued(words, prompt, length, **warp):
     return result
 
 
-def cells(weights):
-    """(word, a number that draws it, its probability)."""
-    ends = [sum(weights[: word + 1]) for word in range(3)]
-    for word, weight in enumerate(weights):
-        if weight > 0:
-            yield word, (ends[word] - weight / 2) / ends[-1], weight / ends[-1]
-
-
-def verdicts(p, q, drafts):
-    """(numbers that decide on each draft, what the word behind them is drawn from, probability)."""
-    if not drafts:
-        yield [], p[0], 1.0
-        return
-    ratio = min(1.0, p[0][drafts[0]] / q[0][drafts[0]])
-    for numbers, last, weight in verdicts(p[1:], q[1:], drafts[1:]) if ratio > 0 else ():
-        yield [ratio / 2, *numbers], last, weight * ratio
-    if ratio < 1:
-        residual = [max(0.0, a - b) for a, b in zip(p[0], q[0], strict=True)]
-        yield [(1 + ratio) / 2] + [0.5] * (len(drafts) - 1), residual, 1 - ratio
-
-
-def all_draws(prompt, count, prediction, **warp):
-    """A number from the middle of each cell of draws between which the definition of speculative
-    sampling (Leviathan et al. 2023, algorithm 1) tells no difference, and the cell's size."""
-    q = drafting(prompt, count, prediction, **warp)
-    for first, u, weight in cells(ar(prompt, **warp)):
-        for chosen in product(*(list(cells(line)) for line in q)):
-            drafts = [word for word, _, _ in chosen]
-            p = [ar([*prompt, first, *drafts[:i]], **warp) for i in range(count + 1)]
-            size = weight * math.prod(share for _, _, share in chosen)
-            for numbers, last, share in verdicts(p, q, drafts):
-                for _, final, part in cells(last):
-                    script = [u, *(number for _, number, _ in chosen), *numbers, final]
-                    yield script, size * share * part
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Factory: row r's draws are `scripts[r]` from now on."""
-
-    def plant(scripts):
-        left = [iter(script) for script in scripts]
-
-        def uniform(self, row):
-            return torch.tensor([next(left[r], 0.5) for r in row.tolist()], dtype=torch.float64)
-
-        monkeypatch.setattr(Chooser, "uniform", uniform)
-
-    return plant
-
-
 WARPS = [{}, {"temperature": 0.6}, {"top_k": 2}, {"repetition_penalty": 1.6, "temperature": 1.5}]
+CANDIDATES = [{"draft_length": 1}, {"draft_length": 3}, {"draft_length": 3, "draft_nodes": 7}]
 
 
 @pytest.mark.parametrize("warp", WARPS, ids=lambda warp: "+".join(warp) or "plain")
+@pytest.mark.parametrize("candidates", CANDIDATES, ids=str)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("drafts", [1, 2])
-@pytest.mark.parametrize("prompt", [[1], [0, 2, 1]], ids=str)
-def test_words_are_those_of_ar_sampling_over_all_draws(scripted, prompt, drafts, prediction, warp):
-    scripts, sizes = zip(*all_draws(prompt, drafts, prediction, **warp), strict=True)
-    assert sum(sizes) == pytest.approx(1)
-    scripted(scripts)
-    spec, length = tiny_spec(prediction=prediction, mask_token_id=3), drafts + 2
-    options = resolve(
-        spec, {"mode": "speculative", "draft_length": drafts, "temperature": 1.0} | warp
-    )
-    canvas = Canvas.of_prompts([prompt] * len(scripts), 3, max_new_tokens=length + 2)
-    states = denoise(three_words(), spec, canvas, options)
-    next(states), next(states)  # a word and its drafts; what is accepted of them, and a word
-    got = Counter()
-    for row, size in enumerate(sizes):
-        for words, p in continued(tuple(canvas.new_ids(row)), prompt, length, **warp).items():
-            got[words] += size * p
-    want = continued((), prompt, length, **warp)
-    for words in product(range(3), repeat=length):
-        assert got[words] == pytest.approx(want.get(words, 0.0), abs=1e-9)
-    emitted = Counter(len(canvas.new_ids(row)) for row in range(len(scripts)))
-    assert len(emitted) == drafts + 1  # from no draft accepted to all of them
+def test_sampled_words_are_those_of_ar_sampling_with_the_same_seed(prediction, candidates, warp):
+    model, spec = build_model("llama", initializer_range=0.25), tiny_spec(prediction=prediction)
+    kwargs = {"temperature": 1.0, "seed": 5, "eos_token_id": [7]} | warp
+    want = answers(run(model, PROMPTS, 14, spec, mode="ar", **kwargs))
+    canvas = run(model, PROMPTS, 14, spec, **kwargs, **candidates)
+    assert answers(canvas) == want
+    alone = [answers(run(model, [p], 14, spec, **kwargs, **candidates))[0] for p in PROMPTS]
+    assert alone == want
+    other = answers(run(model, PROMPTS, 14, spec, mode="ar", **kwargs | {"seed": 6}))
+    assert other != want
 
 
 def chi_square(counts, want):
@@ -320,15 +252,15 @@ def chi_square(counts, want):
     return sum((counts[w] - total * p) ** 2 / (total * p) for w, p in want.items())
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("candidates", [{}, *CANDIDATES], ids=str)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_random_words_are_those_of_ar_sampling(drafts, prediction):
-    spec, mode = tiny_spec(prediction=prediction, mask_token_id=3), {"draft_length": drafts}
-    kwargs = {"temperature": 1.0, "seed": 0} | (mode if drafts else {"mode": "ar"})
+def test_random_words_are_those_of_ar_sampling(candidates, prediction):
+    spec = tiny_spec(prediction=prediction, mask_token_id=3)
+    kwargs = {"temperature": 1.0, "seed": 0} | (candidates or {"mode": "ar"})
     canvas = run(three_words(), [[1]] * 1500, 4, spec, **kwargs)
     counts = Counter(map(tuple, answers(canvas)))
     assert chi_square(counts, continued((), [1], 4)) < 135  # 80 df, p = 1e-4
-    if drafts:
+    if candidates:
         assert len(set(canvas.forwards.tolist())) > 1
 
 

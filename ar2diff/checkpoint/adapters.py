@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..config.recipe import Peft
-from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.spec import Spec
 from .files import (
     ADAPTER_CONFIG,
@@ -30,9 +30,11 @@ from .files import (
     adapter_spec,
     find_checkpoint,
     is_adapter,
+    is_draft,
     read_json,
     read_spec,
 )
+from .layers import named_layers
 from .model import Checkpoint, load_model, load_tokenizer, write_spec
 from .output import Output, write_json
 from .stored import file_tensors, fingerprint
@@ -86,7 +88,7 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
             f"set {option(f'convert.{name}', before)}, or remove the peft section from the recipe",
         )
     model = checkpoint.model
-    targets = _targets(model, wanted.targets)
+    targets = named_layers(model, wanted.targets, "peft.targets")
     config = LoraConfig(
         r=wanted.r,
         lora_alpha=wanted.alpha,
@@ -100,7 +102,7 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
         config.trainable_token_indices = {_embeddings_name(model): [spec.mask_token_id]}
     row = mask_row_of(model, spec.mask_token_id)
     weights = fingerprint(checkpoint.path) if row else ""
-    base = Base(*_name_of(checkpoint.path), spec, row, weights)
+    base = Base(*name_of(checkpoint.path), spec, row, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         _wrap(checkpoint, config, base)
@@ -156,7 +158,7 @@ def load_adapter(
     folder = _find_base(path, base or _reference(config))
     found = read_spec(folder)
     fix = "set base_model_name_or_path in its adapter_config.json to the model it was trained on"
-    if is_adapter(folder) or found is None:
+    if is_adapter(folder) or is_draft(folder) or found is None:
         raise Ar2DiffError(f"adapter {path}: its base {folder} is not a converted model", fix)
     for name, value in asdict(found).items():
         trained_on = known["diffusion"].get(name)
@@ -182,7 +184,7 @@ def load_adapter(
     mask_row = mask_row_of(checkpoint.model, found.mask_token_id)
     if mask_row != known.get("mask_row_sha256"):
         raise other
-    _wrap(checkpoint, config, Base(*_name_of(folder), found, mask_row, weights))
+    _wrap(checkpoint, config, Base(*name_of(folder), found, mask_row, weights))
     _load_weights(checkpoint.model, path)
     checkpoint.path = path
     if (path / "tokenizer_config.json").is_file():  # training may have given it a chat template
@@ -302,37 +304,6 @@ def _wrap(checkpoint: Checkpoint, config: LoraConfig, base: Base) -> None:
     checkpoint.model, checkpoint.base = wrapped, base
 
 
-def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers that match `peft.targets`."""
-    head = model.get_output_embeddings()
-    linear = {
-        name: module is head
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
-    layers = [name for name, is_head in linear.items() if not is_head]
-    if wanted == "all-linear":
-        return layers
-    found: set[str] = set()
-    for target in wanted:
-        matched = [name for name in linear if f".{name}".endswith(f".{target}")]
-        if any(linear[name] for name in matched):
-            raise Ar2DiffError(
-                f"{option('peft.targets')}: {target} is the output head, to which adapters are not "
-                "applied",
-                f"leave it out; {option('peft.mask_row', True)} trains the mask token's row",
-            )
-        if not matched:
-            names = sorted({name.rpartition(".")[2] for name in layers})
-            raise Ar2DiffError(
-                f"{option('peft.targets')}: {target} does not match any linear layer in the model"
-                f"{nearest(target, names)}",
-                f"choose from {', '.join(names)}, or use all-linear for all of them",
-            )
-        found.update(matched)
-    return [name for name in layers if name in found]
-
-
 def _changed(base: Spec, spec: Spec) -> str | None:
     """The first key in which an adapter's spec must not differ from that of its base, but does."""
     names = (field.name for field in fields(Spec) if field.name not in MAY_DIFFER)
@@ -344,8 +315,8 @@ def _embeddings_name(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is embeddings)
 
 
-def _name_of(folder: Path) -> tuple[str, str | None]:
-    """How adapter_config.json names a base: an absolute folder, or a Hub id and its commit."""
+def name_of(folder: Path) -> tuple[str, str | None]:
+    """How the config of an adapter names a base: an absolute folder, or a Hub id and its commit."""
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
     return str(folder.resolve()), None

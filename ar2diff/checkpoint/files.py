@@ -22,6 +22,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DRAFT_CONFIG, DRAFT_WEIGHTS = "draft.json", "draft.safetensors"
 DIFFUSION = "diffusion.json"  # for an adapter what the block in config.json is for a whole model
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # downloaded from the Hub
@@ -169,11 +170,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_spec(path: Path) -> Spec | None:
-    """The spec of a folder; None for an unconverted model.
+    """The spec of a folder; None for an unconverted model. That of a draft adapter is its base's.
 
     Raises:
         Ar2DiffError: the spec is not one that this version honours.
     """
+    if is_draft(path):
+        return read_spec(draft_base(path))
     if is_adapter(path):
         return adapter_spec(path)
     return _spec(path / CONFIG, read_config(path))
@@ -183,6 +186,56 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter. One that has a config.json as well is an adapter to the
     libraries too."""
     return (path / ADAPTER_CONFIG).is_file()
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a folder holds a draft adapter."""
+    return (path / DRAFT_CONFIG).is_file()
+
+
+def draft_base(path: Path, base: str | None = None) -> Path:
+    """The folder of the model that a draft adapter drafts for.
+
+    Args:
+        base: folder or Hub id to use instead of the one that the adapter names.
+
+    Raises:
+        Ar2DiffError: there is none, or it is an adapter itself.
+    """
+    fix = "move it there, or give the model that the adapter was trained for as its base"
+    values = read_json(path / DRAFT_CONFIG, AGAIN)
+    named, revision = values.get("base"), values.get("revision")
+    if not isinstance(named, str) or not isinstance(revision, str | None):
+        raise Ar2DiffError(f"{path / DRAFT_CONFIG} does not name a base", AGAIN)
+    beside = path / named
+    if base is not None:
+        named, revision = base, None
+    elif not Path(named).is_absolute() and beside.is_dir():
+        named = str(beside)
+    try:
+        folder = find_checkpoint(f"{named}@{revision}" if revision else named)
+    except Ar2DiffError as error:
+        what = f"draft adapter {path}: its base was not found: {error.what}"
+        raise Ar2DiffError(what, fix) from None
+    if is_adapter(folder) or is_draft(folder):
+        raise Ar2DiffError(f"draft adapter {path}: its base {folder} is an adapter itself", fix)
+    return folder
+
+
+def refuse_draft(path: Path, why: str) -> None:
+    """Refuse a draft adapter, naming the model that it drafts for.
+
+    Args:
+        why: what cannot be done with one, with the reason.
+
+    Raises:
+        Ar2DiffError: the folder holds one.
+    """
+    if is_draft(path):
+        base = read_json(path / DRAFT_CONFIG, AGAIN).get("base")
+        raise Ar2DiffError(
+            f"model {path} is a draft adapter, {why}", f"use its base model, {shortened(base)}"
+        )
 
 
 def adapter_spec(path: Path) -> Spec:

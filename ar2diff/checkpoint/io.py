@@ -1,4 +1,4 @@
-"""Checkpoints in and out: whole models, and adapters on their bases."""
+"""Checkpoints in and out: whole models, and adapters and draft adapters on their bases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..core.errors import Ar2DiffError
 from ..core.head import ATTRIBUTE, HEAD_FILE
 from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
-from .files import find_checkpoint, is_adapter
+from .draft import load_drafting, save_draft, save_draft_config
+from .files import find_checkpoint, is_adapter, is_draft
 from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
 from .output import Output
 
@@ -27,14 +28,14 @@ def load_checkpoint(
     quantization: Any = None,
     dtype: str = "float32",
 ) -> Checkpoint:
-    """Load a checkpoint, or an adapter on its base. The other arguments and the errors are those of
-    `model.load_model`.
+    """Load a checkpoint, or an adapter or draft adapter on its base. The other arguments and the
+    errors are those of `model.load_model`.
 
     Args:
         reference: a folder, or a Hub id with an optional `@revision`.
     """
     path = find_checkpoint(reference)
-    load = load_adapter if is_adapter(path) else load_model
+    load = load_drafting if is_draft(path) else load_adapter if is_adapter(path) else load_model
     return load(path, attn_implementation, device, quantization, dtype=dtype)
 
 
@@ -46,8 +47,8 @@ def save(
     weights: dict[str, Any] | None = None,
 ) -> None:
     """Write a converted checkpoint in the stored dtypes of its base, with the code that denoises
-    it; for a checkpoint with an adapter, only the adapter. (Training checkpoints do not contain the
-    code: they are only for resuming.)
+    it; for a checkpoint with an adapter or a draft adapter, only that. (Training checkpoints do not
+    contain the code: they are only for resuming.)
 
     Args:
         record: content of `ar2diff.json`; the hash of a trained diffusion head is put into it.
@@ -56,6 +57,9 @@ def save(
     Raises:
         Ar2DiffError: as for `Output.staged`.
     """
+    if checkpoint.draft is not None:
+        save_draft(checkpoint, output, record, weights)
+        return
     if checkpoint.base is not None:
         save_adapter(checkpoint, output, record, weights)
         return
@@ -103,7 +107,9 @@ def check_saving(checkpoint: Checkpoint) -> None:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            if checkpoint.base is None:
+            if checkpoint.draft is not None:
+                save_draft_config(checkpoint, Path(scratch))
+            elif checkpoint.base is None:
                 save_beside(checkpoint, Path(scratch))
             else:
                 save_adapter_config(checkpoint, Path(scratch))

@@ -11,7 +11,7 @@ from .. import __version__
 from ..core.errors import Ar2DiffError, option
 from .adapters import load_adapter
 from .compare import MERGED, far, fixed_logits
-from .files import ADAPTER_CONFIG, find_checkpoint, is_adapter
+from .files import ADAPTER_CONFIG, find_checkpoint, is_adapter, refuse_draft
 from .io import check_saving, save
 from .model import count_parameters, stored_dtype
 from .output import check_output, claimed, record_of
@@ -57,6 +57,7 @@ def merge(
         Ar2DiffError: as for `load_adapter` and `claimed`; or merging changes the logits.
     """
     path, output_dir = find_checkpoint(adapter), Path(output_dir)
+    refuse_draft(path, "which cannot be merged: it acts on the slots of drafts alone")
     if not is_adapter(path):
         raise Ar2DiffError(
             f"{path} is not an adapter: it has no {ADAPTER_CONFIG}",
@@ -85,7 +86,7 @@ def merge(
     result = Merged(
         adapter=adapter,
         base_model=name,
-        parameters=count_parameters(checkpoint.model)[1],
+        parameters=count_parameters(checkpoint)[1],
         difference=difference,
         rounding=far(merged, fixed_logits(checkpoint)),
     )

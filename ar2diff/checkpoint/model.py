@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..core.attention import layer_windows
+from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, HEAD_FILE, BigramHead, read_head
@@ -59,8 +60,8 @@ class Checkpoint:
     """A loaded checkpoint: model (float32 unless asked), tokenizer, spec (None: still an AR model).
 
     `stored` maps a tensor's name to the dtype in which the files hold it; `base` is the converted
-    model under an adapter (`adapters.Base`), None where there is none; `notes` are what its user
-    should know of the conversion.
+    model under an adapter (`adapters.Base`), None where there is none; `draft` is a draft adapter
+    beside the model, or None; `notes` are what its user should know of the conversion.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Checkpoint:
     stored: dict[str, str]
     commit: str | None = None
     base: Any = None
+    draft: Draft | None = None
     notes: list[str] = field(default_factory=list)
     _token_ids: frozenset[int] = field(default=frozenset(), repr=False)
 
@@ -100,6 +102,12 @@ class Checkpoint:
     def spec_or_causal(self) -> Spec:
         """The spec; of an unconverted model that of its AR mode, where no token is a mask."""
         return self.spec or causal_spec(self.model)
+
+    @property
+    def read_as(self) -> Spec:
+        """The spec with which it is decoded: with a draft adapter, that of its AR mode and of the
+        masks that the adapter reads."""
+        return self.draft.spec_for(self.spec) if self.draft else self.spec_or_causal
 
 
 def load_model(
@@ -407,8 +415,12 @@ def _drop_ids(config: Any, rows: int) -> None:
             setattr(config, name, kept or None if isinstance(given, list) else None)
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
+def count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
     """The numbers of trainable and of all parameters; quantized weights count unpacked."""
+    model, draft = checkpoint.model, checkpoint.draft
+    if draft is not None:
+        trained, whole = (sum(p.numel() for p in m.parameters()) for m in (draft, model))
+        return trained, whole + trained
     if hasattr(model, "get_nb_trainable_parameters"):  # an adapter of peft
         return model.get_nb_trainable_parameters()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,18 +24,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.errors import Ar2DiffError, option
-from .files import ADAPTER_CONFIG, RUN_FILE, check_path
+from .files import ADAPTER_CONFIG, DRAFT_CONFIG, RUN_FILE, check_path
 
-LAST = ("config.json", ADAPTER_CONFIG)  # a folder holds a model once it has one of these
+LAST = (
+    "config.json",
+    ADAPTER_CONFIG,
+    DRAFT_CONFIG,
+)  # a folder holds a model once it has one of these
 CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
 LOCK, PARTIAL = ".ar2diff.lock", ".partial"
 LEFTOVERS = (LOCK, PARTIAL)  # what a killed process may leave behind
 FULL = 1 << 22  # if fewer bytes are free, a failed write means a full disk
 # What a verb may write at the top of a folder; a user's file with such a name is in the way.
 WRITTEN = re.compile(
-    r"(config|generation_config|adapter_config|diffusion|ar2diff|tokenizer|tokenizer_config"
+    r"(config|generation_config|adapter_config|diffusion|draft|ar2diff|tokenizer|tokenizer_config"
     r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
-    r"|(model|model-\d{5}-of-\d{5}|adapter_model|diffusion_head)\.safetensors"
+    r"|(model|model-\d{5}-of-\d{5}|adapter_model|draft|diffusion_head)\.safetensors"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja|additional_chat_templates"
     r"|configuration_\w+\.py|custom_generate|checkpoints"
 )
@@ -238,7 +242,7 @@ def check_disk(output_dir: Path, needed: int) -> None:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a complete model or adapter."""
+    """Whether a folder holds a complete model, adapter or draft adapter."""
     return any((folder / name).is_file() for name in LAST)
 
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ..core.errors import Ar2DiffError, first_line, nearest, shortened
+from .draft import Draft
 from .rl import Rl
 from .schema import field_names, keys_of
 from .section import Section
@@ -48,6 +49,7 @@ class Recipe(Section):
     peft: Peft | None = None
     quantization: Quantization | None = None
     rl: Rl | None = None
+    draft: Draft | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +96,7 @@ class Recipe(Section):
                     "train.schedule warmup_stable_decay needs decay_steps from 1 to "
                     "max_steps - warmup_steps"
                 )
-        if not full and self.data.max_length % self.convert.block_length:
+        if not full and not self.draft and self.data.max_length % self.convert.block_length:
             raise ValueError("data.max_length must be a multiple of convert.block_length")
         if self.train.max_steps and self.anneal.steps > self.train.max_steps:
             raise ValueError("anneal.steps must not exceed train.max_steps")

@@ -23,6 +23,7 @@ from ..checkpoint.files import (
     read_config,
     read_json,
     read_spec,
+    refuse_draft,
     weight_files,
 )
 from ..checkpoint.model import load_config, load_tokenizer, outline_of
@@ -156,6 +157,7 @@ def export(
 
 def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
     """Spec and config of a converted model, which must not be an adapter."""
+    refuse_draft(path, "which no other engine reads")
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter", f"run 'ar2diff merge {path} DIR', then export DIR"

@@ -27,6 +27,7 @@ from ..checkpoint.files import (
     is_adapter,
     read_config,
     read_json,
+    refuse_draft,
     weight_files,
 )
 from ..checkpoint.io import check_saving, save_beside
@@ -94,6 +95,7 @@ def import_checkpoint(
             tensors are not those of the class; no mask token is found; as `claimed`.
     """
     path, output_dir = find_checkpoint(reference, weights=False), Path(output_dir)
+    refuse_draft(path, "not a diffusion model of another family")
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter",

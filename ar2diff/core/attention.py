@@ -10,6 +10,9 @@ noisy or to the clean copy. From these three the predicate of `allowed_edges` fo
     clean   noisy   never
     (full: one copy, every slot reads every slot)
 
+Where several continuations of a text are read at once, a clean key must also be on the query's own
+branch.
+
 Training lays out [noisy | clean] (BD3LM, Arriola et al. 2025, section 3.2), decoding
 [clean context | noisy block], the AR mode only clean slots, and speculation several noisy blocks
 that start anywhere: one rule serves them all.
@@ -39,6 +42,9 @@ class Slots:
         noisy: [B, S] bool, slot of the copy that is being denoised.
         start: [B, S] int, first position of a noisy slot's block; None: blocks lie on the grid.
         block: [B, S] int, which noisy slots are of one block; None: those with the same `start`.
+        enter, leave: [B, S] int, where texts branch: a depth-first walk over the tree of tokens
+            enters a clean slot as number `enter` and leaves what follows it before `leave`, and a
+            slot reads those that are open when it is entered. None: no text branches.
     """
 
     doc: Tensor
@@ -46,6 +52,8 @@ class Slots:
     noisy: Tensor
     start: Tensor | None = None
     block: Tensor | None = None
+    enter: Tensor | None = None
+    leave: Tensor | None = None
 
 
 def lay_out(
@@ -132,6 +140,9 @@ def allowed_edges(
                 pos_k <= pos_q if attention == "causal_context" else pos_k < start_q + block_length
             )
             to_clean = torch.where(noisy[b, q], pos_k < start_q, past)
+            if slots.enter is not None:
+                enter_q = slots.enter[b, q]
+                to_clean = to_clean & (slots.enter[b, k] <= enter_q) & (enter_q < slots.leave[b, k])
             edge = torch.where(noisy[b, k], noisy[b, q] & (block[b, q] == block[b, k]), to_clean)
         backward = pos_k <= pos_q
         if window is not None:

@@ -41,12 +41,13 @@ class ContextCache:
         """Number of key columns in a forward pass with this many slots."""
         return self.static if self.static is not None else self.width + slots
 
-    def keep(self, slots: int, first: Tensor, count: Tensor) -> None:
-        """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r.
+    def keep(self, slots: int, first: Tensor, count: Tensor, chosen: Tensor | None = None) -> None:
+        """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r, or
+        the first count[r] of the slots `chosen`.
 
         Args:
             slots: number of slots in the forward.
-            first, count: [R] int.
+            first, count: [R] int. chosen: [R, K] int, from left to right in each row.
         """
         width, most = self.width, int(count.max())
         if not most and self.kept:  # a growing layer made new tensors; the old ones are intact
@@ -54,12 +55,18 @@ class ContextCache:
                 layer.keys, layer.values = keys, values
             return
         if most:
-            in_place = (self.length == width) & (first == 0) & (count == most)
+            step = torch.arange(most)
+            source = first[:, None] + step if chosen is None else chosen[:, :most]
+            in_place = (self.length == width) & (source == step).all(1) & (count == most)
             if not in_place.all():
-                self._move(slots, first, count, most)
+                self._move(slots, source, count)
             self.length = self.length + count
             self.width = int(self.length.max())
         self._drop(width + slots - self.width)
+
+    def extend(self) -> None:
+        """After a forward of one slot a row, at the end of rows of equal length: it is context."""
+        self.length, self.width, self.kept = self.length + 1, self.width + 1, []
 
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""
@@ -70,11 +77,11 @@ class ContextCache:
         width, self.width = self.width, int(self.length.max())
         self._drop(width - self.width)
 
-    def _move(self, slots: int, first: Tensor, count: Tensor, most: int) -> None:
-        step = torch.arange(most)
+    def _move(self, slots: int, source: Tensor, count: Tensor) -> None:
+        step = torch.arange(source.shape[1])
         kept = step < count[:, None]
         spare = self.width + slots - 1  # rows that keep fewer write this column onto itself
-        source = torch.where(kept, self.width + first[:, None] + step, spare)
+        source = torch.where(kept, self.width + source, spare)
         target = torch.where(kept, self.length[:, None] + step, spare)
         # A target may be another slot's source, so all are read before any is written; `spare` is
         # a source only for the row that it belongs to, where it is its own target or comes last.

@@ -1,52 +1,94 @@
-"""The forward of self-speculation: logits after each candidate, and drafts of what may follow.
+"""The forward of speculation: logits after each candidate, and drafts of what may follow.
 
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import layer_windows, model_mask, reading_slot, with_context
+from .attention import layer_windows, model_mask, with_context
 from .cache import ContextCache
-from .forward import logits_at
-from .readers import slots_of
+from .draft import Draft
+from .forward import logits_at, quiet_routers
+from .readers import ALL, slots_of
 from .spec import Spec
+from .tree import Tree, shapes
 
 
 @dataclass(frozen=True)
 class _CandidateSlots:
-    """Where the slots of a forward stand: [clean | a noisy block after each candidate].
+    """Where the slots of a forward stand: [clean | a noisy block behind some candidates].
 
-    With k drafts the clean slots end with the newest token and the drafts, at positions
-    front - 1 .. front + k - 1; block j starts at front + j, as if j drafts were accepted.
+    The clean slots of a row end with its newest token, at position front - 1, and its candidates.
+    The block behind a candidate starts at the position after it.
 
     Attributes:
-        pos: [R, S] positions less the row's front. start: [R, S] likewise. noisy: [S] bool.
-        clean: how many slots are clean; wanted: [K] slots whose logits are read.
+        pos, start: [R, S] positions less the row's front. noisy: [S] bool.
+        branch: [R, S] `enter`, `leave` and `block` of `Slots`; None if no row branches.
+        clean: number of clean slots; real: [R, S] bool, slots that hold something.
+        wanted: [K] slots whose logits are read: after the newest token and each candidate, then
+            the drafts of each block.
     """
 
     pos: Tensor
     start: Tensor
     noisy: Tensor
+    branch: tuple[Tensor, Tensor, Tensor] | None
     clean: int
+    real: Tensor
     wanted: Tensor
 
     @classmethod
-    def of(cls, rows: int, certain: int, k: int, width: int, inside: Tensor) -> _CandidateSlots:
-        """With `certain` tokens before the k drafts, and drafts read at `inside` [D] of a block."""
-        candidate, clean = torch.arange(k + 1), certain + k
-        start = candidate.repeat_interleave(width)
-        ahead = start + torch.arange(width).repeat(k + 1)
-        pos = torch.cat([torch.arange(clean) - certain, ahead]).expand(rows, -1)
-        start = torch.cat([torch.arange(clean) - certain, start]).expand(rows, -1)
-        drafted = clean + candidate[:, None] * width + inside
-        wanted = torch.cat([certain - 1 + candidate, drafted.flatten()])
-        return cls(pos, start, torch.arange(pos.shape[1]) >= clean, clean, wanted)
+    def of(
+        cls, trees: list[Tree], certain: int, width: int, drafts: int, ahead: int
+    ) -> _CandidateSlots:
+        """With `certain` tokens before the candidates, and blocks of `width` masks of which
+        `drafts` are read, the first of them `ahead` of its block's start."""
+        nodes = max(map(len, trees))
+        blocks = max(len(tree.blocks) for tree in trees) if width else 0
+        clean = certain + nodes
+        rows = [_row_of(tree, certain, nodes, blocks, width) for tree in trees]
+        pos, start, enter, leave, block, real = torch.tensor(rows).unbind(1)
+        drafted = clean + torch.arange(blocks)[:, None] * width + ahead + torch.arange(drafts)
+        wanted = torch.cat([certain - 1 + torch.arange(nodes + 1), drafted.flatten()])
+        return cls(
+            pos,
+            start,
+            torch.arange(pos.shape[1]) >= clean,
+            None if all(tree.is_chain for tree in trees) else (enter, leave, block),
+            clean,
+            real.bool(),
+            wanted,
+        )
+
+
+def _row_of(tree: Tree, certain: int, nodes: int, blocks: int, width: int) -> list[list[int]]:
+    """Position, start of the block, enter, leave, block and whether it is real, of each slot of a
+    row."""
+    spare = nodes - len(tree)
+    enter, leave = tree.branches()
+    pos = [*range(-certain, 0), *(depth - 1 for depth in tree.depths), *[0] * spare]
+    real = [1] * (certain + len(tree)) + [0] * spare
+    enter = [0] * certain + enter + [0] * spare
+    leave = [ALL] * certain + leave + [ALL] * spare
+    start, block = pos[:], [-1] * len(pos)
+    for number in range(blocks):
+        there = number < len(tree.blocks)
+        node = tree.blocks[number] if there else -1
+        begin = tree.depths[node] if node >= 0 else 0
+        pos += range(begin, begin + width)
+        start += [begin] * width
+        enter += [enter[certain + node] if node >= 0 else 0] * width
+        leave += [ALL] * width
+        block += [number] * width
+        real += [int(there)] * width
+    return [pos, start, enter, leave, block, real]
 
 
 class CandidateReader:
@@ -54,9 +96,10 @@ class CandidateReader:
 
     Args:
         rows: how many rows; columns: tokens of the canvas.
-        drafts: tokens drafted after each candidate; 0: none.
         cache: `dynamic`, `static`, or `none`: the context is read again at each forward.
         context: positions that the model has; drafts beyond it are not read.
+        most: the most candidates and masks of a forward, for a static cache.
+        draft: the draft adapter, if the model has one.
     """
 
     def __init__(
@@ -65,95 +108,167 @@ class CandidateReader:
         spec: Spec,
         rows: int,
         columns: int,
-        drafts: int,
         cache: str,
         context: int | None,
+        most: int,
+        draft: Draft | None = None,
     ):
-        self.model, self.spec, self.drafts = model, spec, drafts
-        self.width = drafts + 1 if drafts else 0  # whole blocks draft no better, and cost more
+        self.model, self.spec, self.draft = model, spec, draft
         # The last accepted drafts may lie beyond the end of the canvas.
-        static = columns + drafts + (drafts + 1) * (self.width + 1) if cache == "static" else None
+        static = columns + spec.block_length + most if cache == "static" else None
         self.cache = None if cache == "none" else ContextCache(model, rows, static)
         self.last = (context or 1 << 60) - 1
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
         self.uniform = not any(windows.values())  # all slots read the whole context
+        self.length = [0] * rows  # tokens of each row in the cache
+        self.certain: list[int] = []  # tokens known that are not
+        self.layout: _CandidateSlots | None = None
         self._steady: tuple[Any, _CandidateSlots, Any] | None = None
 
-    def read(self, ids: Tensor, front: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [R, k + 1, V] after the newest token and each of k drafts, and
-        [R, k + 1, drafts, V] of what may follow the token that comes next.
+    def read(
+        self,
+        ids: Tensor,
+        rows: list[int],
+        front: list[int],
+        newest: list[int],
+        trees: list[Tree],
+        drafts: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [R, N + 1, V] after the newest token and each of N candidates, and
+        [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`.
 
         Args:
-            ids: [R, T] canvas. front: [R] tokens known. drafted: [R, k] tokens drafted after them.
+            ids: [., T] canvas. rows: which of its rows are read.
+            front: tokens known of each. newest: the last of them. trees: its candidates.
+            drafts: tokens drafted behind each of the trees' `blocks`.
         """
-        rows, k, drafts, device = len(ids), drafted.shape[1], self.drafts, self.model.device
-        length = self.cache.length if self.cache else torch.zeros_like(front)
-        self.certain = front - length
-        self.layout, mask = self._lay_out(front, length, k)
-        layout, pos = self.layout, self.layout.pos + front[:, None]
+        length = self.length if self.cache else [0] * len(front)
+        self.certain = [known - cached for known, cached in zip(front, length, strict=True)]
+        if not drafts and self._plain(front, trees):
+            return self._read_newest(newest, front[0] - 1)
+        device, first = self.model.device, max(self.certain)
+        self.layout, mask = self._lay_out(front, length, trees, drafts)
+        layout, nodes = self.layout, max(map(len, trees))
+        pos = layout.pos + torch.tensor(front)[:, None]
         tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
-        first = layout.clean - k
-        tokens[:, :first] = ids.gather(1, pos[:, :first].clamp(0, ids.shape[1] - 1))
-        tokens[:, first : layout.clean] = drafted
-        index = torch.arange(rows)[:, None] * pos.shape[1] + layout.wanted
-        logits = logits_at(
-            self.model,
-            index.flatten().to(device),
-            cache=self.cache.stock if self.cache else None,
-            input_ids=tokens.to(device),
-            attention_mask=mask,
-            position_ids=pos.clamp(0, self.last).to(device),
-        ).view(rows, layout.wanted.shape[0], -1)
-        ahead = logits[:, k + 1 :].reshape(rows, k + 1, drafts, logits.shape[-1])
-        return logits[:, : k + 1], ahead
+        if first > 1:
+            at = pos[:, :first].clamp(0, ids.shape[1] - 1)
+            tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
+        elif first:
+            tokens[:, 0] = torch.tensor(newest)
+        if nodes:
+            tokens[:, first : layout.clean] = torch.tensor(
+                [tree.tokens + [0] * (nodes - len(tree)) for tree in trees]
+            )
+        index = torch.arange(len(rows))[:, None] * pos.shape[1] + layout.wanted
+        drafting = self.draft is not None and pos.shape[1] > layout.clean
+        noisy = slice(layout.clean, None)
+        with self.draft.applied(self.model, noisy) if drafting else nullcontext():
+            logits = logits_at(
+                self.model,
+                index.flatten().to(device),
+                cache=self.cache.stock if self.cache else None,
+                input_ids=tokens.to(device),
+                attention_mask=mask,
+                position_ids=pos.clamp(0, self.last).to(device),
+            ).view(len(rows), layout.wanted.shape[0], -1)
+        ahead = logits[:, nodes + 1 :]
+        return logits[:, : nodes + 1], ahead.reshape(len(rows), -1, max(drafts, 1), ahead.shape[-1])
 
-    def keep(self, accepted: Tensor) -> None:
-        """The tokens that were certain and the accepted drafts [R] become context."""
-        if self.cache:
-            layout = self.layout
-            first = int((layout.pos[0, : layout.clean] < 0).sum()) - self.certain
-            self.cache.keep(layout.pos.shape[1], first, self.certain + accepted)
+    def keep(self, paths: list[list[int]]) -> None:
+        """The tokens that were certain and the accepted candidates, by row, become context."""
+        if not self.cache:
+            return
+        counts = [known + len(path) for known, path in zip(self.certain, paths, strict=True)]
+        self.length = [cached + more for cached, more in zip(self.length, counts, strict=True)]
+        if self.layout is None:
+            self.cache.extend()
+            return
+        slots, certain = self.layout.pos.shape[1], max(self.certain)
+        first, size = [certain - known for known in self.certain], max(counts)
+        chosen = [
+            ([*range(begin, certain), *(certain + node for node in path)] + [slots - 1] * size)[
+                :size
+            ]
+            for begin, path in zip(first, paths, strict=True)
+        ]
+        chosen = torch.tensor(chosen).view(len(paths), size)
+        self.cache.keep(slots, torch.tensor(first), torch.tensor(counts), chosen)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: list[int]) -> None:
         """Continue with some of the rows."""
+        self.length = [self.length[row] for row in rows]
         if self.cache:
-            self.cache.select(rows)
+            self.cache.select(torch.tensor(rows))
 
-    def _lay_out(self, front: Tensor, length: Tensor, k: int) -> tuple[_CandidateSlots, Any]:
-        """The slots, and the mask over the context and them. Once each row has one certain token
-        and as many drafts, only the context grows, and the slots after it are laid out once."""
-        rows, certain = len(front), int(self.certain.max())
-        beyond = int(front.max()) + k + self.width > self.last
-        steady = self.uniform and not beyond and bool((self.certain == certain).all())
-        key = (rows, certain, k)
-        seen = torch.arange(self.cache.width if self.cache else 0) < length[:, None]
+    def _plain(self, front: list[int], trees: list[Tree]) -> bool:
+        """Whether a forward only reads the newest token of each row, after a context that fills
+        the cache: then it needs no mask."""
+        return (
+            self.cache is not None
+            and self.cache.static is None
+            and self.uniform
+            and 0 < self.cache.width == max(self.length) == min(self.length)
+            and self.certain == [1] * len(front)
+            and not any(map(len, trees))
+        )
+
+    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, Tensor]:
+        """`read` without candidates and drafts."""
+        self.layout, device = None, self.model.device
+        tokens = torch.tensor(newest, device=device)[:, None]
+        logits = self.model(
+            input_ids=tokens,
+            position_ids=torch.full_like(tokens, position),
+            past_key_values=self.cache.stock,
+            use_cache=True,
+            **quiet_routers(self.model),
+        ).logits
+        return logits, logits[:, None, :0]
+
+    def _lay_out(
+        self, front: list[int], length: list[int], trees: list[Tree], drafts: int
+    ) -> tuple[_CandidateSlots, Any]:
+        """The slots, and the mask over the context and them. As long as each row has one certain
+        token and trees of the same shape, only the context grows, and the slots after it are laid
+        out once."""
+        certain = max(self.certain)
+        width = min(drafts + 1, self.spec.block_length) if drafts else 0
+        deepest = max((max(tree.depths) for tree in trees if len(tree)), default=0)
+        beyond = max(front) + deepest + width > self.last
+        steady = self.uniform and not beyond and min(self.certain) == certain
+        key = (certain, drafts, *shapes(trees))
+        columns = self.cache.width if self.cache else 0
+        seen = torch.arange(columns) < torch.tensor(length)[:, None]
         if not steady or self._steady is None or self._steady[0] != key:
-            drafted = 1 + torch.arange(self.drafts)  # the first of a block follows the candidate
-            inside = reading_slot(drafted, "full", None, self.spec.prediction, drafted)
-            layout = _CandidateSlots.of(rows, certain, k, self.width, inside)
+            ahead = 1 if self.spec.prediction == "same" else 0  # the first of a block is the AR's
+            layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
                 return layout, self._mask(layout, front, length, seen)
-            none = seen[:, :0]
-            self._steady = (key, layout, self._mask(layout, front, length, none))
+            self._steady = (key, layout, self._mask(layout, front, length, seen[:, :0]))
         _, layout, mask = self._steady
         if self.cache is None or self.cache.static is None:
-            return layout, with_context(mask, seen.to(mask.device))
+            return layout, with_context(mask, seen.to(self.model.device))
         return layout, self._mask(layout, front, length, seen)
 
-    def _mask(self, layout: _CandidateSlots, front: Tensor, length: Tensor, seen: Tensor) -> Any:
+    def _mask(
+        self, layout: _CandidateSlots, front: list[int], length: list[int], seen: Tensor
+    ) -> Any:
         """The mask of the slots, which follow the columns `seen` [R, C] of the context."""
-        pos, columns = layout.pos + front[:, None], seen.shape[1]
-        slots = pos.shape[1]
+        start = torch.tensor(front)[:, None]
+        pos, columns = layout.pos + start, seen.shape[1]
+        slots, cached = pos.shape[1], torch.tensor(length)[:, None]
         static = self.cache is not None and self.cache.static is not None
         built = slots_of(
             self.cache.static if static else columns + slots,
             seen,
             torch.arange(columns).expand(len(pos), -1),
-            (pos >= length[:, None]) & (pos <= self.last),
+            (pos >= cached) & (pos <= self.last) & layout.real,
             pos,
             layout.noisy.expand(len(pos), -1),
             self.model.device,
-            layout.start + front[:, None],
+            layout.start + start,
+            layout.branch,
         )
         return model_mask(
             self.model, built, "causal_context", self.spec.block_length, self.spec.local_window,

@@ -35,6 +35,7 @@ class Canvas:
             distribution.
         forwards: [R] forwards that a row took part in.
         front: for each row, the number of tokens up to `total` that are decided without a gap.
+        over: for each row, whether its answer is finished.
         unfinished: number of rows without a finished answer.
         drift: with `check_cache`, for each step the largest error of a cached logit, relative to
             the largest logit, and the share of positions with the same likeliest token.
@@ -54,6 +55,7 @@ class Canvas:
     logprob: Tensor
     forwards: Tensor
     front: list[int]
+    over: list[bool]
     unfinished: int
     drift: list[tuple[float, float]] = field(default_factory=list)
 
@@ -103,6 +105,7 @@ class Canvas:
             logprob=torch.zeros(ids.shape),
             forwards=torch.zeros_like(prompt),
             front=[0] * len(prompts),
+            over=[False] * len(prompts),
             unfinished=len(prompts),
         )
         for row in range(len(prompts)):
@@ -119,6 +122,16 @@ class Canvas:
         """Whether some positions to be written may not hold an end token."""
         early = torch.arange(self.ids.shape[1]) < self.end_from[:, None]
         return bool((early & ~self.given).any())
+
+    @cached_property
+    def last(self) -> list[int]:
+        """`total` as integers."""
+        return self.total.tolist()
+
+    @cached_property
+    def first(self) -> list[int]:
+        """`end_from` as integers."""
+        return self.end_from.tolist()
 
     @property
     def done(self) -> Tensor:
@@ -184,6 +197,13 @@ class Canvas:
         for row in set(rows.tolist()):
             self._settle(row, finished)
 
+    def count(self, rows: list[int]) -> None:
+        """Count a forward for each of some rows."""
+        if len(rows) == len(self.over):
+            self.forwards += 1
+        else:
+            self.forwards[torch.tensor(rows, dtype=torch.long)] += 1
+
     def erase(self, rows: Tensor, positions: Tensor) -> None:
         """Mask decided tokens again."""
         self.ids[rows, positions] = self.mask_token_id
@@ -194,7 +214,7 @@ class Canvas:
     def _settle(self, row: int, finished: Finished | None) -> None:
         """Move a row's front; the row is finished at the first end token that it passes, or where
         `finished` says so, or at `total`."""
-        front, total, first = self.front[row], int(self.total[row]), int(self.end_from[row])
+        front, total, first = self.front[row], self.last[row], self.first[row]
         over = False
         for token in self.ids[row, front:total].tolist():
             if token == self.mask_token_id or over:
@@ -204,6 +224,6 @@ class Canvas:
                 token in self.ends or bool(finished and finished(row, self.ids[row, :front]))
             )
         self.front[row] = front
-        if (over or front == total) and self.end[row] < 0:
-            self.end[row] = front
+        if (over or front == total) and not self.over[row]:
+            self.end[row], self.over[row] = front, True
             self.unfinished -= 1

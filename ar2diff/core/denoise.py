@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
+from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches
 from .head import UNKNOWN, head_of
 from .options import DRAFTS, Options
+from .pace import Pace
 from .readers import BlockReader, FullReader
 from .samplers import Chooser, commits, left_to_right, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
-from .speculation import speculate
+from .speculation import Speculation
 from .switching import SwitchingReader
 
 FILTERS = {
@@ -44,6 +46,7 @@ def denoise(
     *,
     processors: Sequence[Any] = (),
     finished: Finished | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[Canvas]:
     """Decide all tokens of a canvas, yielding it after every forward.
 
@@ -53,6 +56,7 @@ def denoise(
         options: from `resolve`.
         processors: additional processors of transformers that look at each position alone.
         finished: additional reasons to stop a row, from `finished_of`.
+        draft: the draft adapter, if the model has one; `spec` is then that of `spec_for`.
 
     Raises:
         Ar2DiffError: the options leave no token to write, or name one that the model lacks; the
@@ -82,12 +86,12 @@ def denoise(
         penalty,
     )
     if options.mode != "diffusion":
-        drafts = options.draft_length or min(DRAFTS, spec.block_length - 1)
-        drafts = 0 if options.mode == "ar" else drafts
-        yield from speculate(
-            model, spec, canvas, chooser, drafts=drafts, cache=options.cache_implementation,
+        length = options.draft_length or min(DRAFTS, spec.block_length - 1)
+        pace = Pace(0 if options.mode == "ar" else length, options.draft_nodes)
+        yield from Speculation(
+            model, spec, canvas, chooser, pace, draft=draft, cache=options.cache_implementation,
             finished=finished,
-        )  # fmt: skip
+        ).run()  # fmt: skip
         return
     yield from _Denoiser(model, spec, canvas, options, chooser, finished).run()
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,11 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .canvas import Canvas
 from .denoise import denoise
-from .errors import Ar2DiffError, option
+from .draft import CONFIG, WEIGHTS, Draft, load_draft
+from .errors import Ar2DiffError, first_line, option, shortened
 from .forward import context_length
 from .inputs import check_tensors, read_prompts
 from .options import Options, resolve
@@ -37,6 +39,7 @@ ROW_WISE = tuple(
         "SuppressTokensLogitsProcessor", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     )
 )  # fmt: skip
+DRAFTS: WeakKeyDictionary[Any, dict[str, Draft]] = WeakKeyDictionary()
 PROBED: WeakKeyDictionary[Any, Spec] = WeakKeyDictionary()
 PROBING = Lock()  # the probe shortens the windows in the config while it looks
 
@@ -144,6 +147,7 @@ def generate(
     attention_mask: Tensor | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
+    draft: Any = None,
     **kwargs: Any,
 ) -> Tensor | DiffusionOutput:
     """Continue prompts, or fill the mask tokens in them, by denoising. Takes the arguments of
@@ -155,6 +159,8 @@ def generate(
         streamer: of transformers; gets tokens once all before them are decided, and the drafts of
             each step if it has a method `put_draft`.
         tokenizer: needed for `stop_strings`.
+        draft: folder or Hub id of a draft adapter for the model, or a loaded one. The text is then
+            the one that the model itself writes, in fewer forwards.
         kwargs: fields of `Options`, `do_sample`, `max_length`. An argument takes precedence over
             `generation_config`, that over the model's own, and that over the spec.
 
@@ -165,8 +171,9 @@ def generate(
     Raises:
         Ar2DiffError: the call, or the model, cannot be honoured.
     """
-    spec = spec_of(model)
-    check_model(model, spec)
+    draft = find_draft(draft, model)
+    spec = spec_of(model, draft)
+    check_model(model, spec, draft)
     given = inputs if inputs is not None else input_ids
     if inputs is not None and input_ids is not None:
         raise Ar2DiffError(
@@ -174,7 +181,8 @@ def generate(
         )
     check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
-    options = resolve(spec, kwargs, (generation_config, model.generation_config), width)
+    configs = (generation_config, model.generation_config)
+    options = resolve(spec, kwargs, configs, width, draft is not None)
     vocabulary = model.config.get_text_config().vocab_size
     given, real, prompts = read_prompts(given, attention_mask, options, vocabulary)
     if options.num_return_sequences > 1:
@@ -197,8 +205,9 @@ def generate(
     padding = [given.shape[1] - len(prompt) for prompt in prompts]
     finished = finished_of(model, options, stopping_criteria, tokenizer, padding)
     states = denoise(
-        model, spec, canvas, options, processors=_processors(logits_processor), finished=finished
-    )
+        model, spec, canvas, options, processors=_processors(logits_processor),
+        finished=finished, draft=draft,
+    )  # fmt: skip
     with evaluating(model):
         if streamer is None:
             for _ in states:
@@ -208,13 +217,37 @@ def generate(
     return _output(canvas, given, real, options)
 
 
-def spec_of(model: Any) -> Spec:
-    """The spec in a model's config.
+def find_draft(given: Any, model: Any) -> Draft | None:
+    """The draft adapter that a call names, loaded once for each model.
+
+    Raises:
+        Ar2DiffError: it is not there, is damaged, or does not fit the model.
+    """
+    if given is None or isinstance(given, Draft):
+        return given
+    held = DRAFTS.setdefault(model, {})
+    if str(given) not in held:
+        try:
+            files = [cached_file(str(given), name) for name in (CONFIG, WEIGHTS)]
+        except OSError as error:
+            raise Ar2DiffError(
+                f"{option('draft')} {shortened(given)} is not a draft adapter "
+                f"({first_line(error)})",
+                "pass the folder or Hub id that 'ar2diff draft' wrote",
+            ) from error
+        held[str(given)] = load_draft(Path(files[0]).parent, model)
+    return held[str(given)]
+
+
+def spec_of(model: Any, draft: Draft | None = None) -> Spec:
+    """The spec in a model's config, or the one with which it is read beside a draft adapter.
 
     Raises:
         Ar2DiffError: it has none.
     """
     spec = Spec.from_config(model.config.to_dict())
+    if draft is not None:
+        return draft.spec_for(spec)
     if spec is None:
         raise Ar2DiffError(
             "the model is not converted: its config has no 'diffusion' block",
@@ -223,7 +256,7 @@ def spec_of(model: Any) -> Spec:
     return spec
 
 
-def check_model(model: Any, spec: Spec) -> None:
+def check_model(model: Any, spec: Spec, draft: Draft | None = None) -> None:
     """Check, once for each model, that its attention does what the spec says: an older transformers
     would run it causally and write nonsense without an error.
 
@@ -233,7 +266,8 @@ def check_model(model: Any, spec: Spec) -> None:
     with PROBING:
         if PROBED.get(model) == spec:
             return
-        with evaluating(model):
+        masks = nullcontext() if draft is None else draft.applied(model, slice(0, 0))
+        with evaluating(model), masks:  # the adapter embeds the mask, and adds nothing
             problems = probe(model, spec)
         if not problems:
             PROBED[model] = spec

@@ -85,6 +85,7 @@ class Options:
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
         draft_length: in mode speculative, tokens drafted after each candidate; fewer than a block
             (3).
+        draft_nodes: in mode speculative, verify a tree of so many candidates instead of a chain.
         cache_implementation: `dynamic`, `static` or `none`; for `full` attention `none`, `prefix`
             or `dual`.
         check_cache: also read each step without the cache, and note the differences in
@@ -104,6 +105,7 @@ class Options:
     remask: float = 0.0
     cfg_scale: float = 0.0
     draft_length: int | None = None
+    draft_nodes: int | None = None
     cache_implementation: str = "dynamic"
     check_cache: bool = False
     temperature: float = 0.0
@@ -144,6 +146,7 @@ def resolve(
     kwargs: Mapping[str, Any],
     configs: Sequence[Any] = (),
     prompt_length: int = 0,
+    drafts: bool = False,
 ) -> Options:
     """The settings for one call.
 
@@ -151,6 +154,7 @@ def resolve(
         kwargs: keyword arguments of the call; unknown ones are refused.
         configs: generation configs, in order of precedence.
         prompt_length: tokens of the (padded) prompt, which `max_length` counts.
+        drafts: the model has a draft adapter; it is decoded in mode speculative unless told not to.
 
     Raises:
         Ar2DiffError: an option that is unknown, out of range, or that a denoiser cannot honour.
@@ -173,13 +177,14 @@ def resolve(
     options = Options(
         max_new_tokens=_max_new_tokens(get, prompt_length),
         min_new_tokens=integer(get, "min_new_tokens", 0, 0),
-        mode=one_of(get, "mode", MODES, "diffusion"),
+        mode=one_of(get, "mode", MODES[1:] if drafts else MODES, MODES[drafts]),
         block_length=_block_length(get, spec),
         **_rule(get),
         order=one_of(get, "order", ORDERS, "prob"),
         remask=number(get, "remask", 0.0, 0, 1),
         cfg_scale=number(get, "cfg_scale", 0.0, 0, LARGE),
         draft_length=integer(get, "draft_length", None, 1),
+        draft_nodes=integer(get, "draft_nodes", None, 1),
         cache_implementation=_cache(get, spec),
         check_cache=bool(get("check_cache", False)),
         temperature=_temperature(get),
@@ -242,13 +247,14 @@ def _check_mode(options: Options, spec: Spec) -> None:
                     f"{mode}",
                     f"leave out {option(name)}",
                 )
+    for name in ("draft_length", "draft_nodes"):
+        if getattr(options, name) is not None and options.mode != "speculative":
+            raise Ar2DiffError(
+                f"{option(name)} only works with {option('mode', 'speculative')}",
+                f"leave out {option(name)}",
+            )
     if options.draft_length is None:
         return
-    if options.mode != "speculative":
-        raise Ar2DiffError(
-            f"{option('draft_length')} only works with {option('mode', 'speculative')}",
-            f"leave out {option('draft_length')}",
-        )
     if options.draft_length >= spec.block_length:
         raise Ar2DiffError(
             f"{option('draft_length', options.draft_length)} is not below the model's block length "

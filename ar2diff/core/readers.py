@@ -28,6 +28,7 @@ from .cache import ContextCache
 from .forward import logits_at
 from .spec import Spec
 
+ALL = 1 << 30  # more slots than any tree has
 MASKS = 64  # masks that are remembered; a single row needs two
 
 
@@ -269,12 +270,14 @@ def slots_of(
     noisy: Tensor,
     device: Any,
     start: Tensor | None = None,
+    branch: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Slots:
     """Slots [R, columns] of a step: the cached columns, then those forwarded, then empty ones.
 
     Args:
         seen, cached: [R, C] whether a cached column holds a token of its row, and its position.
         real, pos, noisy, start: [R, S] of the slots forwarded.
+        branch: [R, S] `enter`, `leave` and `block` of the slots forwarded, if candidates branch.
     """
     rows, rest = len(pos), columns - cached.shape[1] - pos.shape[1]
 
@@ -284,9 +287,17 @@ def slots_of(
 
     doc = join(torch.where(seen, 0, PADDING), torch.where(real, 0, PADDING), PADDING)
     clean = torch.zeros_like(seen)
+    enter = leave = block = None
+    if branch is not None:  # what is cached is before all branches
+        enter = join(torch.zeros_like(cached), branch[0], 0)
+        leave = join(torch.full_like(cached, ALL), branch[1], 0)
+        block = join(torch.zeros_like(cached), branch[2], 0)
     return Slots(
         doc,
         join(cached, pos, 0),
         join(clean, noisy, 0),
         None if start is None else join(cached, start, 0),
+        block,
+        enter,
+        leave,
     )

@@ -1,17 +1,16 @@
-"""Lossless self-speculation: the diffusion mode drafts, the AR mode of the same weights verifies.
+"""Lossless speculation: masks draft what may follow, and the model's own AR mode verifies it.
 
-Each forward holds a row's [newest token, drafts] causally, and after each of them a block of masks
-that starts there:
+Each forward holds a row's newest token and candidates, of which some are followed by masks:
 
     clean      t  d1  d2          the AR mode's distribution after t, d1, d2
     noisy      |t: m m m   |d1: m m m   |d2: m m m       drafts, whatever is accepted
 
-The longest prefix of drafts that the AR mode agrees with is accepted, and one token of its own
-follows; the block of masks after the last accepted draft holds the next drafts. So a forward yields
-accepted + 1 tokens. With temperature, a draft is accepted with probability min(1, p / q) and
-otherwise replaced by a draw from max(p - q, 0) (Leviathan et al. 2023, algorithm 1): exact, since a
-draft is drawn from one forward's q, each position on its own, independent of the tokens before it.
-Without drafts this is plain AR decoding.
+Candidates may form a chain or a tree. The AR mode's token after t is drawn; if a candidate that
+follows t holds that token, it is accepted, the token after it is drawn, and so on. So a forward
+yields accepted + 1 tokens, all of them drawn from the AR mode's own distribution, whatever the
+drafts were. The noise of a draw belongs to its position (gumbel.py): a text is the one that plain
+AR decoding writes with the same seed, at any temperature, up to rounding between two tokens that
+are equally likely. Without drafts this is plain AR decoding.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
@@ -25,19 +24,23 @@ from torch import Tensor
 
 from .candidates import CandidateReader
 from .canvas import Canvas, Finished
+from .draft import Draft
 from .forward import context_length, rope_regime, rope_switches
-from .samplers import Chooser, draw, log_prob
+from .gumbel import GumbelNoise
+from .pace import Pace
+from .samplers import Chooser, log_prob
 from .spec import Spec
+from .tree import Guesses, Tree
 
 
-class _Group:
-    """Rows that are read together, and what is known of them between two forwards.
+class Speculation:
+    """Decodes rows from left to right.
 
-    Attributes:
-        rows: [R] global numbers.
-        front: [R] tokens known, the newest not cached yet.
-        drafts: [R, K] tokens drafted after it; q: [R, K, V] what they were drawn from (sampling).
-        zone: of `_zones`.
+    Args:
+        canvas: prompts without masks.
+        pace: how many candidates and masks a forward holds.
+        draft: the draft adapter, if the model has one.
+        cache: `dynamic`, `static` or `none`.
     """
 
     def __init__(
@@ -45,182 +48,231 @@ class _Group:
         model: Any,
         spec: Spec,
         canvas: Canvas,
-        rows: Tensor,
-        zone: int,
-        drafts: int,
-        cache: str,
+        chooser: Chooser,
+        pace: Pace,
+        *,
+        draft: Draft | None = None,
+        cache: str = "dynamic",
+        finished: Finished | None = None,
     ):
-        self.rows, self.zone = rows, zone
-        self.front = torch.tensor(canvas.front)[rows]
-        self.drafts = torch.zeros(len(rows), 0, dtype=torch.long)
-        self.q: Tensor | None = None
-        self.most = drafts
-        self.reader = CandidateReader(
-            model, spec, len(rows), canvas.ids.shape[1], drafts, cache, context_length(model.config)
-        )
+        self.model, self.spec, self.canvas, self.chooser = model, spec, canvas, chooser
+        self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
+        self.switches = rope_switches(model.config)
+        vocabulary = model.config.get_text_config().vocab_size
+        greedy = chooser.options.greedy
+        self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
 
-    def step(self, canvas: Canvas, chooser: Chooser, finished: Finished | None) -> None:
-        """Forward the rows once, accept drafts and draft anew."""
-        alive = ~canvas.done[self.rows]
-        target, ahead = self.reader.read(canvas.ids[self.rows], self.front, self.drafts)
-        canvas.forwards[self.rows] += alive
-        self.reader.keep(_accept(canvas, self, chooser, target, ahead, alive, finished))
+    def run(self) -> Iterator[Canvas]:
+        """Decode, yielding the canvas after every forward."""
+        canvas = self.canvas
+        groups = self._found(list(range(len(canvas.front))))
+        while canvas.unfinished:
+            for group in groups:
+                group.step()
+            yield canvas
+            groups = self._regrouped(groups)
 
-    def select(self, keep: Tensor) -> None:
-        """Continue with some of the rows."""
-        self.reader.select(keep)
-        self.rows, self.front, self.drafts = self.rows[keep], self.front[keep], self.drafts[keep]
-        if self.q is not None:
-            self.q = self.q[keep.to(self.q.device)]
+    def _found(self, rows: list[int]) -> list[_Group]:
+        """New groups of rows, one for each zone."""
+        zones: dict[int, list[int]] = {}
+        for row, zone in zip(rows, self._zones(rows), strict=True):
+            zones.setdefault(zone, []).append(row)
+        return [_Group(self, found, zone) for zone, found in sorted(zones.items())]
 
-
-def speculate(
-    model: Any,
-    spec: Spec,
-    canvas: Canvas,
-    chooser: Chooser,
-    *,
-    drafts: int,
-    cache: str = "dynamic",
-    finished: Finished | None = None,
-) -> Iterator[Canvas]:
-    """Decode rows, yielding the canvas after every forward.
-
-    Args:
-        canvas: prompts without masks.
-        drafts: tokens drafted after each candidate, fewer than a block; 0 decodes one by one.
-    """
-    switches = rope_switches(model.config)
-
-    def found(rows: Tensor, zones: Tensor) -> list[_Group]:
-        """New groups of rows [R], one for each zone."""
-        return [
-            _Group(model, spec, canvas, rows[zones == zone], zone, 0 if zone % 2 else drafts, cache)
-            for zone in zones.unique().tolist()
-        ]
-
-    front = torch.tensor(canvas.front)
-    groups = found(torch.arange(len(front)), _zones(front, drafts, switches))
-    while canvas.unfinished:
-        for group in groups:
-            group.step(canvas, chooser, finished)
-        yield canvas
+    def _regrouped(self, groups: list[_Group]) -> list[_Group]:
+        """Groups without the rows that have finished, once they are half of theirs, and with rows
+        that have come to another zone in groups of their own."""
         kept: list[_Group] = []
         for group in groups:
-            zones = _zones(group.front, drafts, switches)
-            alive, stay = ~canvas.done[group.rows], zones == group.zone
-            kept += found(group.rows[alive & ~stay], zones[alive & ~stay])
-            left = (alive & stay).nonzero()[:, 0]
-            if not len(left):
+            alive = [not self.canvas.over[row] for row in group.rows]
+            if not self.switches and all(alive):
+                kept.append(group)
                 continue
-            few = cache != "static" and 2 * len(left) <= len(group.rows)
-            if few or not stay.all():
+            stay = [zone == group.zone for zone in self._zones(group.rows)]
+            lines = list(zip(group.rows, alive, stay, strict=True))
+            kept += self._found([row for row, live, here in lines if live and not here])
+            left = [n for n, (_, live, here) in enumerate(lines) if live and here]
+            if not left:
+                continue
+            few = self.cache != "static" and 2 * len(left) <= len(group.rows)
+            if few or not all(stay):
                 group.select(left)
             kept.append(group)
-        groups = kept
+        return kept
+
+    def _zones(self, rows: list[int]) -> list[int]:
+        """Which rows can be read together, where the model's rotary factors change with the length
+        of the longest row: twice the regime of `rope_regime`, plus one if drafts would reach beyond
+        its end. Such rows decode without drafts, as their AR mode would, until they have passed
+        it."""
+        if not self.switches:
+            return [0] * len(rows)
+        front = torch.tensor([self.canvas.front[row] for row in rows])
+        now = rope_regime(front, self.switches)
+        reach = self.pace.reach  # of the block after the last draft
+        return (2 * now + (rope_regime(front + reach, self.switches) != now)).tolist()
 
 
-def _zones(front: Tensor, drafts: int, switches: tuple[int, ...]) -> Tensor:
-    """[R] which rows can be read together, where the model's rotary factors change with the length
-    of the longest row: twice the regime of `rope_regime`, plus one if drafts would reach beyond its
-    end. Such rows decode without drafts, as their AR mode would, until they have passed it."""
-    if not switches:
-        return torch.zeros_like(front)
-    now = rope_regime(front, switches)
-    reach = 2 * drafts + 1 if drafts else 0  # of the block after the last draft
-    return 2 * now + (rope_regime(front + reach, switches) != now)
+class _Group:
+    """Rows that are read together, and what is known of them between two forwards.
 
-
-def _accept(
-    canvas: Canvas,
-    state: _Group,
-    chooser: Chooser,
-    target: Tensor,
-    ahead: Tensor,
-    alive: Tensor,
-    finished: Finished | None,
-) -> Tensor:
-    """Write each row's accepted drafts and one more token, and draft what follows.
-
-    Returns:
-        [R] how many drafts were accepted (0 in rows that were finished before).
+    Attributes:
+        rows: global numbers.
+        front: tokens known of each, the newest not cached yet. newest: that token.
+        trees: candidates for what follows, and the masks behind them.
+        drafts: how many tokens are drafted behind each.
+        zone: of `_zones`.
     """
-    rows, k, drafts = len(state.rows), state.drafts.shape[1], ahead.shape[2]
-    row = torch.arange(rows).repeat_interleave(k + 1)
-    position = (state.front[:, None] + torch.arange(k + 1)).flatten()
-    no_end = position < canvas.end_from[state.rows[row]] if canvas.held else None
-    logits = chooser.possible(target.flatten(0, 1), no_end, canvas.end_ids)
-    scores = chooser.warp(logits, _context(canvas, state, row, position, chooser))
-    if chooser.options.greedy:
-        tokens = scores.argmax(-1).cpu().view(rows, k + 1)
-        agreed = tokens[:, :k] == state.drafts
-        accepted = agreed.long().cumprod(1).sum(1)
-    else:
-        tokens, accepted = _speculative_draws(
-            state, chooser, scores.softmax(-1).view(rows, k + 1, -1), alive
+
+    def __init__(self, own: Speculation, rows: list[int], zone: int):
+        canvas = own.canvas
+        self.own, self.rows, self.zone = own, rows, zone
+        self.front = [canvas.front[row] for row in rows]
+        self.newest = [int(canvas.ids[row, canvas.front[row] - 1]) for row in rows]
+        self.pace = own.pace if zone % 2 == 0 else Pace(0)
+        self.trees = [Tree() for _ in rows]
+        self.drafts = self.pace.drafts()
+        self.reader = CandidateReader(
+            own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
+            context_length(own.model.config), self.pace.most, own.draft,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        """Forward the rows once, accept candidates and draft anew."""
+        canvas = self.own.canvas
+        alive = [not canvas.over[row] for row in self.rows]
+        target, ahead = self.reader.read(
+            canvas.ids, self.rows, self.front, self.newest, self.trees, self.drafts
         )
-    accepted = torch.where(alive, accepted, 0)
-    logprob = log_prob(logits, tokens.flatten().to(logits.device)).cpu().view(rows, k + 1)
-    new = (torch.arange(k + 1) <= accepted[:, None]) & alive[:, None]
-    new &= position.view(rows, k + 1) < canvas.total[state.rows, None]
-    at = new.nonzero()
-    canvas.write(
-        state.rows[at[:, 0]], position.view(rows, k + 1)[new], tokens[new], logprob[new], finished
-    )
-    state.front = state.front + torch.where(alive, accepted + 1, 0)
-    chosen = ahead[torch.arange(rows), accepted]
-    _draft(canvas, state, chooser, chosen, drafts)
-    return accepted
+        canvas.count([row for row, live in zip(self.rows, alive, strict=True) if live])
+        tokens, logits = self._tokens(target)
+        own = tokens.tolist()
+        ends = [
+            tree.walk(line) if live else -1
+            for tree, line, live in zip(self.trees, own, alive, strict=True)
+        ]
+        paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
+        self.reader.keep(paths)
+        self.pace.saw(self.trees, [len(path) for path in paths])
+        self._write(paths, tokens, logits, alive)
+        self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
+        self.front = [
+            front + (len(path) + 1 if live else 0)
+            for front, path, live in zip(self.front, paths, alive, strict=True)
+        ]
+        self._draft(ends, ahead)
 
+    def select(self, keep: list[int]) -> None:
+        """Continue with some of the rows."""
+        self.reader.select(keep)
+        self.rows, self.front, self.newest, self.trees = (
+            [values[line] for line in keep]
+            for values in (self.rows, self.front, self.newest, self.trees)
+        )
 
-def _speculative_draws(
-    state: _Group, chooser: Chooser, p: Tensor, alive: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens [R, k + 1] and how many drafts are accepted [R], such that the tokens up to the one
-    after the accepted drafts are draws from p [R, k + 1, V]."""
-    rows, k = state.drafts.shape
-    p = p.cpu().double()
-    tokens = torch.cat([state.drafts, torch.zeros(rows, 1, dtype=torch.long)], 1)
-    accepted = torch.zeros(rows, dtype=torch.long)
-    for r in alive.nonzero()[:, 0].tolist():
-        u = chooser.uniform(state.rows[r].repeat(k + 1))
-        rest, a = p[r, k], 0
-        while a < k:
-            q, token = state.q[r, a], int(state.drafts[r, a])
-            if u[a] * q[token] >= p[r, a, token]:
-                rest = (p[r, a] - q).clamp(min=0)
-                rest = rest if rest.sum() > 0 else p[r, a]  # p == q, apart by rounding
-                break
-            a += 1
-        accepted[r] = a
-        tokens[r, a] = draw(rest[None], u[k:])[0]
-    return tokens, accepted
+    def _tokens(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The AR mode's tokens [R, N + 1] after the newest token and each candidate, and the logits
+        [R * (N + 1), V] of possible tokens from which they were drawn."""
+        count, size = target.shape[:2]
+        rows = [row for row in self.rows for _ in range(size)]
+        position = [
+            front + depth
+            for front, tree in zip(self.front, self.trees, strict=True)
+            for depth in (0, *tree.depths, *[0] * (size - 1 - len(tree)))
+        ]
+        logits = self._possible(target.flatten(0, 1), rows, position)
+        scores = self._scores(logits, rows, position, self._contexts(size))
+        return scores.argmax(-1).cpu().view(count, size), logits
 
+    def _possible(self, logits: Tensor, rows: list[int], position: list[int]) -> Tensor:
+        """Logits [N, V] with impossible tokens at -inf."""
+        canvas = self.own.canvas
+        no_end = None
+        if canvas.held:
+            no_end = torch.tensor(position) < canvas.end_from[torch.tensor(rows)]
+        return self.own.chooser.possible(logits, no_end, canvas.end_ids)
 
-def _draft(canvas: Canvas, state: _Group, chooser: Chooser, logits: Tensor, drafts: int) -> None:
-    """Draft [R, drafts] tokens from their logits [R, drafts, V], each on its own."""
-    rows = len(logits)
-    if not drafts:
-        return
-    position = (state.front[:, None] + torch.arange(drafts)).flatten()
-    row = torch.arange(rows).repeat_interleave(drafts)
-    no_end = position < canvas.end_from[state.rows[row]] if canvas.held else None
-    scores = chooser.warp(chooser.possible(logits.flatten(0, 1), no_end, canvas.end_ids), None)
-    if chooser.options.greedy:
-        state.drafts = scores.argmax(-1).cpu().view(rows, drafts)
-        return
-    q = scores.softmax(-1)
-    state.drafts = draw(q, chooser.uniform(state.rows[row])).cpu().view(rows, drafts)
-    state.q = q.cpu().double().view(rows, drafts, -1)
+    def _scores(
+        self, logits: Tensor, rows: list[int], position: list[int], context: Tensor | None
+    ) -> Tensor:
+        """Scores [N, V] after temperature, filters and penalties, with the noise of their
+        positions: the highest one is drawn."""
+        scores = self.own.chooser.warp(logits, context)
+        if self.own.noise is None:
+            return scores
+        return scores + self.own.noise.at(rows, position).to(scores.device)
 
+    def _write(
+        self, paths: list[list[int]], tokens: Tensor, logits: Tensor, alive: list[bool]
+    ) -> None:
+        """Write each row's accepted candidates, and the token after them."""
+        canvas, size = self.own.canvas, tokens.shape[1]
+        rows, chosen, positions = [], [], []
+        for line, (row, front, path) in enumerate(zip(self.rows, self.front, paths, strict=True)):
+            room = canvas.last[row] - front if alive[line] else 0
+            taken = [line * size, *(line * size + node + 1 for node in path)][:room]
+            rows += [row] * len(taken)
+            chosen += taken
+            positions += range(front, front + len(taken))
+        if len(chosen) < len(logits):
+            at = torch.tensor(chosen)
+            tokens, logits = tokens.flatten()[at], logits[at.to(logits.device)]
+        found = tokens.flatten()
+        logprob = log_prob(logits, found.to(logits.device)).cpu()
+        canvas.write(torch.tensor(rows), torch.tensor(positions), found, logprob, self.own.finished)
+        if self.own.noise is not None:
+            for row in self.rows:
+                self.own.noise.forget(row, canvas.front[row])
 
-def _context(
-    canvas: Canvas, state: _Group, row: Tensor, position: Tensor, chooser: Chooser
-) -> Tensor | None:
-    """[N, T] what stands before each position, drafts included; the mask elsewhere."""
-    if chooser.penalty is None:
-        return None
-    ids = canvas.ids[state.rows]
-    place = state.front[:, None] + torch.arange(state.drafts.shape[1])
-    ids = torch.cat([ids, torch.zeros_like(state.drafts)], 1).scatter(1, place, state.drafts)[row]
-    return ids.masked_fill(torch.arange(ids.shape[1]) >= position[:, None], canvas.mask_token_id)
+    def _draft(self, ends: list[int], ahead: Tensor) -> None:
+        """New candidates for what follows the newest token of each row.
+
+        Args:
+            ends: the node at which each row's walk ended.
+            ahead: [R, M, K, V] draft logits behind the candidates with masks.
+        """
+        drafts, self.drafts = self.drafts, self.pace.drafts()
+        if not drafts and not self.drafts:
+            return
+        blocks = [
+            tree.blocks.index(end) if drafts and end in tree.blocks else -1
+            for tree, end in zip(self.trees, ends, strict=True)
+        ]
+        self.trees = [Tree() for _ in blocks]
+        have = [line for line, block in enumerate(blocks) if block >= 0]
+        if have:
+            logits = ahead[torch.tensor(have), torch.tensor([blocks[line] for line in have])]
+            guesses = self._guesses(have, logits)
+            for line, tree in zip(have, self.pace.grown(guesses), strict=True):
+                self.trees[line] = tree
+        self.pace.plan(self.trees, self.drafts)
+
+    def _guesses(self, lines: list[int], logits: Tensor) -> Guesses:
+        """Guesses from the draft logits [R', K, V] of some of the rows."""
+        count, drafts = logits.shape[:2]
+        rows = [self.rows[line] for line in lines for _ in range(drafts)]
+        position = [self.front[line] + ahead for line in lines for ahead in range(drafts)]
+        logits = self._possible(logits.flatten(0, 1), rows, position)
+        scores = self._scores(logits, rows, position, None).view(count, drafts, -1)
+        head = None if self.own.draft is None else self.own.draft.head
+        temperature = self.own.chooser.options.temperature or 1.0
+        newest = torch.tensor([self.newest[line] for line in lines])
+        return Guesses(scores, newest, head, temperature)
+
+    def _contexts(self, size: int) -> Tensor | None:
+        """[R * size, T] what stands before the token after the newest token and each candidate,
+        candidates included; the mask elsewhere."""
+        canvas = self.own.canvas
+        if self.own.chooser.penalty is None:
+            return None
+        deepest = max((max(tree.depths) for tree in self.trees if len(tree)), default=0)
+        width = canvas.ids.shape[1] + deepest
+        ids = torch.full((len(self.rows), size, width), canvas.mask_token_id)
+        for line, (row, front, tree) in enumerate(
+            zip(self.rows, self.front, self.trees, strict=True)
+        ):
+            ids[line, :, :front] = canvas.ids[row, :front]
+            for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+                ids[line, node + 1, front:] = ids[line, parent + 1, front:]
+                ids[line, node + 1, front + tree.depths[node] - 1] = token
+        return ids.flatten(0, 1)

@@ -7,10 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.custom_generate import FOLDER, CustomGenerate, read_custom_generate
 from ..checkpoint.files import find_checkpoint
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
+from ..core.attention import lay_out, model_mask
+from ..core.draft import DraftSpec
+from ..core.forward import quiet_routers
 from ..core.probe import probe
 from ..core.spec import Spec
 
@@ -45,6 +50,13 @@ ELSEWHERE = {
         ),
     },
 }
+BESIDE = {
+    "transformers, with the base and trust_remote_code=True": (
+        "writes the base's text in fewer forwards: "
+        "base.generate(ids, custom_generate=FOLDER, draft=FOLDER, trust_remote_code=True)"
+    ),
+    "peft, AutoModelForCausalLM, vLLM, SGLang, llama.cpp": "do not read the folder",
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +73,13 @@ class Check:
 
     Attributes:
         model: folder or Hub id.
-        spec: the diffusion spec; None for an unconverted model.
+        spec: the diffusion spec; None for an unconverted model. That of a draft adapter is its
+            base's.
         custom_generate: the state of the decoding code in the folder; None for an unconverted
             model.
         elsewhere: {program: what happens when it runs the model}.
         ok: whether every finding holds.
+        draft: what `draft.json` says of a draft adapter; None for anything else.
     """
 
     model: str
@@ -74,6 +88,7 @@ class Check:
     custom_generate: CustomGenerate | None
     elsewhere: dict[str, str]
     ok: bool
+    draft: DraftSpec | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -92,6 +107,8 @@ def check(model: str | Path) -> Check:
     path = find_checkpoint(str(model), code=True)
     checkpoint = load_checkpoint(str(path), device="auto")
     spec = checkpoint.spec
+    if checkpoint.draft is not None:
+        return _check_draft(str(model), path, checkpoint)
     if spec is None:
         where = {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"}
         return Check(str(model), None, (), None, where, True)
@@ -106,6 +123,54 @@ def check(model: str | Path) -> Check:
         | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
         ok=all(finding.ok for finding in findings),
     )
+
+
+def _check_draft(model: str, path: Path, checkpoint: Checkpoint) -> Check:
+    """What there is to say of a draft adapter on its base."""
+    draft, code = checkpoint.draft.spec, read_custom_generate(path)
+    clean, noisy = _moved(checkpoint)
+    findings = (
+        Finding(f"the base {draft.base} has the weights that it was trained for", True),
+        Finding("the base's own logits are the same bits with the adapter and without it", clean),
+        Finding("the adapter changes the logits of drafts", noisy),
+        _code_finding(code),
+    )
+    return Check(
+        model=model,
+        spec=checkpoint.spec,
+        findings=findings,
+        custom_generate=code,
+        elsewhere=BESIDE,
+        ok=all(finding.ok for finding in findings),
+        draft=draft,
+    )
+
+
+@torch.no_grad()
+def _moved(checkpoint: Checkpoint) -> tuple[bool, bool]:
+    """Whether, in a forward of a short [noisy | clean] row, the adapter leaves every clean logit as
+    it is, and changes the noisy ones."""
+    model, draft = checkpoint.model, checkpoint.draft
+    spec, length = checkpoint.read_as, 2 * draft.spec.block_length
+    pos = torch.arange(length, device=model.device)[None]
+    x0 = pos % draft.spec.vocabulary
+    ids, slots = lay_out(
+        torch.full_like(x0, draft.mask_token_id), x0, torch.zeros_like(pos), pos, spec.attention
+    )
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": model_mask(
+            model, slots, spec.attention, spec.block_length, spec.local_window
+        ),
+        "position_ids": slots.pos,
+    }
+    found = []
+    for branch in (slice(0, length), slice(0, 0)):
+        with draft.applied(model, branch):
+            found.append(model(**inputs, use_cache=False, **quiet_routers(model)).logits)
+    one, other = found
+    same = torch.equal(one[:, length:], other[:, length:])
+    return same, not torch.equal(one[:, :length], other[:, :length])
 
 
 def _findings(checkpoint: Checkpoint, spec: Spec) -> list[Finding]:

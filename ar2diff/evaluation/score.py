@@ -56,6 +56,11 @@ class Score:
     bound: Bound | None
     ar_nll: NegativeLogLikelihood | None
 
+    def logs(self) -> dict[str, float]:
+        """What a training run logs of it."""
+        found = {"eval_bound": self.bound, "eval_ar_nll": self.ar_nll}
+        return {name: value.nats_per_token for name, value in found.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values, without modes that the model lacks."""
         return {name: value for name, value in asdict(self).items() if value is not None}

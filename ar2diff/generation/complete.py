@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import find_checkpoint, read_spec
+from ..checkpoint.files import DRAFT_CONFIG, find_checkpoint, is_draft, read_spec
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas
 from ..core.denoise import denoise
+from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
@@ -142,7 +143,8 @@ def begin(
     model = checkpoint.model
     canvas = canvas_of(model, spec, rows, options)
     finished = finished_of(model, options, None, checkpoint.tokenizer)
-    return canvas, denoise(model, spec, canvas, options, finished=finished)
+    states = denoise(model, spec, canvas, options, finished=finished, draft=checkpoint.draft)
+    return canvas, states
 
 
 def load(reference: str, dtype: str = "float32") -> Checkpoint:
@@ -155,8 +157,8 @@ def load(reference: str, dtype: str = "float32") -> Checkpoint:
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
     """
     checkpoint = load_checkpoint(reference, device="auto", dtype=dtype)
-    if checkpoint.spec is not None:
-        check_model(checkpoint.model, checkpoint.spec)
+    if checkpoint.spec is not None or checkpoint.draft is not None:
+        check_model(checkpoint.model, checkpoint.read_as, checkpoint.draft)
     return checkpoint
 
 
@@ -171,9 +173,13 @@ def check_request(reference: str, request: Request | None, settings: dict[str, A
         Ar2DiffError: an option is wrong, or the model lacks the mode.
     """
     path = find_checkpoint(reference)
-    spec = read_spec(path)
-    _check_converted(path, spec, settings)
-    options = resolve(spec or CAUSAL, settings)
+    spec, drafts = read_spec(path), is_draft(path)
+    if drafts:
+        blocks = read_draft_spec(path / DRAFT_CONFIG).block_length
+        spec = replace(spec or CAUSAL, block_length=blocks)
+    else:
+        _check_converted(path, spec, settings)
+    options = resolve(spec or CAUSAL, settings, drafts=drafts)
     if request is not None and request.has_gap and options.mode != "diffusion":
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
@@ -187,8 +193,10 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
     Raises:
         Ar2DiffError: an option is wrong, or the model lacks the mode.
     """
-    _check_converted(checkpoint.path, checkpoint.spec, settings)
-    spec = checkpoint.spec_or_causal
+    drafts = checkpoint.draft is not None
+    if not drafts:
+        _check_converted(checkpoint.path, checkpoint.spec, settings)
+    spec = checkpoint.read_as
     suppressed = checkpoint.suppressed.nonzero()[:, 0].tolist()
     settings = {
         **settings,
@@ -196,7 +204,8 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
     }
     if settings.get("eos_token_id") is None:
         settings["eos_token_id"] = checkpoint.end_ids
-    return spec, resolve(spec, settings, (checkpoint.model.generation_config,))
+    configs = (checkpoint.model.generation_config,)
+    return spec, resolve(spec, settings, configs, drafts=drafts)
 
 
 def decode_rows(

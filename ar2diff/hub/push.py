@@ -19,6 +19,7 @@ from ..checkpoint.files import (
     check_path,
     inside,
     is_adapter,
+    is_draft,
     read_json,
     read_spec,
     weight_files,
@@ -170,6 +171,11 @@ def check_before(name: str, model: str, recipe: Recipe) -> None:
         Ar2DiffError: as for `push`.
     """
     hub = option("push_to_hub")
+    if recipe.draft is not None:
+        raise Ar2DiffError(
+            f"{hub} cannot be used here: push does not publish draft adapters",
+            f"leave out {hub}, and upload the folder with 'hf upload'",
+        )
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
             f"{hub} cannot be used here: an AR control run does not make a diffusion model",
@@ -207,6 +213,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
             raise Ar2DiffError(f"{folder} holds no model", fix)
         raise Ar2DiffError(
             f"the run in {folder} has not finished", f"continue it with {option('resume', True)}"
+        )
+    if is_draft(folder):
+        raise Ar2DiffError(
+            f"{folder} is a draft adapter, which push does not publish",
+            "upload it with 'hf upload'; its draft.json must name the base by its Hub id",
         )
     if read_spec(folder) is None:
         raise Ar2DiffError(

@@ -104,7 +104,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | Non
     if documents is None:
         return Plan(checkpoint, recipe, None, make_trainer)
     eos = end_token(checkpoint)
-    eval_rows, held_out = _eval_rows(checkpoint, recipe, documents, eos)
+    eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     collate = make_collator(recipe, checkpoint.spec.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
@@ -114,7 +114,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | Non
 ADAPT = Verb("adapt", check, read_documents, make_plan)
 
 
-def _eval_rows(
+def held_out_rows(
     checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
 ) -> tuple[list[list[int]], frozenset[int]]:
     """The fixed evaluation rows, and the keys of the documents that must be kept out of

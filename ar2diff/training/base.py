@@ -28,14 +28,17 @@ class Running:
     Args:
         checkpoint: the checkpoint whose model is trained.
         args: training arguments for the trainer class; see `arguments.training_arguments`.
+        module: what is trained; None means the checkpoint's model.
         kwargs: other keyword arguments of the trainer class.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, args: Any, module: Any = None, **kwargs: Any
+    ):
         self.checkpoint, self.recipe, self.spec = checkpoint, recipe, checkpoint.spec_or_causal
         disable_dropout(checkpoint.model)
         with weights_kept(checkpoint.model):
-            super().__init__(model=checkpoint.model, args=args, **kwargs)
+            super().__init__(model=module or checkpoint.model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
 
     def save_rank(self, folder: Path) -> None:

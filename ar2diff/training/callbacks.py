@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,18 +15,27 @@ from transformers import TrainerCallback
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..distributed.sharding import holds_shards
-from ..evaluation.score import Score, score
 from ..generation.complete import begin, settings_of
 from ..generation.tokens import draw_tokens
 
 
 class Watch(TrainerCallback):
-    """Logs the bound and AR NLL of fixed rows every `eval.steps` steps, and shows one row being
-    denoised every `eval.panel_steps` steps. Results go through `trainer.log`, so trackers see
-    them."""
+    """Evaluates the model on fixed rows every `eval.steps` steps, and shows one row being denoised
+    every `eval.panel_steps` steps. Results go through `trainer.log`, so trackers see them.
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, rows: list[list[int]]):
-        self.checkpoint, self.recipe, self.rows = checkpoint, recipe, rows
+    Args:
+        rows: the evaluation rows.
+        judge: evaluates the model on them; returns an object with `logs`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        rows: list[list[int]],
+        judge: Callable[[], Any],
+    ):
+        self.checkpoint, self.recipe, self.rows, self.judge = checkpoint, recipe, rows, judge
         self.trainer: Any = None  # set once the trainer exists
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -34,10 +43,7 @@ class Watch(TrainerCallback):
         steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
-            result = quietly(self.checkpoint.model, self._score)
-            logs = {"eval_bound": result.bound.nats_per_token}
-            if result.ar_nll is not None:
-                logs["eval_ar_nll"] = result.ar_nll.nats_per_token
+            logs = quietly(self.checkpoint.model, self.judge).logs()
             due = control.should_log
             self.trainer.log(logs)
             control.should_log = due  # `log` resets it, but the loss of the step is due too
@@ -57,9 +63,6 @@ class Watch(TrainerCallback):
             print(
                 f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True
             )
-
-    def _score(self) -> Score:
-        return score(self.checkpoint, self.rows, samples=self.recipe.eval.samples)
 
     def _panel(self) -> None:
         prompt = self.rows[0][:8] if self.rows else [self.checkpoint.tokenizer.bos_token_id or 0]

@@ -6,10 +6,15 @@ A recipe with an `rl` section is estimated by its update, which needs the most: 
 `data.max_length` tokens that end with completions of `rl.max_completion_length`, in all views that
 the estimator scores. Not counted are the caches of rollouts, reward models and, under ZeRO-3, the
 full weights that each process gathers for the rollouts.
+
+A recipe with a `draft` section is estimated for a draft adapter beside a frozen model, which stays
+whole and in float32 in each process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import find_checkpoint, is_adapter, read_spec
+from ..checkpoint.files import find_checkpoint, is_adapter, read_spec, refuse_draft
 from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
@@ -27,6 +32,7 @@ from ..core.forward import output_at
 from ..diffusion.cross_entropy import PART, cross_entropy
 from ..diffusion.task import Task
 from ..distributed.precision import computes_in_bf16
+from .drafting import add_draft, drafting_for
 from .modules import layers_of
 from .plan import continued, fitted
 
@@ -114,7 +120,9 @@ def estimate(model: str, recipe: Recipe, processes: int = 1) -> MemoryEstimate:
     """
     shape = measure(find_checkpoint(model, weights=False), recipe)
     parts = {
-        name: held(shape, recipe, name, 1 if name == "one" else processes) for name in ESTIMATED
+        name: held(shape, recipe, name, 1 if name == "one" else processes)
+        for name in ESTIMATED
+        if recipe.draft is None or name != "zero3"  # which draft refuses
     }
     trainable = sum(n for n, _ in shape.trained)
     return MemoryEstimate(
@@ -162,8 +170,9 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     if has_reference(recipe):
         batch["reference"] = element * weights
     saved = saved_by_bits(shape, recipe, element) // (count if strategy == "zero3" else 1)
+    whole = 4 if recipe.draft is not None else element  # DeepSpeed does not see the frozen model
     return {
-        "weights": element * weights - saved,
+        "weights": element * weights + (whole - element) * frozen - saved,
         "gradients": element * part,
         "masters": 4 * part,
         "optimizer": 4 * moments * part,
@@ -190,6 +199,7 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     """Build the model of a folder without storage, convert it, run a micro-batch, and count."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    refuse_draft(path, "which is not trained further")
     if is_adapter(path):
         raise Ar2DiffError(
             f"model {path} is an adapter",
@@ -198,6 +208,8 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     recipe, bf16 = continued(recipe, read_spec(path)), computes_in_bf16(recipe.train.precision)
     with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, torch.bfloat16 if bf16 else torch.float32)
+    if recipe.draft is not None:
+        return _beside_frozen(checkpoint, fitted(recipe, checkpoint), bf16)
     model = checkpoint.model.train()
     parameters = list(model.parameters())
     trained = [(p.numel(), p.ndim > 1) for p in parameters if p.requires_grad]
@@ -214,13 +226,8 @@ def measure(path: Path, recipe: Recipe) -> Shape:
     )
     with FakeTensorMode():  # as on a CPU: on meta, attention saves tensors that no device saves
         _on_cpu(model)
-        try:
+        with _forward_errors(path):
             saved = _saved(checkpoint, fitted(recipe, checkpoint))
-        except (RuntimeError, ValueError) as error:
-            raise Ar2DiffError(
-                f"model {path}: its forward pass fails ({first_line(error)})",
-                "correct its config.json",
-            ) from error
     # 4-bit layers are unpacked where they are used, and no copy is kept.
     matrices = sum(p.numel() for p in parameters if p.ndim > 1)
     copied = matrices - (quantized if recipe.quantization is not None else 0)
@@ -249,11 +256,52 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
     spec = read_spec(path)
     check_rows(path, model, tokenizer, spec)
     checkpoint = Checkpoint(path, model, tokenizer, spec, {})
+    if recipe.draft is not None:
+        return checkpoint
     recipe = fitted(recipe, checkpoint)
     convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
     if recipe.peft is not None:
         add_adapter(checkpoint, recipe)
     return checkpoint
+
+
+def _beside_frozen(checkpoint: Checkpoint, recipe: Recipe, bf16: bool) -> Shape:
+    """What a draft adapter and a micro-batch of its training need."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, length = checkpoint.model.eval().requires_grad_(False), recipe.data.max_length
+    size, rows = recipe.draft.block_length, recipe.train.per_device_train_batch_size
+    with FakeTensorMode(), _forward_errors(checkpoint.path):
+        _on_cpu(model)
+        add_draft(checkpoint, recipe, known=False)
+        drafting = drafting_for(checkpoint, recipe, plain=True)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        noisy = torch.zeros(rows, -(-length // size) * size, dtype=torch.long)
+        batch = dict.fromkeys(("x0", "doc", "pos"), ids)
+        batch |= dict.fromkeys(("noisy_ids", "noisy_doc", "noisy_pos", "start"), noisy)
+        wanted = torch.zeros(noisy.numel() // size * (size - 1), dtype=torch.long)
+        with _Books(model, *checkpoint.draft.parameters()) as books, torch.enable_grad():
+            drafting.read(batch, wanted, wanted)
+        vocabulary, hidden = model.get_input_embeddings().weight.shape
+    # Logits of both distributions, their probabilities and gradients, for one part at a time.
+    numbers = 8 * min(len(wanted) * vocabulary, PART) + 3 * len(wanted) * hidden
+    trained = [(p.numel(), p.ndim > 1) for p in checkpoint.draft.parameters()]
+    frozen = [p.numel() for p in model.parameters()]
+    copied = sum(p.numel() for p in model.parameters() if p.ndim > 1) * bf16
+    kept, element = books.bytes["body"], 2 if bf16 else 4
+    return Shape(frozen, trained, 0, hidden, element, kept, 4 * numbers, 4 * numbers, 2 * copied)
+
+
+@contextmanager
+def _forward_errors(path: Path) -> Iterator[None]:
+    """Refuse a model whose forward fails."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise Ar2DiffError(
+            f"model {path}: its forward pass fails ({first_line(error)})",
+            "correct its config.json",
+        ) from error
 
 
 def _on_cpu(model: Any) -> None:
@@ -337,13 +385,13 @@ def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:
 
 
 class _Books:
-    """Counts the bytes of tensors saved for the backward pass, each storage once, without
-    weights."""
+    """Counts the bytes of tensors saved for the backward pass, each storage once, without the
+    weights of the model and `others`."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *others: torch.Tensor):
         self.account, self.bytes = "body", {"body": 0, "logits": 0}
         self.layers: list[int] = []
-        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.known = {p.untyped_storage()._cdata for p in (*model.parameters(), *others)}
         self.keep: list[Any] = []
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
         for layer in layers_of(model):

@@ -66,3 +66,43 @@ class Meter:
         if sums["ar_tokens"]:
             logs["ar_loss"] = sums["ar_loss"] / sums["ar_tokens"]
         return {**logs, "tokens_per_second": sums["tokens"] / max(seconds, 1e-9)}
+
+
+class DraftMeter:
+    """Accumulates what `Drafting` counts. `drain` reduces it over ranks, returns logs and starts
+    over."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: Tensor | None = None
+        self.tokens = torch.zeros((), dtype=torch.double, device=self.device)
+        self.start = time.monotonic()
+
+    @torch.no_grad()
+    def add(self, sums: Tensor, batch: Any) -> None:
+        """Add the sums of a micro-batch, as `Drafting` returns them."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += batch["tokens"]
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Logs since the last call. For each draft of a block, in order: `accepted_*`, the
+        probability that the model accepts it, and `right_*`, how often it is the model's likeliest
+        token. `tokens_per_forward`: tokens that are right in a row in blocks of masks alone, the
+        model's own first token included. And tokens per second."""
+        seconds = time.monotonic() - self.start
+        logs: dict[str, float] = {}
+        if self.sums is not None:
+            *slots, _, blocks, runs = accelerator.reduce(self.sums, "sum").tolist()
+            width = len(slots) // 3
+            for k in range(width):
+                count, accepted, right = slots[k::width]
+                if count:
+                    logs |= {f"accepted_{k + 1}": accepted / count, f"right_{k + 1}": right / count}
+            if blocks:
+                logs["tokens_per_forward"] = runs / blocks
+        tokens = accelerator.reduce(self.tokens, "sum").item()
+        self._reset()
+        return {**logs, "tokens_per_second": tokens / max(seconds, 1e-9)}

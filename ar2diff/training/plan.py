@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.adapters import add_adapter, check_base
-from ..checkpoint.files import is_adapter, read_spec
+from ..checkpoint.files import is_adapter, read_spec, refuse_draft
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint, count_parameters
 from ..config.recipe import Recipe, with_values
@@ -19,6 +19,7 @@ from ..core.forward import context_length
 from ..core.head import ATTRIBUTE
 from ..core.probe import probe
 from ..core.spec import Spec
+from ..evaluation.score import score
 from .arguments import rows_per_step
 from .results import RunPlan
 
@@ -33,6 +34,7 @@ class Plan:
         rows: the training data, as the verb's trainer takes it; None if the run does not train.
         make_trainer: makes the trainer from (this plan, run folder, callbacks).
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
+        judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
         preview: adds details that only this verb's dry run shows; None adds nothing.
     """
 
@@ -41,16 +43,19 @@ class Plan:
     rows: Any
     make_trainer: Callable[[Plan, Path, list[Any]], Any]
     eval_rows: list[list[int]] = field(default_factory=list)
+    judge: Callable[[Plan], Any] = lambda plan: score(
+        plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
+    )
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
 
     def bytes_needed(self) -> int:
         """Bytes that the run will write: the result and its training checkpoints."""
         files = self.checkpoint.path.glob("*.safetensors")
-        trainable = count_parameters(self.checkpoint.model)[0]
+        trainable = count_parameters(self.checkpoint)[0]
         result = int(1.1 * sum(file.stat().st_size for file in files))
         head = getattr(self.checkpoint.model, ATTRIBUTE, None)
         result += len(head.to_bytes()) if head is not None else 0
-        if self.checkpoint.base is not None:
+        if self.checkpoint.base is not None or self.checkpoint.draft is not None:
             result = 4 * trainable
         if not self.recipe.train.max_steps:
             return result
@@ -59,7 +64,7 @@ class Plan:
     def summary(self, output_dir: Path) -> RunPlan:
         """A summary of the run, without details that only the verb's own dry run shows."""
         train, spec = self.recipe.train, self.checkpoint.spec
-        trainable, parameters = count_parameters(self.checkpoint.model)
+        trainable, parameters = count_parameters(self.checkpoint)
         step = rows_per_step(train) * (2 if self.recipe.noise.complementary else 1)
         return RunPlan(
             output_dir=str(output_dir),
@@ -101,8 +106,14 @@ class Verb:
 
         Cheap checks come first: a bad row is found before the model is loaded.
         """
+        refuse_draft(path, f"and {self.name} trains whole models and their adapters")
         spec = read_spec(path)
-        if recipe.peft is not None or is_adapter(path):
+        if recipe.draft is not None and self.name != "draft":
+            raise Ar2DiffError(
+                f"the recipe has a {option('draft')} section, which {self.name} does not use",
+                "remove it, or run 'ar2diff draft'",
+            )
+        if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)
         recipe = continued(self.check(path, spec, recipe), spec)
         check_trackers(recipe.train.report_to)

@@ -44,7 +44,11 @@ def requested(
         settings.append(f"train.max_steps={max_steps}")
     if isinstance(recipe, Path):
         recipe = str(recipe)
+    if verb == "draft" and recipe is None:
+        recipe = "draft"  # whose learning rate is another than the default
     plan = load_recipe(recipe, settings)
+    if verb == "draft" and plan.draft is None:
+        plan = with_values(plan, draft={})
     values: dict[str, Any] = {}
     if data is not None and len(data := [data] if isinstance(data, str | Path) else data):
         known = {source.path: source for source in plan.data.sources}

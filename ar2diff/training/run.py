@@ -27,7 +27,6 @@ from ..data.sources import find_file
 from ..distributed.builds import check_compiler
 from ..distributed.ranks import is_main
 from ..distributed.sharding import sharding, whole_weights
-from ..evaluation.score import score
 from .base import checkpoints
 from .callbacks import Watch
 from .identity import identity
@@ -148,7 +147,7 @@ def _train(
     whole."""
     run_dir = output_dir / "checkpoints"
     use_cache = plan.checkpoint.model.config.use_cache  # the Trainer turns it off
-    watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows)
+    watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows, lambda: plan.judge(plan))
     trainer = plan.make_trainer(plan, run_dir, [watch])
     watch.trainer = trainer
     if trainer.is_world_process_zero():
@@ -159,6 +158,5 @@ def _train(
     plan.checkpoint.model.eval()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **trainer.facts()}
     if plan.eval_rows:
-        found = score(plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples)
-        record["eval"] = found.to_dict()
+        record["eval"] = plan.judge(plan).to_dict()
     return record, whole_weights(trainer)

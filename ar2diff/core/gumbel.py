@@ -1,0 +1,47 @@
+"""The randomness of modes `ar` and `speculative`: noise that belongs to a position.
+
+A token of distribution p is drawn as argmax(log p + g), where g is Gumbel noise. The noise of a
+position depends on the row's key and the position alone, not on the forward in which its token is
+drawn. So a text is the same with drafts and without them; and a draft that is chosen by the same
+noise is right more often.
+This file is copied into converted folders: it imports torch and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .seeds import keyed_generator
+
+
+class GumbelNoise:
+    """Noise by row and position.
+
+    Args:
+        generators: of the rows; each gives its row a key. vocabulary: tokens that have noise.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], vocabulary: int):
+        self.keys = [int(torch.randint(2**62, (), generator=g)) for g in generators]
+        self.vocabulary = vocabulary
+        self.held: list[dict[int, Tensor]] = [{} for _ in generators]
+
+    def at(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """[N, V] the noise of positions in rows."""
+        return torch.stack([self._of(r, p) for r, p in zip(rows, positions, strict=True)])
+
+    def forget(self, row: int, before: int) -> None:
+        """Drop the noise of positions that are decided."""
+        self.held[row] = {p: noise for p, noise in self.held[row].items() if p >= before}
+
+    def _of(self, row: int, position: int) -> Tensor:
+        found = self.held[row].get(position)
+        if found is None:
+            found = torch.empty(self.vocabulary)
+            found.exponential_(generator=keyed_generator(self.keys[row], position))
+            found = found.log_().neg_()
+            self.held[row][position] = found
+        return found

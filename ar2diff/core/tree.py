@@ -1,0 +1,195 @@
+"""Candidates for a row's next tokens: a chain, or a tree of several continuations.
+
+Draft logits give guesses at each of the next positions. Along a path the bigram head corrects each
+guess by the one before it. `chain` follows the likeliest path; `likeliest` takes the likeliest
+nodes of all paths (DDTree, 2604.12989). A model's own tokens decide which
+candidates are accepted, so nothing here can change what is written.
+This file is copied into converted folders: it imports torch and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import exp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import BigramHead
+
+BEAM = 8  # paths that are followed, and candidates that can follow one token
+
+
+@dataclass
+class Tree:
+    """Candidates of one row, parents before children.
+
+    Attributes:
+        tokens: of each node. parents: the node that each follows; -1: the newest token.
+        depths: 1 for a token right after the newest.
+        chances: how likely it is that the node is accepted.
+        blocks: the nodes (-1: the newest token) behind which masks stand.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=lambda: [-1])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no token is followed by two nodes."""
+        return self.parents == list(range(-1, len(self) - 1))
+
+    def add(self, token: int, parent: int, depth: int, chance: float) -> None:
+        """Add a node."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(depth)
+        self.chances.append(chance)
+
+    def cut(self, nodes: int) -> None:
+        """Keep the first nodes only."""
+        for values in (self.tokens, self.parents, self.depths, self.chances):
+            del values[nodes:]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the first to `node`; none for -1."""
+        found = []
+        while node >= 0:
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    def branches(self) -> tuple[list[int], list[int]]:
+        """`enter` and `leave` of each node, as `Slots` has them; the newest token enters as 0."""
+        count = len(self)
+        size = [1] * count
+        for node in range(count - 1, -1, -1):
+            if (parent := self.parents[node]) >= 0:
+                size[parent] += size[node]
+        enter, free = [0] * count, [1] * (count + 1)  # the next number below each node (last: root)
+        for node, parent in enumerate(self.parents):
+            enter[node] = free[parent]
+            free[parent] += size[node]
+            free[node] = enter[node] + 1
+        return enter, [e + s for e, s in zip(enter, size, strict=True)]
+
+    def walk(self, tokens: list[int]) -> int:
+        """The node at which a walk ends that goes to the child that holds a node's own token.
+
+        Args:
+            tokens: the token that follows the newest token, then those that follow each node.
+        """
+        children = {
+            (parent, token): node
+            for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
+        node = -1
+        while (found := children.get((node, tokens[node + 1]))) is not None:
+            node = found
+        return node
+
+    def ends(self) -> list[float]:
+        """How likely it is that a walk ends at the newest token, and at each node."""
+        left = [1.0, *self.chances]
+        for parent, chance in zip(self.parents, self.chances, strict=True):
+            left[parent + 1] -= chance
+        return [max(0.0, chance) for chance in left]
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """Guesses for the K positions after the newest token of each row.
+
+    Attributes:
+        scores: [R, K, V] of draft slots, after temperature and filters, with the noise of their
+            positions.
+        newest: [R] the token before the first of the positions.
+        head: corrects a guess by the one before it; None: each ignores the others.
+        temperature: by which the head's bias is divided.
+    """
+
+    scores: Tensor
+    newest: Tensor
+    head: BigramHead | None
+    temperature: float
+
+    def _after(self, place: int, before: Tensor) -> Tensor:
+        """[R, B, V] scores at a position, after each of B tokens [R, B] (without a head, B is 1:
+        they do not matter)."""
+        scores = self.scores[:, place, None]
+        if self.head is None:
+            return scores
+        return scores + self.head(before.to(scores.device)).to(scores) / self.temperature
+
+    def chain(self, length: int) -> list[Tree]:
+        """The likeliest guess at each position, given the one before it."""
+        found, before = [], self.newest[:, None]
+        for place in range(length):
+            before = self._after(place, before).argmax(-1)
+            found.append(before)
+        parents, depths = list(range(-1, length - 1)), list(range(1, length + 1))
+        return [
+            Tree(tokens, parents[:], depths[:], [1.0] * length)
+            for tokens in torch.cat(found, 1).tolist()
+        ]
+
+    def likeliest(self, nodes: int) -> list[Tree]:
+        """The likeliest nodes of each row's tree, in descending order.
+
+        The guesses at a position are made after the `BEAM` likeliest paths to it, and no deeper
+        than a path that ranks among the nodes.
+        """
+        rows, beam = len(self.newest), min(BEAM, nodes)
+        before, chance = self.newest[:, None], self.scores.new_zeros(rows, 1)
+        levels: list[tuple[Any, Any, Any]] = []
+        for place in range(self.scores.shape[1]):
+            after = self._after(place, before).log_softmax(-1)
+            best, tokens = after.topk(min(beam, after.shape[-1]), -1)
+            paths = (chance[:, :, None] + best).flatten(1)
+            size = best.shape[-1]
+            chance, at = paths.topk(min(beam, paths.shape[1]), -1)
+            tokens = tokens.expand(rows, len(before[0]), size).flatten(1).gather(1, at)
+            levels.append((tokens.tolist(), (at // size).tolist(), chance.tolist()))
+            before = tokens
+            if place and all(_ranks_below(levels, row, nodes) for row in range(rows)):
+                break
+        return [
+            _tree_of([[part[row] for part in level] for level in levels], nodes)
+            for row in range(rows)
+        ]
+
+
+def _ranks_below(levels: list[tuple[Any, Any, Any]], row: int, nodes: int) -> bool:
+    """Whether enough nodes are likelier than the likeliest one of the last level."""
+    least = levels[-1][2][row][0]
+    return sum(c > least for level in levels[:-1] for c in level[2][row]) >= nodes
+
+
+def _tree_of(levels: list[list[list[Any]]], nodes: int) -> Tree:
+    """The likeliest nodes of a row, from the tokens, parents in the level before and log-chances of
+    each level. A parent is never less likely than its children."""
+    order = sorted(
+        (-chance, depth, place)
+        for depth, level in enumerate(levels)
+        for place, chance in enumerate(level[2])
+    )
+    tree, number = Tree(), {(-1, 0): -1}
+    for cost, depth, place in order[:nodes]:
+        tokens, parents, _ = levels[depth]
+        number[depth, place] = len(tree)
+        parent = number[depth - 1, parents[place]] if depth else -1
+        tree.add(tokens[place], parent, depth + 1, exp(-cost))
+    return tree
+
+
+def shapes(trees: list[Tree]) -> Iterator[tuple[int, ...]]:
+    """Which node each node and each block follows, by row: equal shapes have equal masks."""
+    return ((*tree.parents, -2, *tree.blocks) for tree in trees)

@@ -1,0 +1,178 @@
+"""Draft adapters: what each choice is worth, and tokens per forward of the ones that were chosen.
+
+    AR2DIFF_DATA=path/to/data python benchmarks/drafts.py [--only NAME ...] [--seeds 0 1 2]
+    AR2DIFF_DATA=path/to/data python benchmarks/drafts.py --judge FOLDER [--new 96]
+
+The first form is the ablation on stories260K: each row trains the recipe `draft` with some
+overrides, on tinystories/train and stories3M-samples (or on text of the model's own), in less than
+ten minutes of one core, and decodes 100 prompts of tinystories/valid (the stories 101 to 200 with 32
+tokens; their first 32) for 96 tokens. Rows are appended to results/drafts.jsonl as they come.
+`--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
+results/drafts_judged.jsonl. `--table` prints the ablation.
+
+Tokens per forward are all new tokens over all forwards, the first of each row, which has no drafts,
+among them. Each text is compared with that of the AR mode (with the same seed where it is sampled).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, JUDGED = RESULTS / "drafts.jsonl", RESULTS / "drafts_judged.jsonl"
+PROMPTS, PROMPT = 100, 32
+SETTINGS = {
+    "chain": {"draft_length": 7},
+    "tree15": {"draft_length": 7, "draft_nodes": 15},
+    "chain_T0.8": {"draft_length": 7, "temperature": 0.8, "seed": 1},
+    "tree15_T0.8": {"draft_length": 7, "draft_nodes": 15, "temperature": 0.8, "seed": 1},
+}
+OTHER_TREES = {f"tree{n}": {"draft_length": 7, "draft_nodes": n} for n in (7, 31, 63)}
+VARIANTS: dict[str, list[str]] = {
+    "recipe": [],
+    "no head": ["draft.head_rank=0"],
+    "head 128": ["draft.head_rank=128"],
+    "head 256": ["draft.head_rank=256"],
+    "ce": ["draft.loss={ce: 1}"],
+    "kl": ["draft.loss={kl: 1}"],
+    "tv": ["draft.loss={tv: 1}"],
+    "lk": ["draft.loss={lk: 1}"],
+    "0.1 ce + 0.9 tv": ["draft.loss={ce: 0.1, tv: 0.9}"],
+    "0.1 kl + 0.9 tv": ["draft.loss={kl: 0.1, tv: 0.9}"],
+    "no decay": ["draft.decay=null"],
+    "decay 2": ["draft.decay=2"],
+    "dpace": ["draft.decay=dpace"],
+    "attention-output": ["draft.targets=attention-output"],
+    "attention-output, rank 64": ["draft.targets=attention-output", "draft.rank=64"],
+    "rank 64": ["draft.rank=64"],
+    "lr 8e-3": ["train.learning_rate=8e-3"],
+    "lr 2e-3": ["train.learning_rate=2e-3"],
+    "visible 0.5": ["draft.visible=0.5"],
+    "1600 steps": ["train.max_steps=1600"],
+    "1600 steps, head 256": ["train.max_steps=1600", "draft.head_rank=256"],
+}  # fmt: skip
+
+
+def prompts(tokenizer: Any, first: int) -> list[list[int]]:
+    """The first tokens of held-out stories."""
+    from ar2diff.data.sources import find_file, read_texts
+
+    found = (
+        tokenizer(text).input_ids for text in read_texts(find_file("tinystories/valid"), "text")
+    )
+    return [ids[:PROMPT] for ids in found if len(ids) >= PROMPT][first : first + PROMPTS]
+
+
+def decoded(checkpoint: Any, rows: list[list[int]], new: int, **settings: Any) -> tuple[list, int]:
+    """Texts, and the forwards that they took."""
+    from ar2diff.generation.complete import begin, settings_of
+
+    texts, forwards = [], 0
+    for start in range(0, len(rows), 10):
+        spec, options = settings_of(checkpoint, {"max_new_tokens": new, **settings})
+        canvas, states = begin(checkpoint, spec, options, rows[start : start + 10])
+        for _ in states:
+            pass
+        texts += [canvas.new_ids(row) for row in range(len(canvas.ids))]
+        forwards += int(canvas.forwards.sum())
+    return texts, forwards
+
+
+def judged(folder: str, first: int, new: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per forward in each setting, and how many texts are not those of the AR mode."""
+    from ar2diff.checkpoint.io import load_checkpoint
+
+    checkpoint = load_checkpoint(folder)
+    checkpoint.model.eval()
+    rows, found, plain = prompts(checkpoint.tokenizer, first), {}, {}
+    for name, setting in settings.items():
+        sampled = {key: setting[key] for key in ("temperature", "seed") if key in setting}
+        key = json.dumps(sampled)
+        if key not in plain:
+            plain[key], _ = decoded(checkpoint, rows, new, mode="ar", **sampled)
+        texts, forwards = decoded(checkpoint, rows, new, **setting)
+        found[name] = round(sum(map(len, texts)) / forwards, 3)
+        different = sum(a != b for a, b in zip(texts, plain[key], strict=True))
+        found["different"] = found.get("different", 0) + different
+    return found
+
+
+def run(name: str, overrides: list[str], seed: int) -> dict[str, Any]:
+    """Train and judge a variant."""
+    from ar2diff import draft
+
+    base = str(Path(os.environ["AR2DIFF_DATA"]) / "stories260K-hf")
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.process_time()
+        result = draft(
+            base, "draft", Path(scratch) / "draft", data=["tinystories/train", "stories3M-samples"],
+            overrides=[*overrides, f"train.seed={seed}", "eval.steps=0"],
+        )  # fmt: skip
+        seconds = time.process_time() - start
+        found = judged(str(Path(scratch) / "draft"), PROMPTS, 96, SETTINGS)
+    return {
+        "variant": name, "seed": seed, "tokens": result.tokens,
+        "parameters": result.trainable_parameters, "seconds": round(seconds), **found,
+    }  # fmt: skip
+
+
+def table() -> str:
+    """The ablation in markdown."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in ROWS.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["variant"], []).append(row)
+    lines = [
+        "| variant | seeds | tokens | parameters | core-seconds | " + " | ".join(SETTINGS) + " |",
+        "|---" * (5 + len(SETTINGS)) + "|",
+    ]
+    for name, found in rows.items():
+        mean = [statistics.mean(row[key] for row in found) for key in SETTINGS]
+        facts = [len(found), *(found[0][key] for key in ("tokens", "parameters", "seconds"))]
+        cells = [name, *(f"{fact:,}" for fact in facts), *(f"{value:.3f}" for value in mean)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--judge")
+    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    if asked.table:
+        print(table())
+        return
+    if asked.judge:
+        found = judged(asked.judge, 0, asked.new, SETTINGS | OTHER_TREES)
+        row = {"folder": Path(asked.judge).name, "prompts": PROMPTS, "new": asked.new, **found}
+        _append(JUDGED, row)
+        return
+    done = (
+        {(r["variant"], r["seed"]) for r in map(json.loads, ROWS.open())}
+        if ROWS.exists()
+        else set()
+    )
+    for seed in asked.seeds:
+        for name in asked.only:
+            if (name, seed) not in done:
+                _append(ROWS, run(name, VARIANTS[name], seed))
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
