@@ -70,6 +70,11 @@ class Recipe(Section):
             raise ValueError(
                 "quantization needs a peft section, because quantized weights cannot be trained"
             )
+        if self.convert.head_rank is not None and (self.peft is not None or self.rl is not None):
+            raise ValueError(
+                "convert.head_rank cannot be combined with peft or rl: only adapt trains the "
+                "diffusion head, along with all weights"
+            )
         if full and self.noise.time == "block":
             raise ValueError("noise.time must be document or sequence with attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":

@@ -28,6 +28,13 @@ class Convert(Section):
         description="whether the sliding window of the base is kept or dropped; null keeps it "
         "where rows are longer than the window",
     )
+    head_rank: int | None = Field(
+        None,
+        gt=0,
+        le=1024,
+        description="adapt: rank of a diffusion head, a bias on the logits of a token given the "
+        "one before it, for tokens that are decided in one step; null: none, or the model's own",
+    )
     mask_token: str | None = Field(
         None, description="the special token to use as the mask; null chooses or adds one"
     )

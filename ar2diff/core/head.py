@@ -4,15 +4,35 @@ Slots that are predicted in one forward ignore each other. Drawn from left to ri
 each knows its left neighbour (DSpark, 2607.05147: U_k + W1[x_{k-1}] W2). Draft adapters and
 diffusion heads have the same one.
 
-This file is copied into converted folders: it imports torch alone.
+A diffusion head lies beside the weights in a file of its own, which the spec names by its SHA-256.
+With it, the logits of token i are U_i + W1[x_{i-1}] W2 wherever x_{i-1} is known: it is visible, or
+was decided just before in the same step, or ends the clean context. Where x_{i-1} is masked they
+are U_i. The AR mode and its drafts have no such bias. Training follows the same rule, and takes
+half of the masked x_{i-1} for decided just before (`Collator.drawn`).
+
+This file is copied into converted folders: it imports torch, transformers, safetensors and its
+neighbours alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
 import torch
 from torch import Tensor
+from transformers.utils import cached_file
+
+from .errors import Ar2DiffError, first_line
+from .spec import Head, Spec
 
 SPREAD = 0.02  # of the first factor at the start; the second is zero, so that nothing moves
+UNKNOWN = -1  # in place of the id of a token that is masked
+HEAD_FILE = "diffusion_head.safetensors"
+ATTRIBUTE = "diffusion_head"  # of the model
+MOST_HEADER = 1 << 16  # bytes of the file besides the two matrices
 
 
 class BigramHead(torch.nn.Module):
@@ -35,5 +55,89 @@ class BigramHead(torch.nn.Module):
         self.after = torch.nn.Parameter(torch.zeros(rank, vocabulary))
 
     def forward(self, previous: Tensor) -> Tensor:
-        """Biases [N, V] of the tokens that follow `previous` [N]."""
-        return self.before[previous] @ self.after
+        """Biases [N, V] of the tokens that follow `previous` [N]; zero where that is `UNKNOWN`."""
+        return self.vectors(previous) @ self.after
+
+    def vectors(self, previous: Tensor) -> Tensor:
+        """W1[previous], [N, r]; zero where `previous` [N] is `UNKNOWN`."""
+        previous = previous.to(self.before.device)
+        return self.before[previous.clamp(min=0)] * (previous != UNKNOWN)[:, None]
+
+    def to_bytes(self) -> bytes:
+        """The content of its file."""
+        named = {
+            name: x.detach().float().cpu().contiguous() for name, x in self.state_dict().items()
+        }
+        return safetensors.torch.save(named)
+
+    def described(self) -> Head:
+        """What the spec says of it. The SHA-256 of a head without storage is all zeros."""
+        known = not self.before.is_meta
+        sha256 = hashlib.sha256(self.to_bytes()).hexdigest() if known else "0" * 64
+        return Head(self.before.shape[1], sha256)
+
+
+def head_of(model: Any, spec: Spec) -> BigramHead | None:
+    """The diffusion head of a model: the one that it carries, else the one in the folder or the Hub
+    repository that it was loaded from. None if its spec names none.
+
+    Raises:
+        Ar2DiffError: the file is not there, or is not the one that the spec names.
+    """
+    if spec.head is None:
+        return None
+    if getattr(model, ATTRIBUTE, None) is None:
+        head = read_head(_find(model), model.config.get_text_config().vocab_size, spec.head)
+        # Not a submodule: `save_pretrained` would write it among the weights of the stock class.
+        model.__dict__[ATTRIBUTE] = head.to(model.device)
+    return getattr(model, ATTRIBUTE)
+
+
+def read_head(file: Path, vocabulary: int, wanted: Head) -> BigramHead:
+    """Read a head from its file.
+
+    Args:
+        vocabulary: rows of the model's output embeddings. wanted: what the spec says of the head.
+
+    Raises:
+        Ar2DiffError: the file is missing, or is not the one that the spec names.
+    """
+    fix = f"download the checkpoint again, or copy the {HEAD_FILE} that belongs to its config.json"
+    if not file.is_file():
+        raise Ar2DiffError(f"{file}, the diffusion head, is missing", fix)
+    fits = file.stat().st_size <= 8 * vocabulary * wanted.rank + MOST_HEADER
+    content = file.read_bytes() if fits else b""
+    if hashlib.sha256(content).hexdigest() != wanted.sha256:
+        raise Ar2DiffError(f"{file} is not the diffusion head that config.json names", fix)
+    shapes = {"before": (vocabulary, wanted.rank), "after": (wanted.rank, vocabulary)}
+    try:
+        tensors = safetensors.torch.load(content)
+    except Exception as error:  # from a damaged header to a dtype that torch lacks
+        raise Ar2DiffError(f"{file} is damaged ({first_line(error)})", fix) from None
+    if {name: (*x.shape,) for name, x in tensors.items()} != shapes or any(
+        x.dtype != torch.float32 for x in tensors.values()
+    ):
+        raise Ar2DiffError(
+            f"{file} does not hold two float32 matrices of rank {wanted.rank} for {vocabulary} "
+            "tokens",
+            fix,
+        )
+    head = BigramHead(vocabulary, wanted.rank)
+    head.load_state_dict(tensors)
+    return head
+
+
+def _find(model: Any) -> Path:
+    """The file beside the config that a stock class was loaded from."""
+    config = model.config
+    try:
+        found = cached_file(
+            config._name_or_path, HEAD_FILE, revision=getattr(config, "_commit_hash", None)
+        )
+    except OSError as error:
+        raise Ar2DiffError(
+            f"model {config._name_or_path}: its diffusion head {HEAD_FILE} was not found "
+            f"({first_line(error)})",
+            "load the model from the folder or repository that holds the file",
+        ) from None
+    return Path(found)

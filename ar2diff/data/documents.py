@@ -23,6 +23,7 @@ from ..diffusion.noise import block_times, complement, corrupt
 from ..diffusion.objective import cart_weights, coefficients, time_weights
 from .sources import Documents
 
+DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
 OPEN_ROWS = 16  # rows that a part may still be packed into
 
 
@@ -178,8 +179,9 @@ class Collator:
     rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
-        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
-        tokens, step (the optimizer step that these rows belong to, on whichever rank)."""
+        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos, and drawn if there is a
+        diffusion head; scalars: divisor, ar_divisor, tokens, step (the optimizer step that these
+        rows belong to, on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
@@ -193,6 +195,7 @@ class Collator:
             "weight": torch.zeros(size),
             "real": torch.zeros(size, dtype=torch.bool),
             "eos": torch.zeros(size, dtype=torch.bool),
+            "drawn": torch.zeros(size, dtype=torch.bool),
         }
         masked = torch.zeros(views, *size, dtype=torch.bool)
         t = torch.zeros(views, *size, dtype=torch.double)
@@ -219,6 +222,17 @@ class Collator:
         batch["pos"][place] = torch.arange(n)
         batch["weight"][place] = weight
         batch["real"][place] = torch.arange(n) < part.real
+        if self.recipe.convert.head_rank is not None:
+            batch["drawn"][place] = self.drawn(part)
+
+    def drawn(self, part: DocumentPart) -> Tensor:
+        """[n] bool, the tokens of a part that are predicted with the diffusion head's bias although
+        the token before them is masked, as if that had been drawn just before: the head learns what
+        a step of the sampler needs of it, and the model what it predicts without. A function of
+        (seed, epoch, the part's ids), like the noise."""
+        seed, key = self.recipe.train.seed, content_key(part.ids[: part.real])
+        generator = keyed_generator(seed, part.epoch, key, 2)
+        return torch.rand(len(part.ids), generator=generator) < DRAWN
 
     def noise(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
         """[views, n] masked and t of a part: a function of (seed, epoch, the part's ids)."""
@@ -264,6 +278,7 @@ class Collator:
             "pos": batch["pos"],
             "ar": ar,
             "eos": batch["eos"],
+            "drawn": batch["drawn"],
             "divisor": divisor,
             "ar_divisor": ar.sum(),
             "tokens": (batch["doc"] != PADDING).sum(),

@@ -66,11 +66,18 @@ def loss_of_logits(
 
 def loss_of_hidden(
     head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
-    suppressed: Tensor | None, first: int,
+    suppressed: Tensor | None, first: int, added: tuple[Tensor, Tensor] | None = None,
 ) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given the inputs of the output head, [N, H], without making the logits.
-    For models that satisfy `has_plain_head`."""
+    For models that satisfy `has_plain_head`.
+
+    Args:
+        added: [N, r] and [r, V], whose product is added to the logits.
+    """
     weight, bias, device = head.weight, head.bias, hidden.device.type
+    if added is not None:  # one linear layer with a longer input
+        hidden = torch.cat([hidden, added[0].to(hidden.dtype)], 1)
+        weight = torch.cat([weight, added[1].T.to(weight.dtype)], 1)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weight, hidden = weight.to(dtype), hidden.to(dtype)

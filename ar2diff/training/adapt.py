@@ -161,6 +161,7 @@ class AdaptTrainer(Denoising, Trainer):
         task = masked_task(
             x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
             attention=attention, block_length=block_length, reveal=reveal,
+            drawn=inputs["drawn"],
         )  # fmt: skip
         # The clean copy comes after the noisy one; each of its tokens is read one slot before.
         length = x0.shape[1]

@@ -14,7 +14,9 @@ from transformers import Trainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.attention import PADDING
+from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
+from ..core.head import ATTRIBUTE, UNKNOWN
 from ..diffusion.cross_entropy import (
     WeightedLoss,
     has_plain_head,
@@ -22,6 +24,7 @@ from ..diffusion.cross_entropy import (
     loss_of_logits,
 )
 from ..diffusion.task import Task, slots_at
+from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
 from .modules import compile_layers
@@ -78,6 +81,12 @@ class Denoising(Running):
         self._fused: bool | None = None  # unknown until the model is on its training device
         self.current_gradient_accumulation_steps = 1  # until `train` counts
         super().__init__(checkpoint, recipe, args, **kwargs)
+        if self.spec.head is not None and holds_shards(self):
+            raise Ar2DiffError(
+                f"{option('convert.head_rank')} cannot be used where each process holds a shard of "
+                "the weights",
+                "launch with ddp or zero2",
+            )
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
@@ -136,9 +145,14 @@ class Denoising(Running):
         target = torch.cat([task.target, wanted.ar_target])
         # The AR mode keeps the whole vocabulary: only the masked tokens lack the suppressed ids.
         asked, fused = (target, coef, self.suppressed, count), []
+        added = None
+        if task.previous is not None:
+            bigram = getattr(inner, ATTRIBUTE)
+            none = torch.full_like(wanted.ar_target, UNKNOWN)  # the AR mode has no bias
+            added = bigram.vectors(torch.cat([task.previous, none])), bigram.after
 
         def fuse(head: Any, hidden: Tensor) -> None:
-            fused.append(loss_of_hidden(head, hidden, *asked))
+            fused.append(loss_of_hidden(head, hidden, *asked, added))
 
         output = output_at(
             model,
@@ -148,11 +162,14 @@ class Denoising(Running):
             instead=fuse if self._fuses(inner) and not logits else None,
             **task.inputs(inner, self.spec.local_window),
         )
-        summed = fused[0] if fused else loss_of_logits(output.logits[0], *asked)
+        made = output.logits[0]
+        if added is not None and not fused:
+            made = made + (added[0] @ added[1]).to(made.dtype)
+        summed = fused[0] if fused else loss_of_logits(made, *asked)
         # The routers' loss is a mean over each micro-batch. Ranks average their gradients.
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
         loss = summed.total * self.accelerator.num_processes + routers
-        return loss, summed, output.logits[0]
+        return loss, summed, made
 
     def compute_loss(
         self,
