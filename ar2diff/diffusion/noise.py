@@ -4,7 +4,7 @@ The noise depends only on the seed, the epoch and the document's ids, so batchin
 and resuming do not change it. Instead of drawing a Bernoulli(t) per token, we mask exactly k of the
 n tokens in a block, with k = ceil(t n) and t ~ U(0, 1). Then k is uniform on 1..n, no block is left
 unmasked, and the weight n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al.
-2025, eq. 6). Other laws of t make other k more likely, and their weight is n / k times 1 / (n P(k)).
+2025, eq. 6). Other laws of t make other k more likely; their weight is n / k times 1 / (n P(k)).
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ def coefficients(
             tokens, or 0 if it is never scored.
         seq: [B, L] int, the sequence (packed document) within the row, or `PADDING`.
         time_weight: [B, L] float, w(t) from `time_weights` or `cart_weights`.
-        normaliser: `tokens` divides by the number of scored tokens, `masked` (and `masked+ar`, see
-            `joint_divisors`) by that of masked ones; `sequence` divides each sequence by its own scored tokens, and the sum by the
-            number of sequences.
+        normaliser: `tokens` divides by the number of scored tokens, `masked` by that of masked
+            ones (`masked+ar` also, see `joint_divisors`); `sequence` divides each sequence by its
+            own scored tokens, and the sum by the number of sequences.
 
     Returns:
         coef: [B, L] float, zero where nothing is masked. divisor: scalar.
@@ -54,8 +54,9 @@ def joint_divisors(normaliser: str, divisor: Tensor, ar: Tensor) -> tuple[Tensor
     """A batch's shares of the divisors of the diffusion loss and of the AR loss.
 
     With `masked+ar` both are their sum, the number of masked tokens plus that of tokens in the AR
-    loss, so that `ar_weight` is the ratio of two tokens' weights. Published joint training (Nemotron
-    Diffusion) weighs AR 1.0 to diffusion 0.3: an `ar_weight` of 3.3, up to a common factor.
+    loss, so that `ar_weight` is the ratio of two tokens' weights. Published joint training
+    (Nemotron-Labs-Diffusion) weighs AR 1.0 to diffusion 0.3, which is an `ar_weight` of 3.3, up to
+    a common factor.
 
     Args:
         divisor: scalar from `coefficients`. ar: scalar, the number of tokens in the AR loss.

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import Slots
+from ..core.attention import PADDING, Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.chat_template import chat_template, turn_end
@@ -36,7 +36,8 @@ from ..data.conversations import (
 )
 from ..data.rows import from_arrow
 from ..data.turns import Answers, PackedConversations, TurnCollator
-from ..diffusion.task import Task, slots_at
+from ..diffusion.distillation import later_visible
+from ..diffusion.task import Task, reading, slots_at
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
 from .arguments import training_arguments
@@ -176,7 +177,15 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             target=target[masked],
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
-        return self.loss_task(task, inputs, labels=target, ar_columns=before)
+        distil = self.recipe.objective.distil
+        if distil is None:
+            return self.loss_task(task, inputs, target, before)
+        distilled = masked & (inputs["before"] >= 0)
+        if distil.visible == "left":
+            visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
+            distilled &= ~later_visible(visible, inputs["block"] + 1)  # -1: no block
+        source = reading(task, inputs["before"], distilled, target)
+        return self.loss_task(task, inputs, target, before, distilled, source)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation with supervised tokens, as rows of its own with the noise of the first
