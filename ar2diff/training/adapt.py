@@ -13,7 +13,7 @@ from transformers import Trainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
-from ..core.attention import PADDING, Slots, reveal_edges
+from ..core.attention import PADDING, Slots, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key
 from ..core.spec import Spec
@@ -25,7 +25,6 @@ from ..data.documents import (
     tokenize,
 )
 from ..data.sources import Documents, find_file, read_texts
-from ..diffusion.distillation import later_visible
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length, windows
@@ -166,32 +165,21 @@ class AdaptTrainer(Denoising, Trainer):
         # The clean copy comes after the noisy one; each of its tokens is read one slot before.
         length = x0.shape[1]
         ar_columns = torch.arange(length - 1, 2 * length - 1, device=x0.device).expand_as(x0)
-        distilled = self._distilled_tokens(inputs, block_length)
-        if distilled is None:
+        if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, x0, ar_columns)
+        pos, visible = inputs["pos"], ~inputs["masked"] & (inputs["doc"] != PADDING)
+        first = pos % block_length == 0 if block_length else pos == 0
+        reads = reading_slot(pos, attention, block_length, self.spec.prediction)
+        distilled = self.distilled_tokens(
+            inputs["masked"], inputs["ar"], visible, first.cumsum(1), reads >= length
+        )
         if self.teacher is None:
             source = reading(task, ar_columns, distilled, x0)
         else:  # the AR model reads the documents themselves
-            plain = Slots(inputs["doc"], inputs["pos"], torch.zeros_like(distilled))
+            plain = Slots(inputs["doc"], pos, torch.zeros_like(distilled))
             source = Task(x0, plain, "causal_context", 1, task.index, task.target)
             source = reading(source, ar_columns - length, distilled, x0)
         return self.loss_task(task, inputs, x0, ar_columns, distilled, source)
-
-    def _distilled_tokens(
-        self, inputs: dict[str, Tensor], block_length: int | None
-    ) -> Tensor | None:
-        """[B, L] bool, the masked tokens that are distilled: none beyond a document's end, which
-        the AR model never writes; None if the recipe does not distil."""
-        distil, masked = self.recipe.objective.distil, inputs["masked"]
-        if distil is None:
-            return None
-        chosen = masked & inputs["ar"]
-        if distil.visible == "any":
-            return chosen
-        pos = inputs["pos"]
-        first = pos % block_length == 0 if block_length else pos == 0
-        visible = ~masked & (inputs["doc"] != PADDING)
-        return chosen & ~later_visible(visible, first.cumsum(1))
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each document as one or more rows of its own, with the noise of the first epoch and the

@@ -21,7 +21,7 @@ from ..diffusion.cross_entropy import (
     loss_of_hidden,
     loss_of_logits,
 )
-from ..diffusion.distillation import Readout, distillation_loss
+from ..diffusion.distillation import Readout, distillation_loss, later_visible
 from ..diffusion.task import Task, slots_at
 from .base import Running
 from .metrics import Meter
@@ -96,6 +96,24 @@ class Denoising(Running):
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Rows for the collator whose noise depends only on the seed and their tokens."""
         raise NotImplementedError
+
+    def distilled_tokens(
+        self, masked: Tensor, written: Tensor, visible: Tensor, block: Tensor, clean: Tensor
+    ) -> Tensor:
+        """[B, L] bool, the masked tokens that are distilled as the recipe says.
+
+        Args:
+            masked: [B, L] bool.
+            written: [B, L] bool, tokens that an AR model writes: none beyond the end of a text.
+            visible, block: as for `later_visible`.
+            clean: [B, L] bool, tokens that are predicted at a clean slot, which sees nothing of
+                their block. If the target is the AR mode being trained, their prediction is the
+                target itself, and they keep their cross-entropy.
+        """
+        chosen = masked & written
+        if self.recipe.objective.distil.visible == "left":
+            chosen &= clean | ~later_visible(visible, block)
+        return chosen & ~clean if self.teacher is None else chosen
 
     def loss_task(
         self,

@@ -36,7 +36,6 @@ from ..data.conversations import (
 )
 from ..data.rows import from_arrow
 from ..data.turns import Answers, PackedConversations, TurnCollator
-from ..diffusion.distillation import later_visible
 from ..diffusion.task import Task, reading, slots_at
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
@@ -177,13 +176,13 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             target=target[masked],
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
-        distil = self.recipe.objective.distil
-        if distil is None:
+        if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, target, before)
-        distilled = masked & (inputs["before"] >= 0)
-        if distil.visible == "left":
-            visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
-            distilled &= ~later_visible(visible, inputs["block"] + 1)  # -1: no block
+        visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
+        distilled = self.distilled_tokens(
+            masked, inputs["before"] >= 0, visible, inputs["block"] + 1,  # clean slots have -1
+            inputs["reads"] == inputs["before"],
+        )  # fmt: skip
         source = reading(task, inputs["before"], distilled, target)
         return self.loss_task(task, inputs, target, before, distilled, source)
 
