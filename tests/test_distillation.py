@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe, parse_recipe
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.forward import logits_at
 from ar2diff.data.conversations import Conversations, tokenize_conversations
 from ar2diff.diffusion import distillation
@@ -429,7 +430,10 @@ def test_sft_distils_the_answers_own_tokens(convert_tiny, tmp_path):
         "objective": {"distil": distil},
         "data": {"max_length": 64},
     }
-    checkpoint, recipe = load_checkpoint(str(convert_tiny("convert.block_length=4"))), parse_recipe(tree, "")
+    checkpoint, recipe = (
+        load_checkpoint(str(convert_tiny("convert.block_length=4"))),
+        parse_recipe(tree, ""),
+    )
     checkpoint.model.double()
     pairs = [{"prompt": f"what is {n}?", "completion": f" it is {n}{'!' * n}."} for n in range(5)]
     rows = tokenize_conversations(Conversations(pairs, [""] * 5, ()), checkpoint.tokenizer, recipe)
@@ -456,3 +460,35 @@ def test_sft_distils_the_answers_own_tokens(convert_tiny, tmp_path):
     assert any(kept) and not all(kept)
     trainer.compute_loss(model, batch).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.distil.weight=0"], "greater than 0"),
+        (["objective.distil.loss=ce"], "'kl', 'tv' or 'lk'"),
+        (["objective.distil={}", "objective.ar_weight=0"], "needs objective.ar_weight above 0"),
+        (["objective.distil={}", "convert.attention=block_causal"], "needs attention causal_cont"),
+        (["objective.distil={}", "objective.kind=ar"], "cannot be used with objective.kind ar"),
+        (["objective.distil={}", "rl={}"], "cannot be used with rl"),
+        (["noise.law=bell", "rl={}"], "noise.law must be uniform with rl"),
+        (["noise.law=all", "noise.complementary=true"], "cannot be used with law all"),
+        (["noise.law=all", "noise.all_share=1.5"], "less than or equal to 1"),
+        (["objective.normaliser=masked+ar", "objective.ar_weight=0"], "objective.ar_weight above"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(overrides, said):
+    with pytest.raises(Ar2DiffError) as caught:
+        load_recipe(None, overrides)
+    assert said in caught.value.what
+
+
+def test_a_model_without_an_ar_mode_teaches_nothing(convert_tiny, data_file, tmp_path):
+    blocks = convert_tiny("convert.attention=block_causal")
+    with pytest.raises(Ar2DiffError, match="has no AR mode"):
+        run(blocks, data_file, tmp_path / "out", "objective.distil.target=teacher",
+            "objective.ar_weight=0", "convert.attention=block_causal")  # fmt: skip
+    assert not (tmp_path / "out").exists()
