@@ -81,10 +81,15 @@ def peak_of(function, tmp_path):
     return most
 
 
-@pytest.mark.parametrize("attention", ["causal_context", "full"])
-def test_activations_and_logits_are_near_the_measured_peak(tiny_checkpoint, tmp_path, attention):
+@pytest.mark.parametrize(
+    ("attention", "more"),
+    [("causal_context", ()), ("full", ()), ("causal_context", ["objective.distil={}"])],
+)
+def test_activations_and_logits_are_near_the_measured_peak(
+    tiny_checkpoint, tmp_path, attention, more
+):
     trainer, plan, recipe = trainer_of(
-        tiny_checkpoint, tmp_path, f"convert.attention={attention}", *BLOCKS[attention]
+        tiny_checkpoint, tmp_path, f"convert.attention={attention}", *BLOCKS[attention], *more
     )
     collate = make_collator(recipe, plan.checkpoint.spec.mask_token_id)
     rows = [row for row, _ in zip(plan.rows, range(4), strict=False)]
