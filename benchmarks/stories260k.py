@@ -80,6 +80,9 @@ OBJECTIVES: dict[str, list[str]] = {
     "masked+ar, AR weight 0.3": [*JOINT, "objective.ar_weight=0.3"],
     "distil clean kl any 1": [DISTIL % ("clean", "kl", "any", 1)],
     "distil clean tv left 1": [DISTIL % ("clean", "tv", "left", 1)],
+    "on policy 0.5, distil clean kl any 1": [
+        "noise.on_policy=0.5", DISTIL % ("clean", "kl", "any", 1),
+    ],
     "block 16, grown": [
         "convert.block_length=16", *GROW, "anneal.lengths=[4, 8]",
     ],

@@ -403,9 +403,9 @@ def test_the_teacher_is_the_model_before_training_also_when_resumed(
 
     base = load_checkpoint(str(tiny_checkpoint)).model
     ids = torch.arange(3, 20)[None]
-    teaching = "objective.distil.target=teacher"
+    teaching = ["objective.distil.target=teacher", "noise.on_policy=0.5"]
     monkeypatch.setattr(AdaptTrainer, "training_step", killed_in_step_4)
-    run(tiny_checkpoint, data_file, tmp_path / "a", teaching)
+    run(tiny_checkpoint, data_file, tmp_path / "a", *teaching)
     own, teacher = trainers[-1].model, trainers[-1].teacher
     with torch.no_grad():
         want, rows = base(input_ids=ids).logits, base.config.vocab_size
@@ -416,9 +416,9 @@ def test_the_teacher_is_the_model_before_training_also_when_resumed(
     logged = [row for row in trainers[-1].state.log_history if "divergence" in row]
     assert len(logged) == 4 and logged[0]["divergence"] > 0
     with pytest.raises(Killed):
-        run(tiny_checkpoint, data_file, tmp_path / "b", teaching)
+        run(tiny_checkpoint, data_file, tmp_path / "b", *teaching)
     monkeypatch.setattr(AdaptTrainer, "training_step", step)
-    run(tiny_checkpoint, data_file, tmp_path / "b", teaching, resume=True)
+    run(tiny_checkpoint, data_file, tmp_path / "b", *teaching, resume=True)
     whole, resumed = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -476,6 +476,10 @@ def test_sft_distils_the_answers_own_tokens(convert_tiny, tmp_path):
         (["objective.distil={}", "rl={}"], "cannot be used with rl"),
         (["noise.law=bell", "rl={}"], "noise.law must be uniform with rl"),
         (["noise.law=all", "noise.complementary=true"], "cannot be used with law all"),
+        (["noise.on_policy=0.5", "rl={}"], "cannot be used with rl"),
+        (["noise.on_policy=0.5", "noise.complementary=true"], "cannot be used with on_policy"),
+        (["noise.on_policy=0.5", "convert.attention=full"], "needs an attention with blocks"),
+        (["noise.on_policy=0.5", "objective.weight=cart"], "cannot be used with objective.weight"),
         (["noise.law=all", "noise.all_share=1.5"], "less than or equal to 1"),
         (["objective.normaliser=masked+ar", "objective.ar_weight=0"], "objective.ar_weight above"),
     ],

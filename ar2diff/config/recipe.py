@@ -113,6 +113,12 @@ def _contradictions(
 ) -> Iterator[str]:
     """What is wrong with the objective and the noise, given the rest."""
     distil = objective.distil
+    if noise.on_policy and rl is not None:
+        yield "noise.on_policy cannot be used with rl, which trains on its own texts anyway"
+    if noise.on_policy and convert.attention == "full":
+        yield "noise.on_policy needs an attention with blocks, not full"
+    if noise.on_policy and objective.weight == "cart":
+        yield "noise.on_policy cannot be used with objective.weight cart"
     if objective.normaliser == "masked+ar" and objective.ar_weight == 0:
         yield "objective.normaliser masked+ar needs objective.ar_weight above 0"
     if noise.law != "uniform" and rl is not None:

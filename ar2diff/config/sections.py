@@ -85,6 +85,13 @@ class Noise(Section):
     all_share: float = Field(
         0.5, ge=0, le=1, description="law all: share of the blocks that are masked whole"
     )
+    on_policy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="adapt: share of the steps that train on blocks as the sampler leaves them "
+        "halfway, in texts that the model writes itself",
+    )
     complementary: bool = Field(
         False,
         description="add a second view of each row, in which exactly the other tokens are masked",
@@ -92,6 +99,10 @@ class Noise(Section):
 
     @model_validator(mode="after")
     def _complements_have_the_same_law(self) -> Noise:
+        if self.complementary and self.on_policy:
+            raise ValueError(
+                "complementary cannot be used with on_policy, whose states have no second view"
+            )
         if self.complementary and self.law == "all":
             raise ValueError(
                 "complementary cannot be used with law all, because the second view of a block "

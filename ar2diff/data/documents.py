@@ -188,8 +188,9 @@ class Collator:
     rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
-        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
-        tokens, step (the optimizer step that these rows belong to, on whichever rank)."""
+        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, written (tokens that an AR model
+        writes: none beyond the end of a text), eos; scalars: divisor, ar_divisor, tokens, step (the
+        optimizer step that these rows belong to, on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
@@ -216,7 +217,7 @@ class Collator:
                 ratio[:, r, start:end] = self._ratio(part, size_of_block, t[:, r, start:end])
                 start = end
         batch["ratio"] = ratio.flatten(0, 1)
-        return self._finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
+        return self.finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
 
     def _place(self, batch: dict[str, Tensor], place: Any, number: int, part: DocumentPart) -> None:
         n = len(part.ids)
@@ -263,9 +264,16 @@ class Collator:
         """Position 0 is never masked nor scored, and neither is a mask token within the text."""
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
 
-    def _finish(
+    def finish(
         self, batch: dict[str, Tensor], masked: Tensor, t: Tensor, block_length: int | None
     ) -> dict[str, Tensor]:
+        """The batch with its noise, weights and divisors; see `__call__`.
+
+        Args:
+            batch: [B, L] x0, doc, pos, weight (how much a token counts), real (tokens in the AR
+                loss), eos; ratio [views * B, L], factors on the weights.
+            masked, t: [views, B, L].
+        """
         views, objective = len(masked), self.recipe.objective
         ratio = batch.pop("ratio")
         batch = {name: x.repeat(views, 1) for name, x in batch.items()}
@@ -290,6 +298,7 @@ class Collator:
             "doc": batch["doc"],
             "pos": batch["pos"],
             "ar": ar,
+            "written": ar,
             "eos": batch["eos"],
             "divisor": divisor,
             "ar_divisor": ar_divisor,

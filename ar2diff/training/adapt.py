@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..data.documents import (
 from ..data.sources import Documents, find_file, read_texts
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
+from ..distributed.sharding import holds_shards
 from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
@@ -34,6 +36,7 @@ from .plan import Plan, Verb
 from .request import requested
 from .results import RunPlan, RunResult
 from .run import run
+from .trajectories import is_on_policy, own_states
 
 
 def adapt(
@@ -171,7 +174,7 @@ class AdaptTrainer(Denoising, Trainer):
         first = pos % block_length == 0 if block_length else pos == 0
         reads = reading_slot(pos, attention, block_length, self.spec.prediction)
         distilled = self.distilled_tokens(
-            inputs["masked"], inputs["ar"], visible, first.cumsum(1), reads >= length
+            inputs["masked"], inputs["written"], visible, first.cumsum(1), reads >= length
         )
         if self.teacher is None:
             source = reading(task, ar_columns, distilled, x0)
@@ -180,6 +183,17 @@ class AdaptTrainer(Denoising, Trainer):
             source = Task(x0, plain, "causal_context", 1, task.index, task.target)
             source = reading(source, ar_columns - length, distilled, x0)
         return self.loss_task(task, inputs, x0, ar_columns, distilled, source)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The batches of an optimizer step, some of them with the model's own text, and their
+        divisors."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and is_on_policy(self.recipe, int(batches[0]["step"])):
+            eos = end_token(self.checkpoint)
+            batches = [own_states(self.checkpoint, self.data_collator, b, eos) for b in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each document as one or more rows of its own, with the noise of the first epoch and the
@@ -224,8 +238,12 @@ def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
-    """The trainer for a plan, on its stream of rows."""
-    return AdaptTrainer(
+    """The trainer for a plan, on its stream of rows.
+
+    Raises:
+        Ar2DiffError: the model is to write texts, but no process has all of it.
+    """
+    trainer = AdaptTrainer(
         plan.checkpoint,
         plan.recipe,
         training_arguments(plan.recipe, run_dir),
@@ -233,3 +251,10 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTraine
         data_collator=make_collator(plan.recipe, plan.checkpoint.spec.mask_token_id),
         callbacks=callbacks,
     )
+    if plan.recipe.noise.on_policy and holds_shards(trainer):
+        raise Ar2DiffError(
+            f"{option('noise.on_policy')} cannot be used where each process holds only a part of "
+            "the weights",
+            f"use {option('launch')} ddp or zero2, or leave out {option('noise.on_policy')}",
+        )
+    return trainer

@@ -95,6 +95,11 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             "tokens by their context",
             f"set {option('objective.weight')} to uniform or 1/t",
         )
+    if recipe.noise.on_policy:
+        raise Ar2DiffError(
+            f"{option('noise.on_policy')} only works with adapt",
+            f"leave out {option('noise.on_policy')}",
+        )
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})
     if recipe.objective.kind == "ar":
