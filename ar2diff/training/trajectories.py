@@ -135,5 +135,5 @@ def drawn_state(
         chosen = forwards[torch.randint(len(forwards), (), generator=generator)]
         later = (step[block] >= chosen) | ~decided[block]
         masked[block] = later & (torch.arange(first, first + len(later)) >= prompt)
-        t[block] = (masked[block] & written[block]).sum() / written[block].sum()
+        t[block] = (masked[block] & written[block]).sum().double() / written[block].sum()
     return masked, t
