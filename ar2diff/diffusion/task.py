@@ -3,7 +3,7 @@ estimators have in common."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,16 @@ def slots_at(columns: Tensor, wanted: Tensor, width: int) -> Tensor:
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None] * width
     return (rows + columns)[wanted]
+
+
+def reading(task: Task, columns: Tensor, wanted: Tensor, tokens: Tensor) -> Task:
+    """A forward pass that predicts other tokens than `task` does.
+
+    Args:
+        columns, wanted: as for `slots_at`. tokens: [B, L], the tokens themselves.
+    """
+    index = slots_at(columns, wanted, task.input_ids.shape[1])
+    return replace(task, index=index, target=tokens[wanted])
 
 
 def masked_task(

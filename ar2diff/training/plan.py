@@ -116,6 +116,7 @@ class Verb:
         if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)
         recipe = continued(self.check(path, spec, recipe), spec)
+        check_target(path, spec, recipe)
         check_trackers(recipe.train.report_to)
         rows = self.read(recipe)
         checkpoint = load_checkpoint(
@@ -153,6 +154,16 @@ def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
             f"{option('train.max_steps', 0)} trains nothing; only adapt can use it",
             f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
+        )
+
+
+def check_target(path: Path, spec: Spec | None, recipe: Recipe) -> None:
+    """Refuse to distil from the AR mode of a model that has none."""
+    if recipe.objective.distil is not None and spec is not None and not spec.ar_mode:
+        raise Ar2DiffError(
+            f"model {path} has no AR mode, which {option('objective.distil')} learns from",
+            f"leave out {option('objective.distil')}, or convert the AR model with attention "
+            f"causal_context and {option('objective.ar_weight')} above 0",
         )
 
 
