@@ -55,13 +55,13 @@ class BigramHead(torch.nn.Module):
         self.after = torch.nn.Parameter(torch.zeros(rank, vocabulary))
 
     def forward(self, previous: Tensor) -> Tensor:
-        """Biases [N, V] of the tokens that follow `previous` [N]; zero where that is `UNKNOWN`."""
+        """Biases [..., V] of the tokens that follow `previous` [...]; zero where it is `UNKNOWN`."""
         return self.vectors(previous) @ self.after
 
     def vectors(self, previous: Tensor) -> Tensor:
-        """W1[previous], [N, r]; zero where `previous` [N] is `UNKNOWN`."""
+        """W1[previous], [..., r]; zero where `previous` [...] is `UNKNOWN`."""
         previous = previous.to(self.before.device)
-        return self.before[previous.clamp(min=0)] * (previous != UNKNOWN)[:, None]
+        return self.before[previous.clamp(min=0)] * (previous != UNKNOWN)[..., None]
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
