@@ -55,7 +55,7 @@ class BigramHead(torch.nn.Module):
         self.after = torch.nn.Parameter(torch.zeros(rank, vocabulary))
 
     def forward(self, previous: Tensor) -> Tensor:
-        """Biases [..., V] of the tokens that follow `previous` [...]; zero where it is `UNKNOWN`."""
+        """Biases [..., V] of the tokens that follow `previous` [...]; 0 where it is `UNKNOWN`."""
         return self.vectors(previous) @ self.after
 
     def vectors(self, previous: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ class Chooser:
             no_end: [N] bool, positions that may not hold an end token.
         """
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        logits = logits.index_fill(1, self.suppressed, HIDDEN)
+        if len(self.suppressed) or no_end is not None:  # else nothing is impossible
+            logits = logits.index_fill(1, self.suppressed, HIDDEN)
         if no_end is not None and len(end_ids):
             at = no_end.nonzero()[:, 0].to(logits.device)
             logits[at[:, None], end_ids.to(logits.device)] = HIDDEN
