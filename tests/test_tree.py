@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from ar2diff.core.head import BigramHead
+from ar2diff.core.head import DraftHead
 from ar2diff.core.pace import Cost, MeasuredPace, Pace
 from ar2diff.core.tree import Guesses, Tree
 
@@ -15,22 +15,27 @@ VOCABULARY, DRAFTS = 5, 3
 
 def guesses(temperature=1.0, seed=0, headed=True):
     generator = torch.Generator().manual_seed(seed)
-    head = BigramHead(VOCABULARY, 4, generator)
-    torch.nn.init.normal_(head.after, std=30.0, generator=generator)
+    head = DraftHead(VOCABULARY, 4, 6, generator)
+    for parameter in (head.after, head.gate, head.fade):
+        torch.nn.init.normal_(parameter, std=1.0, generator=generator)
+    head.before.data.mul_(20)
     scores = torch.randn(2, DRAFTS, VOCABULARY, generator=generator)
-    return Guesses(scores, torch.tensor([1, 3]), head if headed else None, temperature)
+    gates = head.gates(torch.randn(2, DRAFTS, 6, generator=generator))
+    head, gates = (head, gates) if headed else (None, None)
+    return Guesses(scores, torch.tensor([1, 3]), head, gates, temperature)
 
 
 def chance(guess, row, path):
     """Probability that each token of a path is drawn after the one before it."""
-    before, total = int(guess.newest[row]), 0.0
+    total, head = 0.0, guess.head
     for place, token in enumerate(path):
         scores = guess.scores[row, place].clone()
-        if guess.head is not None:
-            bias = guess.head.before[before] @ guess.head.after
-            scores = scores + bias.detach() / guess.temperature
+        for back, before in enumerate(reversed([int(guess.newest[row]), *path[:place]])):
+            if head is not None:
+                memory = head.before[before] * head.fade.tanh() ** back
+                bias = (memory * guess.gates[row, place]) @ head.after
+                scores = scores + bias.detach() / guess.temperature
         total += scores.log_softmax(-1)[token].item()
-        before = token
     return math.exp(total)
 
 
@@ -49,7 +54,9 @@ def test_the_likeliest_nodes_are_those_of_all_paths(nodes, temperature, headed):
         every = [p for n in range(1, DRAFTS + 1) for p in product(range(VOCABULARY), repeat=n)]
         best = sorted(every, key=lambda path: -chance(guess, row, path))[:nodes]
         assert sorted(paths_of(tree)) == sorted(best)
-        assert tree.chances == pytest.approx([chance(guess, row, p) for p in paths_of(tree)])
+        assert tree.chances == pytest.approx(
+            [chance(guess, row, p) for p in paths_of(tree)], rel=1e-4
+        )
         assert tree.chances == sorted(tree.chances, reverse=True)
         assert [len(path) for path in paths_of(tree)] == tree.depths
 
@@ -111,7 +118,7 @@ def planned(cost, rows=1):
     for _ in range(60):
         drafts = pace.drafts()
         depth = max(drafts, 1)
-        trees = pace.grown(Guesses(scores[:, :depth], torch.zeros(rows).long(), None, 1.0))
+        trees = pace.grown(Guesses(scores[:, :depth], torch.zeros(rows).long(), None, None, 1.0))
         pace.plan(trees, drafts)
         pace.saw(trees, [len(trees[0]) // 2] * rows)
     return trees, drafts, pace

@@ -138,9 +138,10 @@ class CandidateReader:
         newest: list[int],
         trees: list[Tree],
         drafts: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [R, N + 1, V] after the newest token and each of N candidates, and
-        [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits [R, N + 1, V] after the newest token and each of N candidates; logits
+        [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`;
+        and their hidden states [R, M, drafts, H] if a head reads them.
 
         Args:
             ids: [., T] canvas. rows: which of its rows are read.
@@ -168,17 +169,25 @@ class CandidateReader:
         beyond = front[0] > self.last - pos.shape[1] if len(front) == 1 else True
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)
+        states: list[Tensor] = []
         with self.draft.applied(self.model, noisy) if drafting else nullcontext():
             logits = logits_at(
                 self.model,
                 layout.index.to(device),
                 cache=self.cache.stock if self.cache else None,
+                read=states,
                 input_ids=tokens.to(device),
                 attention_mask=mask,
                 position_ids=(pos.clamp(0, self.last) if beyond or first > 1 else pos).to(device),
             ).view(len(rows), -1, self.vocabulary)
-        ahead = logits[:, nodes + 1 :]
-        return logits[:, : nodes + 1], ahead.reshape(len(rows), -1, max(drafts, 1), ahead.shape[-1])
+        headed = drafting and self.draft.head is not None
+        ahead, hidden = (
+            found.view(len(rows), -1, found.shape[-1])[:, nodes + 1 :].unflatten(1, (-1, drafts))
+            if drafts and found is not None
+            else None
+            for found in (logits, states[0] if headed else None)
+        )
+        return logits[:, : nodes + 1], ahead, hidden
 
     def keep(self, paths: list[list[int]]) -> None:
         """The tokens that were certain and the accepted candidates, by row, become context."""
@@ -230,7 +239,7 @@ class CandidateReader:
         """Whether all rows fill the columns of the cache."""
         return min(self._before) == self.cache.width
 
-    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, Tensor]:
+    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, None, None]:
         """`read` without candidates and drafts."""
         self.layout, device = None, self.model.device
         tokens = torch.tensor(newest, device=device)[:, None]
@@ -241,7 +250,7 @@ class CandidateReader:
             use_cache=True,
             **quiet_routers(self.model),
         ).logits
-        return logits, logits[:, None, :0]
+        return logits, None, None
 
     def _lay_out(
         self, front: list[int], length: list[int], trees: list[Tree], drafts: int

@@ -4,7 +4,7 @@ In speculation, masks follow the newest tokens, and the model reads them through
 beside some of its linear layers (LoRA). The branch sees *noisy* slots only: for clean ones it is
 skipped, not added as zeros, and no clean slot reads a noisy one. So the model's own logits are the
 same bits with the adapter and without it, and a token that they verify is the model's own (I-DLM's
-gated LoRA, 2604.11035). The guesses are drawn from left to right by a bigram head.
+gated LoRA, 2604.11035). The guesses are drawn from left to right, each with a bias by its head.
 
 A folder of a draft adapter holds `draft.json` and `draft.safetensors`, and no adapter_config.json:
 peft knows no gate and would apply the branch everywhere.
@@ -31,7 +31,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .errors import Ar2DiffError, first_line, shortened
-from .head import BigramHead
+from .head import DraftHead
 from .spec import CAUSAL, Spec
 
 CONFIG, WEIGHTS = "draft.json", "draft.safetensors"
@@ -53,7 +53,7 @@ class DraftSpec:
         hidden_size: width of an embedding.
         block_length: masks that follow a candidate, as trained.
         targets: names of the linear layers with a branch. rank: of the branch.
-        head_rank: rank of the bigram head; 0: none.
+        head_rank: rank of the head; 0: none.
     """
 
     format: int
@@ -126,7 +126,7 @@ class Draft(torch.nn.Module):
     Attributes:
         row: [H] the embedding of a mask.
         down, up: [rank, inputs] and [outputs, rank] of each target.
-        head: the bigram head, or None.
+        head: what the guesses know of each other, or None.
         scale: factor on the branch.
     """
 
@@ -148,7 +148,8 @@ class Draft(torch.nn.Module):
             self.down.append(torch.nn.Parameter(down))
             self.up.append(torch.nn.Parameter(torch.zeros(outputs, spec.rank)))
         rank = spec.head_rank
-        self.head = BigramHead(spec.vocabulary, rank, generator) if rank else None
+        sizes = (spec.vocabulary, rank, spec.hidden_size)
+        self.head = DraftHead(*sizes, generator) if rank else None
 
     @property
     def mask_token_id(self) -> int:
@@ -227,7 +228,7 @@ class Draft(torch.nn.Module):
         for name, down, up in zip(self.spec.targets, self.down, self.up, strict=True):
             held |= {f"{name}.down": down, f"{name}.up": up * self.scale}
         if self.head is not None:
-            held |= {"head.before": self.head.before, "head.after": self.head.after}
+            held |= {f"head.{name}": tensor for name, tensor in self.head.named_parameters()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
 
     @torch.no_grad()
@@ -250,8 +251,8 @@ class Draft(torch.nn.Module):
             down.copy_(held[f"{name}.down"])
             up.copy_(held[f"{name}.up"])
         if self.head is not None:
-            self.head.before.copy_(held["head.before"])
-            self.head.after.copy_(held["head.after"])
+            for name, tensor in self.head.named_parameters():
+                tensor.copy_(held[f"head.{name}"])
 
 
 def _branched(

@@ -1,8 +1,9 @@
-"""A bigram head: a low-rank bias on the logits of a token, given the token before it.
+"""Heads: a low-rank bias on the logits of a token, given the tokens drawn before it.
 
-Slots that are predicted in one forward ignore each other. Drawn from left to right with this bias,
-each knows its left neighbour (DSpark, 2607.05147: U_k + W1[x_{k-1}] W2). Draft adapters and
-diffusion heads have the same one.
+Slots that are predicted in one forward ignore each other. Drawn from left to right with the bias of
+a bigram head, each knows its left neighbour (DSpark, 2607.05147: U_k + W1[x_{k-1}] W2). Diffusion
+heads are of this kind. The head of a draft adapter also remembers the tokens before that one, and
+the slot itself says which parts of the memory matter.
 
 A diffusion head lies beside the weights in a file of its own, which the spec names by its SHA-256.
 With it, the logits of token i are U_i + W1[x_{i-1}] W2 wherever x_{i-1} is known: it is visible, or
@@ -75,6 +76,53 @@ class BigramHead(torch.nn.Module):
         known = not self.before.is_meta
         sha256 = hashlib.sha256(self.to_bytes()).hexdigest() if known else "0" * 64
         return Head(self.before.shape[1], sha256)
+
+
+class DraftHead(BigramHead):
+    """The bias (s_k * (1 + G h_k)) W2 of the k-th draft, which has the hidden state h_k and the
+    memory s_k = W1[x_{k-1}] + tanh(d) * s_{k-1} of the tokens since the draft's own block began.
+
+    With G and d at zero, as they are at the start, it is a bigram head.
+
+    Args:
+        hidden_size: of a hidden state.
+
+    Attributes:
+        gate: G, [r, H]. fade: d, [r].
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        rank: int,
+        hidden_size: int,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(vocabulary, rank, generator)
+        self.gate = torch.nn.Parameter(torch.zeros(rank, hidden_size))
+        self.fade = torch.nn.Parameter(torch.zeros(rank))
+
+    def gates(self, hidden: Tensor) -> Tensor:
+        """1 + G h, [..., r], of hidden states [..., H]."""
+        return 1 + hidden @ self.gate.T
+
+    def remember(self, tokens: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The memory [..., r] after tokens [...], given the one before them; None: there is none
+        yet."""
+        new = self.vectors(tokens)
+        return new if memory is None else new + self.fade.tanh() * memory
+
+    def along(self, previous: Tensor, hidden: Tensor) -> Tensor:
+        """s_k * (1 + G h_k) for all drafts of M blocks, [M, K, r].
+
+        Args:
+            previous: [M, K] the token before each draft. hidden: [M, K, H].
+        """
+        memory, found = None, []
+        for tokens in previous.unbind(1):
+            memory = self.remember(tokens, memory)
+            found.append(memory)
+        return torch.stack(found, 1) * self.gates(hidden)
 
 
 def head_of(model: Any, spec: Spec) -> BigramHead | None:
