@@ -74,9 +74,12 @@ class Recipe(Section):
             raise ValueError("noise.time must be document or sequence with attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":
             raise ValueError("objective.ar_weight must be 0 unless the attention is causal_context")
-        weighted = [source.weight is not None for source in self.data.sources]
+        shared = [*self.data.sources, *([self.data.self] if self.data.self else [])]
+        weighted = [source.weight is not None for source in shared]
         if any(weighted) and not all(weighted):
-            raise ValueError("data.sources: either all sources or no source must have a weight")
+            raise ValueError(
+                "data.sources: either all sources (and data.self) or no source must have a weight"
+            )
         if self.train.compile and self.rl is not None:
             raise ValueError(
                 "train.compile cannot be used with rl, because rollouts would recompile the model"

@@ -13,7 +13,7 @@ from ..checkpoint.model import Checkpoint
 from ..config.section import MOST_SAMPLES
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
-from ..data.sources import read_texts
+from ..data.sources import Document, read_texts
 from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
 from ..generation.tokens import closing_tokens
 
@@ -152,15 +152,18 @@ def _load(model: str | Path) -> Checkpoint:
 
 
 def windows(
-    texts: Sequence[str], tokenizer: Any, length: int, limit: int | None
+    texts: Sequence[Document], tokenizer: Any, length: int, limit: int | None
 ) -> list[list[int]]:
     """The first `length` tokens of each text that has as many, for at most `limit` texts; with the
-    tokenizer's own BOS, but without an EOS."""
+    tokenizer's own BOS, but without an EOS. A text may also be given as its token ids."""
     rows: list[list[int]] = []
     closing = closing_tokens(tokenizer)
     for text in texts:
-        ids = tokenizer(text, verbose=False).input_ids
-        if len(ids) - closing >= length:
+        ids = text
+        if isinstance(text, str):
+            ids = tokenizer(text, verbose=False).input_ids
+            ids = ids[: len(ids) - closing]
+        if len(ids) >= length:
             rows.append(ids[:length])
             if limit is not None and len(rows) == limit:
                 break

@@ -21,6 +21,7 @@ FILES = (
     "base_model",
     "adapter",
     "path",
+    "prompts",
     "data",
 )  # keys whose value is a file or a name on the Hub
 
