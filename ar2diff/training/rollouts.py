@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas
 from ..core.seeds import content_key
-from ..core.spec import CAUSAL, Spec
+from ..core.spec import Spec
 from ..generation.complete import begin, settings_of
 
 
@@ -62,8 +62,6 @@ def sample(
         canvas, states = begin(checkpoint, spec, options, [prompts[n] for n in numbers])
         for _ in states:
             pass
-        if checkpoint.draft is not None:
-            spec = CAUSAL  # the mask of a draft adapter, behind the answer, is no id of the model
         for row, number in enumerate(numbers):
             found[number] = of_canvas(canvas, row, spec, seeds[number])
     return [found[number] for number in range(len(prompts))]
