@@ -343,7 +343,6 @@ def test_a_folder_loads_on_its_base_alone(drafted, tiny_checkpoint, tmp_path):
         (lambda d, out: ar2diff.merge(d, out), "cannot be merged"),
         (lambda d, out: ar2diff.adapt(d, None, out, data="x"), "adapt trains whole models"),
         (lambda d, out: ar2diff.draft(d, None, out, data="x"), "draft trains whole models"),
-        (lambda d, out: ar2diff.push(d, "me/it"), "push does not publish"),
         (lambda d, out: ar2diff.export(d, out, "sdar"), "no other engine reads"),
     ],
 )
