@@ -358,6 +358,18 @@ def test_check_describes_a_draft_adapter(drafted):
     assert any("same bits" in finding.what for finding in found.findings)
 
 
+def test_eval_gives_what_the_run_recorded(drafted, texts, run_both):
+    """On the same rows: the first that are long enough."""
+    recorded = json.loads((drafted / "ar2diff.json").read_text())["eval"]
+    limits = ("--length", 16, "--limit", 3)
+    code, out, _ = run_both("eval", drafted, "--data", texts, *limits, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["drafts"].pop("blocks") == recorded.pop("blocks")
+    assert found["ar_nll"] == pytest.approx(recorded.pop("ar_nll"))
+    for name, value in recorded.items():
+        assert found["drafts"][name] == pytest.approx(value), name
+
+
 def test_accumulation_changes_nothing(tiny_checkpoint, texts, tmp_path):
     found = []
     for batch, accumulation in ((8, 1), (2, 4)):
