@@ -95,10 +95,11 @@ def settings_of(*overrides: str) -> list[str]:
 
 
 def test_a_draft_adapter_is_trained_on_it_alone(tiny_checkpoint, tmp_path, write_jsonl):
-    prompts = write_jsonl("prompts.jsonl", PROMPTS)
+    prompts = write_jsonl("prompts.jsonl", [*PROMPTS, {"prompt": "a" * 600}])
     overrides = settings_of(f"data.self.prompts={prompts}")
     plan = ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides, dry_run=True)
     assert any("writes 60 tokens" in note for note in plan.notes) and not cache_folder().exists()
+    assert any("1 prompt is left out" in note for note in plan.notes)
     result = ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides)
     assert result.eval_rows == 2 and result.eval["tokens_per_forward"] >= 1
     assert (

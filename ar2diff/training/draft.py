@@ -158,11 +158,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
     if found.prompts is None:
         return _with_documents(checkpoint, recipe, found.documents)
     own = OwnText(checkpoint, recipe.data.self, found.prompts)
-    own.check()
-    checkpoint.notes.append(
-        f"note: before it is trained, the model writes {recipe.data.self.tokens:,} tokens of text, "
-        "unless an earlier run has left them in the cache"
-    )
+    checkpoint.notes += own.notes()
 
     def complete() -> Plan:
         found.documents.add(own.documents(), recipe.data.self.weight)

@@ -109,13 +109,21 @@ class OwnText:
     own: SelfData
     prompts: Prompts
 
-    def check(self) -> None:
-        """Refuse prompts that do not fit the model.
+    def notes(self) -> list[str]:
+        """What the user should know before the text is written.
 
         Raises:
-            Ar2DiffError: naming the row.
+            Ar2DiffError: no prompt fits the model, or one cannot be rendered.
         """
-        self._prompts()
+        left_out = len(self.prompts.rows or [()]) - len(self._prompts()[0])
+        notes = [
+            f"note: before it is trained, the model writes {self.own.tokens:,} tokens of text, "
+            "unless an earlier run has left them in the cache"
+        ]
+        if left_out:
+            count = "1 prompt is" if left_out == 1 else f"{left_out:,} prompts are"
+            notes.append(f"note: {count} left out, because the context has no room for an answer")
+        return notes
 
     def documents(self) -> list[list[int]]:
         """Write the documents, or find those that an earlier run wrote: token ids, prompts
@@ -180,22 +188,24 @@ class OwnText:
         ]
 
     def _prompts(self) -> tuple[list[list[int]], int]:
-        """The prompts as token ids, and how many tokens may follow any of them."""
+        """The prompts that fit as token ids, and how many tokens may follow any of them."""
         checkpoint, own = self.checkpoint, self.own
         if self.prompts.rows is None:
             start = checkpoint.tokenizer.bos_token_id
             rows = [[checkpoint.end_ids[0] if start is None else start]]
         else:
             rows = [self._ids(*row) for row in self.prompts.rows]
-        context, longest = context_length(checkpoint.model.config), max(map(len, rows))
-        room = own.max_new_tokens if context is None else context - longest
-        if room < 1:
+        context, shortest = context_length(checkpoint.model.config), min(map(len, rows))
+        if context is None:
+            return rows, own.max_new_tokens
+        new = min(own.max_new_tokens, context - shortest)
+        if new < 1:
             raise Ar2DiffError(
-                f"a prompt of {option('data.self.prompts')} has {longest} tokens, which leaves no "
-                f"room in the model's context of {context}",
-                "shorten or remove it",
+                f"the shortest prompt of {option('data.self.prompts')} has {shortest} tokens, "
+                f"which leaves no room in the model's context of {context}",
+                "use shorter prompts",
             )
-        return rows, min(own.max_new_tokens, room)
+        return [row for row in rows if len(row) + new <= context], new
 
     def _ids(self, where: str, prompt: str | list[dict[str, Any]], cut: bool) -> list[int]:
         tokenizer = self.checkpoint.tokenizer
