@@ -46,7 +46,7 @@ _HOMES = {
     "draft": "training.draft",
     "load": "api.model",
     "DiffusionModel": "api.model",
-    "evaluate": "evaluation.score",
+    "evaluate": "evaluation.evaluate",
     "check": "evaluation.check",
     "merge": "checkpoint.merge",
     "import_checkpoint": "conversion.imports",

@@ -67,7 +67,7 @@ def recipe_of(name: str, model: str, steps: int | None, learning_rate: float | N
 def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
     """Train and judge a recipe, and write its generations."""
     from ar2diff.checkpoint.io import load_checkpoint
-    from ar2diff.evaluation.score import evaluate
+    from ar2diff.evaluation.evaluate import evaluate
     from ar2diff.training.adapt import adapt
 
     base = str(Path(os.environ["AR2DIFF_DATA"]) / model)
@@ -100,7 +100,7 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
 def base_row(model: str) -> dict[str, Any]:
     """The AR NLL of the unconverted model."""
     from ar2diff.checkpoint.io import load_checkpoint
-    from ar2diff.evaluation.score import evaluate
+    from ar2diff.evaluation.evaluate import evaluate
 
     checkpoint = load_checkpoint(str(Path(os.environ["AR2DIFF_DATA"]) / model))
     result = evaluate(checkpoint, "tinystories/valid", limit=64)

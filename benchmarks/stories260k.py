@@ -95,7 +95,7 @@ OBJECTIVES: dict[str, list[str]] = {
 def run(name: str, overrides: list[str], seed: int, speed: bool = False) -> dict:
     from ar2diff.checkpoint.io import load_checkpoint
     from ar2diff.config.recipe import load_recipe
-    from ar2diff.evaluation.score import evaluate
+    from ar2diff.evaluation.evaluate import evaluate
     from ar2diff.training.adapt import adapt
 
     data = Path(os.environ["AR2DIFF_DATA"])

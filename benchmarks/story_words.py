@@ -22,7 +22,7 @@ from sft import decoded, distinct_2, judge_words
 
 from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.config.recipe import load_recipe, with_values
-from ar2diff.evaluation.score import evaluate
+from ar2diff.evaluation.evaluate import evaluate
 from ar2diff.generation.tokens import prompt_ids
 from ar2diff.training.rl import RL, read_prompts
 

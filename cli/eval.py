@@ -10,7 +10,12 @@ from .output import AsJson, quiet, report
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, converted or not.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub id of a model, converted or not, or of a draft adapter."
+        ),
+    ],
     data: Annotated[str, typer.Option(help="File with held-out text, or - for standard input.")],
     text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",
     length: Annotated[
@@ -27,7 +32,8 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the likelihood of held-out text: the bound of the diffusion mode with its standard
-    error, and the negative log-likelihood of the AR mode.
+    error, and the negative log-likelihood of the AR mode. With a draft adapter, also how many of
+    its drafts are right on text that its base writes.
 
     Example: ar2diff eval runs/demo --data valid.jsonl --limit 64
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
@@ -44,6 +46,14 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
                 "input, or a Hub data set. Can be repeated.",
             ),
         ] = None,
+        self_data: Annotated[
+            str | None,
+            typer.Option(
+                metavar="PROMPTS",
+                help="Also train on text that the model itself writes, continuing the prompts in "
+                "this file; data.self has further settings.",
+            ),
+        ] = None,
         text_field: Annotated[
             str | None, typer.Option(help="Field that holds the text of a row.")
         ] = None,
@@ -78,9 +88,12 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         from ..distributed.ranks import at_work, is_launched, is_main
         from ..training.request import requested
 
+        settings = overrides or []
+        if self_data is not None:
+            settings = [*settings, f"data.self.prompts={json.dumps(self_data)}"]
         request = requested(
             name, model, recipe, output_dir, data=data, text_field=text_field,
-            max_steps=max_steps, overrides=overrides or [],
+            max_steps=max_steps, overrides=settings,
         )  # fmt: skip
         if push_to_hub is not None and not is_launched():
             from ..hub.push import check_before
@@ -110,6 +123,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             shown |= {"published": _published(request.output_dir, push_to_hub)}
         report(shown, as_json)
 
+    if name != "draft":
+        own = inspect.signature(verb, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.name != "self_data"]
+        verb.__signature__ = own.replace(parameters=kept)
     verb.__name__, verb.__doc__ = name, f"{text}\n\n    Example: ar2diff {name} {example}\n    "
     return with_launch(verb)
 

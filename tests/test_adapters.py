@@ -27,7 +27,7 @@ from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
 from ar2diff.evaluation.check import check
-from ar2diff.evaluation.score import evaluate
+from ar2diff.evaluation.evaluate import evaluate
 from ar2diff.generation.complete import complete, load
 from ar2diff.training.adapt import AdaptTrainer, adapt
 

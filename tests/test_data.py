@@ -9,6 +9,7 @@ from conftest import MASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ar2diff.config.recipe import Recipe
 from ar2diff.config.sections import Source
 from ar2diff.core.attention import (
     PADDING,
@@ -30,6 +31,7 @@ from ar2diff.data.documents import (
     tokenize,
 )
 from ar2diff.data.sources import Documents, find_file, read_texts
+from ar2diff.training.adapt import read_documents
 
 EOS = 2
 BLOCKWISE = ("causal_context", "block_causal")
@@ -462,4 +464,4 @@ def test_a_missing_source_and_an_ambiguous_folder_are_errors(tmp_path, write_jso
 
 def test_no_source_is_an_error():
     with pytest.raises(Ar2DiffError, match="there is no data"):
-        Documents([], "text", 0)
+        read_documents(Recipe())

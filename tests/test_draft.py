@@ -5,18 +5,20 @@ import copy
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
 import ar2diff
 from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.draft import Draft as Settings
-from ar2diff.core.attention import Slots, model_mask
+from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.draft import DraftSpec, new_draft
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.spec import CAUSAL
@@ -194,6 +196,58 @@ def test_two_forwards_equal_one_of_noisy_and_clean_rows(tiny_model, name):
         torch.testing.assert_close(drafting.logits(found.p), p, atol=1e-4, rtol=1e-5)
 
 
+DENSE = ("llama", "mistral", "qwen3", "gemma2", "gpt2", "phi3", "gpt_neox", "cohere2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [*((kind, "sdpa") for kind in DENSE if kind != "gemma2"), *((kind, "eager") for kind in DENSE)],
+)
+def test_the_logits_of_clean_slots_are_the_models_to_the_bit(kind, implementation, dtype):
+    """Nothing that is in noisy slots reaches the clean ones: neither the adapter nor their ids.
+    (In a mixture of experts the noisy tokens change the shapes of its products.)"""
+    model = architectures.tiny_model(kind, implementation).to(dtype)
+    draft, rows = draft_of(model), model.config.vocab_size
+    clean, known, starts = 10, 6, (5, 8)
+    doc = torch.zeros(2, clean, dtype=torch.long)
+    doc[1, :3] = PADDING
+    pos = (torch.arange(clean) - torch.tensor([[0], [3]])).clamp(min=0)
+    start = torch.tensor(starts).repeat_interleave(BLOCK).expand(2, -1)
+    slots = Slots(
+        torch.cat([doc, torch.zeros_like(start)], 1),
+        torch.cat([pos, start + torch.arange(BLOCK).repeat(2)], 1),
+        torch.arange(clean + start.shape[1]).expand(2, -1) >= clean,
+        torch.cat([pos, start], 1),
+    )
+    ids = torch.randint(8, rows, slots.pos.shape, generator=torch.Generator().manual_seed(0))
+    masked = torch.where(slots.noisy, rows, ids)
+    window = "kept" if architectures.windowed(model) else None
+
+    def logits(ids: torch.Tensor, on: bool, first: int) -> torch.Tensor:
+        """Of the slots from `first` on, those before read into a cache."""
+        cache = DynamicCache() if first else None
+        for part in [slice(0, first), slice(first, None)] if first else [slice(0, None)]:
+            held = range(slots.pos.shape[1])[part]
+            seen = Slots(*(x[:, : held.stop] for x in vars(slots).values() if x is not None))
+            mask = model_mask(model, seen, "causal_context", BLOCK, window, queries=held)
+            noisy = slice(clean - held.start, None) if held.stop > clean else slice(0, 0)
+            with draft.applied(model, noisy) if on else nullcontext():
+                found = model(
+                    input_ids=ids[:, part], attention_mask=mask, position_ids=slots.pos[:, part],
+                    past_key_values=cache, use_cache=cache is not None,
+                ).logits  # fmt: skip
+        return found
+
+    with torch.no_grad():
+        for first in (0, known):
+            with_it, without = logits(masked, True, first), logits(ids, False, first)
+            real = (doc != PADDING)[:, first:]
+            width = clean - first
+            assert torch.equal(with_it[:, :width][real], without[:, :width][real])
+            assert not torch.isclose(with_it[:, width:], without[:, width:]).all(-1).any()
+
+
 @pytest.mark.parametrize(
     ("loss", "dpace"),
     [({"kl": 0.3, "tv": 0.7}, False), ({"ce": 0.1, "tv": 0.9}, True), ({"lk": 1.0}, False)],
@@ -359,7 +413,6 @@ def test_a_folder_loads_on_its_base_alone(drafted, tiny_checkpoint, tmp_path):
         (lambda d, out: ar2diff.merge(d, out), "cannot be merged"),
         (lambda d, out: ar2diff.adapt(d, None, out, data="x"), "adapt trains whole models"),
         (lambda d, out: ar2diff.draft(d, None, out, data="x"), "draft trains whole models"),
-        (lambda d, out: ar2diff.push(d, "me/it"), "push does not publish"),
         (lambda d, out: ar2diff.export(d, out, "sdar"), "no other engine reads"),
     ],
 )
@@ -373,6 +426,18 @@ def test_check_describes_a_draft_adapter(drafted):
     found = ar2diff.check(drafted)
     assert found.ok and found.draft.rank == 4
     assert any("same bits" in finding.what for finding in found.findings)
+
+
+def test_eval_gives_what_the_run_recorded(drafted, texts, run_both):
+    """On the same rows: the first that are long enough."""
+    recorded = json.loads((drafted / "ar2diff.json").read_text())["eval"]
+    limits = ("--length", 16, "--limit", 3)
+    code, out, _ = run_both("eval", drafted, "--data", texts, *limits, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["drafts"].pop("blocks") == recorded.pop("blocks")
+    assert found["ar_nll"] == pytest.approx(recorded.pop("ar_nll"))
+    for name, value in recorded.items():
+        assert found["drafts"][name] == pytest.approx(value), name
 
 
 def test_accumulation_changes_nothing(tiny_checkpoint, texts, tmp_path):

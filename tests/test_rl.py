@@ -13,6 +13,7 @@ import torch
 from ar2diff.cli.main import main
 from safetensors.torch import load_file
 
+import ar2diff
 from ar2diff.checkpoint.adapters import add_adapter
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
@@ -88,6 +89,9 @@ MISTAKES = [  # overrides, rows, part of what is said
     (["rl.sampler.mode=ar"], ROWS, "rl.sampler.mode 'ar' cannot be scored"),
     (["peft.r=4", "peft.dropout=0.1"], ROWS, "peft.dropout makes two scores under the same "
     "policy differ"),
+    (["rl.draft=x"], ROWS, "draft can only be set with estimator ar"),
+    (["rl.estimator=ar", "rl.draft=./nowhere"], ROWS, "./nowhere does not exist"),
+    (["rl.estimator=ar", "rl.draft=."], ROWS, "rl.draft . is not a draft adapter"),
     (["rl.num_generation=4"], ROWS, "did you mean rl.num_generations?"),
 ]  # fmt: skip
 
@@ -267,3 +271,32 @@ def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_wid
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     kept = load_file(Path(saved) / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("more", [["objective.kind=ar"], ["peft.r=2"]])
+def test_a_draft_adapter_writes_the_same_completions(
+    tiny_checkpoint, convert_tiny, write_jsonl, tmp_path, capsys, more
+):
+    """The run learns from the same texts, though the model moves away from the adapter."""
+    model = convert_tiny(BLOCKS) if "peft.r=2" in more else tiny_checkpoint
+    tiny = ["draft.block_length=4", "draft.rank=2", "draft.head_rank=2", "data.max_length=16"]
+    ar2diff.draft(
+        model, None, tmp_path / "draft", max_steps=1,
+        data=write_jsonl("texts.jsonl", [{"text": "say abcdefgh"}]),
+        overrides=[*tiny, "train.warmup_steps=0", "eval.steps=0"],
+    )  # fmt: skip
+    settings = [*SETTINGS, "rl.estimator=ar", "train.learning_rate=1e-2", "train.max_steps=2",
+                "rl.rewards=[{name: regex, args: {pattern: '(?s).*[A-M].*'}}]", *more]  # fmt: skip
+    data, runs = write_jsonl("rows.jsonl", ROWS), []
+    for draft in ([], [f"rl.draft={tmp_path / 'draft'}", "rl.sampler.draft_length=3"]):
+        capsys.readouterr()
+        out = tmp_path / f"out{len(runs)}"
+        ar2diff.rl(model, None, out, data=data, overrides=[*settings, *draft])
+        steps = [line for line in capsys.readouterr().err.splitlines() if "reward" in line]
+        rates = [float(re.search(r"tokens_per_forward ([\d.]+)", step)[1]) for step in steps]
+        assert any(0 < float(re.search(r" reward ([\d.]+)", step)[1]) < 1 for step in steps)
+        (file,) = out.glob("*model.safetensors")
+        runs.append((load_file(file), rates))
+    (one, slow), (two, fast) = runs
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert slow == [1, 1] and all(rate > 1 for rate in fast)

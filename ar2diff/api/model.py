@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.model import Checkpoint
 from ..core.spec import Spec
-from ..evaluation.score import Evaluation, evaluate
+from ..evaluation.evaluate import Evaluation, evaluate
 from ..generation.chat import complete_chat
 from ..generation.complete import complete_all, infill, stream
 from ..generation.complete import load as load_checkpoint

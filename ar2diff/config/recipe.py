@@ -83,9 +83,12 @@ class Recipe(Section):
             raise ValueError(problem)
         if self.objective.distil is not None and self.convert.head_rank is not None:
             raise ValueError("objective.distil cannot be combined with convert.head_rank")
-        weighted = [source.weight is not None for source in self.data.sources]
+        shared = [*self.data.sources, *([self.data.self] if self.data.self else [])]
+        weighted = [source.weight is not None for source in shared]
         if any(weighted) and not all(weighted):
-            raise ValueError("data.sources: either all sources or no source must have a weight")
+            raise ValueError(
+                "data.sources: either all sources (and data.self) or no source must have a weight"
+            )
         if self.train.compile and self.rl is not None:
             raise ValueError(
                 "train.compile cannot be used with rl, because rollouts would recompile the model"

@@ -58,6 +58,11 @@ class Rl(Section):
     estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
         "trajectory", description="how to estimate the log-likelihood of a completion"
     )
+    draft: str | None = Field(
+        None,
+        description="ar: folder or Hub id of a draft adapter, with which the model writes its "
+        "completions in fewer forwards; it is not trained",
+    )
     samples: int = Field(
         1, gt=0, le=MOST_SAMPLES, description="coupled, elbo, spg: noise draws per completion"
     )
@@ -110,6 +115,8 @@ class Rl(Section):
     def _parts_agree(self) -> Rl:
         if self.prompt_mask and self.estimator != "one_step":
             raise ValueError("prompt_mask can only be set with estimator one_step")
+        if self.draft is not None and self.estimator != "ar":
+            raise ValueError(f"draft can only be set with estimator ar, not {self.estimator}")
         if self.samples > 1 and self.estimator not in ("coupled", "elbo", "spg"):
             raise ValueError(
                 f"samples can only be set with estimator coupled, elbo or spg, not {self.estimator}"

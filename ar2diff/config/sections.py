@@ -188,11 +188,45 @@ class Columns(Section):
     )
 
 
+class SelfData(Section):
+    """Text that the model itself writes in AR mode before it is trained, as further training data:
+    what the draft adapter must guess in use. It is kept in the user's cache for later runs."""
+
+    prompts: str | None = Field(
+        None,
+        description="file of prompts: rows with a prompt, with messages up to an answer, or with "
+        "a text, whose beginning is given; null: the start token alone",
+    )
+    prompt_tokens: int = Field(8, gt=0, description="how many tokens the beginning of a text has")
+    tokens: int = Field(1_000_000, gt=0, description="how many tokens to write")
+    temperature: float = Field(
+        1.0, ge=0, description="temperature of the draws; at 0 each prompt is continued once"
+    )
+    max_new_tokens: int = Field(
+        256, gt=0, description="tokens after a prompt, unless the model ends the text earlier"
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share of the documents beside data.sources; null: in proportion to the "
+        "number of texts",
+    )
+
+    @model_validator(mode="after")
+    def _greedy_text_needs_prompts(self) -> SelfData:
+        if not self.temperature and self.prompts is None:
+            raise ValueError("temperature 0 needs prompts, or every text would be the same")
+        return self
+
+
 class Data(Section):
     """The training data."""
 
     sources: tuple[Source, ...] = Field(
         (), description="files, standard input or Hub data sets to train on"
+    )
+    self: SelfData | None = Field(
+        None, description="draft: text that the model itself writes, beside or instead of sources"
     )
     text_field: str = Field("text", description="the column that holds the text of a row")
     columns: Columns = Columns()

@@ -21,7 +21,7 @@ from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.noise import Law, block_times, complement, corrupt, importance
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
-from .sources import Documents
+from .sources import Document, Documents
 
 DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
 OPEN_ROWS = 16  # rows that a part may still be packed into
@@ -152,9 +152,11 @@ def pack(parts: Iterable[Any], room: int, packing: bool) -> Iterator[list[Any]]:
             yield fullest
 
 
-def tokenize(tokenizer: Any, text: str, eos: int) -> list[int]:
+def tokenize(tokenizer: Any, text: Document, eos: int) -> list[int]:
     """Ids of a document: the tokenizer's own BOS if it adds one, the text, one EOS. A text that has
-    no tokens of its own gives none."""
+    no tokens of its own gives none. Token ids are taken as they are."""
+    if not isinstance(text, str):
+        return text
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) <= len(tokenizer("").input_ids):
         return []

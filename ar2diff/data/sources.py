@@ -21,6 +21,7 @@ from ..distributed.ranks import world_size
 from .rows import STDIN, SUFFIXES, Row, from_arrow, kind_of, read_file, read_stdin, stdin_bytes
 
 SHUFFLE_BUFFER = 10_000  # rows of a stream
+Document = str | list[int]  # a text, or token ids
 TEXT_COLUMNS = ("text", "content", "body", "document", "story", "article")  # often used names
 
 
@@ -199,7 +200,9 @@ def identity(recipe: Recipe) -> dict[str, str | None]:
             found[source.path] = hashlib.sha256(stdin_bytes(sys.stdin)).hexdigest()
         else:
             found[source.path] = _hub_hash(source)
-    judged, template = recipe.eval.data, recipe.data.chat_template
+    judged, template, own = recipe.eval.data, recipe.data.chat_template, recipe.data.self
+    if own is not None and own.prompts and (path := find_file(own.prompts)) is not None:
+        found["data.self.prompts"] = _sha256(path)
     if judged is not None and (path := find_file(judged)) is not None:
         found["eval.data"] = _sha256(path)
     if template is not None and Path(template).is_file():
@@ -229,8 +232,9 @@ def _hub_hash(source: Source) -> str | None:
 
 @dataclass
 class Documents:
-    """Endless (text, epoch) pairs from all sources. The next document comes from the source that is
-    furthest below its share, so that the shares hold at any time without random draws.
+    """Endless (document, epoch) pairs from all sources; a document is a text, or token ids. The
+    next one comes from the source that is furthest below its share, so that the shares hold at any
+    time without random draws.
 
     Args:
         sources: of the recipe. A source without a weight has its number of rows as its weight.
@@ -245,12 +249,20 @@ class Documents:
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sources:
-            raise no_data()
         self._texts = [self._open(i) for i in range(len(self.sources))]
+        self._chosen = [source.weight for source in self.sources]
+        self._weigh()
+
+    def add(self, own: list[list[int]], weight: float | None) -> None:
+        """Add a source of documents that are token ids."""
+        self._texts.append(own)
+        self._chosen.append(weight)
+        self._weigh()
+
+    def _weigh(self) -> None:
         sizes = [len(texts) if isinstance(texts, list) else None for texts in self._texts]
         self.size = sum(size or 0 for size in sizes)
-        weights = [s.weight or size for s, size in zip(self.sources, sizes, strict=True)]
+        weights = [weight or size for weight, size in zip(self._chosen, sizes, strict=True)]
         if len(weights) > 1 and None in weights:
             path = self.sources[weights.index(None)].path
             raise Ar2DiffError(
@@ -259,8 +271,8 @@ class Documents:
             )
         self.weights = [weight or 1.0 for weight in weights]
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        streams = [self._stream(i) for i in range(len(self.sources))]
+    def __iter__(self) -> Iterator[tuple[Document, int]]:
+        streams = [self._stream(i) for i in range(len(self._texts))]
         taken, total = [0] * len(streams), sum(self.weights)
         while True:
             due = [weight * (sum(taken) + 1) / total for weight in self.weights]
@@ -268,8 +280,8 @@ class Documents:
             taken[i] += 1
             yield next(streams[i])
 
-    def first(self, count: int) -> list[str]:
-        """The first texts of the first source, in its own order."""
+    def first(self, count: int) -> list[Document]:
+        """The first documents of the first source, in its own order."""
         texts = self._texts[0]
         if isinstance(texts, list):
             return texts[:count]
@@ -286,7 +298,7 @@ class Documents:
         where = f"data {self.sources[source].path}: row {number}"
         return text_of(row, self.field, where)
 
-    def _stream(self, i: int) -> Iterator[tuple[str, int]]:
+    def _stream(self, i: int) -> Iterator[tuple[Document, int]]:
         texts, epoch = self._texts[i], 0
         while True:
             if isinstance(texts, list):

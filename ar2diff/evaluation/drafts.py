@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..checkpoint.model import Checkpoint
+from ..config.draft import Draft
 from ..core.forward import context_length, logits_at
 from ..core.tree import Guesses
 from ..data.blocks import BlockCollator
 from ..data.documents import DocumentPart
-from ..diffusion.cross_entropy import PART
+from ..diffusion.cross_entropy import PART, has_plain_head
 from ..diffusion.drafting import Drafting
 from .score import NegativeLogLikelihood, score
 
+ROWS = 64  # that are written together
 PROMPT = 4  # one token in so many of an evaluation row is its prompt
 
 
@@ -58,6 +60,7 @@ class DraftJudge:
     Args:
         collator: that of the run. rows: [R] token ids of equal length.
         drafting: computes the predictions of the adapter.
+        ar_nll: that of the rows, if it is known.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class DraftJudge:
         drafting: Drafting,
         collator: BlockCollator,
         rows: Sequence[Sequence[int]],
+        ar_nll: NegativeLogLikelihood | None = None,
     ):
         self.checkpoint, self.drafting, self.rows = checkpoint, drafting, rows
         first = len(rows[0]) // PROMPT or 1
@@ -74,14 +78,19 @@ class DraftJudge:
             collator.mask_token_id, collator.suppressed, context=collator.context, first=first,
         )  # fmt: skip
         self.first = first
+        self.ar_nll = ar_nll
         self._known: tuple[list[list[int]], NegativeLogLikelihood] | None = None
 
     @torch.no_grad()
     def __call__(self) -> Drafted:
         """Draft the blocks that follow each prompt, one after the other."""
         if self._known is None:
-            texts = greedy_texts(self.checkpoint, self.rows, self.first)
-            self._known = texts, score(self.checkpoint, list(self.rows), samples=1).ar_nll
+            together = [self.rows[n : n + ROWS] for n in range(0, len(self.rows), ROWS)]
+            texts = [
+                t for rows in together for t in greedy_texts(self.checkpoint, rows, self.first)
+            ]
+            nll = self.ar_nll or score(self.checkpoint, list(self.rows), samples=1).ar_nll
+            self._known = texts, nll
         texts, nll = self._known
         device = self.checkpoint.model.device
         size = self.drafting.draft.spec.block_length - 1
@@ -142,3 +151,20 @@ def collator_for(checkpoint: Checkpoint, draft: Any, seed: int) -> BlockCollator
         draft, checkpoint.draft.mask_token_id, checkpoint.suppressed.cpu(), seed,
         context_length(checkpoint.model.config),
     )  # fmt: skip
+
+
+def drafts_of(
+    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], ar_nll: NegativeLogLikelihood
+) -> Drafted:
+    """How well the draft adapter of a loaded checkpoint drafts on its own text.
+
+    Args:
+        rows: [R] token ids of equal length, whose first quarter is continued. ar_nll: theirs.
+    """
+    model, draft = checkpoint.model, checkpoint.draft
+    drafting = Drafting(
+        model, draft, checkpoint.read_as, checkpoint.suppressed.to(model.device), {},
+        plain=has_plain_head(model),
+    )  # fmt: skip
+    section = Draft(block_length=draft.spec.block_length)
+    return DraftJudge(checkpoint, drafting, collator_for(checkpoint, section, 0), rows, ar_nll)()

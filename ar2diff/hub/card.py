@@ -23,6 +23,7 @@ from ..generation.events import Answer, Problem
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
+DRAFT_TEMPLATE = Path(__file__).with_name("draft_card.jinja")
 TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
 # The first is what a folder does without any settings.
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})
@@ -59,13 +60,16 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
         Ar2DiffError: the prompt is empty or too long.
     """
     samples = []
-    for settings in SETTINGS if every else SETTINGS[:1]:
-        if settings.get("mode") == "speculative" and not checkpoint.spec.ar_mode:
+    spec, shown = checkpoint.read_as, SETTINGS
+    if checkpoint.draft is not None:  # a fixed number of drafts: the default depends on the machine
+        shown = ({"draft_length": spec.block_length - 1}, {"mode": "ar"})
+    for settings in shown if every else shown[:1]:
+        if settings.get("mode") == "speculative" and not spec.ar_mode:
             continue
         try:
             chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
         except Ar2DiffError:
-            if settings:  # the folder's own would conflict with them
+            if settings and checkpoint.draft is None:  # the folder's own would conflict with them
                 continue
             raise
         for event in chat.events(prompt):
@@ -96,6 +100,8 @@ def make_card(
         record: the record as published, without paths on this machine.
         prompt, samples: argument and result of `measure`.
     """
+    if checkpoint.draft is not None:
+        return _make_draft_card(name, checkpoint, record, origin, prompt, samples)
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
@@ -135,6 +141,45 @@ def make_card(
         record=record,
         learned=bool(run.get("steps")),
         base_differs=_differences(spec, checkpoint) if adapter else [],
+    )
+    return str(card)
+
+
+def _make_draft_card(
+    name: str,
+    checkpoint: Checkpoint,
+    record: dict[str, Any],
+    origin: Origin,
+    prompt: str,
+    samples: list[Sample],
+) -> str:
+    """The card of a draft adapter; arguments as for `make_card`."""
+    model = checkpoint.model
+    data = ModelCardData(
+        base_model=origin.name,
+        base_model_relation="adapter",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["ar2diff", "draft-adapter", "speculative-decoding", FOLDER, model.config.model_type],
+        **origin.licence,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(DRAFT_TEMPLATE),
+        name=name,
+        title=name.split("/")[-1],
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        templated=bool(checkpoint.tokenizer.chat_template),
+        requirement=REQUIREMENTS.strip(),
+        tokens=TOKENS,
+        samples=[{"label": _label(s.settings), "sample": s} for s in samples],
+        spec=checkpoint.draft.spec,
+        parameters=sum(p.numel() for p in checkpoint.draft.parameters()),
+        origin=origin,
+        code_sha256=digest(custom_generate()),
+        run=record,
+        changed=yaml.safe_dump(changes(record.get("recipe") or {}), sort_keys=False).strip(),
+        record=record,
     )
     return str(card)
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 
-from ..checkpoint.files import ADAPTER_CONFIG, RUN_FILE, is_adapter, read_json
+from ..checkpoint.files import (
+    ADAPTER_CONFIG,
+    DRAFT_CONFIG,
+    RUN_FILE,
+    is_adapter,
+    is_draft,
+    read_json,
+)
 from ..core.errors import Ar2DiffError, option
 from .client import asking, reason
 
@@ -21,6 +28,7 @@ FILES = (
     "base_model",
     "adapter",
     "path",
+    "prompts",
     "data",
 )  # keys whose value is a file or a name on the Hub
 
@@ -46,7 +54,7 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
     """Follow the records from base to base until one is on the Hub.
 
     Args:
-        folder: a converted model or an adapter.
+        folder: a converted model, an adapter or a draft adapter.
         base: the Hub id under which its base was published.
 
     Raises:
@@ -61,10 +69,17 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
                 f"run 'ar2diff push {reference} REPO', then push again with "
                 f"{option('base', 'REPO')}",
             )
-        name, commit = (base, None) if base else (reference, config.get("revision"))
-        with asking(name):
-            info = HfApi().model_info(name, revision=commit)
-        return _origin(name, info.sha, info)
+        return _asked(*((base, None) if base else (reference, config.get("revision"))))
+    if is_draft(folder):
+        config = read_json(folder / DRAFT_CONFIG, "")
+        reference = str(config.get("base") or "")
+        if base is None and (Path(reference).is_dir() or (folder / reference).is_dir()):
+            raise Ar2DiffError(
+                f"the base of draft adapter {folder} is a folder on this machine, {reference}",
+                f"publish it, with 'hf upload' or 'ar2diff push', then push again with "
+                f"{option('base', 'REPO')}",
+            )
+        return _asked(*((base, None) if base else (reference, config.get("revision"))))
     if base is not None:
         return _published(base, None)
     record = read_json(folder / RUN_FILE, "give a folder that ar2diff wrote")
@@ -126,6 +141,13 @@ def _is_file(value: str, key: str) -> bool:
         return False
     except Ar2DiffError:
         return True
+
+
+def _asked(name: str, commit: str | None) -> Origin:
+    """A base that must be on the Hub."""
+    with asking(name):
+        info = HfApi().model_info(name, revision=commit)
+    return _origin(name, info.sha, info)
 
 
 def _published(name: str, commit: str | None) -> Origin:

@@ -15,6 +15,8 @@ from ..checkpoint.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFUSION,
+    DRAFT_CONFIG,
+    DRAFT_WEIGHTS,
     RUN_FILE,
     check_path,
     inside,
@@ -36,11 +38,14 @@ PROMPT = "Once upon a time"
 PUBLISHED = [
     RUN_FILE, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "additional_chat_templates", "custom_generate", ADAPTER_CONFIG, DIFFUSION, "configuration_*.py",
-    "*.safetensors.index.json", HEAD_FILE,
+    "additional_chat_templates", "custom_generate", ADAPTER_CONFIG, DIFFUSION, DRAFT_CONFIG,
+    "configuration_*.py", "*.safetensors.index.json", HEAD_FILE,
 ]  # fmt: skip
 REPLACED = [*PUBLISHED, "*.safetensors"]
-MODELS = ["config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
+MODELS = [
+    "config.json", ADAPTER_CONFIG, DRAFT_CONFIG, "*.safetensors", "*.bin", "*.pt", "*.pth",
+    "*.gguf",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def push(
     """Publish a folder, download it to a fresh folder, and compare the two.
 
     Args:
-        folder: a converted model or an adapter that ar2diff wrote.
+        folder: a converted model, an adapter or a draft adapter that ar2diff wrote.
         name: name of the repository; if it has no owner, the user of the token is the owner.
         private: make the repository private; an existing public one is refused.
         base: Hub id under which the base was published, if the record names a folder.
@@ -101,7 +106,7 @@ def push(
     origin = known_origin(folder, base, license)
     # The caller may name a base differently than an earlier push did.
     known = None if base else origin.name or record.get("base_model")
-    check_same(target, record | {"base_model": known}, is_adapter(folder))
+    check_same(target, record | {"base_model": known}, kind_of(folder))
     from ..checkpoint.compare import fixed_logits
     from .card import measure
     from .verify import check_published_base, load_local, verify
@@ -118,7 +123,7 @@ def push(
     )
     if dry_run:
         return result
-    if checkpoint.base is not None:
+    if checkpoint.base is not None or checkpoint.draft is not None:
         check_published_base(folder, origin, logits)
     del checkpoint
     tell(f"uploading {len(files)} files, {sum(result.files.values()) / 1e6:,.1f} MB")
@@ -171,24 +176,20 @@ def check_before(name: str, model: str, recipe: Recipe) -> None:
         Ar2DiffError: as for `push`.
     """
     hub = option("push_to_hub")
-    if recipe.draft is not None:
-        raise Ar2DiffError(
-            f"{hub} cannot be used here: push does not publish draft adapters",
-            f"leave out {hub}, and upload the folder with 'hf upload'",
-        )
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
             f"{hub} cannot be used here: an AR control run does not make a diffusion model",
             f"leave out {hub} or {option('objective.kind')}",
         )
-    target, here, adapter = find_target(name), Path(model).is_dir(), recipe.peft is not None
-    if adapter and here:
+    target, here = find_target(name), Path(model).is_dir()
+    kind = "a draft adapter" if recipe.draft else "an adapter" if recipe.peft else "a whole model"
+    if kind != "a whole model" and here:
         raise Ar2DiffError(
             f"{hub} cannot be used here: the adapter's base {model} is a folder on this machine",
-            f"leave out {hub}; later push the base, and then the adapter with {option('base')}",
+            f"leave out {hub}; later publish the base, and then the adapter with {option('base')}",
         )
     origin = origin_of_base(model.rstrip("/"), None if here else "")
-    check_same(target, {"base_model": origin.name or model}, adapter)
+    check_same(target, {"base_model": origin.name or model}, kind)
     if not origin.licence:
         raise Ar2DiffError(
             f"{hub} cannot be used here: the license of {model} is unknown ({origin.unknown})",
@@ -214,12 +215,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise Ar2DiffError(
             f"the run in {folder} has not finished", f"continue it with {option('resume', True)}"
         )
-    if is_draft(folder):
-        raise Ar2DiffError(
-            f"{folder} is a draft adapter, which push does not publish",
-            "upload it with 'hf upload'; its draft.json must name the base by its Hub id",
-        )
-    if read_spec(folder) is None:
+    if not is_draft(folder) and read_spec(folder) is None:
         raise Ar2DiffError(
             f"the model in {folder} is not converted: its config.json has no diffusion block",
             f"run 'ar2diff adapt {folder} --output-dir DIR', then push DIR",
@@ -228,11 +224,18 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return read_json(folder / RUN_FILE, fix)
 
 
-def check_same(target: Target, record: dict[str, Any], adapter: bool) -> None:
+def kind_of(folder: Path) -> str:
+    """What a folder holds, in words."""
+    if is_draft(folder):
+        return "a draft adapter"
+    return "an adapter" if is_adapter(folder) else "a whole model"
+
+
+def check_same(target: Target, record: dict[str, Any], kind: str) -> None:
     """Refuse a repository that holds another model, or one that ar2diff did not write.
 
     Args:
-        record: record of the model to be published. adapter: whether the model is an adapter.
+        record: record of the model to be published. kind: of `kind_of`.
 
     Raises:
         Ar2DiffError: it does.
@@ -248,7 +251,9 @@ def check_same(target: Target, record: dict[str, Any], adapter: bool) -> None:
     with tempfile.TemporaryDirectory() as place:
         found = download(target.name, target.head, Path(place), [RUN_FILE])
         old = read_json(found / RUN_FILE, fix)
-    mine, theirs = _identity(record, adapter), _identity(old, ADAPTER_CONFIG in target.files)
+    held_kind = "an adapter" if ADAPTER_CONFIG in target.files else "a whole model"
+    held_kind = "a draft adapter" if DRAFT_CONFIG in target.files else held_kind
+    mine, theirs = _identity(record, kind), _identity(old, held_kind)
     for part, value in mine.items():
         if value is not None and value != theirs[part]:
             raise Ar2DiffError(
@@ -295,7 +300,9 @@ def files_of(
     from .card import make_card
 
     files: dict[str, Path | bytes] = {}
-    weights = weight_files(folder) if checkpoint.base is None else [folder / ADAPTER_WEIGHTS]
+    weights = [folder / (DRAFT_WEIGHTS if checkpoint.draft else ADAPTER_WEIGHTS)]
+    if checkpoint.base is None and checkpoint.draft is None:
+        weights = weight_files(folder)
     found = [*weights, *(entry for pattern in PUBLISHED for entry in sorted(folder.glob(pattern)))]
     for entry in (entry for entry in found if entry.name != FOLDER):
         for file in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
@@ -312,6 +319,9 @@ def files_of(
         config = read_json(folder / ADAPTER_CONFIG, "")
         config |= {"base_model_name_or_path": origin.name, "revision": origin.commit}
         files[ADAPTER_CONFIG] = _json(config)
+    if checkpoint.draft is not None:
+        config = read_json(folder / DRAFT_CONFIG, "")
+        files[DRAFT_CONFIG] = _json(config | {"base": origin.name, "revision": origin.commit})
     published = without_paths(record, origin)
     golden = {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
     files[RUN_FILE] = _json(published | {"golden": golden, "files": sorted(files)})
@@ -333,10 +343,10 @@ def _check_card(folder: Path) -> None:
         ) from None
 
 
-def _identity(record: dict[str, Any], adapter: bool) -> dict[str, Any]:
+def _identity(record: dict[str, Any], kind: str) -> dict[str, Any]:
     base = record.get("base_model")
     return {
-        "kind": "an adapter" if adapter else "a whole model",
+        "kind": kind,
         "base": Path(base).name if base else None,
         "number of parameters": record.get("parameters"),
     }

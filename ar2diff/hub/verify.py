@@ -9,9 +9,11 @@ from typing import Any
 from ..checkpoint.adapters import load_adapter
 from ..checkpoint.compare import MERGED, far, fixed_logits
 from ..checkpoint.custom_generate import read_custom_generate
-from ..checkpoint.files import ADAPTER_CONFIG, is_adapter, read_json
+from ..checkpoint.draft import load_drafting
+from ..checkpoint.files import ADAPTER_CONFIG, DRAFT_CONFIG, is_adapter, is_draft, read_json
 from ..checkpoint.model import Checkpoint
-from ..core.errors import Ar2DiffError
+from ..checkpoint.stored import fingerprint
+from ..core.errors import Ar2DiffError, option
 from ..generation.complete import load
 from .card import Sample, measure
 from .client import download
@@ -19,16 +21,24 @@ from .origin import Origin
 
 
 def load_local(folder: Path, origin: Origin) -> Checkpoint:
-    """Load the model to be published; an adapter is put on its original base, if that is here."""
-    if not is_adapter(folder):
+    """Load the model to be published; an adapter or a draft adapter is put on its original base, if
+    that is here."""
+    if is_draft(folder):
+        named, load_on = str(read_json(folder / DRAFT_CONFIG, "").get("base")), load_drafting
+        here = next((p for p in (Path(named), folder / named) if p.is_dir()), None)
+    elif is_adapter(folder):
+        config, load_on = read_json(folder / ADAPTER_CONFIG, ""), load_adapter
+        named = str(config.get("base_model_name_or_path"))
+        here = Path(named) if Path(named).is_dir() else None
+    else:
         return load(str(folder))
-    named = str(read_json(folder / ADAPTER_CONFIG, "").get("base_model_name_or_path"))
     published = f"{origin.name}@{origin.commit}" if origin.commit else origin.name
-    return load_adapter(folder, device="auto", base=named if Path(named).is_dir() else published)
+    return load_on(folder, device="auto", base=published if here is None else str(here))
 
 
 def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
-    """Refuse an adapter that behaves differently on its published base than on its original one.
+    """Refuse an adapter that behaves differently on its published base than on its original one, or
+    a draft adapter that would not load on it.
 
     Args:
         logits: the result of `fixed_logits` on its original base.
@@ -36,7 +46,14 @@ def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
     Raises:
         Ar2DiffError: it behaves differently.
     """
-    hub = load_adapter(folder, device="auto", base=f"{origin.name}@{origin.commit}")
+    load_on = load_drafting if is_draft(folder) else load_adapter
+    hub = load_on(folder, device="auto", base=f"{origin.name}@{origin.commit}")
+    if hub.draft is not None and fingerprint(hub.path) != hub.draft.spec.weights_sha256:
+        raise Ar2DiffError(
+            f"draft adapter {folder}: the weights of {origin.name} are not the ones it was trained "
+            "for",
+            f"publish its base as it is, and name that repository with {option('base')}",
+        )
     _compare(logits, fixed_logits(hub), f"adapter {folder}: with the base {origin.name} it")
 
 

@@ -25,7 +25,7 @@ from ..data.documents import (
     document_parts,
     tokenize,
 )
-from ..data.sources import Documents, find_file, read_texts
+from ..data.sources import Documents, find_file, no_data, read_texts
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
@@ -95,6 +95,8 @@ def read_documents(recipe: Recipe) -> Documents | None:
     """An endless stream of documents from the recipe's sources; None if the run does not train."""
     if not recipe.train.max_steps:
         return None
+    if not recipe.data.sources:
+        raise no_data()
     documents = Documents(
         recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
     )
@@ -137,7 +139,7 @@ def held_out_rows(
         texts = [
             text
             for text in documents.first(20 * wanted.rows)
-            if len(tokenizer(text).input_ids) >= wanted.length
+            if len(tokenize(tokenizer, text, eos)) > wanted.length
         ][: wanted.rows]
         keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
     rows = windows(texts, tokenizer, wanted.length, wanted.rows)

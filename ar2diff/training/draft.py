@@ -4,6 +4,7 @@ forwards."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .arguments import training_arguments
 from .base import Running
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
+from .own_text import OwnText, Prompts, read_prompts
 from .plan import Plan, Verb
 from .request import requested
 from .results import RunPlan, RunResult
@@ -118,8 +120,31 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
-    """The plan for a run on whole documents. Gives the checkpoint its untrained draft adapter."""
+@dataclass(frozen=True)
+class Found:
+    """What a run is trained on, as far as it is there before the model is loaded.
+
+    Attributes:
+        documents: of the recipe's sources.
+        prompts: those of `data.self`; None if the model writes no text of its own.
+    """
+
+    documents: Documents
+    prompts: Prompts | None
+
+
+def read(recipe: Recipe) -> Found:
+    """Read the documents and the prompts that a recipe names."""
+    own = recipe.data.self
+    prompts = None if own is None else read_prompts(own, recipe.data.text_field)
+    if own is not None and not recipe.data.sources:
+        return Found(Documents((), recipe.data.text_field, recipe.train.seed), prompts)
+    return Found(read_documents(recipe), prompts)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
+    """The plan for a run on whole documents. Gives the checkpoint its untrained draft adapter. If
+    the model writes some of the documents itself, it does so when the plan is completed."""
     check_length(checkpoint, recipe.data.max_length, "data.max_length")
     add_draft(checkpoint, recipe)
     with checkpoint.draft.applied(checkpoint.model, slice(0, 0)):  # which embeds the mask
@@ -130,6 +155,19 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> P
             f"model {checkpoint.path}: a {kind} model cannot have a draft adapter: {problems[0]}",
             f"try another {option('train.attn_implementation')}",
         )
+    if found.prompts is None:
+        return _with_documents(checkpoint, recipe, found.documents)
+    own = OwnText(checkpoint, recipe.data.self, found.prompts)
+    checkpoint.notes += own.notes()
+
+    def complete() -> Plan:
+        found.documents.add(own.documents(), recipe.data.self.weight)
+        return _with_documents(checkpoint, recipe, found.documents)
+
+    return Plan(checkpoint, recipe, None, lambda *_: None, complete=complete)
+
+
+def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     whole = with_values(recipe, convert={"block_length": 1})  # documents are not filled to a grid
@@ -153,7 +191,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> P
     return Plan(checkpoint, recipe, rows, make, eval_rows, judge=lambda _plan: judge())
 
 
-DRAFT = Verb("draft", check, read_documents, make_plan, converts=False)
+DRAFT = Verb("draft", check, read, make_plan, converts=False)
 
 
 class DraftTrainer(Running, Trainer):

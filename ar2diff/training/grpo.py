@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
+from ..config.rl import Rl
+from ..core.draft import Draft
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
 from ..data.rows import as_dataset
@@ -28,6 +31,7 @@ from ..distributed.sharding import join_deepspeed
 from ..generation.tokens import prompt_ids
 from .base import Running
 from .estimators import score
+from .modules import unwrapped
 from .rollouts import Rollout, sample
 
 SHOWN = (
@@ -45,6 +49,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     Args:
         rows: rows with `prompt` (a text or messages) and the columns that the rewards read.
         rewards: functions with the signature that trl expects, or reward models.
+        draft: the draft adapter that rollouts are written with. The model moves away from the one
+            that it was trained for, which only costs acceptance: its drafts are verified.
     """
 
     def __init__(
@@ -54,8 +60,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         args: GRPOConfig,
         rows: Dataset,
         rewards: list[Any],
+        draft: Draft | None = None,
         **kwargs: Any,
     ):
+        self.draft = None if draft is None else draft.to(args.device)
         self.suppressed = checkpoint.suppressed
         self.suppressed[list(recipe.rl.sampler.get("suppress_tokens") or ())] = True
         self.suppressed = self.suppressed.to(args.device)
@@ -91,8 +99,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         rl = self.recipe.rl
         settings = {
             "temperature": 1.0, "max_new_tokens": rl.max_completion_length,
-            "mode": "ar" if rl.estimator == "ar" else "diffusion", **rl.sampler,
+            "mode": default_mode(rl), **rl.sampler,
         }  # fmt: skip
+        writer = self.checkpoint
+        if self.draft is not None:
+            writer = replace(writer, model=unwrapped(writer.model), draft=self.draft)
         training = self.model.training
         with (
             unwrap_model_for_generation(
@@ -106,9 +117,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ):
             self.checkpoint.model.eval()
             try:
-                self._rollouts = sample(
-                    self.checkpoint, prompt_ids, seeds, settings, rl.rollout_batch_size
-                )
+                self._rollouts = sample(writer, prompt_ids, seeds, settings, rl.rollout_batch_size)
             finally:
                 self.checkpoint.model.train(training)
         self._note_rollouts(time.perf_counter() - start)
@@ -367,6 +376,13 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             number, _, key = name.partition(".")
             batches[int(number)][key] = value.to(self.args.device)
         self._buffered_inputs = batches or None
+
+
+def default_mode(rl: Rl) -> str:
+    """How completions are written unless `rl.sampler.mode` says it."""
+    if rl.estimator != "ar":
+        return "diffusion"
+    return "ar" if rl.draft is None else "speculative"
 
 
 def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:

@@ -59,3 +59,9 @@ def parameter_kinds(model: Any) -> dict[Tensor, str]:
     for parameter in model.parameters():
         kinds.setdefault(parameter, "mlp" if parameter.ndim > 1 else "other")
     return kinds
+
+
+def unwrapped(model: Any) -> Any:
+    """The causal LM under peft's wrapper, in which the adapters act all the same."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()

@@ -36,6 +36,8 @@ class Plan:
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
         judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
         preview: adds details that only this verb's dry run shows; None adds nothing.
+        complete: makes the rest of the plan, which takes long: a dry run does without it. None:
+            there is no rest.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +49,7 @@ class Plan:
         plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
     )
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
+    complete: Callable[[], Plan] | None = None
 
     def bytes_needed(self) -> int:
         """Bytes that the run will write: the result and its training checkpoints."""
@@ -112,6 +115,11 @@ class Verb:
             raise Ar2DiffError(
                 f"the recipe has a {option('draft')} section, which {self.name} does not use",
                 "remove it, or run 'ar2diff draft'",
+            )
+        if recipe.data.self is not None and self.name != "draft":
+            raise Ar2DiffError(
+                f"{option('data.self')} only works with draft, not with {self.name}",
+                f"leave it out, and give {option('data', 'FILE')}",
             )
         if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)

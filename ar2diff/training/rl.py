@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from trl import GRPOConfig
 
+from ..checkpoint.files import DRAFT_CONFIG, find_checkpoint, is_draft
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
+from ..core.draft import Draft, DraftSpec, load_draft, read_draft_spec
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.options import resolve
@@ -21,11 +23,12 @@ from ..data.columns import likely_prompt
 from ..data.conversations import read_rows
 from ..data.rows import as_dataset
 from ..data.sources import columns_of
-from ..distributed.ranks import check_rows, world_size
+from ..distributed.ranks import check_rows, chosen, world_size
 from ..generation.tokens import prompt_ids
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
-from .grpo import DiffusionGRPOTrainer
+from .grpo import DiffusionGRPOTrainer, default_mode
+from .modules import unwrapped
 from .plan import Plan, Verb, check_kind
 from .request import requested
 from .results import Prompt, RlPlan, RunPlan, RunResult
@@ -104,9 +107,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
         plain = with_values(recipe, data={"assistant_only": False})
         checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
     check_lengths(checkpoint, recipe, rows)
+    named, draft = recipe.rl.draft, None
+    if named is not None:
+        draft = load_draft(find_checkpoint(named), unwrapped(checkpoint.model))
 
     def make(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionGRPOTrainer:
-        return make_trainer(plan, rewards, run_dir, callbacks)
+        return make_trainer(plan, rewards, run_dir, callbacks, draft)
 
     def preview(plan: Plan, summary: RunPlan) -> RlPlan:
         tokenizer = plan.checkpoint.tokenizer
@@ -125,7 +131,11 @@ RL = Verb("rl", check, read, make_plan, converts=False)
 
 
 def make_trainer(
-    plan: Plan, rewards: list[Any], run_dir: Path, callbacks: list[Any]
+    plan: Plan,
+    rewards: list[Any],
+    run_dir: Path,
+    callbacks: list[Any],
+    draft: Draft | None = None,
 ) -> DiffusionGRPOTrainer:
     """The trainer for a plan, on rows from `read_prompts`."""
     rl = plan.recipe.rl
@@ -151,8 +161,9 @@ def make_trainer(
         disable_dropout=True,  # otherwise two scores of one policy differ, and ratios are noisy
     )
     return DiffusionGRPOTrainer(
-        plan.checkpoint, plan.recipe, args, as_dataset(plan.rows), rewards, callbacks=callbacks
-    )
+        plan.checkpoint, plan.recipe, args, as_dataset(plan.rows), rewards, draft,
+        callbacks=callbacks,
+    )  # fmt: skip
 
 
 def check_settings(recipe: Recipe, spec: Any) -> None:
@@ -168,7 +179,7 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "add a reward, for example {name: exact}; see 'ar2diff config schema rl'",
         )
     modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
-    mode = rl.sampler.get("mode", modes[0])
+    mode = rl.sampler.get("mode", default_mode(rl))
     if mode not in modes:
         raise Ar2DiffError(
             f"completions written with {option('rl.sampler.mode')} {shortened(mode)} cannot be "
@@ -223,8 +234,12 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "ratio would be noise",
             "set it to 0",
         )
+    drafts = rl.draft is not None
+    if drafts:
+        spec = replace(spec, block_length=_draft_spec(rl.draft).block_length)
+    settings = {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length}
     try:
-        resolve(spec, {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length})
+        resolve(spec, settings, drafts=drafts)
     except Ar2DiffError as error:
         raise error.within("rl.sampler") from None
     train = recipe.train
@@ -252,6 +267,24 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "several iterations would fall into one update",
             f"set {option('rl.steps_per_generation')} to a multiple of it, or leave it out",
         )
+
+
+def _draft_spec(reference: str) -> DraftSpec:
+    """The spec of the draft adapter that writes completions."""
+    path, name = find_checkpoint(reference), option("rl.draft")
+    if not is_draft(path):
+        raise Ar2DiffError(
+            f"{name} {reference} is not a draft adapter: it has no {DRAFT_CONFIG}",
+            "give a folder that 'ar2diff draft' wrote",
+        )
+    how = chosen() or ""
+    if how.startswith(("zero3", "fsdp")):
+        raise Ar2DiffError(
+            f"{option('launch', how)} cannot be used with {name}: a draft adapter acts on whole "
+            "layers, and it shards them",
+            f"use {option('launch', 'ddp')} or {option('launch', 'zero2')}, or leave out {name}",
+        )
+    return read_draft_spec(path / DRAFT_CONFIG)
 
 
 def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> None:

@@ -63,7 +63,9 @@ def run(
     if recipe.train.compile:
         check_compiler()
     path = find_checkpoint(request.model)  # only once: a Hub id means a download
-    inputs = [path, *(p for s in recipe.data.sources if (p := find_file(s.path)))]
+    named = [source.path for source in recipe.data.sources]
+    named += [recipe.data.self.prompts] if recipe.data.self and recipe.data.self.prompts else []
+    inputs = [path, *(p for name in named if (p := find_file(name)))]
     if is_main():
         check_output(output_dir, inputs, resume, overwrite)
     plan = verb.prepare(path, recipe)
@@ -72,6 +74,9 @@ def run(
     summary = plan.summary(output_dir)
     if dry_run:
         return plan.preview(plan, summary) if plan.preview else summary
+    if plan.complete is not None:
+        plan = plan.complete()
+        summary = plan.summary(output_dir)
     record = _record(plan, request, path, summary)
     flags = {"resume": resume, "overwrite": overwrite}
     with claimed(output_dir, inputs, **flags) if is_main() else nullcontext() as output:

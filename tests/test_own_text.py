@@ -1,0 +1,155 @@
+"""`data.self`: the text that a model writes before a draft adapter is trained on it."""
+
+import json
+
+import pytest
+
+import ar2diff
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.sections import SelfData
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.generation.complete import complete
+from ar2diff.training import own_text
+from ar2diff.training.own_text import OwnText, cache_folder, read_prompts
+
+PROMPTS = [
+    {"prompt": "a cat sat on"},
+    {"text": "the dog saw the big red mat"},
+    {"prompt": "a"},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and groups of two rows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(own_text, "GROUP", 2)
+
+
+@pytest.fixture
+def write(tiny_checkpoint, write_jsonl):
+    """The documents of `data.self` with these settings."""
+    file = write_jsonl("prompts.jsonl", PROMPTS)
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+
+    def call(**settings):
+        own = SelfData(**{"prompts": str(file), "max_new_tokens": 6, "tokens": 40} | settings)
+        return OwnText(checkpoint, own, read_prompts(own, "text")).documents()
+
+    return call
+
+
+def held() -> str:
+    (file,) = cache_folder().iterdir()
+    return file.read_text()
+
+
+def test_the_text_is_what_the_model_writes_in_ar_mode(write, tiny_checkpoint):
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    found = write(temperature=0, prompt_tokens=5)
+    given = ["a cat sat on", "the ", "a"]  # of a text, BOS and four bytes
+    assert len(found) == 3  # greedy text is written once
+    for ids, prompt in zip(found, given, strict=True):
+        own = complete(checkpoint, prompt, mode="ar", max_new_tokens=6).token_ids
+        assert ids == checkpoint.tokenizer(prompt).input_ids + own
+    drawn = write(prompts=None)
+    assert all(ids[0] == checkpoint.tokenizer.bos_token_id for ids in drawn)
+    assert len({tuple(ids) for ids in drawn}) == len(drawn)
+
+
+def test_a_killed_run_continues_to_the_same_text(write, monkeypatch):
+    whole = write()
+    text = held()
+    lines = text.splitlines(keepends=True)
+    assert sum(len(row) for row in whole) > 40 and len(lines) > 4
+    (file,) = cache_folder().iterdir()
+    for left in ("", lines[0], "".join(lines[:3]), "".join(lines[:2]) + lines[2][:5]):
+        file.write_text(left)
+        assert write() == whole and held() == text
+    monkeypatch.setattr(own_text, "sample", None)
+    assert write() == whole  # from the cache
+    assert write(tokens=13) == whole[:3]
+
+
+def test_more_text_continues_the_file_and_other_settings_have_their_own(write):
+    fewer, text = write(tokens=13), held()
+    more = write(tokens=40)
+    assert more[: len(fewer)] == fewer and held().startswith(text) and held() != text
+    write(temperature=0.5)
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+def test_messages_are_given_up_to_the_last_answer(write_jsonl):
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))]
+    file = write_jsonl("chat.jsonl", [{"messages": messages}])
+    ((_, prompt, _),) = read_prompts(SelfData(prompts=str(file)), "text").rows
+    assert [m["content"] for m in prompt] == ["a"]
+
+
+def settings_of(*overrides: str) -> list[str]:
+    return [
+        "data.max_length=16", "train.max_steps=2", "train.warmup_steps=0", "draft.block_length=4",
+        "draft.rank=2", "draft.head_rank=2", "train.save_steps=1", "eval.rows=2", "eval.length=6",
+        "eval.steps=2", "data.self.tokens=60", "data.self.max_new_tokens=8", *overrides,
+    ]  # fmt: skip
+
+
+def test_a_draft_adapter_is_trained_on_it_alone(tiny_checkpoint, tmp_path, write_jsonl):
+    prompts = write_jsonl("prompts.jsonl", [*PROMPTS, {"prompt": "a" * 600}])
+    overrides = settings_of(f"data.self.prompts={prompts}")
+    plan = ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides, dry_run=True)
+    assert any("writes 60 tokens" in note for note in plan.notes) and not cache_folder().exists()
+    assert any("1 prompt is left out" in note for note in plan.notes)
+    result = ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides)
+    assert result.eval_rows == 2 and result.eval["tokens_per_forward"] >= 1
+    assert (
+        ar2diff.draft(
+            tiny_checkpoint, None, tmp_path / "o", overrides=overrides, resume=True
+        ).tokens
+        == result.tokens
+    )
+    prompts.write_text(json.dumps(PROMPTS[0]) + "\n")
+    with pytest.raises(Ar2DiffError, match="data or the chat template has changed"):
+        ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides, resume=True)
+
+
+def test_it_is_mixed_with_other_documents(tiny_checkpoint, tmp_path, write_jsonl):
+    data = write_jsonl("texts.jsonl", [{"text": "a cat sat on a mat"}] * 3)
+    overrides = settings_of(
+        "eval.steps=0", "data.self.weight=3", f"data.sources=[{{path: {data}, weight: 1}}]"
+    )
+    result = ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=overrides)
+    assert result.tokens and cache_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "said"),
+    [
+        (["data.self.temperature=0"], None, "temperature 0 needs prompts"),
+        (["data.self.prompts=/nowhere.jsonl"], None, "does not exist"),
+        ([], [{"n": 1}], "row 1 has no prompt"),
+        ([], [{"question": "a"}], "'question'"),
+        ([], [{"messages": [{"role": "user", "content": "a"}]}], "no chat template"),
+        ([], [{"prompt": "a" * 600}], "leaves no room"),
+        (["data.self.weight=1", "data.sources=[{path: a.jsonl}]"], None, "must have a weight"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    tiny_checkpoint, tmp_path, write_jsonl, overrides, rows, said
+):
+    if rows is not None:
+        file = write_jsonl("prompts.jsonl", rows)
+        overrides = [*overrides, f"data.self.prompts={file}"]
+    with pytest.raises(Ar2DiffError) as refused:
+        ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=settings_of(*overrides))
+    assert said in str(refused.value) and len(str(refused.value).splitlines()) <= 2
+    assert not (tmp_path / "o").exists() and not cache_folder().exists()
+
+
+def test_only_draft_has_it(tiny_checkpoint, tmp_path, run_both):
+    with pytest.raises(Ar2DiffError, match="only works with draft"):
+        ar2diff.adapt(tiny_checkpoint, None, tmp_path / "o", overrides=["data.self.tokens=9"])
+    code, _, _ = run_both("adapt", tiny_checkpoint, "--self-data", "x")
+    assert code == 2
+    code, _, error = run_both("draft", tiny_checkpoint, "--self-data", "/nowhere.jsonl")
+    assert code == 2 and "/nowhere.jsonl does not exist" in error
