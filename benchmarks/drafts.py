@@ -5,8 +5,8 @@
 
 The first form is the ablation on stories260K: each row trains the recipe `draft` with some
 overrides, on tinystories/train and stories3M-samples (or on text of the model's own), in less than
-ten minutes of one core, and decodes 100 prompts of tinystories/valid (the stories 101 to 200 with 32
-tokens; their first 32) for 96 tokens. Rows are appended to results/drafts.jsonl as they come.
+ten minutes of one core, and decodes 100 prompts of tinystories/valid (the first 32 tokens of the
+stories 101 to 200 that have them) for 96 tokens. Rows are appended to results/drafts.jsonl as they come.
 `--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
 results/drafts_judged.jsonl. `--table` prints the ablation.
 
