@@ -2,8 +2,8 @@
 
     python benchmarks/draft_speed.py DRAFT_FOLDER [--prompts FILE] [--new 96] [--rounds 5]
 
-One thread, batches of 1 and 8, greedy, a batch holds copies of one prompt; the ways are run in turn,
-round after round, and the fastest round of each counts: transformers' generate on the base, our AR
+One thread, batches of 1 and 8 (copies of one prompt), greedy; the ways are run in turn, one
+round after the other, and the fastest of each counts: transformers generate on the base, our AR
 mode, and the adapter as the folder ships (the number of drafts chosen while decoding). Every text
 must be the same. Also: tokens per forward, and the milliseconds of a forward by its slots.
 """

@@ -7,11 +7,11 @@
 The first form is the ablation on stories260K: each row trains the recipe `draft` with some
 overrides, on tinystories/train and stories3M-samples (or on text of the model's own), in less than
 ten minutes of one core, and decodes 100 prompts of tinystories/valid (the first 32 tokens of the
-stories 101 to 200 that have them) for 96 tokens. Rows are appended to results/drafts.jsonl as they come.
-`--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
+stories 101 to 200 that have them) for 96 tokens. Rows are appended to results/drafts.jsonl as they
+come. `--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
 results/drafts_judged.jsonl. `--table` prints the ablation.
 
-`--exact` compares 200 texts, greedy ones with those of transformers' generate on the base alone, and
+`--exact` compares 200 texts: greedy ones with those of transformers' generate on the base alone,
 sampled ones (temperature 0.8) with our AR mode under the same seed: where one differs, the gap
 between the two likeliest tokens at the first difference is computed in float64.
 
