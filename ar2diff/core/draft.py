@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .errors import Ar2DiffError, first_line, shortened
@@ -270,9 +269,11 @@ def _branched(
         output = forward(x)
         if get_ident() != own:
             return output
-        part = x[:, noisy]
-        delta = linear(linear(part, down.to(x.dtype)), up.to(x.dtype))
-        output[:, noisy].add_(delta, alpha=scale)  # the layer made it for this forward alone
+        a, b = down.to(x.dtype).T, up.to(x.dtype).T
+        if len(x) == 1:  # the layer made its output for this forward alone
+            output[0, noisy].addmm_(x[0, noisy] @ a, b, alpha=scale)
+        else:
+            output[:, noisy].add_(x[:, noisy] @ a @ b, alpha=scale)
         return output
 
     return branched
