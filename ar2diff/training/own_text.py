@@ -32,6 +32,7 @@ from ..data.columns import likely_prompt
 from ..data.shapes import messages_of
 from ..data.sources import columns_of, find_file, read_source
 from ..generation.tokens import encode_messages, prompt_ids
+from .callbacks import duration
 from .identity import model_digest
 from .rollouts import sample
 
@@ -237,13 +238,6 @@ def cache_folder() -> Path:
     """Where the texts of all models are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "ar2diff" / "self"
-
-
-def duration(seconds: float) -> str:
-    """A time in words: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _new(row: dict[str, Any]) -> int:
