@@ -1,8 +1,10 @@
 """Fixtures that all test files share: tiny random models, a tiny checkpoint, recipes, real data."""
 
+import copy
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import transformers
 from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
-from ar2diff.core.spec import Spec
+from ar2diff.core.head import BigramHead
+from ar2diff.core.spec import HEAD_FORMAT, Spec
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 
@@ -288,3 +291,14 @@ def tiny_spec(attention="causal_context", block_length=4, prediction="shift", ma
         local_window=None,
         max_length=64,
     )
+
+
+def with_head(model, spec, rank=3, spread=2.0):
+    """A copy of a model that carries a random diffusion head, and the spec that names it."""
+    generator = torch.Generator().manual_seed(7)
+    head = BigramHead(model.config.vocab_size, rank)
+    for parameter in head.parameters():
+        parameter.data.normal_(std=spread, generator=generator)
+    model = copy.deepcopy(model)
+    model.diffusion_head = head.to(model.dtype)
+    return model, replace(spec, format=HEAD_FORMAT, head=head.described())

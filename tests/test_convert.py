@@ -223,7 +223,7 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"format": 2}, "format is 2"),
+        ({"format": 3}, "format is 3"),
         ({"noise": "uniform"}, "noise"),
         ({"attention": "causal"}, "attention"),
         ({"block_length": None}, "block_length"),

@@ -153,11 +153,16 @@ def in_one_forward(drafting: Drafting, model: object, batch: dict) -> tuple:
         torch.cat([batch["pos"], batch["start"]], 1),
     )
     mask = model_mask(model, slots, "causal_context", BLOCK, drafting.spec.local_window)
+    states = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, args: states.append(args[0])
+    )
     with drafting.draft.applied(model, slice(length, None)):
         logits = model(
             input_ids=torch.cat([batch["x0"], batch["noisy_ids"]], 1), attention_mask=mask,
             position_ids=slots.pos, use_cache=False,
         ).logits  # fmt: skip
+    hook.remove()
     logits = logits.masked_fill(SUPPRESSED, float("-inf"))
     column = batch["column"]
     rows = torch.arange(len(column))[:, None, None]
@@ -165,8 +170,19 @@ def in_one_forward(drafting: Drafting, model: object, batch: dict) -> tuple:
     q = logits[rows, own[None, :, :-1]]
     if drafting.draft.head is not None:
         before = batch["x0"][rows, column[..., :-1]]
-        q = q + drafting.draft.head(before.flatten()).view_as(q)
+        q = q + bias_of(drafting.draft.head, before, states[0][rows, own[None, :, :-1]])
     return q, logits[rows, column[..., :-1]]
+
+
+def bias_of(head, before, hidden):
+    """(sum_j tanh(d)^(k - j) W1[x_j] * (1 + G h_k)) W2 of the drafts [..., K]."""
+    found = []
+    for k in range(before.shape[-1]):
+        memory = sum(
+            head.before[before[..., j]] * head.fade.tanh() ** (k - j) for j in range(k + 1)
+        )
+        found.append((memory * (1 + hidden[..., k, :] @ head.gate.T)) @ head.after)
+    return torch.stack(found, -2)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_window", "qwen3_mixed", "gemma2"])
@@ -178,7 +194,7 @@ def test_two_forwards_equal_one_of_noisy_and_clean_rows(tiny_model, name):
     with torch.no_grad():
         q, p = (found[kept].flatten(0, 1) for found in in_one_forward(drafting, model, batch))
         found = drafting.predictions(batch)
-        bias = drafting.draft.head(found.previous.flatten())
+        bias = bias_of(drafting.draft.head, found.previous, found.hidden).flatten(0, 1)
         torch.testing.assert_close(drafting.logits(found.q) + bias, q, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(drafting.logits(found.p), p, atol=1e-4, rtol=1e-5)
 

@@ -540,8 +540,22 @@ def test_a_base_on_the_hub_is_named_with_its_licence(hub, client, pushes, base, 
 # Where ar2diff is not installed
 
 
+REPOSITORIES = ("stories", "stories-lora", "stories-head", "draft")
+
+
 @pytest.fixture(scope="module")
-def elsewhere(hub, published, published_adapter, published_draft, tmp_path_factory):
+def published_head(hub, client, base, train):
+    """The repository of a model with a diffusion head."""
+    done = client.run(
+        "push", train(base, "stories-head", "convert.head_rank=2"), "ana/stories-head"
+    )
+    assert done.code == 0, done.err
+    assert "of the example are the same" in done.out
+    return hub.model("ana/stories-head")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(hub, published, published_adapter, published_head, published_draft, tmp_path_factory):
     """What the first code block of each card prints in a process without ar2diff, as it stands and
     without its `trust_remote_code=True`."""
     home = tmp_path_factory.mktemp("elsewhere")
@@ -569,7 +583,7 @@ def elsewhere(hub, published, published_adapter, published_draft, tmp_path_facto
         "print(json.dumps(said))\n"
     )
     done = subprocess.run(
-        [sys.executable, script, "ana/stories", "ana/stories-lora", "ana/draft"],
+        [sys.executable, script, *(f"ana/{name}" for name in REPOSITORIES)],
         env=hub_environment(home / "home", hub.url) | {"PYTHONPATH": str(home)},
         cwd=home,
         capture_output=True,
@@ -579,7 +593,7 @@ def elsewhere(hub, published, published_adapter, published_draft, tmp_path_facto
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["stories", "stories-lora", "draft"])
+@pytest.mark.parametrize("name", REPOSITORIES)
 def test_the_cards_first_block_denoises_without_ar2diff(hub, elsewhere, name):
     assert "blocked" in elsewhere["ar2diff"]
     golden = json.loads(hub.model(f"ana/{name}").files["ar2diff.json"])["golden"]

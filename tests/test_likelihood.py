@@ -6,7 +6,7 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
+from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec, with_head
 from numpy.polynomial.legendre import leggauss
 
 from ar2diff.core.attention import lay_out, model_mask, reading_slot, reveal_edges
@@ -70,6 +70,11 @@ def table(model, row, start, end, attention, block_length, prediction, mask_id=M
     for line, subset in zip(ids, subsets, strict=True):
         line[list(subset)] = mask_id
     logits = raw_logits(model, ids, own_mask(end, start, attention, block_length))
+    if (head := getattr(model, "diffusion_head", None)) is not None:
+        back = int(prediction == "shift")
+        for n, i in product(range(len(subsets)), positions):
+            if i - 1 not in subsets[n]:  # the bias of a left neighbour that is not masked
+                logits[n, i - back] += (head.before[row[i - 1]] @ head.after).detach()
     logp = logits[:, :, :words].log_softmax(-1)  # the mask, and what comes behind it, is impossible
     back = 1 if prediction == "shift" else 0
     return {
@@ -279,6 +284,44 @@ def test_the_bound_is_above_the_likelihood_of_the_mixture_of_orders(every_draw, 
         contract = spec(prediction=prediction, mask_token_id=4)
         assert every_draw(model, contract, row, WORDS) >= -math.log(mixture)
     assert total == pytest.approx(1, rel=0, abs=1e-10)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
+def test_the_bound_with_a_head_is_that_of_drawing_one_token_at_a_step(
+    every_draw, attention, prediction
+):
+    plain, contract = model_of_three_words(), spec(attention, 2, prediction, mask_token_id=4)
+    model, contract = with_head(plain, contract)
+    total = moved = 0.0
+    for row in SEQUENCES:
+        spans = [(0, 4)] if attention == "full" else blocks(row, 2)
+        tables = [
+            table(model, row, *span, attention, 2, prediction, mask_id=4, words=3) for span in spans
+        ]
+        got = every_draw(model, contract, row, WORDS)
+        assert got == pytest.approx(sum(map(over_orders, tables)), rel=0, abs=1e-10)
+        moved += abs(got - every_draw(plain, spec(attention, 2, prediction, 4), row, WORDS))
+        total += math.exp(-got)
+    assert moved > 1 and 0 < total < 1 - 1e-6
+
+
+def test_the_bias_reads_no_token_that_is_masked():
+    model, contract = with_head(build_model("llama"), spec("causal_context", 4))
+    x0 = torch.tensor([LONG])
+    masked = torch.zeros(1, 10, dtype=torch.bool)
+    masked[0, [2, 3, 4, 7, 8]] = True
+    pos = torch.arange(10)[None]
+
+    def nll(ids):
+        return masked_nll(model, contract, ids, masked, 0 * ids, pos, SUPPRESSED)
+
+    # Of tokens 2, 3 | 4, 7 | 8 each but 3 has a left neighbour that is visible or in the clean half
+    for number, at in enumerate(masked[0].nonzero()[:, 0].tolist()):
+        changed = x0.clone()
+        changed[0, at - 1] = 44
+        same = torch.equal(nll(changed)[number], nll(x0)[number])
+        assert same == (at == 3)
 
 
 def test_block_length_1_and_the_ar_nll_are_likelihoods_that_sum_to_1():

@@ -81,10 +81,15 @@ def peak_of(function, tmp_path):
     return most
 
 
-@pytest.mark.parametrize("attention", ["causal_context", "full"])
-def test_activations_and_logits_are_near_the_measured_peak(tiny_checkpoint, tmp_path, attention):
+@pytest.mark.parametrize(
+    ("attention", "more"),
+    [("causal_context", ()), ("full", ()), ("causal_context", ["objective.distil={}"])],
+)
+def test_activations_and_logits_are_near_the_measured_peak(
+    tiny_checkpoint, tmp_path, attention, more
+):
     trainer, plan, recipe = trainer_of(
-        tiny_checkpoint, tmp_path, f"convert.attention={attention}", *BLOCKS[attention]
+        tiny_checkpoint, tmp_path, f"convert.attention={attention}", *BLOCKS[attention], *more
     )
     collate = make_collator(recipe, plan.checkpoint.spec.mask_token_id)
     rows = [row for row, _ in zip(plan.rows, range(4), strict=False)]
@@ -119,6 +124,14 @@ def test_only_wanted_rows_reach_the_head(tiny_checkpoint):
         for weight in (0.3, 0)
     )
     assert masked.logits == pytest.approx(both.logits / 3, rel=0.01)  # half of the tokens of 3/2
+
+
+def test_more_masked_rows_reach_the_head_where_more_are_masked(tiny_checkpoint):
+    half, all_ = (
+        measure(tiny_checkpoint, load_recipe(None, [*SETTINGS, "objective.ar_weight=0", *more]))
+        for more in ([], ["noise.law=all", "noise.all_share=1.0"])
+    )
+    assert all_.logits == pytest.approx(2 * half.logits, rel=0.01)
 
 
 def test_adapters_train_little_and_quantised_weights_are_small(converted):
@@ -207,6 +220,17 @@ def test_an_update_of_rl_is_near_the_measured_peak(convert_tiny, tmp_path, estim
     measured = peak_of(update, tmp_path)
     counted = said["activations"] + said["logits"] + said["gradients"]
     assert counted / 1.1 < measured < counted * 1.1
+
+
+def test_a_teacher_is_one_more_copy_in_every_process(tiny_checkpoint):
+    plain, clean, teacher = (
+        estimate(str(tiny_checkpoint), load_recipe(None, [*SETTINGS, *more]), 2).bytes
+        for more in ([], ["objective.distil={}"], ["objective.distil.target=teacher"])
+    )
+    for strategy, parts in teacher.items():
+        assert parts.reference == plain["one"].weights
+        assert parts.logits == clean[strategy].logits > plain[strategy].logits
+        assert clean[strategy].reference == 0
 
 
 def test_rl_holds_a_reference_where_its_kl_counts(converted):

@@ -10,7 +10,8 @@ from conftest import MASK
 from ar2diff.core.attention import PADDING
 from ar2diff.core.seeds import content_key, keyed_generator
 from ar2diff.data.documents import Collator, DocumentPart, document_parts
-from ar2diff.diffusion.noise import block_times, corrupt, draw_times
+from ar2diff.diffusion.noise import Law, block_times, corrupt, draw_times, importance
+from ar2diff.diffusion.objective import time_weights
 
 EOS = 2
 CASES = [
@@ -171,6 +172,92 @@ def test_pieces_of_a_document_share_their_time_and_their_own_sequences_do_not():
         return {float(block_times(1, time, 0, 0, key, 7)[0]) for key in range(5)}
 
     assert len(times("document")) == 1 and len(times("sequence")) == 5
+
+
+# Laws of the time other than the uniform one
+
+LAWS = [Law("bell"), Law("all", 0.0), Law("all", 0.3), Law("all", 1.0)]
+FINE = (torch.arange(6000) + 0.5) / 6000  # uniform times, enumerated
+
+
+def test_a_bell_is_beta_2_2_and_a_share_of_all_is_masked_whole():
+    density = 6 * FINE.double() * (1 - FINE.double())
+    for power in (1, 2, 3):
+        want = (density * FINE.double() ** power).mean()
+        found = (Law("bell").times(FINE) ** power).mean()
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    times = Law("all", 0.3).times(FINE)
+    assert (times == 1).double().mean() == pytest.approx(0.3, abs=1e-3)
+    rest = times[times < 1]
+    torch.testing.assert_close(rest, (torch.arange(len(rest)).double() + 0.5) / len(rest))
+    assert Law().times(FINE) is FINE
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_the_distribution_function_of_a_law_and_its_mean_are_those_of_its_times(law):
+    times = law.times(FINE)
+    for t in (0.1, 0.37, 0.5, 0.9, 1.0):
+        found = law.below(torch.tensor(t, dtype=torch.double))
+        assert float(found) == pytest.approx(float((times <= t).double().mean()), abs=1e-3)
+    assert law.mean == pytest.approx(float(times.mean()), abs=1e-3)
+
+
+def all_masks(n):
+    return [s for k in range(1, n + 1) for s in combinations(range(n), k)]
+
+
+@pytest.mark.parametrize(
+    ("law", "complementary"), [*((law, False) for law in LAWS[:3]), (LAWS[0], True)], ids=str
+)
+def test_with_weight_1_over_t_the_loss_is_the_bound_under_any_law(law, complementary):
+    """The expectation over all masks of a block, each with its own made-up losses."""
+    n, uniform = 4, (torch.arange(1000) + 0.5) / 1000
+    maskable, block = single_block(n)
+    of_mask = {s: 0.1 * number + len(s) ** 2 for number, s in enumerate(all_masks(n))}
+    of_size = {k: sum(v for s, v in of_mask.items() if len(s) == k) for k in range(n + 1)}
+    mean = {k: of_size[k] / len(list(combinations(range(n), k))) for k in range(n + 1)}
+    bound = sum(mean[k] * n / k for k in range(1, n + 1)) / n
+    total = 0.0
+    for t in law.times(uniform):
+        masked, time = corrupt(
+            maskable, block, t[None], torch.Generator().manual_seed(0), complementary
+        )
+        ratio = importance(maskable, block, time, law, complementary)
+        weight = time_weights(time, "1/t") * ratio
+        total += float(weight[0]) * mean[int(masked.sum())]
+    assert total / len(uniform) == pytest.approx(bound, rel=5e-3)
+
+
+def test_a_block_with_nothing_to_mask_has_no_importance():
+    block = torch.arange(8) // 4
+    maskable = torch.arange(8) > 3
+    _, t = corrupt(maskable, block, torch.full((2,), 0.5), torch.Generator().manual_seed(0))
+    found = importance(maskable, block, t, Law("bell"))
+    assert not found[:4].any() and (found[4:] > 0).all()
+
+
+@pytest.mark.parametrize("weight", ["uniform", "1/t"])
+def test_the_collator_draws_by_the_law_and_weighs_by_it(make_recipe, weight):
+    sections = {"objective": {"weight": weight}, "data": {"max_length": 64}}
+    share = {"law": "all", "all_share": 0.5}
+    recipe = make_recipe(noise=share, block_length=8, **sections)
+    plain = make_recipe(block_length=8, **sections)
+    whole = 0
+    for epoch in range(20):
+        parts = [piece(64, epoch=epoch)]
+        batch, uniform = (collate(r, [parts]) for r in (recipe, plain))
+        ks = batch["masked"].view(8, 8).sum(1)[1:]
+        whole += int((ks == 8).sum())
+        if weight == "uniform":
+            assert torch.equal(batch["coef"].unique(), torch.tensor([0.0, 1.0]))
+        else:
+            coef = batch["coef"].view(8, 8)[1:]
+            assert torch.allclose(coef[ks == 8].unique(), torch.tensor(1 / (8 * (0.5 / 8 + 0.5))))
+            assert torch.allclose(
+                coef[ks < 8].amax(1), 2 * 8 / ks[ks < 8].float()
+            )  # half as likely as under the uniform law
+        assert not torch.equal(batch["masked"], uniform["masked"])
+    assert 0.5 <= whole / 140 < 0.7  # half of them, and one in eight of the others
 
 
 # What a draw depends on

@@ -12,7 +12,13 @@ from ar2diff.core.seeds import content_key
 from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion.cross_entropy import cross_entropy
 from ar2diff.diffusion.likelihood import masked_nll
-from ar2diff.diffusion.objective import cart_weights, coefficients, suppressed_ids, time_weights
+from ar2diff.diffusion.objective import (
+    cart_weights,
+    coefficients,
+    joint_divisors,
+    suppressed_ids,
+    time_weights,
+)
 
 ATTENTIONS = ("causal_context", "block_causal", "full")
 
@@ -49,6 +55,14 @@ def loss(kind, normaliser, masked=MASKED, weight=WEIGHT):
 )
 def test_the_normalisers_are_the_numbers_computed_by_hand(kind, normaliser, value):
     assert loss(kind, normaliser) == pytest.approx(value, rel=1e-6)
+
+
+def test_the_joint_divisor_is_the_number_of_masked_tokens_plus_that_of_ar_tokens():
+    coef, divisor = coefficients(MASKED, WEIGHT, SEQ, time_weights(T, "uniform"), "masked+ar")
+    divisors = joint_divisors("masked+ar", divisor, torch.tensor(6))
+    assert [float(d) for d in divisors] == [8.0, 8.0] and float((coef * CE).sum()) == 5.0
+    for normaliser in ("tokens", "masked", "sequence"):
+        assert joint_divisors(normaliser, divisor, torch.tensor(6)) == (divisor, torch.tensor(6))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "1/t"])

@@ -104,7 +104,7 @@ def drafted(monkeypatch):
     `wrong(position)`; a random model would hardly ever be right."""
 
     def plant(rows, wrong):
-        def draft(group, ends, ahead):
+        def draft(group, ends, ahead, hidden):
             group.trees = [Tree() for _ in group.rows]
             for tree, row, front in zip(group.trees, group.rows, group.front, strict=True):
                 for depth in range(1, group.drafts + 1):
@@ -168,7 +168,7 @@ def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, predicti
     original, compared = CandidateReader.read, Counter()
 
     def read(self, canvas_ids, rows, fronts, newest, trees, drafts):
-        target, ahead = original(self, canvas_ids, rows, fronts, newest, trees, drafts)
+        target, ahead, hidden = original(self, canvas_ids, rows, fronts, newest, trees, drafts)
         ids = canvas_ids[torch.tensor(rows)]
         for line, front in enumerate(fronts):
             more = trees[line].tokens
@@ -185,7 +185,7 @@ def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, predicti
                 own = own[front + j + 1 - back :][:drafts]
                 torch.testing.assert_close(ahead[line, j], own, **EXACT)
                 compared[row] += 1
-        return target, ahead
+        return target, ahead, hidden
 
     monkeypatch.setattr(CandidateReader, "read", read)
     run(model, PROMPTS, 9, spec, draft_length=2 + back, cache_implementation=cached)

@@ -44,7 +44,7 @@ WAYS = [
     ({"temperature": 1.0, "seed": 3}, "block_causal"),
     ({"block_length": 4, "steps_per_block": 2}, "full"),
     ({"mode": "ar"}, "causal_context"),
-    ({"mode": "speculative"}, "causal_context"),
+    ({"mode": "speculative", "draft_length": 3}, "causal_context"),
     ({"mode": "speculative", "draft_length": 1, "temperature": 1.0, "seed": 3}, "causal_context"),
 ]
 

@@ -117,7 +117,7 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
     assert all(run[key] == runs[0][key] for key in common for run in runs)
 
 
-@pytest.mark.parametrize("normaliser", ["tokens", "masked", "sequence"])
+@pytest.mark.parametrize("normaliser", ["tokens", "masked", "sequence", "masked+ar"])
 def test_loss_and_gradient_do_not_depend_on_accumulation(
     tiny_checkpoint, text_file, tmp_path, normaliser
 ):

@@ -115,7 +115,7 @@ def check_base(path: Path, spec: Spec | None) -> None:
         path: folder of the model. spec: the result of `read_spec`.
 
     Raises:
-        Ar2DiffError: the model is an adapter itself, or is not converted.
+        Ar2DiffError: the model is an adapter itself, is not converted, or has a diffusion head.
     """
     if is_adapter(path):
         raise Ar2DiffError(
@@ -126,6 +126,11 @@ def check_base(path: Path, spec: Spec | None) -> None:
         raise Ar2DiffError(
             f"model {path} is not converted: an adapter needs a diffusion model as its base",
             f"run 'ar2diff adapt {path} --max-steps 0 --output-dir DIR', then train on DIR",
+        )
+    if spec.head is not None:
+        raise Ar2DiffError(
+            f"model {path} has a diffusion head, which adapters do not train",
+            f"use a model that was converted without {option('convert.head_rank')}",
         )
 
 

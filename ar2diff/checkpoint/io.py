@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.errors import Ar2DiffError
+from ..core.head import ATTRIBUTE, HEAD_FILE
 from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
 from .draft import load_drafting, save_draft, save_draft_config
 from .files import find_checkpoint, is_adapter, is_draft
 from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
 from .output import Output
+
+IN_HEAD = f"{ATTRIBUTE}."  # how the names of a diffusion head's parameters begin
 
 
 def load_checkpoint(
@@ -47,7 +51,7 @@ def save(
     contain the code: they are only for resuming.)
 
     Args:
-        record: content of `ar2diff.json`.
+        record: content of `ar2diff.json`; the hash of a trained diffusion head is put into it.
         weights: {parameter name: tensor}, if the model itself does not hold them whole.
 
     Raises:
@@ -59,16 +63,38 @@ def save(
     if checkpoint.base is not None:
         save_adapter(checkpoint, output, record, weights)
         return
-    if checkpoint.spec is not None:
-        write_spec(checkpoint, checkpoint.spec)
     for name, parameter in checkpoint.model.named_parameters():
+        if name.startswith(IN_HEAD):
+            continue
         dtype = stored_dtype(checkpoint, name)
         parameter.data = parameter.data.to(dtype)
         if weights is not None:
             weights[name] = weights[name].to(dtype)
+    weights, head = _without_head(checkpoint, weights)
+    if head is not None:
+        record["diffusion"] = checkpoint.spec.to_dict()
+    if checkpoint.spec is not None:
+        write_spec(checkpoint, checkpoint.spec)
     with output.staged(record) as folder:
         checkpoint.model.save_pretrained(folder, state_dict=weights)
+        if head is not None:
+            (folder / HEAD_FILE).write_bytes(head)
         save_beside(checkpoint, folder)
+
+
+def _without_head(
+    checkpoint: Checkpoint, weights: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, bytes | None]:
+    """The weights of the stock class, and the content of the diffusion head's file, whose SHA-256
+    goes into the spec. Without a head, the weights as given, and None."""
+    head = getattr(checkpoint.model, ATTRIBUTE, None)
+    if head is None:
+        return weights, None
+    weights = checkpoint.model.state_dict() if weights is None else weights
+    own = {name for name in weights if name.startswith(IN_HEAD)}
+    head.float().load_state_dict({name.removeprefix(IN_HEAD): weights[name] for name in own})
+    checkpoint.spec = replace(checkpoint.spec, head=head.described())
+    return {name: x for name, x in weights.items() if name not in own}, head.to_bytes()
 
 
 def check_saving(checkpoint: Checkpoint) -> None:

@@ -29,6 +29,7 @@ from ..core.attention import layer_windows
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
+from ..core.head import ATTRIBUTE, HEAD_FILE, BigramHead, read_head
 from ..core.options import RULE, THRESHOLD
 from ..core.spec import CAUSAL, Spec
 from ..data.template_trial import check_cost, templates_of
@@ -38,6 +39,7 @@ from .files import (
     IDS,
     check_counts,
     check_ids,
+    inside,
     read_config,
     read_json,
     read_spec,
@@ -127,8 +129,8 @@ def load_model(
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
-            its spec is not one that this version honours, or its layers cannot be held in 4 bits
-            on a CPU.
+            its spec is not one that this version honours, its diffusion head is not the one that
+            the spec names, or its layers cannot be held in 4 bits on a CPU.
     """
     values = read_config(path)
     spec = read_spec(path)
@@ -173,6 +175,9 @@ def load_model(
             "check that config.json and the weights belong together",
         )
     check_rows(path, model, tokenizer, spec)
+    if spec is not None and spec.head is not None:
+        rows = model.config.get_text_config().vocab_size
+        put_head(model, read_head(inside(path, HEAD_FILE), rows, spec.head))
     if device == "auto" and quantization is None:  # bitsandbytes puts it there by itself
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None
@@ -382,6 +387,12 @@ def check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> Non
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
         model.get_input_embeddings().register_forward_pre_hook(partial(_refuse_extra, rows))
+
+
+def put_head(model: Any, head: BigramHead) -> None:
+    """Have a model carry a diffusion head: as a module of its own, which optimizers and training
+    checkpoints include."""
+    setattr(model, ATTRIBUTE, head.to(model.device))
 
 
 def _refuse_extra(rows: int, embeddings: Any, args: tuple[Tensor, ...]) -> None:

@@ -6,7 +6,7 @@ command line overrides one field by its dotted name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,19 @@ class Recipe(Section):
             raise ValueError(
                 "quantization needs a peft section, because quantized weights cannot be trained"
             )
+        if self.convert.head_rank is not None and (self.peft is not None or self.rl is not None):
+            raise ValueError(
+                "convert.head_rank cannot be combined with peft or rl: only adapt trains the "
+                "diffusion head, along with all weights"
+            )
         if full and self.noise.time == "block":
             raise ValueError("noise.time must be document or sequence with attention full")
         if self.objective.ar_weight > 0 and self.convert.attention != "causal_context":
             raise ValueError("objective.ar_weight must be 0 unless the attention is causal_context")
+        for problem in _contradictions(self.objective, self.noise, self.convert, self.rl):
+            raise ValueError(problem)
+        if self.objective.distil is not None and self.convert.head_rank is not None:
+            raise ValueError("objective.distil cannot be combined with convert.head_rank")
         shared = [*self.data.sources, *([self.data.self] if self.data.self else [])]
         weighted = [source.weight is not None for source in shared]
         if any(weighted) and not all(weighted):
@@ -109,6 +118,36 @@ class Recipe(Section):
                 "cut between blocks"
             )
         return self
+
+
+def _contradictions(
+    objective: Objective, noise: Noise, convert: Convert, rl: Rl | None
+) -> Iterator[str]:
+    """What is wrong with the objective and the noise, given the rest."""
+    distil = objective.distil
+    if noise.on_policy and rl is not None:
+        yield "noise.on_policy cannot be used with rl, which trains on its own texts anyway"
+    if noise.on_policy and convert.attention == "full":
+        yield "noise.on_policy needs an attention with blocks, not full"
+    if noise.on_policy and objective.weight == "cart":
+        yield "noise.on_policy cannot be used with objective.weight cart"
+    if objective.normaliser == "masked+ar" and objective.ar_weight == 0:
+        yield "objective.normaliser masked+ar needs objective.ar_weight above 0"
+    if noise.law != "uniform" and rl is not None:
+        yield "noise.law must be uniform with rl, whose estimators draw their own noise levels"
+    if distil is None:
+        return
+    if rl is not None:
+        yield "objective.distil cannot be used with rl, which learns from rewards"
+    if objective.kind == "ar":
+        yield "objective.distil cannot be used with objective.kind ar, which masks no tokens"
+    if distil.target == "clean" and convert.attention != "causal_context":
+        yield "objective.distil.target clean needs attention causal_context, which keeps an AR mode"
+    if distil.target == "clean" and objective.ar_weight == 0:
+        yield (
+            "objective.distil.target clean needs objective.ar_weight above 0, because otherwise "
+            "nothing keeps the AR mode from drifting"
+        )
 
 
 def _implied(attention: Any) -> list[tuple[str, str, Any]]:

@@ -28,6 +28,13 @@ class Convert(Section):
         description="whether the sliding window of the base is kept or dropped; null keeps it "
         "where rows are longer than the window",
     )
+    head_rank: int | None = Field(
+        None,
+        gt=0,
+        le=1024,
+        description="adapt: rank of a diffusion head, a bias on the logits of a token given the "
+        "one before it, for tokens that are decided in one step; null: none, or the model's own",
+    )
     mask_token: str | None = Field(
         None, description="the special token to use as the mask; null chooses or adds one"
     )
@@ -77,9 +84,59 @@ class Noise(Section):
         "block",
         description="which tokens share a noise level; document or sequence with attention full",
     )
+    law: Literal["uniform", "bell", "all"] = Field(
+        "uniform",
+        description="distribution of the noise level: uniform; bell, mostly medium levels "
+        "(Beta(2, 2)); or all, in which a share of the blocks is masked whole",
+    )
+    all_share: float = Field(
+        0.5, ge=0, le=1, description="law all: share of the blocks that are masked whole"
+    )
+    on_policy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="adapt: share of the steps that train on blocks as the sampler leaves them "
+        "halfway, in texts that the model writes itself",
+    )
     complementary: bool = Field(
         False,
         description="add a second view of each row, in which exactly the other tokens are masked",
+    )
+
+    @model_validator(mode="after")
+    def _complements_have_the_same_law(self) -> Noise:
+        if self.complementary and self.on_policy:
+            raise ValueError(
+                "complementary cannot be used with on_policy, whose states have no second view"
+            )
+        if self.complementary and self.law == "all":
+            raise ValueError(
+                "complementary cannot be used with law all, because the second view of a block "
+                "that is masked whole masks nothing"
+            )
+        return self
+
+
+class Distil(Section):
+    """Learning from the predictions of an AR model: the loss of a masked token becomes
+    (1 - weight) * cross-entropy + weight * divergence."""
+
+    target: Literal["teacher", "clean"] = Field(
+        "clean",
+        description="whose prediction is the target: that of the model before training (teacher), "
+        "or of the AR mode being trained (clean)",
+    )
+    weight: float = Field(1.0, gt=0, le=1, description="share of the divergence in the loss")
+    loss: Literal["kl", "tv", "lk"] = Field(
+        "kl",
+        description="divergence from the target: Kullback-Leibler, total variation (the L1 "
+        "distance), or a mixture weighted by their overlap (lk)",
+    )
+    visible: Literal["left", "any"] = Field(
+        "left",
+        description="which masked tokens are distilled: only those without a visible token after "
+        "them in their block, for which the AR prediction is a valid target, or any",
     )
 
 
@@ -93,10 +150,13 @@ class Objective(Section):
         "uniform", description="how the noise level determines the weight of a masked token"
     )
     cart_p: float = Field(0.3, gt=0, lt=1, description="cart: decay rate of the geometric weights")
-    normaliser: Literal["tokens", "masked", "sequence"] = Field(
-        "tokens", description="what the summed loss is divided by"
+    normaliser: Literal["tokens", "masked", "sequence", "masked+ar"] = Field(
+        "tokens",
+        description="what the summed loss is divided by; masked+ar divides both losses by the "
+        "number of masked tokens plus that of tokens in the AR loss",
     )
     ar_weight: float = Field(0.3, ge=0, description="weight of the AR loss on the clean copy")
+    distil: Distil | None = None
 
 
 class Source(Section):

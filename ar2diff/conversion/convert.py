@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.model import Checkpoint, load_tokenizer, write_spec
+from ..checkpoint.model import Checkpoint, load_tokenizer, put_head, write_spec
 from ..config.recipe import Convert
 from ..core.attention import layer_windows
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
+from ..core.head import ATTRIBUTE, BigramHead
 from ..core.options import FILTERS, IGNORED, REFUSED
-from ..core.spec import FORMAT, Spec
+from ..core.spec import FORMAT, HEAD_FORMAT, Head, Spec
 
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
@@ -54,8 +55,9 @@ def convert(
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
         ar_mode = ar_mode and old.ar_mode
     local_window = _local_window(config.get_text_config(), old, wanted, max_length)
+    head = _make_head(model, old, wanted.head_rank, seed)
     spec = Spec(
-        format=FORMAT,
+        format=FORMAT if head is None else HEAD_FORMAT,
         noise="mask",
         mask_token_id=mask_token_id,
         attention=wanted.attention,
@@ -64,9 +66,23 @@ def convert(
         ar_mode=ar_mode,
         local_window=local_window,
         max_length=max_length,
+        head=head,
     )
     write_spec(checkpoint, spec)
     return spec
+
+
+def _make_head(model: Any, old: Spec | None, rank: int | None, seed: int) -> Head | None:
+    """What the spec says of the diffusion head: of the one that a converted model has, or of a new
+    one, whose bias is zero."""
+    if rank is None:
+        if hasattr(model, ATTRIBUTE):
+            delattr(model, ATTRIBUTE)
+        return None
+    if old is None or old.head is None or old.head.rank != rank:
+        generator = torch.Generator().manual_seed(seed)
+        put_head(model, BigramHead(model.config.get_text_config().vocab_size, rank, generator))
+    return getattr(model, ATTRIBUTE).described()
 
 
 def end_token(checkpoint: Checkpoint) -> int:
@@ -159,6 +175,13 @@ def _check_continuation(old: Spec, wanted: Convert) -> None:
                 f"set {option(f'convert.{name}', getattr(old, name))}, or "
                 f"{option('convert.reconvert', 'true')} to convert it anew",
             )
+    if old.head is not None and wanted.head_rank != old.head.rank:
+        raise Ar2DiffError(
+            f"the model has a diffusion head of rank {old.head.rank}, but the recipe asks for "
+            f"{'none' if wanted.head_rank is None else f'rank {wanted.head_rank}'}",
+            f"set {option('convert.head_rank', old.head.rank)}, or "
+            f"{option('convert.reconvert', 'true')} to convert it anew",
+        )
     if old.block_length is not None and wanted.block_length < old.block_length:
         raise Ar2DiffError(
             f"the model was trained with blocks of {old.block_length} tokens, but the recipe asks "

@@ -200,6 +200,11 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
     again = "convert the base again with {}".format
     for wrong, what, fix in (
         (
+            spec.head is not None,
+            "it has a diffusion head, which the engines do not know",
+            "convert the base again without convert.head_rank",
+        ),
+        (
             spec.attention != "block_causal",
             f"its attention is {spec.attention}, but the engines run block_causal",
             again("convert.attention=block_causal"),

@@ -64,9 +64,11 @@ class ContextCache:
             self.width = int(self.length.max())
         self._drop(width + slots - self.width)
 
-    def extend(self) -> None:
-        """After a forward of one slot a row, at the end of rows of equal length: it is context."""
-        self.length, self.width, self.kept = self.length + 1, self.width + 1, []
+    def extend(self, slots: int, count: int) -> None:
+        """After a forward, where all rows fill the columns: the first `count` of its slots become
+        context of every row."""
+        self.length, self.width = self.length + count, self.width + count
+        self._drop(slots - count)
 
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""

@@ -20,6 +20,8 @@ from .readers import ALL, slots_of
 from .spec import Spec
 from .tree import Tree, shapes
 
+LAYOUTS = 64  # layouts that are remembered
+
 
 @dataclass(frozen=True)
 class _CandidateSlots:
@@ -32,8 +34,8 @@ class _CandidateSlots:
         pos, start: [R, S] positions less the row's front. noisy: [S] bool.
         branch: [R, S] `enter`, `leave` and `block` of `Slots`; None if no row branches.
         clean: number of clean slots; real: [R, S] bool, slots that hold something.
-        wanted: [K] slots whose logits are read: after the newest token and each candidate, then
-            the drafts of each block.
+        index: [R * K] slots, counted over the rows, whose logits are read: after the newest token
+            and each candidate, then the drafts of each block.
     """
 
     pos: Tensor
@@ -42,7 +44,7 @@ class _CandidateSlots:
     branch: tuple[Tensor, Tensor, Tensor] | None
     clean: int
     real: Tensor
-    wanted: Tensor
+    index: Tensor
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class _CandidateSlots:
         pos, start, enter, leave, block, real = torch.tensor(rows).unbind(1)
         drafted = clean + torch.arange(blocks)[:, None] * width + ahead + torch.arange(drafts)
         wanted = torch.cat([certain - 1 + torch.arange(nodes + 1), drafted.flatten()])
+        index = torch.arange(len(trees))[:, None] * pos.shape[1] + wanted
         return cls(
             pos,
             start,
@@ -64,7 +67,7 @@ class _CandidateSlots:
             None if all(tree.is_chain for tree in trees) else (enter, leave, block),
             clean,
             real.bool(),
-            wanted,
+            index.flatten(),
         )
 
 
@@ -119,11 +122,13 @@ class CandidateReader:
         self.cache = None if cache == "none" else ContextCache(model, rows, static)
         self.last = (context or 1 << 60) - 1
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.uniform = not any(windows.values())  # all slots read the whole context
         self.length = [0] * rows  # tokens of each row in the cache
         self.certain: list[int] = []  # tokens known that are not
         self.layout: _CandidateSlots | None = None
-        self._steady: tuple[Any, _CandidateSlots, Any] | None = None
+        self._before: list[int] = []  # `length` at the last forward
+        self._steady: dict[Any, tuple[_CandidateSlots, Any]] = {}
 
     def read(
         self,
@@ -133,47 +138,56 @@ class CandidateReader:
         newest: list[int],
         trees: list[Tree],
         drafts: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [R, N + 1, V] after the newest token and each of N candidates, and
-        [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits [R, N + 1, V] after the newest token and each of N candidates; logits
+        [R, M, drafts, V] of what may follow the token after each of the M candidates of `blocks`;
+        and their hidden states [R, M, drafts, H] if a head reads them.
 
         Args:
             ids: [., T] canvas. rows: which of its rows are read.
             front: tokens known of each. newest: the last of them. trees: its candidates.
             drafts: tokens drafted behind each of the trees' `blocks`.
         """
-        length = self.length if self.cache else [0] * len(front)
+        length = self._before = self.length if self.cache else [0] * len(front)
         self.certain = [known - cached for known, cached in zip(front, length, strict=True)]
         if not drafts and self._plain(front, trees):
             return self._read_newest(newest, front[0] - 1)
         device, first = self.model.device, max(self.certain)
         self.layout, mask = self._lay_out(front, length, trees, drafts)
         layout, nodes = self.layout, max(map(len, trees))
-        pos = layout.pos + torch.tensor(front)[:, None]
+        pos = layout.pos + _column(front)
         tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
+        tokens[:, max(first - 1, 0) : layout.clean] = torch.tensor(
+            [
+                [*([known] if first else []), *tree.tokens, *[0] * (nodes - len(tree))]
+                for known, tree in zip(newest, trees, strict=True)
+            ]
+        )
         if first > 1:
             at = pos[:, :first].clamp(0, ids.shape[1] - 1)
             tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
-        elif first:
-            tokens[:, 0] = torch.tensor(newest)
-        if nodes:
-            tokens[:, first : layout.clean] = torch.tensor(
-                [tree.tokens + [0] * (nodes - len(tree)) for tree in trees]
-            )
-        index = torch.arange(len(rows))[:, None] * pos.shape[1] + layout.wanted
+        beyond = front[0] > self.last - pos.shape[1] if len(front) == 1 else True
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)
+        states: list[Tensor] = []
         with self.draft.applied(self.model, noisy) if drafting else nullcontext():
             logits = logits_at(
                 self.model,
-                index.flatten().to(device),
+                layout.index.to(device),
                 cache=self.cache.stock if self.cache else None,
+                read=states,
                 input_ids=tokens.to(device),
                 attention_mask=mask,
-                position_ids=pos.clamp(0, self.last).to(device),
-            ).view(len(rows), layout.wanted.shape[0], -1)
-        ahead = logits[:, nodes + 1 :]
-        return logits[:, : nodes + 1], ahead.reshape(len(rows), -1, max(drafts, 1), ahead.shape[-1])
+                position_ids=(pos.clamp(0, self.last) if beyond or first > 1 else pos).to(device),
+            ).view(len(rows), -1, self.vocabulary)
+        headed = drafting and self.draft.head is not None
+        ahead, hidden = (
+            found.view(len(rows), -1, found.shape[-1])[:, nodes + 1 :].unflatten(1, (-1, drafts))
+            if drafts and found is not None
+            else None
+            for found in (logits, states[0] if headed else None)
+        )
+        return logits[:, : nodes + 1], ahead, hidden
 
     def keep(self, paths: list[list[int]]) -> None:
         """The tokens that were certain and the accepted candidates, by row, become context."""
@@ -182,9 +196,15 @@ class CandidateReader:
         counts = [known + len(path) for known, path in zip(self.certain, paths, strict=True)]
         self.length = [cached + more for cached, more in zip(self.length, counts, strict=True)]
         if self.layout is None:
-            self.cache.extend()
+            self.cache.extend(1, 1)
             return
         slots, certain = self.layout.pos.shape[1], max(self.certain)
+        if counts == [counts[0]] * len(counts) and all(
+            path == list(range(len(path))) for path in paths
+        ):  # each row keeps its first slots, as the cache has them
+            if self.certain == [certain] * len(counts) and self._even():
+                self.cache.extend(slots, counts[0])
+                return
         first, size = [certain - known for known in self.certain], max(counts)
         chosen = [
             ([*range(begin, certain), *(certain + node for node in path)] + [slots - 1] * size)[
@@ -197,6 +217,7 @@ class CandidateReader:
 
     def select(self, rows: list[int]) -> None:
         """Continue with some of the rows."""
+        self._steady.clear()
         self.length = [self.length[row] for row in rows]
         if self.cache:
             self.cache.select(torch.tensor(rows))
@@ -208,12 +229,17 @@ class CandidateReader:
             self.cache is not None
             and self.cache.static is None
             and self.uniform
-            and 0 < self.cache.width == max(self.length) == min(self.length)
+            and self.cache.width > 0
+            and self._even()
             and self.certain == [1] * len(front)
             and not any(map(len, trees))
         )
 
-    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, Tensor]:
+    def _even(self) -> bool:
+        """Whether all rows fill the columns of the cache."""
+        return min(self._before) == self.cache.width
+
+    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, None, None]:
         """`read` without candidates and drafts."""
         self.layout, device = None, self.model.device
         tokens = torch.tensor(newest, device=device)[:, None]
@@ -224,7 +250,7 @@ class CandidateReader:
             use_cache=True,
             **quiet_routers(self.model),
         ).logits
-        return logits, logits[:, None, :0]
+        return logits, None, None
 
     def _lay_out(
         self, front: list[int], length: list[int], trees: list[Tree], drafts: int
@@ -239,17 +265,26 @@ class CandidateReader:
         steady = self.uniform and not beyond and min(self.certain) == certain
         key = (certain, drafts, *shapes(trees))
         columns = self.cache.width if self.cache else 0
-        seen = torch.arange(columns) < torch.tensor(length)[:, None]
-        if not steady or self._steady is None or self._steady[0] != key:
+        if not steady or key not in self._steady:
             ahead = 1 if self.spec.prediction == "same" else 0  # the first of a block is the AR's
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
-                return layout, self._mask(layout, front, length, seen)
-            self._steady = (key, layout, self._mask(layout, front, length, seen[:, :0]))
-        _, layout, mask = self._steady
-        if self.cache is None or self.cache.static is None:
-            return layout, with_context(mask, seen.to(self.model.device))
-        return layout, self._mask(layout, front, length, seen)
+                return layout, self._mask(layout, front, length, self._seen(columns, length))
+            if len(self._steady) > LAYOUTS:
+                self._steady.clear()
+            none = torch.zeros(len(front), 0, dtype=torch.bool)
+            self._steady[key] = layout, self._mask(layout, front, length, none)
+        layout, mask = self._steady[key]
+        if self.cache is not None and self.cache.static is not None:
+            return layout, self._mask(layout, front, length, self._seen(columns, length))
+        if columns and self._even():
+            seen = 0.0 if mask.is_floating_point() else True
+            return layout, torch.nn.functional.pad(mask, (columns, 0), value=seen)
+        return layout, with_context(mask, self._seen(columns, length).to(self.model.device))
+
+    def _seen(self, columns: int, length: list[int]) -> Tensor:
+        """[R, columns] which columns of the cache hold a token of their row."""
+        return torch.arange(columns) < torch.tensor(length)[:, None]
 
     def _mask(
         self, layout: _CandidateSlots, front: list[int], length: list[int], seen: Tensor
@@ -274,3 +309,9 @@ class CandidateReader:
             self.model, built, "causal_context", self.spec.block_length, self.spec.local_window,
             queries=range(columns, columns + slots),
         )  # fmt: skip
+
+
+def _column(values: list[int]) -> Any:
+    """[R, 1] or, if all rows have the same, one number."""
+    same = min(values) == max(values)
+    return values[0] if same else torch.tensor(values)[:, None]

@@ -19,10 +19,11 @@ from .canvas import Canvas, Finished
 from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches
+from .head import UNKNOWN, head_of
 from .options import Options
 from .pace import Pace
 from .readers import BlockReader, FullReader
-from .samplers import Chooser, commits, quota_of, top
+from .samplers import Chooser, commits, left_to_right, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import Speculation, measured_pace
@@ -58,7 +59,8 @@ def denoise(
         draft: the draft adapter, if the model has one; `spec` is then that of `spec_for`.
 
     Raises:
-        Ar2DiffError: the options leave no token to write, or name one that the model lacks.
+        Ar2DiffError: the options leave no token to write, or name one that the model lacks; the
+            diffusion head that the spec names is not there.
     """
     rows = model.config.get_text_config().vocab_size
     impossible = {i for i in (spec.mask_token_id, *options.suppress_tokens) if 0 <= i < rows}
@@ -116,6 +118,7 @@ class _Denoiser:
         finished: Finished | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
+        self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
         self.rows = torch.arange(len(canvas.ids))
@@ -196,19 +199,31 @@ class _Denoiser:
         row, position = self.row[masked], self.position[masked]
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        if self.head is not None:
+            logits = logits + self.head(self._before(row, position)).to(logits)
         context = canvas.ids[row] if self.chooser.penalty is not None else None
-        choice = self.chooser.choose(logits, row, context)
+        u = None if options.greedy else self.chooser.uniform(row)
+        choice = self.chooser.pick(logits, u, context)
         quota = None
         if options.steps_per_block is not None:
             left = masked.sum(1)
             taken = canvas.forwards[rows] - self.began[rows] - 1
             quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
         commit = commits(options, choice, masked, quota, self.chooser, rows)
+        if self.head is not None:
+            choice, commit = left_to_right(
+                self.head, self.chooser, logits, u, context, choice, masked, commit
+            )
         now = commit[masked]
         canvas.write(
             row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished
         )
         return commit
+
+    def _before(self, row: Tensor, position: Tensor) -> Tensor:
+        """[N] the tokens to the left of positions, `UNKNOWN` where undecided."""
+        before = self.canvas.ids[row, position - 1]
+        return before.masked_fill(before == self.canvas.mask_token_id, UNKNOWN)
 
     def _next(self, masked: Tensor) -> Tensor:
         """Which tokens to decide next, [R, W] bool: a row whose block is decided moves to another

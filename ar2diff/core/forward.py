@@ -72,6 +72,7 @@ def output_at(
     cache: Any = None,
     real: Tensor | None = None,
     instead: Callable[[Any, Tensor], None] | None = None,
+    read: list[Tensor] | None = None,
     **inputs: Any,
 ) -> Any:
     """A forward's output whose logits [1, N, V] are those at the chosen slots only; the
@@ -89,6 +90,7 @@ def output_at(
             loss, if the config asks for one.
         instead: called with the output embeddings and their input [N, H]; the logits are then
             those of the first slot only.
+        read: gets the input [N, H] of the output embeddings.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
     inner, own = inner or model, get_ident()
@@ -97,6 +99,8 @@ def output_at(
         if get_ident() != own:
             return None
         states = args[0].flatten(0, 1)[index]
+        if read is not None:
+            read.append(states)
         if instead is not None:
             instead(module, states)
             states = states[:1]

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .head import BigramHead
 from .options import Options
 
 HIDDEN = float("-inf")
@@ -75,7 +76,8 @@ class Chooser:
             no_end: [N] bool, positions that may not hold an end token.
         """
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        logits = logits.index_fill(1, self.suppressed, HIDDEN)
+        if len(self.suppressed) or no_end is not None:  # else nothing is impossible
+            logits = logits.index_fill(1, self.suppressed, HIDDEN)
         if no_end is not None and len(end_ids):
             at = no_end.nonzero()[:, 0].to(logits.device)
             logits[at[:, None], end_ids.to(logits.device)] = HIDDEN
@@ -97,11 +99,15 @@ class Chooser:
 
     def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
         """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits."""
+        return self.pick(logits, None if self.options.greedy else self.uniform(row), context)
+
+    def pick(self, logits: Tensor, u: Tensor | None, context: Tensor | None = None) -> Choice:
+        """The same, with the numbers [N] in [0, 1) that decide the draws; None if it is greedy."""
         scores = self.warp(logits, context)
-        if self.options.greedy:
+        if u is None:
             tokens = scores.argmax(-1)  # of equal ones, the first
         else:
-            tokens = draw(scores.softmax(-1), self.uniform(row))
+            tokens = draw(scores.softmax(-1), u)
         margin = entropy = None
         if self.options.order == "margin":
             top = logits.softmax(-1).topk(2, -1).values
@@ -175,6 +181,55 @@ def commits(
         return best
     sure = masked & surer(confidence, options.threshold)  # SDAR: threshold or quota
     return torch.where((sure.sum(1) >= quota)[:, None], sure, best)
+
+
+def left_to_right(
+    head: BigramHead,
+    chooser: Chooser,
+    logits: Tensor,
+    u: Tensor | None,
+    context: Tensor | None,
+    choice: Choice,
+    masked: Tensor,
+    commit: Tensor,
+) -> tuple[Choice, Tensor]:
+    """Have each token that is decided at this step know the one decided before it.
+
+    The masked positions are visited from left to right. Where the left neighbour is decided at this
+    step, the token is chosen again, with the same random number, from its logits plus the head's
+    bias. If the threshold alone decides how many tokens a step takes, such a token is decided if it
+    passes the threshold in *that* distribution, whether it did without the bias or not. The first
+    of a run of neighbours is never chosen again, so at least one token of a row stays. Quotas and
+    entropy bounds have decided which positions; those are kept.
+
+    Args:
+        logits: [N, V] of the masked positions, without biases for tokens of this step.
+        u, context: what `choice` was picked with.
+        masked, commit: [R, W] bool.
+
+    Returns:
+        The choice, with the tokens and log-probabilities that are decided, and where, [R, W] bool.
+    """
+    options = chooser.options
+    alone = options.steps_per_block is None and options.entropy_bound is None
+    number = spread(torch.arange(len(logits)), masked)
+    commit, tokens, logprob = commit.clone(), choice.tokens.clone(), choice.logprob.clone()
+    for column in range(1, masked.shape[1]):
+        rows = masked[:, column] & commit[:, column - 1] & (alone | commit[:, column])
+        if not rows.any():
+            continue
+        here, left = number[rows, column], number[rows, column - 1]
+        at = here.to(logits.device)
+        part = logits[at] + head(tokens[left]).to(logits)
+        picked = chooser.pick(
+            part,
+            None if u is None else u[here],
+            None if context is None else context[here],
+        )
+        tokens[here], logprob[here] = picked.tokens, picked.logprob
+        if alone:
+            commit[rows, column] = surer(picked.logprob, options.threshold)
+    return replace(choice, tokens=tokens, logprob=logprob), commit
 
 
 def surer(logprob: Tensor, threshold: float) -> Tensor:

@@ -6,13 +6,14 @@ This file is copied into converted folders, so it imports the standard library a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import Ar2DiffError, shortened
 
-FORMAT = 1
+FORMAT, HEAD_FORMAT = 1, 2  # without and with a diffusion head
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
 NOISES = ("mask",)
@@ -21,11 +22,38 @@ AGAIN = "upgrade ar2diff, or convert the base model again"
 
 
 @dataclass(frozen=True)
-class Spec:
-    """The `diffusion` block of `config.json`; every key is required.
+class Head:
+    """`diffusion.head`: a bigram head that corrects the logits of a token by the one before it.
 
     Attributes:
-        format: version of the block; a reader refuses a higher one.
+        rank: of the bias.
+        sha256: of the file that holds it.
+    """
+
+    rank: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise _bad("head.rank", self.rank, "an integer of at least 1")
+        if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise _bad("head.sha256", self.sha256, "64 hexadecimal digits")
+
+    @classmethod
+    def of(cls, value: Any) -> Head:
+        """Read the value of the key; errors as of `Spec.from_config`."""
+        if not isinstance(value, Mapping) or value.keys() != {"rank", "sha256"}:
+            raise _bad("head", value, "an object with the keys rank and sha256")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The `diffusion` block of `config.json`; every key is required, but `head` belongs to format 2
+    alone.
+
+    Attributes:
+        format: version of the block, 1, or 2 with a head; a reader refuses a higher one.
         noise: forward process; `mask` is absorbing.
         mask_token_id: id of the absorbing state.
         attention: `causal_context`, `block_causal` or `full`.
@@ -35,6 +63,7 @@ class Spec:
         local_window: whether the base's sliding window was `kept` or `dropped`; `None` if it had
             none.
         max_length: length in tokens of the longest row trained on.
+        head: the diffusion head; `None` if there is none.
 
     Raises:
         Ar2DiffError: a value that this version cannot honour; it names the key, not the file.
@@ -49,12 +78,13 @@ class Spec:
     ar_mode: bool
     local_window: str | None
     max_length: int
+    head: Head | None = None
 
     def __post_init__(self) -> None:
-        if type(self.format) is int and self.format > FORMAT:
+        if type(self.format) is int and self.format > HEAD_FORMAT:
             raise Ar2DiffError(
                 f"diffusion.format is {shortened(self.format)}; this version of ar2diff reads "
-                f"format {FORMAT}",
+                f"formats up to {HEAD_FORMAT}",
                 "upgrade ar2diff to the version that wrote the checkpoint",
             )
         for name, allowed in (
@@ -71,6 +101,8 @@ class Spec:
         for name in ("format", "mask_token_id", "max_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "an integer of at least 0")
+        if (self.format == HEAD_FORMAT) != (self.head is not None):
+            raise ValueError(f"format {self.format} with head {self.head}")
         if self.attention == "full":
             if self.block_length is not None:
                 raise _bad("block_length", self.block_length, "null, because attention is full")
@@ -94,9 +126,10 @@ class Spec:
                 f"diffusion is {shortened(block)}, but must be a JSON object",
                 "convert the base model again",
             )
-        names = [field.name for field in fields(cls)]
         version = block.get("format", 0)
-        if type(version) is int and version > FORMAT:  # its keys may be unknown to this version
+        with_head = version == HEAD_FORMAT
+        names = [f.name for f in fields(cls) if f.name != "head" or with_head]
+        if type(version) is int and version > HEAD_FORMAT:  # its keys may be unknown here
             cls(**{name: block.get(name) for name in names})
         for key in block:
             if key not in names:
@@ -107,7 +140,8 @@ class Spec:
         for name in names:
             if name not in block:
                 raise Ar2DiffError(f"diffusion.{name} is missing", "convert the base model again")
-        spec = cls(**block)
+        head = {"head": Head.of(block["head"])} if with_head else {}
+        spec = cls(**{**block, **head})
         beside = config.get("mask_token_id")
         if type(beside) is not int or beside != spec.mask_token_id:
             raise Ar2DiffError(
@@ -119,7 +153,10 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written in `config.json`."""
-        return asdict(self)
+        block = asdict(self)
+        if self.head is None:
+            del block["head"]
+        return block
 
 
 def _bad(name: str, value: Any, wanted: str) -> Ar2DiffError:

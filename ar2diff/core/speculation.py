@@ -185,7 +185,7 @@ class _Group:
         """Forward the rows once, accept candidates and draft anew."""
         canvas = self.own.canvas
         alive = [not canvas.over[row] for row in self.rows]
-        target, ahead = self.reader.read(
+        target, ahead, hidden = self.reader.read(
             canvas.ids, self.rows, self.front, self.newest, self.trees, self.drafts
         )
         canvas.count([row for row, live in zip(self.rows, alive, strict=True) if live])
@@ -204,7 +204,7 @@ class _Group:
             front + (len(path) + 1 if live else 0)
             for front, path, live in zip(self.front, paths, alive, strict=True)
         ]
-        self._draft(ends, ahead)
+        self._draft(ends, ahead, hidden)
 
     def select(self, keep: list[int]) -> None:
         """Continue with some of the rows."""
@@ -268,12 +268,12 @@ class _Group:
             for row in self.rows:
                 self.own.noise.forget(row, canvas.front[row])
 
-    def _draft(self, ends: list[int], ahead: Tensor) -> None:
+    def _draft(self, ends: list[int], ahead: Tensor | None, hidden: Tensor | None) -> None:
         """New candidates for what follows the newest token of each row.
 
         Args:
             ends: the node at which each row's walk ended.
-            ahead: [R, M, K, V] draft logits behind the candidates with masks.
+            ahead: [R, M, K, V] draft logits behind the candidates with masks. hidden: [R, M, K, H].
         """
         drafts, self.drafts = self.drafts, self.pace.drafts()
         if not drafts and not self.drafts:
@@ -285,23 +285,24 @@ class _Group:
         self.trees = [Tree() for _ in blocks]
         have = [line for line, block in enumerate(blocks) if block >= 0]
         if have:
-            logits = ahead[torch.tensor(have), torch.tensor([blocks[line] for line in have])]
-            guesses = self._guesses(have, logits)
+            at = torch.tensor(have), torch.tensor([blocks[line] for line in have])
+            guesses = self._guesses(have, ahead[at], None if hidden is None else hidden[at])
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
         self.pace.plan(self.trees, self.drafts)
 
-    def _guesses(self, lines: list[int], logits: Tensor) -> Guesses:
-        """Guesses from the draft logits [R', K, V] of some of the rows."""
+    def _guesses(self, lines: list[int], logits: Tensor, hidden: Tensor | None) -> Guesses:
+        """Guesses from the draft logits [R', K, V] of some of the rows, and their hidden states."""
         count, drafts = logits.shape[:2]
         rows = [self.rows[line] for line in lines for _ in range(drafts)]
         position = [self.front[line] + ahead for line in lines for ahead in range(drafts)]
         logits = self._possible(logits.flatten(0, 1), rows, position)
         scores = self._scores(logits, rows, position, None).view(count, drafts, -1)
-        head = None if self.own.draft is None else self.own.draft.head
+        head = None if hidden is None else self.own.draft.head
+        gates = None if hidden is None else head.gates(hidden)
         temperature = self.own.chooser.options.temperature or 1.0
         newest = torch.tensor([self.newest[line] for line in lines])
-        return Guesses(scores, newest, head, temperature)
+        return Guesses(scores, newest.to(scores.device), head, gates, temperature)
 
     def _contexts(self, size: int) -> Tensor | None:
         """[R * size, T] what stands before the token after the newest token and each candidate,

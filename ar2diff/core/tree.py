@@ -1,9 +1,9 @@
 """Candidates for a row's next tokens: a chain, or a tree of several continuations.
 
-Draft logits give guesses at each of the next positions. Along a path the bigram head corrects each
-guess by the one before it. `chain` follows the likeliest path; `likeliest` takes the likeliest
-nodes of all paths (DDTree, 2604.12989). A model's own tokens decide which
-candidates are accepted, so nothing here can change what is written.
+Draft logits give guesses at each of the next positions. Along a path the head corrects each guess
+by those before it. `chain` follows the likeliest path; `likeliest` takes the likeliest nodes of all
+paths (DDTree, 2604.12989). A model's own tokens decide which candidates are accepted, so nothing
+here can change what is written.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import BigramHead
+from .head import DraftHead
 
 BEAM = 8  # paths that are followed, and candidates that can follow one token
 
@@ -112,33 +112,38 @@ class Guesses:
         scores: [R, K, V] of draft slots, after temperature and filters, with the noise of their
             positions.
         newest: [R] the token before the first of the positions.
-        head: corrects a guess by the one before it; None: each ignores the others.
-        temperature: by which the head's bias is divided.
+        head: corrects a guess by those before it; None: each ignores the others.
+        gates: [R, K, r] of the head. temperature: by which its bias is divided.
     """
 
     scores: Tensor
     newest: Tensor
-    head: BigramHead | None
+    head: DraftHead | None
+    gates: Tensor | None
     temperature: float
 
-    def _after(self, place: int, before: Tensor) -> Tensor:
-        """[R, B, V] scores at a position, after each of B tokens [R, B] (without a head, B is 1:
-        they do not matter)."""
+    def _after(self, place: int, memory: Tensor | None) -> Tensor:
+        """[R, B, V] scores at a position after each of B paths, whose memory is [R, B, r]."""
         scores = self.scores[:, place, None]
-        if self.head is None:
+        if memory is None:
             return scores
-        return scores + self.head(before.to(scores.device)).to(scores) / self.temperature
+        bias = (memory * self.gates[:, place, None]) @ self.head.after
+        return torch.add(scores, bias, alpha=1 / self.temperature)
+
+    def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:
+        """The head's memory [R, B, r] after tokens [R, B]."""
+        return None if self.head is None else self.head.remember(tokens, memory)
 
     def chain(self, length: int) -> list[Tree]:
-        """The likeliest guess at each position, given the one before it."""
-        found, before = [], self.newest[:, None]
+        """The likeliest guess at each position, given those before it."""
+        found, memory = [self.newest[:, None]], None
         for place in range(length):
-            before = self._after(place, before).argmax(-1)
-            found.append(before)
+            memory = self._remember(found[-1], memory)
+            found.append(self._after(place, memory).argmax(-1))
         parents, depths = list(range(-1, length - 1)), list(range(1, length + 1))
         return [
             Tree(tokens, parents[:], depths[:], [1.0] * length)
-            for tokens in torch.cat(found, 1).tolist()
+            for tokens in torch.cat(found[1:], 1).tolist()
         ]
 
     def likeliest(self, nodes: int) -> list[Tree]:
@@ -148,23 +153,24 @@ class Guesses:
         than a path that ranks among the nodes.
         """
         rows, beam = len(self.newest), min(BEAM, nodes)
-        before, chance = self.newest[:, None], self.scores.new_zeros(rows, 1)
+        memory = self._remember(self.newest[:, None], None)
+        chance = self.scores.new_zeros(rows, 1)
         levels: list[tuple[Any, Any, Any]] = []
         for place in range(self.scores.shape[1]):
-            after = self._after(place, before).log_softmax(-1)
+            after = self._after(place, memory).log_softmax(-1)
             best, tokens = after.topk(min(beam, after.shape[-1]), -1)
-            paths = (chance[:, :, None] + best).flatten(1)
-            size = best.shape[-1]
+            paths, size = (chance[:, :, None] + best).flatten(1), best.shape[-1]
+            tokens = tokens.expand(-1, chance.shape[1], -1).flatten(1)
             chance, at = paths.topk(min(beam, paths.shape[1]), -1)
-            tokens = tokens.expand(rows, len(before[0]), size).flatten(1).gather(1, at)
-            levels.append((tokens.tolist(), (at // size).tolist(), chance.tolist()))
-            before = tokens
+            tokens, parents = tokens.gather(1, at), at // size
+            levels.append((tokens.tolist(), parents.tolist(), chance.tolist()))
             if place and all(_ranks_below(levels, row, nodes) for row in range(rows)):
                 break
-        return [
-            _tree_of([[part[row] for part in level] for level in levels], nodes)
-            for row in range(rows)
-        ]
+            if memory is not None:
+                own = parents[..., None].expand(-1, -1, memory.shape[-1])
+                memory = self._remember(tokens, memory.gather(1, own))
+        by_row = [[[part[row] for part in level] for level in levels] for row in range(rows)]
+        return [_tree_of(own, nodes) for own in by_row]
 
 
 def _ranks_below(levels: list[tuple[Any, Any, Any]], row: int, nodes: int) -> bool:

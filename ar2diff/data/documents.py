@@ -19,10 +19,11 @@ from ..config.recipe import Recipe
 from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import block_times, complement, corrupt
-from ..diffusion.objective import cart_weights, coefficients, time_weights
+from ..diffusion.noise import Law, block_times, complement, corrupt, importance
+from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
 from .sources import Document, Documents
 
+DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
 OPEN_ROWS = 16  # rows that a part may still be packed into
 
 
@@ -170,6 +171,16 @@ def block_length_at(recipe: Recipe, step: int) -> int | None:
     return anneal.lengths[step * len(anneal.lengths) // anneal.steps]
 
 
+def law_of(recipe: Recipe) -> Law:
+    """The distribution of the noise level that a recipe asks for."""
+    return Law(recipe.noise.law, recipe.noise.all_share)
+
+
+def weighs_law(recipe: Recipe) -> bool:
+    """Whether the weights of masked tokens depend on the law of the noise level."""
+    return recipe.objective.weight == "1/t" and recipe.noise.law != "uniform"
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
@@ -180,8 +191,10 @@ class Collator:
     rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
-        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, eos; scalars: divisor, ar_divisor,
-        tokens, step (the optimizer step that these rows belong to, on whichever rank)."""
+        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, written (tokens that an AR model
+        writes: none beyond the end of a text), eos, drawn (tokens that a diffusion head corrects
+        although the one before is masked); scalars: divisor, ar_divisor, tokens, step (the
+        optimizer step that these rows belong to, on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
@@ -195,9 +208,10 @@ class Collator:
             "weight": torch.zeros(size),
             "real": torch.zeros(size, dtype=torch.bool),
             "eos": torch.zeros(size, dtype=torch.bool),
+            "drawn": torch.zeros(size, dtype=torch.bool),
         }
         masked = torch.zeros(views, *size, dtype=torch.bool)
-        t = torch.zeros(views, *size, dtype=torch.double)
+        t, ratio = torch.zeros(2, views, *size, dtype=torch.double)
         for r, row in enumerate(rows):
             start = 0
             for number, part in enumerate(row):
@@ -205,8 +219,10 @@ class Collator:
                 place = (r, slice(start, end))
                 self._place(batch, place, number, part)
                 masked[:, r, start:end], t[:, r, start:end] = self.noise(part, size_of_block)
+                ratio[:, r, start:end] = self._ratio(part, size_of_block, t[:, r, start:end])
                 start = end
-        return self._finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
+        batch["ratio"] = ratio.flatten(0, 1)
+        return self.finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
 
     def _place(self, batch: dict[str, Tensor], place: Any, number: int, part: DocumentPart) -> None:
         n = len(part.ids)
@@ -221,14 +237,25 @@ class Collator:
         batch["pos"][place] = torch.arange(n)
         batch["weight"][place] = weight
         batch["real"][place] = torch.arange(n) < part.real
+        if self.recipe.convert.head_rank is not None:
+            batch["drawn"][place] = self.drawn(part)
+
+    def drawn(self, part: DocumentPart) -> Tensor:
+        """[n] bool, the tokens of a part that are predicted with the diffusion head's bias although
+        the token before them is masked, as if that had been drawn just before: the head learns what
+        a step of the sampler needs of it, and the model what it predicts without. A function of
+        (seed, epoch, the part's ids), like the noise."""
+        seed, key = self.recipe.train.seed, content_key(part.ids[: part.real])
+        generator = keyed_generator(seed, part.epoch, key, 2)
+        return torch.rand(len(part.ids), generator=generator) < DRAWN
 
     def noise(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
         """[views, n] masked and t of a part: a function of (seed, epoch, the part's ids)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
-        n, key = len(part.ids), content_key(part.ids[: part.real])
-        size = block_length or n
-        maskable, block = self._maskable(torch.tensor(part.ids)), torch.arange(n) // size
+        key = content_key(part.ids[: part.real])
+        maskable, block = self._blocks(part, block_length)
         times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, part.document)
+        times = law_of(self.recipe).times(times)
         generator = keyed_generator(seed, part.epoch, key)
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
         if not noise.complementary:
@@ -236,26 +263,48 @@ class Collator:
         other, other_t = complement(maskable, block, masked, t)
         return torch.stack([masked, other]), torch.stack([t, other_t])
 
+    def _ratio(self, part: DocumentPart, block_length: int | None, t: Tensor) -> Tensor:
+        """[views, n] factors that keep the weight 1/t that of the bound under any law."""
+        if not weighs_law(self.recipe):
+            return torch.ones_like(t)
+        maskable, block = self._blocks(part, block_length)
+        law, both = law_of(self.recipe), self.recipe.noise.complementary
+        return torch.stack([importance(maskable, block, view, law, both) for view in t])
+
+    def _blocks(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
+        """[n] which tokens of a part may be masked, and the block of each."""
+        n = len(part.ids)
+        return self._maskable(torch.tensor(part.ids)), torch.arange(n) // (block_length or n)
+
     def _maskable(self, ids: Tensor) -> Tensor:
         """Position 0 is never masked nor scored, and neither is a mask token within the text."""
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
 
-    def _finish(
+    def finish(
         self, batch: dict[str, Tensor], masked: Tensor, t: Tensor, block_length: int | None
     ) -> dict[str, Tensor]:
+        """The batch with its noise, weights and divisors; see `__call__`.
+
+        Args:
+            batch: [B, L] x0, doc, pos, weight (how much a token counts), real (tokens in the AR
+                loss), eos; ratio [views * B, L], factors on the weights.
+            masked, t: [views, B, L].
+        """
         views, objective = len(masked), self.recipe.objective
+        ratio = batch.pop("ratio")
         batch = {name: x.repeat(views, 1) for name, x in batch.items()}
         masked, t = masked.flatten(0, 1), t.flatten(0, 1)
         if objective.weight == "cart":
             block = batch["pos"] // (block_length or batch["pos"].shape[1])
             times = cart_weights(masked, batch["real"], batch["doc"], block, objective.cart_p)
         else:
-            times = time_weights(t, objective.weight)
+            times = time_weights(t, objective.weight) * ratio
         coef, divisor = coefficients(
             masked, batch["weight"], batch["doc"], times, objective.normaliser
         )
         # The AR mode stops at the first EOS.
         ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.mask_token_id)
+        divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, ar.sum())
         return {
             "x0": batch["x0"],
             "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
@@ -265,8 +314,10 @@ class Collator:
             "doc": batch["doc"],
             "pos": batch["pos"],
             "ar": ar,
+            "written": ar,
             "eos": batch["eos"],
+            "drawn": batch["drawn"],
             "divisor": divisor,
-            "ar_divisor": ar.sum(),
+            "ar_divisor": ar_divisor,
             "tokens": (batch["doc"] != PADDING).sum(),
         }

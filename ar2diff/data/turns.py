@@ -24,9 +24,9 @@ from torch.utils.data import IterableDataset
 from ..config.recipe import Recipe
 from ..core.attention import PADDING, reading_slot
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import block_times, complement, corrupt
-from ..diffusion.objective import coefficients, time_weights
-from .documents import pack
+from ..diffusion.noise import block_times, complement, corrupt, importance
+from ..diffusion.objective import coefficients, joint_divisors, time_weights
+from .documents import law_of, pack, weighs_law
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -222,12 +222,13 @@ class TurnCollator:
         self, numbered: Sequence[tuple[int, Sequence[ConversationPart]]]
     ) -> dict[str, Tensor]:
         """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
-        (slot at which a masked token is predicted), coef, t, eos, ar; scalars: divisor, ar_divisor,
-        tokens."""
+        (slot at which a masked token is predicted), before (slot of the clean copy of the token
+        before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar; scalars:
+        divisor, ar_divisor, tokens."""
         views = 2 if self.recipe.noise.complementary else 1
         rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
         size = max(len(row["pos"]) for row in rows)
-        fill = {"doc": PADDING, "seq": PADDING}
+        fill = {"doc": PADDING, "seq": PADDING, "before": -1}
         batch = {
             name: torch.stack([_padded(row[name], size, fill.get(name, 0)) for row in rows])
             for name in rows[0]
@@ -237,15 +238,16 @@ class TurnCollator:
             masked,
             batch.pop("weight"),
             batch.pop("seq"),
-            time_weights(batch["t"], objective.weight),
+            time_weights(batch["t"], objective.weight) * batch.pop("ratio"),
             objective.normaliser,
         )
+        divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, batch["ar"].sum())
         return {
             **batch,
             "input_ids": torch.where(masked, self.mask_token_id, batch["target"]),
             "coef": coef.to(torch.get_default_dtype()),
             "divisor": divisor,
-            "ar_divisor": batch["ar"].sum(),
+            "ar_divisor": ar_divisor,
             "tokens": ((batch["doc"] != PADDING) & ~batch["noisy"]).sum()
             if self.recipe.convert.block_length
             else (batch["doc"] != PADDING).sum(),
@@ -277,6 +279,8 @@ class TurnCollator:
                     own,
                     clean + copy["pos"],
                 )
+                before = clean + copy["pos"] - 1
+                copy["before"] = torch.where(copy["pos"] < turn.end, before, -1)
                 copy["block"] = copy["start"] // (grid or count) + blocks
                 blocks = int(copy["block"].max()) + 1
                 copies.append(copy)
@@ -302,9 +306,15 @@ class TurnCollator:
         # A run of end tokens counts as one.
         weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)
         masked, t = self._noise(part, turn, maskable, pos, view)
+        ratio = torch.ones_like(t)
+        if weighs_law(self.recipe):
+            block = (pos - first) // (grid or len(pos))
+            both = self.recipe.noise.complementary
+            ratio = importance(maskable, block, t, law_of(self.recipe), both)
         return {
             "target": target, "pos": pos, "noisy": torch.ones_like(maskable), "masked": masked,
-            "t": t, "weight": weight, "eos": eos, "ar": torch.zeros_like(maskable),
+            "t": t, "ratio": ratio, "weight": weight, "eos": eos,
+            "ar": torch.zeros_like(maskable),
             "start": pos // grid * grid if grid else torch.zeros_like(pos),
         }  # fmt: skip
 
@@ -317,6 +327,7 @@ class TurnCollator:
         size = self.recipe.convert.block_length or len(pos)
         block = (pos - pos[0]) // size
         times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, key)
+        times = law_of(self.recipe).times(times)
         generator = keyed_generator(seed, part.epoch, key)
         masked, t = corrupt(maskable, block, times, generator, noise.complementary)
         if view:
@@ -333,6 +344,7 @@ class TurnCollator:
         zeros = torch.zeros(len(ids))
         return {
             "target": ids, "pos": pos, "noisy": none, "masked": none, "t": zeros.double(),
+            "ratio": zeros.double(), "before": torch.full_like(pos, -1),
             "weight": zeros, "eos": none, "ar": ar & (ids != self.mask_token_id),
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),

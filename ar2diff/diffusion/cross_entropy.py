@@ -43,11 +43,16 @@ class WeightedLoss:
         total: scalar, sum_i coef_i * -log p(target_i).
         ce: [N] -log p(target), detached.
         right: [N] bool, whether the target is the likeliest token.
+        terms: the terms of the first positions, if they are not the cross-entropies alone;
+            detached.
+        divergence: what distillation added for some of them, detached.
     """
 
     total: Tensor
     ce: Tensor
     right: Tensor
+    terms: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 def loss_of_logits(
@@ -66,16 +71,29 @@ def loss_of_logits(
 
 def loss_of_hidden(
     head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
-    suppressed: Tensor | None, first: int,
+    suppressed: Tensor | None, first: int, added: tuple[Tensor, Tensor] | None = None,
 ) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given the inputs of the output head, [N, H], without making the logits.
-    For models that satisfy `has_plain_head`."""
-    weight, bias, device = head.weight, head.bias, hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        weight, hidden = weight.to(dtype), hidden.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    For models that satisfy `has_plain_head`.
+
+    Args:
+        added: [N, r] and [r, V], whose product is added to the logits.
+    """
+    weight = head.weight
+    if added is not None:  # one linear layer with a longer input
+        hidden = torch.cat([hidden, added[0].to(hidden.dtype)], 1)
+        weight = torch.cat([weight, added[1].T.to(weight.dtype)], 1)
+    hidden, weight, bias = cast_for_autocast(hidden, weight, head.bias)
     return WeightedLoss(*_OfHidden.apply(hidden, weight, bias, coef, target, suppressed, first))
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the type that a matrix product has here: another one under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in tensors]
 
 
 def has_plain_head(model: Any) -> bool:

@@ -13,11 +13,17 @@ DSpark (2607.05147) trains drafts with 0.1 ce + 0.9 tv.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .cross_entropy import cast_for_autocast
+
+PART = 1 << 21  # logits processed at a time: a divergence needs several tensors of their size
 SHARPNESS = 3.0  # of lambda in lk
 
 
@@ -86,3 +92,141 @@ def _lk(log_q: Tensor, p: Tensor, target: Tensor) -> Tensor:
 
 
 _KINDS = {"ce": _ce, "kl": _kl, "tv": _tv, "lk": _lk}
+
+
+def later_visible(visible: Tensor, block: Tensor) -> Tensor:
+    """Whether a later token of the same block is visible, [B, L] bool. The AR prediction of a
+    token, which sees none after it, is a valid target only where this is False.
+
+    Args:
+        visible: [B, L] bool, tokens that the model sees, neither masked nor padding.
+        block: [B, L] int of at least 0, the block of each token within its row.
+    """
+    place = torch.arange(block.shape[1], device=block.device).expand_as(block)
+    last = torch.full((len(block), int(block.max()) + 1), -1, device=block.device)
+    last.scatter_reduce_(1, block, place.masked_fill(~visible, -1), "amax")
+    return last.gather(1, block) > place
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The logits of N positions, or the inputs of the output head, from which they are made a few
+    rows at a time.
+
+    Attributes:
+        rows: [N, V] logits, or [N, H] inputs.
+        weights: the weight [V, H] of the head and its bias [V], if it has one; () for logits.
+    """
+
+    rows: Tensor
+    weights: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of_head(cls, head: torch.nn.Linear, inputs: Tensor) -> Readout:
+        """A readout through the head of a model that satisfies `has_plain_head`."""
+        inputs, weight, bias = cast_for_autocast(inputs, head.weight, head.bias)
+        return cls(inputs, (weight,) if bias is None else (weight, bias))
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return len(self.weights[0]) if self.weights else self.rows.shape[1]
+
+    def __getitem__(self, chosen: Any) -> Readout:
+        """The readout of some of the positions."""
+        return Readout(self.rows[chosen], self.weights)
+
+    def logits(self, rows: slice) -> Tensor:
+        """[n, V], without a gradient."""
+        with torch.no_grad():
+            return logits_of(self.rows[rows], *self.weights)
+
+
+def logits_of(rows: Tensor, *weights: Tensor) -> Tensor:
+    """Logits [n, V] of rows of a `Readout` and its weights."""
+    return torch.nn.functional.linear(rows, *weights) if weights else rows
+
+
+def distillation_loss(
+    kind: str, q: Readout, p: Readout, target: Tensor, coef: Tensor, suppressed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of divergences, sum_i coef_i D_i, and the divergences themselves, [N]
+    detached. Logits exist only a few rows at a time.
+
+    Args:
+        kind, target: as for `divergence`.
+        q: of the model that learns. p: of the AR model, into which no gradient flows.
+        coef: [N] float.
+        suppressed: [V] bool, ids that no position can hold: q and p are normalized without them.
+    """
+
+    def of_part(rows: slice, part: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        own = logits_of(*part, *weights).masked_fill(suppressed, float("-inf"))
+        other = p.logits(rows).masked_fill(suppressed, float("-inf"))
+        return divergence(kind, own, other, target[rows])
+
+    return sum_in_parts(of_part, coef, max(1, PART // q.width), (q.rows,), q.weights)
+
+
+def sum_in_parts(
+    of_part: Callable[[slice, Sequence[Tensor], Sequence[Tensor]], Tensor],
+    coef: Tensor,
+    size: int,
+    by_row: Sequence[Tensor],
+    shared: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """sum_i coef_i term_i, where the terms are computed a few rows at a time and their gradients in
+    the same pass: whatever a part needs in between is freed before the next one.
+
+    Args:
+        of_part: the terms [n] of some rows, given (their slice, `by_row` of these rows, `shared`);
+            differentiable with respect to both.
+        coef: [N] float, constants. size: rows in a part.
+        by_row: tensors with N rows. shared: tensors that all rows need.
+
+    Returns:
+        The sum, with the gradient; the terms [N], detached.
+    """
+    return _InParts.apply(of_part, coef, size, len(by_row), *by_row, *shared)
+
+
+class _InParts(torch.autograd.Function):
+    """Computes the gradients in the forward pass; the result is a sum, so the backward pass only
+    has to scale them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, of_part: Any, coef: Tensor, size: int, count: int, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needed = ctx.needs_input_grad[4:]
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        coef, terms = coef.to(dtype), torch.empty(len(coef), dtype=dtype, device=coef.device)
+        sums = [
+            torch.zeros_like(x, dtype=dtype) if wanted else None
+            for x, wanted in zip(inputs, needed, strict=True)
+        ]
+        for start in range(0, len(coef), size):
+            rows = slice(start, start + size)
+            with torch.enable_grad(), torch.autocast(coef.device.type, enabled=False):
+                part = [
+                    (x[rows] if n < count else x).detach().requires_grad_(wanted)
+                    for n, (x, wanted) in enumerate(zip(inputs, needed, strict=True))
+                ]
+                values = of_part(rows, part[:count], part[count:]).to(dtype)
+                terms[rows] = values.detach()
+                wanted = [n for n, use in enumerate(needed) if use]
+                if not wanted:
+                    continue
+                found = torch.autograd.grad((coef[rows] * values).sum(), [part[n] for n in wanted])
+            for n, gradient in zip(wanted, found, strict=True):
+                (sums[n][rows] if n < count else sums[n]).add_(gradient)
+        ctx.save_for_backward(*sums)
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.mark_non_differentiable(terms)
+        return (coef * terms).sum(), terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Any, ...]:
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *[None] * 4, *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made)

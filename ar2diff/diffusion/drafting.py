@@ -36,12 +36,14 @@ class Predictions:
     Attributes:
         q, p: [N, H] the states that the output head maps to logits, or the logits [N, V], of the
             adapter (without its head) and of the model.
+        hidden: [M, K - 1, H] the states behind q.
         target, previous: [M, K - 1] the tokens, and the tokens before them.
         weight: [M, K - 1] of each in the loss.
     """
 
     q: Tensor
     p: Tensor
+    hidden: Tensor
     target: Tensor
     previous: Tensor
     weight: Tensor
@@ -98,7 +100,7 @@ class Drafting(torch.nn.Module):
         bias = found.q.new_zeros(len(found.q), 0)
         after = bias.new_zeros(0, len(self._base[1]))
         if self.draft.head is not None:
-            bias = self.draft.head.before[found.previous.flatten()]
+            bias = self.draft.head.along(found.previous, found.hidden).flatten(0, 1)
             after = self.draft.head.after
         total, stats = _InParts.apply(
             found.q, bias, after, found, self._judge, max(1, PART // len(self._base[1]) // width)
@@ -116,20 +118,20 @@ class Drafting(torch.nn.Module):
         row = torch.arange(rows, device=column.device)[:, None, None]
         own = torch.arange(slots, device=column.device).view(column.shape[1:])
         before = [(row * length + column)[kept], (row * slots + own)[kept]]
-        p, q = self.read(batch, *(index[:, :-1].flatten() for index in before))
-        ids = batch["x0"].flatten()[before[0]]
-        return Predictions(q, p, ids[:, 1:], ids[:, :-1], batch["weight"][kept])
+        p, q, hidden = self.read(batch, *(index[:, :-1].flatten() for index in before))
+        ids, weight = batch["x0"].flatten()[before[0]], batch["weight"][kept]
+        return Predictions(q, p, hidden.view(*weight.shape, -1), ids[:, 1:], ids[:, :-1], weight)
 
     def read(
         self, batch: Mapping[str, Tensor], clean: Tensor, noisy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both forwards: p of `Predictions` at some slots of the clean rows, and q at some slots of
-        the blocks. (Slots are those of the flattened batch.)"""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both forwards: p of `Predictions` at some slots of the clean rows, and q and the states
+        [N, H] behind it at some slots of the blocks. (Slots are those of the flattened batch.)"""
         doc, pos = batch["doc"], batch["pos"]
         length, cache = doc.shape[1], DynamicCache()
         shown = Slots(doc, pos, torch.zeros_like(doc).bool())
         with torch.no_grad():
-            p = self._read(
+            p, _ = self._read(
                 clean, cache, input_ids=batch["x0"], attention_mask=self._mask(shown),
                 position_ids=pos,
             )  # fmt: skip
@@ -142,11 +144,11 @@ class Drafting(torch.nn.Module):
         )
         mask = self._mask(slots, range(length, length + blocks.shape[1]))
         with self.draft.applied(self.base, slice(0, None)):
-            q = self._read(
+            q, hidden = self._read(
                 noisy, cache, input_ids=batch["noisy_ids"], attention_mask=mask,
                 position_ids=batch["noisy_pos"],
             )  # fmt: skip
-        return p, q
+        return p, q, hidden
 
     def _mask(self, slots: Slots, queries: range | None = None) -> Any:
         spec = self.spec
@@ -155,16 +157,13 @@ class Drafting(torch.nn.Module):
             queries=queries,
         )  # fmt: skip
 
-    def _read(self, index: Tensor, cache: Any, **inputs: Any) -> Tensor:
-        """The inputs of the output head at some slots; its logits if it is not a plain one."""
-        base = self.base
+    def _read(self, index: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The inputs of the output head at some slots, or its logits if it is not a plain one; and
+        these inputs."""
         states: list[Tensor] = []
-
-        def keep(_head: Any, found: Tensor) -> None:
-            states.append(found)
-
-        output = output_at(base, index, cache=cache, instead=keep if self.plain else None, **inputs)
-        return states[0] if self.plain else output.logits[0]
+        instead = (lambda _head, _states: None) if self.plain else None
+        output = output_at(self.base, index, cache=cache, instead=instead, read=states, **inputs)
+        return states[0] if self.plain else output.logits[0], states[0]
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, V] of states of `Predictions`, without the suppressed ids."""

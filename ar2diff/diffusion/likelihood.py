@@ -7,6 +7,10 @@ For a block of n tokens
 which averages the chain rule over all orders (LLaDA, Nie et al. 2025, eq. 6). The bound for a row
 is the sum over its blocks, each given the clean blocks before it. The draws of a block are
 stratified in k.
+
+With a diffusion head, p(x_i | x_notS) is softmax(U_i + W1[x_{i-1}] W2) where x_{i-1} is visible,
+and softmax(U_i) where it is masked: what the sampler draws a token from that it decides alone. The
+bound is thus that of drawing one token at a step, in random order. It reads no masked token.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from ..core.attention import PADDING, Slots
 from ..core.forward import logits_at
+from ..core.head import head_of
 from ..core.seeds import content_key, keyed_generator
 from ..core.spec import Spec
 from .cross_entropy import cross_entropy
@@ -130,6 +135,9 @@ def masked_nll(
     xt = torch.where(masked, spec.mask_token_id, x0)
     task = masked_task(x0, xt, masked, doc, pos, spec)
     logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
+    head = head_of(model, spec)
+    if head is not None:
+        logits = logits + head(task.previous).to(logits)
     return cross_entropy(logits, task.target, suppressed.to(device)).cpu()
 
 

@@ -4,10 +4,13 @@ The noise depends only on the seed, the epoch and the document's ids, so batchin
 and resuming do not change it. Instead of drawing a Bernoulli(t) per token, we mask exactly k of the
 n tokens in a block, with k = ceil(t n) and t ~ U(0, 1). Then k is uniform on 1..n, no block is left
 unmasked, and the weight n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al.
-2025, eq. 6).
+2025, eq. 6). Other laws of t make other k more likely; their weight is n / k times 1 / (n P(k)).
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +18,64 @@ from torch import Tensor
 from ..core.seeds import keyed_generator
 
 GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
+
+
+@dataclass(frozen=True)
+class Law:
+    """The distribution of times in (0, 1).
+
+    Attributes:
+        kind: `uniform`; `bell`, Beta(2, 2), with density 6 t (1 - t), which trains masked models
+            faster than the uniform law (2605.13026, for another bell); or `all`: 1 with
+            probability `share`, otherwise uniform.
+        share: see `all`.
+    """
+
+    kind: str = "uniform"
+    share: float = 0.0
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """The inverse of the distribution function, so that stratified uniforms become stratified
+        times; `uniform` itself for the law of that name."""
+        if self.kind == "uniform":
+            return uniform
+        u = uniform.double()
+        if self.kind == "bell":  # the root in [0, 1] of 3 t^2 - 2 t^3 = u
+            return 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)
+        return torch.where(u < 1 - self.share, u / max(1 - self.share, math.ulp(1)), 1.0)
+
+    def below(self, t: Tensor) -> Tensor:
+        """The distribution function, P(time <= t)."""
+        if self.kind == "uniform":
+            return t
+        if self.kind == "bell":
+            return t * t * (3 - 2 * t)
+        return torch.where(t < 1, (1 - self.share) * t, 1.0)
+
+    @property
+    def mean(self) -> float:
+        """The mean time: the share of the tokens that are masked."""
+        return (1 + self.share) / 2 if self.kind == "all" else 0.5
+
+
+def importance(
+    maskable: Tensor, block: Tensor, t: Tensor, law: Law, complementary: bool = False
+) -> Tensor:
+    """[L] double: how much likelier the uniform law makes each block's number of masked tokens than
+    `law` does. This factor on the weight 1/t keeps the loss an unbiased estimate of the bound. It
+    is 0 for a block in which nothing can be masked.
+
+    Args:
+        maskable, block, complementary: as passed to `corrupt` with times of the law. t: as it
+            returned it.
+    """
+    count = torch.zeros(int(block.max()) + 1, dtype=torch.long)
+    count = count.index_add_(0, block, maskable.long())[block]
+    cells = count + complementary  # of equal width in t, one for each possible k
+    last = (t * cells).round() + complementary  # right edge of the cell of k
+    cells = cells.clamp(min=1)
+    share = law.below(last / cells) - law.below((last - 1) / cells)
+    return torch.where(count > 0, 1 / (cells * share), 0.0)
 
 
 def block_times(blocks: int, time: str, seed: int, epoch: int, key: int, document: int) -> Tensor:

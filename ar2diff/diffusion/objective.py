@@ -33,8 +33,8 @@ def coefficients(
         seq: [B, L] int, the sequence (packed document) within the row, or `PADDING`.
         time_weight: [B, L] float, w(t) from `time_weights` or `cart_weights`.
         normaliser: `tokens` divides by the number of scored tokens, `masked` by that of masked
-            ones; `sequence` divides each sequence by its own scored tokens, and the sum by the
-            number of sequences.
+            ones (`masked+ar` also, see `joint_divisors`); `sequence` divides each sequence by its
+            own scored tokens, and the sum by the number of sequences.
 
     Returns:
         coef: [B, L] float, zero where nothing is masked. divisor: scalar.
@@ -42,12 +42,26 @@ def coefficients(
     coef = masked * weight * time_weight
     if normaliser == "tokens":
         return coef, weight.sum()
-    if normaliser == "masked":
+    if normaliser in ("masked", "masked+ar"):
         return coef, (weight * masked).sum()
     same = (seq[:, :, None] == seq[:, None, :]) & (seq != PADDING)[:, None, :]
     tokens = (same * weight[:, None, :]).sum(-1)  # [B, L], scored tokens in the same sequence
     sequences = sum(len(row[row != PADDING].unique()) for row in seq)
     return coef / tokens.clamp(min=torch.finfo(tokens.dtype).tiny), torch.tensor(float(sequences))
+
+
+def joint_divisors(normaliser: str, divisor: Tensor, ar: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch's shares of the divisors of the diffusion loss and of the AR loss.
+
+    With `masked+ar` both are their sum, the number of masked tokens plus that of tokens in the AR
+    loss, so that `ar_weight` is the ratio of two tokens' weights. Published joint training
+    (Nemotron-Labs-Diffusion) weighs AR 1.0 to diffusion 0.3, which is an `ar_weight` of 3.3, up to
+    a common factor.
+
+    Args:
+        divisor: scalar from `coefficients`. ar: scalar, the number of tokens in the AR loss.
+    """
+    return (divisor + ar, divisor + ar) if normaliser == "masked+ar" else (divisor, ar)
 
 
 def time_weights(t: Tensor, kind: str) -> Tensor:

@@ -3,13 +3,14 @@ estimators have in common."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.attention import Slots, lay_out, model_mask, reading_slot
+from ..core.head import UNKNOWN
 from ..core.spec import Spec
 
 
@@ -23,6 +24,7 @@ class Task:
         attention, block_length, reveal: the rule of the attention mask, as `model_mask` takes it.
         index: [N] slots, in the flattened [B * S], whose logits predict a token.
         target: [N] the tokens that are predicted there.
+        previous: [N] for a diffusion head, the tokens before them, `UNKNOWN` where masked.
     """
 
     input_ids: Tensor
@@ -32,6 +34,7 @@ class Task:
     index: Tensor
     target: Tensor
     reveal: Tensor | None = None
+    previous: Tensor | None = None
 
     def inputs(self, model: Any, local_window: str | None) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
@@ -61,6 +64,16 @@ def slots_at(columns: Tensor, wanted: Tensor, width: int) -> Tensor:
     return (rows + columns)[wanted]
 
 
+def reading(task: Task, columns: Tensor, wanted: Tensor, tokens: Tensor) -> Task:
+    """A forward pass that predicts other tokens than `task` does.
+
+    Args:
+        columns, wanted: as for `slots_at`. tokens: [B, L], the tokens themselves.
+    """
+    index = slots_at(columns, wanted, task.input_ids.shape[1])
+    return replace(task, index=index, target=tokens[wanted])
+
+
 def masked_task(
     x0: Tensor,
     xt: Tensor,
@@ -72,6 +85,7 @@ def masked_task(
     attention: str | None = None,
     block_length: int | None = None,
     reveal: Tensor | None = None,
+    drawn: Tensor | None = None,
 ) -> Task:
     """The task of predicting every masked token of noised documents.
 
@@ -81,10 +95,28 @@ def masked_task(
         attention, block_length: for an anneal, which differs from the spec; if `attention` is None,
             both are those of the spec.
         reveal: look-ahead edges that an anneal reveals.
+        drawn: for a diffusion head, [B, L] bool, tokens that are predicted as if their left
+            neighbour had been drawn just before them.
     """
     if attention is None:
         attention, block_length = spec.attention, spec.block_length
     input_ids, slots = lay_out(xt, x0, doc, pos, attention)
     columns = reading_slot(pos, attention, block_length, spec.prediction)
     index = slots_at(columns, masked, input_ids.shape[1])
-    return Task(input_ids, slots, attention, block_length, index, x0[masked], reveal)
+    previous = None
+    if spec.head is not None:
+        previous = previous_ids(x0, masked, pos, block_length, drawn)[masked]
+    return Task(input_ids, slots, attention, block_length, index, x0[masked], reveal, previous)
+
+
+def previous_ids(
+    x0: Tensor, masked: Tensor, pos: Tensor, block_length: int | None, drawn: Tensor | None = None
+) -> Tensor:
+    """[B, L] the token before each one, or `UNKNOWN` where that is masked in the same block: a
+    clean copy shows the blocks before. Arguments as of `masked_task`."""
+    known = ~masked.roll(1, 1)
+    if block_length is not None:
+        known |= pos % block_length == 0
+    if drawn is not None:
+        known |= drawn
+    return torch.where(known & (pos > 0), x0.roll(1, 1), UNKNOWN)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from ..checkpoint.model import Checkpoint
 from ..config.draft import Draft
 from ..core.forward import context_length, logits_at
+from ..core.tree import Guesses
 from ..data.blocks import BlockCollator
 from ..data.documents import DocumentPart
 from ..diffusion.cross_entropy import PART, has_plain_head
@@ -107,15 +108,14 @@ class DraftJudge:
 
     def _right(self, batch: dict[str, Tensor]) -> Tensor:
         """[M, K - 1] bool, which drafts are the text, for blocks that end within it."""
-        found = self.drafting.predictions(batch)
-        head = self.drafting.draft.head
+        found, head = self.drafting.predictions(batch), self.drafting.draft.head
         logits = self.drafting.logits(found.q).view(*found.target.shape, -1)
-        before, drawn = found.previous[:, 0], []
-        for k in range(found.target.shape[1]):
-            scores = logits[:, k] if head is None else logits[:, k] + head(before)
-            before = scores.argmax(-1)
-            drawn.append(before)
-        return (torch.stack(drawn, 1) == found.target)[(found.weight > 0).all(1)]
+        drawn = Guesses(
+            logits, found.previous[:, 0], head,
+            None if head is None else head.gates(found.hidden), 1.0,
+        ).chain(logits.shape[1])  # fmt: skip
+        drawn = torch.tensor([tree.tokens for tree in drawn], device=found.target.device)
+        return (drawn == found.target)[(found.weight > 0).all(1)]
 
 
 @torch.no_grad()

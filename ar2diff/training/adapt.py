@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Trainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
-from ..core.attention import reveal_edges
+from ..core.attention import PADDING, Slots, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key
 from ..core.spec import Spec
@@ -25,8 +26,9 @@ from ..data.documents import (
     tokenize,
 )
 from ..data.sources import Documents, find_file, no_data, read_texts
-from ..diffusion.task import masked_task
+from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
+from ..distributed.sharding import holds_shards
 from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
@@ -34,6 +36,7 @@ from .plan import Plan, Verb
 from .request import requested
 from .results import RunPlan, RunResult
 from .run import run
+from .trajectories import is_on_policy, own_states
 
 
 def adapt(
@@ -163,11 +166,37 @@ class AdaptTrainer(Denoising, Trainer):
         task = masked_task(
             x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
             attention=attention, block_length=block_length, reveal=reveal,
+            drawn=inputs["drawn"],
         )  # fmt: skip
         # The clean copy comes after the noisy one; each of its tokens is read one slot before.
         length = x0.shape[1]
         ar_columns = torch.arange(length - 1, 2 * length - 1, device=x0.device).expand_as(x0)
-        return self.loss_task(task, inputs, labels=x0, ar_columns=ar_columns)
+        if self.recipe.objective.distil is None:
+            return self.loss_task(task, inputs, x0, ar_columns)
+        pos, visible = inputs["pos"], ~inputs["masked"] & (inputs["doc"] != PADDING)
+        first = pos % block_length == 0 if block_length else pos == 0
+        reads = reading_slot(pos, attention, block_length, self.spec.prediction)
+        distilled = self.distilled_tokens(
+            inputs["masked"], inputs["written"], visible, first.cumsum(1), reads >= length
+        )
+        if self.teacher is None:
+            source = reading(task, ar_columns, distilled, x0)
+        else:  # the AR model reads the documents themselves
+            plain = Slots(inputs["doc"], pos, torch.zeros_like(distilled))
+            source = Task(x0, plain, "causal_context", 1, task.index, task.target)
+            source = reading(source, ar_columns - length, distilled, x0)
+        return self.loss_task(task, inputs, x0, ar_columns, distilled, source)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The batches of an optimizer step, some of them with the model's own text, and their
+        divisors."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches and is_on_policy(self.recipe, int(batches[0]["step"])):
+            eos = end_token(self.checkpoint)
+            batches = [own_states(self.checkpoint, self.data_collator, b, eos) for b in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each document as one or more rows of its own, with the noise of the first epoch and the
@@ -212,8 +241,12 @@ def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
-    """The trainer for a plan, on its stream of rows."""
-    return AdaptTrainer(
+    """The trainer for a plan, on its stream of rows.
+
+    Raises:
+        Ar2DiffError: the model is to write texts, but no process has all of it.
+    """
+    trainer = AdaptTrainer(
         plan.checkpoint,
         plan.recipe,
         training_arguments(plan.recipe, run_dir),
@@ -221,3 +254,10 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTraine
         data_collator=make_collator(plan.recipe, plan.checkpoint.spec.mask_token_id),
         callbacks=callbacks,
     )
+    if plan.recipe.noise.on_policy and holds_shards(trainer):
+        raise Ar2DiffError(
+            f"{option('noise.on_policy')} cannot be used where each process holds only a part of "
+            "the weights",
+            f"use {option('launch')} ddp or zero2, or leave out {option('noise.on_policy')}",
+        )
+    return trainer

@@ -3,7 +3,7 @@ over `transformers.Trainer`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from transformers import Trainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.attention import PADDING
+from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
+from ..core.head import ATTRIBUTE, UNKNOWN
 from ..diffusion.cross_entropy import (
     WeightedLoss,
     has_plain_head,
     loss_of_hidden,
     loss_of_logits,
 )
+from ..diffusion.distillation import Readout, distillation_loss, later_visible
 from ..diffusion.task import Task, slots_at
+from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
-from .modules import compile_layers
+from .modules import compile_layers, frozen_copy
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
@@ -40,6 +44,9 @@ class LossTask:
             run.
         ar_index, ar_target: [M] the slots that predict the tokens of the AR loss, and those tokens.
         tokens: scalar, the number of real tokens in the batch.
+        distilled: [N] bool, which masked tokens are distilled, D of them; None: none.
+        source: the forward pass, and the slots of it (`index` [D]), in which the AR model predicts
+            these tokens: the teacher's, or that of `task`.
     """
 
     task: Task
@@ -51,6 +58,8 @@ class LossTask:
     ar_index: Tensor
     ar_target: Tensor
     tokens: Tensor
+    distilled: Tensor | None = None
+    source: Task | None = None
 
     def at_masked(self, values: Tensor) -> Tensor:
         """Scatter values [N] of the masked tokens to their places, [B, L], with `IGNORED`
@@ -77,7 +86,17 @@ class Denoising(Running):
         self._seen = Meter(args.device)
         self._fused: bool | None = None  # unknown until the model is on its training device
         self.current_gradient_accumulation_steps = 1  # until `train` counts
+        distil = recipe.objective.distil
+        self.teacher, self._teacher_fuses = None, None
+        if distil is not None and distil.target == "teacher":
+            self.teacher = frozen_copy(checkpoint.model).to(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
+        if self.spec.head is not None and holds_shards(self):
+            raise Ar2DiffError(
+                f"{option('convert.head_rank')} cannot be used where each process holds a shard of "
+                "the weights",
+                "launch with ddp or zero2",
+            )
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
@@ -87,8 +106,32 @@ class Denoising(Running):
         """Rows for the collator whose noise depends only on the seed and their tokens."""
         raise NotImplementedError
 
+    def distilled_tokens(
+        self, masked: Tensor, written: Tensor, visible: Tensor, block: Tensor, clean: Tensor
+    ) -> Tensor:
+        """[B, L] bool, the masked tokens that are distilled as the recipe says.
+
+        Args:
+            masked: [B, L] bool.
+            written: [B, L] bool, tokens that an AR model writes: none beyond the end of a text.
+            visible, block: as for `later_visible`.
+            clean: [B, L] bool, tokens that are predicted at a clean slot, which sees nothing of
+                their block. If the target is the AR mode being trained, their prediction is the
+                target itself, and they keep their cross-entropy.
+        """
+        chosen = masked & written
+        if self.recipe.objective.distil.visible == "left":
+            chosen &= clean | ~later_visible(visible, block)
+        return chosen & ~clean if self.teacher is None else chosen
+
     def loss_task(
-        self, task: Task, batch: dict[str, Tensor], labels: Tensor, ar_columns: Tensor
+        self,
+        task: Task,
+        batch: dict[str, Tensor],
+        labels: Tensor,
+        ar_columns: Tensor,
+        distilled: Tensor | None = None,
+        source: Task | None = None,
     ) -> LossTask:
         """The task of predicting the masked tokens, plus the AR co-loss if the recipe gives it a
         weight.
@@ -97,6 +140,8 @@ class Denoising(Running):
             batch: from the collator: masked, coef, t, eos, ar [B, L]; tokens, a scalar.
             labels: [B, L] all tokens. ar_columns: [B, L] the slots in the row that predict them
                 from left to right.
+            distilled: [B, L] bool, the masked tokens that are distilled; None: none.
+            source: see `LossTask`.
         """
         masked = batch["masked"]
         ar = batch["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
@@ -110,6 +155,8 @@ class Denoising(Running):
             ar_index=slots_at(ar_columns, ar, task.input_ids.shape[1]),
             ar_target=labels[ar],
             tokens=batch["tokens"],
+            distilled=None if distilled is None else distilled[masked],
+            source=source,
         )
 
     def losses(
@@ -117,9 +164,12 @@ class Denoising(Running):
     ) -> tuple[Tensor, WeightedLoss, Tensor]:
         """The loss of a micro-batch:
 
-              sum over masked tokens    coef * -log p(token) / divisor            diffusion loss
+              sum over masked tokens    coef * term / divisor                     diffusion loss
             + sum over clean tokens     ar_weight * -log p(token) / ar_divisor    AR co-loss
             + the router loss of a mixture of experts, if its config asks for one
+
+        The term of a masked token is -log p(token), or, where it is distilled with weight w,
+        (1 - w) * -log p(token) + w * D, with its divergence D from the AR prediction.
 
         Args:
             divisors: [2] for the diffusion loss and the AR loss, over the global batch.
@@ -127,32 +177,89 @@ class Denoising(Running):
 
         Returns:
             The loss; the first two sums, with the cross-entropy of each token (masked tokens
-            first); and the logits [N + M, V], if they were asked for.
+            first) and the terms; and the logits [N + M, V], if they were asked for.
         """
         inner = self.accelerator.unwrap_model(model)
         task, count, (divisor, ar_divisor) = wanted.task, len(wanted.coef), divisors
+        own = wanted.coef / divisor
+        if wanted.distilled is not None:
+            own = own * (1 - self.recipe.objective.distil.weight * wanted.distilled)
         ar_coef = self.recipe.objective.ar_weight / ar_divisor
-        coef = torch.cat([wanted.coef / divisor, ar_coef.expand(len(wanted.ar_target))])
+        coef = torch.cat([own, ar_coef.expand(len(wanted.ar_target))])
         target = torch.cat([task.target, wanted.ar_target])
         # The AR mode keeps the whole vocabulary: only the masked tokens lack the suppressed ids.
-        asked, fused = (target, coef, self.suppressed, count), []
+        asked, index = (target, coef, self.suppressed, count), [task.index, wanted.ar_index]
+        if wanted.distilled is not None and self.teacher is None:
+            index.append(wanted.source.index)
+        added = None
+        if task.previous is not None:
+            bigram = getattr(inner, ATTRIBUTE)
+            none = torch.full_like(wanted.ar_target, UNKNOWN)  # the AR mode has no bias
+            added = bigram.vectors(torch.cat([task.previous, none])), bigram.after
+        fused: list[WeightedLoss] = []
+        read: list[Readout] = []
 
         def fuse(head: Any, hidden: Tensor) -> None:
-            fused.append(loss_of_hidden(head, hidden, *asked))
+            fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added))
+            if wanted.distilled is not None:
+                read.append(Readout.of_head(head, hidden))
 
         output = output_at(
             model,
-            torch.cat([task.index, wanted.ar_index]),
+            torch.cat(index),
             inner=inner,
             real=task.slots.doc != PADDING,
             instead=fuse if self._fuses(inner) and not logits else None,
             **task.inputs(inner, self.spec.local_window),
         )
-        summed = fused[0] if fused else loss_of_logits(output.logits[0], *asked)
+        made = output.logits[0]
+        if added is not None and not fused:
+            made = made + (added[0] @ added[1]).to(made.dtype)
+        summed = fused[0] if fused else loss_of_logits(made[: len(target)], *asked)
+        if wanted.distilled is not None:
+            readout = read[0] if read else Readout(made)
+            summed = self._distilled(summed, readout, wanted, divisor)
         # The routers' loss is a mean over each micro-batch. Ranks average their gradients.
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
         loss = summed.total * self.accelerator.num_processes + routers
-        return loss, summed, output.logits[0]
+        return loss, summed, made[: len(target)]
+
+    def _distilled(
+        self, summed: WeightedLoss, readout: Readout, wanted: LossTask, divisor: Tensor
+    ) -> WeightedLoss:
+        """The weighted loss with the distillation added to its sum and its terms.
+
+        Args:
+            readout: of the masked tokens, those of the AR loss, and the AR predictions if these
+                come from the same forward pass.
+        """
+        distil, chosen, source = self.recipe.objective.distil, wanted.distilled, wanted.source
+        count = len(chosen)
+        own = readout[count + len(wanted.ar_target) :]
+        p = own if self.teacher is None else self._read_teacher(source)
+        total, divergence = distillation_loss(
+            distil.loss, readout[:count][chosen], p, source.target,
+            distil.weight * wanted.coef[chosen] / divisor, self.suppressed,
+        )  # fmt: skip
+        terms = summed.ce[:count].clone()
+        terms[chosen] = (1 - distil.weight) * terms[chosen] + distil.weight * divergence
+        return replace(summed, total=summed.total + total, terms=terms, divergence=divergence)
+
+    @torch.no_grad()
+    def _read_teacher(self, source: Task) -> Readout:
+        """The teacher's predictions at the slots of a task."""
+        teacher, read = self.teacher, []
+        if self._teacher_fuses is None:
+            self._teacher_fuses = has_plain_head(teacher)
+        output = output_at(
+            teacher,
+            source.index,
+            instead=(lambda head, hidden: read.append(Readout.of_head(head, hidden)))
+            if self._teacher_fuses
+            else None,
+            **source.inputs(teacher, self.spec.local_window),
+        )
+        return read[0] if read else Readout(output.logits[0])
 
     def compute_loss(
         self,
@@ -178,6 +285,8 @@ class Denoising(Running):
         loss, summed, logits = self.losses(model, wanted, num_items_in_batch, return_outputs)
         count = len(wanted.coef)
         self._seen.add(wanted, summed.right[:count], summed.ce[:count])
+        if summed.divergence is not None:
+            self._seen.add_divergence(summed.divergence)
         self._seen.add_ar(summed.ce[count:])
         return (loss, self._outputs(wanted, logits)) if return_outputs else loss
 
@@ -211,7 +320,8 @@ class Denoising(Running):
             outputs = self._outputs(wanted, logits)
         count = len(wanted.coef)
         ce, right = summed.ce.double(), summed.right[:count]
-        own = [(wanted.coef * ce[:count]).sum(), ce[count:].sum(), right.sum(), right.numel()]
+        terms = ce[:count] if summed.terms is None else summed.terms.double()
+        own = [(wanted.coef * terms).sum(), ce[count:].sum(), right.sum(), right.numel()]
         self._judged += torch.cat([totals[:2], ce.new_tensor(own)])
         if prediction_loss_only:
             return loss.detach(), None, None

@@ -29,6 +29,7 @@ from ..conversion.convert import convert
 from ..core.attention import Slots, lay_out
 from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
+from ..data.documents import law_of
 from ..diffusion.cross_entropy import PART, cross_entropy
 from ..diffusion.task import Task
 from ..distributed.precision import computes_in_bf16
@@ -54,7 +55,8 @@ class MemoryParts:
         logits: those of the masked tokens and of the AR loss, since no others reach the head.
             Either a part at a time, with the head's gradient, or, under ZeRO-3 and with heads that
             have a soft cap or an adapter, all of them.
-        reference: rl: the initial model, if there is a KL term and no adapter to switch off.
+        reference: the initial model: the teacher of a distillation; in rl, if there is a KL term
+            and no adapter to switch off.
         total: the sum of all these.
     """
 
@@ -144,6 +146,8 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
     moments = 2 if recipe.train.optimizer == "adamw" else 0
     logits = shape.logits if strategy == "zero3" else shape.parts
     batch = {"activations": shape.activations, "logits": logits}
+    if has_teacher(recipe):
+        batch["reference"] = 4 * (frozen + trained) - saved_by_bits(shape, recipe, 4)
     if strategy in ("one", "ddp"):
         batch["activations"] += shape.copies
         if has_reference(recipe):
@@ -184,6 +188,12 @@ def held(shape: Shape, recipe: Recipe, strategy: str, processes: int) -> dict[st
 def has_reference(recipe: Recipe) -> bool:
     """Whether the initial model is held alongside the one being trained."""
     return recipe.rl is not None and recipe.rl.beta > 0 and recipe.peft is None
+
+
+def has_teacher(recipe: Recipe) -> bool:
+    """Whether each process holds a whole float32 copy of the initial model."""
+    distil = recipe.objective.distil
+    return distil is not None and distil.target == "teacher"
 
 
 def saved_by_bits(shape: Shape, recipe: Recipe, element: int) -> int:
@@ -330,8 +340,9 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
         ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
         pos = torch.arange(length).expand(rows, length)
         input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
-        # Half of the tokens are masked on average; the AR loss reads the whole clean copy.
-        wanted = rows * length // 2 + (rows * length if recipe.objective.ar_weight > 0 else 0)
+        masked = int(rows * length * law_of(recipe).mean)  # on average
+        # The AR loss reads the whole clean copy.
+        wanted = masked + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:
         input_ids, slots, wanted = _rollouts(recipe, spec)
     none = torch.zeros(wanted).long()
@@ -355,11 +366,12 @@ def _saved(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, int, int]:
         kept = kept - sum(layers) + max(layers) + len(layers) * element * states
     # The backward pass needs the gradient of the logits on top of what the loss keeps. In rl the
     # logits are kept separately, and computing the entropies needs as much again.
-    copies = 1 if recipe.rl is None else 3
+    distils = recipe.objective.distil is not None  # a second loss, with gradients of its own
+    copies = 1 + distils if recipe.rl is None else 3
     whole = parts = books.bytes["logits"] + copies * 4 * logits.numel()
     if recipe.rl is None and type(head) is torch.nn.Linear and output.logits is made[0]:
         gradient = head.weight.numel() * head.weight.requires_grad + wanted * head.in_features
-        parts = 4 * (gradient + 2 * min(logits.numel(), PART))
+        parts = 4 * ((1 + distils) * gradient + 2 * min(logits.numel(), PART))
     return kept, whole, parts
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 T_BINS = 4  # masked cross-entropy is logged for each quarter of t
-SUMS = ("right", "eos_loss", "loss", "tokens", "ar_loss", "ar_tokens")
+SUMS = (
+    "right", "eos_loss", "loss", "tokens", "ar_loss", "ar_tokens", "divergence", "distilled",
+)  # fmt: skip
 
 
 class Meter:
@@ -50,9 +52,16 @@ class Meter:
         self.sums["ar_loss"] += ce.sum()
         self.sums["ar_tokens"] += len(ce)
 
+    @torch.no_grad()
+    def add_divergence(self, divergence: Tensor) -> None:
+        """Add the divergences [D] of the distilled tokens from their targets."""
+        self.sums["divergence"] += divergence.sum()
+        self.sums["distilled"] += len(divergence)
+
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Logs since the last call: `ce_t*` for each quarter of t, accuracy on masked tokens, the
-        share of EOS tokens in the diffusion loss, the AR loss in nats, and tokens per second."""
+        share of EOS tokens in the diffusion loss, the AR loss in nats, the mean divergence of
+        distilled tokens, and tokens per second."""
         seconds = time.monotonic() - self.start
         packed = torch.cat([self.ce, self.count, torch.stack(list(self.sums.values()))])
         values = accelerator.reduce(packed, "sum").tolist()
@@ -65,6 +74,8 @@ class Meter:
             logs["eos_share"] = sums["eos_loss"] / sums["loss"] if sums["loss"] else 0.0
         if sums["ar_tokens"]:
             logs["ar_loss"] = sums["ar_loss"] / sums["ar_tokens"]
+        if sums["distilled"]:
+            logs["divergence"] = sums["divergence"] / sums["distilled"]
         return {**logs, "tokens_per_second": sums["tokens"] / max(seconds, 1e-9)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ def disable_dropout(model: Any) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def frozen_copy(model: Any) -> Any:
+    """A copy of a model in eval mode, without gradients. It has a config of its own, because a
+    forward writes on the config for the time of the call."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from ..config.recipe import Recipe, with_values
 from ..conversion.convert import convert
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
+from ..core.head import ATTRIBUTE
 from ..core.probe import probe
 from ..core.spec import Spec
 from ..evaluation.score import score
@@ -55,6 +56,8 @@ class Plan:
         files = self.checkpoint.path.glob("*.safetensors")
         trainable = count_parameters(self.checkpoint)[0]
         result = int(1.1 * sum(file.stat().st_size for file in files))
+        head = getattr(self.checkpoint.model, ATTRIBUTE, None)
+        result += len(head.to_bytes()) if head is not None else 0
         if self.checkpoint.base is not None or self.checkpoint.draft is not None:
             result = 4 * trainable
         if not self.recipe.train.max_steps:
@@ -121,6 +124,7 @@ class Verb:
         if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)
         recipe = continued(self.check(path, spec, recipe), spec)
+        check_target(path, spec, recipe)
         check_trackers(recipe.train.report_to)
         rows = self.read(recipe)
         checkpoint = load_checkpoint(
@@ -147,11 +151,27 @@ def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
             "give the AR model that it was converted from, or leave out "
             f"{option('objective.kind')}",
         )
+    if recipe.convert.head_rank is not None or (spec is not None and spec.head is not None):
+        raise Ar2DiffError(
+            "only adapt trains a diffusion head"
+            + ("" if spec is None or spec.head is None else f", and model {path} has one"),
+            f"use a model that was converted without {option('convert.head_rank')}",
+        )
     if not recipe.train.max_steps:
         raise Ar2DiffError(
             f"{option('train.max_steps', 0)} trains nothing; only adapt can use it",
             f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
+        )
+
+
+def check_target(path: Path, spec: Spec | None, recipe: Recipe) -> None:
+    """Refuse to distil from the AR mode of a model that has none."""
+    if recipe.objective.distil is not None and spec is not None and not spec.ar_mode:
+        raise Ar2DiffError(
+            f"model {path} has no AR mode, which {option('objective.distil')} learns from",
+            f"leave out {option('objective.distil')}, or convert the AR model with attention "
+            f"causal_context and {option('objective.ar_weight')} above 0",
         )
 
 
@@ -163,7 +183,10 @@ def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     chosen = recipe.convert.model_fields_set
     names = ["attention", "block_length", "prediction"]
     names += ["local_window"] if spec.local_window else []
-    return with_values(recipe, convert={n: getattr(spec, n) for n in names if n not in chosen})
+    values = {name: getattr(spec, name) for name in names}
+    if spec.head is not None:
+        values["head_rank"] = spec.head.rank
+    return with_values(recipe, convert={n: v for n, v in values.items() if n not in chosen})
 
 
 def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:

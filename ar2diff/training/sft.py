@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import Slots
+from ..core.attention import PADDING, Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.chat_template import chat_template, turn_end
@@ -36,7 +36,7 @@ from ..data.conversations import (
 )
 from ..data.rows import from_arrow
 from ..data.turns import Answers, PackedConversations, TurnCollator
-from ..diffusion.task import Task, slots_at
+from ..diffusion.task import Task, reading, slots_at
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
 from .arguments import training_arguments
@@ -94,6 +94,11 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"{option('objective.weight', 'cart')} only works with adapt: sft does not weight "
             "tokens by their context",
             f"set {option('objective.weight')} to uniform or 1/t",
+        )
+    if recipe.noise.on_policy:
+        raise Ar2DiffError(
+            f"{option('noise.on_policy')} only works with adapt",
+            f"leave out {option('noise.on_policy')}",
         )
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})
@@ -176,7 +181,15 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             target=target[masked],
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
-        return self.loss_task(task, inputs, labels=target, ar_columns=before)
+        if self.recipe.objective.distil is None:
+            return self.loss_task(task, inputs, target, before)
+        visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
+        distilled = self.distilled_tokens(
+            masked, inputs["before"] >= 0, visible, inputs["block"] + 1,  # clean slots have -1
+            inputs["reads"] == inputs["before"],
+        )  # fmt: skip
+        source = reading(task, inputs["before"], distilled, target)
+        return self.loss_task(task, inputs, target, before, distilled, source)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation with supervised tokens, as rows of its own with the noise of the first
