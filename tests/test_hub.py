@@ -189,7 +189,7 @@ def test_the_record_holds_the_generation_that_was_compared(published, model):
     golden = json.loads(published.files["ar2diff.json"])["golden"]
     assert golden["prompt"] == "Once upon a time"
     assert [sample["settings"] for sample in golden["samples"]] == [
-        {}, {"threshold": 0.7}, {"mode": "speculative"},
+        {}, {"threshold": 0.7}, {"mode": "speculative", "draft_length": 3},
     ]  # fmt: skip
     assert all(sample["tokens"] and sample["forwards"] for sample in golden["samples"])
 

@@ -25,8 +25,7 @@ from .origin import Origin
 TEMPLATE = Path(__file__).with_name("card.jinja")
 DRAFT_TEMPLATE = Path(__file__).with_name("draft_card.jinja")
 TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
-# The first is what a folder does without any settings.
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7}, {"mode": "speculative"})
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7})  # of a converted model
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,8 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
         Ar2DiffError: the prompt is empty or too long.
     """
     samples = []
-    spec, shown = checkpoint.read_as, SETTINGS
-    if checkpoint.draft is not None:  # a fixed number of drafts: the default depends on the machine
-        shown = ({"draft_length": spec.block_length - 1}, {"mode": "ar"})
+    shown = settings_of_card(checkpoint)
     for settings in shown if every else shown[:1]:
-        if settings.get("mode") == "speculative" and not spec.ar_mode:
-            continue
         try:
             chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
         except Ar2DiffError:
@@ -83,6 +78,18 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     if not samples:
         raise Ar2DiffError(f"{option('prompt')} is empty", f"give another {option('prompt')}")
     return samples
+
+
+def settings_of_card(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The settings that a card shows; the first is what a folder does without any, as far as that
+    does not depend on the machine: the number of drafts is fixed."""
+    spec = checkpoint.read_as
+    if checkpoint.draft is not None:
+        return [{"draft_length": spec.block_length - 1}, {"mode": "ar"}]
+    if not spec.ar_mode:
+        return [*SETTINGS]
+    drafts = {"draft_length": spec.block_length - 1} if spec.block_length > 1 else {}
+    return [*SETTINGS, {"mode": "speculative", **drafts}]
 
 
 def make_card(
