@@ -63,7 +63,16 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "cfg_scale": (float, "--cfg-scale", "0", "Strength of classifier-free guidance."),
     "draft_length": (
-        int, "--draft-length", "3", "With --mode speculative: number of tokens per draft.",
+        int,
+        "--draft-length",
+        "as many as pay",
+        "With --mode speculative: number of tokens drafted in each forward pass.",
+    ),
+    "draft_nodes": (
+        int,
+        "--draft-nodes",
+        None,
+        "With --mode speculative: verify a tree of this many candidates instead of a chain.",
     ),
     "cache_implementation": (
         Cache,
