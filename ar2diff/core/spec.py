@@ -151,6 +151,11 @@ class Spec:
             )
         return spec
 
+    @property
+    def lossless(self) -> bool:
+        """Whether drafts can be verified: by an AR mode that reads text as its base does."""
+        return self.ar_mode and self.attention == "causal_context"
+
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written in `config.json`."""
         block = asdict(self)
