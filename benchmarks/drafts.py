@@ -2,13 +2,18 @@
 
     AR2DIFF_DATA=path/to/data python benchmarks/drafts.py [--only NAME ...] [--seeds 0 1 2]
     AR2DIFF_DATA=path/to/data python benchmarks/drafts.py --judge FOLDER [--new 96]
+    AR2DIFF_DATA=path/to/data python benchmarks/drafts.py --exact FOLDER [--new 128]
 
 The first form is the ablation on stories260K: each row trains the recipe `draft` with some
 overrides, on tinystories/train and stories3M-samples (or on text of the model's own), in less than
-ten minutes of one core, and decodes 100 prompts of tinystories/valid (the stories 101 to 200 with 32
-tokens; their first 32) for 96 tokens. Rows are appended to results/drafts.jsonl as they come.
-`--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
+ten minutes of one core, and decodes 100 prompts of tinystories/valid (the first 32 tokens of the
+stories 101 to 200 that have them) for 96 tokens. Rows are appended to results/drafts.jsonl as they
+come. `--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
 results/drafts_judged.jsonl. `--table` prints the ablation.
+
+`--exact` compares 200 texts: greedy ones with those of transformers' generate on the base alone,
+sampled ones (temperature 0.8) with our AR mode under the same seed: where one differs, the gap
+between the two likeliest tokens at the first difference is computed in float64.
 
 Tokens per forward are all new tokens over all forwards, the first of each row, which has no drafts,
 among them. Each text is compared with that of the AR mode (with the same seed where it is sampled).
@@ -27,6 +32,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, JUDGED = RESULTS / "drafts.jsonl", RESULTS / "drafts_judged.jsonl"
+EXACT = RESULTS / "drafts_exact.jsonl"
 PROMPTS, PROMPT = 100, 32
 SETTINGS = {
     "chain": {"draft_length": 7},
@@ -104,6 +110,48 @@ def judged(folder: str, first: int, new: int, settings: dict[str, Any]) -> dict[
     return found
 
 
+def exact(folder: str, new: int) -> dict[str, Any]:
+    """How many of 200 texts differ from the base's own, and the float64 gaps where they do."""
+    import torch
+
+    from ar2diff.checkpoint.io import load_checkpoint
+
+    checkpoint = load_checkpoint(folder)
+    model = checkpoint.model.eval()
+    rows = prompts(checkpoint.tokenizer, 0) + prompts(checkpoint.tokenizer, PROMPTS)
+    ends = checkpoint.end_ids
+    stock = []
+    for row in rows:
+        ids = torch.tensor([row])
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
+            pad_token_id=0, eos_token_id=ends,
+        )  # fmt: skip
+        stock.append(made[0, len(row) :].tolist())
+    found: dict[str, Any] = {"prompts": len(rows), "new": new}
+    double = None
+    for name, setting in {"default": {}, **SETTINGS}.items():
+        sampled = {key: setting[key] for key in ("temperature", "seed") if key in setting}
+        want = stock
+        if sampled:
+            want, _ = decoded(checkpoint, rows, new, mode="ar", **sampled)
+        texts, _ = decoded(checkpoint, rows, new, mode="speculative", **setting)
+        gaps = []
+        for row, text, other in zip(rows, texts, want, strict=True):
+            if text != other:
+                double = double or load_checkpoint(folder, dtype="float64").model.eval()
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
+                    min(len(text), len(other)),
+                )
+                with torch.no_grad():
+                    logits = double(input_ids=torch.tensor([row + text[:at]])).logits[0, -1]
+                top = logits.topk(2).values
+                gaps.append((top[0] - top[1]).item())
+        found[name] = {"different": len(gaps), "float64_gaps": gaps}
+    return found
+
+
 def run(name: str, overrides: list[str], seed: int) -> dict[str, Any]:
     """Train and judge a variant."""
     from ar2diff import draft
@@ -146,16 +194,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--judge")
-    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--exact")
+    parser.add_argument("--new", type=int)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if asked.table:
         print(table())
         return
     if asked.judge:
-        found = judged(asked.judge, 0, asked.new, SETTINGS | OTHER_TREES)
-        row = {"folder": Path(asked.judge).name, "prompts": PROMPTS, "new": asked.new, **found}
-        _append(JUDGED, row)
+        new = asked.new or 96
+        found = judged(asked.judge, 0, new, SETTINGS | OTHER_TREES)
+        _append(JUDGED, {"folder": Path(asked.judge).name, "prompts": PROMPTS, "new": new, **found})
+        return
+    if asked.exact:
+        found = exact(asked.exact, asked.new or 128)
+        _append(EXACT, {"folder": Path(asked.exact).name, **found})
         return
     done = (
         {(r["variant"], r["seed"]) for r in map(json.loads, ROWS.open())}

@@ -157,15 +157,15 @@ class CandidateReader:
         layout, nodes = self.layout, max(map(len, trees))
         pos = layout.pos + _column(front)
         tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
+        tokens[:, max(first - 1, 0) : layout.clean] = torch.tensor(
+            [
+                [*([known] if first else []), *tree.tokens, *[0] * (nodes - len(tree))]
+                for known, tree in zip(newest, trees, strict=True)
+            ]
+        )
         if first > 1:
             at = pos[:, :first].clamp(0, ids.shape[1] - 1)
             tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
-        elif first:
-            tokens[:, 0] = torch.tensor(newest)
-        if nodes:
-            tokens[:, first : layout.clean] = torch.tensor(
-                [tree.tokens + [0] * (nodes - len(tree)) for tree in trees]
-            )
         beyond = front[0] > self.last - pos.shape[1] if len(front) == 1 else True
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)

@@ -109,8 +109,8 @@ class DraftHead(BigramHead):
     def remember(self, tokens: Tensor, memory: Tensor | None = None) -> Tensor:
         """The memory [..., r] after tokens [...], given the one before them; None: there is none
         yet."""
-        new = self.vectors(tokens)
-        return new if memory is None else new + self.fade.tanh() * memory
+        new = self.before[tokens]
+        return new if memory is None else torch.addcmul(new, self.fade.tanh(), memory)
 
     def along(self, previous: Tensor, hidden: Tensor) -> Tensor:
         """s_k * (1 + G h_k) for all drafts of M blocks, [M, K, r].

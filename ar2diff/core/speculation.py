@@ -37,6 +37,7 @@ from .tree import Guesses, Tree
 
 COSTS: WeakKeyDictionary[Any, dict[bool, Cost]] = WeakKeyDictionary()  # with a draft adapter or not
 TIMED = 16  # tokens of a prompt that are continued to time the forwards
+ENOUGH = 0.05  # seconds of forwards that are timed
 
 
 class Speculation:
@@ -148,9 +149,9 @@ def _blank(spec: Spec, prompt: list[int]) -> Canvas:
 
 
 def _seconds(run: Speculation) -> float:
-    """Of the fastest of a few forwards after the first two."""
+    """Of the fastest of a few forwards after the first two, fewer of them if they are slow."""
     states, found = run.run(), []
-    for _ in range(2 + TIMED // 4):
+    while len(found) < 6 and (len(found) < 3 or sum(found[2:]) < ENOUGH):
         start = time.perf_counter()
         next(states)
         found.append(time.perf_counter() - start)

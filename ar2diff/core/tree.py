@@ -128,7 +128,7 @@ class Guesses:
         if memory is None:
             return scores
         bias = (memory * self.gates[:, place, None]) @ self.head.after
-        return scores + bias.to(scores) / self.temperature
+        return torch.add(scores, bias, alpha=1 / self.temperature)
 
     def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:
         """The head's memory [R, B, r] after tokens [R, B]."""
