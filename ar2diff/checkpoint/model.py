@@ -29,9 +29,9 @@ from ..core.attention import layer_windows
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
-from ..core.head import ATTRIBUTE, HEAD_FILE, BigramHead, read_head
+from ..core.head import ATTRIBUTE, BigramHead, read_head
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
-from ..core.spec import CAUSAL, Spec
+from ..core.spec import CAUSAL, HEAD_FILE, Spec
 from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from .files import (

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import Ar2DiffError, shortened
 
 FORMAT, HEAD_FORMAT = 1, 2  # without and with a diffusion head
+HEAD_FILE = "diffusion_head.safetensors"
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
 NOISES = ("mask",)
