@@ -22,7 +22,7 @@ LENGTH = 16  # most tokens of a prompt
 TEMPERATURES = (0.0, 0.8)
 DRAFT_LENGTH = 3  # at most
 NEAR_TIE = 1e-3  # gap in float64 below which two tokens are equally likely to float32
-MOST_TOKENS = ((100_000_000, 32), (2_000_000_000, 8))  # of a text, for models of so many parameters
+MOST_TOKENS = ((100_000_000, 16), (2_000_000_000, 8))  # of a text, for models of so many parameters
 
 
 @dataclass(frozen=True)
