@@ -66,6 +66,8 @@ def make(folder: Path, attention: str = "causal_context") -> None:
         values += ["convert.block_length=null"] * (attention == "full")
         adapt(base, load_recipe(None, values), folder, overwrite=folder.exists())
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.mode = "diffusion"  # also where a program passes no options of ours
+    model.generation_config.save_pretrained(folder)
     reference = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -130,6 +132,15 @@ def generate_after_from_pretrained(folder: Folder) -> str:
         tokens, forwards = tokens + len(wanted["diffusion"]), forwards + wanted["forwards"]
     assert forwards < tokens
     return f"{tokens} tokens in {forwards} forwards, what ar2diff itself writes"
+
+
+def generate_without_loss(folder: Folder) -> str:
+    if not folder.model.config.diffusion["ar_mode"]:
+        return "no AR mode"
+    for prompt, wanted in folder.reference.items():
+        done = folder.model.generate(folder.ids(prompt), max_new_tokens=NEW, mode="speculative")
+        assert folder.new(done, prompt) == wanted["ar"]
+    return "mode speculative writes the text of the AR mode"
 
 
 def generate_returns_a_plain_tensor(folder: Folder) -> str:
@@ -404,6 +415,7 @@ def _served(path: str, *flags: str) -> Iterator[Any]:
 CHECKS = [  # (check, the packages it needs)
     (ar2diff_is_not_here, ()),
     (generate_after_from_pretrained, ()),
+    (generate_without_loss, ()),
     (generate_returns_a_plain_tensor, ()),
     (generate_with_a_seed, ()),
     (generate_a_ragged_batch, ()),

@@ -76,7 +76,7 @@ ATTENTIONS = {
 }  # fmt: skip
 PER_BLOCK = "--steps-per-block"  # which was --steps up to commit 3553796
 SAMPLINGS = {"greedy": ["--seed=7"], "sampled": ["--temperature=0.8", "--seed=7"]}
-DECODINGS = {
+DECODINGS = {  # of mode diffusion
     "threshold 0.9": ["--threshold=0.9"],
     "threshold 0.5": ["--threshold=0.5"],
     "steps": [f"{PER_BLOCK}=4"],
@@ -87,9 +87,9 @@ DECODINGS = {
     "entropy bound": ["--entropy-bound=0.5"],
     "cfg": ["--cfg-scale=1"],
     "blocks of 4": ["--block-length=4"],
-    "penalty": ["--repetition-penalty=1.3"],
-    "filters": ["--top-k=20", "--top-p=0.9", "--min-p=0.02"],
-    "stop": ["--stop=."],
+    "penalty": ["--mode=diffusion", "--repetition-penalty=1.3"],
+    "filters": ["--mode=diffusion", "--top-k=20", "--top-p=0.9", "--min-p=0.02"],
+    "stop": ["--mode=diffusion", "--stop=."],
 }
 LEFT_TO_RIGHT = {
     "ar": ["--mode=ar"],
@@ -99,8 +99,8 @@ LEFT_TO_RIGHT = {
     "speculative, static cache": ["--mode=speculative", "--cache=static"],
 }
 BLOCK_CACHES = {
-    "static cache": ["--cache=static"],
-    "no cache": ["--cache=none"],
+    "static cache": ["--mode=diffusion", "--cache=static"],
+    "no cache": ["--mode=diffusion", "--cache=none"],
     "static cache, steps": ["--cache=static", f"{PER_BLOCK}=4"],
 }
 FULL_CACHES = {

@@ -32,6 +32,8 @@ def check_command(
             shown["targets"] = f"{len(result.draft.targets)} linear layers"
         for name, value in shown.items():
             typer.echo(f"{name:15} {as_yaml(value)}")
+        if result.default:
+            typer.echo(f"{'mode':15} {result.default.mode} by default: {result.default.why}")
         for finding in result.findings:
             typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}")
         for place, how in result.elsewhere.items():

@@ -22,9 +22,10 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "mode": (
         Mode,
         "--mode",
+        "the model's own: speculative if it has an AR mode, unless an option or a gap needs "
         "diffusion",
         "How to decode: diffusion denoises blocks; speculative drafts blocks and verifies them, "
-        "which gives the same text as ar; ar writes one token after another.",
+        "which writes the text of ar in fewer forward passes; ar writes one token after another.",
     ),
     "max_new_tokens": (
         int, "--max-new-tokens", "128; 0 for prompts with gaps", "Maximum number of tokens to "
@@ -36,7 +37,7 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "threshold": (
         float,
         "--threshold",
-        "0.9",
+        "the model's own",
         "In each forward pass, decide all tokens whose probability is above this.",
     ),
     "steps_per_block": (

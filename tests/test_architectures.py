@@ -153,6 +153,7 @@ def test_a_class_is_converted_trained_loaded_decoded_and_judged(
 
         model = stock(folder)
         ask = ("generate", folder, "--prompts-file", prompts, "--max-new-tokens", 10)
+        ask += ("--mode", "diffusion")
         written = succeeds(*ask, *([] if attention == "full" else ["--check-cache"]))["results"]
         if attention == "full":
             assert_plain_forward_is_full(folder, model)
@@ -182,7 +183,8 @@ def assert_the_folders_own_code_writes(folder: Path, token_ids: list[int]) -> No
     model = stock(folder, trust_remote_code=True)
     assert model.generate.func.__module__.startswith("transformers_modules.")
     prompt = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
-    written = model.generate(prompt, max_new_tokens=10)[0, prompt.shape[1] :].tolist()
+    written = model.generate(prompt, max_new_tokens=10, mode="diffusion")
+    written = written[0, prompt.shape[1] :].tolist()
     assert written[: len(token_ids)] == token_ids
 
 

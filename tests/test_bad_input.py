@@ -445,7 +445,7 @@ def test_system_message_without_a_chat_template(fails, converted):
         ("convert.mask_token='</s>'", "has another use"),
         (
             "data.sources=[{path: a, weight: 1}, {path: b}]",
-            "either all sources or no source must have a weight",
+            "either all sources (and data.self) or no source must have a weight",
         ),
         ("train.decay_steps=5", "with train.schedule warmup_stable_decay"),
         ("train.schedule=warmup_stable_decay", "needs decay_steps"),

@@ -19,11 +19,12 @@ from ar2diff.checkpoint.merge import merge
 from ar2diff.config.recipe import load_recipe
 from ar2diff.generation.chat import Chat
 from ar2diff.generation.complete import complete
-from ar2diff.hub.card import SETTINGS, TOKENS, changes, measure, settings_of_card
+from ar2diff.hub.card import TOKENS, changes, measure
 from ar2diff.hub.origin import Origin, origin_of, without_paths
 from ar2diff.hub.push import PROMPT, preview
 from ar2diff.training.adapt import adapt
 
+SHOWN = [{"mode": "speculative", "draft_length": 7}, {"mode": "diffusion"}, {"threshold": 0.7}]
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
@@ -131,14 +132,16 @@ def test_an_ar_mode_that_was_not_trained_along_is_not_praised(run):
 def test_the_measured_rates_are_those_of_generate(card, trained):
     checkpoint = load_checkpoint(str(trained))
     samples = measure(checkpoint, PROMPT)
-    assert [sample.settings for sample in samples] == settings_of_card(checkpoint)
+    assert [sample.settings for sample in samples] == SHOWN
     for sample in samples:
         found = complete(checkpoint, PROMPT, max_new_tokens=TOKENS, **sample.settings)
         assert (sample.text, sample.tokens) == (found.text, found.new_tokens)
         assert sample.rate == found.tokens_per_forward
         row = f"| {sample.tokens} | {sample.forwards} | {sample.rate:.2f} |"
         assert row in card
-    assert "| the defaults: `threshold=0.9` |" in card and '| `mode="speculative", ' in card
+    assert samples[0].text == complete(checkpoint, PROMPT, max_new_tokens=TOKENS).text
+    assert '| `mode="speculative", draft_length=7` |' in card and '| `mode="diffusion"` |' in card
+    assert "The folder's own settings for that are `threshold=0.9`." in card
 
 
 def test_settings_of_the_folder_do_not_make_the_sample_random(trained, tmp_path):
@@ -153,8 +156,13 @@ def test_settings_of_the_folder_do_not_make_the_sample_random(trained, tmp_path)
     checkpoint = load_checkpoint(str(folder))
     samples = measure(checkpoint, PROMPT)
     assert samples == measure(checkpoint, PROMPT)
-    assert [sample.settings for sample in samples] == list(SETTINGS)  # steps, no speculation
-    assert "| the defaults: `threshold=0.9, steps_per_block=2` |" in preview(folder, license="mit")
+    assert [sample.settings for sample in samples] == SHOWN
+    assert "for that are `threshold=0.9, steps_per_block=2`." in preview(folder, license="mit")
+
+
+def test_a_folder_without_an_ar_mode_shows_its_defaults(convert_tiny):
+    folder = convert_tiny("convert.attention=block_causal")
+    assert "| the defaults: `threshold=0.99` |" in preview(folder, license="mit")
 
 
 def test_the_likelihood_is_the_records(card, trained):

@@ -46,11 +46,11 @@ def answer(chat, line):
 
 
 def test_a_line_leads_to_states_and_an_answer(plain):
-    chat = Chat(plain, {"max_new_tokens": 9})
+    chat = Chat(plain, {"max_new_tokens": 9, "mode": "diffusion"})
     events = say(chat, "the cat")
     states, (result,) = events[State], events[Answer]
     assert len(states) == result.forwards
-    assert result.text == complete(plain, "the cat", max_new_tokens=9).text
+    assert result.text == complete(plain, "the cat", max_new_tokens=9, mode="diffusion").text
     assert result.new_tokens == 9
     assert not result.stopped
     mask = plain.spec.mask_token_id

@@ -165,6 +165,7 @@ def test_generate_goes_over_a_file_of_prompts(run, converted, tmp_path, name):
     ).encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     arguments = ("--prompts-file", tmp_path / name, "--max-new-tokens", 4, "--batch-size", 2)
+    arguments += ("--mode", "diffusion")
     _, out = run("generate", converted, *arguments, "--json")
     results = json.loads(out)["results"]
     assert [result["prompt"] for result in results] == prompts

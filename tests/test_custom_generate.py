@@ -192,12 +192,21 @@ def test_ids_without_a_token_are_suppressed(tiny_model, tiny_tokenizer, tmp_path
 
 def test_the_generation_config_holds_the_samplers_defaults_and_no_length(folder, copied, tmp_path):
     written = json.loads((folder / "generation_config.json").read_text())
-    assert written["threshold"] == 0.9
-    assert not {"max_new_tokens", "max_length", "block_length", "mode"} & written.keys()
+    assert (written["mode"], written["threshold"]) == ("speculative", 0.9)
+    assert not {"max_new_tokens", "max_length", "block_length"} & written.keys()
     path = copied / "generation_config.json"
-    path.write_text(json.dumps(written | {"threshold": None, "steps_per_block": 4}))
+    own = {"threshold": None, "steps_per_block": 4, "mode": "ar"}
+    path.write_text(json.dumps(written | own))
     kept = json.loads((convert(copied, tmp_path / "on") / "generation_config.json").read_text())
-    assert kept["steps_per_block"] == 4 and kept.get("threshold") is None
+    assert {name: kept.get(name) for name in own} == own
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "full"])
+def test_without_an_ar_mode_the_default_is_the_safe_diffusion(convert_tiny, attention):
+    block = ["convert.block_length=null"] * (attention == "full")
+    folder = convert_tiny(f"convert.attention={attention}", *block)
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert (written["mode"], written["threshold"]) == ("diffusion", 0.99)
 
 
 def test_a_criterion_with_a_flag_for_each_row_is_asked_about_its_own(folder):
@@ -216,7 +225,7 @@ def test_a_criterion_with_a_flag_for_each_row_is_asked_about_its_own(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[0, 0, 1, 40, 41], [1, 50, 51, 52, 53]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    options = {"attention_mask": mask, "model": model, "max_new_tokens": 16}
+    options = {"attention_mask": mask, "model": model, "max_new_tokens": 16, "mode": "diffusion"}
     plain = generate(ids, **options)[:, 5:]
     flags = Flags([None, None], 5)
     flags.stop = int(plain[0, 3])

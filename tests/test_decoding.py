@@ -81,7 +81,7 @@ def test_modes_that_go_left_to_right_fill_no_gap(checkpoint):
 @pytest.mark.parametrize("batch_size", (1, 2, 8))
 def test_results_of_a_batch_are_those_of_each_alone(checkpoint, batch_size):
     prompts = ["the dog barked at", "a", "the{mask:3} sat", "the cat", "{mask:2} on the mat and"]
-    settings = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
+    settings = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3, "mode": "diffusion"}
     results = dict(complete_all(checkpoint, prompts, batch_size=batch_size, **settings))
     assert sorted(results) == [0, 1, 2, 3, 4]
     for number, prompt in enumerate(prompts):
@@ -99,7 +99,7 @@ def test_length_search_takes_the_highest_mean_log_probability(checkpoint):
     result = infill(checkpoint, "the cat", " on the mat", lengths)
     means = {}
     for length in lengths:  # each alone, its log-probabilities from the canvas
-        spec, options = settings_of(checkpoint, {"max_new_tokens": 0})
+        spec, options = settings_of(checkpoint, {"max_new_tokens": 0}, gaps=True)
         row = encode(checkpoint.tokenizer, spec, ["the cat", length, " on the mat"])
         canvas, states = begin(checkpoint, spec, options, [row])
         assert list(states)
@@ -158,11 +158,11 @@ def test_suffix_in_later_blocks_is_counted_and_said(checkpoint, full):
 @pytest.mark.parametrize(
     "settings",
     (
-        {},
-        {"mode": "speculative"},
+        {"mode": "diffusion"},
+        {"mode": "speculative", "draft_length": 3},
         {"steps_per_block": 4, "remask": 0.5},
-        {"temperature": 1.0, "seed": 1},
-        {"stop_strings": ["a"]},
+        {"mode": "diffusion", "temperature": 1.0, "seed": 1},
+        {"mode": "diffusion", "stop_strings": ["a"]},
     ),
     ids=str,
 )
@@ -245,6 +245,39 @@ def test_what_a_cache_costs_is_said(checkpoint, full):
     assert 1e-4 < result.drift.mean <= result.drift.largest
     assert "the likeliest token stays the same" in summary([result])
     assert "cache" not in summary([complete(full, TEXT, max_new_tokens=4)])
+
+
+DENOISING = [
+    {"threshold": 0.9}, {"steps_per_block": 2}, {"entropy_bound": 0.5}, {"block_length": 8},
+    {"steps_per_block": 2, "order": "margin"}, {"steps_per_block": 2, "remask": 0.5},
+    {"cfg_scale": 1.0}, {"check_cache": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", DENOISING, ids=str)
+def test_an_option_of_mode_diffusion_asks_for_it(checkpoint, settings):
+    assert settings_of(checkpoint, settings)[1].mode == "diffusion"
+
+
+def test_the_default_mode_is_lossless_where_there_is_an_ar_mode(checkpoint, full):
+    def mode(checkpoint, gaps=False, **settings):
+        return settings_of(checkpoint, settings, gaps)[1].mode
+
+    assert mode(checkpoint) == mode(checkpoint, temperature=1.0, draft_length=2) == "speculative"
+    assert mode(checkpoint, cfg_scale=0, remask=0, order="prob", check_cache=False) == "speculative"
+    assert mode(checkpoint, gaps=True) == mode(full) == "diffusion"
+    assert mode(checkpoint, gaps=True, threshold=0.5, mode="ar") == "ar"  # refused by its prompt
+    with pytest.raises(Ar2DiffError, match="cfg_scale only works with mode=diffusion"):
+        mode(checkpoint, mode="speculative", cfg_scale=1.0)
+    with pytest.raises(Ar2DiffError, match="draft_length only works with mode=speculative"):
+        mode(checkpoint, draft_length=2, threshold=0.5)
+
+
+def test_settings_of_a_generation_config_for_other_modes_are_left_alone(checkpoint, monkeypatch):
+    for name, value in (("threshold", None), ("steps_per_block", 4), ("draft_length", 2)):
+        monkeypatch.setattr(checkpoint.model.generation_config, name, value, raising=False)
+    assert settings_of(checkpoint, {})[1].draft_length == 2
+    assert settings_of(checkpoint, {"mode": "diffusion"})[1].steps_per_block == 4
 
 
 @pytest.fixture(scope="module")

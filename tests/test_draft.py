@@ -428,7 +428,9 @@ def test_other_verbs_refuse_a_draft_adapter(drafted, tmp_path, call, said):
 def test_check_describes_a_draft_adapter(drafted):
     found = ar2diff.check(drafted)
     assert found.ok and found.draft.rank == 4
-    assert any("same bits" in finding.what for finding in found.findings)
+    for said in ("same bits", "8 of 8 texts of 16 tokens"):
+        assert any(said in finding.what for finding in found.findings)
+    assert found.default.mode == "speculative" and "verified" in found.default.why
 
 
 def test_eval_gives_what_the_run_recorded(drafted, texts, run_both):

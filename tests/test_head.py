@@ -21,10 +21,10 @@ from ar2diff.conversion.exports import export
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.forward import logits_at
 from ar2diff.core.generate import generate
-from ar2diff.core.head import HEAD_FILE, UNKNOWN, BigramHead
+from ar2diff.core.head import UNKNOWN, BigramHead
 from ar2diff.core.samplers import draw
 from ar2diff.core.seeds import keyed_generator
-from ar2diff.core.spec import Spec
+from ar2diff.core.spec import HEAD_FILE, Spec
 from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion.task import previous_ids
 from ar2diff.evaluation.check import check
@@ -337,7 +337,7 @@ def test_a_head_that_is_not_the_folders_is_refused(copied, change, said):
         load_checkpoint(str(copied))
     model.config.diffusion = json.loads((copied / "config.json").read_text())["diffusion"]
     with pytest.raises(Ar2DiffError, match=said):
-        generate(torch.tensor([[1, 40]]), model=model, max_new_tokens=4)
+        generate(torch.tensor([[1, 40]]), model=model, max_new_tokens=4, mode="diffusion")
 
 
 def test_format_1_has_no_head_and_format_2_has_one(headed):

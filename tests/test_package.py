@@ -16,7 +16,7 @@ TOP = ("ar2diff", "cli", "recipes")
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """Names in the wheel and in the sdist, built from what git tracks."""
+    """Names in the wheel and in the sdist, built from what git tracks, and the wheel's size."""
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
@@ -24,14 +24,19 @@ def built(tmp_path_factory):
         capture_output=True,
         text=True,
     )
-    wheel = zipfile.ZipFile(next(folder.glob("*.whl"))).namelist()
+    file = next(folder.glob("*.whl"))
+    wheel = zipfile.ZipFile(file).namelist()
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         sdist = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
-    return wheel, sdist
+    return wheel, sdist, file.stat().st_size
+
+
+def test_wheel_is_small(built):
+    assert built[2] <= 10_000_000  # with the embedded model and its draft adapter
 
 
 def test_wheel_holds_every_module_and_data_file(built):
-    wheel, _ = built
+    wheel, *_ = built
     wanted = [
         p.relative_to(ROOT)
         for top in TOP
@@ -44,12 +49,12 @@ def test_wheel_holds_every_module_and_data_file(built):
 
 
 def test_wheel_has_one_top_level_package(built):
-    wheel, _ = built
+    wheel, *_ = built
     assert {n.split("/")[0] for n in wheel if ".dist-info" not in n} == {"ar2diff"}
 
 
 def test_sdist_holds_what_it_takes_to_test(built):
-    _, sdist = built
+    _, sdist, _ = built
     assert {"pyproject.toml", "cli/main.py", "recipes/demo.yaml", "tests/test_package.py"} <= set(
         sdist
     )

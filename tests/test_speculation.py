@@ -1,4 +1,4 @@
-"""Speculation is lossless: greedy token for token, and in distribution, by enumeration."""
+"""Speculation is lossless: the AR mode's text in float64, and its distribution, by enumeration."""
 
 import math
 from collections import Counter

@@ -29,7 +29,7 @@ def stories():
 
 @pytest.mark.slow
 def test_speculation_writes_what_the_ar_mode_writes_in_fewer_forwards(stories, shared_data):
-    """200 prompts x 128 tokens in float32: token for token, more than 1.5 a forward."""
+    """200 prompts x 128 tokens in float32: the same texts, more than 1.5 tokens a forward."""
     texts = read_texts(shared_data("tinystories/valid.jsonl.gz"), "text")[:PROMPTS]
     prompts = [stories.tokenizer(" ".join(text.split()[:12])).input_ids for text in texts]
     written, forwards = {}, {}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..core.errors import Ar2DiffError
-from ..core.head import ATTRIBUTE, HEAD_FILE
+from ..core.head import ATTRIBUTE
+from ..core.spec import HEAD_FILE
 from .adapters import load_adapter, save_adapter, save_adapter_config
 from .custom_generate import write_custom_generate
 from .draft import load_drafting, save_draft, save_draft_config

@@ -29,9 +29,9 @@ from ..core.attention import layer_windows
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
-from ..core.head import ATTRIBUTE, HEAD_FILE, BigramHead, read_head
-from ..core.options import RULE, THRESHOLD
-from ..core.spec import CAUSAL, Spec
+from ..core.head import ATTRIBUTE, BigramHead, read_head
+from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
+from ..core.spec import CAUSAL, HEAD_FILE, Spec
 from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from .files import (
@@ -458,11 +458,28 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
         suppressed -= {*ends}
     unused = {*range(rows)} - checkpoint.token_ids  # of a padded vocabulary, or of one with holes
     generation.suppress_tokens = sorted({*suppressed, *unused, spec.mask_token_id})
-    if not any(getattr(generation, name, None) is not None for name in RULE):
-        generation.threshold = THRESHOLD
+    _choose_mode(generation, spec, checkpoint.spec)
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id
     generation.max_new_tokens = None
     checkpoint.spec = spec
+
+
+def _choose_mode(generation: Any, spec: Spec, old: Spec | None) -> None:
+    """Put the mode in which a model decodes by default into its generation config: lossless where
+    there is an AR mode, else diffusion. Which tokens a forward of that mode decides is left as it
+    is, but where no AR mode stands behind it, the threshold is the safe one until the text at the
+    default threshold has been measured (`evaluation.quality`).
+
+    Args:
+        old: the spec until now; None for a model that is being converted.
+    """
+    if not spec.lossless or getattr(generation, "mode", None) not in MODES:
+        generation.mode = "speculative" if spec.lossless else "diffusion"
+    rule = {name: getattr(generation, name, None) for name in RULE}
+    rule = {name: value for name, value in rule.items() if value is not None}
+    lost = old is not None and old.lossless and not spec.lossless
+    if not rule or (lost and rule == {"threshold": THRESHOLD}):
+        generation.threshold = THRESHOLD if spec.lossless else SAFE_THRESHOLD
 
 
 def causal_spec(model: Any) -> Spec:

@@ -24,7 +24,7 @@ from .denoise import denoise
 from .draft import CONFIG, WEIGHTS, Draft, load_draft
 from .errors import Ar2DiffError, first_line, option, shortened
 from .forward import context_length
-from .inputs import check_tensors, read_prompts
+from .inputs import check_tensors, has_gaps, read_prompts
 from .options import Options, resolve
 from .probe import probe
 from .spec import Spec
@@ -150,8 +150,12 @@ def generate(
     draft: Any = None,
     **kwargs: Any,
 ) -> Tensor | DiffusionOutput:
-    """Continue prompts, or fill the mask tokens in them, by denoising. Takes the arguments of
-    transformers' `generate` that a denoiser can honour, and refuses the others by name.
+    """Continue prompts, or fill the mask tokens in them. Takes the arguments of transformers'
+    `generate` that a denoiser can honour, and refuses the others by name.
+
+    A model with an AR mode continues prompts with that mode's text, in fewer forwards (mode
+    `speculative`). It denoises (mode `diffusion`) where the call says so, sets an option of that
+    mode such as `threshold`, or has gaps to fill; a model without an AR mode always does.
 
     Args:
         inputs, input_ids: [R, P] prompts, padded on the left or right where `attention_mask` is 0.
@@ -182,7 +186,8 @@ def generate(
     check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
     configs = (generation_config, model.generation_config)
-    options = resolve(spec, kwargs, configs, width, draft is not None)
+    gaps = has_gaps(given, attention_mask, spec.mask_token_id)
+    options = resolve(spec, kwargs, configs, width, draft is not None, gaps)
     vocabulary = model.config.get_text_config().vocab_size
     given, real, prompts = read_prompts(given, attention_mask, options, vocabulary)
     if options.num_return_sequences > 1:

@@ -27,11 +27,10 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .errors import Ar2DiffError, first_line
-from .spec import Head, Spec
+from .spec import HEAD_FILE, Head, Spec
 
 SPREAD = 0.02  # of the first factor at the start; the second is zero, so that nothing moves
 UNKNOWN = -1  # in place of the id of a token that is masked
-HEAD_FILE = "diffusion_head.safetensors"
 ATTRIBUTE = "diffusion_head"  # of the model
 MOST_HEADER = 1 << 16  # bytes of the file besides the two matrices
 

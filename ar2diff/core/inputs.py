@@ -28,6 +28,16 @@ def check_tensors(input_ids: Any, attention_mask: Any) -> None:
             )
 
 
+def has_gaps(given: Tensor | None, attention_mask: Tensor | None, mask_token_id: int) -> bool:
+    """Whether there is a mask token among prompts [P] or [R, P], outside of their padding."""
+    if given is None:
+        return False
+    masks = given == mask_token_id
+    if attention_mask is not None and attention_mask.shape == given.shape:
+        masks = masks & (attention_mask.to(given.device) != 0)
+    return bool(masks.any())
+
+
 def read_prompts(
     given: Tensor | None, attention_mask: Tensor | None, options: Options, vocabulary: int
 ) -> tuple[Tensor, Tensor, list[list[int]]]:

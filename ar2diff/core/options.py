@@ -30,9 +30,15 @@ MODES = ("diffusion", "speculative", "ar")
 ORDERS = ("prob", "margin", "entropy", "random")
 CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
+SAFE_THRESHOLD = 0.99  # of a model without AR mode whose text at 0.9 is worse, or was not measured
 RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
 MAX_NEW_TOKENS = 128
 
+# Options that only mode diffusion uses, with the values at which they ask for nothing.
+DENOISING: dict[str, Any] = {
+    "threshold": None, "steps_per_block": None, "entropy_bound": None, "block_length": None,
+    "order": "prob", "remask": 0, "cfg_scale": 0, "check_cache": False,
+}  # fmt: skip
 # Options of transformers that need the text to the left of a token, or several beams: a denoiser
 # has neither. Their neutral values pass.
 REFUSED: dict[str, Any] = {
@@ -70,8 +76,10 @@ class Options:
 
     Attributes:
         max_new_tokens, min_new_tokens: number of tokens after the prompt.
-        mode: `diffusion` denoises; `speculative` drafts and lets the AR mode verify; `ar` writes
-            one token after the other.
+        mode: `diffusion` denoises; `speculative` drafts and lets the AR mode verify, which writes
+            the AR mode's text in fewer forwards; `ar` writes one token after the other. Without
+            it, the mode in the generation config (`speculative` for a model with an AR mode), or
+            `diffusion` if the call sets an option that only this mode has, or a prompt has gaps.
         block_length: tokens denoised together, at most as many as trained; None: all (`full`).
         threshold: decide tokens whose probability exceeds it (0.9 by default; alone, or together
             with `steps_per_block` as a minimum).
@@ -146,6 +154,7 @@ def resolve(
     configs: Sequence[Any] = (),
     prompt_length: int = 0,
     drafts: bool = False,
+    gaps: bool = False,
 ) -> Options:
     """The settings for one call.
 
@@ -154,6 +163,7 @@ def resolve(
         configs: generation configs, in order of precedence.
         prompt_length: tokens of the (padded) prompt, which `max_length` counts.
         drafts: the model has a draft adapter; it is decoded in mode speculative unless told not to.
+        gaps: a prompt has gaps, which only mode diffusion fills.
 
     Raises:
         Ar2DiffError: an option that is unknown, out of range, or that a denoiser cannot honour.
@@ -176,7 +186,7 @@ def resolve(
     options = Options(
         max_new_tokens=_max_new_tokens(get, prompt_length),
         min_new_tokens=integer(get, "min_new_tokens", 0, 0),
-        mode=one_of(get, "mode", MODES[1:] if drafts else MODES, MODES[drafts]),
+        mode=_mode(get, drafts, gaps),
         block_length=_block_length(get, spec),
         **_rule(get),
         order=one_of(get, "order", ORDERS, "prob"),
@@ -205,8 +215,21 @@ def resolve(
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
     _check_rule(options)
-    _check_mode(options, spec)
+    _check_mode(options, spec, get.places[0])
     return options
+
+
+def _mode(get: Source, drafts: bool, gaps: bool) -> str:
+    """The mode that the call names, else the default one; a default that cannot do what the call
+    asks for gives way to mode diffusion."""
+    called, allowed = get.places[0], MODES[1:] if drafts else MODES
+    if called.get("mode") is not None:
+        return one_of(get, "mode", allowed, MODES[drafts])
+    chosen = one_of(get, "mode", MODES, MODES[drafts])
+    if drafts:
+        return chosen if chosen in allowed else MODES[1]
+    denoises = any(called.get(name) not in (None, none) for name, none in DENOISING.items())
+    return "diffusion" if denoises or gaps else chosen
 
 
 def _check_rule(options: Options) -> None:
@@ -228,11 +251,12 @@ def _check_rule(options: Options) -> None:
         )
 
 
-def _check_mode(options: Options, spec: Spec) -> None:
-    """Refuse a mode that the model lacks, and options of another mode."""
+def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None:
+    """Refuse a mode that the model lacks, and options of another mode in a call. (A generation
+    config may hold settings for several modes.)"""
     mode = option("mode", options.mode)
     if options.mode != "diffusion":
-        if not spec.ar_mode or spec.attention != "causal_context":
+        if not spec.lossless:
             raise Ar2DiffError(
                 f"{mode} needs an AR mode, which this model ({spec.attention} attention) does not "
                 "have",
@@ -240,19 +264,19 @@ def _check_mode(options: Options, spec: Spec) -> None:
                 f"attention and {option('objective.ar_weight')} above 0",
             )
         for name in ("steps_per_block", "entropy_bound", "cfg_scale", "check_cache"):
-            if getattr(options, name):
+            if called.get(name):
                 raise Ar2DiffError(
                     f"{option(name)} only works with {option('mode', 'diffusion')}, not with "
                     f"{mode}",
                     f"leave out {option(name)}",
                 )
     for name in ("draft_length", "draft_nodes"):
-        if getattr(options, name) is not None and options.mode != "speculative":
+        if called.get(name) is not None and options.mode != "speculative":
             raise Ar2DiffError(
                 f"{option(name)} only works with {option('mode', 'speculative')}",
                 f"leave out {option(name)}",
             )
-    if options.draft_length is None:
+    if options.draft_length is None or options.mode != "speculative":
         return
     if options.draft_length >= spec.block_length:
         raise Ar2DiffError(

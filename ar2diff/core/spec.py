@@ -14,6 +14,7 @@ from typing import Any
 from .errors import Ar2DiffError, shortened
 
 FORMAT, HEAD_FORMAT = 1, 2  # without and with a diffusion head
+HEAD_FILE = "diffusion_head.safetensors"
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
 NOISES = ("mask",)
@@ -150,6 +151,11 @@ class Spec:
                 "set both to the id of the tokenizer's mask token",
             )
         return spec
+
+    @property
+    def lossless(self) -> bool:
+        """Whether drafts can be verified: by an AR mode that reads text as its base does."""
+        return self.ar_mode and self.attention == "causal_context"
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written in `config.json`."""

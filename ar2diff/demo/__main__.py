@@ -1,7 +1,8 @@
-"""`python -m ar2diff.demo`: a whole conversion of the embedded checkpoint, in a few minutes.
+"""`python -m ar2diff.demo`: a lossless accelerator and a whole conversion, in a few minutes.
 
-Adapts the shipped AR checkpoint to diffusion on generated stories, then prints how its likelihood
-has changed and what both modes write for the same prompts.
+Adapts the shipped AR checkpoint to diffusion on generated stories. Then prints what the AR model
+writes, the same text in fewer forwards with the shipped draft adapter, what the converted model
+writes without loss and in its diffusion mode, a gap that it fills, and how the likelihood changed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from ..cli.output import quiet
 from .corpus import PRETRAIN_LEVELS, corpus, prompt, score, text
 
 MODEL = Path(__file__).parent / "model"
+DRAFT = Path(__file__).parent / "draft"  # a draft adapter for it
+# A fixed number of drafts; without it, as many are drafted as pay off on the machine.
+LOSSLESS = {"mode": "speculative", "draft_length": 7}
+GAP = ("One day Mia was in the garden. She had 3 apples. Then she got", " from Dad. Mia was glad.")
 TRAIN_STORIES = 6000
 JUDGED_STORIES = 64
 QUESTIONS = 20
@@ -50,7 +56,9 @@ def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> 
     plain = adapt_without_training(base, recipe)
     untrained = likelihood(plain, rows, samples=8)
 
-    print_generations(load_checkpoint(str(MODEL)), converted)
+    drafting = load_checkpoint(str(DRAFT)) if DRAFT.is_dir() else None
+    print_generations(load_checkpoint(str(MODEL)), drafting, converted)
+    print_infill(converted)
     bound, in_all = after.bound, time.monotonic() - start
     print(f"""
 Likelihood on {len(rows)} held-out stories, nats per token
@@ -81,27 +89,75 @@ def adapt_without_training(base: Any, recipe: Any) -> Any:
     return base
 
 
-def print_generations(base: Any, converted: Any) -> None:
-    """Ask both modes the same questions, and print how many each answers correctly."""
+def print_generations(base: Any, drafting: Any, converted: Any) -> None:
+    """Ask every way of decoding the same questions, and print how many it answers correctly, how
+    many forwards that takes, and whether its text is that of the AR mode that it must keep."""
     from ..generation.complete import complete
 
-    totals = {name: [0.0, 0, 0] for name in ("AR", "diffusion")}
+    ways = [
+        Way("AR model", base, {"mode": "ar"}),
+        Way("with the draft adapter", drafting, LOSSLESS, "AR model"),
+        Way("converted, AR mode", converted, {"mode": "ar"}),
+        Way("converted, lossless", converted, LOSSLESS, "converted, AR mode"),
+        Way("converted, diffusion", converted, {"mode": "diffusion"}),
+    ]
+    ways = [way for way in ways if way.model is not None]
     for number, example in enumerate(corpus(QUESTIONS, 2, (1, 2), "valid")):
+        texts: dict[str, str] = {}
         if number < SHOWN:
             print(f"\n{prompt(example)}")
-        for name, model, mode in (("AR", base, "ar"), ("diffusion", converted, "diffusion")):
-            result = complete(model, prompt(example), max_new_tokens=48, mode=mode)
+        for way in ways:
+            result = complete(way.model, prompt(example), max_new_tokens=48, **way.settings)
+            texts[way.name] = result.text
+            same = way.kept is None or result.text == texts[way.kept]
             right = score(example, result.text)
-            totals[name][0] += right
-            totals[name][1] += result.new_tokens
-            totals[name][2] += result.forwards
+            way.add(right, result.new_tokens, result.forwards, same)
             if number < SHOWN:
                 rate = f"{result.new_tokens} tokens in {result.forwards} forwards"
-                print(f"  {name:9} |{result.text}   [{rate}, {'right' if right else 'wrong'}]")
-    for name, (right, tokens, forwards) in totals.items():
-        print(
-            f"{name:9} {right:.0f} of {QUESTIONS} right, {tokens / forwards:.2f} tokens per forward"
+                print(f"  {way.name:22} |{result.text}   [{rate}, {'right' if right else 'wrong'}]")
+    heads = "right  tokens  forwards  tokens per forward  the same text"
+    print(f"\n{f'{QUESTIONS} questions':23} {heads}")
+    for way in ways:
+        print(way.line())
+
+
+def print_infill(converted: Any) -> None:
+    """Fill a gap in a story; only a model that denoises reads what stands behind it."""
+    from ..generation.complete import infill
+
+    result = infill(converted, *GAP, lengths=(2, 3, 4, 5, 6))
+    print(f"\nA gap in a story, filled: {GAP[0]}[{result.filled[0]}]{GAP[1]}")
+
+
+@dataclass
+class Way:
+    """A way of decoding, and what it has done so far.
+
+    Attributes:
+        kept: the way whose text it must keep; None if it may write another.
+    """
+
+    name: str
+    model: Any
+    settings: dict[str, Any]
+    kept: str | None = None
+    right: float = 0.0
+    tokens: int = 0
+    forwards: int = 0
+    same: bool = True
+
+    def add(self, right: float, tokens: int, forwards: int, same: bool) -> None:
+        """Count an answer."""
+        self.right, self.same = self.right + right, self.same and same
+        self.tokens, self.forwards = self.tokens + tokens, self.forwards + forwards
+
+    def line(self) -> str:
+        """A line of the table."""
+        line = (
+            f"{self.name:22} {self.right:6.0f} {self.tokens:7} {self.forwards:9} "
+            f"{self.tokens / self.forwards:19.2f}"
         )
+        return line if self.kept is None else f"{line}  {'yes' if self.same else 'no'}"
 
 
 def say(line: str) -> None:

@@ -13,11 +13,14 @@ from ..checkpoint.custom_generate import FOLDER, CustomGenerate, read_custom_gen
 from ..checkpoint.files import find_checkpoint
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
+from ..checkpoint.output import record_of
 from ..core.attention import lay_out, model_mask
 from ..core.draft import DraftSpec
 from ..core.forward import quiet_routers
+from ..core.options import RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.probe import probe
 from ..core.spec import Spec
+from .lossless import golden_run
 
 TRUSTED = "transformers >= 5.2 with trust_remote_code=True"
 TRUSTING = (
@@ -50,6 +53,13 @@ ELSEWHERE = {
         ),
     },
 }
+LOSSLESS = {
+    "mode speculative": (
+        "in float32, the text is that of the AR mode up to near-ties: where it differs, the two "
+        "likeliest tokens are less than 0.001 apart in float64; bfloat16 and float16 round more "
+        "coarsely, so texts differ at more near-ties"
+    ),
+}
 BESIDE = {
     "transformers, with the base and trust_remote_code=True": (
         "writes the base's text in fewer forwards: "
@@ -68,6 +78,18 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class DefaultMode:
+    """How a folder decodes by default.
+
+    Attributes:
+        mode: `speculative`, `diffusion` or `ar`. why: the reason, in a clause.
+    """
+
+    mode: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Check:
     """What `check` found.
 
@@ -80,6 +102,7 @@ class Check:
         elsewhere: {program: what happens when it runs the model}.
         ok: whether every finding holds.
         draft: what `draft.json` says of a draft adapter; None for anything else.
+        default: the mode in which it decodes by default; None for an unconverted model.
     """
 
     model: str
@@ -89,6 +112,7 @@ class Check:
     elsewhere: dict[str, str]
     ok: bool
     draft: DraftSpec | None = None
+    default: DefaultMode | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -113,15 +137,17 @@ def check(model: str | Path) -> Check:
         where = {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"}
         return Check(str(model), None, (), None, where, True)
     code = read_custom_generate(_home(checkpoint))
-    findings = (*_findings(checkpoint, spec), _code_finding(code))
+    findings = (*_findings(checkpoint, spec), *_lossless(checkpoint, path), _code_finding(code))
     return Check(
         model=str(model),
         spec=spec,
         findings=findings,
         custom_generate=code,
         elsewhere={TRUSTED: TRUSTING if code.sha256 else CODELESS}
-        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
+        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"])
+        | (LOSSLESS if spec.lossless else {}),
         ok=all(finding.ok for finding in findings),
+        default=_default_mode(checkpoint, path),
     )
 
 
@@ -133,6 +159,7 @@ def _check_draft(model: str, path: Path, checkpoint: Checkpoint) -> Check:
         Finding(f"the base {draft.base} has the weights that it was trained for", True),
         Finding("the base's own logits are the same bits with the adapter and without it", clean),
         Finding("the adapter changes the logits of drafts", noisy),
+        *_lossless(checkpoint, path),
         _code_finding(code),
     )
     return Check(
@@ -140,10 +167,56 @@ def _check_draft(model: str, path: Path, checkpoint: Checkpoint) -> Check:
         spec=checkpoint.spec,
         findings=findings,
         custom_generate=code,
-        elsewhere=BESIDE,
+        elsewhere=BESIDE | LOSSLESS,
         ok=all(finding.ok for finding in findings),
         draft=draft,
+        default=_default_mode(checkpoint, path),
     )
+
+
+def _lossless(checkpoint: Checkpoint, path: Path) -> list[Finding]:
+    """What a golden run of the lossless mode found, if there is such a mode."""
+    if checkpoint.draft is None and not checkpoint.spec.lossless:
+        return []
+    found = golden_run(checkpoint, str(path))
+    if found is None:
+        return [Finding("the lossless mode was not tried, because the model is too large", True)]
+    return [Finding(f"the lossless mode in float32: {found}", found.ok)]
+
+
+def _default_mode(checkpoint: Checkpoint, path: Path) -> DefaultMode:
+    """In which mode a folder decodes if nothing is asked for, and why."""
+    generation, spec = checkpoint.model.generation_config, checkpoint.spec
+    if checkpoint.draft is not None:
+        return DefaultMode("speculative", "the drafts of the adapter are verified by its base")
+    mode = getattr(generation, "mode", None) or "diffusion"
+    if spec.lossless:
+        if mode == "speculative":
+            return DefaultMode(mode, "it has an AR mode, whose text is kept")
+        return DefaultMode(mode, "generation_config.json says so, although it has an AR mode")
+    rule = {name: getattr(generation, name, None) for name in RULE}
+    rule = {name: value for name, value in rule.items() if value is not None}
+    shown = ", ".join(f"{name}={value}" for name, value in rule.items())
+    ours = rule in ({"threshold": THRESHOLD}, {"threshold": SAFE_THRESHOLD})
+    reason = f"because {_measured(path)}" if ours else "as generation_config.json says"
+    return DefaultMode(mode, f"it has no AR mode; {shown}, {reason}")
+
+
+def _measured(path: Path) -> str:
+    """What the record of a folder says of its text at the default threshold."""
+    try:
+        record = record_of(path)
+        text = (record if "recipe" in record else record["run"])["text"]
+        if "not_measured" in text:
+            return f"its text was not compared with its base's ({text['not_measured']})"
+        return (
+            f"its text at threshold {text['threshold']} is "
+            f"{'as good as' if text['good'] else 'worse than'} its base's (NLL under the base "
+            f"{text['nll']:.3f} and {text['base_nll']:.3f}, difference {text['difference']:.3f} "
+            f"± {text['standard_error']:.3f} on {text['rows']} continuations)"
+        )
+    except (TypeError, KeyError, ValueError):  # no record, or one that somebody edited
+        return "its text was not compared with its base's"
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ COMMANDS = {
     "reset": ("/reset", "forget the conversation"),
     "set": ("/set key=value ...", "set sampler options; key= restores the default"),
     "show": ("/show", "show the current options and the size of the context"),
-    "mode": ("/mode NAME", "switch to diffusion, speculative or ar"),
+    "mode": ("/mode NAME", "switch to diffusion, speculative or ar; /mode alone: the default"),
     "seed": ("/seed N", "seed the random draws"),
     "undo": ("/undo", "forget the last message and its answer"),
     "save": ("/save FILE", "write the conversation as JSON"),

@@ -45,7 +45,7 @@ def complete_all(
             prompts are checked before any is decoded.
     """
     spec, plain = settings_of(checkpoint, settings)
-    _, filling = settings_of(checkpoint, {"max_new_tokens": 0, **settings})
+    _, filling = settings_of(checkpoint, {"max_new_tokens": 0, **settings}, gaps=True)
     groups: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
     for number, prompt in enumerate(prompts):
         try:
@@ -76,9 +76,10 @@ def stream(
         Ar2DiffError: as `complete_all`.
     """
     segments = split_gaps(prompt)
-    if len(segments) > 1:
+    gaps = len(segments) > 1
+    if gaps:
         settings = {"max_new_tokens": 0, **settings}
-    spec, options = settings_of(checkpoint, settings)
+    spec, options = settings_of(checkpoint, settings, gaps)
     row = encode(checkpoint.tokenizer, spec, segments)
     start, shown = time.monotonic(), ""
     canvas, states = begin(checkpoint, spec, options, [row])
@@ -107,7 +108,7 @@ def infill(
         Ar2DiffError: as `complete_all`.
     """
     settings = {"max_new_tokens": 0, **settings}
-    spec, options = settings_of(checkpoint, settings)
+    spec, options = settings_of(checkpoint, settings, gaps=True)
     rows = [encode(checkpoint.tokenizer, spec, [prefix, length, suffix]) for length in lengths]
     start = time.monotonic()
     canvas, states = begin(checkpoint, spec, options, rows)
@@ -179,16 +180,22 @@ def check_request(reference: str, request: Request | None, settings: dict[str, A
         spec = replace(spec or CAUSAL, block_length=blocks)
     else:
         _check_converted(path, spec, settings)
-    options = resolve(spec or CAUSAL, settings, drafts=drafts)
-    if request is not None and request.has_gap and options.mode != "diffusion":
+    gaps = request is not None and request.has_gap
+    options = resolve(spec or CAUSAL, settings, drafts=drafts, gaps=gaps)
+    if gaps and options.mode != "diffusion":
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
         )
 
 
-def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec, Options]:
+def settings_of(
+    checkpoint: Checkpoint, settings: dict[str, Any], gaps: bool = False
+) -> tuple[Spec, Options]:
     """The spec to decode with, and the checked options of a call.
+
+    Args:
+        gaps: the call has gaps to fill.
 
     Raises:
         Ar2DiffError: an option is wrong, or the model lacks the mode.
@@ -205,7 +212,7 @@ def settings_of(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Spec,
     if settings.get("eos_token_id") is None:
         settings["eos_token_id"] = checkpoint.end_ids
     configs = (checkpoint.model.generation_config,)
-    return spec, resolve(spec, settings, configs, drafts=drafts)
+    return spec, resolve(spec, settings, configs, drafts=drafts, gaps=gaps)
 
 
 def decode_rows(

@@ -25,7 +25,7 @@ from .origin import Origin
 TEMPLATE = Path(__file__).with_name("card.jinja")
 DRAFT_TEMPLATE = Path(__file__).with_name("draft_card.jinja")
 TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.7})  # of a converted model
+DRAFT_LENGTH = 7  # at most; the default depends on the machine
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,20 @@ class Sample:
         return self.tokens / max(self.forwards, 1)
 
 
+def shown_settings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The settings that a card shows. The first write what the folder writes without any, with a
+    fixed number of drafts."""
+    spec, longest = checkpoint.read_as, (checkpoint.read_as.block_length or 1) - 1
+    if checkpoint.draft is not None:
+        return [{"draft_length": longest}, {"mode": "ar"}]
+    lossless = {"mode": "speculative", "draft_length": min(DRAFT_LENGTH, longest)}
+    if not spec.lossless or not longest:
+        return [{}, {"threshold": 0.7}]
+    if getattr(checkpoint.model.generation_config, "mode", None) == "speculative":
+        return [lossless, {"mode": "diffusion"}, {"threshold": 0.7}]
+    return [{}, {"threshold": 0.7}, lossless]
+
+
 def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sample]:
     """Answers to one prompt, with each of the settings that a card shows.
 
@@ -58,13 +72,12 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     Raises:
         Ar2DiffError: the prompt is empty or too long.
     """
-    samples = []
-    shown = settings_of_card(checkpoint)
-    for settings in shown if every else shown[:1]:
+    samples: list[Sample] = []
+    for settings in shown_settings(checkpoint)[: None if every else 1]:
         try:
             chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
         except Ar2DiffError:
-            if settings and checkpoint.draft is None:  # the folder's own would conflict with them
+            if samples and checkpoint.draft is None:  # the folder's own would conflict with them
                 continue
             raise
         for event in chat.events(prompt):
@@ -78,18 +91,6 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     if not samples:
         raise Ar2DiffError(f"{option('prompt')} is empty", f"give another {option('prompt')}")
     return samples
-
-
-def settings_of_card(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The settings that a card shows; the first is what a folder does without any, as far as that
-    does not depend on the machine: the number of drafts is fixed."""
-    spec = checkpoint.read_as
-    if checkpoint.draft is not None:
-        return [{"draft_length": spec.block_length - 1}, {"mode": "ar"}]
-    if not spec.ar_mode:
-        return [*SETTINGS]
-    drafts = {"draft_length": spec.block_length - 1} if spec.block_length > 1 else {}
-    return [*SETTINGS, {"mode": "speculative", **drafts}]
 
 
 def make_card(
@@ -137,6 +138,7 @@ def make_card(
         tokens=TOKENS,
         samples=[{"label": _label(s.settings), "sample": s} for s in samples],
         own_rule=_own_rule(model.generation_config),
+        own_mode=getattr(model.generation_config, "mode", None),
         spec=spec,
         mask_token=checkpoint.tokenizer.mask_token,
         origin=origin,

@@ -29,7 +29,7 @@ from ..checkpoint.files import (
 from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
-from ..core.head import HEAD_FILE
+from ..core.spec import HEAD_FILE
 from .client import Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 

@@ -29,6 +29,7 @@ from ..data.sources import Documents, find_file, no_data, read_texts
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
+from ..evaluation.quality import choose_threshold
 from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
@@ -113,7 +114,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | Non
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     collate = make_collator(recipe, checkpoint.spec.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
-    return Plan(checkpoint, recipe, rows, make_trainer, eval_rows)
+    return Plan(checkpoint, recipe, rows, make_trainer, eval_rows, measure=measure)
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """How good the text of a whole model without an AR mode is, which decides its threshold."""
+    checkpoint = plan.checkpoint
+    if checkpoint.spec.lossless or checkpoint.base is not None:
+        return {}
+    return {"text": choose_threshold(checkpoint, checkpoint.path, plan.eval_rows)}
 
 
 ADAPT = Verb("adapt", check, read_documents, make_plan)

@@ -148,7 +148,10 @@ def draw_panel(
     from rich.console import Console
     from rich.panel import Panel
 
-    settings = {"max_new_tokens": max_new_tokens, "temperature": 0, "eos_token_id": [-1]}
+    settings = {
+        "mode": "diffusion", "max_new_tokens": max_new_tokens, "temperature": 0,
+        "eos_token_id": [-1],
+    }  # fmt: skip
     spec, options = settings_of(checkpoint, settings)
     canvas, steps = begin(checkpoint, spec, options, [prompt])
     total = int(canvas.total[0])

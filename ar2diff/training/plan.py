@@ -36,6 +36,8 @@ class Plan:
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
         judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
         preview: adds details that only this verb's dry run shows; None adds nothing.
+        measure: measures the trained model before it is saved, where it holds all of its weights,
+            and chooses what depends on that; returns what to add to the record.
         complete: makes the rest of the plan, which takes long: a dry run does without it. None:
             there is no rest.
     """
@@ -49,6 +51,7 @@ class Plan:
         plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
     )
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
+    measure: Callable[[Plan], dict[str, Any]] = lambda plan: {}
     complete: Callable[[], Plan] | None = None
 
     def bytes_needed(self) -> int:

@@ -89,6 +89,8 @@ def run(
             trained, weights = _train(plan, output_dir, resume)
             record |= trained
         if output is not None:
+            if plan.recipe.train.max_steps and weights is None:
+                record |= plan.measure(plan)
             save(plan.checkpoint, output, record, weights)
     return RunResult.of(record, output_dir)
 

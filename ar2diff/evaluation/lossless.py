@@ -1,0 +1,118 @@
+"""A golden run: whether the lossless mode of a folder writes the text of its AR mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from ..checkpoint.io import load_checkpoint
+from ..checkpoint.model import Checkpoint
+from ..core.forward import context_length
+from ..core.gumbel import GumbelNoise
+from ..core.seeds import keyed_generator
+from ..generation.complete import decode_rows, settings_of
+from ..generation.tokens import prompt_ids
+
+PROMPTS = ("Once upon a time", "The answer is", "def main():", "1, 2, 3,")
+LENGTH = 16  # most tokens of a prompt
+TEMPERATURES = (0.0, 0.8)
+DRAFT_LENGTH = 3  # at most
+NEAR_TIE = 1e-3  # gap in float64 below which two tokens are equally likely to float32
+MOST_TOKENS = ((100_000_000, 16), (2_000_000_000, 8))  # of a text, for models of so many parameters
+
+
+@dataclass(frozen=True)
+class Golden:
+    """How many texts of the lossless mode are those of the AR mode.
+
+    Attributes:
+        texts: number of texts, half of them greedy, half at temperature 0.8 under the same seeds.
+        tokens: length of each.
+        identical: how many are the same.
+        gaps: of the others, float64 gap between the two likeliest tokens at the first difference.
+    """
+
+    texts: int
+    tokens: int
+    identical: int
+    gaps: tuple[float, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether texts differ at near-ties alone."""
+        return all(gap < NEAR_TIE for gap in self.gaps)
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.identical} of {self.texts} texts of {self.tokens} tokens (greedy, and at "
+            f"temperature {TEMPERATURES[1]} with a seed) are those of the AR mode"
+        )
+        if self.gaps:
+            said += f"; at the first difference the likeliest tokens are {max(self.gaps):.0e} apart"
+        return said
+
+
+def golden_run(checkpoint: Checkpoint, folder: str) -> Golden | None:
+    """Decode a few prompts in both modes.
+
+    Args:
+        checkpoint: in float32, with an AR mode or a draft adapter.
+        folder: from where it is loaded again in float64, if a text differs.
+
+    Returns:
+        What was found; None if the model is too large to try, or its context too short.
+    """
+    size = sum(p.numel() for p in checkpoint.model.parameters())
+    new = next((tokens for most, tokens in MOST_TOKENS if size <= most), 0)
+    prompts = [prompt_ids(checkpoint.tokenizer, text)[:LENGTH] for text in PROMPTS]
+    prompts = [prompt for prompt in prompts if prompt]
+    context, block = context_length(checkpoint.model.config), checkpoint.read_as.block_length
+    if context is not None:
+        new = min(new, context - LENGTH - block)
+    if new < 1 or not prompts:
+        return None
+    identical, gaps = 0, []
+    for temperature in TEMPERATURES:
+        settings = {
+            "max_new_tokens": new, "temperature": temperature, "eos_token_id": [-1],
+            "seed": tuple(range(len(prompts))),
+        }  # fmt: skip
+        theirs = _texts(checkpoint, prompts, mode="ar", **settings)
+        if block > 1:
+            settings["draft_length"] = min(DRAFT_LENGTH, block - 1)
+        ours = _texts(checkpoint, prompts, mode="speculative", **settings)
+        for row, (own, wanted) in enumerate(zip(ours, theirs, strict=True)):
+            if own == wanted:
+                identical += 1
+            else:
+                gaps.append(_gap(folder, prompts[row], own, wanted, temperature, row))
+    return Golden(len(TEMPERATURES) * len(prompts), new, identical, tuple(gaps))
+
+
+def _texts(
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], **settings: Any
+) -> list[list[int]]:
+    spec, options = settings_of(checkpoint, settings)
+    return [result.token_ids for result in decode_rows(checkpoint, spec, options, prompts)]
+
+
+@torch.no_grad()
+def _gap(
+    folder: str, prompt: list[int], own: list[int], wanted: list[int], temperature: float, seed: int
+) -> float:
+    """Gap in float64 between the two highest scores where two texts first differ: logits or, above
+    temperature 0, what a token is drawn by."""
+    same = next(n for n, (a, b) in enumerate(zip_longest(own, wanted)) if a != b)
+    double = load_checkpoint(folder, dtype="float64")
+    ids = torch.tensor([prompt + wanted[:same]])
+    scores = double.model(input_ids=ids, use_cache=False).logits[0, -1]
+    scores = scores.masked_fill(double.suppressed, float("-inf"))
+    if temperature:
+        noise = GumbelNoise([keyed_generator(seed)], len(scores))
+        scores = scores / temperature + noise.at([0], [ids.shape[1]])[0]
+    top = scores.topk(2).values
+    return (top[0] - top[1]).item()
