@@ -16,7 +16,9 @@ from .tree import Guesses, Tree
 
 MOST = 64  # candidates of a row
 KEEP = 0.95  # of a running mean, at each forward
-LOOK = 16  # forwards between two looks at what branches would be worth
+MARGIN = 1.1  # by which a tree must promise to be faster than a chain
+LOOK = 64  # forwards between two looks at what branches would be worth
+FIRST = 8  # forward of the first look
 RETRY = 128  # plain forwards after which drafting is tried again, and
 TRIED = 3  # for how many forwards
 RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
@@ -136,7 +138,7 @@ class MeasuredPace(Pace):
         """The candidates among the guesses."""
         self.forwards += 1
         length = guesses.scores.shape[1]
-        looks = self.forwards % LOOK == 1
+        looks = self.forwards % LOOK == FIRST
         if self.nodes is None and not looks:
             return guesses.chain(length)
         trees = guesses.likeliest(MOST if looks else self.nodes)
@@ -199,5 +201,5 @@ class MeasuredPace(Pace):
             if speed < before:
                 break
             before = speed
-            if speed > chain:
+            if speed > MARGIN * chain:
                 self.nodes = nodes
