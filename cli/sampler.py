@@ -66,8 +66,14 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "draft_length": (
         int,
         "--draft-length",
-        "as many as pay off",
-        "With --mode speculative: number of tokens per draft.",
+        "as many as pay",
+        "With --mode speculative: number of tokens drafted in each forward pass.",
+    ),
+    "draft_nodes": (
+        int,
+        "--draft-nodes",
+        None,
+        "With --mode speculative: verify a tree of this many candidates instead of a chain.",
     ),
     "cache_implementation": (
         Cache,

@@ -2,11 +2,13 @@
 folders that hold them."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
+import signal
 from contextlib import nullcontext
-from pathlib import Path
+from types import SimpleNamespace
 
 import architectures
 import pytest
@@ -27,7 +29,8 @@ from ar2diff.data.documents import DocumentPart
 from ar2diff.diffusion import drafting as drafting_module
 from ar2diff.diffusion.cross_entropy import has_plain_head
 from ar2diff.diffusion.drafting import Drafting, pace
-from ar2diff.training.base import Running
+from ar2diff.training import callbacks
+from ar2diff.training.base import Running, checkpoints
 
 ROWS = 64  # of the vocabulary of the tiny models
 BLOCK = 4
@@ -469,28 +472,53 @@ class _Killed(Exception):
     pass
 
 
-class _Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise _Killed
+class _End(TrainerCallback):
+    """Ends the run during its fifth step: as a kill would, or by SIGTERM."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            if self.how == "kill":
+                raise _Killed
+            signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tiny_checkpoint, texts, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(
+    tiny_checkpoint, texts, tmp_path, monkeypatch
+):
     call = {"data": texts, "overrides": recipe_of(texts)}
-    whole = ar2diff.draft(tiny_checkpoint, None, tmp_path / "whole", **call)
+    ar2diff.draft(tiny_checkpoint, None, tmp_path / "whole", **call)
     train = Running.train
+    for how, newest in (("kill", 3), ("SIGTERM", 5)):
 
-    def killed(self, *args, **kwargs):
-        self.add_callback(_Kill())
-        return train(self, *args, **kwargs)
+        def stopped(self, *args, how=how, **kwargs):
+            self.add_callback(_End(how))
+            return train(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Running, "train", killed)
-        with pytest.raises(_Killed):
-            ar2diff.draft(tiny_checkpoint, None, tmp_path / "killed", **call)
-    resumed = ar2diff.draft(tiny_checkpoint, None, tmp_path / "killed", resume=True, **call)
-    one, other = (f"{run.output_dir}/draft.safetensors" for run in (whole, resumed))
-    assert Path(one).read_bytes() == Path(other).read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(Running, "train", stopped)
+            with pytest.raises(_Killed if how == "kill" else SystemExit):
+                ar2diff.draft(tiny_checkpoint, None, tmp_path / how, **call)
+        assert checkpoints(tmp_path / how / "checkpoints")[-1].name == f"checkpoint-{newest}"
+        ar2diff.draft(tiny_checkpoint, None, tmp_path / how, resume=True, **call)
+        one, other = (tmp_path / run / "draft.safetensors" for run in ("whole", how))
+        assert one.read_bytes() == other.read_bytes(), how
+
+
+def test_the_time_that_is_left_is_said_once_it_is_known(
+    tiny_checkpoint, texts, tmp_path, monkeypatch, capsys
+):
+    clock = itertools.count(0, 1000)  # seconds; read at steps 1, 11 and 12
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    steps = {"train.max_steps": 13, "train.logging_steps": 12, "train.save_steps": 13}
+    overrides = recipe_of(texts, **steps)
+    ar2diff.draft(tiny_checkpoint, None, tmp_path / "out", data=texts, overrides=overrides)
+    lines = [li for li in capsys.readouterr().err.splitlines() if li.startswith("step ")]
+    first, log = lines[1:3]
+    assert first == "step 11/13: about 3 min left"
+    assert log.startswith("step 12/13: loss") and log.endswith("(about 3 min left)")
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,13 @@ def test_what_cannot_be_written_is_refused(
     assert not (tmp_path / "o").exists() and not cache_folder().exists()
 
 
+def test_a_cache_that_cannot_be_written_to_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_checkpoint / "config.json"))
+    with pytest.raises(Ar2DiffError, match=r"cannot be kept in .*Not a directory") as refused:
+        ar2diff.draft(tiny_checkpoint, None, tmp_path / "o", overrides=settings_of())
+    assert "XDG_CACHE_HOME" in refused.value.fix and not (tmp_path / "o").exists()
+
+
 def test_only_draft_has_it(tiny_checkpoint, tmp_path, run_both):
     with pytest.raises(Ar2DiffError, match="only works with draft"):
         ar2diff.adapt(tiny_checkpoint, None, tmp_path / "o", overrides=["data.self.tokens=9"])

@@ -64,7 +64,14 @@ LONG_RL = [  # five and ten updates end amid the four updates of a generation
     "train.max_steps=14",
     "train.save_steps=5",
 ]
-KINDS = {  # the verb, and its recipe besides RECIPE; all but the first start from a converted model
+DRAFT = [
+    "draft.block_length=4",
+    "draft.rank=4",
+    "draft.head_rank=4",
+    "eval.steps=0",
+    "train.warmup_steps=0",
+]
+KINDS = {  # the verb, and its recipe besides RECIPE; all but AR start from a converted model
     "adapt": ("adapt", []),
     "adapt lora": ("adapt", LORA),
     "sft": ("sft", []),
@@ -75,7 +82,9 @@ KINDS = {  # the verb, and its recipe besides RECIPE; all but the first start fr
     "rl lora": ("rl", [*LORA, *RL, *ACROSS]),
     "rl long": ("rl", LONG_RL),
     "rl qlora": ("rl", [*QLORA, *RL]),
+    "draft": ("draft", DRAFT),
 }
+AR = ("adapt", "draft")  # kinds that begin with an AR model
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORDS = "the cat sat on a mat and saw one big red dog run to his old house".split()
 
@@ -93,6 +102,7 @@ def data_for(tmp_path_factory):
         "sft": [{"prompt": words(2, 5), "completion": f" {words(1, 4)}"} for _ in range(120)],
         "rl": [{"prompt": words(1, 5)} for _ in range(20)],
     }
+    rows["draft"] = rows["adapt"]
     files = {verb: folder / f"{verb}.jsonl" for verb in rows}
     for verb, file in files.items():
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[verb]))
@@ -119,7 +129,8 @@ def settings_of(kind: str, folder: Path, processes: int) -> list[str]:
     verb, settings = KINDS[kind]
     judge = f"rl.rewards=[{{name: '{HERE / 'graded.py'}:graded', args: {{folder: '{folder}'}}}}]"
     batch = f"train.per_device_train_batch_size={ROWS // processes}"
-    return [*RECIPE, *settings, batch, *([judge] if verb == "rl" else [])]
+    base = [field for field in RECIPE if verb != "draft" or not field.startswith("convert.")]
+    return [*base, *settings, batch, *([judge] if verb == "rl" else [])]
 
 
 def steps_of(kind: str) -> int:
@@ -131,7 +142,7 @@ def base_of(tiny_checkpoint, convert_tiny, convert_wide):
     """Factory: what a kind of run begins with."""
 
     def find(kind: str) -> Path:
-        if kind == "adapt":
+        if kind in AR:
             return tiny_checkpoint
         return (convert_wide if kind.endswith("qlora") else convert_tiny)("convert.block_length=4")
 
@@ -174,7 +185,8 @@ def train_alone(base_of, data_for, tmp_path_factory):
     def train(kind: str) -> tuple[Path, list[float]]:
         verb, _ = KINDS[kind]
         folder = tmp_path_factory.mktemp("alone") / "out"
-        recipe = load_recipe(None, settings_of(kind, folder.parent, 1))
+        named = "draft" if verb == "draft" else None  # its recipe without another
+        recipe = load_recipe(named, settings_of(kind, folder.parent, 1))
         recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
         run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
         run(str(base_of(kind)), recipe, folder)
@@ -204,8 +216,8 @@ def train_in_two(request, arguments_of, tmp_path_factory):
 
 
 def weights_of(folder: Path) -> Path:
-    adapter = folder / "adapter_model.safetensors"
-    return adapter if adapter.exists() else folder / "model.safetensors"
+    (file,) = folder.glob("*.safetensors")
+    return file
 
 
 def apart(a: Path, b: Path) -> float:
@@ -270,6 +282,18 @@ def test_lora_trains_on_zero3_as_in_one_process(train_in_two, train_alone):
         assert note["parameters"] < 0.55 * record["parameters"]
     assert losses[-1] < losses[0]
     assert apart(folder, alone) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_draft_adapter_trains_in_two_processes_as_in_one(train_in_two, train_alone, strategy):
+    folder, notes = train_in_two(strategy, "draft")
+    alone, losses = train_alone("draft")
+    for note in notes:
+        assert note["processes"] == 2
+        assert note["losses"] == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert apart(folder, alone) < 1e-4
 
 
 @pytest.mark.skipif(

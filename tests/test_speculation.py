@@ -129,7 +129,7 @@ def test_drafts_are_accepted_up_to_the_first_wrong_one(drafted, kind, every, cac
         [prompt + answer for prompt, answer in zip(PROMPTS, want, strict=True)],
         lambda place: place % every == 0,
     )
-    canvas = run(model, PROMPTS, new, cache_implementation=cached)
+    canvas = run(model, PROMPTS, new, draft_length=3, cache_implementation=cached)
     assert answers(canvas) == want
     for prompt, forwards in zip(PROMPTS, canvas.forwards.tolist(), strict=True):
         front, count = len(prompt) + 1, 1  # the first forward has no drafts yet
@@ -145,7 +145,7 @@ def test_an_end_token_among_accepted_drafts_ends_the_row_there(drafted, cached):
     free = [ar_greedy(model, prompt, 14) for prompt in PROMPTS]
     ends = [free[0][4], free[2][9]]
     drafted([p + a for p, a in zip(PROMPTS, free, strict=True)], lambda place: False)
-    canvas = run(model, PROMPTS, 14, eos_token_id=ends, cache_implementation=cached)
+    canvas = run(model, PROMPTS, 14, eos_token_id=ends, draft_length=3, cache_implementation=cached)
     assert answers(canvas) == [ar_greedy(model, prompt, 14, ends) for prompt in PROMPTS]
     assert len(set(map(len, answers(canvas)))) > 1
 
@@ -159,37 +159,41 @@ def one_forward(model, known, masks, window):
     return raw_logits(model, torch.tensor([[*known, *[MASK] * masks]]), mask)[0]
 
 
+@pytest.mark.parametrize("nodes", [None, 5], ids=["chain", "tree"])
 @pytest.mark.parametrize("cached", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", CLASSES)
-def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, prediction, cached):
+def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, prediction, cached, nodes):
     model, spec = build_model(kind), tiny_spec(prediction=prediction)
     window, back = WINDOW if kind == "mistral_window" else None, int(prediction == "shift")
     original, compared = CandidateReader.read, Counter()
 
     def read(self, canvas_ids, rows, fronts, newest, trees, drafts):
         target, ahead, hidden = original(self, canvas_ids, rows, fronts, newest, trees, drafts)
-        ids = canvas_ids[torch.tensor(rows)]
-        for line, front in enumerate(fronts):
-            more = trees[line].tokens
+        ids, masks = canvas_ids[torch.tensor(rows)], drafts + 1 - back
+        for line, (front, tree) in enumerate(zip(fronts, trees, strict=True)):
             (row,) = [n for n, p in enumerate(PROMPTS) if ids[line, : len(p)].tolist() == p]
             if front >= len(PROMPTS[row]) + 9:  # finished
                 continue
-            words = [*ids[line, :front].tolist(), *more]
-            if more:  # were drafted with the newest word still masked
-                own = one_forward(model, words[: front - 1], drafts + 1, window)
-                assert more == own[front - back :, :MASK].argmax(-1)[:drafts].tolist()
-            for j in range(len(more) + 1):
-                own = one_forward(model, words[: front + j], drafts + 1, window)
-                torch.testing.assert_close(target[line, j], own[front + j - 1], **EXACT)
-                own = own[front + j + 1 - back :][:drafts]
-                torch.testing.assert_close(ahead[line, j], own, **EXACT)
+            words = ids[line, :front].tolist()
+            if nodes is None and len(tree):  # were drafted with the newest word still masked
+                own = one_forward(model, words[:-1], masks, window)
+                assert tree.tokens == own[front - back :, :MASK].argmax(-1)[:drafts].tolist()
+            for block, node in enumerate(tree.blocks):
+                path = [*words, *(tree.tokens[n] for n in tree.path(node))]
+                own = one_forward(model, path, masks, window)
+                torch.testing.assert_close(target[line, node + 1], own[len(path) - 1], **EXACT)
+                own = own[len(path) + 1 - back :][:drafts]
+                torch.testing.assert_close(ahead[line, block], own, **EXACT)
                 compared[row] += 1
+                compared["branches"] += not tree.is_chain
         return target, ahead, hidden
 
     monkeypatch.setattr(CandidateReader, "read", read)
-    run(model, PROMPTS, 9, spec, draft_length=2 + back, cache_implementation=cached)
+    asked = {"draft_length": 2 + back} | ({"draft_nodes": nodes} if nodes else {})
+    run(model, PROMPTS, 9, spec, **asked, cache_implementation=cached)
     assert min(compared[row] for row in range(len(PROMPTS))) > 9
+    assert (compared["branches"] > 0) == (nodes is not None)
 
 
 # With temperature: in distribution, on three words

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ar2diff.core.head import DraftHead
-from ar2diff.core.pace import Cost, MeasuredPace, Pace
+from ar2diff.core.pace import Cost, MeasuredPace, slots_of
 from ar2diff.core.tree import Guesses, Tree
 
 VOCABULARY, DRAFTS = 5, 3
@@ -111,40 +111,48 @@ def test_a_walk_ends_somewhere():
     assert ends == pytest.approx([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
 
 
-def planned(cost, rows=1):
+def paced(cost, right=0.7):
+    """A pace after many forwards in which each draft was right in `right` of them."""
     pace = MeasuredPace(cost, 7)
     generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(rows, 7, 50, generator=generator)
-    for _ in range(60):
+    scores = 2 * torch.randn(4, 7, 50, generator=generator)
+    for _ in range(300):
         drafts = pace.drafts()
-        depth = max(drafts, 1)
-        trees = pace.grown(Guesses(scores[:, :depth], torch.zeros(rows).long(), None, None, 1.0))
-        pace.plan(trees, drafts)
-        pace.saw(trees, [len(trees[0]) // 2] * rows)
-    return trees, drafts, pace
+        if drafts:
+            guess = Guesses(scores[:, :drafts], torch.zeros(4).long(), None, None, 1.0)
+            trees = pace.grown(guess)
+            pace.plan(trees, drafts)
+            drawn = torch.rand(4, drafts, generator=generator) < right
+            pace.saw(trees, drawn.long().cumprod(1).sum(1).tolist())
+    return pace, trees, drafts
 
 
 def test_slots_that_cost_nothing_are_used_and_dear_ones_are_not():
-    free, drafts, _ = planned(Cost(1.0, 1.0, 0.0))
-    assert len(free[0]) == 32 and drafts > 3 and len(free[0].blocks) == 33
-    some, _, _ = planned(Cost(1.0, 1.2, 0.02))
-    assert 0 < len(some[0]) < 32 and 0 < len(some[0].blocks) < 33
+    pace, trees, drafts = paced(Cost(1.0, 1.0, 0.0))
+    assert drafts == 7 and pace.nodes > 50 and len(trees[0].blocks) == len(trees[0]) + 1 > 50
+    pace, trees, drafts = paced(Cost(1.0, 1.2, 0.03, tree=1.0))
+    assert 1 < drafts < 7 and pace.nodes is None and trees[0].is_chain
+    assert len(trees[0]) == drafts and trees[0].blocks == list(range(-1, drafts))
 
 
-def test_nothing_is_drafted_where_it_does_not_pay():
-    _, drafts, pace = planned(Cost(1.0, 5.0, 0.5))
+def test_one_more_draft_is_added_as_long_as_the_speed_grows():
+    cost = Cost(1.0, 1.2, 0.03, tree=1.0)
+    pace, _, drafts = paced(cost)
+    speed = [(1 + sum(pace.right[:n])) / cost.of(n, n) for n in range(1, len(pace.right) + 1)]
+    assert speed[:drafts] == sorted(speed[:drafts])
+    assert pace.right[0] == pytest.approx(0.7, abs=0.1)
+    assert pace.right[1] == pytest.approx(0.49, abs=0.15)
+
+
+def test_worse_drafts_are_shorter_and_hopeless_ones_are_not_made():
+    cost = Cost(1.0, 1.2, 0.03, tree=1.0)
+    assert paced(cost, 0.3)[2] < paced(cost, 0.9)[2]
+    pace, _, drafts = paced(Cost(1.0, 5.0, 0.5))
     assert drafts == 0 and pace.resting
 
 
-def test_rows_of_a_batch_share_what_a_slot_costs():
-    alone, _, _ = planned(Cost(1.0, 1.2, 0.02))
-    many, _, _ = planned(Cost(1.0, 1.2, 0.02), rows=16)
-    assert len(many[0]) < len(alone[0])
-
-
 def test_the_cost_goes_through_what_was_measured():
-    cost = Cost.through(1.0, (10, 2.0), (30, 3.0))
-    assert (cost.of(10), cost.of(30)) == pytest.approx((2.0, 3.0))
-    eight = cost.for_rows(8)
-    assert eight.of(10) == pytest.approx(cost.of(80))
-    assert Pace(3).most == 3 + 4 * 4 and Pace(3, 7).most == 7 + 8 * 4
+    few, many = slots_of(2, 2), slots_of(5, 5)
+    assert (few, many) == (2 + 3 * 2, 5 + 6 * 5)
+    cost = Cost.through(1.0, (1 + few, 2.0), (1 + many, 3.0))
+    assert (cost.of(2, 2), cost.of(5, 5)) == pytest.approx((2.0, 3.0))

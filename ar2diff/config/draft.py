@@ -16,7 +16,7 @@ class Draft(Section):
 
     rank: int = Field(32, gt=0, description="rank of the branch beside each layer")
     head_rank: int = Field(
-        64, ge=0, description="rank of the bigram head, which knows the previous token; 0: no head"
+        256, ge=0, description="rank of the head, which knows the drafts before; 0: no head"
     )
     targets: str | tuple[str, ...] = Field(
         "all-linear",

@@ -259,14 +259,14 @@ class CandidateReader:
         token and trees of the same shape, only the context grows, and the slots after it are laid
         out once."""
         certain = max(self.certain)
-        width = min(drafts + 1, self.spec.block_length) if drafts else 0
+        ahead = 1 if self.spec.prediction == "same" else 0  # the first of a block is the AR's
+        width = drafts + ahead if drafts else 0  # whole blocks draft no better, and cost more
         deepest = max((max(tree.depths) for tree in trees if len(tree)), default=0)
         beyond = max(front) + deepest + width > self.last
         steady = self.uniform and not beyond and min(self.certain) == certain
         key = (certain, drafts, *shapes(trees))
         columns = self.cache.width if self.cache else 0
         if not steady or key not in self._steady:
-            ahead = 1 if self.spec.prediction == "same" else 0  # the first of a block is the AR's
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
                 return layout, self._mask(layout, front, length, self._seen(columns, length))

@@ -100,8 +100,7 @@ def _pace(model: Any, spec: Spec, canvas: Canvas, chooser: Chooser, draft: Draft
     if options.mode == "ar" or spec.block_length == 1:
         return Pace(0)
     if options.draft_length is None and options.draft_nodes is None:
-        prompt = canvas.ids[0, : canvas.front[0]].tolist()
-        return measured_pace(model, spec, prompt, chooser.suppressed, draft)
+        return measured_pace(model, spec, canvas, chooser.suppressed, draft)
     return Pace(options.draft_length or spec.block_length - 1, options.draft_nodes)
 
 

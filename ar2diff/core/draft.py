@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .errors import Ar2DiffError, first_line, shortened
@@ -180,10 +179,15 @@ class Draft(torch.nn.Module):
             noisy: slots of each row, which every target sees as [B, S, inputs].
         """
         own, put = get_ident(), []
-        for layer, down, up in zip(self._layers(model), self.down, self.up, strict=True):
+
+        def patch(layer: Any, forward: Callable[[Tensor], Tensor]) -> None:
             put.append((layer, vars(layer).get("forward")))
-            layer.forward = _branched(layer.forward, down, up, self.scale, noisy, own)
-        hooks = self._embed_masks(model.get_input_embeddings(), own)
+            layer.forward = forward
+
+        for layer, down, up in zip(self._layers(model), self.down, self.up, strict=True):
+            patch(layer, _branched(layer.forward, down, up, self.scale, noisy, own))
+        table = model.get_input_embeddings()
+        patch(table, _embedded(table.forward, self.row, self.mask_token_id, own))
         try:
             yield
         finally:
@@ -192,8 +196,6 @@ class Draft(torch.nn.Module):
                     del layer.forward
                 else:
                     layer.forward = before
-            for hook in hooks:
-                hook.remove()
 
     def _layers(self, model: Any) -> list[Any]:
         """The layers of a model that have a branch, looked up once."""
@@ -201,26 +203,6 @@ class Draft(torch.nn.Module):
             layers = [model.get_submodule(name) for name in self.spec.targets]
             self._found = ref(model), layers
         return self._found[1]
-
-    def _embed_masks(self, embeddings: Any, own: int) -> list[Any]:
-        """Hooks that give the mask's id, which the table lacks, its embedding."""
-        masked: list[Tensor] = []
-
-        def hide(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if get_ident() != own:
-                return None
-            masked[:] = [args[0] == self.mask_token_id]
-            return (args[0].masked_fill(masked[0], 0), *args[1:])
-
-        def show(_module: Any, _args: Any, output: Tensor) -> Tensor | None:
-            if get_ident() != own:
-                return None
-            return torch.where(masked[0][..., None], self.row.to(output.dtype), output)
-
-        return [
-            embeddings.register_forward_pre_hook(hide),
-            embeddings.register_forward_hook(show),
-        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of `draft.safetensors`."""
@@ -264,18 +246,35 @@ def _branched(
     own: int,
 ) -> Callable[[Tensor], Tensor]:
     """A layer's forward that adds the branch at the noisy slots, and touches no other. (A hook
-    would do the same, but takes longer than the branch itself in a small model.)"""
+    would do the same, but take longer than the branch itself in a small model.)"""
 
     def branched(x: Tensor) -> Tensor:
         output = forward(x)
         if get_ident() != own:
             return output
-        part = x[:, noisy]
-        delta = linear(linear(part, down.to(x.dtype)), up.to(x.dtype))
-        output[:, noisy].add_(delta, alpha=scale)  # the layer made it for this forward alone
+        a, b = down.to(x.dtype).T, up.to(x.dtype).T
+        if len(x) == 1:  # the layer made its output for this forward alone
+            output[0, noisy].addmm_(x[0, noisy] @ a, b, alpha=scale)
+        else:
+            output[:, noisy].add_(x[:, noisy] @ a @ b, alpha=scale)
         return output
 
     return branched
+
+
+def _embedded(
+    forward: Callable[[Tensor], Tensor], row: Tensor, mask_token_id: int, own: int
+) -> Callable[[Tensor], Tensor]:
+    """The embeddings' forward that knows the mask's id, which the table lacks."""
+
+    def embedded(ids: Tensor) -> Tensor:
+        if get_ident() != own:
+            return forward(ids)
+        masked = ids == mask_token_id
+        output = forward(ids.masked_fill(masked, 0))
+        return torch.where(masked[..., None], row.to(output.dtype), output)
+
+    return embedded
 
 
 def new_draft(model: Any, spec: DraftSpec, generator: torch.Generator | None = None) -> Draft:

@@ -1,9 +1,10 @@
-"""How many candidates a forward of speculation verifies, and behind which of them it drafts.
+"""How many candidates a forward of speculation verifies, and how many tokens it drafts.
 
 A forward gets slower with every slot, and how much slower depends on the model, the device and the
-batch. So the numbers are chosen while decoding, by expected acceptance against measured cost
-(DSpark, 2607.05147, algorithm 1): whatever adds more tokens than its time is worth is added, in
-descending order of chance, up to the first that does not. What is written never depends on it.
+batch. So the numbers are chosen while decoding, by acceptance against cost, both of them measured:
+one more draft, or one more branch, is added as long as the tokens per second that it promises grow,
+up to the first that does not (DSpark, 2607.05147, algorithm 1). What is written never depends on
+it.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 
 from .tree import Guesses, Tree
 
-FIRST = 3  # drafts behind a candidate at the start
-MOST = 32  # candidates of a row
-KEEP = 0.9  # of a running mean, at each forward
-RETRY = 32  # plain forwards after which drafting is tried again, and
-TRIED = 4  # for how many forwards
-CHANCES = (0.7, 0.5, 0.35)  # that the first drafts are right, before any was verified
+MOST = 64  # candidates of a row
+KEEP = 0.95  # of a running mean, at each forward
+LOOK = 16  # forwards between two looks at what branches would be worth
+RETRY = 128  # plain forwards after which drafting is tried again, and
+TRIED = 3  # for how many forwards
+RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
 
 
 class Pace:
@@ -39,9 +40,8 @@ class Pace:
 
     @property
     def most(self) -> int:
-        """The most slots of a forward besides the certain tokens."""
-        nodes = self.nodes or self.length
-        return nodes + (nodes + 1) * (self.length + 1) if self.length else 0
+        """The most slots of a forward besides the certain tokens, and one for each block."""
+        return slots_of(self.nodes or self.length, self.length + 1) if self.length else 0
 
     def drafts(self) -> int:
         """Tokens to draft in the next forward, behind each candidate that has masks."""
@@ -62,18 +62,25 @@ class Pace:
         """Learn from a forward: how many candidates of each tree were accepted."""
 
 
+def slots_of(nodes: int, drafts: int) -> int:
+    """Slots of some candidates, with masks behind each of them and behind the newest token."""
+    return nodes + (nodes + 1) * drafts
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a forward.
+    """Seconds of a forward for a batch of rows.
 
     Attributes:
-        plain: of one slot, without drafts.
-        fixed, slot: of a forward with drafts: for itself, and for each of its slots.
+        plain: of one slot in each row, without drafts.
+        fixed, slot: of a forward with drafts: for itself, and for a slot in each row.
+        tree: what a tree costs more than a chain, whatever its size.
     """
 
     plain: float
     fixed: float
     slot: float
+    tree: float = 0.0
 
     @classmethod
     def through(cls, plain: float, few: tuple[int, float], many: tuple[int, float]) -> Cost:
@@ -81,42 +88,36 @@ class Cost:
         slot = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
         return cls(plain, max(plain, few[1] - slot * few[0]), slot)
 
-    def for_rows(self, rows: int) -> Cost:
-        """The cost for a batch of rows, with `slot` for a slot in each row."""
-        return Cost(self.plain + self.slot * (rows - 1), self.fixed, self.slot * rows)
-
-    def of(self, slots: float) -> float:
-        """Seconds with drafts and so many slots."""
-        return self.fixed + self.slot * slots
+    def of(self, nodes: int, drafts: int) -> float:
+        """Seconds with so many candidates, and masks behind each of them; more candidates than
+        drafts are a tree."""
+        tree = self.tree if nodes > drafts else 0.0
+        return self.fixed + self.slot * (1 + slots_of(nodes, drafts)) + tree
 
 
 class MeasuredPace(Pace):
-    """Numbers by expected acceptance against measured cost.
+    """Numbers by measured acceptance against measured cost.
 
     Args:
-        cost: of a forward for one row. longest: the most tokens that can be drafted at once.
+        cost: of a forward of the batch. longest: the most tokens that can be drafted at once.
     """
 
     def __init__(self, cost: Cost, longest: int):
-        super().__init__(longest)
-        self.alone = self.cost = cost
-        self.longest = longest
-        self.depth = min(FIRST, longest)
-        self.chance = [*CHANCES[: self.depth]]  # that the likeliest chain is right up to a depth
-        self.gain, self.slots = 1.0 + sum(self.chance), 8.0  # tokens and slots of a row's forward
-        self.expected, self.actual = 1.0, 1.0  # candidates accepted, to correct the chances
-        self.resting = 0  # plain forwards that are left
-        self.trying = TRIED
+        super().__init__(min(len(RIGHT), longest))
+        self.cost, self.longest = cost, longest
+        self.right = [*RIGHT[:longest]]  # how often drafts are right in a row, up to each depth
+        self.branches: list[float] = []  # chances of the candidates of a tree, in descending order
+        self.forwards, self.resting, self.trying = 0, 0, TRIED
+
+    @property
+    def reach(self) -> int:
+        """The most positions beyond a row's front that a forward reads."""
+        return 2 * self.longest + 1
 
     @property
     def most(self) -> int:
-        """The most slots of a forward besides the certain tokens."""
-        return MOST + (MOST + 1) * (self.longest + 1)
-
-    @property
-    def worth(self) -> float:
-        """Tokens of a row that a slot must be expected to add."""
-        return self.gain / self.cost.of(self.slots) * self.cost.slot
+        """The most slots of a forward besides the certain tokens, and one for each block."""
+        return slots_of(MOST, self.longest + 1)
 
     def drafts(self) -> int:
         """Tokens to draft in the next forward, behind each candidate that has masks."""
@@ -126,85 +127,77 @@ class MeasuredPace(Pace):
             return 0
         if self.trying:
             self.trying -= 1
-        elif self.gain / self.cost.of(self.slots) < 1 / self.cost.plain:
+        elif self._speed(self.length) < 1 / self.cost.plain:
             self.resting = RETRY
             return 0
-        return self.depth
+        return self.length
 
     def grown(self, guesses: Guesses) -> list[Tree]:
         """The candidates among the guesses."""
-        trees = guesses.likeliest(MOST)
-        for depth in range(guesses.scores.shape[1]):
-            best = [
-                max(
-                    (c for c, d in zip(t.chances, t.depths, strict=True) if d == depth + 1),
-                    default=0.0,
-                )
-                for t in trees
-            ]
-            self._follow(depth, sum(best) / len(best))
-        return trees
-
-    def plan(self, trees: list[Tree], drafts: int) -> None:
-        """Choose which candidates stay, and which have masks behind them."""
-        rows, right = len(trees), min(1.5, self.actual / self.expected)
-        self.cost = self.alone.for_rows(rows)
-        worth = self.worth
-        most = max(map(len, trees))
-        nodes = 0
-        while nodes < most:
-            chance = sum(tree.chances[nodes] for tree in trees if len(tree) > nodes) / rows
-            if chance * right <= worth:
-                break
-            nodes += 1
-        for tree in trees:
-            tree.cut(nodes)
-        if not drafts:
+        self.forwards += 1
+        length = guesses.scores.shape[1]
+        looks = self.forwards % LOOK == 1
+        if self.nodes is None and not looks:
+            return guesses.chain(length)
+        trees = guesses.likeliest(MOST if looks else self.nodes)
+        if looks:
+            self._branch(trees, length)
+            if self.nodes is None:
+                return guesses.chain(length)
             for tree in trees:
-                tree.blocks = []
-            return
-        value = max(self.gain - 1 - worth * nodes, 0.1)  # of having drafts in the next forward
-        ends = [
-            sorted(((chance, node - 1) for node, chance in enumerate(tree.ends())), reverse=True)
-            for tree in trees
-        ]
-        blocks = 1
-        while blocks <= nodes:
-            chance = sum(line[blocks][0] for line in ends if len(line) > blocks) / rows
-            if chance * value <= worth * (drafts + 1):
-                break
-            blocks += 1
-        for tree, line in zip(trees, ends, strict=True):
-            tree.blocks = [node for _, node in line[:blocks]]
-        self.slots += (1 - KEEP) * (1 + nodes + blocks * (drafts + 1) - self.slots)
-        self._deepen(blocks)
+                tree.cut(self.nodes)
+        return trees
 
     def saw(self, trees: list[Tree], accepted: list[int]) -> None:
         """Learn from a forward: how many candidates of each tree were accepted."""
-        for tree, count in zip(trees, accepted, strict=True):
-            if not len(tree) and not tree.blocks:
-                continue
-            self.gain += (1 - KEEP) / len(trees) * (1 + count - self.gain)
-            if len(tree):
-                self.expected = KEEP * self.expected + (1 - KEEP) * sum(tree.chances)
-                self.actual = KEEP * self.actual + (1 - KEEP) * count
+        deepest = [max(tree.depths, default=0) for tree in trees]
+        for depth in range(max(deepest)):
+            reached = [n > depth for n, most in zip(accepted, deepest, strict=True) if most > depth]
+            if depth == len(self.right):
+                self.right.append(self._right(depth))
+            self.right[depth] += (1 - KEEP) * (sum(reached) / len(reached) - self.right[depth])
+        if any(deepest):
+            self._deepen()
 
-    def _follow(self, depth: int, chance: float) -> None:
-        if depth == len(self.chance):
-            self.chance.append(chance)
-        self.chance[depth] += (1 - KEEP) * (chance - self.chance[depth])
+    def _deepen(self) -> None:
+        length = 1
+        while length < self.longest and self._speed(length + 1) > self._speed(length):
+            length += 1
+        self.length = length
 
-    def _deepen(self, blocks: int) -> None:
-        """Draft as many tokens as are worth their slots behind all candidates with masks."""
-        worth, depth = self.worth * (blocks + 1), 0
-        while depth < self.longest and self._chance(depth) > worth:
-            depth += 1
-        self.depth = max(1, depth)
+    def _speed(self, length: int) -> float:
+        """Tokens per second of a row with a chain of drafts."""
+        gain = 1 + sum(self._right(depth) for depth in range(length))
+        return gain / self.cost.of(length, length)
 
-    def _chance(self, depth: int) -> float:
-        """That the likeliest chain is right up to a depth (from 0), beyond what was drafted too."""
-        if depth < len(self.chance):
-            return self.chance[depth]
-        last = self.chance[-1]
-        before = self.chance[-2] if len(self.chance) > 1 else 1.0
-        return last * min(1.0, last / max(before, 1e-9)) ** (depth + 1 - len(self.chance))
+    def _right(self, depth: int) -> float:
+        """How often a chain is right up to a depth (from 0), beyond what was drafted too."""
+        if depth < len(self.right):
+            return self.right[depth]
+        last = self.right[-1]
+        before = self.right[-2] if len(self.right) > 1 else 1.0
+        return last * min(1.0, last / max(before, 1e-9)) ** (depth + 1 - len(self.right))
+
+    def _branch(self, trees: list[Tree], length: int) -> None:
+        """Find out how many candidates a tree should have; a chain is enough if branches promise
+        fewer tokens per second."""
+        most = max(map(len, trees))
+        chances = [
+            sum(tree.chances[n] for tree in trees if len(tree) > n) / len(trees)
+            for n in range(most)
+        ]
+        deepest = [
+            max((c for c, d in zip(t.chances, t.depths, strict=True) if d == depth), default=0.0)
+            for depth in range(1, length + 1)
+            for t in trees
+        ]
+        chain = (1 + sum(deepest) / len(trees)) / self.cost.of(length, length)
+        gain, before, self.nodes = 1 + sum(chances[:length]), 0.0, None
+        for nodes in range(length + 1, most + 1):  # up to the first that adds too little
+            gain += chances[nodes - 1]
+            speed = gain / self.cost.of(nodes, length)
+            if speed < before:
+                break
+            before = speed
+            if speed > chain:
+                self.nodes = nodes

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,13 +31,14 @@ from .draft import Draft
 from .forward import context_length, rope_regime, rope_switches
 from .gumbel import GumbelNoise
 from .options import Options
-from .pace import Cost, MeasuredPace, Pace
+from .pace import Cost, MeasuredPace, Pace, slots_of
 from .samplers import Chooser, log_prob
 from .spec import Spec
 from .tree import Guesses, Tree
 
-COSTS: WeakKeyDictionary[Any, dict[bool, Cost]] = WeakKeyDictionary()  # with a draft adapter or not
+PACES: WeakKeyDictionary[Any, dict[tuple[bool, int], MeasuredPace]] = WeakKeyDictionary()
 TIMED = 16  # tokens of a prompt that are continued to time the forwards
+BRANCHES = 6  # candidates of a tree that is timed
 ENOUGH = 0.05  # seconds of forwards that are timed
 
 
@@ -121,31 +123,38 @@ class Speculation:
 
 
 def measured_pace(
-    model: Any, spec: Spec, prompt: list[int], suppressed: Tensor, draft: Draft | None
+    model: Any, spec: Spec, canvas: Canvas, suppressed: Tensor, draft: Draft | None
 ) -> MeasuredPace:
-    """A pace for a model, whose forwards are timed once: a few tokens are written without drafts,
-    with few and with many.
+    """The pace for a model and batches of a size: the forwards are timed the first time, when a few
+    tokens are written without drafts, with few and with many; what is learned while decoding is
+    kept for the next batch.
 
     Args:
-        prompt: any tokens to continue. suppressed: ids that no position can hold.
+        canvas: the batch. suppressed: ids that no position can hold.
     """
-    longest, known = spec.block_length - 1, COSTS.setdefault(model, {})
-    if (draft is not None) not in known:
-        lengths = (0, min(2, longest), min(6, longest))
-        paces = [Pace(length) for length in lengths]
+    rows, longest = len(canvas.front), spec.block_length - 1
+    known = PACES.setdefault(model, {})
+    key = draft is not None, (rows - 1).bit_length()  # like the batch, up to a factor of 2
+    if key not in known:
+        prompt = canvas.ids[0, : canvas.front[0]].tolist()[-TIMED:]
+        lengths = (min(2, longest), min(5, longest))
         chooser = Chooser(Options(), suppressed, [])
-        timed = [
-            _seconds(Speculation(model, spec, _blank(spec, prompt), chooser, pace, draft=draft))
-            for pace in paces
-        ]
-        (plain, few, many), (_, small, large) = timed, [1 + pace.most for pace in paces]
+        plain, few, many, tree = (
+            _seconds(
+                Speculation(model, spec, _blank(spec, prompt, rows), chooser, pace, draft=draft)
+            )
+            for pace in (Pace(0), *map(Pace, lengths), Pace(lengths[0], BRANCHES))
+        )
+        small, large = (1 + slots_of(n, n) for n in lengths)
         large = max(large, small + 1)  # blocks of 2 or 3: the slope is then unknown, and 0
-        known[draft is not None] = Cost.through(plain, (small, few), (large, many))
-    return MeasuredPace(known[draft is not None], longest)
+        cost = Cost.through(plain, (small, few), (large, many))
+        more = max(0.0, tree - cost.of(BRANCHES, lengths[0]))
+        known[key] = MeasuredPace(replace(cost, tree=more), longest)
+    return known[key]
 
 
-def _blank(spec: Spec, prompt: list[int]) -> Canvas:
-    return Canvas.of_prompts([prompt[-TIMED:]], spec.mask_token_id, max_new_tokens=1 << 10)
+def _blank(spec: Spec, prompt: list[int], rows: int) -> Canvas:
+    return Canvas.of_prompts([prompt] * rows, spec.mask_token_id, max_new_tokens=1 << 10)
 
 
 def _seconds(run: Speculation) -> float:
@@ -277,7 +286,7 @@ class _Group:
             ahead: [R, M, K, V] draft logits behind the candidates with masks. hidden: [R, M, K, H].
         """
         drafts, self.drafts = self.drafts, self.pace.drafts()
-        if not drafts and not self.drafts:
+        if not drafts and not self.drafts and not any(map(len, self.trees)):
             return
         blocks = [
             tree.blocks.index(end) if drafts and end in tree.blocks else -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from ..config.recipe import Recipe
 from ..distributed.sharding import holds_shards
 from ..generation.complete import begin, settings_of
 from ..generation.tokens import draw_tokens
+
+TIMED = 10  # steps that must be timed before the rest of a run is estimated
+SOON = 60.0  # seconds until the end of a run that are not worth telling
 
 
 class Watch(TrainerCallback):
@@ -37,9 +41,16 @@ class Watch(TrainerCallback):
     ):
         self.checkpoint, self.recipe, self.rows, self.judge = checkpoint, recipe, rows, judge
         self.trainer: Any = None  # set once the trainer exists
+        self._began: tuple[int, float] | None = None  # the first step of this process, its end
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate, and draw a panel, when they are due at this step."""
+        """Evaluate, and draw a panel, when they are due at this step. Once some steps have been
+        timed, say how long the run will take."""
+        if self._began is None:
+            self._began = state.global_step, time.monotonic()
+        elif state.global_step == self._began[0] + TIMED and state.is_world_process_zero:
+            if (left := self._left(state)) is not None:
+                print(f"step {state.global_step}/{state.max_steps}: {left}", file=sys.stderr)
         steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
@@ -60,9 +71,21 @@ class Watch(TrainerCallback):
                 for name, value in self.trainer.shown(logs).items()
                 if name not in ("epoch", "total_flos")
             )
+            left = self._left(state)
+            shown += f" ({left})" if left is not None else ""
             print(
                 f"step {state.global_step}/{state.max_steps}: {shown}", file=sys.stderr, flush=True
             )
+
+    def _left(self, state: Any) -> str | None:
+        """The time that is left, by the steps of this process but the first, which may compile;
+        None if too few were timed, or it is not worth telling."""
+        if self._began is None or state.global_step < self._began[0] + TIMED:
+            return None
+        done = state.global_step - self._began[0]
+        rest = state.max_steps - state.global_step
+        seconds = (time.monotonic() - self._began[1]) / done * rest
+        return f"about {duration(seconds)} left" if seconds >= SOON else None
 
     def _panel(self) -> None:
         prompt = self.rows[0][:8] if self.rows else [self.checkpoint.tokenizer.bos_token_id or 0]
@@ -97,6 +120,13 @@ class Stopping(TrainerCallback):
         self.agreed = bool(self.accelerator.reduce(asked, "sum"))
         if self.agreed:
             control.should_save = control.should_training_stop = True
+
+
+def duration(seconds: float) -> str:
+    """A time in words: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def quietly(model: Any, function: Any) -> Any:

@@ -32,6 +32,7 @@ from ..data.columns import likely_prompt
 from ..data.shapes import messages_of
 from ..data.sources import columns_of, find_file, read_source
 from ..generation.tokens import encode_messages, prompt_ids
+from .callbacks import duration
 from .identity import model_digest
 from .rollouts import sample
 
@@ -135,7 +136,7 @@ class OwnText:
         """
         prompts, new = self._prompts()
         file = cache_folder() / f"{self._key(new)}.jsonl"
-        with disk_errors(file), _locked(file) as stream:
+        with _locked(file) as stream:
             found, end = _kept(stream, self._most(prompts))
             if sum(map(_new, found)) < self.own.tokens:
                 stream.truncate(end)  # what a killed run left of a group
@@ -239,13 +240,6 @@ def cache_folder() -> Path:
     return Path(root) / "ar2diff" / "self"
 
 
-def duration(seconds: float) -> str:
-    """A time in words: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _new(row: dict[str, Any]) -> int:
     """How many tokens of a row the model wrote."""
     return len(row["ids"]) - row["prompt"]
@@ -253,9 +247,20 @@ def _new(row: dict[str, Any]) -> int:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[IO[bytes]]:
-    """A file, open for appending, that no other process reads or writes meanwhile."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+b") as stream:
+    """A file, open for appending, that no other process reads or writes meanwhile.
+
+    Raises:
+        Ar2DiffError: it cannot be opened, or the disk is full.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a+b")
+    except OSError as error:
+        raise Ar2DiffError(
+            f"the model's text cannot be kept in {file.parent}: {error.strerror or error}",
+            "set XDG_CACHE_HOME to a folder that can be written to",
+        ) from None
+    with stream, disk_errors(file):
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield stream
 
