@@ -275,6 +275,15 @@ def test_generate_fills_a_gap_of_the_likeliest_length(run_both, converted):
     assert run_both("generate", converted, *gap)[1] == result["text"] + "\n"
 
 
+def test_the_default_mode_of_a_folder_is_known_before_it_is_loaded(
+    run_both, converted, convert_tiny
+):
+    ask = ("--prompt", "the cat", "--max-new-tokens", 4, "--draft-length", 2)
+    assert run_both("generate", converted, *ask)[0] == 0
+    code, _, said = run_both("generate", convert_tiny("convert.attention=block_causal"), *ask)
+    assert code == 2 and "--draft-length only works with --mode speculative" in said
+
+
 def test_only_options_that_are_given_become_settings(run, converted, monkeypatch):
     seen = []
 

@@ -7,6 +7,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
+from ar2diff.demo import __main__ as demo
 from ar2diff.demo import build, corpus
 
 EQUATION = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.")
@@ -118,3 +121,28 @@ def test_the_shipped_model_knows_its_held_out_corpus(tokenizer, model):
 
 def test_the_shipped_model_answers_easy_questions(tokenizer, model):
     assert build.accuracy(model, tokenizer, level=1, n=40) > 0.8
+
+
+def test_the_demo_compares_ways_of_decoding(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "QUESTIONS", 1)
+    base = load_checkpoint(str(demo.MODEL))
+    drafting = load_checkpoint(str(demo.DRAFT)) if demo.DRAFT.is_dir() else None
+    converted = demo.adapt_without_training(load_checkpoint(str(demo.MODEL)), load_recipe("demo"))
+    demo.print_generations(base, drafting, converted)
+    demo.print_infill(converted)
+    said = capsys.readouterr().out
+    table = said.split("the same text\n")[1].split("\n\n")[0].splitlines()
+    plain = [line.split()[-3:-1] for line in table if line.endswith("1.00")]
+    assert len(plain) == 2 and plain[0] == plain[1]  # the conversion left the AR mode as it was
+    kept = [line.split()[-1] for line in table if line.endswith(("yes", "no"))]
+    assert kept == ["yes"] * (1 + (drafting is not None))
+    assert f"filled: {demo.GAP[0]}[" in said
+
+
+def test_a_way_that_writes_another_text_says_no():
+    way = demo.Way("a way", None, {}, kept="another")
+    way.add(1.0, 6, 2, True)
+    assert way.line().split()[2:] == ["1", "6", "2", "3.00", "yes"]
+    way.add(1.0, 6, 2, False)
+    way.add(1.0, 6, 2, True)
+    assert way.line().split()[2:] == ["3", "18", "6", "3.00", "no"]

@@ -164,7 +164,7 @@ def generate(
             each step if it has a method `put_draft`.
         tokenizer: needed for `stop_strings`.
         draft: folder or Hub id of a draft adapter for the model, or a loaded one. The text is then
-            the one that the model itself writes, in fewer forwards.
+            the one that the model itself writes, in fewer forwards: in float32 up to near-ties.
         kwargs: fields of `Options`, `do_sample`, `max_length`. An argument takes precedence over
             `generation_config`, that over the model's own, and that over the spec.
 

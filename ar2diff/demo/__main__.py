@@ -23,7 +23,8 @@ MODEL = Path(__file__).parent / "model"
 DRAFT = Path(__file__).parent / "draft"  # a draft adapter for it
 # A fixed number of drafts; without it, as many are drafted as pay off on the machine.
 LOSSLESS = {"mode": "speculative", "draft_length": 7}
-GAP = ("One day Mia was in the garden. She had 3 apples. Then she got", " from Dad. Mia was glad.")
+GAP = ("Jack had 2 stickers. He picked up 4 more", ". Jack was glad.")
+GAP_LENGTHS = (1, 2, 3)  # in tokens; the likeliest text is chosen
 TRAIN_STORIES = 6000
 JUDGED_STORIES = 64
 QUESTIONS = 20
@@ -125,7 +126,7 @@ def print_infill(converted: Any) -> None:
     """Fill a gap in a story; only a model that denoises reads what stands behind it."""
     from ..generation.complete import infill
 
-    result = infill(converted, *GAP, lengths=(2, 3, 4, 5, 6))
+    result = infill(converted, *GAP, lengths=GAP_LENGTHS)
     print(f"\nA gap in a story, filled: {GAP[0]}[{result.filled[0]}]{GAP[1]}")
 
 

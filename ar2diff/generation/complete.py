@@ -6,9 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ..checkpoint.files import DRAFT_CONFIG, find_checkpoint, is_draft, read_spec
+from ..checkpoint.files import (
+    DRAFT_CONFIG,
+    GENERATION,
+    find_checkpoint,
+    is_draft,
+    read_json,
+    read_spec,
+)
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas
@@ -44,24 +52,26 @@ def complete_all(
         Ar2DiffError: an option is wrong, the model lacks the mode, or a prompt does not fit. All
             prompts are checked before any is decoded.
     """
-    spec, plain = settings_of(checkpoint, settings)
-    _, filling = settings_of(checkpoint, {"max_new_tokens": 0, **settings}, gaps=True)
+    filling = {"max_new_tokens": 0, **settings}
+    spec, options = settings_of(checkpoint, settings)
+    asked = {False: options}
     groups: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
     for number, prompt in enumerate(prompts):
         try:
             segments = split_gaps(prompt)
             gaps = len(segments) > 1
             ids = encode(checkpoint.tokenizer, spec, segments)
-            canvas_of(checkpoint.model, spec, [ids], filling if gaps else plain)
+            if gaps not in asked:
+                asked[gaps] = settings_of(checkpoint, filling, gaps)[1]
+            canvas_of(checkpoint.model, spec, [ids], asked[gaps])
         except Ar2DiffError as error:
             raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
         groups[gaps].append((number, ids))
     for gaps, rows in groups.items():
         rows.sort(key=lambda row: len(row[1]))
-        options = filling if gaps else plain
         for first in range(0, len(rows), batch_size):
             numbers, batch = zip(*rows[first : first + batch_size], strict=True)
-            results = decode_rows(checkpoint, spec, options, batch)
+            results = decode_rows(checkpoint, spec, asked[gaps], batch)
             for number, result in zip(numbers, results, strict=True):
                 yield number, replace(result, prompt=prompts[number])
 
@@ -181,12 +191,20 @@ def check_request(reference: str, request: Request | None, settings: dict[str, A
     else:
         _check_converted(path, spec, settings)
     gaps = request is not None and request.has_gap
-    options = resolve(spec or CAUSAL, settings, drafts=drafts, gaps=gaps)
+    configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
+    options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)
     if gaps and options.mode != "diffusion":
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
         )
+
+
+def _stored_mode(path: Path, spec: Spec | None) -> Any:
+    """The mode in a folder's generation config; for an adapter, without one, that of its spec."""
+    file = path / GENERATION
+    stored = read_json(file, "correct it, or remove it").get("mode") if file.is_file() else None
+    return stored or ("speculative" if spec is not None and spec.lossless else None)
 
 
 def settings_of(
