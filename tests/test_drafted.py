@@ -1,13 +1,16 @@
 """Decoding with a draft adapter: the text is the model's own, whatever the adapter drafts."""
 
 import copy
+import json
 
 import pytest
 import torch
-from test_draft import draft_of
+from safetensors.torch import save_file
+from test_draft import ROWS, draft_of
 
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
+from ar2diff.core.draft import load_draft
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
 from ar2diff.core.options import resolve
@@ -109,3 +112,44 @@ def test_generate_takes_a_draft(tiny_model):
         generate(ids, model=model, draft=draft, mode="diffusion", **settings)
     with pytest.raises(Ar2DiffError, match="not a draft adapter"):
         generate(ids, model=model, draft="/nowhere", **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rank": 10**9}, "does not have the shape in its spec"),
+        ({"head_rank": 2**40}, "does not have the shape in its spec"),
+        ({"rank": 2**62}, "cannot be read"),
+        ({"head_rank": 0}, "is not in its spec"),
+        ({"format": 2}, "reads format 1"),
+        ({"block_length": 1}, "nothing to draft"),
+        ({"targets": ["model.layers.0.nothing"]}, "does not have"),
+        ({"targets": []}, "targets is"),
+        ({"vocabulary": 65}, "embeddings of 65"),
+        ({"more": 1}, "unknown key"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_before_memory_is_taken(
+    tiny_model, tmp_path, change, said
+):
+    model = copy.deepcopy(tiny_model("llama", "sdpa", torch.float32)).eval()
+    draft = draft_of(model)
+    save_file(draft.tensors(), tmp_path / "draft.safetensors")
+    (tmp_path / "draft.json").write_text(json.dumps(draft.spec.to_dict()))
+    assert load_draft(tmp_path, model).tensors().keys() == draft.tensors().keys()
+    (tmp_path / "draft.json").write_text(json.dumps({**draft.spec.to_dict(), **change}))
+    with pytest.raises(Ar2DiffError, match=said):
+        load_draft(tmp_path, model)
+
+
+def test_a_folder_holds_the_adapter_with_its_scale(tiny_model, tmp_path):
+    model = copy.deepcopy(tiny_model("llama", "sdpa", torch.float32)).eval()
+    draft, ids = draft_of(model).eval(), torch.tensor([[1, 17, ROWS, ROWS]])
+    assert draft.scale != 1
+    save_file(draft.tensors(), tmp_path / "draft.safetensors")
+    (tmp_path / "draft.json").write_text(json.dumps(draft.spec.to_dict()))
+    logits = []
+    for adapter in (draft, load_draft(tmp_path, model)):
+        with torch.no_grad(), adapter.applied(model, slice(2, None)):
+            logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*logits)

@@ -204,37 +204,41 @@ class Draft(torch.nn.Module):
             self._found = ref(model), layers
         return self._found[1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The content of `draft.safetensors`."""
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """The weights by their names in `draft.safetensors`."""
         held = {"row": self.row}
         for name, down, up in zip(self.spec.targets, self.down, self.up, strict=True):
-            held |= {f"{name}.down": down, f"{name}.up": up * self.scale}
+            held |= {f"{name}.down": down, f"{name}.up": up}
         if self.head is not None:
             held |= {f"head.{name}": tensor for name, tensor in self.head.named_parameters()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
+        return held
 
-    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The content of `draft.safetensors`."""
+        scales = {f"{name}.up": self.scale for name in self.spec.targets}
+        return {
+            name: (tensor.detach() * scales.get(name, 1.0)).cpu().contiguous()
+            for name, tensor in self.named().items()
+        }
+
     def load(self, held: Mapping[str, Tensor]) -> None:
-        """Take the weights from a `draft.safetensors`.
+        """Take the weights of a `draft.safetensors`, as they are.
 
         Raises:
             Ar2DiffError: names or shapes are not those of the spec.
         """
-        own = self.tensors()
-        for name in own.keys() ^ held.keys():
+        own = self.named()
+        for name in sorted(own.keys() ^ held.keys()):
             problem = "is missing" if name in own else "is not in its spec"
             raise Ar2DiffError(f"tensor {shortened(name)} {problem}", AGAIN)
         for name, tensor in own.items():
             if held[name].shape != tensor.shape or not held[name].is_floating_point():
                 raise Ar2DiffError(f"tensor {name} does not have the shape in its spec", AGAIN)
         self.scale = 1.0
-        self.row.copy_(held["row"])
-        for name, down, up in zip(self.spec.targets, self.down, self.up, strict=True):
-            down.copy_(held[f"{name}.down"])
-            up.copy_(held[f"{name}.up"])
-        if self.head is not None:
-            for name, tensor in self.head.named_parameters():
-                tensor.copy_(held[f"head.{name}"])
+        for module in self.modules():  # in place of parameters without storage
+            for name, tensor in module.named_parameters(recurse=False):
+                found = next(key for key, parameter in own.items() if parameter is tensor)
+                setattr(module, name, torch.nn.Parameter(held[found]))
 
 
 def _branched(
@@ -331,7 +335,8 @@ def load_draft(folder: Path, model: Any) -> Draft:
     """
     spec = read_draft_spec(folder / CONFIG)
     try:
-        draft = new_draft(model, spec)
+        with torch.device("meta"):  # sizes are compared before any memory is taken
+            draft = new_draft(model, spec)
         draft.load(load_file(folder / WEIGHTS))
     except Ar2DiffError as error:
         raise error.about(f"draft adapter {folder}") from None

@@ -57,7 +57,7 @@ def main(output_dir: Path, name: str = "demo", stories: int = TRAIN_STORIES) -> 
     plain = adapt_without_training(base, recipe)
     untrained = likelihood(plain, rows, samples=8)
 
-    drafting = load_checkpoint(str(DRAFT)) if DRAFT.is_dir() else None
+    drafting = load_checkpoint(str(DRAFT))
     print_generations(load_checkpoint(str(MODEL)), drafting, converted)
     print_infill(converted)
     bound, in_all = after.bound, time.monotonic() - start
@@ -102,7 +102,6 @@ def print_generations(base: Any, drafting: Any, converted: Any) -> None:
         Way("converted, lossless", converted, LOSSLESS, "converted, AR mode"),
         Way("converted, diffusion", converted, {"mode": "diffusion"}),
     ]
-    ways = [way for way in ways if way.model is not None]
     for number, example in enumerate(corpus(QUESTIONS, 2, (1, 2), "valid")):
         texts: dict[str, str] = {}
         if number < SHOWN:
