@@ -44,8 +44,9 @@ OTHER_TREES = {f"tree{n}": {"draft_length": 7, "draft_nodes": n} for n in (7, 31
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     "no head": ["draft.head_rank=0"],
+    "head 64": ["draft.head_rank=64"],
     "head 128": ["draft.head_rank=128"],
-    "head 256": ["draft.head_rank=256"],
+    "head 512": ["draft.head_rank=512"],
     "ce": ["draft.loss={ce: 1}"],
     "kl": ["draft.loss={kl: 1}"],
     "tv": ["draft.loss={tv: 1}"],
@@ -62,7 +63,7 @@ VARIANTS: dict[str, list[str]] = {
     "lr 2e-3": ["train.learning_rate=2e-3"],
     "visible 0.5": ["draft.visible=0.5"],
     "1600 steps": ["train.max_steps=1600"],
-    "1600 steps, head 256": ["train.max_steps=1600", "draft.head_rank=256"],
+    "1600 steps, rank 64": ["train.max_steps=1600", "draft.rank=64"],
 }  # fmt: skip
 
 
