@@ -5,13 +5,14 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+STRIDE = 16  # tokens that are read at a time
 Finished = Callable[[int, Tensor], bool]  # (row, its ids up to a new token): stop here?
 
 
@@ -216,8 +217,8 @@ class Canvas:
         `finished` says so, or at `total`."""
         front, total, first = self.front[row], self.last[row], self.first[row]
         over = False
-        for token in self.ids[row, front:total].tolist():
-            if token == self.mask_token_id or over:
+        for token in self._known(row, front, total):
+            if over:
                 break
             front += 1
             over = front > first and (
@@ -227,3 +228,12 @@ class Canvas:
         if (over or front == total) and not self.over[row]:
             self.end[row], self.over[row] = front, True
             self.unfinished -= 1
+
+    def _known(self, row: int, start: int, stop: int) -> Iterator[int]:
+        """The tokens of a row from a position on, up to the first that is undecided. They are read
+        a few at a time, since most of a long answer is usually still undecided."""
+        for first in range(start, stop, STRIDE):
+            for token in self.ids[row, first : min(first + STRIDE, stop)].tolist():
+                if token == self.mask_token_id:
+                    return
+                yield token

@@ -202,7 +202,7 @@ class _Group:
         tokens, logits = self._tokens(target)
         own = tokens.tolist()
         ends = [
-            tree.walk(line) if live else -1
+            tree.walk(line) if live and len(tree) else -1
             for tree, line, live in zip(self.trees, own, alive, strict=True)
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
