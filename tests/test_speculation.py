@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -159,10 +160,15 @@ def one_forward(model, known, masks, window):
     return raw_logits(model, torch.tensor([[*known, *[MASK] * masks]]), mask)[0]
 
 
-@pytest.mark.parametrize("nodes", [None, 5], ids=["chain", "tree"])
-@pytest.mark.parametrize("cached", ["dynamic", "static", "none"])
+@pytest.mark.parametrize(
+    ("nodes", "kind", "cached"),
+    [
+        *((None, *case) for case in product(CLASSES, ["dynamic", "static", "none"])),
+        *((5, kind, "dynamic") for kind in CLASSES),
+        (5, "llama", "static"),
+    ],
+)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("kind", CLASSES)
 def test_each_candidate_is_read_as_if_it_stood_alone(monkeypatch, kind, prediction, cached, nodes):
     model, spec = build_model(kind), tiny_spec(prediction=prediction)
     window, back = WINDOW if kind == "mistral_window" else None, int(prediction == "shift")
