@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    from ar2diff.checkpoint.io import load_checkpoint
+    from drafts import load
 
-    checkpoint = load_checkpoint(asked.folder)
+    checkpoint = load(asked.folder)
     checkpoint.model.eval()
     rows = _rows(checkpoint, asked)
     found: dict[str, Any] = {"folder": Path(asked.folder).name, "new": asked.new}

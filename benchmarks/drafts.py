@@ -22,6 +22,7 @@ among them. Each text is compared with that of the AR mode (with the same seed w
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -92,11 +93,21 @@ def decoded(checkpoint: Any, rows: list[list[int]], new: int, **settings: Any) -
     return texts, forwards
 
 
-def judged(folder: str, first: int, new: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Tokens per forward in each setting, and how many texts are not those of the AR mode."""
+def load(folder: str) -> Any:
+    """A draft adapter on its base, which may be one of the folders in AR2DIFF_DATA."""
+    from ar2diff.checkpoint.draft import load_drafting
     from ar2diff.checkpoint.io import load_checkpoint
 
-    checkpoint = load_checkpoint(folder)
+    named = json.loads((Path(folder) / "draft.json").read_text())["base"]
+    base = Path(os.environ.get("AR2DIFF_DATA", "")) / named
+    if Path(named).is_absolute() or not base.is_dir():
+        return load_checkpoint(folder)
+    return load_drafting(Path(folder), base=str(base))
+
+
+def judged(folder: str, first: int, new: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per forward in each setting, and how many texts are not those of the AR mode."""
+    checkpoint = load(folder)
     checkpoint.model.eval()
     rows, found, plain = prompts(checkpoint.tokenizer, first), {}, {}
     for name, setting in settings.items():
@@ -115,9 +126,7 @@ def exact(folder: str, new: int) -> dict[str, Any]:
     """How many of 200 texts differ from the base's own, and the float64 gaps where they do."""
     import torch
 
-    from ar2diff.checkpoint.io import load_checkpoint
-
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load(folder)
     model = checkpoint.model.eval()
     rows = prompts(checkpoint.tokenizer, 0) + prompts(checkpoint.tokenizer, PROMPTS)
     ends = checkpoint.end_ids
@@ -140,7 +149,7 @@ def exact(folder: str, new: int) -> dict[str, Any]:
         gaps = []
         for row, text, other in zip(rows, texts, want, strict=True):
             if text != other:
-                double = double or load_checkpoint(folder, dtype="float64").model.eval()
+                double = double or copy.deepcopy(model).double()
                 at = next(
                     (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
                     min(len(text), len(other)),
