@@ -36,7 +36,7 @@ from .samplers import Chooser, log_prob
 from .spec import Spec
 from .tree import Guesses, Tree
 
-PACES: WeakKeyDictionary[Any, dict[tuple[bool, int], MeasuredPace]] = WeakKeyDictionary()
+PACES: WeakKeyDictionary[Any, dict[tuple[bool, int, int], MeasuredPace]] = WeakKeyDictionary()
 TIMED = 16  # tokens of a prompt that are continued to time the forwards
 BRANCHES = 6  # candidates of a tree that is timed
 ENOUGH = 0.05  # seconds of forwards that are timed
@@ -134,7 +134,7 @@ def measured_pace(
     """
     rows, longest = len(canvas.front), spec.block_length - 1
     known = PACES.setdefault(model, {})
-    key = draft is not None, (rows - 1).bit_length()  # like the batch, up to a factor of 2
+    key = draft is not None, longest, (rows - 1).bit_length()  # of batches up to twice as large
     if key not in known:
         prompt = canvas.ids[0, : canvas.front[0]].tolist()[-TIMED:]
         lengths = (min(2, longest), min(5, longest))
