@@ -41,7 +41,7 @@ SETTINGS = {
     "chain_T0.8": {"draft_length": 7, "temperature": 0.8, "seed": 1},
     "tree15_T0.8": {"draft_length": 7, "draft_nodes": 15, "temperature": 0.8, "seed": 1},
 }
-OTHER_TREES = {f"tree{n}": {"draft_length": 7, "draft_nodes": n} for n in (7, 31, 63)}
+
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     "no head": ["draft.head_rank=0"],
@@ -213,7 +213,7 @@ def main() -> None:
         return
     if asked.judge:
         new = asked.new or 96
-        found = judged(asked.judge, 0, new, SETTINGS | OTHER_TREES)
+        found = judged(asked.judge, 0, new, SETTINGS)
         _append(JUDGED, {"folder": Path(asked.judge).name, "prompts": PROMPTS, "new": new, **found})
         return
     if asked.exact:
