@@ -1,6 +1,6 @@
 """Wall-clock of a draft adapter against plain AR decoding, with what it is made of beside it.
 
-    python benchmarks/draft_speed.py DRAFT_FOLDER [--prompts FILE] [--new 96] [--rounds 5]
+    python benchmarks/draft_speed.py DRAFT_FOLDER [--prompts FILE | demo] [--new 96] [--rounds 5]
 
 One thread, batches of 1 and 8 (copies of one prompt), greedy; the ways are run in turn, one
 round after the other, and the fastest of each counts: transformers generate on the base, our AR
@@ -26,7 +26,9 @@ SLOTS = (1, 2, 4, 8, 12, 20, 40, 72)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--prompts", help="a file with one prompt a line; default: tinystories")
+    parser.add_argument(
+        "--prompts", help="a file with one prompt a line, or demo; default: tinystories/valid"
+    )
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
@@ -51,7 +53,13 @@ def _rows(checkpoint: Any, asked: Any) -> list[list[int]]:
         from drafts import prompts
 
         return prompts(checkpoint.tokenizer, 0)[: asked.count]
-    lines = Path(asked.prompts).read_text().splitlines()[: asked.count]
+    if asked.prompts == "demo":
+        from ar2diff.demo.corpus import corpus, text
+
+        stories = [text(e) for e in corpus(16 + asked.count, 5, (1, 2), "valid")][16:]
+        lines = [" ".join(story.split()[:8]) for story in stories]
+    else:
+        lines = Path(asked.prompts).read_text().splitlines()[: asked.count]
     return [checkpoint.tokenizer(line).input_ids for line in lines]
 
 
