@@ -331,7 +331,10 @@ GENERATE_MISTAKES = [
     (["--order", "margin"], "--order margin needs a fixed number of steps"),
     (["--repetition-penalty", 0], "--repetition-penalty is 0.0"),
     (["--max-new-tokens", -1], "--max-new-tokens is -1"),
-    (["--draft-length", 3], "--draft-length only works with --mode speculative"),
+    (
+        ["--mode", "diffusion", "--draft-length", 3],
+        "--draft-length only works with --mode speculative",
+    ),
     (
         ["--steps-per-block", 3, "--mode", "ar"],
         "--steps-per-block only works with --mode diffusion, not with --mode ar",

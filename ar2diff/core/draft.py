@@ -281,11 +281,23 @@ def _embedded(
     return embedded
 
 
-def new_draft(model: Any, spec: DraftSpec, generator: torch.Generator | None = None) -> Draft:
-    """A draft adapter that fits a model.
+def new_draft(model: Any, spec: DraftSpec, generator: torch.Generator) -> Draft:
+    """An untrained draft adapter for a model, which changes nothing yet.
 
     Raises:
-        Ar2DiffError: the model lacks one of its layers, or has other sizes.
+        Ar2DiffError: as `shapes_of`.
+    """
+    draft = Draft(spec, shapes_of(model, spec), generator)
+    with torch.no_grad():
+        draft.row.copy_(model.get_input_embeddings().weight.detach().float().mean(0))
+    return draft
+
+
+def shapes_of(model: Any, spec: DraftSpec) -> list[tuple[int, int]]:
+    """(outputs, inputs) of each target of a spec in a model.
+
+    Raises:
+        Ar2DiffError: the model lacks one of the layers, or has other sizes.
     """
     table = model.get_input_embeddings().weight
     if table.shape != (spec.vocabulary, spec.hidden_size):
@@ -306,11 +318,7 @@ def new_draft(model: Any, spec: DraftSpec, generator: torch.Generator | None = N
                 "use it with the model that its draft.json names",
             )
         shapes.append(sizes)
-    draft = Draft(spec, shapes, generator)
-    if generator is not None:
-        with torch.no_grad():
-            draft.row.copy_(table.detach().float().mean(0))
-    return draft
+    return shapes
 
 
 def read_draft_spec(file: Path) -> DraftSpec:
@@ -335,8 +343,9 @@ def load_draft(folder: Path, model: Any) -> Draft:
     """
     spec = read_draft_spec(folder / CONFIG)
     try:
+        shapes = shapes_of(model, spec)
         with torch.device("meta"):  # sizes are compared before any memory is taken
-            draft = new_draft(model, spec)
+            draft = Draft(spec, shapes)
         draft.load(load_file(folder / WEIGHTS))
     except Ar2DiffError as error:
         raise error.about(f"draft adapter {folder}") from None
