@@ -166,7 +166,6 @@ class CandidateReader:
         if first > 1:
             at = pos[:, :first].clamp(0, ids.shape[1] - 1)
             tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
-        beyond = front[0] > self.last - pos.shape[1] if len(front) == 1 else True
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)
         states: list[Tensor] = []
@@ -178,7 +177,7 @@ class CandidateReader:
                 read=states,
                 input_ids=tokens.to(device),
                 attention_mask=mask,
-                position_ids=(pos.clamp(0, self.last) if beyond or first > 1 else pos).to(device),
+                position_ids=pos.clamp(0, self.last).to(device),
             ).view(len(rows), -1, self.vocabulary)
         headed = drafting and self.draft.head is not None
         ahead, hidden = (

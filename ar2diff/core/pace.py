@@ -108,7 +108,6 @@ class MeasuredPace(Pace):
         super().__init__(min(len(RIGHT), longest))
         self.cost, self.longest = cost, longest
         self.right = [*RIGHT[:longest]]  # how often drafts are right in a row, up to each depth
-        self.branches: list[float] = []  # chances of the candidates of a tree, in descending order
         self.forwards, self.resting, self.trying = 0, 0, TRIED
 
     @property
@@ -153,7 +152,7 @@ class MeasuredPace(Pace):
     def saw(self, trees: list[Tree], accepted: list[int]) -> None:
         """Learn from a forward: how many candidates of each tree were accepted."""
         deepest = [max(tree.depths, default=0) for tree in trees]
-        for depth in range(max(deepest)):
+        for depth in range(max(deepest, default=0)):
             reached = [n > depth for n, most in zip(accepted, deepest, strict=True) if most > depth]
             if depth == len(self.right):
                 self.right.append(self._right(depth))

@@ -207,7 +207,8 @@ class _Group:
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
         self.reader.keep(paths)
-        self.pace.saw(self.trees, [len(path) for path in paths])
+        judged = [line for line, live in enumerate(alive) if live]
+        self.pace.saw([self.trees[n] for n in judged], [len(paths[n]) for n in judged])
         self._write(paths, tokens, logits, alive)
         self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
         self.front = [

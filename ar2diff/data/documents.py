@@ -181,6 +181,19 @@ def weighs_law(recipe: Recipe) -> bool:
     return recipe.objective.weight == "1/t" and recipe.noise.law != "uniform"
 
 
+def blank_batch(size: tuple[int, ...]) -> dict[str, Tensor]:
+    """A batch [B, L] without a token, for `Collator.finish` once it is filled."""
+    return {
+        "x0": torch.zeros(size, dtype=torch.long),
+        "doc": torch.full(size, PADDING),
+        "pos": torch.zeros(size, dtype=torch.long),
+        "weight": torch.zeros(size),
+        "real": torch.zeros(size, dtype=torch.bool),
+        "eos": torch.zeros(size, dtype=torch.bool),
+        "drawn": torch.zeros(size, dtype=torch.bool),
+    }
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
@@ -201,15 +214,7 @@ class Collator:
         length = max(sum(len(p.ids) for p in row) for row in rows)
         views = 2 if self.recipe.noise.complementary else 1
         size = (len(rows), length)
-        batch = {
-            "x0": torch.zeros(size, dtype=torch.long),
-            "doc": torch.full(size, PADDING),
-            "pos": torch.zeros(size, dtype=torch.long),
-            "weight": torch.zeros(size),
-            "real": torch.zeros(size, dtype=torch.bool),
-            "eos": torch.zeros(size, dtype=torch.bool),
-            "drawn": torch.zeros(size, dtype=torch.bool),
-        }
+        batch = blank_batch(size)
         masked = torch.zeros(views, *size, dtype=torch.bool)
         t, ratio = torch.zeros(2, views, *size, dtype=torch.double)
         for r, row in enumerate(rows):

@@ -19,7 +19,7 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.attention import PADDING
 from ..core.seeds import content_key, keyed_generator
-from ..data.documents import Collator
+from ..data.documents import Collator, blank_batch
 from .rollouts import Rollout, sample
 
 
@@ -58,16 +58,7 @@ def own_states(
     size, step = collate.recipe.convert.block_length, int(batch["step"])
     seed = collate.recipe.train.seed
     shape = batch["x0"].shape
-    made = {
-        "x0": torch.zeros(shape, dtype=torch.long),
-        "doc": torch.full(shape, PADDING),
-        "pos": torch.zeros(shape, dtype=torch.long),
-        "weight": torch.zeros(shape),
-        "real": torch.zeros(shape, dtype=torch.bool),
-        "eos": torch.zeros(shape, dtype=torch.bool),
-        "drawn": torch.zeros(shape, dtype=torch.bool),
-        "ratio": torch.ones(shape, dtype=torch.double),
-    }
+    made = blank_batch(shape) | {"ratio": torch.ones(shape, dtype=torch.double)}
     masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
     for place, rollout in _continued(checkpoint, batch, size, (seed, step)):
         length = min(place.stop - place.start, len(rollout.ids))
