@@ -284,14 +284,15 @@ class Golden:
     def recipe(self, name: str, attention: str = "causal_context", *chosen: str) -> Any:
         """Twenty steps of one recipe; of rl, on the model with an attention."""
         recipe = yaml.safe_load(command("recipes", "show", name))
-        verb = "rl" if "rl" in recipe else "sft" if name in SFT else "adapt"
+        own = next((verb for verb in ("rl", "draft") if verb in recipe), "adapt")
+        verb = "sft" if name in SFT else own
         model = EMBEDDED if name.startswith("demo") or not STORIES.is_dir() else STORIES
         if verb == "rl":
             model = self.folder / attention  # one that writes words, or no reward differs
         elif verb == "sft":
             model = self.convert(model, recipe)
         chats = "chat_template" in recipe.get("data", {})
-        data = {"adapt": "texts", "sft": "chats" if chats else "pairs", "rl": "tasks"}[verb]
+        data = {"sft": "chats" if chats else "pairs", "rl": "tasks"}.get(verb, "texts")
         out = self.folder / "run"
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--recipe", name, *self.sizes(recipe), *chosen]
@@ -325,6 +326,8 @@ class Golden:
             }
         if "quantization" in recipe:
             values["quantization"] = "null"
+        if "draft" in recipe:  # which refuses a section that it does not use
+            del values["anneal.steps"]
         return [f"{key}={value}" for key, value in values.items()]
 
     def attentions(self) -> None:
