@@ -81,8 +81,6 @@ class Recipe(Section):
             raise ValueError("objective.ar_weight must be 0 unless the attention is causal_context")
         for problem in _contradictions(self.objective, self.noise, self.convert, self.rl):
             raise ValueError(problem)
-        if self.objective.distil is not None and self.convert.head_rank is not None:
-            raise ValueError("objective.distil cannot be combined with convert.head_rank")
         shared = [*self.data.sources, *([self.data.self] if self.data.self else [])]
         weighted = [source.weight is not None for source in shared]
         if any(weighted) and not all(weighted):
@@ -137,6 +135,8 @@ def _contradictions(
         yield "noise.law must be uniform with rl, whose estimators draw their own noise levels"
     if distil is None:
         return
+    if convert.head_rank is not None:
+        yield "objective.distil cannot be combined with convert.head_rank"
     if rl is not None:
         yield "objective.distil cannot be used with rl, which learns from rewards"
     if objective.kind == "ar":
