@@ -1,13 +1,14 @@
 """Candidates: the likeliest nodes are those of brute force, and a walk ends where tokens differ."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from ar2diff.core.head import DraftHead
-from ar2diff.core.pace import Cost, MeasuredPace, slots_of
+from ar2diff.core.pace import Cost, MeasuredPace, Timing, slots_of
 from ar2diff.core.tree import Guesses, Tree
 
 VOCABULARY, DRAFTS = 5, 3
@@ -111,20 +112,29 @@ def test_a_walk_ends_somewhere():
     assert ends == pytest.approx([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
 
 
-def paced(cost, right=0.7):
-    """A pace after many forwards in which each draft was right in `right` of them."""
+def paced(cost, right=0.7, sharp=2.0):
+    """A pace after many forwards in which each best guess was right in `right` of them, whatever
+    it promised."""
     pace = MeasuredPace(cost, 7)
     generator = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(4, 7, 50, generator=generator)
+    scores = sharp * torch.randn(4, 7, 50, generator=generator)
     for _ in range(300):
         drafts = pace.drafts()
         if drafts:
             guess = Guesses(scores[:, :drafts], torch.zeros(4).long(), None, None, 1.0)
             trees = pace.grown(guess)
             pace.plan(trees, drafts)
-            drawn = torch.rand(4, drafts, generator=generator) < right
-            pace.saw(trees, drawn.long().cumprod(1).sum(1).tolist())
+            drawn = torch.rand(4, 7, generator=generator) < right
+            kept = drawn.long().cumprod(1).sum(1).tolist()
+            pace.saw(trees, [best_path(tree)[:n] for tree, n in zip(trees, kept, strict=True)])
     return pace, trees, drafts
+
+
+def best_path(tree):
+    path = []
+    while found := [n for n, parent in enumerate(tree.parents) if [parent] == (path or [-1])[-1:]]:
+        path.append(found[0])
+    return path
 
 
 def test_slots_that_cost_nothing_are_used_and_dear_ones_are_not():
@@ -132,13 +142,57 @@ def test_slots_that_cost_nothing_are_used_and_dear_ones_are_not():
     assert drafts == 7 and pace.nodes > 50 and len(trees[0].blocks) == len(trees[0]) + 1 > 50
     pace, trees, drafts = paced(Cost(1.0, 1.2, 0.03, tree=1.0))
     assert 1 < drafts < 7 and pace.nodes is None and trees[0].is_chain
-    assert len(trees[0]) == drafts and trees[0].blocks == list(range(-1, drafts))
+    assert 1 <= len(trees[0].blocks) < len(trees[0]) + 1
+
+
+def test_masks_stand_behind_the_candidates_at_which_a_walk_may_well_end():
+    pace = MeasuredPace(Cost(1.0, 1.0, 0.02), 4)
+    tree = Tree()
+    for depth, likely in enumerate((0.99, 0.98, 0.4, 0.39, 0.001), 1):
+        tree.add(depth, depth - 2, depth, likely)
+    pace.plan([tree], 4)
+    assert len(tree) == 4  # the last one is not worth its slot
+    assert tree.blocks == [1, 3]  # after the second token, or after all
+    sure = Tree([5], [-1], [1], [1.0])
+    pace.plan([sure], 4)
+    assert sure.blocks == [0]
+    pace.plan([sure], 0)
+    assert sure.blocks == []
+
+
+def test_best_guesses_are_trusted_as_far_as_they_were_right():
+    """They promised 0.3 to 0.6 each; siblings share the rest."""
+    for right in (0.3, 0.9):
+        pace, _, _ = paced(Cost(1.0, 1.2, 0.01, tree=9.0), right)
+        guess = Guesses(2 * torch.randn(4, 7, 50), torch.zeros(4).long(), None, None, 1.0)
+        plain, trusted = (
+            replace(guess, trust=trust).chain(1)[0].chances[0] for trust in (0.0, pace.trust)
+        )
+        assert (trusted > plain) == (right == 0.9)
+        assert sum(replace(guess, trust=pace.trust).likeliest(50)[0].ends()) == pytest.approx(1)
+    everything = replace(guess, scores=guess.scores[:, :1], trust=1.0).likeliest(8)[0]
+    wanted = guess.scores[0, 0].clone()
+    wanted[wanted.argmax()] += 1
+    assert everything.chances == pytest.approx(wanted.softmax(-1).topk(8).values.tolist())
+
+
+def test_a_chain_stops_where_it_is_not_worth_a_slot():
+    guess = guesses()
+    whole = guess.chain(DRAFTS)
+    least = max(tree.chances[1] for tree in whole) * 1.01
+    for tree, long in zip(guess.chain(DRAFTS, least), whole, strict=True):
+        assert tree.tokens == long.tokens[:2] and tree.chances == long.chances[:2]
+        assert long.chances == pytest.approx(
+            [chance(guess, whole.index(long), tuple(long.tokens[:n])) for n in (1, 2, 3)], rel=1e-4
+        )
 
 
 def test_one_more_draft_is_added_as_long_as_the_speed_grows():
-    cost = Cost(1.0, 1.2, 0.03, tree=1.0)
-    pace, _, drafts = paced(cost)
-    speed = [(1 + sum(pace.right[:n])) / cost.of(n, n) for n in range(1, len(pace.right) + 1)]
+    pace, _, drafts = paced(Cost(1.0, 1.2, 0.03, tree=1.0))
+    speed = [
+        (1 + sum(pace.right[:n])) / pace.cost.of(1 + n + n * pace.blocks, n)
+        for n in range(1, len(pace.right) + 1)
+    ]
     assert speed[:drafts] == sorted(speed[:drafts])
     assert pace.right[0] == pytest.approx(0.7, abs=0.1)
     assert pace.right[1] == pytest.approx(0.49, abs=0.15)
@@ -152,7 +206,20 @@ def test_worse_drafts_are_shorter_and_hopeless_ones_are_not_made():
 
 
 def test_the_cost_goes_through_what_was_measured():
-    few, many = slots_of(2, 2), slots_of(5, 5)
-    assert (few, many) == (2 + 3 * 2, 5 + 6 * 5)
-    cost = Cost.through(1.0, (1 + few, 2.0), (1 + many, 3.0))
-    assert (cost.of(2, 2), cost.of(5, 5)) == pytest.approx((2.0, 3.0))
+    assert slots_of(2, 2) == 2 + 3 * 2
+    timings = Timing(9, 2, 2.0), Timing(36, 5, 3.5), Timing(6, 5, 2.3)
+    cost = Cost.through(1.0, *timings)
+    for timing in timings:
+        assert cost.of(timing.slots, timing.drafts) == pytest.approx(timing.seconds)
+    assert cost.slot == pytest.approx(1.2 / 30)
+
+
+def test_the_cost_follows_the_forwards_that_are_made():
+    pace = MeasuredPace(Cost(1.0, 1.2, 0.03), 7)
+    for _ in range(200):
+        pace.took(2.0, 1, 0)
+        pace.took(4.0, 20, 3)
+    assert pace.cost.plain == pytest.approx(2.0, abs=0.01)
+    assert pace.cost.of(20, 3) == pytest.approx(4.0, abs=0.01)
+    pace.took(1e6, 1, 0)  # the machine was asleep
+    assert pace.cost.plain < 2.2

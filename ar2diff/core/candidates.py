@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from .readers import ALL, slots_of
 from .spec import Spec
 from .tree import Tree, shapes
 
-LAYOUTS = 64  # layouts that are remembered
+MOST_LAYOUTS = 1024  # of a model that are remembered
+LAYOUTS: WeakKeyDictionary[Any, dict[Any, tuple[_CandidateSlots, Any]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ class CandidateReader:
         self.certain: list[int] = []  # tokens known that are not
         self.layout: _CandidateSlots | None = None
         self._before: list[int] = []  # `length` at the last forward
-        self._steady: dict[Any, tuple[_CandidateSlots, Any]] = {}
+        self._steady = LAYOUTS.setdefault(model, {})
+        # What a layout and its mask depend on, besides the trees.
+        self._kind = spec, model.config._attn_implementation, model.dtype, model.device
 
     def read(
         self,
@@ -188,6 +192,11 @@ class CandidateReader:
         )
         return logits[:, : nodes + 1], ahead, hidden
 
+    @property
+    def slots(self) -> int:
+        """Of each row in the last forward."""
+        return 1 if self.layout is None else self.layout.pos.shape[1]
+
     def keep(self, paths: list[list[int]]) -> None:
         """The tokens that were certain and the accepted candidates, by row, become context."""
         if not self.cache:
@@ -216,7 +225,6 @@ class CandidateReader:
 
     def select(self, rows: list[int]) -> None:
         """Continue with some of the rows."""
-        self._steady.clear()
         self.length = [self.length[row] for row in rows]
         if self.cache:
             self.cache.select(torch.tensor(rows))
@@ -263,13 +271,13 @@ class CandidateReader:
         deepest = max((max(tree.depths) for tree in trees if len(tree)), default=0)
         beyond = max(front) + deepest + width > self.last
         steady = self.uniform and not beyond and min(self.certain) == certain
-        key = (certain, drafts, *shapes(trees))
+        key = (*self._kind, certain, drafts, *shapes(trees))
         columns = self.cache.width if self.cache else 0
         if not steady or key not in self._steady:
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
                 return layout, self._mask(layout, front, length, self._seen(columns, length))
-            if len(self._steady) > LAYOUTS:
+            if len(self._steady) > MOST_LAYOUTS:
                 self._steady.clear()
             none = torch.zeros(len(front), 0, dtype=torch.bool)
             self._steady[key] = layout, self._mask(layout, front, length, none)

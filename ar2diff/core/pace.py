@@ -1,24 +1,28 @@
-"""How many candidates a forward of speculation verifies, and how many tokens it drafts.
+"""How many candidates a forward of speculation verifies, which of them have masks behind them, and
+how many tokens it drafts.
 
 A forward gets slower with every slot, and how much slower depends on the model, the device and the
-batch. So the numbers are chosen while decoding, by acceptance against cost, both of them measured:
-one more draft, or one more branch, is added as long as the tokens per second that it promises grow,
-up to the first that does not (DSpark, 2607.05147, algorithm 1). What is written never depends on
-it.
+batch. So the numbers are chosen while decoding, by what the drafts themselves promise against the
+measured cost of a slot (DSpark, 2607.05147, algorithm 1): a candidate is verified, and masks are
+put behind it, where the tokens that it promises are worth more than its slots. What is written
+never depends on it.
 This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 from .tree import Guesses, Tree
 
-MOST = 64  # candidates of a row
+SIZES = (7, 15, 31, 63)  # candidates of a row that a tree may have
 KEEP = 0.95  # of a running mean, at each forward
+TRUST_RATE, MOST_TRUST = 0.05, 3.0
+TOO_SLOW = 2.0  # times the expected seconds: the machine did something else
 MARGIN = 1.1  # by which a tree must promise to be faster than a chain
 LOOK = 64  # forwards between two looks at what branches would be worth
-FIRST = 8  # forward of the first look
+FIRST = 32  # forward of the first look
 RETRY = 128  # plain forwards after which drafting is tried again, and
 TRIED = 3  # for how many forwards
 RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
@@ -60,8 +64,22 @@ class Pace:
         for tree in trees:
             tree.blocks = list(range(-1, len(tree))) if drafts else []
 
-    def saw(self, trees: list[Tree], accepted: list[int]) -> None:
-        """Learn from a forward: how many candidates of each tree were accepted."""
+    def saw(self, trees: list[Tree], paths: list[list[int]]) -> None:
+        """Learn from a forward: which candidates of each tree were accepted."""
+
+    def took(self, seconds: float, slots: int, drafts: int) -> None:
+        """Learn the seconds of a forward with so many slots in each row, of which `drafts` in a
+        block."""
+
+
+class LeanPace(Pace):
+    """A chain that is guessed and not verified: masks behind the newest token alone."""
+
+    def plan(self, trees: list[Tree], drafts: int) -> None:
+        """Drop the candidates."""
+        for tree in trees:
+            tree.cut(0)
+            tree.blocks = [-1]
 
 
 def slots_of(nodes: int, drafts: int) -> int:
@@ -70,35 +88,48 @@ def slots_of(nodes: int, drafts: int) -> int:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """The seconds of a forward with so many slots in each row, of which `drafts` in a block."""
+
+    slots: int
+    drafts: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """Seconds of a forward for a batch of rows.
 
     Attributes:
         plain: of one slot in each row, without drafts.
-        fixed, slot: of a forward with drafts: for itself, and for a slot in each row.
+        fixed, slot, draft: of a forward with drafts: for itself, for a slot in each row, and for a
+            token that is guessed.
         tree: what a tree costs more than a chain, whatever its size.
     """
 
     plain: float
     fixed: float
     slot: float
+    draft: float = 0.0
     tree: float = 0.0
 
     @classmethod
-    def through(cls, plain: float, few: tuple[int, float], many: tuple[int, float]) -> Cost:
-        """From the seconds of a plain forward, and (slots, seconds) of two with drafts."""
-        slot = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
-        return cls(plain, max(plain, few[1] - slot * few[0]), slot)
+    def through(cls, plain: float, few: Timing, many: Timing, lean: Timing) -> Cost:
+        """From the seconds of a plain forward, and of three with drafts: `few` of them, `many`, and
+        as many in fewer slots."""
+        slot = max(0.0, (many.seconds - lean.seconds) / (many.slots - lean.slots))
+        more = many.seconds - few.seconds - slot * (many.slots - few.slots)
+        draft = max(0.0, more / max(1, many.drafts - few.drafts))
+        return cls(plain, max(plain, few.seconds - slot * few.slots - draft * few.drafts), slot, draft)
 
-    def of(self, nodes: int, drafts: int) -> float:
-        """Seconds with so many candidates, and masks behind each of them; more candidates than
-        drafts are a tree."""
-        tree = self.tree if nodes > drafts else 0.0
-        return self.fixed + self.slot * (1 + slots_of(nodes, drafts)) + tree
+    def of(self, slots: float, drafts: int, branches: bool = False) -> float:
+        """Seconds of a forward with so many slots in each row."""
+        tree = self.tree if branches else 0.0
+        return self.fixed + self.slot * slots + self.draft * drafts + tree
 
 
 class MeasuredPace(Pace):
-    """Numbers by measured acceptance against measured cost.
+    """Numbers by the drafts' own confidence and measured acceptance, against measured cost.
 
     Args:
         cost: of a forward of the batch. longest: the most tokens that can be drafted at once.
@@ -108,6 +139,11 @@ class MeasuredPace(Pace):
         super().__init__(min(len(RIGHT), longest))
         self.cost, self.longest = cost, longest
         self.right = [*RIGHT[:longest]]  # how often drafts are right in a row, up to each depth
+        self.guessed = self.length  # drafts that the candidates were made of
+        self.trust = 0.0  # added to the log-odds of the best guesses
+        # Of a row in a forward with drafts, running means: tokens written, candidates, blocks.
+        self.tokens = 1 + sum(self.right)
+        self.candidates, self.blocks = float(self.length), float(self.length + 1)
         self.forwards, self.resting, self.trying = 0, 0, TRIED
 
     @property
@@ -118,7 +154,13 @@ class MeasuredPace(Pace):
     @property
     def most(self) -> int:
         """The most slots of a forward besides the certain tokens, and one for each block."""
-        return slots_of(MOST, self.longest + 1)
+        return slots_of(SIZES[-1], self.longest + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Of a token, as drafting goes."""
+        slots = 1 + self.candidates + self.blocks * self.length
+        return self.cost.of(slots, self.length, self.nodes is not None) / self.tokens
 
     def drafts(self) -> int:
         """Tokens to draft in the next forward, behind each candidate that has masks."""
@@ -128,7 +170,7 @@ class MeasuredPace(Pace):
             return 0
         if self.trying:
             self.trying -= 1
-        elif self._speed(self.length) < 1 / self.cost.plain:
+        elif self.seconds > self.cost.plain:
             self.resting = RETRY
             return 0
         return self.length
@@ -136,29 +178,87 @@ class MeasuredPace(Pace):
     def grown(self, guesses: Guesses) -> list[Tree]:
         """The candidates among the guesses."""
         self.forwards += 1
-        length = guesses.scores.shape[1]
+        guesses = replace(guesses, trust=self.trust)
+        self.guessed = guesses.scores.shape[1]
         looks = self.forwards % LOOK == FIRST
-        if self.nodes is None and not looks:
-            return guesses.chain(length)
-        trees = guesses.likeliest(MOST if looks else self.nodes)
+        if not looks and self.nodes is not None:
+            return guesses.likeliest(self.nodes)
+        trees = guesses.chain(self.guessed, self._least())
         if looks:
-            self._branch(trees, length)
-            if self.nodes is None:
-                return guesses.chain(length)
-            for tree in trees:
-                tree.cut(self.nodes)
+            bushes = guesses.likeliest(SIZES[-1])
+            self._branch(trees, bushes)
+            if self.nodes is not None:
+                for tree in bushes:
+                    tree.cut(self.nodes)
+                return bushes
         return trees
 
-    def saw(self, trees: list[Tree], accepted: list[int]) -> None:
-        """Learn from a forward: how many candidates of each tree were accepted."""
-        deepest = [max(tree.depths, default=0) for tree in trees]
-        for depth in range(max(deepest, default=0)):
-            reached = [n > depth for n, most in zip(accepted, deepest, strict=True) if most > depth]
-            if depth == len(self.right):
-                self.right.append(self._right(depth))
-            self.right[depth] += (1 - KEEP) * (sum(reached) / len(reached) - self.right[depth])
-        if any(deepest):
+    def plan(self, trees: list[Tree], drafts: int) -> None:
+        """Choose which candidates stay, and which have masks behind them.
+
+        Without masks where a walk ends, the next forward verifies nothing: it writes one token in
+        the time of the few slots that it has.
+        """
+        lost = self.cost.of(1 + drafts, drafts) - self.seconds
+        worth = drafts * self.cost.slot / lost if lost > 0 else 1.0
+        least = self._least()
+        for tree in trees:
+            if len(tree):
+                tree.cut(max(1, sum(chance >= least for chance in tree.chances)))
+            ends = tree.ends() if drafts else []
+            most = max(ends, default=0.0)
+            tree.blocks = [n for n, end in enumerate(ends, -1) if end >= min(worth, most)]
+
+    def saw(self, trees: list[Tree], paths: list[list[int]]) -> None:
+        """Learn from a forward: which candidates of each tree were accepted."""
+        rows = len(trees)
+        if not any(len(tree) or tree.blocks for tree in trees):
+            return
+        seen = (
+            1 + sum(map(len, paths)) / rows,
+            sum(map(len, trees)) / rows,
+            sum(len(tree.blocks) for tree in trees) / rows,
+        )
+        self.tokens, self.candidates, self.blocks = (
+            KEEP * mean + (1 - KEEP) * new
+            for mean, new in zip((self.tokens, self.candidates, self.blocks), seen, strict=True)
+        )
+        judged = [(t, path) for t, path in zip(trees, paths, strict=True) if len(t)]
+        if judged:
+            self._calibrate(judged)
+            for depth in range(self.guessed):
+                if depth == len(self.right):
+                    self.right.append(self._right(depth))
+                share = sum(len(path) > depth for _, path in judged) / len(judged)
+                self.right[depth] += (1 - KEEP) * (share - self.right[depth])
             self._deepen()
+
+    def _calibrate(self, judged: list[tuple[Tree, list[int]]]) -> None:
+        """Learn how much likelier (or less likely) the best guesses are right than they promise: a
+        step of logistic regression on their log-odds."""
+        errors = [
+            (child in path) - chance
+            for tree, path in judged
+            for child, chance in tree.firsts(path)
+        ]
+        self.trust += TRUST_RATE * sum(errors) / len(judged)
+        self.trust = max(-MOST_TRUST, min(MOST_TRUST, self.trust))
+
+    def took(self, seconds: float, slots: int, drafts: int) -> None:
+        """Learn the seconds of a forward with so many slots in each row, of which `drafts` in a
+        block. (What a slot costs is not learned: slots hardly change while decoding.)"""
+        if slots == 1:
+            part, expected = "plain", self.cost.plain
+        else:
+            branches = self.nodes is not None
+            part, expected = "tree" if branches else "fixed", self.cost.of(slots, drafts, branches)
+        error = min(seconds, TOO_SLOW * expected) - expected
+        more = getattr(self.cost, part) + (1 - KEEP) * error
+        self.cost = replace(self.cost, **{part: max(0.0, more)})
+
+    def _least(self) -> float:
+        """The chance of a candidate that is just worth its slot."""
+        return self.cost.slot / self.seconds
 
     def _deepen(self) -> None:
         length = 1
@@ -169,7 +269,7 @@ class MeasuredPace(Pace):
     def _speed(self, length: int) -> float:
         """Tokens per second of a row with a chain of drafts."""
         gain = 1 + sum(self._right(depth) for depth in range(length))
-        return gain / self.cost.of(length, length)
+        return gain / self.cost.of(1 + length + self.blocks * length, length)
 
     def _right(self, depth: int) -> float:
         """How often a chain is right up to a depth (from 0), beyond what was drafted too."""
@@ -179,26 +279,22 @@ class MeasuredPace(Pace):
         before = self.right[-2] if len(self.right) > 1 else 1.0
         return last * min(1.0, last / max(before, 1e-9)) ** (depth + 1 - len(self.right))
 
-    def _branch(self, trees: list[Tree], length: int) -> None:
+    def _branch(self, chains: list[Tree], bushes: list[Tree]) -> None:
         """Find out how many candidates a tree should have; a chain is enough if branches promise
         fewer tokens per second."""
-        most = max(map(len, trees))
-        chances = [
-            sum(tree.chances[n] for tree in trees if len(tree) > n) / len(trees)
-            for n in range(most)
-        ]
-        deepest = [
-            max((c for c, d in zip(t.chances, t.depths, strict=True) if d == depth), default=0.0)
-            for depth in range(1, length + 1)
-            for t in trees
-        ]
-        chain = (1 + sum(deepest) / len(trees)) / self.cost.of(length, length)
-        gain, before, self.nodes = 1 + sum(chances[:length]), 0.0, None
-        for nodes in range(length + 1, most + 1):  # up to the first that adds too little
-            gain += chances[nodes - 1]
-            speed = gain / self.cost.of(nodes, length)
-            if speed < before:
-                break
-            before = speed
-            if speed > MARGIN * chain:
-                self.nodes = nodes
+        best, self.nodes = MARGIN * self._promise(chains, False), None
+        for size in SIZES:
+            trees = deepcopy(bushes)
+            for tree in trees:
+                tree.cut(size)
+            speed = self._promise(trees, True)
+            if speed > best:
+                best, self.nodes = speed, size
+
+    def _promise(self, trees: list[Tree], branches: bool) -> float:
+        """Tokens per second of a row with some candidates, by their own chances."""
+        trees = deepcopy(trees)
+        self.plan(trees, self.length)
+        slots = max(1 + len(tree) + len(tree.blocks) * self.length for tree in trees)
+        tokens = 1 + sum(sum(tree.chances) for tree in trees) / len(trees)
+        return tokens / self.cost.of(slots, self.length, branches)

@@ -31,15 +31,16 @@ from .draft import Draft
 from .forward import context_length, rope_regime, rope_switches
 from .gumbel import GumbelNoise
 from .options import Options
-from .pace import Cost, MeasuredPace, Pace, slots_of
+from .pace import Cost, LeanPace, MeasuredPace, Pace, Timing, slots_of
 from .samplers import Chooser, log_prob
 from .spec import Spec
 from .tree import Guesses, Tree
 
 PACES: WeakKeyDictionary[Any, dict[tuple[bool, int, int], MeasuredPace]] = WeakKeyDictionary()
 TIMED = 16  # tokens of a prompt that are continued to time the forwards
-BRANCHES = 6  # candidates of a tree that is timed
-ENOUGH = 0.05  # seconds of forwards that are timed
+BRANCHES = 15  # candidates of a tree that is timed
+ENOUGH = 0.3  # seconds of forwards that are timed, and
+MOST_TIMED = 12  # forwards of each kind
 
 
 class Speculation:
@@ -137,18 +138,22 @@ def measured_pace(
     key = draft is not None, longest, (rows - 1).bit_length()  # of batches up to twice as large
     if key not in known:
         prompt = canvas.ids[0, : canvas.front[0]].tolist()[-TIMED:]
-        lengths = (min(2, longest), min(5, longest))
+        small, large = min(2, longest), min(5, longest)
         chooser = Chooser(Options(), suppressed, [])
-        plain, few, many, tree = (
-            _seconds(
+        paces = Pace(0), Pace(small), Pace(large), LeanPace(large), Pace(large, BRANCHES)
+        plain, few, many, lean, tree = _seconds(
+            [
                 Speculation(model, spec, _blank(spec, prompt, rows), chooser, pace, draft=draft)
-            )
-            for pace in (Pace(0), *map(Pace, lengths), Pace(lengths[0], BRANCHES))
+                for pace in paces
+            ]
         )
-        small, large = (1 + slots_of(n, n) for n in lengths)
-        large = max(large, small + 1)  # blocks of 2 or 3: the slope is then unknown, and 0
-        cost = Cost.through(plain, (small, few), (large, many))
-        more = max(0.0, tree - cost.of(BRANCHES, lengths[0]))
+        cost = Cost.through(
+            plain,
+            Timing(1 + slots_of(small, small), small, few),
+            Timing(1 + slots_of(large, large), large, many),
+            Timing(1 + large, large, lean),
+        )
+        more = max(0.0, tree - cost.of(1 + slots_of(BRANCHES, large), large))
         known[key] = MeasuredPace(replace(cost, tree=more), longest)
     return known[key]
 
@@ -157,14 +162,15 @@ def _blank(spec: Spec, prompt: list[int], rows: int) -> Canvas:
     return Canvas.of_prompts([prompt] * rows, spec.mask_token_id, max_new_tokens=1 << 10)
 
 
-def _seconds(run: Speculation) -> float:
-    """Of the fastest of a few forwards after the first two, fewer of them if they are slow."""
-    states, found = run.run(), []
-    while len(found) < 6 and (len(found) < 3 or sum(found[2:]) < ENOUGH):
-        start = time.perf_counter()
-        next(states)
-        found.append(time.perf_counter() - start)
-    return min(found[2:])
+def _seconds(runs: list[Speculation]) -> list[float]:
+    """Of the fastest forward of each, after two; fewer forwards if they are slow."""
+    states, found = [run.run() for run in runs], [[] for _ in runs]
+    while len(found[0]) < 3 or (len(found[0]) < MOST_TIMED and sum(map(sum, found)) < ENOUGH):
+        for state, times in zip(states, found, strict=True):
+            start = time.perf_counter()
+            next(state)
+            times.append(time.perf_counter() - start)
+    return [min(times[2:]) for times in found]
 
 
 class _Group:
@@ -186,6 +192,7 @@ class _Group:
         self.pace = own.pace if zone % 2 == 0 else Pace(0)
         self.trees = [Tree() for _ in rows]
         self.drafts = self.pace.drafts()
+        self.pace.plan(self.trees, self.drafts)
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
             context_length(own.model.config), self.pace.most, own.draft,
@@ -193,7 +200,7 @@ class _Group:
 
     def step(self) -> None:
         """Forward the rows once, accept candidates and draft anew."""
-        canvas = self.own.canvas
+        canvas, drafts, start = self.own.canvas, self.drafts, time.perf_counter()
         alive = [not canvas.over[row] for row in self.rows]
         target, ahead, hidden = self.reader.read(
             canvas.ids, self.rows, self.front, self.newest, self.trees, self.drafts
@@ -208,7 +215,7 @@ class _Group:
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
         self.reader.keep(paths)
         judged = [line for line, live in enumerate(alive) if live]
-        self.pace.saw([self.trees[n] for n in judged], [len(paths[n]) for n in judged])
+        self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])
         self._write(paths, tokens, logits, alive)
         self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
         self.front = [
@@ -216,6 +223,8 @@ class _Group:
             for front, path, live in zip(self.front, paths, alive, strict=True)
         ]
         self._draft(ends, ahead, hidden)
+        if max(self.reader.certain) == 1:  # else it read a prompt too
+            self.pace.took(time.perf_counter() - start, self.reader.slots, drafts)
 
     def select(self, keep: list[int]) -> None:
         """Continue with some of the rows."""

@@ -96,6 +96,19 @@ class Tree:
             node = found
         return node
 
+    def firsts(self, path: list[int]) -> list[tuple[int, float]]:
+        """The likeliest child of each node of a walk along `path`, and its chance after that node:
+        the walk goes there or ends, or goes to another child."""
+        found: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):  # siblings are in descending order
+            found.setdefault(parent, node)
+        chances = [*self.chances, 1.0]  # the last one: of the newest token
+        return [
+            (found[node], chances[found[node]] / max(chances[node], 1e-9))
+            for node in (-1, *path)
+            if node in found
+        ]
+
     def ends(self) -> list[float]:
         """How likely it is that a walk ends at the newest token, and at each node."""
         left = [1.0, *self.chances]
@@ -114,6 +127,7 @@ class Guesses:
         newest: [R] the token before the first of the positions.
         head: corrects a guess by those before it; None: each ignores the others.
         gates: [R, K, r] of the head. temperature: by which its bias is divided.
+        trust: added to the log-odds of the best guess at each position.
     """
 
     scores: Tensor
@@ -121,6 +135,7 @@ class Guesses:
     head: DraftHead | None
     gates: Tensor | None
     temperature: float
+    trust: float = 0.0
 
     def _after(self, place: int, memory: Tensor | None) -> Tensor:
         """[R, B, V] scores at a position after each of B paths, whose memory is [R, B, r]."""
@@ -134,16 +149,26 @@ class Guesses:
         """The head's memory [R, B, r] after tokens [R, B]."""
         return None if self.head is None else self.head.remember(tokens, memory)
 
-    def chain(self, length: int) -> list[Tree]:
-        """The likeliest guess at each position, given those before it."""
-        found, memory = [self.newest[:, None]], None
+    def chain(self, length: int, least: float = 0.0) -> list[Tree]:
+        """The likeliest guess at each position, given those before it; up to the position where no
+        row's chain has a chance of `least`."""
+        found, chances, memory = [self.newest[:, None]], [], None
         for place in range(length):
             memory = self._remember(found[-1], memory)
-            found.append(self._after(place, memory).argmax(-1))
-        parents, depths = list(range(-1, length - 1)), list(range(1, length + 1))
+            best = self._after(place, memory).softmax(-1).max(-1)
+            chance = best.values
+            if self.trust:
+                chance = chance * exp(self.trust) / (1 + chance * (exp(self.trust) - 1))
+            chances.append(chance * chances[-1] if chances else chance)
+            found.append(best.indices)
+            if least and chances[-1].max() < least:
+                break
+        parents, depths = list(range(-1, len(chances) - 1)), list(range(1, len(chances) + 1))
         return [
-            Tree(tokens, parents[:], depths[:], [1.0] * length)
-            for tokens in torch.cat(found[1:], 1).tolist()
+            Tree(tokens, parents[:], depths[:], chance)
+            for tokens, chance in zip(
+                torch.cat(found[1:], 1).tolist(), torch.cat(chances, 1).tolist(), strict=True
+            )
         ]
 
     def likeliest(self, nodes: int) -> list[Tree]:
@@ -159,6 +184,10 @@ class Guesses:
         for place in range(self.scores.shape[1]):
             after = self._after(place, memory).log_softmax(-1)
             best, tokens = after.topk(min(beam, after.shape[-1]), -1)
+            if self.trust:  # the others share what is left
+                best = best - (best[..., :1].exp() * (exp(self.trust) - 1)).log1p()
+                best[..., 0] += self.trust
+                best = best.clamp(max=0.0)  # rounding must not make a child likelier than its parent
             paths, size = (chance[:, :, None] + best).flatten(1), best.shape[-1]
             tokens = tokens.expand(-1, chance.shape[1], -1).flatten(1)
             chance, at = paths.topk(min(beam, paths.shape[1]), -1)
