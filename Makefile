@@ -1,4 +1,4 @@
-# make demo | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m
+# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: install demo demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
+.PHONY: install demo demo-draft demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m ar2diff.demo
+
+# The draft adapter that ships beside the embedded model, trained again.
+demo-draft: $(STAMP)
+	$(BIN)/python -m ar2diff.demo.build --draft
 
 # After make demo: the model tuned on easy questions alone, then rewarded for answers to harder ones.
 demo-rl: $(STAMP)

@@ -192,9 +192,10 @@ class Canvas:
             rows, positions, tokens, logprob: [N].
             finished: more reasons to stop, asked for each new token once all before it are decided.
         """
-        self.ids[rows, positions] = tokens
-        self.logprob[rows, positions] = logprob.to(self.logprob.dtype)
-        self.step[rows, positions] = self.forwards[rows]
+        at = rows.numpy(), positions.numpy()
+        self.ids.numpy()[at] = tokens.numpy()
+        self.logprob.numpy()[at] = logprob.to(self.logprob.dtype).numpy()
+        self.step.numpy()[at] = self.forwards.numpy()[at[0]]
         for row in set(rows.tolist()):
             self._settle(row, finished)
 
@@ -232,8 +233,9 @@ class Canvas:
     def _known(self, row: int, start: int, stop: int) -> Iterator[int]:
         """The tokens of a row from a position on, up to the first that is undecided. They are read
         a few at a time, since most of a long answer is usually still undecided."""
+        held = self.ids.numpy()[row]  # slices of a tensor take longer
         for first in range(start, stop, STRIDE):
-            for token in self.ids[row, first : min(first + STRIDE, stop)].tolist():
+            for token in held[first : min(first + STRIDE, stop)].tolist():
                 if token == self.mask_token_id:
                     return
                 yield token

@@ -120,7 +120,9 @@ class Cost:
         slot = max(0.0, (many.seconds - lean.seconds) / (many.slots - lean.slots))
         more = many.seconds - few.seconds - slot * (many.slots - few.slots)
         draft = max(0.0, more / max(1, many.drafts - few.drafts))
-        return cls(plain, max(plain, few.seconds - slot * few.slots - draft * few.drafts), slot, draft)
+        return cls(
+            plain, max(plain, few.seconds - slot * few.slots - draft * few.drafts), slot, draft
+        )
 
     def of(self, slots: float, drafts: int, branches: bool = False) -> float:
         """Seconds of a forward with so many slots in each row."""
@@ -237,9 +239,7 @@ class MeasuredPace(Pace):
         """Learn how much likelier (or less likely) the best guesses are right than they promise: a
         step of logistic regression on their log-odds."""
         errors = [
-            (child in path) - chance
-            for tree, path in judged
-            for child, chance in tree.firsts(path)
+            (child in path) - chance for tree, path in judged for child, chance in tree.firsts(path)
         ]
         self.trust += TRUST_RATE * sum(errors) / len(judged)
         self.trust = max(-MOST_TRUST, min(MOST_TRUST, self.trust))

@@ -129,7 +129,7 @@ class Chooser:
 
 def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     """[N] log-probabilities of tokens [N] under logits [N, V]."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def draw(probability: Tensor, u: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class Guesses:
             if self.trust:  # the others share what is left
                 best = best - (best[..., :1].exp() * (exp(self.trust) - 1)).log1p()
                 best[..., 0] += self.trust
-                best = best.clamp(max=0.0)  # rounding must not make a child likelier than its parent
+                best = best.clamp(max=0.0)  # a child is never likelier than its parent
             paths, size = (chance[:, :, None] + best).flatten(1), best.shape[-1]
             tokens = tokens.expand(-1, chance.shape[1], -1).flatten(1)
             chance, at = paths.topk(min(beam, paths.shape[1]), -1)

@@ -8,7 +8,6 @@ writes without loss and in its diffusion mode, a gap that it fills, and how the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from ..cli.main import boundary
 from ..cli.output import quiet
-from .corpus import PRETRAIN_LEVELS, corpus, prompt, score, text
+from .corpus import PRETRAIN_LEVELS, corpus, prompt, score, text, write_stories
 
 MODEL = Path(__file__).parent / "model"
 DRAFT = Path(__file__).parent / "draft"  # a draft adapter for it
@@ -73,13 +72,6 @@ The converted model is in {output_dir}:
 Next, see what rewards can teach it in three minutes:
   make demo-rl      (without make: the commands that 'ar2diff recipes show demo-rl' begins with)
 """)
-
-
-def write_stories(path: Path, count: int = TRAIN_STORIES) -> None:
-    """Write the training data of the demo."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stories = (json.dumps({"text": text(e)}) for e in corpus(count, 1, PRETRAIN_LEVELS))
-    path.write_text("".join(f"{line}\n" for line in stories))
 
 
 def adapt_without_training(base: Any, recipe: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Rebuilds the embedded demo checkpoint: ``python -m ar2diff.demo.build``.
+"""Rebuilds the embedded demo checkpoint: ``python -m ar2diff.demo.build``; with ``--draft``, the
+draft adapter beside it.
 
 Generates the corpus, trains a tokenizer and a small LLaMA from scratch on one CPU core, measures
 both on held-out stories and saves everything that ``AutoModelForCausalLM`` and ``AutoTokenizer``
@@ -8,6 +9,8 @@ need.
 import argparse
 import json
 import math
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,6 +29,8 @@ from transformers import (
 from . import corpus
 
 MODEL_DIR = Path(__file__).parent / "model"
+DRAFT_DIR = Path(__file__).parent / "draft"
+DRAFT_STORIES, DRAFT_LEVELS = 24_000, (0, 1, 1, 2, 2, 3, 4)
 SPECIAL = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2 as in LLaMA; there is no pad and no mask token
 BOS, EOS = 1, 2
 VOCAB_SIZE = 896
@@ -300,14 +305,33 @@ def build(output_dir: Path, steps: int, seed: int) -> None:
     (output_dir / "README.md").write_text(CARD.format(**figures, rows="\n".join(rows)))
 
 
+def build_draft(output_dir: Path) -> None:
+    """Trains a draft adapter for the checkpoint; ``output_dir`` then holds its two files."""
+    from .. import draft
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        data, made = Path(scratch) / "stories.jsonl", Path(scratch) / "draft"
+        corpus.write_stories(data, DRAFT_STORIES, DRAFT_LEVELS)
+        print(draft(MODEL_DIR, "draft-demo", made, data=data))
+        spec = json.loads((made / "draft.json").read_text()) | {"base": "../model"}
+        output_dir.mkdir(exist_ok=True)
+        (output_dir / "draft.json").write_text(json.dumps(spec, indent=2) + "\n")
+        shutil.copy(made / "draft.safetensors", output_dir)
+
+
 def main() -> None:
-    """Build the checkpoint."""
+    """Build the checkpoint, or the draft adapter."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=MODEL_DIR)
+    parser.add_argument("--draft", action="store_true")
+    parser.add_argument("--output-dir", type=Path)
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    build(args.output_dir, args.steps, args.seed)
+    if args.draft:
+        build_draft(args.output_dir or DRAFT_DIR)
+    else:
+        build(args.output_dir or MODEL_DIR, args.steps, args.seed)
 
 
 if __name__ == "__main__":

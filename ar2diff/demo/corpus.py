@@ -12,9 +12,11 @@ A document is a dict with the keys ``level, story, question, answer_work, answer
 Every number a reader has to work with, on the way or at the end, lies in 0..20.
 """
 
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from zlib import crc32
 
 PRETRAIN_LEVELS = (0, 0, 1, 2, 3, 3, 4, 4)  # a quarter plain stories, hard questions most often
@@ -369,3 +371,10 @@ def corpus(
         if split_of(drawn) == split:
             n -= 1
             yield drawn
+
+
+def write_stories(path: Path, count: int, levels: Sequence[int] = PRETRAIN_LEVELS) -> None:
+    """Write training data: one story a line, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stories = (json.dumps({"text": text(e)}) for e in corpus(count, 1, levels))
+    path.write_text("".join(f"{line}\n" for line in stories))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from ..distributed.sharding import holds_shards
 from ..generation.complete import begin, settings_of
 from ..generation.tokens import draw_tokens
 
-TIMED = 10  # steps that must be timed before the rest of a run is estimated
+TIMED = 2  # steps that must be timed before the rest of a run is estimated
 SOON = 60.0  # seconds until the end of a run that are not worth telling
 
 
@@ -45,12 +46,15 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, and draw a panel, when they are due at this step. Once some steps have been
-        timed, say how long the run will take."""
+        timed, say how long the run will take, and how much memory it needs."""
         if self._began is None:
             self._began = state.global_step, time.monotonic()
         elif state.global_step == self._began[0] + TIMED and state.is_world_process_zero:
             if (left := self._left(state)) is not None:
-                print(f"step {state.global_step}/{state.max_steps}: {left}", file=sys.stderr)
+                peak = f"{peak_memory() / 1e9:.1f} GB of memory at the peak"
+                print(
+                    f"step {state.global_step}/{state.max_steps}: {left}, {peak}", file=sys.stderr
+                )
         steps, panel_steps = self.recipe.eval.steps, self.recipe.eval.panel_steps
         last = state.global_step == state.max_steps
         if self.rows and steps and (state.global_step % steps == 0 or last):
@@ -120,6 +124,15 @@ class Stopping(TrainerCallback):
         self.agreed = bool(self.accelerator.reduce(asked, "sum"))
         if self.agreed:
             control.should_save = control.should_training_stop = True
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far: on the GPU if it uses one, else in main
+    memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:
