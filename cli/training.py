@@ -123,7 +123,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             shown |= {"published": _published(request.output_dir, push_to_hub)}
         report(shown, as_json)
 
-    if name != "draft":
+    if name not in ("adapt", "draft"):
         own = inspect.signature(verb, eval_str=True)
         kept = [p for p in own.parameters.values() if p.name != "self_data"]
         verb.__signature__ = own.replace(parameters=kept)

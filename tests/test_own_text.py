@@ -153,10 +153,42 @@ def test_a_cache_that_cannot_be_written_to_is_refused(tiny_checkpoint, tmp_path,
     assert "XDG_CACHE_HOME" in refused.value.fix and not (tmp_path / "o").exists()
 
 
-def test_only_draft_has_it(tiny_checkpoint, tmp_path, run_both):
-    with pytest.raises(Ar2DiffError, match="only works with draft"):
-        ar2diff.adapt(tiny_checkpoint, None, tmp_path / "o", overrides=["data.self.tokens=9"])
-    code, _, _ = run_both("adapt", tiny_checkpoint, "--self-data", "x")
+@pytest.mark.parametrize(
+    "convert",
+    [[], ["convert.attention=full", "convert.block_length=null", "objective.ar_weight=0"]],
+    ids=["causal_context", "full"],
+)
+def test_adapt_trains_on_the_text_of_the_model_that_it_converts(
+    tiny_checkpoint, tmp_path, write_jsonl, write, convert
+):
+    file, own = write_jsonl("prompts.jsonl", PROMPTS), {"temperature": 0, "max_new_tokens": 8}
+    wanted = write(tokens=60, **own)
+    text = held()
+    (cached,) = cache_folder().iterdir()
+    cached.unlink()
+    overrides = [
+        "data.max_length=16", "train.max_steps=1", "train.warmup_steps=0", "eval.steps=0",
+        f"data.self.prompts={file}", "data.self.tokens=60", "data.self.temperature=0",
+        "data.self.max_new_tokens=8", *convert,
+    ]  # fmt: skip
+    result = ar2diff.adapt(tiny_checkpoint, None, tmp_path / "out", overrides=overrides)
+    assert held() == text and wanted and result.tokens
+
+
+def test_a_model_without_an_ar_mode_cannot_write_its_own_text(tiny_checkpoint, tmp_path):
+    causeless = ["convert.attention=block_causal", "objective.ar_weight=0"]
+    ar2diff.adapt(tiny_checkpoint, None, tmp_path / "a", max_steps=0, overrides=causeless)
+    with pytest.raises(Ar2DiffError, match="no AR mode, in which it could write"):
+        ar2diff.adapt(
+            tmp_path / "a", None, tmp_path / "b", overrides=["data.self.tokens=9", *causeless]
+        )
+
+
+def test_sft_and_rl_do_not_have_it(tiny_checkpoint, tmp_path, run_both):
+    with pytest.raises(Ar2DiffError, match="only works with adapt and draft"):
+        ar2diff.sft(tiny_checkpoint, None, tmp_path / "o", overrides=["data.self.tokens=9"])
+    code, _, _ = run_both("sft", tiny_checkpoint, "--self-data", "x")
     assert code == 2
-    code, _, error = run_both("draft", tiny_checkpoint, "--self-data", "/nowhere.jsonl")
-    assert code == 2 and "/nowhere.jsonl does not exist" in error
+    for verb in ("adapt", "draft"):
+        code, _, error = run_both(verb, tiny_checkpoint, "--self-data", "/nowhere.jsonl")
+        assert code == 2 and "/nowhere.jsonl does not exist" in error

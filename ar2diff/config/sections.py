@@ -189,8 +189,9 @@ class Columns(Section):
 
 
 class SelfData(Section):
-    """Text that the model itself writes in AR mode before it is trained, as further training data:
-    what the draft adapter must guess in use. It is kept in the user's cache for later runs."""
+    """Text that the model itself writes in AR mode before it is trained, as further training data,
+    or the only one: what a draft adapter must guess in use, and what a conversion should still
+    know. It is kept in the user's cache for later runs."""
 
     prompts: str | None = Field(
         None,

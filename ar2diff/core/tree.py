@@ -138,21 +138,25 @@ class Guesses:
     trust: float = 0.0
 
     def _after(self, place: int, memory: Tensor | None) -> Tensor:
-        """[R, B, V] scores at a position after each of B paths, whose memory is [R, B, r]."""
-        scores = self.scores[:, place, None]
+        """[R, V] scores at a position after one path in each row, whose memory is [R, r]; [R, B, V]
+        after B of them, whose memory is [R, B, r]."""
+        scores = self.scores[:, place]
         if memory is None:
             return scores
-        bias = (memory * self.gates[:, place, None]) @ self.head.after
-        return torch.add(scores, bias, alpha=1 / self.temperature)
+        gates, after = self.gates[:, place], self.head.after
+        if memory.dim() == 2:
+            return torch.addmm(scores, memory * gates, after, alpha=1 / self.temperature)
+        bias = (memory * gates[:, None]) @ after
+        return torch.add(scores[:, None], bias, alpha=1 / self.temperature)
 
     def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:
-        """The head's memory [R, B, r] after tokens [R, B]."""
+        """The head's memory [..., r] after tokens [...]."""
         return None if self.head is None else self.head.remember(tokens, memory)
 
     def chain(self, length: int, least: float = 0.0) -> list[Tree]:
         """The likeliest guess at each position, given those before it; up to the position where no
         row's chain has a chance of `least`."""
-        found, chances, memory = [self.newest[:, None]], [], None
+        found, chances, memory = [self.newest], [], None
         for place in range(length):
             memory = self._remember(found[-1], memory)
             best = self._after(place, memory).softmax(-1).max(-1)
@@ -167,7 +171,7 @@ class Guesses:
         return [
             Tree(tokens, parents[:], depths[:], chance)
             for tokens, chance in zip(
-                torch.cat(found[1:], 1).tolist(), torch.cat(chances, 1).tolist(), strict=True
+                torch.stack(found[1:], 1).tolist(), torch.stack(chances, 1).tolist(), strict=True
             )
         ]
 
@@ -183,6 +187,7 @@ class Guesses:
         levels: list[tuple[Any, Any, Any]] = []
         for place in range(self.scores.shape[1]):
             after = self._after(place, memory).log_softmax(-1)
+            after = after.view(rows, -1, after.shape[-1])
             best, tokens = after.topk(min(beam, after.shape[-1]), -1)
             if self.trust:  # the others share what is left
                 best = best - (best[..., :1].exp() * (exp(self.trust) - 1)).log1p()

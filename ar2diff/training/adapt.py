@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ..evaluation.quality import choose_threshold
 from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
+from .own_text import Found, OwnText, read_prompts
 from .plan import Plan, Verb
 from .request import requested
 from .results import RunPlan, RunResult
@@ -83,32 +84,65 @@ def adapt(
 
 
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
-    """Refuse the AR objective, which does not produce a diffusion model."""
+    """Refuse the AR objective, which does not produce a diffusion model, and own text of a model
+    that cannot write any."""
     if recipe.objective.kind == "ar":
         raise Ar2DiffError(
             f"{option('objective.kind', 'ar')} does not train a diffusion model",
             "leave it out; it is for AR control runs with sft and rl",
         )
+    if recipe.data.self is not None and spec is not None and not spec.ar_mode:
+        raise Ar2DiffError(
+            f"model {path} has no AR mode, in which it could write its own text",
+            f"leave out {option('data.self')}, and give {option('data', 'FILE')}",
+        )
     return recipe
 
 
-def read_documents(recipe: Recipe) -> Documents | None:
-    """An endless stream of documents from the recipe's sources; None if the run does not train."""
+def read_rows(recipe: Recipe) -> Found | None:
+    """An endless stream of documents from the recipe's sources, and the prompts of `data.self`;
+    None if the run does not train."""
     if not recipe.train.max_steps:
         return None
-    if not recipe.data.sources:
+    data, own = recipe.data, recipe.data.self
+    prompts = None if own is None else read_prompts(own, data.text_field)
+    if not data.sources and own is None:
         raise no_data()
-    documents = Documents(
-        recipe.data.sources, recipe.data.text_field, recipe.train.seed, recipe.data.streaming
-    )
-    check_rows(documents.size)
-    return documents
+    streams = data.streaming and bool(data.sources)
+    documents = Documents(data.sources, data.text_field, recipe.train.seed, streams)
+    if data.sources:
+        check_rows(documents.size)
+    return Found(documents, prompts)
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, documents: Documents | None) -> Plan:
+def with_own_text(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    found: Found,
+    plan: Callable[[Checkpoint, Recipe, Documents], Plan],
+) -> Plan:
+    """The plan for a run on what was found. If the model writes some of the documents itself, it
+    does so when the plan is completed."""
+    if found.prompts is None:
+        return plan(checkpoint, recipe, found.documents)
+    own = OwnText(checkpoint, recipe.data.self, found.prompts)
+    checkpoint.notes += own.notes()
+
+    def complete() -> Plan:
+        found.documents.add(own.documents(), recipe.data.self.weight)
+        return plan(checkpoint, recipe, found.documents)
+
+    return Plan(checkpoint, recipe, None, lambda *_: None, complete=complete)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found | None) -> Plan:
     """The plan for a run on whole documents, some of which are held out for evaluation."""
-    if documents is None:
+    if found is None:
         return Plan(checkpoint, recipe, None, make_trainer)
+    return with_own_text(checkpoint, recipe, found, _with_documents)
+
+
+def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
@@ -125,7 +159,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     return {"text": choose_threshold(checkpoint, checkpoint.path, plan.eval_rows)}
 
 
-ADAPT = Verb("adapt", check, read_documents, make_plan)
+ADAPT = Verb("adapt", check, read_rows, make_plan)
 
 
 def held_out_rows(

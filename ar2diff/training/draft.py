@@ -4,7 +4,6 @@ forwards."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from ..data.sources import Documents
 from ..distributed.ranks import chosen
 from ..evaluation.drafts import DraftJudge, collator_for
 from ..evaluation.score import check_length
-from .adapt import held_out_rows, read_documents
+from .adapt import held_out_rows, read_rows, with_own_text
 from .arguments import training_arguments
 from .base import Running
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
-from .own_text import OwnText, Prompts, read_prompts
+from .own_text import Found
 from .plan import Plan, Verb
 from .request import requested
 from .results import RunPlan, RunResult
@@ -120,28 +119,6 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     return recipe
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a run is trained on, as far as it is there before the model is loaded.
-
-    Attributes:
-        documents: of the recipe's sources.
-        prompts: those of `data.self`; None if the model writes no text of its own.
-    """
-
-    documents: Documents
-    prompts: Prompts | None
-
-
-def read(recipe: Recipe) -> Found:
-    """Read the documents and the prompts that a recipe names."""
-    own = recipe.data.self
-    prompts = None if own is None else read_prompts(own, recipe.data.text_field)
-    if own is not None and not recipe.data.sources:
-        return Found(Documents((), recipe.data.text_field, recipe.train.seed), prompts)
-    return Found(read_documents(recipe), prompts)
-
-
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
     """The plan for a run on whole documents. Gives the checkpoint its untrained draft adapter. If
     the model writes some of the documents itself, it does so when the plan is completed."""
@@ -155,16 +132,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
             f"model {checkpoint.path}: a {kind} model cannot have a draft adapter: {problems[0]}",
             f"try another {option('train.attn_implementation')}",
         )
-    if found.prompts is None:
-        return _with_documents(checkpoint, recipe, found.documents)
-    own = OwnText(checkpoint, recipe.data.self, found.prompts)
-    checkpoint.notes += own.notes()
-
-    def complete() -> Plan:
-        found.documents.add(own.documents(), recipe.data.self.weight)
-        return _with_documents(checkpoint, recipe, found.documents)
-
-    return Plan(checkpoint, recipe, None, lambda *_: None, complete=complete)
+    return with_own_text(checkpoint, recipe, found, _with_documents)
 
 
 def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
@@ -191,7 +159,7 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
     return Plan(checkpoint, recipe, rows, make, eval_rows, judge=lambda _plan: judge())
 
 
-DRAFT = Verb("draft", check, read, make_plan, converts=False)
+DRAFT = Verb("draft", check, read_rows, make_plan, converts=False)
 
 
 class DraftTrainer(Running, Trainer):

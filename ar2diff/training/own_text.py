@@ -30,7 +30,7 @@ from ..core.forward import context_length
 from ..core.seeds import content_key
 from ..data.columns import likely_prompt
 from ..data.shapes import messages_of
-from ..data.sources import columns_of, find_file, read_source
+from ..data.sources import Documents, columns_of, find_file, read_source
 from ..generation.tokens import encode_messages, prompt_ids
 from .callbacks import duration
 from .identity import model_digest
@@ -53,6 +53,20 @@ class Prompts:
 
     rows: list[tuple[str, str | list[dict[str, Any]], bool]] | None
     digest: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run on whole documents is trained on, as far as it is there before the model is
+    loaded.
+
+    Attributes:
+        documents: of the recipe's sources.
+        prompts: those of `data.self`; None if the model writes no text of its own.
+    """
+
+    documents: Documents
+    prompts: Prompts | None
 
 
 def read_prompts(own: SelfData, text_field: str) -> Prompts:
@@ -181,12 +195,20 @@ class OwnText:
 
     def _group(self, rows: list[list[int]], seeds: list[int], new: int) -> list[dict[str, Any]]:
         settings = {"mode": "ar", "temperature": self.own.temperature, "max_new_tokens": new}
-        plain = replace(self.checkpoint, draft=None)
-        found = sample(plain, rows, seeds, settings, GROUP)
+        found = sample(self._writer(), rows, seeds, settings, GROUP)
         return [
             {"prompt": len(row), "ids": [*row, *rollout.answer_ids]}
             for row, rollout in zip(rows, found, strict=True)
         ]
+
+    def _writer(self) -> Checkpoint:
+        """The model as it reads in AR mode: a conversion that has not been trained yet still has
+        it, whatever its spec will say."""
+        spec = self.checkpoint.spec
+        if spec is not None and not spec.ar_mode:
+            causal = {"attention": "causal_context", "block_length": 1, "local_window": None}
+            spec = replace(spec, ar_mode=True, **causal)
+        return replace(self.checkpoint, draft=None, spec=spec)
 
     def _prompts(self) -> tuple[list[list[int]], int]:
         """The prompts that fit as token ids, and how many tokens may follow any of them."""

@@ -119,9 +119,9 @@ class Verb:
                 f"the recipe has a {option('draft')} section, which {self.name} does not use",
                 "remove it, or run 'ar2diff draft'",
             )
-        if recipe.data.self is not None and self.name != "draft":
+        if recipe.data.self is not None and self.name not in ("adapt", "draft"):
             raise Ar2DiffError(
-                f"{option('data.self')} only works with draft, not with {self.name}",
+                f"{option('data.self')} only works with adapt and draft, not with {self.name}",
                 f"leave it out, and give {option('data', 'FILE')}",
             )
         if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
