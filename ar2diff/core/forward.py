@@ -42,6 +42,18 @@ def rope_regime(length: Tensor, switches: tuple[int, ...]) -> Tensor:
     return (length[:, None] > torch.tensor(switches, dtype=length.dtype)).sum(1)
 
 
+def without_gradients(model: Any) -> Any:
+    """The context manager under which a model is read: `torch.inference_mode`, which takes an
+    eighth less time than `torch.no_grad` where a token costs 1.5 ms. Not for models that may make
+    tensors of their own in a forward and be trained after it: those with sharded or quantized
+    weights, and those whose rotary factors change."""
+    plain = all(
+        type(p) is torch.nn.Parameter and not hasattr(p, "ds_id") for p in model.parameters()
+    )
+    fast = plain and not rope_switches(model.config)
+    return torch.inference_mode if fast else torch.no_grad
+
+
 def quiet_routers(model: Any) -> dict[str, bool]:
     """Arguments of a forward that computes no loss of its routers (mixtures of experts). A model
     whose config asks for that loss computes it in every forward, and needs a 2-D mask for it."""

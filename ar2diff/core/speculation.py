@@ -28,7 +28,7 @@ from torch import Tensor
 from .candidates import CandidateReader
 from .canvas import Canvas, Finished
 from .draft import Draft
-from .forward import context_length, rope_regime, rope_switches
+from .forward import context_length, rope_regime, rope_switches, without_gradients
 from .gumbel import GumbelNoise
 from .options import Options
 from .pace import Cost, LeanPace, MeasuredPace, Pace, Timing, slots_of
@@ -69,6 +69,7 @@ class Speculation:
         self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
         self.switches = rope_switches(model.config)
         vocabulary = model.config.get_text_config().vocab_size
+        self.without_gradients = without_gradients(model)
         greedy = chooser.options.greedy
         self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
 
@@ -78,7 +79,8 @@ class Speculation:
         groups = self._found(list(range(len(canvas.front))))
         while canvas.unfinished:
             for group in groups:
-                group.step()
+                with self.without_gradients():
+                    group.step()
             yield canvas
             groups = self._regrouped(groups)
 
