@@ -18,7 +18,7 @@ from transformers.generation import logits_process
 from .canvas import Canvas, Finished
 from .draft import Draft
 from .errors import Ar2DiffError, option
-from .forward import rope_switches
+from .forward import rope_switches, without_gradients
 from .head import UNKNOWN, head_of
 from .options import Options
 from .pace import Pace
@@ -117,6 +117,7 @@ class _Denoiser:
         finished: Finished | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
+        self.without_gradients = without_gradients(model)
         self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
@@ -154,7 +155,8 @@ class _Denoiser:
         canvas = self.canvas
         masked = self._masked()
         while count := canvas.unfinished:
-            logits = self._read(masked)
+            with self.without_gradients():
+                logits = self._read(masked)
             canvas.forwards[self.rows] += masked.any(1)
             masked = masked ^ self._decide(logits, masked)
             if self.options.remask or canvas.unfinished < count or not masked.any(1).all():
