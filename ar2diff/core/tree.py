@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import exp
 from typing import Any
 
@@ -137,17 +138,23 @@ class Guesses:
     temperature: float
     trust: float = 0.0
 
+    @cached_property
+    def _by_place(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Scores [R, V] and gates [R, r] of each position."""
+        scores = self.scores.unbind(1)
+        gates = (None,) * len(scores) if self.head is None else self.gates.unbind(1)
+        return [*zip(scores, gates, strict=True)]
+
     def _after(self, place: int, memory: Tensor | None) -> Tensor:
         """[R, V] scores at a position after one path in each row, whose memory is [R, r]; [R, B, V]
         after B of them, whose memory is [R, B, r]."""
-        scores = self.scores[:, place]
+        scores, gates = self._by_place[place]
         if memory is None:
             return scores
-        gates, after = self.gates[:, place], self.head.after
+        after, share = self.head.after, 1 / self.temperature
         if memory.dim() == 2:
-            return torch.addmm(scores, memory * gates, after, alpha=1 / self.temperature)
-        bias = (memory * gates[:, None]) @ after
-        return torch.add(scores[:, None], bias, alpha=1 / self.temperature)
+            return torch.addmm(scores, memory * gates, after, alpha=share)
+        return torch.add(scores[:, None], (memory * gates[:, None]) @ after, alpha=share)
 
     def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:
         """The head's memory [..., r] after tokens [...]."""
@@ -156,22 +163,25 @@ class Guesses:
     def chain(self, length: int, least: float = 0.0) -> list[Tree]:
         """The likeliest guess at each position, given those before it; up to the position where no
         row's chain has a chance of `least`."""
-        found, chances, memory = [self.newest], [], None
+        found, chances, memory = [self.newest], [[1.0] * len(self.newest)], None
+        odds = exp(self.trust)
         for place in range(length):
             memory = self._remember(found[-1], memory)
             best = self._after(place, memory).softmax(-1).max(-1)
-            chance = best.values
-            if self.trust:
-                chance = chance * exp(self.trust) / (1 + chance * (exp(self.trust) - 1))
-            chances.append(chance * chances[-1] if chances else chance)
             found.append(best.indices)
-            if least and chances[-1].max() < least:
+            chances.append(
+                [
+                    before * odds * chance / (1 + chance * (odds - 1))
+                    for before, chance in zip(chances[-1], best.values.tolist(), strict=True)
+                ]
+            )
+            if max(chances[-1]) < least:
                 break
-        parents, depths = list(range(-1, len(chances) - 1)), list(range(1, len(chances) + 1))
+        parents, depths = list(range(-1, len(found) - 2)), list(range(1, len(found)))
         return [
-            Tree(tokens, parents[:], depths[:], chance)
-            for tokens, chance in zip(
-                torch.stack(found[1:], 1).tolist(), torch.stack(chances, 1).tolist(), strict=True
+            Tree(tokens, parents[:], depths[:], [*chance])
+            for tokens, *chance in zip(
+                torch.stack(found[1:], 1).tolist(), *chances[1:], strict=True
             )
         ]
 
