@@ -30,7 +30,7 @@ from . import corpus
 
 MODEL_DIR = Path(__file__).parent / "model"
 DRAFT_DIR = Path(__file__).parent / "draft"
-DRAFT_STORIES, DRAFT_LEVELS = 24_000, (0, 1, 1, 2, 2, 3, 4)
+DRAFT_STORIES, DRAFT_LEVELS = 8_000, (0, 1, 1, 2, 2, 3, 4)
 SPECIAL = ["<unk>", "<s>", "</s>"]  # ids 0, 1, 2 as in LLaMA; there is no pad and no mask token
 BOS, EOS = 1, 2
 VOCAB_SIZE = 896
@@ -311,9 +311,11 @@ def build_draft(output_dir: Path) -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        data, made = Path(scratch) / "stories.jsonl", Path(scratch) / "draft"
+        data, begun, made = (Path(scratch) / name for name in ("a.jsonl", "b.jsonl", "draft"))
         corpus.write_stories(data, DRAFT_STORIES, DRAFT_LEVELS)
-        print(draft(MODEL_DIR, "draft-demo", made, data=data))
+        corpus.write_stories(begun, DRAFT_STORIES, DRAFT_LEVELS, seed=2)
+        own = {"data.self.prompts": str(begun)}
+        print(draft(MODEL_DIR, "draft-demo", made, data=data, overrides=own))
         spec = json.loads((made / "draft.json").read_text()) | {"base": "../model"}
         output_dir.mkdir(exist_ok=True)
         (output_dir / "draft.json").write_text(json.dumps(spec, indent=2) + "\n")

@@ -373,8 +373,10 @@ def corpus(
             yield drawn
 
 
-def write_stories(path: Path, count: int, levels: Sequence[int] = PRETRAIN_LEVELS) -> None:
+def write_stories(
+    path: Path, count: int, levels: Sequence[int] = PRETRAIN_LEVELS, seed: int = 1
+) -> None:
     """Write training data: one story a line, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stories = (json.dumps({"text": text(e)}) for e in corpus(count, 1, levels))
+    stories = (json.dumps({"text": text(e)}) for e in corpus(count, seed, levels))
     path.write_text("".join(f"{line}\n" for line in stories))
