@@ -276,6 +276,19 @@ def test_a_folder_that_is_converted_on_keeps_its_head_to_the_bit(headed, tmp_pat
     assert read_spec(tmp_path / "on").head == read_spec(headed).head
 
 
+def test_sft_trains_the_head_along(headed, tmp_path, write_jsonl):
+    rows = [{"prompt": "the cat sat", "completion": " on a mat by the sea"}] * 4
+    overrides = [
+        "train.max_steps=2", "data.max_length=32", "train.learning_rate=0.05", "train.save_steps=2",
+    ]  # fmt: skip
+    out, data = tmp_path / "out", write_jsonl("rows.jsonl", rows)
+    sft(str(headed), output_dir=out, data=data, overrides=overrides)
+    assert read_spec(out).head.rank == 5
+    before, after = (load_file(folder / HEAD_FILE) for folder in (headed, out))
+    assert not torch.equal(before["after"], after["after"])
+    assert check(str(out)).ok
+
+
 def test_a_folder_denoises_alike_with_its_own_code(headed, monkeypatch):
     theirs = AutoModelForCausalLM.from_pretrained(headed, trust_remote_code=True).eval()
     ours = load_checkpoint(str(headed)).model
@@ -359,12 +372,15 @@ def test_what_a_head_cannot_be_combined_with_is_refused(headed, texts, tmp_path)
         (lambda: adapt(str(headed), recipe_of(texts, "convert.head_rank=9"), out), "of rank 5"),
         (lambda: adapt(str(headed), load_recipe(None, ["peft.r=2"]), out), "adapters do not train"),
         (lambda: load_recipe(None, ["peft.r=2", "convert.head_rank=4"]), "cannot be combined"),
-        (lambda: sft(str(headed), output_dir=out, data=texts), "only adapt trains"),
         (
             lambda: rl(
                 str(headed), None, out, data=texts, overrides=["rl.rewards=[{name: exact}]"]
             ),
-            "only adapt trains",
+            "estimators of rl do not know",
+        ),
+        (
+            lambda: sft(str(headed), output_dir=out, data=texts, overrides=["convert.head_rank=9"]),
+            "of rank 5",
         ),
         (lambda: export(str(headed), out, "sdar"), "cannot be exported to sdar"),
     ):

@@ -8,6 +8,7 @@ from conftest import MASK, build_model, tiny_spec
 
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.forward import logits_at
+from ar2diff.core.head import UNKNOWN
 from ar2diff.core.readers import BlockReader, FullReader
 from ar2diff.data.turns import (
     IGNORED,
@@ -123,6 +124,28 @@ def test_a_run_of_end_tokens_weighs_as_one(sft_recipe):
     assert int(batch["ar_divisor"]) == 7
     filled = batch["eos"].sum()
     assert int(filled) == 2 + 4  # 7..8 of the first turn's canvas, 12..16 of the second's
+
+
+@pytest.mark.parametrize("attention", [*BLOCKWISE, "full"])
+def test_a_diffusion_head_knows_the_token_before_where_the_sampler_does(sft_recipe, attention):
+    """It is visible, ends a block before, or counts as drawn just before in half of the cases."""
+    recipe = sft_recipe(attention, convert={"head_rank": 4})
+    grid, collator, shares = recipe.convert.block_length, TurnCollator(recipe, MASK), []
+    for epoch in range(40):
+        batch = collator([(0, conversation_parts(IDS, LABELS, epoch, ENDS, recipe))])
+        names = ("masked", "pos", "target", "previous")
+        masked, pos, target, previous = (batch[name][0] for name in names)
+        again = collator([(0, conversation_parts(IDS, LABELS, epoch, ENDS, recipe))])
+        assert torch.equal(again["previous"], batch["previous"])
+        for slot in masked.nonzero()[:, 0].tolist():
+            place, found = int(pos[slot]), int(previous[slot])
+            hidden = bool(masked[slot - 1]) and not (grid and place % grid == 0)
+            if hidden:
+                shares.append(found != UNKNOWN)
+            begins = slot == 0 or int(pos[slot - 1]) != place - 1  # the copy of a turn
+            token = IDS[place - 1] if begins else int(target[slot - 1])
+            assert found == token or (hidden and found == UNKNOWN)
+    assert 0.35 < sum(shares) / len(shares) < 0.65
 
 
 @pytest.mark.parametrize("complementary", [False, True])

@@ -9,7 +9,7 @@ A diffusion head lies beside the weights in a file of its own, which the spec na
 With it, the logits of token i are U_i + W1[x_{i-1}] W2 wherever x_{i-1} is known: it is visible, or
 was decided just before in the same step, or ends the clean context. Where x_{i-1} is masked they
 are U_i. The AR mode and its drafts have no such bias. Training follows the same rule, and takes
-half of the masked x_{i-1} for decided just before (`Collator.drawn`).
+half of the masked x_{i-1} for decided just before (`drawn_before`).
 
 This file is copied into converted folders: it imports torch, transformers, safetensors and its
 neighbours alone.

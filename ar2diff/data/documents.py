@@ -194,6 +194,14 @@ def blank_batch(size: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
+def drawn_before(seed: int, epoch: int, key: int, count: int) -> Tensor:
+    """[count] bool, the tokens that are predicted with the diffusion head's bias although the token
+    before them is masked, as if that had been drawn just before: the head learns what a step of the
+    sampler needs of it, and the model what it predicts without. A function of (seed, epoch, the
+    key of the text), like the noise."""
+    return torch.rand(count, generator=keyed_generator(seed, epoch, key, 2)) < DRAWN
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
@@ -243,16 +251,9 @@ class Collator:
         batch["weight"][place] = weight
         batch["real"][place] = torch.arange(n) < part.real
         if self.recipe.convert.head_rank is not None:
-            batch["drawn"][place] = self.drawn(part)
-
-    def drawn(self, part: DocumentPart) -> Tensor:
-        """[n] bool, the tokens of a part that are predicted with the diffusion head's bias although
-        the token before them is masked, as if that had been drawn just before: the head learns what
-        a step of the sampler needs of it, and the model what it predicts without. A function of
-        (seed, epoch, the part's ids), like the noise."""
-        seed, key = self.recipe.train.seed, content_key(part.ids[: part.real])
-        generator = keyed_generator(seed, part.epoch, key, 2)
-        return torch.rand(len(part.ids), generator=generator) < DRAWN
+            key = content_key(part.ids[: part.real])
+            seed = self.recipe.train.seed
+            batch["drawn"][place] = drawn_before(seed, part.epoch, key, n)
 
     def noise(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
         """[views, n] masked and t of a part: a function of (seed, epoch, the part's ids)."""

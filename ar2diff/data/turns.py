@@ -23,10 +23,12 @@ from torch.utils.data import IterableDataset
 
 from ..config.recipe import Recipe
 from ..core.attention import PADDING, reading_slot
+from ..core.head import UNKNOWN
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.noise import block_times, complement, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
-from .documents import law_of, pack, weighs_law
+from ..diffusion.task import previous_ids
+from .documents import drawn_before, law_of, pack, weighs_law
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -223,12 +225,13 @@ class TurnCollator:
     ) -> dict[str, Tensor]:
         """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
         (slot at which a masked token is predicted), before (slot of the clean copy of the token
-        before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar; scalars:
+        before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar, with a
+        diffusion head also previous (the token before each one, as `previous_ids` has it); scalars:
         divisor, ar_divisor, tokens."""
         views = 2 if self.recipe.noise.complementary else 1
         rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
         size = max(len(row["pos"]) for row in rows)
-        fill = {"doc": PADDING, "seq": PADDING, "before": -1}
+        fill = {"doc": PADDING, "seq": PADDING, "before": -1, "previous": UNKNOWN}
         batch = {
             name: torch.stack([_padded(row[name], size, fill.get(name, 0)) for row in rows])
             for name in rows[0]
@@ -311,12 +314,33 @@ class TurnCollator:
             block = (pos - first) // (grid or len(pos))
             both = self.recipe.noise.complementary
             ratio = importance(maskable, block, t, law_of(self.recipe), both)
-        return {
+        found = {
             "target": target, "pos": pos, "noisy": torch.ones_like(maskable), "masked": masked,
             "t": t, "ratio": ratio, "weight": weight, "eos": eos,
             "ar": torch.zeros_like(maskable),
             "start": pos // grid * grid if grid else torch.zeros_like(pos),
         }  # fmt: skip
+        if self.recipe.convert.head_rank is not None:
+            found["previous"] = self._previous(part, turn, target, masked)
+        return found
+
+    def _previous(
+        self, part: ConversationPart, turn: Turn, target: Tensor, masked: Tensor
+    ) -> Tensor:
+        """[n] the token before each one of a turn's noisy copy, for the diffusion head."""
+        first, key = self._first(turn), content_key(part.ids[: turn.end])
+        drawn = drawn_before(self.recipe.train.seed, part.epoch, key, len(target))
+        # The copy begins with a block, whose first token follows a clean one.
+        x0 = torch.cat([torch.tensor([part.ids[first - 1] if first else 0]), target])
+        seen = torch.zeros(1, dtype=torch.bool)
+        found = previous_ids(
+            x0[None],
+            torch.cat([seen, masked])[None],
+            torch.arange(first - 1, first + len(target))[None],
+            self.recipe.convert.block_length,
+            torch.cat([seen, drawn])[None],
+        )
+        return found[0, 1:]
 
     def _noise(
         self, part: ConversationPart, turn: Turn, maskable: Tensor, pos: Tensor, view: int
@@ -349,6 +373,7 @@ class TurnCollator:
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
             "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),
+            "previous": torch.full_like(pos, UNKNOWN),
         }  # fmt: skip
 
 

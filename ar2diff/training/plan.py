@@ -154,11 +154,10 @@ def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
             "give the AR model that it was converted from, or leave out "
             f"{option('objective.kind')}",
         )
-    if recipe.convert.head_rank is not None or (spec is not None and spec.head is not None):
+    if recipe.convert.head_rank is not None and (spec is None or spec.head is None):
         raise Ar2DiffError(
-            "only adapt trains a diffusion head"
-            + ("" if spec is None or spec.head is None else f", and model {path} has one"),
-            f"use a model that was converted without {option('convert.head_rank')}",
+            f"{option('convert.head_rank')} only works with adapt, which adds the diffusion head",
+            f"leave it out, or convert the model with {option('convert.head_rank')} first",
         )
     if not recipe.train.max_steps:
         raise Ar2DiffError(

@@ -79,6 +79,11 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"the recipe has no {option('rl')} section", "see 'ar2diff config schema rl'"
         )
     check_kind(path, spec, recipe)
+    if spec is not None and spec.head is not None:
+        raise Ar2DiffError(
+            f"model {path} has a diffusion head, which the estimators of rl do not know",
+            f"use a model that was converted without {option('convert.head_rank')}",
+        )
     check_settings(recipe, spec)
     return recipe
 

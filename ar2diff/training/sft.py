@@ -179,6 +179,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             block_length=self.spec.block_length,
             index=slots_at(inputs["reads"], masked, target.shape[1]),
             target=target[masked],
+            previous=inputs["previous"][masked] if self.spec.head is not None else None,
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
         if self.recipe.objective.distil is None:
