@@ -3,13 +3,15 @@
     AR2DIFF_DATA=path/to/data python benchmarks/drafts.py [--only NAME ...] [--seeds 0 1 2]
     AR2DIFF_DATA=path/to/data python benchmarks/drafts.py --judge FOLDER [--new 96]
     AR2DIFF_DATA=path/to/data python benchmarks/drafts.py --exact FOLDER [--new 128]
+    python benchmarks/drafts.py --questions 400
 
 The first form is the ablation on stories260K: each row trains the recipe `draft` with some
 overrides, on tinystories/train and stories3M-samples (or on text of the model's own), in less than
 ten minutes of one core, and decodes 100 prompts of tinystories/valid (the first 32 tokens of the
 stories 101 to 200 that have them) for 96 tokens. Rows are appended to results/drafts.jsonl as they
 come. `--judge` decodes the stories 1 to 100 instead, which no choice has seen, and appends to
-results/drafts_judged.jsonl. `--table` prints the ablation.
+results/drafts_judged.jsonl. `--table` prints the ablation. `--questions` decodes held-out questions
+with the adapter that ships beside the embedded model, up to 48 tokens each, into the same file.
 
 `--exact` compares 200 texts: greedy ones with those of transformers' generate on the base alone,
 sampled ones (temperature 0.8) with our AR mode under the same seed: where one differs, the gap
@@ -105,12 +107,18 @@ def load(folder: str) -> Any:
     return load_drafting(Path(folder), base=str(base))
 
 
-def judged(folder: str, first: int, new: int, settings: dict[str, Any]) -> dict[str, Any]:
+def questions(tokenizer: Any, count: int) -> list[list[int]]:
+    """Held-out questions of the embedded model."""
+    from ar2diff.demo.corpus import corpus, prompt
+
+    return [tokenizer(prompt(e)).input_ids for e in corpus(count, 9, (1, 2), "valid")]
+
+
+def judged(checkpoint: Any, rows: list[list[int]], new: int) -> dict[str, Any]:
     """Tokens per forward in each setting, and how many texts are not those of the AR mode."""
-    checkpoint = load(folder)
     checkpoint.model.eval()
-    rows, found, plain = prompts(checkpoint.tokenizer, first), {}, {}
-    for name, setting in settings.items():
+    found, plain = {}, {}
+    for name, setting in SETTINGS.items():
         sampled = {key: setting[key] for key in ("temperature", "seed") if key in setting}
         key = json.dumps(sampled)
         if key not in plain:
@@ -174,7 +182,8 @@ def run(name: str, overrides: list[str], seed: int) -> dict[str, Any]:
             overrides=[*overrides, f"train.seed={seed}", "eval.steps=0"],
         )  # fmt: skip
         seconds = time.process_time() - start
-        found = judged(str(Path(scratch) / "draft"), PROMPTS, 96, SETTINGS)
+        checkpoint = load(str(Path(scratch) / "draft"))
+        found = judged(checkpoint, prompts(checkpoint.tokenizer, PROMPTS), 96)
     return {
         "variant": name, "seed": seed, "tokens": result.tokens,
         "parameters": result.trainable_parameters, "seconds": round(seconds), **found,
@@ -205,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--judge")
     parser.add_argument("--exact")
+    parser.add_argument("--questions", type=int)
     parser.add_argument("--new", type=int)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
@@ -213,8 +223,15 @@ def main() -> None:
         return
     if asked.judge:
         new = asked.new or 96
-        found = judged(asked.judge, 0, new, SETTINGS)
+        checkpoint = load(asked.judge)
+        found = judged(checkpoint, prompts(checkpoint.tokenizer, 0), new)
         _append(JUDGED, {"folder": Path(asked.judge).name, "prompts": PROMPTS, "new": new, **found})
+        return
+    if asked.questions:
+        folder = Path(__file__).parents[1] / "ar2diff" / "demo" / "draft"
+        checkpoint = load(str(folder))
+        found = judged(checkpoint, questions(checkpoint.tokenizer, asked.questions), 48)
+        _append(JUDGED, {"folder": "demo", "questions": asked.questions, "new": 48, **found})
         return
     if asked.exact:
         found = exact(asked.exact, asked.new or 128)
