@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import exp
+from operator import mul
 from typing import Any
 
 import torch
@@ -163,27 +165,29 @@ class Guesses:
     def chain(self, length: int, least: float = 0.0) -> list[Tree]:
         """The likeliest guess at each position, given those before it; up to the position where no
         row's chain has a chance of `least`."""
-        found, chances, memory = [self.newest], [[1.0] * len(self.newest)], None
-        odds = exp(self.trust)
+        found, sure, memory = [self.newest], [], None
+        chances = [1.0] * len(self.newest)
         for place in range(length):
             memory = self._remember(found[-1], memory)
             best = self._after(place, memory).softmax(-1).max(-1)
             found.append(best.indices)
-            chances.append(
-                [
-                    before * odds * chance / (1 + chance * (odds - 1))
-                    for before, chance in zip(chances[-1], best.values.tolist(), strict=True)
-                ]
-            )
-            if max(chances[-1]) < least:
-                break
-        parents, depths = list(range(-1, len(found) - 2)), list(range(1, len(found)))
+            sure.append(best.values)
+            if least:  # else nothing waits for the device before the end
+                chances = [*map(mul, chances, map(self._trusted, best.values.tolist()))]
+                if max(chances) < least:
+                    break
+        parents, depths = list(range(-1, len(sure) - 1)), list(range(1, len(sure) + 1))
         return [
-            Tree(tokens, parents[:], depths[:], [*chance])
-            for tokens, *chance in zip(
-                torch.stack(found[1:], 1).tolist(), *chances[1:], strict=True
+            Tree(tokens, parents[:], depths[:], [*accumulate(map(self._trusted, promised), mul)])
+            for tokens, promised in zip(
+                torch.stack(found[1:], 1).tolist(), torch.stack(sure, 1).tolist(), strict=True
             )
         ]
+
+    def _trusted(self, chance: float) -> float:
+        """The chance of a best guess, after `trust` was added to its log-odds."""
+        odds = exp(self.trust)
+        return chance * odds / (1 + chance * (odds - 1))
 
     def likeliest(self, nodes: int) -> list[Tree]:
         """The likeliest nodes of each row's tree, in descending order.
