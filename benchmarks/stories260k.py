@@ -1,7 +1,7 @@
 """The ablation behind `recipes/stories260k.yaml`: one row of the table per variant and seed.
 
     AR2DIFF_DATA=path/to/data python benchmarks/stories260k.py [--seeds 0 1 2] [--only NAME ...]
-    AR2DIFF_DATA=path/to/data python benchmarks/stories260k.py --objectives [--stories3m] [--only ...]
+    AR2DIFF_DATA=path/to/data python benchmarks/stories260k.py --objectives [--stories3m] [--only N]
 
 Protocol: 1,638,400 training tokens at most (a second view of a window counts again), float32 on a
 CPU; judged on the first 64 stories of tinystories/valid with >= 128 tokens, BOS + 127, position 0
