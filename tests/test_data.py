@@ -31,7 +31,7 @@ from ar2diff.data.documents import (
     tokenize,
 )
 from ar2diff.data.sources import Documents, find_file, read_texts
-from ar2diff.training.adapt import read_documents
+from ar2diff.training.adapt import read_rows
 
 EOS = 2
 BLOCKWISE = ("causal_context", "block_causal")
@@ -464,4 +464,4 @@ def test_a_missing_source_and_an_ambiguous_folder_are_errors(tmp_path, write_jso
 
 def test_no_source_is_an_error():
     with pytest.raises(Ar2DiffError, match="there is no data"):
-        read_documents(Recipe())
+        read_rows(Recipe())

@@ -21,8 +21,10 @@ from .readers import ALL, slots_of
 from .spec import Spec
 from .tree import Tree, shapes
 
-MOST_LAYOUTS = 1024  # of a model that are remembered
+# Layouts of a single row recur from call to call, and small ones are kept with their model.
 LAYOUTS: WeakKeyDictionary[Any, dict[Any, tuple[_CandidateSlots, Any]]] = WeakKeyDictionary()
+MOST_KEPT, MOST_SLOTS = 1024, 64
+MOST_LAYOUTS = 64  # of any size that are remembered during a call
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class CandidateReader:
         self.certain: list[int] = []  # tokens known that are not
         self.layout: _CandidateSlots | None = None
         self._before: list[int] = []  # `length` at the last forward
-        self._steady = LAYOUTS.setdefault(model, {})
+        self._steady: dict[Any, tuple[_CandidateSlots, Any]] = {}
+        self._kept = LAYOUTS.setdefault(model, {}) if rows == 1 else {}
         # What a layout and its mask depend on, besides the trees.
         self._kind = spec, model.config._attn_implementation, model.dtype, model.device
 
@@ -273,15 +276,19 @@ class CandidateReader:
         steady = self.uniform and not beyond and min(self.certain) == certain
         key = (*self._kind, certain, drafts, *shapes(trees))
         columns = self.cache.width if self.cache else 0
-        if not steady or key not in self._steady:
+        found = self._steady.get(key) or self._kept.get(key) if steady else None
+        if found is None:
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
                 return layout, self._mask(layout, front, length, self._seen(columns, length))
-            if len(self._steady) > MOST_LAYOUTS:
-                self._steady.clear()
             none = torch.zeros(len(front), 0, dtype=torch.bool)
-            self._steady[key] = layout, self._mask(layout, front, length, none)
-        layout, mask = self._steady[key]
+            found = layout, self._mask(layout, front, length, none)
+            small = len(front) == 1 and layout.pos.shape[1] <= MOST_SLOTS
+            store, most = (self._kept, MOST_KEPT) if small else (self._steady, MOST_LAYOUTS)
+            if len(store) >= most:
+                store.clear()
+            store[key] = found
+        layout, mask = found
         if self.cache is not None and self.cache.static is not None:
             return layout, self._mask(layout, front, length, self._seen(columns, length))
         if columns and self._even():
