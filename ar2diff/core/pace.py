@@ -282,19 +282,17 @@ class MeasuredPace(Pace):
     def _branch(self, chains: list[Tree], bushes: list[Tree]) -> None:
         """Find out how many candidates a tree should have; a chain is enough if branches promise
         fewer tokens per second."""
-        best, self.nodes = MARGIN * self._promise(chains, False), None
-        for size in SIZES:
-            trees = deepcopy(bushes)
-            for tree in trees:
-                tree.cut(size)
-            speed = self._promise(trees, True)
-            if speed > best:
-                best, self.nodes = speed, size
+        speeds = {size: self._promise(bushes, size) for size in SIZES}
+        best = max(SIZES, key=speeds.get)
+        self.nodes = best if speeds[best] > MARGIN * self._promise(chains) else None
 
-    def _promise(self, trees: list[Tree], branches: bool) -> float:
-        """Tokens per second of a row with some candidates, by their own chances."""
+    def _promise(self, trees: list[Tree], nodes: int | None = None) -> float:
+        """Tokens per second of a row with chains, or trees of so many candidates, by their own
+        chances."""
         trees = deepcopy(trees)
+        for tree in trees if nodes is not None else ():
+            tree.cut(nodes)
         self.plan(trees, self.length)
         slots = max(1 + len(tree) + len(tree.blocks) * self.length for tree in trees)
         tokens = 1 + sum(sum(tree.chances) for tree in trees) / len(trees)
-        return tokens / self.cost.of(slots, self.length, branches)
+        return tokens / self.cost.of(slots, self.length, nodes is not None)

@@ -40,7 +40,7 @@ class Tree:
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=lambda: [-1])
+    blocks: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
