@@ -25,6 +25,7 @@ LOOK = 64  # forwards between two looks at what branches would be worth
 FIRST = 32  # forward of the first look
 RETRY = 128  # plain forwards after which drafting is tried again, and
 TRIED = 3  # for how many forwards
+LEARNED = 16  # forwards before drafting may rest for the first time: the first timings are rough
 RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
 
 
@@ -146,7 +147,7 @@ class MeasuredPace(Pace):
         # Of a row in a forward with drafts, running means: tokens written, candidates, blocks.
         self.tokens = 1 + sum(self.right)
         self.candidates, self.blocks = float(self.length), float(self.length + 1)
-        self.forwards, self.resting, self.trying = 0, 0, TRIED
+        self.forwards, self.resting, self.trying = 0, 0, LEARNED
 
     @property
     def reach(self) -> int:
