@@ -198,6 +198,17 @@ def test_one_more_draft_is_added_as_long_as_the_speed_grows():
     assert pace.right[1] == pytest.approx(0.49, abs=0.15)
 
 
+def test_what_was_learned_of_longer_drafts_is_forgotten():
+    """Else a bad start would keep drafts short for ever."""
+    pace = MeasuredPace(Cost(1.0, 1.2, 0.01), 7)
+    pace.right, pace.guessed = [0.5, 0.2, 0.1, 0.05, 0.01], 2
+    chain = Tree([5, 6], [-1, 0], [1, 2], [0.9, 0.8], [1])
+    for _ in range(100):
+        pace.saw([chain], [[0, 1]])
+    assert len(pace.right) == 2 and pace.right[1] > 0.99
+    assert pace.length == 7
+
+
 def test_worse_drafts_are_shorter_and_hopeless_ones_are_not_made():
     cost = Cost(1.0, 1.2, 0.03, tree=1.0)
     assert paced(cost, 0.3)[2] < paced(cost, 0.9)[2]

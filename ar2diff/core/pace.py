@@ -234,6 +234,7 @@ class MeasuredPace(Pace):
                     self.right.append(self._right(depth))
                 share = sum(len(path) > depth for _, path in judged) / len(judged)
                 self.right[depth] += (1 - KEEP) * (share - self.right[depth])
+            del self.right[self.guessed :]  # of longer drafts, not made any more, and out of date
             self._deepen()
 
     def _calibrate(self, judged: list[tuple[Tree, list[int]]]) -> None:
