@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
+from copy import deepcopy
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ def test_greedy_speculation_is_greedy_ar_decoding(kind, drafts, cached):
     kwargs = {"draft_length": drafts, "cache_implementation": cached, "eos_token_id": ends}
     canvas = run(model, PROMPTS, 12, **kwargs)
     assert answers(canvas) == [ar_greedy(model, prompt, 12, ends) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("caches", permutations(["dynamic", "static", "none"]))
+def test_a_call_leaves_nothing_behind_for_one_with_another_cache(caches):
+    model = deepcopy(build_model("mistral"))  # layouts of single rows are kept with their model
+    for mode, cached in product(["ar", "speculative"], caches):
+        kwargs = {"draft_length": 2} if mode == "speculative" else {}
+        canvas = run(model, PROMPTS[:1], 9, mode=mode, cache_implementation=cached, **kwargs)
+        assert answers(canvas) == [ar_greedy(model, PROMPTS[0], 9)]
 
 
 @pytest.mark.parametrize("mode", ["ar", "speculative"])

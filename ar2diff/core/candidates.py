@@ -22,6 +22,7 @@ from .spec import Spec
 from .tree import Tree, shapes
 
 # Layouts of a single row recur from call to call, and small ones are kept with their model.
+# A static cache gives its masks another width at each call: they are built for each forward.
 LAYOUTS: WeakKeyDictionary[Any, dict[Any, tuple[_CandidateSlots, Any]]] = WeakKeyDictionary()
 MOST_KEPT, MOST_SLOTS = 1024, 64
 MOST_LAYOUTS = 64  # of any size that are remembered during a call
@@ -135,7 +136,10 @@ class CandidateReader:
         self._steady: dict[Any, tuple[_CandidateSlots, Any]] = {}
         self._kept = LAYOUTS.setdefault(model, {}) if rows == 1 else {}
         # What a layout and its mask depend on, besides the trees.
-        self._kind = spec, model.config._attn_implementation, model.dtype, model.device
+        self._static = static is not None
+        self._kind = (
+            spec, model.config._attn_implementation, model.dtype, model.device, self._static
+        )  # fmt: skip
 
     def read(
         self,
@@ -282,14 +286,14 @@ class CandidateReader:
             if not steady:
                 return layout, self._mask(layout, front, length, self._seen(columns, length))
             none = torch.zeros(len(front), 0, dtype=torch.bool)
-            found = layout, self._mask(layout, front, length, none)
+            found = layout, None if self._static else self._mask(layout, front, length, none)
             small = len(front) == 1 and layout.pos.shape[1] <= MOST_SLOTS
             store, most = (self._kept, MOST_KEPT) if small else (self._steady, MOST_LAYOUTS)
             if len(store) >= most:
                 store.clear()
             store[key] = found
         layout, mask = found
-        if self.cache is not None and self.cache.static is not None:
+        if mask is None:
             return layout, self._mask(layout, front, length, self._seen(columns, length))
         if columns and self._even():
             seen = 0.0 if mask.is_floating_point() else True
@@ -307,9 +311,8 @@ class CandidateReader:
         start = torch.tensor(front)[:, None]
         pos, columns = layout.pos + start, seen.shape[1]
         slots, cached = pos.shape[1], torch.tensor(length)[:, None]
-        static = self.cache is not None and self.cache.static is not None
         built = slots_of(
-            self.cache.static if static else columns + slots,
+            self.cache.static if self._static else columns + slots,
             seen,
             torch.arange(columns).expand(len(pos), -1),
             (pos >= cached) & (pos <= self.last) & layout.real,
