@@ -67,7 +67,11 @@ VARIANTS: dict[str, list[str]] = {
     "visible 0.5": ["draft.visible=0.5"],
     "1600 steps": ["train.max_steps=1600"],
     "1600 steps, rank 64": ["train.max_steps=1600", "draft.rank=64"],
+    "tinystories alone": [],
+    "own text": ["data.self={tokens: 400000, max_new_tokens: 127}"],
 }  # fmt: skip
+SOURCES = ["tinystories/train", "stories3M-samples"]
+DATA = {"tinystories alone": SOURCES[:1], "own text": None}  # of the variants with other data
 
 
 def prompts(tokenizer: Any, first: int) -> list[list[int]]:
@@ -178,7 +182,7 @@ def run(name: str, overrides: list[str], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         start = time.process_time()
         result = draft(
-            base, "draft", Path(scratch) / "draft", data=["tinystories/train", "stories3M-samples"],
+            base, "draft", Path(scratch) / "draft", data=DATA.get(name, SOURCES),
             overrides=[*overrides, f"train.seed={seed}", "eval.steps=0"],
         )  # fmt: skip
         seconds = time.process_time() - start
