@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-config_app = typer.Typer(help="Explain the keys of a recipe.", no_args_is_help=True)
+from .usage import Group
+
+config_app = typer.Typer(cls=Group, help="Explain the keys of a recipe.", no_args_is_help=True)
 
 
 @config_app.callback()

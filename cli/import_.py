@@ -18,7 +18,7 @@ def import_command(
             help="Folder or Hub id of a Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR or A2D model."
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder.")],
     block_length: Annotated[
         int | None,
         typer.Option(

@@ -6,12 +6,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from ..core.errors import Ar2DiffError, as_keyword, check_text, first_line, is_panic
+from ..core.errors import Ar2DiffError, check_text, first_line, is_panic
 from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
@@ -30,40 +28,12 @@ from .push import push
 from .recipes import recipes_app
 from .rl import rl
 from .sft import sft
-
-USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
-
-
-class Verb(TyperCommand):
-    """A command whose errors name options as its own flags."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The list of commands would keep the line breaks of a docstring.
-        self.short_help = " ".join((self.help or "").split("\n\n")[0].split())
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the verb."""
-        try:
-            return super().invoke(ctx)
-        except Ar2DiffError as error:
-            raise error.named(self._as_flag) from error
-
-    def _as_flag(self, name: str, value: str | None) -> str:
-        for parameter in self.params:
-            flag = max(parameter.opts, key=len)
-            if parameter.name == name and flag.startswith("--"):
-                shown = None if getattr(parameter, "is_flag", False) else value
-                return flag if shown is None else f"{flag} {shown}"
-            if parameter.name == name:
-                return parameter.metavar or name.upper()
-        return as_keyword(name, value)  # a key of the recipe
-
+from .usage import USAGE, Group, Verb
 
 app = typer.Typer(
+    cls=Group,
     help="Convert autoregressive language models into diffusion language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -142,10 +112,9 @@ def main() -> None:
         try:
             sys.exit(app(standalone_mode=False) or 0)
         except USAGE as error:
-            context = error.ctx
-            if context and type(error).__name__ == "NoArgsIsHelpError":
-                print(context.get_help())
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.ctx.get_help())
                 sys.exit(0)
-            path = context.command_path if context else "ar2diff"
-            told = error.format_message().replace(": Value error, ", ": ")  # pydantic's words
-            raise Ar2DiffError(told, f"run '{path} --help' to see the usage") from None
+            from .correction import explain
+
+            raise explain(error, sys.argv[1:]) from None

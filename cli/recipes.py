@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+from .usage import Group
+
+recipes_app = typer.Typer(
+    cls=Group, help="List, show, copy and check recipes.", no_args_is_help=True
+)
 
 
 @recipes_app.command()

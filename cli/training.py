@@ -95,6 +95,10 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             name, model, recipe, output_dir, data=data, text_field=text_field,
             max_steps=max_steps, overrides=settings,
         )  # fmt: skip
+        if request.lacks_data:  # before the model is looked for
+            from ..data.sources import no_data
+
+            raise no_data()
         if push_to_hub is not None and not is_launched():
             from ..hub.push import check_before
 
