@@ -93,6 +93,8 @@ def _verb(error: Any, line: list[str]) -> Correction:
     for words in (verb.split() for verb in VERBS.get(name.lower(), ())):
         if words[0] in group.commands or words[0].startswith("--"):
             return Correction(what, [*line[:depth], *words, *rest])
+        if words[0] in error.ctx.find_root().command.commands:
+            return Correction(what, [*words, *rest])
     if not depth and name.lower() in NO_VERB:
         return Correction(what, None, NO_VERB[name.lower()])
     if near := difflib.get_close_matches(name[:100], group.commands, 1, 0.6):

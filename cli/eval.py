@@ -13,7 +13,7 @@ def evaluate_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub id of a model, converted or not, or of a draft adapter."
+            help="Folder or Hub id of a model, converted or not, or of a draft adapter.",
         ),
     ],
     data: Annotated[

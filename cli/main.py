@@ -30,6 +30,12 @@ from .rl import rl
 from .sft import sft
 from .usage import USAGE, Group, Verb
 
+# Groups of verbs in the help.
+TRAIN = "Train"
+GENERATE = "Generate and measure"
+MOVE = "Publish and exchange models"
+PREPARE = "Prepare runs"
+
 app = typer.Typer(
     cls=Group,
     help="Convert autoregressive language models into diffusion language models.",
@@ -37,23 +43,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("adapt", cls=Verb)(adapt)
-app.command("sft", cls=Verb)(sft)
-app.command("rl", cls=Verb)(rl)
-app.command("draft", cls=Verb)(draft)
-app.command("generate", cls=Verb)(generate)
-app.command("chat", cls=Verb)(chat)
-app.command("eval", cls=Verb)(evaluate_command)
-app.command("check", cls=Verb)(check_command)
-app.command("merge", cls=Verb)(merge)
-app.command("push", cls=Verb)(push)
-app.command("card", cls=Verb)(card)
-app.command("import", cls=Verb)(import_command)
-app.command("export", cls=Verb)(export)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(config_app, name="config")
-app.command("doctor", cls=Verb)(doctor)
-app.command("memory", cls=Verb)(memory)
+app.command("adapt", cls=Verb, rich_help_panel=TRAIN)(adapt)
+app.command("sft", cls=Verb, rich_help_panel=TRAIN)(sft)
+app.command("rl", cls=Verb, rich_help_panel=TRAIN)(rl)
+app.command("draft", cls=Verb, rich_help_panel=TRAIN)(draft)
+app.command("generate", cls=Verb, rich_help_panel=GENERATE)(generate)
+app.command("chat", cls=Verb, rich_help_panel=GENERATE)(chat)
+app.command("eval", cls=Verb, rich_help_panel=GENERATE)(evaluate_command)
+app.command("check", cls=Verb, rich_help_panel=GENERATE)(check_command)
+app.command("merge", cls=Verb, rich_help_panel=MOVE)(merge)
+app.command("push", cls=Verb, rich_help_panel=MOVE)(push)
+app.command("card", cls=Verb, rich_help_panel=MOVE)(card)
+app.command("import", cls=Verb, rich_help_panel=MOVE)(import_command)
+app.command("export", cls=Verb, rich_help_panel=MOVE)(export)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=PREPARE)
+app.add_typer(config_app, name="config", rich_help_panel=PREPARE)
+app.command("doctor", cls=Verb, rich_help_panel=PREPARE)(doctor)
+app.command("memory", cls=Verb, rich_help_panel=PREPARE)(memory)
 
 
 @app.callback(invoke_without_command=True)
@@ -110,7 +116,7 @@ def main() -> None:
             if not argument.isascii():
                 check_text(argument, "the argument")
         try:
-            sys.exit(app(standalone_mode=False) or 0)
+            sys.exit(app(prog_name="ar2diff", standalone_mode=False) or 0)
         except USAGE as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 print(error.ctx.get_help())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -43,8 +44,13 @@ class Verb(TyperCommand):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The list of commands would keep the line breaks of a docstring.
-        self.short_help = " ".join((self.help or "").split("\n\n")[0].split())
+        # Help would keep the line breaks of a docstring.
+        paragraphs = [" ".join(text.split()) for text in (self.help or "").split("\n\n")]
+        self.help = "\n\n".join(paragraphs)
+        for parameter in self.params:
+            if not parameter.opts[0].startswith("-") and parameter.metavar is None:
+                parameter.metavar = parameter.name.upper()
+        self.short_help = re.split(r"(?<=\.) ", paragraphs[0])[0]
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """Parse the arguments of the verb."""
