@@ -13,10 +13,13 @@ def evaluate_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub id of a model, converted or not, or of a draft adapter."
+            help="Folder or Hub id of a model, converted or not, or of a draft adapter.",
         ),
     ],
-    data: Annotated[str, typer.Option(help="File with held-out text, or - for standard input.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="File with held-out text, or - for standard input."),
+    ],
     text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",
     length: Annotated[
         int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are skipped.")

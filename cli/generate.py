@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -62,9 +63,15 @@ def generate(
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
+    from ..core.errors import Ar2DiffError, option, shortened
     from ..generation.prompts import check_stream, request_of
     from ..generation.results import check_target, summary, unread_note, write_results
 
+    if prompt is None and " " in model and not Path(model[:200]).exists():
+        raise Ar2DiffError(
+            f"{shortened(model)} is a text, not a model",
+            f"give a model before it, and the text as {option('prompt', shlex.quote(model))}",
+        )
     request = request_of(prompt, prompts_file, prefix, suffix, length or ())
     if stream:
         check_stream(request, as_json or output is not None)

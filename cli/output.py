@@ -15,11 +15,55 @@ from typing import Annotated, Any
 
 import typer
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of recipes that begin like this, for the shell."""
+    from ..config.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Keys of a recipe that begin like this, for the shell."""
+    from ..config.recipe import Recipe
+    from ..config.schema import field_names
+
+    return [f"{name}=" for name in field_names(Recipe) if name.startswith(incomplete)]
+
+
 # Options that several verbs have.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, but write nothing.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-c",
+        "--config",
+        metavar="RECIPE",
+        help="Name of a recipe ('ar2diff recipes ls'), or a YAML file.",
+        autocompletion=complete_recipe,
+    ),
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a recipe ('ar2diff recipes ls'), or a YAML file.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Fields of the recipe to set, for example train.learning_rate=1e-3; 'ar2diff config "
+        "schema' lists them.",
+        autocompletion=complete_key,
+    ),
 ]
 
 
