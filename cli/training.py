@@ -118,10 +118,14 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         if not is_main():  # one process speaks for all
             return
         if not as_json and not dry_run:
-            shown = {k: v for k, v in shown.items() if k not in ("recipe", "versions")}
+            from ..training.closing import closing
+
+            print("\n".join(closing(asdict(result))))
+            shown = {}
         if push_to_hub is not None and not dry_run:
             shown |= {"published": _published(request.output_dir, push_to_hub)}
-        report(shown, as_json)
+        if shown:
+            report(shown, as_json)
 
     if name not in ("adapt", "draft"):
         own = inspect.signature(verb, eval_str=True)

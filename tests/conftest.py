@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,13 @@ def run_both(monkeypatch, capsys):
         return stop.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+def besides_progress(said: str) -> list[str]:
+    """The lines of a run's stderr besides those that tell what it will do and how far it is: its
+    errors, warnings and notes."""
+    told = re.compile(r"(adapt|draft|sft|rl): |step \d|  (?!fix: )|\d+ supervised turns")
+    return [line for line in said.strip().splitlines() if not told.match(line)]
 
 
 @pytest.fixture
