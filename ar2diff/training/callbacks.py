@@ -88,13 +88,15 @@ class Watch(TrainerCallback):
         if self.journal is not None:
             self.journal.write(state.global_step, logs)
         place = f"step {state.global_step}/{state.max_steps}:"
-        if "loss" not in logs:
-            shown = [form.format(logs[name]) for name, form in JUDGED.items() if name in logs]
-            self.screen.say(fitted_line([f"{place} held-out {shown[0]}", *shown[1:]]))
+        trains = "loss" in logs
+        forms = self.trainer.figures if trains else JUDGED
+        known = [name for name in forms if logs.get(name) is not None][:FIGURES]
+        first, *more = [forms[name].format(logs[name]) for name in known] or [""]
+        kind = "" if trains else "held-out "
+        pace = self._pace(state) if trains else []
+        self.screen.say(fitted_line([f"{place} {kind}{first}", *more, *pace]))
+        if not trains:
             return
-        figures = self.trainer.figures.items()
-        shown = [form.format(logs[name]) for name, form in figures if name in logs][:FIGURES]
-        self.screen.say(fitted_line([f"{place} {shown[0]}", *shown[1:], *self._pace(state)]))
         if (sample := self.trainer.sample()) is not None:
             self.screen.say(sample)
         if self.journal is not None:
