@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .launch import planned, start, with_launch
-from .output import AsJson, DryRun, quiet, report
+from .output import AsJson, DryRun, Verbose, quiet, report
 from .push import publish
 
 
@@ -81,6 +81,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             ),
         ] = None,
         as_json: AsJson = False,
+        verbose: Verbose = False,
         *,
         launch: Any = None,
     ) -> None:
@@ -101,7 +102,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             check_before(push_to_hub, model, request.recipe)
         if not dry_run:
             start(launch, request.recipe.data.sources)
-        quiet()
+        quiet(verbose)
         with at_work(), planned_world(launch):
             run = getattr(import_module("ar2diff"), name)
             result = run(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
+import warnings
 
 import pytest
 
@@ -297,3 +299,27 @@ def test_metrics_are_json_even_where_a_number_is_none(tmp_path):
     journal.write(1, {"loss": float("nan"), "text": "é"})
     (line,) = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=None)["loss"] is None and "NaN" not in line
+
+
+# What libraries say
+
+
+def test_libraries_are_quiet_unless_they_are_asked_for(
+    run_both, tiny_checkpoint, write_jsonl, tmp_path, monkeypatch
+):
+    data, step = write_jsonl("texts.jsonl", TEXTS), AdaptTrainer.training_step
+
+    def talks(self, *args, **kwargs):
+        warnings.warn_explicit("an old name", FutureWarning, "torch/utils.py", 1, "torch.utils")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdaptTrainer, "training_step", talks)
+    for number, asked in enumerate(([], ["-v"])):
+        line = ["adapt", tiny_checkpoint, "--data", data, "--output-dir", tmp_path / str(number)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            monkeypatch.setattr(
+                "warnings.showwarning", lambda m, *_: print(f"said: {m}", file=sys.stderr)
+            )
+            code, _, err = run_both(*line, "--max-steps", 1, *SMALL, "eval.steps=0", *asked)
+        assert code == 0 and ("an old name" in err) == bool(asked), err
