@@ -23,6 +23,8 @@ PACKAGES = (
     "deepspeed",
     "bitsandbytes",
     "lm-eval",
+    "matplotlib",
+    "tensorboard",
 )
 LITTLE = 5e9  # bytes of free disk space below which there is a warning
 

@@ -26,9 +26,11 @@ from .generate import generate
 from .import_ import import_command
 from .memory import memory
 from .merge import merge
+from .plot import plot
 from .push import push
 from .recipes import recipes_app
 from .rl import rl
+from .runs import runs
 from .sft import sft
 
 USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
@@ -73,6 +75,8 @@ app.command("rl", cls=Verb)(rl)
 app.command("draft", cls=Verb)(draft)
 app.command("generate", cls=Verb)(generate)
 app.command("chat", cls=Verb)(chat)
+app.command("runs", cls=Verb)(runs)
+app.command("plot", cls=Verb)(plot)
 app.command("eval", cls=Verb)(evaluate_command)
 app.command("check", cls=Verb)(check_command)
 app.command("merge", cls=Verb)(merge)

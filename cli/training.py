@@ -120,8 +120,9 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             return
         if not as_json and not dry_run:
             from ..training.closing import closing
+            from ..training.plots import pictures_in
 
-            print("\n".join(closing(asdict(result))))
+            print("\n".join(closing(asdict(result), pictures_in(request.output_dir))))
             shown = {}
         if push_to_hub is not None and not dry_run:
             shown |= {"published": _published(request.output_dir, push_to_hub)}

@@ -111,6 +111,21 @@ def bitsandbytes_cpu():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """Draw no pictures of runs, which take longer than most runs here; see `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ar2diff.training.plots.can_draw", lambda: False)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Draw pictures of runs, if matplotlib is installed."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("ar2diff.training.plots.can_draw", lambda: True)
+
+
 def _rms_norm(self, x):
     return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 

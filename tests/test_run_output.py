@@ -16,7 +16,9 @@ from ar2diff.data.sources import Documents
 from ar2diff.training.adapt import AdaptTrainer, adapt
 from ar2diff.training.closing import closing
 from ar2diff.training.findings import findings, reached
-from ar2diff.training.journal import read_metrics
+from ar2diff.training.history import find_runs
+from ar2diff.training.journal import Journal, read_metrics
+from ar2diff.training.plots import draw, pictures_in
 from ar2diff.training.screen import Screen
 from ar2diff.training.wording import amount, fitted_line
 
@@ -176,18 +178,19 @@ def test_the_end_of_a_run_in_words():
         "before": {"eval_bound": 7.1, "base_ar_nll": 1.13}, "after": {"eval_bound": 2.4224},
         "warnings": ["a. b"],
     }  # fmt: skip
-    assert closing(result) == [
+    assert closing(result, ["loss.svg", "bound.svg"]) == [
         "adapt: 1.64M tokens in 1,600 steps, 3 min, 0.64 GB of memory at the peak",
         "  bound    7.100 -> 2.422 nats per token of held-out text",
         "  base     1.130 AR NLL of the model before conversion",
         "warning: a. b",
         "  output   runs/my model",
-        "  log      runs/my model/log",
+        "  log      runs/my model/log (metrics.jsonl, loss.svg, bound.svg)",
         "next:",
         "  ar2diff generate 'runs/my model' --prompt 'Once upon a time'",
         "  ar2diff eval 'runs/my model' --data FILE",
         "  ar2diff sft 'runs/my model' --data FILE",
     ]
+    assert "no plots; pip install 'ar2diff[plot]' draws them" in "".join(closing(result))
     assert closing(result | {"tokens": None})[0] == "converted m without training"
 
 
@@ -293,8 +296,6 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_log(
 
 
 def test_metrics_are_json_even_where_a_number_is_none(tmp_path):
-    from ar2diff.training.journal import Journal
-
     journal = Journal(tmp_path)
     journal.write(1, {"loss": float("nan"), "text": "é"})
     (line,) = (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()
@@ -323,3 +324,92 @@ def test_libraries_are_quiet_unless_they_are_asked_for(
             )
             code, _, err = run_both(*line, "--max-steps", 1, *SMALL, "eval.steps=0", *asked)
         assert code == 0 and ("an old name" in err) == bool(asked), err
+
+
+# Pictures, and the list of runs
+
+
+ROWS = [
+    {"step": 0, "seconds": 0, "eval_bound": 5.0, "eval_ar_nll": 1.1},
+    *({"step": n, "seconds": n, "loss": 5 / n, "ar_loss": None} for n in range(1, 5)),
+    {"step": 4, "seconds": 4, "eval_bound": 2.5, "eval_ar_nll": 1.2},
+]
+
+
+def test_the_same_metrics_give_the_same_picture(pictures, tmp_path):
+    for folder in ("a", "b"):
+        drawn = draw({"run": ROWS}, tmp_path / folder)
+        assert [file.name for file in drawn] == ["loss.svg", "bound.svg"]
+    names = ("loss.svg", "loss-dark.svg", "bound.svg", "bound-dark.svg")
+    texts = {name: (tmp_path / "a" / name).read_text() for name in names}
+    assert all((tmp_path / "b" / name).read_text() == text for name, text in texts.items())
+    assert len({*texts.values()}) == 4
+    for name, text in texts.items():
+        assert ("#0d1117" in text) == ("dark" in name) and "#1f77b4" not in text
+    (both,) = draw({"a": ROWS, "b": ROWS[1:]}, tmp_path / "c", "loss")
+    assert both.read_text() != texts["loss.svg"] and both.read_text().count("#cf5f00") >= 1
+
+
+def test_a_run_draws_what_it_logged(pictures, tiny_checkpoint, recipe, tmp_path):
+    import matplotlib
+
+    matplotlib.rcParams["axes.facecolor"] = "#123456"  # of the user's own settings
+    adapt(str(tiny_checkpoint), recipe("eval.rows=2", "eval.length=16"), tmp_path / "out")
+    log = tmp_path / "out" / "log"
+    assert {file.name for file in log.glob("*.svg")} == {
+        "loss.svg", "loss-dark.svg", "bound.svg", "bound-dark.svg",
+    }  # fmt: skip
+    assert pictures_in(tmp_path / "out") == ["loss.svg", "bound.svg"]
+    assert "#123456" not in (log / "loss.svg").read_text()
+    matplotlib.rcdefaults()
+
+
+def test_a_picture_that_fails_costs_no_model(
+    tiny_checkpoint, recipe, tmp_path, monkeypatch, capsys
+):
+    def fails(_folder):
+        raise OSError("no fonts")
+
+    monkeypatch.setattr("ar2diff.training.run.draw_log", fails)
+    adapt(str(tiny_checkpoint), recipe(), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert "note: no plots were drawn: no fonts" in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_name_the_extra(run_both, tmp_path):
+    Journal(tmp_path).write(1, {"loss": 1.0})
+    code, said, err = run_both("plot", tmp_path)
+    assert (code, said) == (2, "")
+    assert err == (
+        "error: matplotlib, which draws the plots, is not installed\n"
+        "  fix: run pip install 'ar2diff[plot]'\n"
+    )
+    code, _, err = run_both("plot", tmp_path / "nowhere")
+    assert code == 2 and "has no log/metrics.jsonl" in err
+
+
+def test_the_list_of_runs(run_both, tiny_checkpoint, recipe, tmp_path, monkeypatch):
+    settings = ["eval.rows=2", "eval.length=16", "train.save_steps=1", "train.logging_steps=1"]
+    adapt(str(tiny_checkpoint), recipe(*settings), tmp_path / "runs" / "done")
+    step = AdaptTrainer.training_step
+
+    def killed_in_step_3(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            (run,) = find_runs(tmp_path / "runs" / "deep" / "killed")
+            assert run.state == "running"
+            raise InterruptedError
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(AdaptTrainer, "training_step", killed_in_step_3)
+        adapt(str(tiny_checkpoint), recipe(*settings), tmp_path / "runs" / "deep" / "killed")
+    (tmp_path / "runs" / "other").mkdir()
+    code, said, _ = run_both("runs", tmp_path / "runs")
+    head, killed, done = said.splitlines()
+    assert code == 0 and head.split() == ["run", "verb", "steps", "time", "reached"]
+    assert re.search(r"deep/killed +adapt +2/4 unfinished +\d+ s +bound \d", killed)
+    assert re.search(r"done +adapt +4 +\d+ s +bound [\d.]+, AR NLL [\d.]+", done)
+    (one, _) = json.loads(run_both("runs", tmp_path / "runs", "--json")[1])["runs"]
+    assert (one["state"], one["step"]) == ("unfinished", 2) and one["before"]["eval_bound"] > 0
+    code, _, err = run_both("runs", tmp_path / "nowhere")
+    assert code == 2 and "does not exist" in err and len(err.splitlines()) == 2

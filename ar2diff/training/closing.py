@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checkpoint.output import LOG
+from .plots import INSTALL
 from .wording import amount, duration, gigabytes
 
 FIGURES = {  # what was reached: its name, and how a value is shown
@@ -33,8 +35,12 @@ NEXT = {  # commands that are worth typing after a verb
 }
 
 
-def closing(result: Mapping[str, Any]) -> list[str]:
-    """The lines that describe a finished run, by the fields of its `RunResult`."""
+def closing(result: Mapping[str, Any], pictures: Sequence[str] | None = None) -> list[str]:
+    """The lines that describe a finished run, by the fields of its `RunResult`.
+
+    Args:
+        pictures: names of what was drawn; None: matplotlib is not installed.
+    """
     folder = result["output_dir"]
     if result["tokens"] is None:
         lines = [f"converted {result['base_model']} without training"]
@@ -44,7 +50,8 @@ def closing(result: Mapping[str, Any]) -> list[str]:
         lines += [f"warning: {text}" for text in result["warnings"]]
     lines.append(f"  output   {folder}")
     if result["tokens"] is not None:
-        lines.append(f"  log      {folder}/log")
+        drawn = f"no plots; {INSTALL} draws them" if pictures is None else ", ".join(pictures)
+        lines.append(f"  log      {folder}/{LOG} (metrics.jsonl{', ' if drawn else ''}{drawn})")
     commands = NEXT.get(result["verb"] or "", ())
     if result["diffusion"] is None and result["verb"] != "draft":
         commands = ("eval {} --data FILE",)  # an AR model, for which our decoding is not meant
@@ -54,6 +61,12 @@ def closing(result: Mapping[str, Any]) -> list[str]:
         *(["next:"] if commands else []),
         *(f"  ar2diff {c.format(place)}" for c in commands),
     ]
+
+
+def in_brief(after: Mapping[str, float]) -> str:
+    """The most important figures that were reached, in a few words."""
+    known = [(*FIGURES[name][:2], value) for name, value in after.items() if name in FIGURES]
+    return ", ".join(f"{label} {form.format(value)}" for label, form, value in known if label)
 
 
 def figures(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

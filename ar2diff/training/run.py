@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from ..checkpoint.output import (
     run_record,
 )
 from ..config.recipe import dump_recipe
-from ..core.errors import Ar2DiffError, option, shortened
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..data.sources import find_file
 from ..distributed.builds import check_compiler
 from ..distributed.ranks import is_main
@@ -35,6 +36,7 @@ from .identity import identity
 from .journal import Journal, command_line
 from .opening import needed_memory, opening
 from .plan import Plan, Verb
+from .plots import draw_log
 from .request import Request
 from .results import RunPlan, RunResult
 from .screen import Screen
@@ -97,6 +99,8 @@ def run(
             if plan.recipe.train.max_steps and weights is None:
                 record |= plan.measure(plan)
             save(plan.checkpoint, output, record, weights)
+            if plan.recipe.train.max_steps:
+                _draw(output_dir)
     return RunResult.of(record, output_dir)
 
 
@@ -153,6 +157,14 @@ def _difference(name: str, old: Any, new: Any) -> str:
                 return f"{key}.{inner} was {shortened(before)}, but is now {shortened(now)}"
             return f"{key} was {shortened(old.get(key))}, but is now {shortened(value)}"
     return f"its {DECISIVE[name]} was {shortened(old)}, but is now {shortened(new)}"
+
+
+def _draw(output_dir: Path) -> None:
+    """Draw the pictures of a run that is complete, which no failure of theirs may change."""
+    try:
+        draw_log(output_dir)
+    except Exception as error:  # fonts, caches and settings of matplotlib; a full disk
+        print(f"note: no plots were drawn: {first_line(error)}", file=sys.stderr)
 
 
 def _train(
