@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -413,3 +414,21 @@ def test_the_list_of_runs(run_both, tiny_checkpoint, recipe, tmp_path, monkeypat
     assert (one["state"], one["step"]) == ("unfinished", 2) and one["before"]["eval_bound"] > 0
     code, _, err = run_both("runs", tmp_path / "nowhere")
     assert code == 2 and "does not exist" in err and len(err.splitlines()) == 2
+
+
+def test_a_tracker_gets_all_that_is_logged(tiny_checkpoint, recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    settings = ["train.report_to=tensorboard", "eval.rows=2", "eval.length=16"]
+    adapt(str(tiny_checkpoint), recipe(*settings), out)
+    events = EventAccumulator(str(out / "log" / "tensorboard")).Reload()
+    for tag, name in (("train/loss", "loss"), ("eval/bound", "eval_bound")):
+        logged = [(row["step"], row[name]) for row in read_metrics(out) if name in row]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+            (step, pytest.approx(value)) for step, value in logged
+        ]
+    assert not [name for name in os.environ if name == "TENSORBOARD_LOGGING_DIR"]
+    adapt(str(tiny_checkpoint), recipe("train.max_steps=0"), out, overwrite=True)
+    assert not (out / "log").exists()

@@ -14,10 +14,12 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.output import LOG, disk_errors
+from ..checkpoint.output import LOG, TENSORBOARD, disk_errors
 
 METRICS, RECIPE, COMMAND = "metrics.jsonl", "recipe.yaml", "command.txt"
 COMMAND_VARIABLE = "AR2DIFF_COMMAND"  # what was typed, for the processes of a launch
@@ -59,6 +61,20 @@ class Journal:
             (self.folder / RECIPE).write_text(recipe, encoding="utf-8")
             with (self.folder / COMMAND).open("a", encoding="utf-8") as file:
                 file.write(f"{command}\n")
+
+
+@contextmanager
+def tracked(output_dir: Path) -> Iterator[None]:
+    """A context in which trackers write into the run's log, unless the environment says where."""
+    log = output_dir / LOG
+    places = {"TENSORBOARD_LOGGING_DIR": str(log / TENSORBOARD), "WANDB_DIR": str(log)}
+    unset = [name for name in places if name not in os.environ]
+    os.environ.update({name: places[name] for name in unset})
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from ..evaluation.score import score
 from .arguments import rows_per_step
 from .results import DataSize, RunPlan
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of the extra
 STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
 
 
@@ -238,8 +239,9 @@ def check_trackers(report_to: str) -> None:
         for callback in get_reporting_integration_callbacks([report_to]):
             callback()
     except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        install = "run pip install 'ar2diff[trackers]', or " if report_to in TRACKERS else ""
         raise Ar2DiffError(
             f"{option('train.report_to')} {shortened(report_to)} cannot be started: "
             f"{first_line(error)}",
-            f"install the tracker, or set {option('train.report_to', 'none')}",
+            f"{install}set {option('train.report_to', 'none')}",
         ) from None

@@ -33,7 +33,7 @@ from .base import checkpoints, step_of
 from .callbacks import Watch, peak_memory
 from .findings import findings, reached
 from .identity import identity
-from .journal import Journal, command_line
+from .journal import Journal, command_line, tracked
 from .opening import needed_memory, opening
 from .plan import Plan, Verb
 from .plots import draw_log
@@ -93,7 +93,8 @@ def run(
             return RunResult.of(finished, output_dir)
         weights = None
         if plan.recipe.train.max_steps:
-            trained, weights = _train(verb, plan, request, path, summary, resume)
+            with tracked(output_dir):
+                trained, weights = _train(verb, plan, request, path, summary, resume)
             record |= trained
         if output is not None:
             if plan.recipe.train.max_steps and weights is None:
