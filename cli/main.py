@@ -24,9 +24,11 @@ from .generate import generate
 from .import_ import import_command
 from .memory import memory
 from .merge import merge
+from .plot import plot
 from .push import push
 from .recipes import recipes_app
 from .rl import rl
+from .runs import runs
 from .sft import sft
 from .usage import USAGE, Group, Verb
 
@@ -49,6 +51,8 @@ app.command("rl", cls=Verb, rich_help_panel=TRAIN)(rl)
 app.command("draft", cls=Verb, rich_help_panel=TRAIN)(draft)
 app.command("generate", cls=Verb, rich_help_panel=GENERATE)(generate)
 app.command("chat", cls=Verb, rich_help_panel=GENERATE)(chat)
+app.command("runs", cls=Verb, rich_help_panel=TRAIN)(runs)
+app.command("plot", cls=Verb, rich_help_panel=TRAIN)(plot)
 app.command("eval", cls=Verb, rich_help_panel=GENERATE)(evaluate_command)
 app.command("check", cls=Verb, rich_help_panel=GENERATE)(check_command)
 app.command("merge", cls=Verb, rich_help_panel=MOVE)(merge)

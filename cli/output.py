@@ -65,15 +65,21 @@ Overrides = Annotated[
         autocompletion=complete_key,
     ),
 ]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also show what the libraries say.")]
 
 
-def quiet() -> None:
-    """Keep the libraries' own bars and chatter out of the way; before they are imported."""
+def quiet(verbose: bool = False) -> None:
+    """Keep the libraries' own bars and chatter out of the way, unless they are asked for; before
+    they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Of names that trl and transformers themselves use, at every rollout.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # Of what libraries call of each other; nothing that a user of ours could act on.
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")
     # It says on stdout what it finds when it is imported, which others do where it is installed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # On a CPU with avx512_bf16 its import reports the lack of a kernel, which we would not use.

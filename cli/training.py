@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .launch import planned, start, with_launch
-from .output import AsJson, DryRun, Overrides, RecipeOption, quiet, report
+from .output import AsJson, DryRun, Overrides, RecipeOption, Verbose, quiet, report
 from .push import publish
 
 
@@ -73,6 +73,7 @@ def training_verb(
             ),
         ] = None,
         as_json: AsJson = False,
+        verbose: Verbose = False,
         *,
         launch: Any = None,
     ) -> None:
@@ -97,7 +98,7 @@ def training_verb(
             check_before(push_to_hub, model, request.recipe)
         if not dry_run:
             start(launch, request.recipe.data.sources)
-        quiet()
+        quiet(verbose)
         with at_work(), planned_world(launch):
             run = getattr(import_module("ar2diff"), name)
             result = run(
@@ -114,10 +115,15 @@ def training_verb(
         if not is_main():  # one process speaks for all
             return
         if not as_json and not dry_run:
-            shown = {k: v for k, v in shown.items() if k not in ("recipe", "versions")}
+            from ..training.closing import closing
+            from ..training.plots import pictures_in
+
+            print("\n".join(closing(asdict(result), pictures_in(request.output_dir))))
+            shown = {}
         if push_to_hub is not None and not dry_run:
             shown |= {"published": _published(request.output_dir, push_to_hub)}
-        report(shown, as_json)
+        if shown:
+            report(shown, as_json)
 
     own = inspect.signature(verb, eval_str=True)
     told = {"model": model, "data": data, "max_steps": steps}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ar2diff.cli.main import main
+from conftest import besides_progress
 from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.output import check_output
@@ -29,7 +30,7 @@ def fails(monkeypatch, capsys, tmp_path):
         captured = capsys.readouterr()
         assert stop.value.code == 2
         assert captured.out == ""
-        lines = [li for li in captured.err.strip().splitlines() if not li.startswith("step ")]
+        lines = besides_progress(captured.err)
         assert len(lines) == 2, captured.err
         assert lines[0].startswith("error: ")
         assert lines[1].startswith("  fix: ")

@@ -85,7 +85,7 @@ def sizes(recipe) -> list[str]:
         "train.decay_steps": min(1, train.decay_steps),
         "train.logging_steps": 1,
         "data.max_length": 64,
-        "eval.steps": min(1, watch.steps),
+        "eval.steps": min(1, watch.steps or 0),
         "eval.panel_steps": min(2, watch.panel_steps),
         "eval.rows": 2,
         "eval.length": 16,

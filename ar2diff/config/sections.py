@@ -331,7 +331,12 @@ class Eval(Section):
     rows: int = Field(16, gt=0, description="number of evaluation rows")
     length: int = Field(128, gt=1, description="tokens in an evaluation row")
     samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
-    steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="training steps between evaluations; 0: never; null: only before and after "
+        "training, if there are enough data to hold some out",
+    )
     panel_steps: int = Field(
         0, ge=0, description="training steps between displays of a sample being denoised; 0: never"
     )

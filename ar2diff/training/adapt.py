@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..checkpoint.files import read_spec
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
 from ..core.attention import PADDING, Slots, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
+from ..core.forward import context_length
 from ..core.seeds import content_key
 from ..core.spec import Spec
 from ..data.documents import (
@@ -26,6 +28,7 @@ from ..data.documents import (
     tokenize,
 )
 from ..data.sources import Documents, find_file, no_data, read_texts
+from ..diffusion.likelihood import ar_nll
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
@@ -36,9 +39,12 @@ from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
 from .plan import Plan, Verb
 from .request import requested
-from .results import RunPlan, RunResult
+from .results import DataSize, RunPlan, RunResult
 from .run import run
 from .trajectories import is_on_policy, own_states
+
+SPARED = 20  # documents for each evaluation row, without which none is held out unasked
+SAMPLED, SAMPLED_LENGTH = 64, 2000  # documents that are counted, and how much of each
 
 
 def adapt(
@@ -145,10 +151,37 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found | None) -> Pl
 def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
+    size = size_of(documents, checkpoint.tokenizer, len(held_out))
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     collate = make_collator(recipe, checkpoint.spec.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
-    return Plan(checkpoint, recipe, rows, make_trainer, eval_rows, measure=measure)
+    return Plan(
+        checkpoint, recipe, rows, make_trainer, size, eval_rows, measure=measure,
+        base_logs=base_logs,
+    )  # fmt: skip
+
+
+def base_logs(plan: Plan) -> dict[str, float]:
+    """The AR NLL of the base on the evaluation rows, where the conversion gives up the AR mode that
+    else tells it. The weights must still be those of the base."""
+    checkpoint = plan.checkpoint
+    if checkpoint.spec.ar_mode or read_spec(checkpoint.path) is not None:
+        return {}
+    return {
+        "base_ar_nll": ar_nll(checkpoint.model, plan.eval_rows, checkpoint.suppressed, "kept").mean
+    }
+
+
+def size_of(documents: Documents, tokenizer: Any, held_out: int) -> DataSize:
+    """How many documents there are, and about how many tokens they have, by a sample of them."""
+    texts = documents.known()
+    if texts is None:
+        return DataSize("documents", None, None, exact=False, held_out=held_out)
+    some = texts[:: max(1, len(texts) // SAMPLED)]
+    cut = [text[:SAMPLED_LENGTH] for text in some]
+    share = sum(map(len, texts)) / max(1, sum(map(len, cut)))
+    tokens = sum(len(tokenize(tokenizer, text, 0)) for text in cut)
+    return DataSize("documents", len(texts), round(share * tokens), False, held_out)
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -156,7 +189,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     if checkpoint.spec.lossless or checkpoint.base is not None:
         return {}
-    return {"text": choose_threshold(checkpoint, checkpoint.path, plan.eval_rows)}
+    rows = plan.eval_rows if plan.recipe.eval.steps else []  # where an evaluation was asked for
+    return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
 
 
 ADAPT = Verb("adapt", check, read_rows, make_plan)
@@ -168,7 +202,9 @@ def held_out_rows(
     """The fixed evaluation rows, and the keys of the documents that must be kept out of
     training."""
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    if not wanted.steps:
+    if wanted.steps is None and wanted.data is None:
+        return _spared_rows(checkpoint, recipe, documents, eos)
+    if wanted.steps == 0:
         return [], frozenset()
     check_length(checkpoint, wanted.length, "eval.length")
     if wanted.data is not None:
@@ -192,6 +228,26 @@ def held_out_rows(
             f"lower {option('eval.length')}",
         )
     return rows, keys
+
+
+def _spared_rows(
+    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
+) -> tuple[list[list[int]], frozenset[int]]:
+    """Evaluation rows that nobody asked for: of the documents that training would read last, so
+    that a run which does not come that far trains on the same rows as without them. There are none
+    if they would be a noticeable part of the data, or if too few texts are long enough."""
+    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
+    texts = documents.last(2 * wanted.rows)
+    if documents.size < SPARED * wanted.rows or texts is None:
+        return [], frozenset()
+    context = context_length(checkpoint.model.config) or wanted.length
+    length = min(wanted.length, recipe.data.max_length, context)
+    ids = [tokenize(tokenizer, text, eos) for text in texts]
+    long = [row for row in ids if len(row) > length][: wanted.rows]
+    if len(long) < wanted.rows:
+        return [], frozenset()
+    rows = windows(long, tokenizer, length, wanted.rows)
+    return rows, frozenset(content_key(row) for row in long)
 
 
 class AdaptTrainer(Denoising, Trainer):

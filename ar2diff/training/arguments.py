@@ -46,6 +46,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=train.save_steps,
         report_to=train.report_to,
+        run_name=run_dir.parent.name,  # what trackers call it
         remove_unused_columns=False,
         # Every rank reads the whole stream and takes its own batches; nothing is broadcast.
         accelerator_config={"dispatch_batches": False},

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PrinterCallback
@@ -25,12 +25,17 @@ from .modules import disable_dropout, parameter_kinds
 class Running:
     """Trains a checkpoint as a recipe says. A mixin, listed before the trainer class.
 
+    `figures` are the logs that matter most: how the line of a step shows each, by its name. It
+    shows the first three of those that a run has.
+
     Args:
         checkpoint: the checkpoint whose model is trained.
         args: training arguments for the trainer class; see `arguments.training_arguments`.
         module: what is trained; None means the checkpoint's model.
         kwargs: other keyword arguments of the trainer class.
     """
+
+    figures: ClassVar[dict[str, str]]
 
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, args: Any, module: Any = None, **kwargs: Any
@@ -44,9 +49,14 @@ class Running:
     def save_rank(self, folder: Path) -> None:
         """Write what this rank adds to a checkpoint; by default, nothing."""
 
-    def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """The logs to show in the terminal's progress line."""
-        return logs
+    def data_notes(self) -> list[str]:
+        """Lines about the data that are shown before the first step."""
+        return []
+
+    def sample(self) -> str | None:
+        """A line that shows what the model does now, beside the line of a step; None: there is
+        none."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What the run's record says about the data, besides the number of tokens."""
@@ -130,4 +140,9 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The training checkpoints of a run, oldest first."""
     found = run_dir.glob("checkpoint-*") if run_dir.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a training checkpoint was saved."""
+    return int(checkpoint.name.split("-")[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..data.sources import Documents
 from ..distributed.ranks import chosen
 from ..evaluation.drafts import DraftJudge, collator_for
 from ..evaluation.score import check_length
-from .adapt import held_out_rows, read_rows, with_own_text
+from .adapt import held_out_rows, read_rows, size_of, with_own_text
 from .arguments import training_arguments
 from .base import Running
 from .drafting import add_draft, drafting_for
@@ -156,7 +156,8 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
         )
 
     judge = DraftJudge(checkpoint, drafting, collate, eval_rows) if eval_rows else None
-    return Plan(checkpoint, recipe, rows, make, eval_rows, judge=lambda _plan: judge())
+    size = size_of(documents, checkpoint.tokenizer, len(held_out))
+    return Plan(checkpoint, recipe, rows, make, size, eval_rows, judge=lambda _plan: judge())
 
 
 DRAFT = Verb("draft", check, read_rows, make_plan, converts=False)
@@ -171,6 +172,10 @@ class DraftTrainer(Running, Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    figures: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.3f}", "accepted_1": "accepted {:.1%}",
+        "tokens_per_forward": "{:.2f} tokens/forward",
+    }  # fmt: skip
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         checkpoint.model.to(args.device)

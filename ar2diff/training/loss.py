@@ -4,7 +4,7 @@ over `transformers.Trainer`."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ class Denoising(Running):
     """
 
     loss_is_scaled_for_ga = True
+    figures: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.3f}", "masked_accuracy": "accuracy {:.1%}", "ar_loss": "AR loss {:.3f}",
+    }  # fmt: skip
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         self.suppressed = checkpoint.suppressed.to(args.device)

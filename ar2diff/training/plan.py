@@ -21,8 +21,9 @@ from ..core.probe import probe
 from ..core.spec import Spec
 from ..evaluation.score import score
 from .arguments import rows_per_step
-from .results import RunPlan
+from .results import DataSize, RunPlan
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of the extra
 STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
 
 
@@ -33,8 +34,11 @@ class Plan:
     Attributes:
         rows: the training data, as the verb's trainer takes it; None if the run does not train.
         make_trainer: makes the trainer from (this plan, run folder, callbacks).
+        data: how much data there is; None if it is not known, or nothing is trained.
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
         judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
+        base_logs: logs about the model that the run starts from, before the first step, which
+            `judge` does not give.
         preview: adds details that only this verb's dry run shows; None adds nothing.
         measure: measures the trained model before it is saved, where it holds all of its weights,
             and chooses what depends on that; returns what to add to the record.
@@ -46,10 +50,12 @@ class Plan:
     recipe: Recipe
     rows: Any
     make_trainer: Callable[[Plan, Path, list[Any]], Any]
+    data: DataSize | None = None
     eval_rows: list[list[int]] = field(default_factory=list)
     judge: Callable[[Plan], Any] = lambda plan: score(
         plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
     )
+    base_logs: Callable[[Plan], dict[str, float]] = lambda plan: {}
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
     measure: Callable[[Plan], dict[str, Any]] = lambda plan: {}
     complete: Callable[[], Plan] | None = None
@@ -84,6 +90,7 @@ class Plan:
             tokens_at_most=train.max_steps * step * self.recipe.data.max_length,
             eval_rows=len(self.eval_rows),
             notes=self.checkpoint.notes,
+            data=self.data,
         )
 
 
@@ -232,8 +239,9 @@ def check_trackers(report_to: str) -> None:
         for callback in get_reporting_integration_callbacks([report_to]):
             callback()
     except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        install = "run pip install 'ar2diff[trackers]', or " if report_to in TRACKERS else ""
         raise Ar2DiffError(
             f"{option('train.report_to')} {shortened(report_to)} cannot be started: "
             f"{first_line(error)}",
-            f"install the tracker, or set {option('train.report_to', 'none')}",
+            f"{install}set {option('train.report_to', 'none')}",
         ) from None
