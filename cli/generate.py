@@ -144,14 +144,14 @@ def _show(
             draw(writings, stopped.is_set, pause)
         else:
             printed.append(_streamed(writings, stopped.is_set))
-    if note := unread_note(checkpoint.spec, [writings[0].result()]):
-        remark(note)
     for number, writing in enumerate(writings):
         result, mode = writing.result(), f"{writing.options.mode}: " if compare else ""
         same = result.whole_text in printed
         if not same:
             print_text(result)
             printed.append(result.whole_text)
+        if note := unread_note(checkpoint.spec, [result]):
+            remark(note)
         remark(mode + summary([result]) + (", the same text" if same and number else ""))
     if stopped.is_set():
         raise KeyboardInterrupt

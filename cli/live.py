@@ -202,9 +202,12 @@ def print_text(result: Completion) -> None:
 
 def remark(*lines: str) -> None:
     """Print lines about a text on stderr, after what stdout has of it."""
+    from rich.console import Console
+
     sys.stdout.flush()
+    to = Console(stderr=True, highlight=False, emoji=False, markup=False)
     for line in lines:
-        typer.secho(f"[{line}]", err=True, dim=True)
+        to.print(f"[{line}]", style="dim", soft_wrap=not to.is_terminal)
 
 
 def draw(writings: Sequence[Writing], stopped: Callable[[], bool], pause: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.model import Checkpoint
 from ..core.options import DENOISING, Options
 from ..core.spec import Spec
+from ..core.speculation import PACES
 from .complete import begin, result_of, settings_of
 from .prompts import split_gaps
 from .results import Completion
@@ -80,6 +81,9 @@ class Writing:
         self.checkpoint, self.spec, self.options = checkpoint, spec, options
         self.asked, self.seconds = prompt, 0.0
         self.segments = [""] if prompt is None else split_gaps(prompt)
+        if options.mode == "speculative" and checkpoint.model not in PACES:
+            # How many drafts pay is measured in a model's first step, which is not a text's time.
+            next(begin(checkpoint, spec, options, [ids])[1], None)
         self.canvas, self._states = begin(checkpoint, spec, options, [ids])
         canvas = self.canvas
         self.prompt = int(canvas.prompt[0])
@@ -224,7 +228,6 @@ def with_ar_beside(
     Args:
         begun: begins the text with settings.
     """
-    begun(settings).step()  # how many tokens to draft is measured once, which must not count
     others = {*DENOISING, "draft_length", "draft_nodes"}
     shared = {name: value for name, value in settings.items() if name not in others}
     return [begun(settings), begun({**shared, "mode": "ar"})]
