@@ -10,9 +10,10 @@ from ..checkpoint.model import Checkpoint
 from ..core.spec import Spec
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..generation.chat import complete_chat
-from ..generation.complete import complete_all, infill, stream
+from ..generation.complete import complete_all, infill
 from ..generation.complete import load as load_checkpoint
 from ..generation.results import Completion
+from ..generation.writing import stream
 
 
 class DiffusionModel:
