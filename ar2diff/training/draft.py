@@ -205,12 +205,12 @@ class DraftTrainer(Running, Trainer):
         names = ("divisor", "tokens")
         sums = [torch.stack([b[name].double() for name in names]) for b in batch_samples]
         divisor, tokens = self.accelerator.reduce(torch.stack(sums).sum(0).to(device), "sum")
-        self.state.num_input_tokens_seen += int(tokens)
+        self.count_tokens(tokens)
         return divisor.clamp(min=TINY).to(torch.get_default_dtype())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter saw since the last log."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
-            logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **seen, "tokens": self.tokens_seen()}
         super().log(logs, start_time)

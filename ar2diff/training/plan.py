@@ -20,7 +20,7 @@ from ..core.head import ATTRIBUTE
 from ..core.probe import probe
 from ..core.spec import Spec
 from ..evaluation.score import score
-from .arguments import rows_per_step
+from .arguments import check_optimizer, rows_per_step
 from .results import RunPlan
 
 STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
@@ -129,6 +129,7 @@ class Verb:
         recipe = continued(self.check(path, spec, recipe), spec)
         check_target(path, spec, recipe)
         check_trackers(recipe.train.report_to)
+        check_optimizer(recipe.train.optimizer)
         rows = self.read(recipe)
         checkpoint = load_checkpoint(
             str(path), recipe.train.attn_implementation, quantization=recipe.quantization
