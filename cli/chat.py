@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import quiet
+from .output import Dtype, quiet
 from .sampler import with_sampler
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def chat(
     pause: Annotated[
         float, typer.Option(min=0, help="Seconds to pause after each forward pass, to watch it.")
     ] = 0.0,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -45,7 +46,7 @@ def chat(
     from ..generation.complete import check_request
 
     check_request(model, None, settings)
-    session = Chat(load(model, dtype="float32").checkpoint, settings, system)
+    session = Chat(load(model, dtype=dtype).checkpoint, settings, system)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text ends no chat
     live = sys.stdin.isatty() and sys.stdout.isatty()
     screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()

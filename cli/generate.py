@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, progress, quiet, report
+from .output import AsJson, Dtype, progress, quiet, report
 from .sampler import with_sampler
 
 
@@ -55,6 +55,7 @@ def generate(
         bool, typer.Option("--stream", help="Print the text of a single prompt as it is decided.")
     ] = False,
     as_json: AsJson = False,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -75,7 +76,7 @@ def generate(
     from ..generation.complete import check_request
 
     check_request(model, request, settings)
-    loaded = load(model, dtype="float32")
+    loaded = load(model, dtype=dtype)
     if stream:
         results = [_streamed(loaded.stream(request.prompts[0], **settings))]
     elif request.infill is not None:

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config.rl import Rl
 from ..core.attention import PADDING, Slots, reading_slot
-from ..core.forward import logits_at
+from ..core.forward import output_at
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
 from ..diffusion.noise import complement, corrupt, draw_times
@@ -241,7 +241,8 @@ def score(
         index=at[0] * ids.shape[1] + at[1],
         target=target,
     )
-    logits = logits_at(model, task.index, inner=inner, **task.inputs(inner, spec.local_window))
+    inputs = task.inputs(inner, spec.local_window)
+    logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)

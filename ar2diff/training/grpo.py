@@ -113,6 +113,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
             torch.no_grad(),
+            self.accelerator.autocast(),  # in the precision in which they are scored
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             self.checkpoint.model.eval()
