@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import AsJson, quiet, report
+from .output import AsJson, Dtype, quiet, report
 
 
 def evaluate_command(
@@ -32,6 +32,7 @@ def evaluate_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise draws.")] = 0,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure the likelihood of held-out text: the bound of the diffusion mode with its standard
@@ -51,5 +52,6 @@ def evaluate_command(
         samples=samples,
         limit=limit,
         seed=seed,
+        dtype=dtype,
     )
     report(result.to_dict(), as_json)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import Ar2DiffError, option
 from .live import draw, interrupts, is_live, print_text, remark
-from .output import AsJson, progress, quiet, report
+from .output import AsJson, Dtype, progress, quiet, report
 from .sampler import Pause, with_sampler
 
 if TYPE_CHECKING:
@@ -76,6 +75,7 @@ def generate(
     ] = False,
     pause: Pause = 0.0,
     as_json: AsJson = False,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -108,7 +108,7 @@ def generate(
     from ..generation.complete import check_request
 
     check_request(model, request, settings, compare)
-    loaded = load(model, dtype="float32")
+    loaded = load(model, dtype=dtype)
     if stream or compare:
         _show(loaded.checkpoint, request.prompts[0], settings, compare, pause)
         return

@@ -23,6 +23,7 @@ from ar2diff.cli.output import report
 from ar2diff.cli.recipes import aligned
 
 from ar2diff.config.recipe import Recipe, field_names, load_recipe, parse_recipe, recipe_names
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -462,6 +463,32 @@ def test_number_written_as_1e_3_is_a_number():
 
 def test_version(run):
     assert run("--version") == (0, "0.1.0\n")
+
+
+def test_auto_is_the_stored_dtype_on_a_gpu_and_float32_on_a_cpu():
+    from ar2diff.checkpoint.model import _dtype
+
+    stored = {"a": "BF16", "b": "BF16", "c": "F32"}
+    assert _dtype("auto", stored, True) == torch.bfloat16
+    assert _dtype("auto", stored, False) == torch.float32
+    assert _dtype("stored", stored, False) == torch.bfloat16
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "eval", "check"])
+def test_every_verb_that_decodes_takes_a_dtype(run_both, converted, monkeypatch, write_jsonl, verb):
+    from ar2diff.checkpoint import io as loading
+
+    asked = []
+
+    def load(path, attention, device, quantization, dtype):
+        asked.append((device, dtype))
+        raise Ar2DiffError("loaded", "no more is wanted")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    more = {"generate": ["--prompt", "a"], "eval": ["--data", str(write_jsonl("a.jsonl", []))]}
+    for chosen in ([], ["--dtype", "bfloat16"]):
+        assert "loaded" in run_both(verb, converted, *more.get(verb, []), *chosen)[2]
+    assert asked == [("auto", "auto"), ("auto", "bfloat16")]
 
 
 def test_no_model_is_asked_for_more_than_float32(converted):

@@ -154,10 +154,10 @@ class Guesses:
         if memory is None:
             return scores
         after, share = self.head.after, 1 / self.temperature
+        if memory.dim() == 2 and scores.dtype == after.dtype:
+            return torch.addmm(scores, memory * gates, after, alpha=share)
         if memory.dim() == 3:
             scores, gates = scores[:, None], gates[:, None]
-        elif after.dtype == scores.dtype:
-            return torch.addmm(scores, memory * gates, after, alpha=share)
         return torch.add(scores, (memory * gates) @ after, alpha=share)
 
     def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from ..checkpoint.files import read_spec
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
-from ..core.attention import PADDING, Slots, reading_slot, reveal_edges
+from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
 from ..core.seeds import content_key
@@ -23,6 +23,7 @@ from ..core.spec import Spec
 from ..data.documents import (
     Collator,
     PackedDocuments,
+    attention_of,
     block_length_at,
     document_parts,
     tokenize,
@@ -260,31 +261,26 @@ class AdaptTrainer(Denoising, Trainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
-        attention, block_length, reveal = self.attention_at(int(inputs["step"]))
-        x0 = inputs["x0"]
+        block_length = block_length_at(self.recipe, inputs["step"])
+        x0, places = inputs["x0"], inputs["masked_at"]
         task = masked_task(
             x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
-            attention=attention, block_length=block_length, reveal=reveal,
-            drawn=inputs["drawn"],
+            attention=attention_of(self.recipe, block_length), block_length=block_length,
+            reveal=inputs.get("reveal"), drawn=inputs["drawn"], places=places,
         )  # fmt: skip
         # The clean copy comes after the noisy one; each of its tokens is read one slot before.
         length = x0.shape[1]
         ar_columns = torch.arange(length - 1, 2 * length - 1, device=x0.device).expand_as(x0)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, x0, ar_columns)
-        pos, visible = inputs["pos"], ~inputs["masked"] & (inputs["doc"] != PADDING)
-        first = pos % block_length == 0 if block_length else pos == 0
-        reads = reading_slot(pos, attention, block_length, self.spec.prediction)
-        distilled = self.distilled_tokens(
-            inputs["masked"], inputs["written"], visible, first.cumsum(1), reads >= length
-        )
+        distilled = places[inputs["chosen"]]
         if self.teacher is None:
             source = reading(task, ar_columns, distilled, x0)
         else:  # the AR model reads the documents themselves
-            plain = Slots(inputs["doc"], pos, torch.zeros_like(distilled))
+            plain = Slots(inputs["doc"], inputs["pos"], torch.zeros_like(inputs["masked"]))
             source = Task(x0, plain, "causal_context", 1, task.index, task.target)
             source = reading(source, ar_columns - length, distilled, x0)
-        return self.loss_task(task, inputs, x0, ar_columns, distilled, source)
+        return self.loss_task(task, inputs, x0, ar_columns, source)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -292,7 +288,7 @@ class AdaptTrainer(Denoising, Trainer):
         """The batches of an optimizer step, some of them with the model's own text, and their
         divisors."""
         batches = list(islice(epoch_iterator, num_batches))
-        if batches and is_on_policy(self.recipe, int(batches[0]["step"])):
+        if batches and is_on_policy(self.recipe, batches[0]["step"]):
             eos = end_token(self.checkpoint)
             batches = [own_states(self.checkpoint, self.data_collator, b, eos) for b in batches]
         return batches, self._get_num_items_in_batch(batches, device)
@@ -311,27 +307,6 @@ class AdaptTrainer(Denoising, Trainer):
             parts = document_parts(list(ids), 0, eos, recipe, recipe.train.seed)
             rows += [(last, [piece]) for piece in parts]
         return rows
-
-    def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:
-        """The anneal: attention, block length and revealed edges at an optimizer step."""
-        attention, anneal = self.spec.attention, self.recipe.anneal
-        block_length = block_length_at(self.recipe, step)
-        if attention == "full" and block_length is not None:
-            attention = "block_causal"  # growing: blocks until the goal
-        if attention == "block_causal" and block_length >= self.recipe.data.max_length:
-            attention = "full"  # one block: nothing reads the clean copy
-        reveal = None
-        if anneal.kind == "reveal":
-            length = self.recipe.data.max_length
-            reveal = reveal_edges(
-                step / anneal.steps,
-                length,
-                block_length or length,
-                self.recipe.train.seed,
-                step,
-                self.args.device,
-            )
-        return attention, block_length, reveal
 
 
 def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:

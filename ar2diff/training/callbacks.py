@@ -168,8 +168,10 @@ class Stopping(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make all processes stop after the same step; otherwise they would wait for each other."""
-        asked = torch.tensor(int(self.asked), device=self.accelerator.device)
-        self.agreed = bool(self.accelerator.reduce(asked, "sum"))
+        self.agreed = self.asked
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(int(self.asked), device=self.accelerator.device)
+            self.agreed = bool(self.accelerator.reduce(asked, "sum"))
         if self.agreed:
             control.should_save = control.should_training_stop = True
 

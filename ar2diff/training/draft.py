@@ -15,7 +15,6 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError, option
-from ..core.probe import probe
 from ..core.spec import Spec
 from ..data.documents import PackedDocuments
 from ..data.sources import Documents
@@ -28,7 +27,7 @@ from .base import Running
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
 from .own_text import Found
-from .plan import Plan, Verb
+from .plan import Plan, Verb, probed
 from .request import requested
 from .results import RunPlan, RunResult
 from .run import run
@@ -125,7 +124,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
     check_length(checkpoint, recipe.data.max_length, "data.max_length")
     add_draft(checkpoint, recipe)
     with checkpoint.draft.applied(checkpoint.model, slice(0, 0)):  # which embeds the mask
-        problems = probe(checkpoint.model, checkpoint.read_as)
+        problems = probed(checkpoint.model, checkpoint.read_as)
     if problems:
         kind = checkpoint.model.config.model_type
         raise Ar2DiffError(
@@ -210,12 +209,12 @@ class DraftTrainer(Running, Trainer):
         names = ("divisor", "tokens")
         sums = [torch.stack([b[name].double() for name in names]) for b in batch_samples]
         divisor, tokens = self.accelerator.reduce(torch.stack(sums).sum(0).to(device), "sum")
-        self.state.num_input_tokens_seen += int(tokens)
+        self.count_tokens(tokens)
         return divisor.clamp(min=TINY).to(torch.get_default_dtype())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter saw since the last log."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
-            logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **seen, "tokens": self.tokens_seen()}
         super().log(logs, start_time)

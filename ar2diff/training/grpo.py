@@ -115,6 +115,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
             torch.no_grad(),
+            self.accelerator.autocast(),  # in the precision in which they are scored
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             self.checkpoint.model.eval()
@@ -188,6 +189,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             canvas[row, :, : len(rollout.ids)] = torch.stack([rollout.ids, rollout.step])
         numbers = [[len(r.ids), r.prompt, r.answer, r.seed] for r in rollouts]
         output["canvas"], output["canvas_of"] = canvas, torch.tensor(numbers)
+        # On the CPU, so that no micro-step has to wait for it.
+        live = (output["advantages"] != 0) & output["completion_mask"].any(1)
+        output["live"] = live.cpu()
         if self.recipe.rl.estimator == "spg":
             output.pop("old_per_token_logps", None)  # spg has no ratio
         return output
@@ -215,9 +219,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
+        live = inputs.pop("live").cpu()
         self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
         if not self.beta:
-            return self._loss_of_live_rows(model, inputs)
+            return self._loss_of_live_rows(model, inputs, live)
         if rl.kl == "k3":
             return super()._compute_loss(model, inputs)
         beta, self.beta = self.beta, 0.0
@@ -228,13 +233,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
         return loss + beta * self._squared_kl(inputs) / steps
 
-    def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it."""
-        live = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
-        live[0] |= ~live.any()  # every rank must take part in the forward pass
+    def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any], live: Tensor) -> Tensor:
+        """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it.
+
+        Args:
+            live: [B] bool, the other rows.
+        """
+        self._live = live.clone()
+        self._live[0] |= ~live.any()  # every rank must take part in the forward pass
         if "old_per_token_logps" in inputs:
-            inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * live[:, None]
-        self._live = live.cpu()
+            seen = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
+            seen[0] |= ~seen.any()
+            inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * seen[:, None]
         try:
             return super()._compute_loss(model, inputs)
         finally:

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import PADDING, Slots
+from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.chat_template import chat_template, turn_end
@@ -175,26 +175,21 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from `TurnCollator`."""
-        masked, target = inputs["masked"], inputs["target"]
+        places, target = inputs["masked_at"], inputs["target"]
         task = Task(
             input_ids=inputs["input_ids"],
             slots=Slots(*(inputs[name] for name in ("doc", "pos", "noisy", "start", "block"))),
             attention=self.spec.attention,
             block_length=self.spec.block_length,
-            index=slots_at(inputs["reads"], masked, target.shape[1]),
-            target=target[masked],
-            previous=inputs["previous"][masked] if self.spec.head is not None else None,
+            index=slots_at(inputs["reads"], places, target.shape[1]),
+            target=target.flatten()[places],
+            previous=inputs["previous"].flatten()[places] if self.spec.head is not None else None,
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, target, before)
-        visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
-        distilled = self.distilled_tokens(
-            masked, inputs["before"] >= 0, visible, inputs["block"] + 1,  # clean slots have -1
-            inputs["reads"] == inputs["before"],
-        )  # fmt: skip
-        source = reading(task, inputs["before"], distilled, target)
-        return self.loss_task(task, inputs, target, before, distilled, source)
+        source = reading(task, inputs["before"], places[inputs["chosen"]], target)
+        return self.loss_task(task, inputs, target, before, source)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation with supervised tokens, as rows of its own with the noise of the first
