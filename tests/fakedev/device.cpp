@@ -134,7 +134,8 @@ Tensor empty_strided_(c10::IntArrayRef size, c10::IntArrayRef stride, std::optio
 }
 Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
   const bool from = self.device().type() == DEV, to = dst.device().type() == DEV;
-  if (from && !to) note("sync", "D2H copy");
+  if (self.numel() == 0) note("op", "copy_");  // nothing is copied
+  else if (from && !to) note("sync", "D2H copy");
   else if (!from && to) note(non_blocking ? "h2d-async" : "sync", "H2D copy");
   else note("op", "copy_");
   Quiet q;
@@ -190,6 +191,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (t.device().type() == DEV) dev = true;
     else if (t.device().is_cpu()) cpu.emplace_back(arg, t);
     if (arg == 1 && t.scalar_type() == at::kBool) boolean = true;  // an index
+    if (arg == 2 && t.numel() == 1) boolean = false;  // a single value is put by masked_fill
   };
   for (size_t i = 0; i < n; ++i) {
     const auto& v = (*stack)[begin + i];
