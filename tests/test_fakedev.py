@@ -1,4 +1,5 @@
-"""Decoding on a pretended accelerator: the CPU's tokens, and no mixing of devices.
+"""Decoding on a pretended accelerator: the CPU's tokens, no mixing of devices, and the host waits
+at most once a forward.
 
 `fakedev` raises on operations that mix devices, as CUDA does, and counts what makes the host wait.
 It cannot see pinned memory, streams, nor the numerics of a GPU's kernels, nor the back ends of
@@ -36,16 +37,18 @@ def judge(found):
     for line in found:
         assert line.get("error") is None, line
         assert line["same"], line
+        assert line["waits"] <= line["forwards"], line
+        assert line["uploads"] <= 10 * line["forwards"], line  # mostly 2 to 5; 9 with a head
 
 
-def test_six_settings_write_the_cpus_tokens():
+def test_six_settings_write_the_cpus_tokens_and_wait_once_a_forward():
     found = run("fakedev.decoding", *SIX)
     assert [line["name"] for line in found] == SIX
     judge(found)
 
 
 @pytest.mark.slow
-def test_every_setting_writes_the_cpus_tokens():
+def test_every_setting_writes_the_cpus_tokens_and_waits_once_a_forward():
     found = run("fakedev.decoding")
     assert len(found) >= 25
     judge(found)

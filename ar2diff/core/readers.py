@@ -118,8 +118,8 @@ class BlockReader:
         self._layout = None
 
     def _boundaries(self, layout: _StepSlots, masked: Tensor) -> tuple[Tensor, ...]:
-        """Of a forward, for `_across`: the rows whose context ends in it, the rows whose first token
-        is wanted, and which of the wanted tokens these are."""
+        """Of a forward, for `_across`: the rows whose context ends in it, the rows whose first
+        token is wanted, and which of the wanted tokens these are."""
         if self.spec.prediction != "shift":
             return ()
         rows = masked[:, 0] & layout.first[:, 0]

@@ -85,7 +85,7 @@ class Chooser:
         if len(self.suppressed) or no_end is not None:  # else nothing is impossible
             logits = logits.index_fill(1, self.suppressed, HIDDEN)
         if no_end is not None and len(end_ids):
-            held, ends = on_device(logits.device, no_end, end_ids)
+            held, ends = upload(logits.device, no_end, end_ids)
             logits[:, ends] = logits[:, ends].masked_fill(held[:, None], HIDDEN)
         return logits
 
@@ -100,7 +100,7 @@ class Chooser:
             if warper is not self.penalty:
                 scores = warper(context, scores)
             elif context is not None:
-                scores = warper(*on_device(scores.device, context), scores)
+                scores = warper(*upload(scores.device, context), scores)
         return scores
 
     def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
@@ -149,7 +149,7 @@ def draw(probability: Tensor, u: Tensor) -> Tensor:
         u: [N] in [0, 1).
     """
     cumulative = probability.double().cumsum(-1)
-    (u,) = on_device(cumulative.device, u)
+    (u,) = upload(cumulative.device, u)
     point = u[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True)[:, 0]
     last = (probability > 0).double().cumsum(-1).argmax(-1)  # rounding may point beyond it
@@ -176,9 +176,9 @@ def commits(
     device, order = choice.tokens.device, None
     if quota is not None:
         if options.order == "random":
-            (order,) = on_device(device, chooser.uniform(rows[masked.nonzero()[:, 0]]))
-        (quota,) = on_device(device, quota)
-    (masked,) = on_device(device, masked)
+            (order,) = upload(device, chooser.uniform(rows[masked.nonzero()[:, 0]]))
+        (quota,) = upload(device, quota)
+    (masked,) = upload(device, masked)
     confidence = spread(choice.logprob, masked)
     if options.entropy_bound is not None:
         return within_entropy(spread(choice.entropy, masked), masked, options.entropy_bound)
@@ -238,7 +238,7 @@ def left_to_right(
         rows = chosen.nonzero()[:, 0]
         if not len(rows):
             continue
-        rows, here, left = on_device(
+        rows, here, left = upload(
             logits.device, rows, number[rows, column], number[rows, column - 1]
         )
         again = commit[rows, column - 1] & (alone | commit[rows, column])
@@ -331,10 +331,3 @@ def spread(values: Tensor, masked: Tensor) -> Tensor:
     """[N] values of the masked positions in their places [R, W], zero elsewhere."""
     held = torch.zeros(masked.shape, dtype=values.dtype, device=values.device)
     return held.masked_scatter(masked, values)
-
-
-def on_device(device: Any, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of the host or the device, on the device."""
-    if all(tensor.device == device for tensor in tensors):
-        return list(tensors)
-    return upload(device, *tensors)

@@ -18,16 +18,18 @@ ALIGNED = 8  # bytes, so that a part of the buffer can be read as any dtype
 
 
 def upload(device: Any, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of the host on a device, in one copy for which the host does not wait."""
+    """Tensors on a device: those of the host in one copy for which it does not wait, those that
+    are not as they are."""
     device = torch.device(device)
-    if device.type == "cpu":
+    here = [tensor for tensor in tensors if tensor.is_cpu]
+    if device.type == "cpu" or not here:
         return list(tensors)
-    size = sum(_bytes(tensor) for tensor in tensors)
-    pinned = device.type == "cuda"  # the copy of pageable memory would be made at once
-    held = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    for part, tensor in zip(_parts(held, tensors), tensors, strict=True):
+    pinned = device.type == "cuda"  # the copy of pageable memory may wait
+    held = torch.empty(sum(map(_bytes, here)), dtype=torch.uint8, pin_memory=pinned)
+    for part, tensor in zip(_parts(held, here), here, strict=True):
         part.copy_(tensor)
-    return list(_parts(held.to(device, non_blocking=True), tensors))
+    moved = _parts(held.to(device, non_blocking=True), here)
+    return [next(moved) if tensor.is_cpu else tensor for tensor in tensors]
 
 
 def download(*tensors: Tensor) -> list[Tensor]:

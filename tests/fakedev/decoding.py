@@ -3,8 +3,8 @@
     python -m fakedev.decoding SETTING...        # in tests/; without a name, all of them
     python -m fakedev.decoding -v SETTING...     # and where the host waits, by file and line
 
-One line of JSON for each setting: whether the tokens are the CPU's, forwards, and waits and uploads
-of all forwards but the first, over eight blocks.
+One line of JSON for each setting: whether the tokens are the CPU's, and how many forwards, waits
+and uploads follow the first forward, over eight blocks.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ SETTINGS = SIX | {
     "threshold drawn": _denoised(threshold=0.5, **DRAWN),
     "threshold filtered": _denoised(threshold=0.5, **DRAWN, **FILTERED, top_k=20, top_p=0.9),
     "top_h": _denoised(threshold=0.5, **DRAWN, top_h=0.5),
-    "threshold window": Setting(options={"threshold": 0.5, "mode": "diffusion"}, kind="mistral_window"),
+    "threshold window": Setting(
+        options={"threshold": 0.5, "mode": "diffusion"}, kind="mistral_window"
+    ),
     "eager": Setting(options={"threshold": 0.5, "mode": "diffusion"}, kind="gemma2"),
     "gaps": Setting(options={"mode": "diffusion", "threshold": 0.5}, gaps=True),
     "held": _denoised(threshold=0.5, min_new_tokens=20, eos_token_id=[7]),
@@ -182,8 +184,13 @@ def compare(name: str, device: torch.device, module: Any, verbose: bool = False)
             check_model(model, spec, draft)
         canvas, forwards = states(setting, model, spec, draft)
         next(forwards)  # the prompts, and the timing of forwards
+        calls: list[None] = []
+        hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         with Waits(module) as found:
-            count = sum(1 for _ in forwards)
+            for _ in forwards:
+                pass
+        hook.remove()
+        count = len(calls)
         texts.append([canvas.new_ids(row) for row in range(len(canvas.ids))])
         if setting.gaps:
             texts[-1] = canvas.ids.tolist()
