@@ -105,7 +105,10 @@ def public_names() -> str:
         lines += [f"## {heading.partition(',')[0]}", ""]
         for name in (word for word in re.findall(r"\w+", below) if word in left):
             lines += [f"::: ar2diff.{left.pop(name)}.{name}"]
-            lines += [f"    options: {{heading: ar2diff.{name}, toc_label: {name}}}", ""]
+            options = f"heading: ar2diff.{name}, toc_label: {name}"
+            if name.endswith("Trainer"):  # their methods are what transformers and trl call
+                options += ", members: false"
+            lines += [f"    options: {{{options}}}", ""]
     return "\n".join(lines)
 
 

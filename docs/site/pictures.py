@@ -19,15 +19,15 @@ from ar2diff.core.attention import Slots, allowed_edges, dense_mask, lay_out, re
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 LENGTH, BLOCK = 8, 4  # tokens of the row, and of its blocks
-CELL, MARGIN, LABEL = 18, 6, 26  # pixels
+CELL, MARGIN, LABEL = 20, 6, 28  # pixels
 KINDS = (  # by (the reader is noisy, what is read is noisy)
-    ((True, True), "noisy", "a masked slot reads its block"),
-    ((True, False), "context", "a masked slot reads clean text"),
+    ((True, True), "noisy", "a noisy slot reads its block"),
+    ((True, False), "context", "a noisy slot reads clean text"),
     ((False, False), "clean", "a clean slot reads clean text"),
 )
 STYLE = """
-text { font: 11px ui-monospace, monospace; fill: #444; text-anchor: middle }
-.legend, .axis { font-family: system-ui, sans-serif } .legend { text-anchor: start }
+text { font: 10px ui-monospace, monospace; fill: #444; text-anchor: middle }
+.legend, .axis { font: 11px system-ui, sans-serif } .legend { text-anchor: start }
 .none { fill: none; stroke: #ccc } .border { stroke: #555; stroke-width: 1.5; fill: none }
 .noisy { fill: #e07b39; stroke: #a8541d } .context { fill: #5c6bc0; stroke: #3a4796 }
 .clean { fill: #43a07a; stroke: #2a6f53 }
@@ -66,18 +66,19 @@ def training(attention: str, lengths: Sequence[int] = (LENGTH,), **way: Tensor) 
     _, slots = lay_out(pos, pos, doc, pos, attention)
     starts = [n for n, p in enumerate(pos[0].tolist()) if p % BLOCK == 0]
     clean = [f"{'xyz'[d]}{p}" for d, p in zip(doc[0].tolist(), pos[0].tolist(), strict=True)]
-    size = len(clean)
+    noisy, size = [f"~{label}" for label in clean], len(clean)
     if attention == "full":
-        return drawn(slots, attention, ["m"] * size, [], **way)
+        return drawn(slots, attention, noisy, [], **way)
     edges = [*starts[1:], size, *(size + n for n in starts[1:])]
-    return drawn(slots, attention, ["m"] * size + clean, edges, **way)
+    return drawn(slots, attention, noisy + clean, edges, **way)
 
 
 def decoding() -> Picture:
     """The second block, behind the clean first one."""
     pos = torch.arange(2 * BLOCK)[None]
     slots = Slots(torch.zeros_like(pos), pos, pos >= BLOCK)
-    return drawn(slots, "causal_context", [f"x{n}" for n in range(BLOCK)] + ["m"] * BLOCK, [BLOCK])
+    labels = [f"~x{n}" if n >= BLOCK else f"x{n}" for n in range(2 * BLOCK)]
+    return drawn(slots, "causal_context", labels, [BLOCK])
 
 
 def speculation() -> Picture:
@@ -126,7 +127,7 @@ def svg(picture: Picture) -> str:
     for n, label in enumerate(picture.labels):
         middle = first + n * CELL + CELL / 2
         lines.append(f'<text x="{middle}" y="{first - 8}">{label}</text>')
-        lines.append(f'<text x="{first - 14}" y="{middle + 4}">{label}</text>')
+        lines.append(f'<text x="{first - 16}" y="{middle + 4}">{label}</text>')
     for q, k, css in _cells(picture):
         corner = f'x="{first + k * CELL + 1}" y="{first + q * CELL + 1}"'
         lines.append(f'<rect {corner} width="{CELL - 2}" height="{CELL - 2}" rx="2" class="{css}"/>')
