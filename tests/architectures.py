@@ -25,7 +25,7 @@ from ar2diff.core.spec import ATTENTIONS, Spec
 
 ROWS = 259  # of the vocabulary
 WINDOW = 6
-BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"  # around the table in docs/support.md
+BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"  # around it in docs/support.md
 
 # Sizes by the names that configs give them; a config takes those that it knows.
 TINY: dict[str, Any] = {

@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import typer
+import yaml
+from ar2diff.cli.main import app
+from typer.cli import get_docs_for_click
+
+import ar2diff
+from ar2diff.config.recipe import Recipe, recipe_names
+from ar2diff.config.schema import describe_fields
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import typer  # noqa: E402
-import yaml  # noqa: E402
-from typer.cli import get_docs_for_click  # noqa: E402
-
-import ar2diff  # noqa: E402
-from ar2diff.cli.main import app  # noqa: E402
-from ar2diff.config.recipe import Recipe, recipe_names  # noqa: E402
-from ar2diff.config.schema import describe_fields  # noqa: E402
-
 # Where the links of the README and of the two other pages from outside docs/ lead on the site.
 ELSEWHERE = {
     "README.md": "index.md",
@@ -50,7 +47,9 @@ def _moved(source: str) -> str:
 def commands() -> str:
     """Every command with its arguments and options, as typer documents them."""
     command = typer.main.get_command(app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="ar2diff", title="Commands")
+    text = get_docs_for_click(
+        obj=command, ctx=typer.Context(command), name="ar2diff", title="Commands"
+    )
     return re.sub(r"^Example: (.*)$", r"```console\n$ \1\n```", text, flags=re.M)
 
 
@@ -68,8 +67,16 @@ def recipe_keys() -> str:
         above = name.rpartition(".")[0].split(".")[0] or "description"
         if above != section:
             section = above
-            lines += ["", f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        shown = json.dumps(default) if default is None or isinstance(default, bool) else str(default)
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        shown = (
+            json.dumps(default) if default is None or isinstance(default, bool) else str(default)
+        )
         if isinstance(default, tuple):
             shown = str(list(default))
         cells = [f"`{name}`", _cell(kind), f"`{shown}`" if shown else "", _cell(meaning)]
@@ -86,13 +93,22 @@ def shipped_recipes() -> str:
     lines = [
         "# Shipped recipes",
         "",
-        "`ar2diff recipes ls` lists them, and `ar2diff recipes cp NAME my.yaml` copies one to edit. "
-        "[The guide](../guides/recipes.md) sorts them by purpose.",
+        "`ar2diff recipes ls` lists them, and `ar2diff recipes cp NAME my.yaml` copies one to "
+        "edit. [The guide](../guides/recipes.md) sorts them by purpose.",
     ]
     for name in recipe_names():
         text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         said = yaml.safe_load(text)["description"]
-        lines += ["", f"## {name}", "", f"{said[0].upper()}{said[1:]}.", "", "```yaml", text.rstrip(), "```"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{said[0].upper()}{said[1:]}.",
+            "",
+            "```yaml",
+            text.rstrip(),
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 

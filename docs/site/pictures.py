@@ -52,7 +52,9 @@ class Picture:
     edges: Sequence[int]
 
 
-def drawn(slots: Slots, attention: str, labels: Sequence[str], edges: Sequence[int], **way: Tensor) -> Picture:
+def drawn(
+    slots: Slots, attention: str, labels: Sequence[str], edges: Sequence[int], **way: Tensor
+) -> Picture:
     """The picture of one row of slots."""
     block = None if attention == "full" else BLOCK
     mask = dense_mask(allowed_edges(slots, attention, block, **way), slots)[0, 0]
@@ -130,7 +132,9 @@ def svg(picture: Picture) -> str:
         lines.append(f'<text x="{first - 16}" y="{middle + 4}">{label}</text>')
     for q, k, css in _cells(picture):
         corner = f'x="{first + k * CELL + 1}" y="{first + q * CELL + 1}"'
-        lines.append(f'<rect {corner} width="{CELL - 2}" height="{CELL - 2}" rx="2" class="{css}"/>')
+        lines.append(
+            f'<rect {corner} width="{CELL - 2}" height="{CELL - 2}" rx="2" class="{css}"/>'
+        )
     last = first + size * CELL
     for edge in [0, *picture.edges, size]:
         at = first + edge * CELL
