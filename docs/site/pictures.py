@@ -19,7 +19,7 @@ from ar2diff.core.attention import Slots, allowed_edges, dense_mask, lay_out, re
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 LENGTH, BLOCK = 8, 4  # tokens of the row, and of its blocks
-CELL, MARGIN, LABEL = 20, 6, 28  # pixels
+CELL, MARGIN, LABEL = 22, 6, 28  # pixels
 KINDS = (  # by (the reader is noisy, what is read is noisy)
     ((True, True), "noisy", "a noisy slot reads its block"),
     ((True, False), "context", "a noisy slot reads clean text"),
