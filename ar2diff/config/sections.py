@@ -196,7 +196,8 @@ class SelfData(Section):
     prompts: str | None = Field(
         None,
         description="file of prompts: rows with a prompt, with messages up to an answer, or with "
-        "a text, whose beginning is given; null: the start token alone",
+        "a text, whose beginning is given, which are learned along with what follows; null: the "
+        "start token alone",
     )
     prompt_tokens: int = Field(8, gt=0, description="how many tokens the beginning of a text has")
     tokens: int = Field(1_000_000, gt=0, description="how many tokens to write")
@@ -204,7 +205,10 @@ class SelfData(Section):
         1.0, ge=0, description="temperature of the draws; at 0 each prompt is continued once"
     )
     max_new_tokens: int = Field(
-        256, gt=0, description="tokens after a prompt, unless the model ends the text earlier"
+        256,
+        gt=0,
+        description="tokens after a prompt, unless the model ends the text earlier, or "
+        "prompt and answer do not fit into its context",
     )
     weight: float | None = Field(
         None,

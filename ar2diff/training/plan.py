@@ -28,6 +28,7 @@ from .results import DataSize, RunPlan
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of the extra
 ROOM = 1.3  # what a probe needs on an accelerator, in sizes of the weights
+PROMPTS, PROMPT_TOKENS = 3, 16  # of the prompts that a run's record keeps for its card
 STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
 
 
@@ -76,6 +77,17 @@ class Plan:
         if not self.recipe.train.max_steps:
             return result
         return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Different beginnings of evaluation rows, which a model card shows answers to."""
+        found: dict[str, None] = {}
+        for row in self.eval_rows:
+            ids = row[:PROMPT_TOKENS]
+            text = self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
+            whole = text.rpartition(" ")[0].strip()  # the last word may be cut
+            found[whole or text.strip().rstrip("\ufffd")] = None
+        return [text for text in found if text][:PROMPTS]
 
     def summary(self, output_dir: Path) -> RunPlan:
         """A summary of the run, without details that only the verb's own dry run shows."""

@@ -120,6 +120,7 @@ def _record(
         | {"python": platform.python_version()},
         "recipe": plan.recipe.model_dump(mode="json"),
         "inputs": identity(path, plan.recipe) if is_main() else None,
+        "prompts": plan.prompts,
         "sharding": sharding(),
         **known,
     }
