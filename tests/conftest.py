@@ -205,7 +205,7 @@ def run_both(monkeypatch, capsys):
 def besides_progress(said: str) -> list[str]:
     """The lines of a run's stderr besides those that tell what it will do and how far it is: its
     errors, warnings and notes."""
-    told = re.compile(r"(adapt|draft|sft|rl): |step \d|  (?!fix: )|\d+ supervised turns")
+    told = re.compile(r"(adapt|draft|sft|rl): |step \d|  (?!fix: )")
     return [line for line in said.strip().splitlines() if not told.match(line)]
 
 

@@ -244,15 +244,17 @@ def test_what_a_run_warns_of_at_its_end():
 # The log of a run
 
 
-def test_a_run_that_was_killed_goes_on_with_its_metrics(
-    tiny_checkpoint, recipe, tmp_path, monkeypatch
+def test_a_run_that_was_killed_is_listed_and_goes_on_with_its_metrics(
+    run_both, tiny_checkpoint, recipe, tmp_path, monkeypatch
 ):
     settings = ["train.save_steps=2", "train.logging_steps=1", "eval.rows=2", "eval.length=16"]
-    adapt(str(tiny_checkpoint), recipe(*settings), tmp_path / "whole")
-    step, out = AdaptTrainer.training_step, tmp_path / "killed"
+    runs, step = tmp_path / "runs", AdaptTrainer.training_step
+    whole, out = runs / "whole", runs / "deep" / "killed"
+    adapt(str(tiny_checkpoint), recipe(*settings), whole)
 
     def killed_in_step_4(self, *args, **kwargs):
         if self.state.global_step == 3:
+            assert [run.state for run in find_runs(out)] == ["running"]
             raise InterruptedError
         return step(self, *args, **kwargs)
 
@@ -263,13 +265,21 @@ def test_a_run_that_was_killed_goes_on_with_its_metrics(
     with (out / "log" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
     assert len(read_metrics(out)) == 4
+
+    (runs / "other").mkdir()
+    code, said, _ = run_both("runs", runs)
+    head, killed, done = said.splitlines()
+    assert code == 0 and head.split() == ["run", "verb", "steps", "time", "reached"]
+    assert re.search(r"deep/killed +adapt +3/4 unfinished +\d+ s +bound \d", killed)
+    assert re.search(r"whole +adapt +4 +\d+ s +bound [\d.]+, AR NLL [\d.]+", done)
+    (one, _) = json.loads(run_both("runs", runs, "--json")[1])["runs"]
+    assert (one["state"], one["step"]) == ("unfinished", 3) and one["before"]["eval_bound"] > 0
+
     adapt(str(tiny_checkpoint), recipe(*settings), out, resume=True)
+    changing = ("seconds", "tokens_per_second")
     kept = [
-        [
-            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
-            for row in rows
-        ]
-        for rows in map(read_metrics, (tmp_path / "whole", out))
+        [{name: value for name, value in row.items() if name not in changing} for row in rows]
+        for rows in map(read_metrics, (whole, out))
     ]
     assert kept[0] == kept[1]
     seconds = [row["seconds"] for row in read_metrics(out)]
@@ -389,29 +399,8 @@ def test_plots_without_matplotlib_name_the_extra(run_both, tmp_path):
     assert code == 2 and "has no log/metrics.jsonl" in err
 
 
-def test_the_list_of_runs(run_both, tiny_checkpoint, recipe, tmp_path, monkeypatch):
-    settings = ["eval.rows=2", "eval.length=16", "train.save_steps=1", "train.logging_steps=1"]
-    adapt(str(tiny_checkpoint), recipe(*settings), tmp_path / "runs" / "done")
-    step = AdaptTrainer.training_step
-
-    def killed_in_step_3(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            (run,) = find_runs(tmp_path / "runs" / "deep" / "killed")
-            assert run.state == "running"
-            raise InterruptedError
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
-        patched.setattr(AdaptTrainer, "training_step", killed_in_step_3)
-        adapt(str(tiny_checkpoint), recipe(*settings), tmp_path / "runs" / "deep" / "killed")
-    (tmp_path / "runs" / "other").mkdir()
-    code, said, _ = run_both("runs", tmp_path / "runs")
-    head, killed, done = said.splitlines()
-    assert code == 0 and head.split() == ["run", "verb", "steps", "time", "reached"]
-    assert re.search(r"deep/killed +adapt +2/4 unfinished +\d+ s +bound \d", killed)
-    assert re.search(r"done +adapt +4 +\d+ s +bound [\d.]+, AR NLL [\d.]+", done)
-    (one, _) = json.loads(run_both("runs", tmp_path / "runs", "--json")[1])["runs"]
-    assert (one["state"], one["step"]) == ("unfinished", 2) and one["before"]["eval_bound"] > 0
+def test_a_folder_without_runs(run_both, tmp_path):
+    assert run_both("runs", tmp_path) == (0, f"there are no runs in {tmp_path}\n", "")
     code, _, err = run_both("runs", tmp_path / "nowhere")
     assert code == 2 and "does not exist" in err and len(err.splitlines()) == 2
 

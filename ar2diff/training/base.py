@@ -39,6 +39,7 @@ class Running:
     """
 
     figures: ClassVar[dict[str, str]]
+    notes: tuple[str, ...] = ()  # on the data, shown before the first step
 
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, args: Any, module: Any = None, **kwargs: Any
@@ -53,8 +54,8 @@ class Running:
     def save_rank(self, folder: Path) -> None:
         """Write what this rank adds to a checkpoint; by default, nothing."""
 
-    def data_notes(self) -> list[str]:
-        """Lines about the data that are shown before the first step."""
+    def details(self) -> list[str]:
+        """Lines that say more of the data, below its size."""
         return []
 
     def sample(self) -> str | None:

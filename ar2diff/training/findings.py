@@ -48,7 +48,7 @@ def findings(verb: str, rows: Rows, settled: bool, **facts: Any) -> dict[str, st
     if verb == "rl":
         judged = [row for row in rows if row.get("reward") is not None]
         found |= _of_rewards(judged, 1 if settled else 3)
-    if verb == "sft" and settled:
+    if verb == "sft" and facts:
         found |= _of_answers(**facts)
     before, after = reached(rows)
     if settled and after:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config.recipe import Recipe
-from ..core.errors import Ar2DiffError
 from ..distributed.launch import strategy_of
 from ..distributed.precision import computes_in_bf16
 from ..distributed.ranks import chosen, world_size
@@ -31,15 +31,22 @@ def needed_memory(path: Path, recipe: Recipe) -> int | None:
         return None
     try:
         return sum(held(measure(path, recipe), recipe, how, world_size()).values())
-    except (Ar2DiffError, NotImplementedError, TypeError):  # an adapter, or an unusual model
+    except Exception:  # an adapter, or an unusual model: no estimate is worth a run
         return None
 
 
-def opening(verb: str, model: str, plan: RunPlan, recipe: Recipe, memory: int | None) -> list[str]:
+def opening(
+    verb: str,
+    model: str,
+    plan: RunPlan,
+    recipe: Recipe,
+    memory: int | None,
+    details: Sequence[str] = (),
+) -> list[str]:
     """The lines that describe a run.
 
     Args:
-        model: as it was named. memory: of `needed_memory`.
+        model: as it was named. memory: of `needed_memory`. details: lines about the data.
     """
     lines = [f"{verb}: {model}, {_parameters(plan)}"]
     if verb == "draft":
@@ -51,6 +58,7 @@ def opening(verb: str, model: str, plan: RunPlan, recipe: Recipe, memory: int | 
         lines.append(f"  spec    {_spec(plan.diffusion)}")
     if plan.data is not None:
         lines.append(f"  data    {_data(plan)}")
+    lines += details
     unit = UNITS.get(verb, "rows")
     lines += [
         f"  budget  {plan.steps:,} steps of {plan.rows_per_step:,} {unit}, at most "

@@ -177,11 +177,10 @@ def _train(
     output_dir = request.output_dir
     run_dir = output_dir / "checkpoints"
     use_cache = plan.checkpoint.model.config.use_cache  # the Trainer turns it off
-    screen = Screen(is_main())
-    memory = needed_memory(path, plan.recipe) if is_main() else None
     done = checkpoints(run_dir) if resume else []
-    journal = None
+    screen, journal, memory = Screen(is_main()), None, None
     if is_main():
+        memory = needed_memory(path, plan.recipe)
         journal = Journal(output_dir, step_of(done[-1]) if done else 0)
         command = command_line(verb.name, request.model, output_dir)
         journal.describe(dump_recipe(plan.recipe), command)
@@ -190,34 +189,30 @@ def _train(
     watch.trainer = trainer
     if trainer.is_world_process_zero():
         shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # left by a killed run
-    for line in opening(verb.name, request.model, summary, plan.recipe, memory):
-        screen.say(line)
-    for note in (*trainer.data_notes(), *summary.notes):
-        screen.say(note)
+    facts, size = trainer.facts(), plan.data
+    known = facts and {"conversations": size.count, "max_length": plan.recipe.data.max_length}
+    warnings = findings(verb.name, [], False, **facts, **known).values()
+    screen.say(*opening(verb.name, request.model, summary, plan.recipe, memory, trainer.details()))
+    screen.say(*trainer.notes, *summary.notes, *(f"warning: {text}" for text in warnings))
     if done:
         screen.say(f"going on from step {step_of(done[-1])}")
     with screen.bar(verb.name, plan.recipe.train.max_steps):
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     plan.checkpoint.model.config.use_cache = use_cache
     plan.checkpoint.model.eval()
-    facts = trainer.facts()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **facts}
     if plan.eval_rows:
         step, judged = watch.judged or (None, None)
-        known = step == plan.recipe.train.max_steps  # not if the run had already ended
-        record["eval"] = (judged if known else plan.judge(plan)).to_dict()
+        fresh = step == plan.recipe.train.max_steps  # not if the run had already ended
+        record["eval"] = (judged if fresh else plan.judge(plan)).to_dict()
     if journal is not None:
-        names = [*trainer.figures]
-        before, after = reached(journal.rows, names)
-        if facts:
-            facts |= {
-                "conversations": summary.data.count, "max_length": plan.recipe.data.max_length
-            }  # fmt: skip
+        before, after = reached(journal.rows, [*trainer.figures])
+        warnings = findings(verb.name, journal.rows, True, **facts, **known).values()
         record |= {
             "before": before,
             "after": after,
             "seconds": round(journal.seconds(), 1),
             "peak_memory": peak_memory(),
-            "warnings": list(findings(verb.name, journal.rows, True, **facts).values()),
+            "warnings": list(warnings),
         }
     return record, whole_weights(trainer)

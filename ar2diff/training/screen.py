@@ -24,14 +24,13 @@ class Screen:
         self._bar: Any = None
         self._drawn = 0.0
 
-    def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if not self.speaks:
-            return
-        if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def say(self, *lines: str) -> None:
+        """Print lines, above the bar if there is one."""
+        for line in lines if self.speaks else ():
+            if self._bar is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, verb: str, steps: int) -> Iterator[None]:

@@ -152,11 +152,13 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         self._loss_shifts_labels = False  # we count no tokens by their labels
         self.train_dataset = self._conversations(self.train_dataset)
         self.answers = self.train_dataset.answers()
-        self.notes: tuple[str, ...] = ()
 
-    def data_notes(self) -> list[str]:
-        """The number and lengths of the answers, and what of the data is not used."""
-        return [described(self.answers, self.recipe), *self.notes]
+    def details(self) -> list[str]:
+        """The number and lengths of the answers."""
+        lengths = sorted(self.answers.lengths)
+        median, longest = lengths[len(lengths) // 2], lengths[-1]
+        count = f"{self.answers.turns:,}"
+        return [f"  answers {count}, with a median of {median:,} tokens and at most {longest:,}"]
 
     def facts(self) -> dict[str, Any]:
         """What the run's record says about the answers."""
