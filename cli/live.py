@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -92,26 +92,28 @@ class View:
         as there is room for."""
         from rich.text import Text
 
-        width, height = self.console.width, self.console.height - 1
+        width = self.console.width
+        below = self.lines(legend(states), width)
+        height = self.console.height - 1 - len(below)
         if len(states) > 1 and width < BESIDE:
             height //= len(states)
         elif len(states) > 1:
             width = (width - APART) // len(states)
         columns = [self.column(s, n, width, height) for n, s in enumerate(states)]
-        if self.console.width < BESIDE:
-            return Frame([line for column in columns for line in column])
+        if width == self.console.width:
+            return Frame([*chain(*columns), *below])
         lines = []
         for parts in zip_longest(*columns, fillvalue=Text()):
             for part in parts[:-1]:
                 part.pad_right(width + APART - part.cell_len)
             lines.append(Text().join(parts))
-        return Frame(lines)
+        return Frame([*lines, *below])
 
     def column(self, state: State, number: int, width: int, height: int) -> list[Text]:
         """A text, and a line on how far it is."""
         text, first = self.text(state, self.drawn.get(number, 0))
         self.drawn[number] = state.forwards
-        below = [*self.lines(figures(state), width), *self.lines(legend(state), width)]
+        below = self.lines(figures(state), width)
         lines, room = self.lines(text, width), max(1, height - len(below))
         if len(lines) > room:  # around the first undecided token; at the end, once there is none
             middle = len(self.lines(text[:first], width)) - room // 2
@@ -164,23 +166,23 @@ def figures(state: State) -> Text:
 
     each = state.new_tokens / max(state.forwards, 1)
     rate = state.new_tokens / max(state.seconds, 1e-9)
-    return Text(
+    return Text().append(
         f"{state.mode}: step {state.forwards}, {state.new_tokens} tokens, {each:.2f} per forward, "
         f"{rate:.0f} tokens/s, {state.seconds:.1f} s",
         "bold dim",
     )
 
 
-def legend(state: State) -> Text:
+def legend(states: Sequence[State]) -> Text:
     """What the colours mean."""
     from rich.text import Text
 
-    text = Text("probability ", "dim")
+    text = Text().append("probability ", "dim")
     for least, colour in SURE:
         text.append(f">{100 * least:.0f} %  " if least else "less", colour)
-    if state.mode == "speculative":
+    if any(state.mode == "speculative" for state in states):
         text.append("  ").append("accepted draft", "underline dim")
-    if any(piece.again for piece in state.pieces):
+    if any(piece.again for state in states for piece in state.pieces):
         text.append("  ").append("masked again", "underline dim")
     return text
 
