@@ -15,8 +15,6 @@ from .sampler import Pause, with_sampler
 if TYPE_CHECKING:
     from ..generation.chat import Chat
 
-MORE = "\\"  # at the end of a line: the message goes on
-
 
 @with_sampler
 def chat(
@@ -147,6 +145,8 @@ def _messages(read: Callable[[str], str | None]) -> Iterator[str]:
     Args:
         read: a line after a prompt; None if it was called off. EOFError ends the messages.
     """
+    from ..generation.chat import MORE
+
     held: list[str] = []
     while True:
         try:

@@ -8,21 +8,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby, zip_longest
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
     from rich.text import Text
 
     from ..generation.results import Completion
     from ..generation.writing import Piece, State, Writing
 
 FRAME = 1 / 20  # seconds between two frames at least; more would not be seen
-SHARE = 0.02  # of the time that drawing may take
+SHARE = 0.03  # of the time that drawing may take
 SURE = ((0.9, "green"), (0.5, "yellow"), (0.0, "red"))  # colours by a token's probability
 BESIDE = 72  # columns from which two texts stand side by side
+APART = 2  # columns between them
 
 
 def is_live() -> bool:
@@ -35,6 +40,18 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, emoji=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Lines that are as long as they should be, which rich need not wrap again."""
+
+    lines: Sequence[Text]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """What rich prints."""
+        for line in self.lines:
+            yield from line.render(console, end="\n")
 
 
 class View:
@@ -70,38 +87,39 @@ class View:
         self.due = now + max(FRAME, (now - start) / SHARE)
         time.sleep(self.pause)
 
-    def frame(self, states: Sequence[State]) -> RenderableType:
+    def frame(self, states: Sequence[State]) -> Frame:
         """The texts side by side, or one below the other on a narrow terminal; only as many lines
         as there is room for."""
-        from rich.console import Group
-        from rich.table import Table
+        from rich.text import Text
 
-        width, height = self.console.width, self.console.height - 1
-        if len(states) == 1:
-            return self.column(states[0], 0, width, height)
-        if width < BESIDE:
-            part = height // len(states)
-            return Group(*(self.column(s, n, width, part) for n, s in enumerate(states)))
-        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        part = width // len(states) - 2
-        for _ in states:
-            table.add_column(width=part)
-        table.add_row(*(self.column(s, n, part, height) for n, s in enumerate(states)))
-        return table
+        width = self.console.width
+        below = self.lines(legend(states), width)
+        height = self.console.height - 1 - len(below)
+        if len(states) > 1 and width < BESIDE:
+            height //= len(states)
+        elif len(states) > 1:
+            width = (width - APART) // len(states)
+        columns = [self.column(s, n, width, height) for n, s in enumerate(states)]
+        if width == self.console.width:
+            return Frame([*chain(*columns), *below])
+        lines = []
+        for parts in zip_longest(*columns, fillvalue=Text()):
+            for part in parts[:-1]:
+                part.pad_right(width + APART - part.cell_len)
+            lines.append(Text().join(parts))
+        return Frame([*lines, *below])
 
-    def column(self, state: State, number: int, width: int, height: int) -> RenderableType:
+    def column(self, state: State, number: int, width: int, height: int) -> list[Text]:
         """A text, and a line on how far it is."""
-        from rich.console import Group
-
         text, first = self.text(state, self.drawn.get(number, 0))
         self.drawn[number] = state.forwards
-        below = [*self.lines(figures(state), width), *self.lines(legend(state), width)]
+        below = self.lines(figures(state), width)
         lines, room = self.lines(text, width), max(1, height - len(below))
         if len(lines) > room:  # around the first undecided token; at the end, once there is none
             middle = len(self.lines(text[:first], width)) - room // 2
             start = max(0, min(middle, len(lines) - room))
             lines = lines[start : start + room]
-        return Group(*lines, *below)
+        return [*lines, *below]
 
     def lines(self, text: Text, width: int) -> list[Text]:
         """A text in lines of a width."""
@@ -115,16 +133,20 @@ class View:
         """
         from rich.text import Text
 
-        plain = self.console.options.ascii_only
-        text, first = Text(), None
+        dot, line = (".", "|") if self.console.options.ascii_only else ("·", "│")
+        parts, first = [], None
         for piece in state.pieces:
             if piece.opens:
-                text.append("|" if plain else "│", "dim")
+                parts.append(("dim", line))
             if piece.undecided and first is None:
-                first = len(text)
-            shown = "." if plain and piece.undecided else harmless(piece.text)
-            text.append(shown, style_of(piece, last))
-        return text, len(text) if first is None else first
+                first = len(parts)
+            shown = dot if piece.undecided else harmless(piece.text)
+            parts.append((style_of(piece, last), shown))
+        length = sum(len(shown) for _, shown in parts[:first])
+        text = Text()
+        for style, run in groupby(parts, key=itemgetter(0)):  # fewer spans are drawn faster
+            text.append("".join(shown for _, shown in run), style)
+        return text, length
 
 
 def style_of(piece: Piece, last: int) -> str:
@@ -144,23 +166,23 @@ def figures(state: State) -> Text:
 
     each = state.new_tokens / max(state.forwards, 1)
     rate = state.new_tokens / max(state.seconds, 1e-9)
-    return Text(
+    return Text().append(
         f"{state.mode}: step {state.forwards}, {state.new_tokens} tokens, {each:.2f} per forward, "
         f"{rate:.0f} tokens/s, {state.seconds:.1f} s",
         "bold dim",
     )
 
 
-def legend(state: State) -> Text:
+def legend(states: Sequence[State]) -> Text:
     """What the colours mean."""
     from rich.text import Text
 
-    text = Text("probability ", "dim")
+    text = Text().append("probability ", "dim")
     for least, colour in SURE:
         text.append(f">{100 * least:.0f} %  " if least else "less", colour)
-    if state.mode == "speculative":
+    if any(state.mode == "speculative" for state in states):
         text.append("  ").append("accepted draft", "underline dim")
-    if any(piece.again for piece in state.pieces):
+    if any(piece.again for state in states for piece in state.pieces):
         text.append("  ").append("masked again", "underline dim")
     return text
 

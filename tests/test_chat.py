@@ -179,9 +179,10 @@ def test_settings_are_checked_before_they_hold(plain):
         events = say(chat, line)
         assert list(events) == [Problem], line
         assert what in events[Problem][0].what
-        assert events[Problem][0].fix
+        assert 0 < len(events[Problem][0].fix) < 100  # it fits into a line
         assert chat.settings == {"max_new_tokens": 4}
-    assert "did you mean /help?" in say(chat, "/hepl")[Problem][0].what
+    for typed, meant in (("hepl", "help"), ("exit", "quit"), ("clear", "reset")):
+        assert f"did you mean /{meant}?" in say(chat, f"/{typed}")[Problem][0].what
 
 
 def test_settings_hold_for_the_answers_that_follow(plain):
@@ -249,6 +250,7 @@ def test_conversation_is_saved_once(templated, tmp_path):
 def test_help_names_every_command_and_each_is_there(plain):
     chat = Chat(plain, {})
     (note,) = say(chat, "/help")[Note]
+    assert "goes on in the next line" in note.text
     for name, (usage, _) in COMMANDS.items():
         assert usage in note.text
         assert usage.startswith(f"/{name}")

@@ -217,10 +217,10 @@ def _row(line, width):
 def test_a_text_longer_than_the_screen_is_shown_where_it_is_undecided(first):
     out = console(40)
     pieces = [f"word{n:02} " for n in range(100)]
-    pieces[first] = Piece("····· ", undecided=True)
+    pieces[first] = Piece("·", undecided=True)
     with View(out) as view:
         view.show([drawn(*pieces)])
-        assert "·····" in "".join(emulated(out).display)
+        assert "·" in "".join(emulated(out).display)
         assert not emulated(out).history.top
 
 

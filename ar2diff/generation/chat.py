@@ -25,12 +25,16 @@ COMMANDS = {
     "set": ("/set key=value ...", "set sampler options; key= restores the default"),
     "show": ("/show", "show the current options and the size of the context"),
     "mode": ("/mode NAME", "switch to diffusion, speculative or ar; /mode alone: the default"),
-    "compare": ("/compare", "write each answer in the AR mode too, beside it; again: no longer"),
+    "compare": ("/compare", "show the AR mode's answer beside each one; again: no longer"),
     "seed": ("/seed N", "seed the random draws"),
     "undo": ("/undo", "forget the last message and its answer"),
     "save": ("/save FILE", "write the conversation as JSON"),
     "quit": ("/quit", "leave; so does Ctrl-D"),
 }
+# What other programs call a command.
+MEANT = {"exit": "quit", "q": "quit", "bye": "quit", "clear": "reset", "new": "reset"}
+MORE = "\\"  # at the end of a line
+GOES_ON = (f"... {MORE}", "a message goes on in the next line")
 
 
 @dataclass(frozen=True)
@@ -213,14 +217,16 @@ class Chat:
     def _command(self, line: str) -> Iterator[Event]:
         name, _, rest = line.strip().partition(" ")
         if name not in COMMANDS:
+            known = [f"/{command}" for command in COMMANDS]
             raise Ar2DiffError(
-                f"there is no command /{name}{nearest('/' + name, [f'/{c}' for c in COMMANDS])}",
+                f"there is no command /{name}{nearest(f'/{MEANT.get(name, name)}', known)}",
                 "type /help for a list, or // to start a message with /",
             )
         yield from getattr(self, f"_{name}")(rest.strip())
 
     def _help(self, _rest: str) -> Iterator[Event]:
-        yield Note("\n".join(f"{usage:20} {text}" for usage, text in COMMANDS.values()))
+        rows = [*COMMANDS.values(), GOES_ON]
+        yield Note("\n".join(f"{usage:20} {text}" for usage, text in rows))
 
     def _reset(self, _rest: str) -> Iterator[Event]:
         self.exchanges, self.dropped = [], 0
@@ -254,10 +260,12 @@ class Chat:
         settings_of(self.checkpoint, merged)
         self.settings = merged
         changes = (
-            as_setting(name, None) + (" as before" if value is None else f" {value}")
+            f"{as_setting(name, None)} is the default again"
+            if value is None
+            else f"{as_setting(name, None)} is now {value}"
             for name, value in values.items()
         )
-        yield Note(", ".join(changes))
+        yield Note("; ".join(changes))
 
     def _show(self, _rest: str) -> Iterator[Event]:
         spec, options = settings_of(self.checkpoint, self.settings)
@@ -265,8 +273,8 @@ class Chat:
         for name in SETTINGS:
             key = ALIASES.get(name, name)
             value = dict(options.filters).get(key) if key in FILTERS else getattr(options, key)
-            if value is not None and value != ():
-                lines.append(f"{name:20} {value}{'  (yours)' if key in self.settings else ''}")
+            shown = "not set" if value is None or value == () else value
+            lines.append(f"{name:20} {shown}{'  (yours)' if key in self.settings else ''}")
         count = len(self.exchanges) - self.dropped
         room = room_of(self.checkpoint.model, spec, options)
         context = f"in a context of {room} tokens" if room else "in an unlimited context"
