@@ -28,7 +28,14 @@ from ..diffusion.task import Task, slots_at
 from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
-from .modules import compile_layers, frozen_copy
+from .modules import (
+    attending_with,
+    compile_layers,
+    flex_in_one_dtype,
+    flex_pays,
+    frozen_copy,
+    unwrapped,
+)
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
@@ -94,6 +101,13 @@ class Denoising(Running):
         if distil is not None and distil.target == "teacher":
             self.teacher = frozen_copy(checkpoint.model).to(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
+        flex_in_one_dtype()
+        # For training alone: evaluation has rows of many lengths, and flex compiles for each.
+        auto = recipe.train.attn_implementation == "auto"
+        inner, length = unwrapped(checkpoint.model), recipe.data.max_length
+        self.attention = (
+            "flex_attention" if auto and flex_pays(inner, length, args.device) else None
+        )
         if self.spec.head is not None and holds_shards(self):
             raise Ar2DiffError(
                 f"{option('convert.head_rank')} cannot be used where each process holds a shard of "
@@ -144,6 +158,11 @@ class Denoising(Running):
             chosen=batch.get("chosen"),
             source=source,
         )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch, with the attention that pays in training."""
+        with attending_with(unwrapped(self.checkpoint.model), self.attention):
+            return super().training_step(*args, **kwargs)
 
     def losses(
         self, model: Any, wanted: LossTask, divisors: Tensor, logits: bool = False
