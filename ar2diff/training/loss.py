@@ -204,10 +204,11 @@ class Denoising(Running):
         fused: list[WeightedLoss] = []
         read: list[Readout] = []
 
-        def fuse(head: Any, hidden: Tensor) -> None:
+        def fuse(head: Any, hidden: Tensor) -> Tensor:
             fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added))
             if wanted.distilled is not None:
                 read.append(Readout.of_head(head, hidden))
+            return fused[0].total.view(1, 1, 1)
 
         output = output_at(
             model,
@@ -220,7 +221,10 @@ class Denoising(Running):
         made = output.logits[0]
         if added is not None and not fused:
             made = made + (added[0] @ added[1]).to(made.dtype)
-        summed = fused[0] if fused else loss_of_logits(made[: len(target)], *asked)
+        if fused:  # through what the head returned, which sharded weights wait for
+            summed = replace(fused[0], total=made[0, 0])
+        else:
+            summed = loss_of_logits(made[: len(target)], *asked)
         if wanted.distilled is not None:
             readout = read[0] if read else Readout(made)
             summed = self._distilled(summed, readout, wanted, divisor)
@@ -347,7 +351,9 @@ class Denoising(Running):
 
     def _fuses(self, inner: Any) -> bool:
         if self._fused is None:
-            self._fused = has_plain_head(inner)
+            # Distillation reads the head after the forward, when sharded weights are released.
+            after = self.recipe.objective.distil is not None and holds_shards(self)
+            self._fused = not after and has_plain_head(inner)
             if self.recipe.train.compile:  # not before: the earlier forward had another shape
                 compile_layers(inner)
         return self._fused
