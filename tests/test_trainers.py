@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 
 import pytest
 import torch
+from transformers.integrations import flex_attention
 from waits import Waits
 
 from ar2diff.checkpoint.io import load_checkpoint
@@ -17,6 +19,7 @@ from ar2diff.training.adapt import AdaptTrainer, make_collator
 from ar2diff.training.adapt import make_plan as make_adapt_plan
 from ar2diff.training.arguments import training_arguments
 from ar2diff.training.loss import divisors_of, totals_of
+from ar2diff.training.modules import attending_with, flex_in_one_dtype, flex_pays
 from ar2diff.training.own_text import Found
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import check_settings
@@ -177,6 +180,49 @@ def test_a_worker_gives_the_same_batches(trainer_of, write_jsonl):
     for one, other in zip(*found, strict=True):
         assert one.pop("step") == other.pop("step")
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_flex_attention_trains_long_rows_on_a_gpu_alone(tiny_model, monkeypatch):
+    model, gpu = tiny_model("llama"), torch.device("cuda")
+    assert flex_pays(model, 1024, gpu) and not flex_pays(model, 1023, gpu)
+    assert not flex_pays(model, 1024, torch.device("cpu"))
+    assert not flex_pays(tiny_model("llama", "eager"), 1024, gpu)  # which somebody asked for
+    monkeypatch.setattr(type(model), "_supports_flex_attn", False)
+    assert not flex_pays(model, 1024, gpu)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_attends_in_its_own_way(trainer_of, checkpointing):
+    trainer = trainer_of("adapt", train={"max_steps": 1, "gradient_checkpointing": checkpointing})
+    config, kinds = trainer.model.config, []
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    trainer.model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda *_: kinds.append(config._attn_implementation)
+    )
+    batch = trainer.data_collator(trainer.fixed_rows(TEXTS))
+    losses = []
+    for kind in (None, "eager"):
+        trainer.attention = kind
+        losses.append(trainer.training_step(trainer.model, dict(batch), None))
+    torch.testing.assert_close(*losses)
+    assert config._attn_implementation == "sdpa"
+    assert Counter(kinds) == {"sdpa": 2 + checkpointing, "eager": 1 + checkpointing}
+
+
+def test_flex_attention_gets_one_dtype_under_autocast(tiny_model, monkeypatch):
+    model, seen = tiny_model("qwen3", "sdpa", torch.float32), []
+
+    def flex(module, query, key, value, mask, **_):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(flex_attention, "flex_attention_forward", flex)
+    flex_in_one_dtype()
+    with torch.autocast("cpu", torch.bfloat16), attending_with(model, "flex_attention"):
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        model(input_ids=torch.arange(4)[None], attention_mask=mask, use_cache=False)
+    assert set(seen) == {(torch.bfloat16,) * 3}
 
 
 @pytest.mark.parametrize("verb", ROWS)

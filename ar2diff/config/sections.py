@@ -315,7 +315,9 @@ class Train(Section):
         "auto", description="precision of forward and backward passes; master weights are float32"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
-        "auto", description="attention implementation; auto: sdpa, or eager for models without it"
+        "auto",
+        description="attention implementation; auto: flex_attention for training on a GPU with "
+        "rows of 1024 tokens or more, else sdpa, or eager for models without it",
     )
     compile: bool = Field(
         False, description="compile the layers with torch.compile; the first steps are slow"

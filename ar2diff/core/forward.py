@@ -84,7 +84,7 @@ def output_at(
     inner: Any = None,
     cache: Any = None,
     real: Tensor | None = None,
-    instead: Callable[[Any, Tensor], None] | None = None,
+    instead: Callable[[Any, Tensor], Tensor | None] | None = None,
     read: list[Tensor] | None = None,
     exact: bool = False,
     **inputs: Any,
@@ -102,8 +102,9 @@ def output_at(
         cache: a cache of transformers that holds the keys before the slots; theirs are added.
         real: [B, S] bool, True where a slot is not padding: the slots that count in the routers'
             loss, if the config asks for one.
-        instead: called with the output embeddings and their input [N, H]; the logits are then
-            those of the first slot only.
+        instead: called with the output embeddings and their input [N, H], while these are whole
+            even where weights are sharded. The logits are then what it returns, of three
+            dimensions, or of no slot if it returns None.
         read: gets the input [N, H] of the output embeddings.
         exact: whether a plain linear head computes in float32 although its inputs or weights have
             16 bits: logits that are rounded to 8 bits of precision have many ties.
@@ -118,10 +119,7 @@ def output_at(
         states = args[0].flatten(0, 1)[index]
         if read is not None:
             read.append(states)
-        if instead is not None:
-            instead(module, states)
-            states = states[:1]
-        elif exact and _rounds(module, states):
+        if instead is not None or (exact and _rounds(module, states)):
             given.append(states)
             states = states[:0]  # the head itself computes nothing
         return (states.unsqueeze(0),)
@@ -129,9 +127,16 @@ def output_at(
     def compute(module: Any, _args: Any, _output: Tensor) -> Tensor | None:
         if get_ident() != own or not given:
             return None
+        if instead is not None:
+            return instead(module, given.pop())
         return _exact_product(module, given.pop()).unsqueeze(0)
 
-    hooks = [head.register_forward_pre_hook(pick), head.register_forward_hook(compute)]
+    # Before the hooks of whatever shards the weights, which release them after the forward, and
+    # gather them again when the gradient of what the module returned arrives.
+    hooks = [
+        head.register_forward_pre_hook(pick),
+        head.register_forward_hook(compute, prepend=True),
+    ]
     if real is None:
         inputs |= quiet_routers(inner)
     elif _judges_routers(inner):

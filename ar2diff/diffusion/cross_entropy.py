@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from ..core.forward import quiet_routers
 
@@ -98,14 +99,13 @@ def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether the logits are simply one unsharded linear layer applied to the last hidden states,
-    with no adapter, soft cap or scale. Finds out by a forward pass on one token."""
+    """Whether the logits are simply one linear layer applied to the last hidden states, with no
+    adapter, soft cap or scale. Finds out by a forward pass on one token, in which all processes
+    take part if the weights are sharded."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter:
+    if type(head) is not torch.nn.Linear or type(head.weight) not in (torch.nn.Parameter, DTensor):
         return False
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3 holds only a shard of it
-        return False
-    rows = head.weight.shape[0]
+    rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 holds a shard of them
     ramp = torch.linspace(-50, 50, rows, device=head.weight.device).view(1, 1, rows)
     hook = head.register_forward_hook(lambda _module, _args, output: ramp.to(output.dtype))
     try:

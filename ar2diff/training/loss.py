@@ -28,7 +28,14 @@ from ..diffusion.task import Task, slots_at
 from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
-from .modules import compile_layers, frozen_copy
+from .modules import (
+    attending_with,
+    compile_layers,
+    flex_in_one_dtype,
+    flex_pays,
+    frozen_copy,
+    unwrapped,
+)
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
@@ -97,6 +104,13 @@ class Denoising(Running):
         if distil is not None and distil.target == "teacher":
             self.teacher = frozen_copy(checkpoint.model).to(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
+        flex_in_one_dtype()
+        # For training alone: evaluation has rows of many lengths, and flex compiles for each.
+        auto = recipe.train.attn_implementation == "auto"
+        inner, length = unwrapped(checkpoint.model), recipe.data.max_length
+        self.attention = (
+            "flex_attention" if auto and flex_pays(inner, length, args.device) else None
+        )
         if self.spec.head is not None and holds_shards(self):
             raise Ar2DiffError(
                 f"{option('convert.head_rank')} cannot be used where each process holds a shard of "
@@ -148,6 +162,11 @@ class Denoising(Running):
             source=source,
         )
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch, with the attention that pays in training."""
+        with attending_with(unwrapped(self.checkpoint.model), self.attention):
+            return super().training_step(*args, **kwargs)
+
     def losses(
         self, model: Any, wanted: LossTask, divisors: Tensor, logits: bool = False
     ) -> tuple[Tensor, WeightedLoss, Tensor]:
@@ -188,10 +207,11 @@ class Denoising(Running):
         fused: list[WeightedLoss] = []
         read: list[Readout] = []
 
-        def fuse(head: Any, hidden: Tensor) -> None:
+        def fuse(head: Any, hidden: Tensor) -> Tensor:
             fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added))
             if wanted.distilled is not None:
                 read.append(Readout.of_head(head, hidden))
+            return fused[0].total.view(1, 1, 1)
 
         output = output_at(
             model,
@@ -204,7 +224,10 @@ class Denoising(Running):
         made = output.logits[0]
         if added is not None and not fused:
             made = made + (added[0] @ added[1]).to(made.dtype)
-        summed = fused[0] if fused else loss_of_logits(made[: len(target)], *asked)
+        if fused:  # through what the head returned, which sharded weights wait for
+            summed = replace(fused[0], total=made[0, 0])
+        else:
+            summed = loss_of_logits(made[: len(target)], *asked)
         if wanted.distilled is not None:
             readout = read[0] if read else Readout(made)
             summed = self._distilled(summed, readout, wanted, divisor)
@@ -331,7 +354,9 @@ class Denoising(Running):
 
     def _fuses(self, inner: Any) -> bool:
         if self._fused is None:
-            self._fused = has_plain_head(inner)
+            # Distillation reads the head after the forward, when sharded weights are released.
+            after = self.recipe.objective.distil is not None and holds_shards(self)
+            self._fused = not after and has_plain_head(inner)
             if self.recipe.train.compile:  # not before: the earlier forward had another shape
                 compile_layers(inner)
         return self._fused
