@@ -313,9 +313,9 @@ class _Group:
         scores = self.own.chooser.warp(logits, context)
         return scores if noise is None else scores + noise
 
-    def _write(self, paths: list[list[int]], known: _Found, alive: list[bool]) -> None:
+    def _write(self, paths: list[list[int]], found: _Found, alive: list[bool]) -> None:
         """Write each row's accepted candidates, and the token after them."""
-        canvas, size, tokens = self.own.canvas, known.tokens.shape[1], known.tokens.flatten()
+        canvas, size, tokens = self.own.canvas, found.tokens.shape[1], found.tokens.flatten()
         rows, chosen, positions = [], [], []
         for line, (row, front, path) in enumerate(zip(self.rows, self.front, paths, strict=True)):
             room = canvas.last[row] - front if alive[line] else 0
@@ -325,7 +325,7 @@ class _Group:
             positions += range(front, front + len(taken))
         at = torch.tensor(chosen) if len(chosen) < len(tokens) else slice(None)
         tokens = tokens[at]
-        logprob = log_prob(known.logits[at], tokens) if known.logprob is None else known.logprob[at]
+        logprob = log_prob(found.logits[at], tokens) if found.logprob is None else found.logprob[at]
         canvas.write(
             torch.tensor(rows), torch.tensor(positions), tokens, logprob, self.own.finished
         )
@@ -333,7 +333,7 @@ class _Group:
             for row in self.rows:
                 self.own.noise.forget(row, canvas.front[row])
 
-    def _draft(self, ends: list[int], known: _Found) -> None:
+    def _draft(self, ends: list[int], found: _Found) -> None:
         """New candidates for what follows the newest token of each row.
 
         Args:
@@ -349,23 +349,23 @@ class _Group:
         self.trees = [Tree() for _ in blocks]
         have = [line for line, block in enumerate(blocks) if block >= 0]
         if have:
-            if known.guesses is not None:
-                guesses = known.guesses.on_host(known.worked, have)
+            if found.guesses is not None:
+                guesses = found.guesses.on_host(found.worked, have)
             else:
-                guesses = self._guesses_of(have, [blocks[line] for line in have], known)
+                guesses = self._guesses_of(have, [blocks[line] for line in have], found)
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
         self.pace.plan(self.trees, self.drafts)
 
-    def _guesses_of(self, lines: list[int], blocks: list[int], known: _Found) -> Guesses:
+    def _guesses_of(self, lines: list[int], blocks: list[int], found: _Found) -> Guesses:
         """Guesses of some of the rows, from their drafts behind one of the candidates each."""
-        at, drafts = (torch.tensor(lines), torch.tensor(blocks)), known.ahead.shape[2]
+        at, drafts = (torch.tensor(lines), torch.tensor(blocks)), found.ahead.shape[2]
         rows = [self.rows[line] for line in lines for _ in range(drafts)]
         position = [self.front[line] + ahead for line in lines for ahead in range(drafts)]
         newest = torch.tensor([self.newest[line] for line in lines])
         noise = self._noise(rows, position, newest.device)
-        hidden = None if known.hidden is None else known.hidden[at]
-        return self._guesses(known.ahead[at], hidden, newest, self._held(rows, position), noise)
+        hidden = None if found.hidden is None else found.hidden[at]
+        return self._guesses(found.ahead[at], hidden, newest, self._held(rows, position), noise)
 
     def _guesses_everywhere(self, tokens: Tensor, ahead: Tensor, hidden: Tensor | None) -> Guesses:
         """Guesses of all rows on a device, whose host does not know where the walks end.
