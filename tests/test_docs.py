@@ -30,7 +30,7 @@ PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "messages.
 FOLDERS = ("benchmarks", "docs", "recipes", "tests", "ar2diff", "cli", "results")
 OTHERS = {"--nnodes", "--node-rank", "--master-addr", "--rdzv-id", "--rdzv-backend"}  # torchrun's
 OTHERS |= {"--rdzv-endpoint", "--no-deps", "--directory", "--continuous-batching"}
-OTHERS |= {"--model", "--install-completion"}  # of lm-eval, of typer
+OTHERS |= {"--model"}  # of lm-eval
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -155,9 +155,10 @@ def test_command_lines_are_understood(page):
 def test_commands_within_sentences_exist(page):
     commands = command_line().commands
     for words in (span.split() for span in spans(read(page)) if span.startswith("ar2diff ")):
-        command, given = commands.get(words[1]), [w for w in words if w.startswith("--")]
-        assert command is not None or words[1] == "--help", words
-        assert command is None or set(given) <= options_of(command), words
+        command = command_line() if words[1].startswith("--") else commands.get(words[1])
+        assert command is not None, words
+        given = {word for word in words if word.startswith("--")}
+        assert given <= options_of(command) | {"--help"}, words
 
 
 @every_page
