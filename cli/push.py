@@ -28,7 +28,9 @@ def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
     repo: Annotated[
         str,
-        typer.Argument(help="Repository, as USER/NAME; USER defaults to the owner of the token."),
+        typer.Argument(
+            help="Repository, as USER/NAME; USER defaults to the owner of the token.",
+        ),
     ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")

@@ -204,3 +204,9 @@ def test_in_the_heads_place_the_whole_models_gradient_is_the_same(tied):
         loss = (made or [loss_of_logits(output.logits[0], *asked)])[0].total
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
+
+
+def test_a_gpu_takes_a_thousand_rows_at_a_time_however_wide_they_are():
+    assert module.rows_at_once(151_936, "cpu", module.PART) == 55
+    assert module.rows_at_once(151_936, "cuda", module.PART) == 1024
+    assert module.rows_at_once(512, "cuda", module.PART) == module.rows_at_once(512, "cpu", 1 << 23)

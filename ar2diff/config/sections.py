@@ -284,7 +284,10 @@ class Train(Section):
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches per optimizer step"
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's AdamW or SGD")
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw",
+        description="AdamW or SGD; adamw8bit holds AdamW's two moments in 8 bits (bitsandbytes)",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scale: LrScale = LrScale()
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = Field(
@@ -296,7 +299,7 @@ class Train(Section):
     )
     weight_decay: float = Field(0.1, ge=0, description="weight decay, except for norms and biases")
     adam_beta2: float = Field(
-        0.95, gt=0, lt=1, description="adamw: decay rate of the second moment"
+        0.95, gt=0, lt=1, description="adamw, adamw8bit: decay rate of the second moment"
     )
     max_grad_norm: float = Field(
         1.0, ge=0, description="gradient norm to clip at; 0 disables clipping"
@@ -331,7 +334,12 @@ class Eval(Section):
     rows: int = Field(16, gt=0, description="number of evaluation rows")
     length: int = Field(128, gt=1, description="tokens in an evaluation row")
     samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
-    steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="training steps between evaluations; 0: never; null: only before and after "
+        "training, if there are enough data to hold some out",
+    )
     panel_steps: int = Field(
         0, ge=0, description="training steps between displays of a sample being denoised; 0: never"
     )

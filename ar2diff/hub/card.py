@@ -87,7 +87,8 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
                     f"give another {option('prompt')}",
                 )
             if isinstance(event, Answer):
-                samples.append(Sample(settings, event.text, event.new_tokens, event.forwards))
+                found = event.result
+                samples.append(Sample(settings, found.text, found.new_tokens, found.forwards))
     if not samples:
         raise Ar2DiffError(f"{option('prompt')} is empty", f"give another {option('prompt')}")
     return samples

@@ -32,9 +32,9 @@ from ..data.columns import likely_prompt
 from ..data.shapes import messages_of
 from ..data.sources import Documents, columns_of, find_file, read_source
 from ..generation.tokens import encode_messages, prompt_ids
-from .callbacks import duration
 from .identity import model_digest
 from .rollouts import sample
+from .wording import duration
 
 GROUP = 64  # rows that are decoded together and then kept
 QUIET = 10.0  # seconds between two lines about the progress
