@@ -34,6 +34,7 @@ def pages() -> dict[str, str]:
         "reference/recipe.md": recipe_keys(),
         "reference/recipes.md": shipped_recipes(),
         "reference/api.md": public_names(),
+        "terminal.md": recordings(),
     }
 
 
@@ -125,6 +126,25 @@ def public_names() -> str:
             if name.endswith("Trainer"):  # their methods are what transformers and trl call
                 options += ", members: false"
             lines += [f"    options: {{{options}}}", ""]
+    return "\n".join(lines)
+
+
+def recordings() -> str:
+    """What commands show in a terminal, from the recordings that there are."""
+    lines = [
+        "# In the terminal",
+        "",
+        "Recorded at 120 and at 80 columns with `python benchmarks/recordings.py`.",
+        "",
+    ]
+    for name in typer.main.get_command(app).commands:
+        files = [f"{name}-{columns}.svg" for columns in (120, 80)]
+        shown = [file for file in files if (ROOT / "docs" / "recordings" / file).is_file()]
+        lines += [f"## {name}", ""] if shown else []
+        for file in shown:
+            columns = file.removesuffix(".svg").rpartition("-")[2]
+            said = f"What ar2diff {name} shows in a terminal of {columns} columns"
+            lines += [f"![{said}](recordings/{file})", ""]
     return "\n".join(lines)
 
 
