@@ -48,6 +48,8 @@ def _moved(source: str) -> str:
 def commands() -> str:
     """Every command with its arguments and options, as typer documents them."""
     command = typer.main.get_command(app)
+    for below in command.commands.values():  # else the list shortens it to 45 characters
+        below.short_help = below.short_help or below.help
     text = get_docs_for_click(
         obj=command, ctx=typer.Context(command), name="ar2diff", title="Commands"
     )
