@@ -34,6 +34,7 @@ def pages() -> dict[str, str]:
         "reference/recipe.md": recipe_keys(),
         "reference/recipes.md": shipped_recipes(),
         "reference/api.md": public_names(),
+        "terminal.md": recordings(),
     }
 
 
@@ -47,6 +48,8 @@ def _moved(source: str) -> str:
 def commands() -> str:
     """Every command with its arguments and options, as typer documents them."""
     command = typer.main.get_command(app)
+    for below in command.commands.values():  # else the list shortens it to 45 characters
+        below.short_help = below.short_help or below.help
     text = get_docs_for_click(
         obj=command, ctx=typer.Context(command), name="ar2diff", title="Commands"
     )
@@ -125,6 +128,25 @@ def public_names() -> str:
             if name.endswith("Trainer"):  # their methods are what transformers and trl call
                 options += ", members: false"
             lines += [f"    options: {{{options}}}", ""]
+    return "\n".join(lines)
+
+
+def recordings() -> str:
+    """What commands show in a terminal, from the recordings that there are."""
+    lines = [
+        "# In the terminal",
+        "",
+        "Recorded at 120 and at 80 columns with `python benchmarks/recordings.py`.",
+        "",
+    ]
+    for name in typer.main.get_command(app).commands:
+        files = [f"{name}-{columns}.svg" for columns in (120, 80)]
+        shown = [file for file in files if (ROOT / "docs" / "recordings" / file).is_file()]
+        lines += [f"## {name}", ""] if shown else []
+        for file in shown:
+            columns = file.removesuffix(".svg").rpartition("-")[2]
+            said = f"What ar2diff {name} shows in a terminal of {columns} columns"
+            lines += [f"![{said}](recordings/{file})", ""]
     return "\n".join(lines)
 
 
