@@ -55,7 +55,9 @@ def run(name: str, overrides: list[str], seed: int) -> dict:
 
     base = str(Path(os.environ["AR2DIFF_DATA"]) / "stories260K-hf")
     settings = [
-        "data.sources=[tinystories/train, stories3M-samples]", f"train.seed={seed}", *overrides,
+        "data.sources=[tinystories/train, stories3M-samples]", f"train.seed={seed}",
+        "eval.steps=0",  # no row of the table is held out
+        *overrides,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()

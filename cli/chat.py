@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import quiet
-from .sampler import with_sampler
+from .live import View, console, harmless, interrupts, is_live
+from .output import Dtype, quiet
+from .sampler import Pause, with_sampler
 
 if TYPE_CHECKING:
     from ..generation.chat import Chat
-    from ..generation.events import State
-
-FRAME = 1 / 30  # seconds; faster frames would not be seen
-UNDECIDED, FRESH = "dim", "bold green"
 
 
 @with_sampler
@@ -28,9 +22,11 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System message; needs a model with a chat template.")
     ] = None,
-    pause: Annotated[
-        float, typer.Option(min=0, help="Seconds to pause after each forward pass, to watch it.")
-    ] = 0.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Write each answer in the AR mode too, beside it.")
+    ] = False,
+    pause: Pause = 0.0,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -44,27 +40,32 @@ def chat(
     from ..generation.chat import Chat
     from ..generation.complete import check_request
 
-    check_request(model, None, settings)
-    session = Chat(load(model, dtype="float32").checkpoint, settings, system)
+    check_request(model, None, settings, compare)
+    session = Chat(load(model, dtype=dtype).checkpoint, settings, system, compare)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text ends no chat
-    live = sys.stdin.isatty() and sys.stdout.isatty()
-    screen = Screen(session.checkpoint.tokenizer, pause) if live else Plain()
+    live = sys.stdin.isatty() and is_live()
+    screen = Screen(pause) if live else Plain()
     for note in session.greeting():
         screen.draw(note)
-    for line in _typed() if live else sys.stdin:
-        with _interrupts(session.stop):
-            if screen.follow(session, line.rstrip("\n")):
-                break
+    for message in _messages(_typed if live else _piped):
+        try:
+            with interrupts(session.stop):
+                if screen.follow(session, message):
+                    break
+        except KeyboardInterrupt:  # a second Ctrl-C, during a forward
+            if not live:
+                raise
+            screen.say("the answer was dropped")
 
 
 class Plain:
     """Answers go to stdout, everything else to stderr."""
 
-    def follow(self, session: Chat, line: str) -> bool:
-        """Draw what a line leads to; returns whether the chat is over."""
+    def follow(self, session: Chat, message: str) -> bool:
+        """Draw what a message leads to; returns whether the chat is over."""
         from ..generation.events import End
 
-        for event in session.events(line):
+        for event in session.events(message):
             if isinstance(event, End):
                 return True
             self.draw(event)
@@ -73,15 +74,21 @@ class Plain:
     def draw(self, event: Any) -> None:
         """Draw one event."""
         from ..generation.events import Answer, Note, Problem
+        from ..generation.results import summary
 
         match event:
             case Note(text):
                 self.say(text)
             case Problem(what, fix):
                 self.say(f"error: {what}\n  fix: {fix}")
-            case Answer():
-                self.answer(event.text)
-                self.say(f"[{event.summary}]")
+            case Answer(result, mode, beside=beside):
+                self.answer(result.text)
+                self.say(f"[{mode}: {event.summary}]" if beside else f"[{event.summary}]")
+                if beside and beside.text != result.text:
+                    self.answer(beside.text)
+                if beside:
+                    same = ", the same text" if beside.text == result.text else ""
+                    self.say(f"[ar: {summary([beside])}{same}]")
 
     def say(self, text: str) -> None:
         """Print a line that is not an answer."""
@@ -95,93 +102,84 @@ class Plain:
 class Screen(Plain):
     """A terminal that shows answers while they are denoised."""
 
-    def __init__(self, tokenizer: Any, pause: float):
-        from rich.console import Console
+    def __init__(self, pause: float):
+        self.pause, self.console = pause, console()
+        self.view: View | None = None  # of the answer that is being written
 
-        self.tokenizer, self.pause = tokenizer, pause
-        self.console = Console(highlight=False, emoji=False, markup=False)
-        self.drawn, self.last = 0.0, 0  # when a state was last drawn, and its forward
-
-    def follow(self, session: Chat, line: str) -> bool:
-        """Draw what a line leads to; returns whether the chat is over."""
-        from rich.live import Live
-
-        self.drawn, self.last = 0.0, 0
-        # Transient: the finished answer is printed once and for all, however long it is.
-        with Live(console=self.console, auto_refresh=False, transient=True) as self.view:
-            return super().follow(session, line)
+    def follow(self, session: Chat, message: str) -> bool:
+        """Draw what a message leads to; returns whether the chat is over."""
+        try:
+            return super().follow(session, message)
+        finally:
+            self._close()
 
     def draw(self, event: Any) -> None:
         """Draw one event."""
-        from ..generation.events import Answer, State
+        from ..generation.events import Step
 
-        if isinstance(event, State):
-            self.step(event)
+        if not isinstance(event, Step):
+            self._close()
+            super().draw(event)
             return
-        if isinstance(event, Answer):
-            self.view.update("", refresh=True)
-        super().draw(event)
+        if self.view is None:
+            self.view = View(self.console, self.pause).__enter__()
+        self.view.show(event.writings)
 
-    def step(self, state: State) -> None:
-        """Draw an answer after a forward; only its last lines if it is long."""
-        time.sleep(self.pause)
-        if time.monotonic() - self.drawn < FRAME:
-            return
-        from rich.console import Group
-
-        lines = self.text(state).wrap(self.console, self.console.width)
-        self.view.update(Group(*lines[-max(1, self.console.height - 2) :]), refresh=True)
-        self.drawn, self.last = time.monotonic(), state.forward
-
-    def text(self, state: State) -> Any:
-        """The tokens of a state: dots for undecided ones, bright if new on the screen."""
-        from rich.text import Text
-
-        from ..generation.tokens import draw_tokens
-
-        text = Text()
-        pieces = draw_tokens(self.tokenizer, state.ids, state.mask_token_id)
-        for piece, token, step in zip(pieces, state.ids, state.steps, strict=True):
-            fresh = FRESH if step > self.last else ""
-            text.append(piece, UNDECIDED if token == state.mask_token_id else fresh)
-        return text
+    def _close(self) -> None:
+        if self.view is not None:
+            self.view.__exit__()
+            self.view = None
 
     def say(self, text: str) -> None:
         """Print a line that is not an answer."""
-        self.console.print(text, style="dim")
+        self.console.print(harmless(text), style="dim")
 
     def answer(self, text: str) -> None:
         """Print an answer."""
-        self.console.print(text)
+        self.console.print(harmless(text))
 
 
-def _typed() -> Iterator[str]:
-    """Lines typed at a prompt, with the editing keys of readline."""
+def _messages(read: Callable[[str], str | None]) -> Iterator[str]:
+    """Messages of one or more lines: one that ends in a backslash goes on in the next.
+
+    Args:
+        read: a line after a prompt; None if it was called off. EOFError ends the messages.
+    """
+    from ..generation.chat import MORE
+
+    held: list[str] = []
+    while True:
+        try:
+            line = read(". " if held else "> ")
+        except EOFError:
+            break
+        held = [] if line is None else [*held, line.removesuffix(MORE)]
+        if line is not None and not line.endswith(MORE):
+            yield "\n".join(held)
+            held = []
+    if held:
+        yield "\n".join(held)
+
+
+def _piped(_prompt: str) -> str:
+    """A line of standard input that is no terminal."""
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _typed(prompt: str) -> str | None:
+    """A line typed at a prompt, with the editing keys of readline."""
     try:
         import readline  # noqa: F401
     except ImportError:  # not on every system
         pass
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(press Ctrl-D or type /quit to leave)")
-
-
-@contextmanager
-def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `stop`; a second one interrupts the program."""
-    before = signal.getsignal(signal.SIGINT)
-
-    def once(_number: int, _frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop()
-
-    signal.signal(signal.SIGINT, once)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return input(prompt)
+    except EOFError:
+        print()
+        raise
+    except KeyboardInterrupt:
+        print("\n(press Ctrl-D or type /quit to leave)")
+        return None

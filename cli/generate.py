@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import AsJson, progress, quiet, report
-from .sampler import with_sampler
+from .live import draw, interrupts, is_live, print_text, remark
+from .output import AsJson, Dtype, progress, quiet, report
+from .sampler import Pause, with_sampler
+
+if TYPE_CHECKING:
+    from ..checkpoint.model import Checkpoint
+    from ..generation.writing import Writing
 
 
 @with_sampler
@@ -30,7 +37,10 @@ def generate(
     prefix: Annotated[
         str | None, typer.Option(help="Text before the gap to fill, instead of a prompt.")
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Text after the gap.")] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option(help="Text after the gap, set apart by a space if it begins with a word."),
+    ] = None,
     length: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,9 +62,20 @@ def generate(
         bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
     ] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print the text of a single prompt as it is decided.")
+        bool,
+        typer.Option(
+            "--stream",
+            help="Show how the text of a single prompt is denoised; without a terminal, print it "
+            "as it is decided.",
+        ),
     ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Show the AR mode beside it; a single prompt, as --stream."),
+    ] = False,
+    pause: Pause = 0.0,
     as_json: AsJson = False,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -62,23 +83,36 @@ def generate(
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
+    from ..core.errors import Ar2DiffError, option, shortened
     from ..generation.prompts import check_stream, request_of
     from ..generation.results import check_target, summary, unread_note, write_results
 
+    if prompt is None and " " in model and not Path(model[:200]).exists():
+        raise Ar2DiffError(
+            f"{shortened(model)} is a text, not a model",
+            f"give a model before it, and the text as {option('prompt', shlex.quote(model))}",
+        )
     request = request_of(prompt, prompts_file, prefix, suffix, length or ())
-    if stream:
-        check_stream(request, as_json or output is not None)
+    if stream or compare:
+        asked = "stream" if stream else "compare"
+        check_stream(request, as_json or output is not None, asked)
+    elif pause:
+        raise Ar2DiffError(
+            f"{option('pause')} only works together with {option('stream')}",
+            f"set {option('stream')} too",
+        )
     if output is not None:
         check_target(output, overwrite)
     quiet()
     from .. import load
     from ..generation.complete import check_request
 
-    check_request(model, request, settings)
-    loaded = load(model, dtype="float32")
-    if stream:
-        results = [_streamed(loaded.stream(request.prompts[0], **settings))]
-    elif request.infill is not None:
+    check_request(model, request, settings, compare)
+    loaded = load(model, dtype=dtype)
+    if stream or compare:
+        _show(loaded.checkpoint, request.prompts[0], settings, compare, pause)
+        return
+    if request.infill is not None:
         before, after, lengths = request.infill
         results = [loaded.infill(before, after, length=lengths, **settings)]
     else:
@@ -92,21 +126,57 @@ def generate(
         rows = [result.to_dict() for result in results]
         alone = {name: value for name, value in rows[0].items() if name != "prompt"}
         report({"results": rows} if request.many else alone, True)
-    elif output is None and not stream:
+    elif output is None:
         for result in results:
-            typer.echo(result.whole_text)
-    sys.stdout.flush()  # the text first, if both streams go to one place
+            print_text(result)
     note = unread_note(loaded.spec, results)
-    for line in [*([note] if note else []), summary(results)]:
-        typer.secho(f"[{line}]", err=True, dim=True)
+    remark(*([note] if note else []), summary(results))
 
 
-def _streamed(pieces: Generator[str, None, Any]) -> Any:
-    """Print pieces of text as they come; returns what the generator returns."""
-    while True:
-        try:
-            typer.echo(next(pieces), nl=False)
-            sys.stdout.flush()
-        except StopIteration as end:
-            typer.echo()
-            return end.value
+def _show(
+    checkpoint: Checkpoint, prompt: str, settings: dict[str, Any], compare: bool, pause: float
+) -> None:
+    """Show one text while it is written, and what the AR mode writes if it is asked for."""
+    from ..generation.results import summary, unread_note
+    from ..generation.writing import Writing, with_ar_beside
+
+    def begun(asked: dict[str, Any]) -> Writing:
+        return Writing.of_prompt(checkpoint, prompt, asked)
+
+    writings = with_ar_beside(begun, settings) if compare else [begun(settings)]
+    printed: list[str] = []
+    stopped = Event()
+    with interrupts(stopped.set):
+        if is_live():
+            draw(writings, stopped.is_set, pause)
+        else:
+            printed.append(_streamed(writings, stopped.is_set))
+    for number, writing in enumerate(writings):
+        result, mode = writing.result(), f"{writing.options.mode}: " if compare else ""
+        same = result.whole_text in printed
+        if not same:
+            print_text(result)
+            printed.append(result.whole_text)
+        if note := unread_note(checkpoint.spec, [result]):
+            remark(note)
+        remark(mode + summary([result]) + (", the same text" if same and number else ""))
+    if stopped.is_set():
+        raise KeyboardInterrupt
+
+
+def _streamed(writings: Sequence[Writing], stopped: Callable[[], bool]) -> str:
+    """Write texts, printing the first one meanwhile; returns what was printed."""
+    from ..generation.writing import in_turn
+
+    printed = ""
+    for part in writings[0].parts():
+        typer.echo(part, nl=False)
+        sys.stdout.flush()
+        printed += part
+        if stopped():
+            break
+    typer.echo()
+    for _ in in_turn(writings[1:]):
+        if stopped():
+            break
+    return printed

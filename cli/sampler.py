@@ -12,6 +12,9 @@ import typer
 
 from ..core.options import CACHES, MODES, ORDERS
 
+Pause = Annotated[
+    float, typer.Option(min=0, help="Seconds to pause after each forward pass, to watch it.")
+]
 Mode = StrEnum("Mode", {name: name for name in MODES})
 Order = StrEnum("Order", {name: name for name in ORDERS})
 Cache = StrEnum("Cache", {name: name for name in CACHES})

@@ -1,21 +1,19 @@
-"""A conversation without a terminal: answers, history, commands, a full context, its drawing."""
+"""A conversation without a terminal: answers, history, commands, a full context."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from dataclasses import replace
 
 import pytest
-from ar2diff.cli.chat import FRESH, UNDECIDED, Screen
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.chat import COMMANDS, Chat, Exchange, complete_chat
 from ar2diff.generation.chat_settings import parse_settings
 from ar2diff.generation.complete import complete
-from ar2diff.generation.events import Answer, End, Note, Problem, State
+from ar2diff.generation.events import Answer, End, Note, Problem, Step
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -42,25 +40,23 @@ def say(chat, line):
 
 
 def answer(chat, line):
-    return say(chat, line)[Answer][0]
+    return say(chat, line)[Answer][0].result
 
 
-def test_a_line_leads_to_states_and_an_answer(plain):
+def test_a_line_leads_to_steps_and_an_answer(plain):
     chat = Chat(plain, {"max_new_tokens": 9, "mode": "diffusion"})
-    events = say(chat, "the cat")
-    states, (result,) = events[State], events[Answer]
-    assert len(states) == result.forwards
+    states, events = [], []
+    for event in chat.events("the cat"):
+        events.append(event)
+        if isinstance(event, Step):
+            states.append(event.writings[0].state())
+    assert [type(event) for event in events] == [Step] * len(states) + [Answer]
+    result = events[-1].result
+    assert [state.forwards for state in states] == list(range(1, result.forwards + 1))
     assert result.text == complete(plain, "the cat", max_new_tokens=9, mode="diffusion").text
     assert result.new_tokens == 9
-    assert not result.stopped
-    mask = plain.spec.mask_token_id
-    assert all(mask not in state.ids for state in states[-1:])
-    for before, after in itertools.pairwise(states):
-        for token, other in zip(before.ids, after.ids, strict=False):
-            assert token in (mask, other)  # what is decided stays
-        assert after.forward == before.forward + 1
-        assert after.forward in after.steps
-    assert "9 tokens, " in result.summary
+    assert not events[-1].stopped
+    assert "9 tokens, " in events[-1].summary
 
 
 def test_a_line_that_is_not_utf_8_is_a_problem_and_the_chat_goes_on(plain):
@@ -131,14 +127,14 @@ def test_text_that_spells_the_mask(plain, templated):
 def test_an_answer_can_be_stopped_and_the_talk_goes_on(plain):
     chat = Chat(plain, {"max_new_tokens": 60, "mode": "ar"})
     events = chat.events("the cat")
-    assert isinstance(next(events), State)
-    assert isinstance(next(events), State)
+    assert isinstance(next(events), Step)
+    assert isinstance(next(events), Step)
     chat.stop()
-    (result,) = list(events)
-    assert result.stopped
-    assert result.forwards == result.new_tokens == 2
-    assert chat.exchanges[0].answer == result.text
-    assert not answer(chat, " and").stopped
+    (end,) = list(events)
+    assert end.stopped
+    assert end.result.forwards == end.result.new_tokens == 2
+    assert chat.exchanges[0].answer == end.result.text
+    assert not say(chat, " and")[Answer][0].stopped
 
 
 def test_stopping_before_anything_is_decided_without_a_gap_keeps_noExchange(plain):
@@ -146,13 +142,13 @@ def test_stopping_before_anything_is_decided_without_a_gap_keeps_noExchange(plai
     for seed in range(9):
         chat.settings["seed"] = seed
         events = chat.events("the cat")
-        assert isinstance(next(events), State)
+        assert isinstance(next(events), Step)
         chat.stop()
-        (result,) = list(events)
-        if not result.new_tokens:
+        (end,) = list(events)
+        if not end.result.new_tokens:
             break
         chat.exchanges.clear()
-    assert result.new_tokens == 0
+    assert end.result.new_tokens == 0
     assert chat.exchanges == []
 
 
@@ -183,9 +179,10 @@ def test_settings_are_checked_before_they_hold(plain):
         events = say(chat, line)
         assert list(events) == [Problem], line
         assert what in events[Problem][0].what
-        assert events[Problem][0].fix
+        assert 0 < len(events[Problem][0].fix) < 100  # it fits into a line
         assert chat.settings == {"max_new_tokens": 4}
-    assert "did you mean help?" in say(chat, "/hepl")[Problem][0].what
+    for typed, meant in (("hepl", "help"), ("exit", "quit"), ("clear", "reset")):
+        assert f"did you mean /{meant}?" in say(chat, f"/{typed}")[Problem][0].what
 
 
 def test_settings_hold_for_the_answers_that_follow(plain):
@@ -200,6 +197,19 @@ def test_settings_hold_for_the_answers_that_follow(plain):
     (shown,) = say(chat, "/show")[Note]
     assert "max_new_tokens       3  (yours)" in shown.text
     assert "2 in a context of 512 tokens" in shown.text
+
+
+def test_an_answer_is_compared_with_the_ar_mode(plain):
+    chat = Chat(plain, {"max_new_tokens": 12, "mode": "diffusion"}, compare=True)
+    events = say(chat, "the cat")
+    (end,) = events[Answer]
+    assert len(events[Step]) == end.result.forwards + end.beside.forwards
+    assert end.beside.text == complete(plain, "the cat", max_new_tokens=12, mode="ar").text
+    assert chat.exchanges == [Exchange("the cat", end.result.text, False)]
+    assert "no comparison" in say(chat, "/compare")[Note][0].text
+    assert say(chat, " and")[Answer][0].beside is None
+    say(chat, "/mode ar")
+    assert "the mode is already ar" in say(chat, "/compare")[Problem][0].what
 
 
 def test_values_of_set():
@@ -240,6 +250,7 @@ def test_conversation_is_saved_once(templated, tmp_path):
 def test_help_names_every_command_and_each_is_there(plain):
     chat = Chat(plain, {})
     (note,) = say(chat, "/help")[Note]
+    assert "goes on in the next line" in note.text
     for name, (usage, _) in COMMANDS.items():
         assert usage in note.text
         assert usage.startswith(f"/{name}")
@@ -259,7 +270,7 @@ def test_a_full_context_drops_the_oldest_exchanges(request, kind):
     notes = []
     for _ in range(8):
         events = say(chat, "a" * 60)
-        assert events[Answer][0].new_tokens == 60
+        assert events[Answer][0].result.new_tokens == 60
         notes += [note.text for note in events.get(Note, [])]
     assert 0 < chat.dropped < 8
     assert len(chat.exchanges) == 8
@@ -274,7 +285,7 @@ def test_room_for_less_than_asked_for_is_said(plain):
     chat = Chat(plain, {"max_new_tokens": 600, "mode": "speculative"})
     events = say(chat, "the cat")
     assert events[Note][0] == Note("the context has room for only 504 of 600 new tokens")
-    assert events[Answer][0].new_tokens <= 504
+    assert events[Answer][0].result.new_tokens <= 504
 
 
 def test_a_model_that_is_not_converted_talks_left_to_right(tiny_checkpoint):
@@ -284,14 +295,3 @@ def test_a_model_that_is_not_converted_talks_left_to_right(tiny_checkpoint):
     chat = Chat(base, {"mode": "ar", "max_new_tokens": 5})
     assert answer(chat, "the cat").forwards == 5
     assert "is not converted" in say(chat, "/mode diffusion")[Problem][0].what
-
-
-def test_screen_draws_dots_and_what_is_new(plain):
-    screen = Screen(plain.tokenizer, 0)
-    mask = plain.spec.mask_token_id
-    a, b = plain.tokenizer("ab", add_special_tokens=False).input_ids
-    screen.last = 1
-    text = screen.text(State([a, b, mask, mask], [1, 2, 0, 0], 2, mask))
-    assert text.plain == "ab··"
-    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
-    assert styles == {"b": FRESH, "·": UNDECIDED}

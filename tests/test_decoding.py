@@ -17,11 +17,18 @@ from ar2diff.generation.complete import (
     complete_all,
     infill,
     settings_of,
-    stream,
 )
-from ar2diff.generation.prompts import split_gaps
+from ar2diff.generation.prompts import request_of, split_gaps
 from ar2diff.generation.results import Completion, summary, unread_note
-from ar2diff.generation.tokens import decode, draw_tokens, encode, prompt_ids, text_after
+from ar2diff.generation.tokens import (
+    decode,
+    draw_tokens,
+    encode,
+    prompt_ids,
+    text_after,
+    with_gaps_filled,
+)
+from ar2diff.generation.writing import stream
 
 TEXT = "the cat"
 
@@ -52,6 +59,11 @@ def test_gaps_of_a_prompt():
 def test_gap_of_no_tokens(gap):
     with pytest.raises(Ar2DiffError, match="does not say how many tokens"):
         split_gaps(f"the {gap} cat")
+
+
+def test_a_suffix_that_begins_with_a_word_is_set_apart():
+    for suffix, text in (("who", " who"), (" who", " who"), (".", "."), ("日", "日"), (None, "")):
+        assert request_of(None, None, "a", suffix, ["2"]).infill == ("a", text, (2,))
 
 
 def test_gaps_are_filled_and_the_rest_stays(checkpoint):
@@ -177,8 +189,11 @@ def test_what_streams_is_what_completes(checkpoint, settings):
 
 def test_gaps_stream_too(checkpoint):
     parts = list(stream(checkpoint, "the{mask:3} sat{mask:2}mat"))
-    assert "".join(text for text, _ in parts) == parts[-1][1].text
-    assert parts[-1][1].new_tokens == 5
+    result = parts[-1][1]
+    assert "".join(text for text, _ in parts) == result.text
+    assert result.new_tokens == 5
+    for start, filling in zip(result.filled_at, result.filled, strict=True):
+        assert result.text[start : start + len(filling)] == filling
 
 
 def test_tokens_are_drawn_as_text(tiny_tokenizer):
@@ -216,6 +231,61 @@ def test_text_behind_a_gap_gets_no_space_of_its_own(spaced):
     assert ids[4:6] == [mask, mask]
     assert tokenizer.convert_ids_to_tokens(ids[6:]) == list("▁sat")
     assert encode(spaced.tokenizer, spaced.spec, ["the", 1, "sat"])[5:] == ids[7:]
+
+
+@pytest.fixture(scope="module")
+def joined(spaced):
+    """The same, with tokens that hold a space and the letter after it."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = json.loads(spaced.tokenizer.backend_tokenizer.to_str())
+    size = len(raw["model"]["vocab"])
+    raw["model"]["vocab"] |= {"▁a": size, "▁c": size + 1}
+    raw["model"]["merges"] = [["▁", "a"], ["▁", "c"]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)))
+    return replace(spaced, tokenizer=tokenizer)
+
+
+def test_the_space_before_a_gap_is_left_to_a_token_that_can_hold_it(spaced, joined):
+    def tokens(checkpoint, *segments):
+        tokenizer, mask = checkpoint.tokenizer, checkpoint.spec.mask_token_id
+        ids = encode(tokenizer, checkpoint.spec, segments)
+        return ["_" if i == mask else tokenizer.convert_ids_to_tokens(i) for i in ids]
+
+    assert tokens(joined, "the ", 2, " cat") == [*"▁the", "_", "_", "▁c", *"at"]
+    assert tokens(joined, "the  ", 1, "") == [*"▁the▁", "_"]
+    assert tokens(joined, "a", 1, " ", 1, "") == ["▁a", "_", "▁", "_"]  # else the gaps would meet
+    assert tokens(spaced, "the ", 1, " cat") == [*"▁the▁", "_", *"▁cat"]
+    assert tokens(joined, "the ") == [*"▁the▁"]  # no gap
+
+
+@pytest.mark.parametrize(
+    ("before", "filling", "after", "text"),
+    (
+        ("the ", " cat", " sat", "the [cat] sat"),
+        ("the ", "cat", " sat", "the [cat] sat"),
+        ("the ", "cat ", " sat", "the [cat] sat"),
+        ("the", " cat", " sat", "the[ cat] sat"),
+        ("the ", "cat ", "sat", "the [cat ]sat"),
+        ("un", "do", "ing", "un[do]ing"),
+    ),
+)
+def test_a_filling_is_spaced_once(spaced, before, filling, after, text):
+    ids = [
+        spaced.tokenizer.convert_tokens_to_ids("▁" if letter == " " else letter)
+        for letter in f" {before}{filling}{after}"
+    ]
+    start = 1 + len(before)
+    gap = list(range(start, start + len(filling)))
+    segments = [before, len(gap), after]
+    first, found, last = with_gaps_filled(spaced.tokenizer, segments, ids, gap)
+    assert f"{first}[{found}]{last}" == text
+    part = with_gaps_filled(spaced.tokenizer, segments, ids[: gap[-1]], gap)
+    assert text.replace("[", "").startswith("".join(part))
+    assert len(part) == 2  # what follows the gap is not shown before it is filled
 
 
 def test_first_token_keeps_its_space_where_it_is_drawn(spaced):
@@ -365,9 +435,9 @@ def test_a_stream_that_ends_in_half_a_character_repeats_nothing(bytewise, monkey
 
         return canvas, states()
 
-    monkeypatch.setattr("ar2diff.generation.complete.begin", begin)
+    monkeypatch.setattr("ar2diff.generation.writing.begin", begin)
     parts = list(stream(bytewise, "ab", mode="ar", max_new_tokens=new))
     text = "ab" + "\n日c日".encode()[:new].decode(errors="replace")
     assert "".join(piece for piece, _ in parts) == text
     assert parts[-1][1].text == text[2:]
-    assert all("\ufffd" not in piece for piece, _ in parts[:-1])
+    assert all("\ufffd" not in piece for piece, _ in parts[:-2])

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Checkpoint
-from ..core.canvas import Canvas
 from ..core.errors import Ar2DiffError, check_text, first_line, nearest, option, shortened
 from ..core.generate import room_of
 from ..core.options import FILTERS, Options
 from ..core.spec import Spec
 from .chat_settings import ALIASES, SETTINGS, as_setting, parse_settings, value_of
-from .complete import begin, decode_rows, settings_of
-from .events import Answer, End, Event, Note, Problem, State
+from .complete import check_compare, decode_rows, settings_of
+from .events import Answer, End, Event, Note, Problem, Step
 from .results import Completion, write_results
-from .tokens import encode, encode_messages, text_after
+from .tokens import encode, encode_messages
+from .writing import Writing, in_turn, with_ar_beside
 
 COMMANDS = {
     "help": ("/help", "show this list"),
@@ -26,11 +25,16 @@ COMMANDS = {
     "set": ("/set key=value ...", "set sampler options; key= restores the default"),
     "show": ("/show", "show the current options and the size of the context"),
     "mode": ("/mode NAME", "switch to diffusion, speculative or ar; /mode alone: the default"),
+    "compare": ("/compare", "show the AR mode's answer beside each one; again: no longer"),
     "seed": ("/seed N", "seed the random draws"),
     "undo": ("/undo", "forget the last message and its answer"),
     "save": ("/save FILE", "write the conversation as JSON"),
     "quit": ("/quit", "leave; so does Ctrl-D"),
 }
+# What other programs call a command.
+MEANT = {"exit": "quit", "q": "quit", "bye": "quit", "clear": "reset", "new": "reset"}
+MORE = "\\"  # at the end of a line
+GOES_ON = (f"... {MORE}", "a message goes on in the next line")
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,21 @@ class Chat:
     Args:
         settings: options of `generate`.
         system: a system message; it needs a chat template.
+        compare: write each answer in the AR mode too.
 
     Raises:
         Ar2DiffError: an option is wrong, or there is a system message and no template.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: dict[str, Any], system: str | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: dict[str, Any],
+        system: str | None = None,
+        compare: bool = False,
+    ):
         self.checkpoint, self.settings, self.system = checkpoint, dict(settings), system
+        self.compare = compare
         self.templated = bool(checkpoint.tokenizer.chat_template)
         self.exchanges: list[Exchange] = []
         self.dropped = 0  # oldest exchanges that the context has no room for
@@ -127,31 +139,34 @@ class Chat:
         spec, options = settings_of(self.checkpoint, self.settings)
         ids, new, notes = self._fit(line, spec, options)
         yield from notes
-        spec, options = settings_of(self.checkpoint, {**self.settings, "max_new_tokens": new})
-        canvas, states = begin(self.checkpoint, spec, options, [ids])
-        self._stop, seconds, start = False, 0.0, time.monotonic()
-        for _ in states:
-            seconds += time.monotonic() - start
-            yield _state(canvas, options)
+
+        def begun(asked: dict[str, Any]) -> Writing:
+            asked = {**asked, "max_new_tokens": new}
+            return Writing(self.checkpoint, *settings_of(self.checkpoint, asked), ids)
+
+        compare = self.compare and options.mode != "ar"
+        settings = self.settings
+        writings = with_ar_beside(begun, settings) if compare else [begun(settings)]
+        self._stop = False
+        for _ in in_turn(writings):
+            yield Step(tuple(writings))
             if self._stop:
                 break
-            start = time.monotonic()  # without the time that drawing took
-        answer = self._finish(ids, canvas, seconds)
-        if answer.new_tokens:
-            self.exchanges.append(Exchange(line, answer.text, answer.ended))
+        answer = self._answered(*writings)
+        if answer.result.new_tokens:
+            self.exchanges.append(Exchange(line, answer.result.text, answer.ended))
         yield answer
         if answer.ended and not self.templated:
             yield Note("the model has finished its text; your next message starts a new one")
 
-    def _finish(self, ids: list[int], canvas: Canvas, seconds: float) -> Answer:
-        new = canvas.new_ids(0)
+    def _answered(self, writing: Writing, beside: Writing | None = None) -> Answer:
+        result = writing.result()
         return Answer(
-            text=text_after(self.checkpoint.tokenizer, ids, new),
-            new_tokens=len(new),
-            forwards=int(canvas.forwards[0]),
-            seconds=seconds,
-            stopped=not bool(canvas.done[0]),
-            ended=bool(new) and new[-1] in canvas.end_ids.tolist(),
+            result=result,
+            mode=writing.options.mode,
+            stopped=not writing.done,
+            ended=bool(result.token_ids) and result.token_ids[-1] in writing.canvas.ends,
+            beside=beside.result() if beside else None,
         )
 
     def _fit(self, line: str, spec: Spec, options: Options) -> tuple[list[int], int, list[Note]]:
@@ -202,14 +217,16 @@ class Chat:
     def _command(self, line: str) -> Iterator[Event]:
         name, _, rest = line.strip().partition(" ")
         if name not in COMMANDS:
+            known = [f"/{command}" for command in COMMANDS]
             raise Ar2DiffError(
-                f"there is no command /{name}{nearest(name, COMMANDS)}",
+                f"there is no command /{name}{nearest(f'/{MEANT.get(name, name)}', known)}",
                 "type /help for a list, or // to start a message with /",
             )
         yield from getattr(self, f"_{name}")(rest.strip())
 
     def _help(self, _rest: str) -> Iterator[Event]:
-        yield Note("\n".join(f"{usage:20} {text}" for usage, text in COMMANDS.values()))
+        rows = [*COMMANDS.values(), GOES_ON]
+        yield Note("\n".join(f"{usage:20} {text}" for usage, text in rows))
 
     def _reset(self, _rest: str) -> Iterator[Event]:
         self.exchanges, self.dropped = [], 0
@@ -225,6 +242,12 @@ class Chat:
     def _mode(self, rest: str) -> Iterator[Event]:
         yield from self._change({"mode": rest or None})
 
+    def _compare(self, _rest: str) -> Iterator[Event]:
+        if not self.compare:
+            check_compare(*settings_of(self.checkpoint, self.settings))
+        self.compare = not self.compare
+        yield Note("answers are compared with the AR mode's" if self.compare else "no comparison")
+
     def _seed(self, rest: str) -> Iterator[Event]:
         yield from self._change({"seed": value_of("seed", rest)})
 
@@ -237,10 +260,12 @@ class Chat:
         settings_of(self.checkpoint, merged)
         self.settings = merged
         changes = (
-            as_setting(name, None) + (" as before" if value is None else f" {value}")
+            f"{as_setting(name, None)} is the default again"
+            if value is None
+            else f"{as_setting(name, None)} is now {value}"
             for name, value in values.items()
         )
-        yield Note(", ".join(changes))
+        yield Note("; ".join(changes))
 
     def _show(self, _rest: str) -> Iterator[Event]:
         spec, options = settings_of(self.checkpoint, self.settings)
@@ -248,8 +273,8 @@ class Chat:
         for name in SETTINGS:
             key = ALIASES.get(name, name)
             value = dict(options.filters).get(key) if key in FILTERS else getattr(options, key)
-            if value is not None and value != ():
-                lines.append(f"{name:20} {value}{'  (yours)' if key in self.settings else ''}")
+            shown = "not set" if value is None or value == () else value
+            lines.append(f"{name:20} {shown}{'  (yours)' if key in self.settings else ''}")
         count = len(self.exchanges) - self.dropped
         room = room_of(self.checkpoint.model, spec, options)
         context = f"in a context of {room} tokens" if room else "in an unlimited context"
@@ -285,19 +310,3 @@ def _text(exchanges: list[Exchange]) -> str:
         text += ("" if apart else " ") + exchange.said + exchange.answer
         ended = exchange.ended
     return text
-
-
-def _state(canvas: Canvas, options: Options) -> State:
-    start, end = int(canvas.prompt[0]), int(canvas.total[0])
-    if canvas.done[0]:
-        end = int(canvas.end[0])
-    elif options.mode != "diffusion":
-        end = start + len(canvas.new_ids(0))
-    elif options.block_length:
-        end = min(end, int(canvas.start[0]) + options.block_length)
-    return State(
-        ids=canvas.ids[0, start:end].tolist(),
-        steps=canvas.step[0, start:end].tolist(),
-        forward=int(canvas.forwards[0]),
-        mask_token_id=canvas.mask_token_id,
-    )

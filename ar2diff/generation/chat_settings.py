@@ -45,7 +45,7 @@ def parse_settings(text: str) -> dict[str, Any]:
         if name not in SETTINGS and name not in ALIASES.values():
             raise Ar2DiffError(
                 f"there is no option {shortened(name)}{nearest(name, SETTINGS)}",
-                f"use one of {', '.join(SETTINGS)}",
+                "type /show to see the options",
             )
         name = ALIASES.get(name, name)
         values[name] = value_of(name, value)

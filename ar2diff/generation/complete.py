@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,9 @@ from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
-from .prompts import Request, split_gaps
+from .prompts import Request, Segments, split_gaps
 from .results import Candidate, Completion, Drift
-from .tokens import UNKNOWN, decode, encode, text_after
+from .tokens import encode, text_after, with_gaps_filled
 
 
 def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> Completion:
@@ -55,7 +56,7 @@ def complete_all(
     filling = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
     asked = {False: options}
-    groups: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
+    groups: dict[bool, list[tuple[int, Segments, list[int]]]] = {False: [], True: []}
     for number, prompt in enumerate(prompts):
         try:
             segments = split_gaps(prompt)
@@ -66,46 +67,14 @@ def complete_all(
             canvas_of(checkpoint.model, spec, [ids], asked[gaps])
         except Ar2DiffError as error:
             raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
-        groups[gaps].append((number, ids))
+        groups[gaps].append((number, segments, ids))
     for gaps, rows in groups.items():
-        rows.sort(key=lambda row: len(row[1]))
+        rows.sort(key=lambda row: len(row[2]))
         for first in range(0, len(rows), batch_size):
-            numbers, batch = zip(*rows[first : first + batch_size], strict=True)
-            results = decode_rows(checkpoint, spec, asked[gaps], batch)
+            numbers, texts, batch = zip(*rows[first : first + batch_size], strict=True)
+            results = decode_rows(checkpoint, spec, asked[gaps], batch, texts)
             for number, result in zip(numbers, results, strict=True):
                 yield number, replace(result, prompt=prompts[number])
-
-
-def stream(
-    checkpoint: Checkpoint, prompt: str, **settings: Any
-) -> Iterator[tuple[str, Completion | None]]:
-    """Complete one prompt, yielding (piece of text, None), from the prompt on, as soon as the piece
-    and all before it is decided; at last (the rest, the completion).
-
-    Raises:
-        Ar2DiffError: as `complete_all`.
-    """
-    segments = split_gaps(prompt)
-    gaps = len(segments) > 1
-    if gaps:
-        settings = {"max_new_tokens": 0, **settings}
-    spec, options = settings_of(checkpoint, settings, gaps)
-    row = encode(checkpoint.tokenizer, spec, segments)
-    start, shown = time.monotonic(), ""
-    canvas, states = begin(checkpoint, spec, options, [row])
-    for _ in states:
-        certain = canvas.ids[0, : canvas.certain(0, bool(options.remask))].tolist()
-        text = decode(checkpoint.tokenizer, certain)
-        # Half a character ends in a replacement mark, but text that was shown must not change.
-        if not text.endswith(UNKNOWN) and text.startswith(shown):
-            yield text[len(shown) :], None
-            shown = text
-    result = _result(checkpoint, spec, options, canvas, 0, time.monotonic() - start)
-    ids = canvas.ids[0, : int(canvas.prompt[0])].tolist()
-    text = decode(checkpoint.tokenizer, [*ids, *result.token_ids])
-    while not text.startswith(shown):  # a tokenizer that tidies up may take a space back
-        shown = shown[:-1]
-    yield text[len(shown) :], replace(result, prompt=prompt)
 
 
 def infill(
@@ -119,7 +88,8 @@ def infill(
     """
     settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings, gaps=True)
-    rows = [encode(checkpoint.tokenizer, spec, [prefix, length, suffix]) for length in lengths]
+    texts: list[Segments] = [[prefix, length, suffix] for length in lengths]
+    rows = [encode(checkpoint.tokenizer, spec, segments) for segments in texts]
     start = time.monotonic()
     canvas, states = begin(checkpoint, spec, options, rows)
     for _ in states:
@@ -127,7 +97,7 @@ def infill(
     seconds = time.monotonic() - start
     found = []
     for place, length in enumerate(lengths):
-        result = _result(checkpoint, spec, options, canvas, place, seconds)
+        result = result_of(checkpoint, spec, options, canvas, place, seconds, texts[place])
         gap = ~canvas.given[place, : int(canvas.prompt[place])]
         mean = canvas.logprob[place, : len(gap)][gap].mean().item()
         found.append((Candidate(length, mean, result.filled[0]), result))
@@ -162,7 +132,7 @@ def load(reference: str, dtype: str = "float32") -> Checkpoint:
     """A checkpoint to decode with, on the accelerator if there is one.
 
     Args:
-        dtype: of the weights in memory; `auto` is the stored one.
+        dtype: of the weights in memory, as for `load_model`.
 
     Raises:
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
@@ -173,12 +143,15 @@ def load(reference: str, dtype: str = "float32") -> Checkpoint:
     return checkpoint
 
 
-def check_request(reference: str, request: Request | None, settings: dict[str, Any]) -> None:
+def check_request(
+    reference: str, request: Request | None, settings: dict[str, Any], compare: bool = False
+) -> None:
     """Refuse what a model cannot do, before it is loaded.
 
     Args:
         reference: folder or Hub id.
         request: None checks the settings alone.
+        compare: the AR mode is to write the same.
 
     Raises:
         Ar2DiffError: an option is wrong, or the model lacks the mode.
@@ -197,6 +170,31 @@ def check_request(reference: str, request: Request | None, settings: dict[str, A
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
+        )
+    if compare:
+        check_compare(spec or CAUSAL, options, gaps)
+
+
+def check_compare(spec: Spec, options: Options, gaps: bool = False) -> None:
+    """Refuse to compare with an AR mode that is not there.
+
+    Raises:
+        Ar2DiffError: the model has none, or it cannot write what is asked for.
+    """
+    compare = option("compare")
+    if gaps:
+        told = f"{compare} writes the text in the AR mode too, which cannot fill gaps"
+        raise Ar2DiffError(told, f"leave out {compare}")
+    if not spec.lossless:
+        raise Ar2DiffError(
+            f"{compare} needs an AR mode, which this model ({spec.attention} attention) does not "
+            "have",
+            f"leave out {compare}",
+        )
+    if options.mode == "ar":
+        raise Ar2DiffError(
+            f"{compare} shows the AR mode beside another one, but the mode is already ar",
+            f"choose {option('mode', 'speculative')} or {option('mode', 'diffusion')}",
         )
 
 
@@ -234,29 +232,53 @@ def settings_of(
 
 
 def decode_rows(
-    checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
+    checkpoint: Checkpoint,
+    spec: Spec,
+    options: Options,
+    rows: Sequence[Sequence[int]],
+    texts: Sequence[Segments] | None = None,
 ) -> list[Completion]:
-    """Completions of some rows, decoded together; arguments as of `begin`."""
+    """Completions of some rows, decoded together; arguments as of `begin`.
+
+    Args:
+        texts: what the rows encode, if it has gaps.
+    """
     start = time.monotonic()
     canvas, states = begin(checkpoint, spec, options, rows)
     for _ in states:
         pass
     seconds = (time.monotonic() - start) / len(rows)
-    return [_result(checkpoint, spec, options, canvas, n, seconds) for n in range(len(rows))]
+    return [
+        result_of(checkpoint, spec, options, canvas, n, seconds, texts[n] if texts else ())
+        for n in range(len(rows))
+    ]
 
 
-def _result(
-    checkpoint: Checkpoint, spec: Spec, options: Options, canvas: Canvas, row: int, seconds: float
+def result_of(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    options: Options,
+    canvas: Canvas,
+    row: int,
+    seconds: float,
+    segments: Segments | tuple[()] = (),
 ) -> Completion:
-    """The completion in a finished row of a canvas."""
+    """The completion in a row of a canvas: as much as is decided without a gap, if it was stopped.
+
+    Args:
+        segments: the prompt that the row holds, if it has gaps.
+    """
     tokenizer, prompt = checkpoint.tokenizer, int(canvas.prompt[row])
     new, ids = canvas.new_ids(row), canvas.ids[row, :prompt].tolist()
     gaps = ~canvas.given[row, :prompt]
     forwards = int(canvas.forwards[row])
-    decided = len(new) + int(gaps.sum())
     whole = bool(gaps.any())
+    decided = len(new) + int((gaps & (canvas.ids[row, :prompt] != canvas.mask_token_id)).sum())
+    places = gaps.nonzero()[:, 0].tolist()
+    ids = ids[: canvas.front[row]]
+    texts = with_gaps_filled(tokenizer, segments, ids, places) if whole else []
     result = Completion(
-        text=decode(tokenizer, [*ids, *new]) if whole else text_after(tokenizer, ids, new),
+        text="".join(texts) + text_after(tokenizer, ids, new),
         token_ids=new,
         new_tokens=decided,
         forwards=forwards,
@@ -269,8 +291,9 @@ def _result(
     unread = 0 if spec.attention == "full" else int(canvas.unread(options.block_length)[row])
     return replace(
         result,
-        filled=tuple(_filled(tokenizer, ids, gaps.tolist())),
-        suffix_tokens=prompt - 1 - int(gaps.nonzero().max()),
+        filled=tuple(texts[1::2]),
+        filled_at=tuple(accumulate(map(len, texts[:-1])))[::2],
+        suffix_tokens=prompt - 1 - places[-1],
         unread_tokens=unread,
     )
 
@@ -280,17 +303,6 @@ def _drift(canvas: Canvas) -> Drift | None:
         return None
     errors, same = zip(*canvas.drift, strict=True)
     return Drift(sum(errors) / len(errors), max(errors), sum(same) / len(same))
-
-
-def _filled(tokenizer: Any, ids: list[int], gaps: list[bool]) -> Iterator[str]:
-    """The text of each gap."""
-    start = None
-    for place, gap in enumerate([*gaps, False]):
-        if gap and start is None:
-            start = place
-        elif not gap and start is not None:
-            yield text_after(tokenizer, ids[:start], ids[start:place])
-            start = None
 
 
 def _check_converted(path: Path, spec: Spec | None, settings: dict[str, Any]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .results import Completion, summary
+from .writing import Writing
+
 
 @dataclass(frozen=True)
 class Note:
@@ -21,20 +24,14 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class State:
-    """An answer that is being written, after a forward.
+class Step:
+    """A forward has been taken.
 
     Attributes:
-        ids: its tokens up to the end of the block that is being denoised; masks where undecided.
-        steps: the forward at which each was decided.
-        forward: the number of the last forward.
-        mask_token_id: the id of an undecided token.
+        writings: the answer that is being written, and the one to compare it with if there is one.
     """
 
-    ids: list[int]
-    steps: list[int]
-    forward: int
-    mask_token_id: int
+    writings: tuple[Writing, ...]
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,22 @@ class Answer:
     """A finished answer.
 
     Attributes:
+        result: its text and figures. mode: that wrote it.
         stopped: the user stopped it.
         ended: the model wrote an end token; otherwise there was no room for more.
+        beside: what the AR mode has written, if it was asked for a comparison.
     """
 
-    text: str
-    new_tokens: int
-    forwards: int
-    seconds: float
+    result: Completion
+    mode: str
     stopped: bool
     ended: bool
+    beside: Completion | None = None
 
     @property
     def summary(self) -> str:
         """Its length and speed, in a line."""
-        return (
-            f"{self.new_tokens} tokens, {self.forwards} forwards, "
-            f"{self.new_tokens / max(self.forwards, 1):.2f} tokens per forward, "
-            f"{self.new_tokens / max(self.seconds, 1e-9):.0f} tokens/s"
-            + (", stopped" if self.stopped else "")
-        )
+        return summary([self.result]) + (", stopped" if self.stopped else "")
 
 
 @dataclass(frozen=True)
@@ -69,4 +62,4 @@ class End:
     """The user leaves."""
 
 
-Event = Note | Problem | State | Answer | End
+Event = Note | Problem | Step | Answer | End

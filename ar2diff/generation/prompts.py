@@ -11,6 +11,7 @@ from ..checkpoint.files import check_path
 from ..core.errors import Ar2DiffError, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
+FIRST_UNSPACED = "\u0e00"  # Thai; scripts before it set words apart by spaces
 LONGEST = 10_000_000  # tokens of a gap, more than any context has
 
 Segments = list[str | int]  # of a prompt: texts, and gaps as their number of tokens
@@ -52,7 +53,10 @@ def request_of(
     if (prompt is not None) + (file is not None) + infilling != 1:
         names = f"{option('prompt')}, {option('prompts_file')} and {option('prefix')}"
         given = "more than one" if prompt is not None or file is not None else "none"
-        raise Ar2DiffError(f"{given} of {names} is given", "use exactly one of them")
+        example = option("prompt", '"Once upon a time"')
+        raise Ar2DiffError(
+            f"{given} of {names} is given", f"give exactly one of them, for example {example}"
+        )
     if infilling:
         if prefix is None or not lengths:
             given = "suffix" if suffix is not None else "length" if lengths else "prefix"
@@ -62,27 +66,35 @@ def request_of(
                 f"set {option('prefix')}, {option('suffix')} and {option('length')}, the number "
                 "of tokens in the gap between them",
             )
-        return Request(infill=(prefix, suffix or "", tuple(lengths_of(lengths))))
+        return Request(infill=(prefix, _apart(suffix or ""), tuple(lengths_of(lengths))))
     if file is not None:
         return Request(tuple(read_prompts(file)), many=True)
     split_gaps(prompt or "")
     return Request((prompt or "",))
 
 
-def check_stream(request: Request, elsewhere: bool) -> None:
+def _apart(suffix: str) -> str:
+    """A suffix set apart from the gap if it begins with a word, in a script that has spaces: a
+    shell's arguments are often written without their outer ones."""
+    spaced = suffix[:1].isalnum() and suffix[0] < FIRST_UNSPACED
+    return " " + suffix if spaced else suffix
+
+
+def check_stream(request: Request, elsewhere: bool, asked: str) -> None:
     """Refuse to stream anything but one text to the screen.
 
     Args:
         elsewhere: the results go to a file, or are printed as JSON.
+        asked: the option that asks for it.
     """
     if request.many or request.infill:
         raise Ar2DiffError(
-            f"{option('stream')} only works with a single prompt",
-            f"use {option('prompt')}, with {{mask:N}} for a gap, or leave out {option('stream')}",
+            f"{option(asked)} only works with a single prompt",
+            f"use {option('prompt')}, with {{mask:N}} for a gap, or leave out {option(asked)}",
         )
     if elsewhere:
         raise Ar2DiffError(
-            f"{option('stream')} prints text, so it cannot be combined with {option('as_json')} or "
+            f"{option(asked)} prints text, so it cannot be combined with {option('as_json')} or "
             f"{option('output')}",
             "use only one of them",
         )

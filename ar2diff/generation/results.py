@@ -54,7 +54,8 @@ class Completion:
         tokens_per_forward: new_tokens / forwards.
         seconds: wall-clock time, of a batch the row's share.
         drift: with `check_cache`.
-        filled: the text of each gap.
+        filled: the text of each gap, without the spaces that the prompt has around it.
+        filled_at: where in `text` each of them begins.
         suffix_tokens: given tokens after the last gap.
         unread_tokens: those of them that the model does not read when it fills the gap.
         length, mean_logprob, candidates: of `infill`, the chosen length and all that were tried,
@@ -70,6 +71,7 @@ class Completion:
     seconds: float = field(repr=False)
     drift: Drift | None = field(default=None, repr=False)
     filled: tuple[str, ...] | None = field(default=None, repr=False)
+    filled_at: tuple[int, ...] | None = field(default=None, repr=False)
     suffix_tokens: int | None = field(default=None, repr=False)
     unread_tokens: int | None = field(default=None, repr=False)
     length: int | None = field(default=None, repr=False)

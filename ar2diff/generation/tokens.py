@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.errors import Ar2DiffError, check_text, first_line
 from ..core.spec import Spec
@@ -12,6 +13,7 @@ from .prompts import Segments
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that is one byte, where there is byte fallback
 UNKNOWN = "\ufffd"  # what bytes that are no character decode to
+DRAWN: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
@@ -42,7 +44,9 @@ def closing_tokens(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
-    """Ids of the texts, and as many mask tokens as each gap has.
+    """Ids of the texts, and as many mask tokens as each gap has. The space before a gap is left to
+    its first token where the tokenizer joins spaces and words: a space of its own would be read as
+    one that no word follows.
 
     Raises:
         Ar2DiffError: the prompt is empty or contains the mask token.
@@ -53,7 +57,11 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
             ids += [spec.mask_token_id] * segment
             continue
         check_text(segment, "the prompt")
-        new = _ids_after_text(tokenizer, segment) if number else prompt_ids(tokenizer, segment)
+        ids_of = _ids_after_text if number else prompt_ids
+        new = ids_of(tokenizer, segment)
+        if number + 1 < len(segments) and segment.endswith(" ") and segment.strip():
+            joined, bare = ids_of(tokenizer, segment + "a"), ids_of(tokenizer, segment[:-1])
+            new = bare if joined[:-1] == bare else new
         if spec.mask_token_id in new:
             raise Ar2DiffError(
                 "the prompt contains the mask token", "write {mask:N} for a gap of N tokens"
@@ -121,24 +129,56 @@ def text_after(tokenizer: Any, ids: Sequence[int], new: Sequence[int]) -> str:
     return decode(tokenizer, [*ids, *new])[len(decode(tokenizer, ids)) :]
 
 
+def with_gaps_filled(
+    tokenizer: Any, segments: Segments, ids: Sequence[int], gaps: Sequence[int]
+) -> list[str]:
+    """Texts and fillings of a prompt in turn, as far as its ids go. A filling has no space at its
+    ends where the text beside it has one.
+
+    Args:
+        segments: of `split_gaps`.
+        ids: of the prompt, all or the first of them.
+        gaps: places of the tokens of all gaps, in order.
+    """
+    texts, taken = [segments[0]], 0
+    for size, after in zip(segments[1::2], segments[2::2], strict=True):
+        first, end = gaps[taken], gaps[taken + size - 1] + 1
+        text = text_after(tokenizer, ids[:first], ids[first:end])
+        text = text.removeprefix(" ") if texts[-1].endswith(" ") else text
+        if len(ids) < end:
+            return [*texts, text.rstrip(" ")]
+        texts += [text.removesuffix(" ") if after.startswith(" ") else text, after]
+        taken += size
+    return texts
+
+
 def draw_tokens(tokenizer: Any, ids: Sequence[int], mask_token_id: int) -> list[str]:
     """The text of each token of a canvas, for a screen: a dot for an undecided one; a character
-    that takes several tokens appears with the last of them."""
-    anchor = tokenizer("a", add_special_tokens=False).input_ids  # keeps a first token's space
-    skip = len(decode(tokenizer, anchor, False))
+    that takes several tokens appears with the last of them. What has been looked up is kept, since
+    a screen is drawn many times."""
+    known = DRAWN.setdefault(tokenizer, {})
     pieces: list[str] = []
-    open_: list[int] = []
+    open_: tuple[int, ...] = ()
     for token in ids:
         if token == mask_token_id:
             pieces.append("·")
-            open_ = []
+            open_ = ()
             continue
-        open_.append(token)
-        text = decode(tokenizer, [*anchor, *open_], False)[skip:]
+        open_ = (*open_, token)
+        if open_ not in known:
+            known[open_] = _text_of(tokenizer, open_)
+        text = known[open_]
         half = text.endswith(UNKNOWN) and len(open_) < 4  # UTF-8 has at most four bytes
         pieces.append("" if half else text)
-        open_ = open_ if half else []
+        open_ = open_ if half else ()
     return pieces
+
+
+def _text_of(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    """The text of tokens in the middle of a text."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids  # keeps a first token's space
+    skip = len(decode(tokenizer, anchor, False))
+    return decode(tokenizer, [*anchor, *ids], False)[skip:]
 
 
 def _ids_after_text(tokenizer: Any, text: str) -> list[int]:
