@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                          # needs CUDA; the shape of Qwen3 0.6B
     python benchmarks/gpu.py --device cpu --small     # the same programme in small, to try it
+    python benchmarks/gpu.py --device fakedev --small # and on the pretended device of the tests
 
 Each row is appended to benchmarks/results/gpu.jsonl (or --output) as soon as it is known, so that
 a machine that goes away costs nothing but the rest. Parts, in this order:
@@ -292,6 +293,11 @@ def main() -> None:
         print("error: torch finds no CUDA device", file=sys.stderr)
         print("  fix: run this where there is one, or give --device cpu --small", file=sys.stderr)
         sys.exit(2)
+    if asked.device == "fakedev":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from fakedev.device import install
+
+        install()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     def write(row: Row) -> None:

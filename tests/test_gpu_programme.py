@@ -1,9 +1,13 @@
 """The programme of `make gpu`: what is written when, and what is left out."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fakedev import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
@@ -81,3 +85,20 @@ def test_a_part_that_fails_is_a_row_and_the_others_go_on(run, clock):
     assert not whole
     assert [row["part"] for row in written] == ["broken", "broken", "after", "after"]
     assert written[1]["error"] == "RuntimeError: no kernel"
+
+
+@pytest.mark.slow
+def test_the_whole_programme_runs_in_small_on_a_pretended_gpu(tmp_path):
+    if why := build.missing():
+        pytest.skip(why)
+    script, rows = Path(gpu.__file__), tmp_path / "gpu.jsonl"
+    command = [sys.executable, script, "--device", "fakedev", "--small", "--output", rows]
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert done.returncode == 0, [row for row in found if "error" in row]
+    texts = [row for row in found if row["part"] == "tokens" and "different" in row]
+    assert len(texts) == 8 and all(row["different"] == 0 for row in texts)
+    assert {row["verb"] for row in found if "verb" in row} == {"adapt", "sft", "rl", "generate"}
