@@ -99,7 +99,7 @@ def test_a_training_command_calls_its_public_function(verb, monkeypatch, capsys)
         raise ar2diff.Ar2DiffError("called", "nothing to fix")
 
     monkeypatch.setattr(ar2diff, verb, stand_in)
-    monkeypatch.setattr(sys, "argv", ["ar2diff", verb, "model"])
+    monkeypatch.setattr(sys, "argv", ["ar2diff", verb, "model", "--data", "rows.jsonl"])
     from ar2diff.cli.main import main
 
     with pytest.raises(SystemExit):
