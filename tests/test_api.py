@@ -23,7 +23,8 @@ VERBS = {
     "import": "import_checkpoint",
 }  # fmt: skip
 TRAINING = ("adapt", "sft", "rl", "draft")
-LOCAL = {"card", "recipes", "config", "doctor", "memory"}  # they print; nothing to call in Python
+# They print; there is nothing to call in Python.
+LOCAL = {"card", "recipes", "config", "doctor", "memory", "runs", "plot"}
 
 
 def test_dir_is_all_and_every_name_is_there():
