@@ -74,8 +74,8 @@ RECORDINGS = {
         f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 4 {TRAIN} rewarded"
     ),
     "generate": Recording(  # the README begins with it
-        'ar2diff generate demo --prompt "One day Mia was in the garden. {mask:16} '
-        'Mia had 9 pears." --stream --pause 0.3',
+        'ar2diff generate demo --prompt "One day Mia was in the garden. She had {mask:8} pears. '
+        'Then Tom gave {mask:6} and she was glad." --stream --pause 0.3',
         frames=3,
         rows=16,
         widths=(90,),
