@@ -6,25 +6,66 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "huggingface_hub",
-    "deepspeed",
-    "bitsandbytes",
-    "lm-eval",
-)
+# What ar2diff computes and reads files with, each with the newest version that was tested, which is
+# that of constraints.txt. The oldest one is what the package itself requires.
+NEWEST = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "trl": "1.16.0",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+    "safetensors": "0.8.0",
+    "huggingface_hub": "2.4.0",
+    "pydantic": "2.14.3",
+    "PyYAML": "6.0.3",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
+    "jinja2": "3.1.6",
+    "deepspeed": "0.19.8",
+    "bitsandbytes": "0.50.2",
+    "lm-eval": "0.4.13",
+    "math-verify": "0.9.0",
+    "matplotlib": "3.11.2",
+    "tensorboard": "2.21.0",
+}
 LITTLE = 5e9  # bytes of free disk space below which there is a warning
+
+
+@dataclass(frozen=True)
+class Package:
+    """A library that ar2diff uses.
+
+    Attributes:
+        version: the installed one; None if there is none.
+        requires: the versions that ar2diff works with, as pip writes them (`>=2.9`).
+        newest: the newest version that was tested.
+        extra: the extra of ar2diff that installs it; None if ar2diff needs it.
+    """
+
+    version: str | None
+    requires: str
+    newest: str
+    extra: str | None
+
+    @property
+    def state(self) -> str:
+        """`tested`, `newer` than any tested version, `unsupported`, or `not installed`."""
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import Version
+
+        if self.version is None:
+            return "not installed"
+        version = Version(Version(self.version).public)  # without +cpu
+        if not SpecifierSet(self.requires).contains(version, prereleases=True):
+            return "unsupported"
+        return "newer" if version > Version(self.newest) else "tested"
 
 
 @dataclass(frozen=True)
@@ -33,7 +74,7 @@ class Machine:
 
     Attributes:
         ar2diff, python: their versions.
-        packages: version of each library that ar2diff uses, or `not installed`.
+        packages: each library that ar2diff uses, by its name.
         accelerator: name of the first accelerator; `accelerators`: how many there are.
         precision: what training computes in when `train.precision` is `auto`.
         cpu_threads: threads that torch uses.
@@ -44,7 +85,7 @@ class Machine:
 
     ar2diff: str
     python: str
-    packages: dict[str, str]
+    packages: dict[str, Package]
     accelerator: str
     accelerators: int
     precision: str
@@ -62,11 +103,11 @@ def examine() -> Machine:
     from . import __version__
     from .distributed.precision import computes_in_bf16
 
-    free = shutil.disk_usage(Path()).free
+    free, packages = shutil.disk_usage(Path()).free, find_packages()
     return Machine(
         ar2diff=__version__,
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages=packages,
         accelerator=torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none (CPU)",
         accelerators=torch.cuda.device_count(),
         precision="bf16, fp32 master" if computes_in_bf16() else "fp32",
@@ -74,8 +115,48 @@ def examine() -> Machine:
         disk_free_gb=round(free / 1e9, 1),
         hub_token="set" if _has_token() else "not set",
         hub_offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
-        warnings=tuple(_warnings(free)),
+        warnings=tuple([*_mismatches(packages), *_warnings(free)]),
     )
+
+
+def find_packages() -> dict[str, Package]:
+    """The libraries that ar2diff uses, as it requires them and as they are installed."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found = {}
+    for line in reversed(requires("ar2diff") or []):  # so that what is needed anyway stays
+        wanted = Requirement(line)
+        extra = re.search(r"extra == ['\"]([^'\"]+)", line)
+        found[canonicalize_name(wanted.name)] = (
+            ",".join(sorted(map(str, wanted.specifier), reverse=True)),  # the lower bound first
+            extra and extra[1],
+        )
+    return {
+        name: Package(_version(name), specifier, newest, extra)
+        for name, newest in NEWEST.items()
+        for specifier, extra in [found[canonicalize_name(name)]]
+    }
+
+
+def _mismatches(packages: dict[str, Package]) -> list[str]:
+    found = []
+    for name, package in packages.items():
+        if package.state == "unsupported" or (package.version is None and not package.extra):
+            found.append(
+                f"{name} is {package.version or 'not installed'}, but ar2diff needs "
+                f"{package.requires}"
+            )
+    newer = [
+        f"{name} {package.version}" for name, package in packages.items()
+        if package.state == "newer"
+    ]  # fmt: skip
+    if newer:
+        found.append(
+            f"newer than any version that was tested: {', '.join(newer)}; if something fails, "
+            "install ar2diff with its constraints.txt"
+        )
+    return found
 
 
 def _warnings(free: int) -> list[str]:
@@ -90,11 +171,11 @@ def _warnings(free: int) -> list[str]:
     return found
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _has_token() -> bool:

@@ -200,7 +200,9 @@ class Bench:
         batch = collator(
             [(i, [DocumentPart(row, job.length, 1, 0, i)]) for i, row in enumerate(ids)]
         )
+        step = batch.pop("step")
         self.batch = {name: value.to(job.device) for name, value in batch.items()}
+        self.batch["step"] = step
         self.logits = int(batch["masked"].sum() + (ar_weight > 0) * batch["ar"].sum())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)  # every step is alike
 

@@ -17,11 +17,17 @@ def card(
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
 ) -> None:
-    """Print the model card that 'push' would publish.
+    """Print the model card that 'push' would publish; needs no token and no network.
 
     Example: ar2diff card runs/demo
     """
     quiet()
     from ..hub.push import preview
 
-    typer.echo(preview(folder, base=base, license=license, prompt=prompt), nl=False)
+    text = preview(folder, base=base, license=license, prompt=prompt, tell=note)
+    typer.echo(text, nl=False)
+
+
+def note(text: str) -> None:
+    """Say something besides the card."""
+    typer.secho(f"[{text}]", err=True, dim=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .live import View, console, harmless, interrupts, is_live
-from .output import quiet
+from .output import Dtype, quiet
 from .sampler import Pause, with_sampler
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def chat(
         bool, typer.Option("--compare", help="Write each answer in the AR mode too, beside it.")
     ] = False,
     pause: Pause = 0.0,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -40,7 +41,7 @@ def chat(
     from ..generation.complete import check_request
 
     check_request(model, None, settings, compare)
-    session = Chat(load(model, dtype="float32").checkpoint, settings, system, compare)
+    session = Chat(load(model, dtype=dtype).checkpoint, settings, system, compare)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text ends no chat
     live = sys.stdin.isatty() and is_live()
     screen = Screen(pause) if live else Plain()

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from .output import AsJson, as_yaml, quiet, report
+from .output import AsJson, Dtype, as_yaml, quiet, report
 
 
 def check_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is, whether it does what its config says, and which programs would decode
@@ -21,7 +22,7 @@ def check_command(
     quiet()
     from .. import check
 
-    result = check(model)
+    result = check(model, dtype=dtype)
     if as_json:
         report(result.to_dict(), True)
     else:

@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-config_app = typer.Typer(help="Explain the keys of a recipe.", no_args_is_help=True)
+from .output import Overrides, RecipeArgument, as_yaml
+from .usage import Group, Verb
+
+config_app = typer.Typer(
+    cls=Group, help="Explain, resolve and check recipes.", no_args_is_help=True
+)
 
 
-@config_app.callback()
-def _group() -> None:
-    """Explain the keys of a recipe."""
-
-
-@config_app.command()
+@config_app.command(cls=Verb)
 def schema(
     section: Annotated[
-        str | None, typer.Argument(help="Show only this section, for example train. [default: all]")
+        str | None,
+        typer.Argument(help="Show only this section, for example train.", show_default="all"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON schema.")] = False,
 ) -> None:
@@ -29,7 +30,6 @@ def schema(
     from ..config.recipe import Recipe
     from ..config.schema import describe_fields
     from ..core.errors import Ar2DiffError, nearest, shortened
-    from .output import as_yaml
 
     names = list(Recipe.model_fields)
     if section is not None and section not in names:
@@ -43,3 +43,26 @@ def schema(
     for name, kind, default, description in describe_fields(Recipe):
         if section in (None, name.split(".")[0]):
             typer.echo(f"{name:40} {kind:34} {as_yaml(default):12} {description}".rstrip())
+
+
+@config_app.command(cls=Verb)
+def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print a recipe as a run would resolve it, with every default.
+
+    Example: ar2diff config show demo train.learning_rate=1e-3
+    """
+    from ..config.recipe import dump_recipe, load_recipe
+
+    typer.echo(dump_recipe(load_recipe(recipe, overrides or [])), nl=False)
+
+
+@config_app.command(cls=Verb)
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check that a recipe is valid.
+
+    Example: ar2diff config validate my.yaml train.learning_rate=1e-3
+    """
+    from ..config.recipe import load_recipe
+
+    load_recipe(recipe, overrides or [])
+    typer.echo(f"{recipe}: valid")

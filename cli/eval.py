@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from .output import AsJson, quiet, report
+from .output import AsJson, Dtype, quiet, report
 
 
 def evaluate_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub id of a model, converted or not, or of a draft adapter."
+            help="Folder or Hub id of a model, converted or not, or of a draft adapter.",
         ),
     ],
-    data: Annotated[str, typer.Option(help="File with held-out text, or - for standard input.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="File with held-out text, or - for standard input."),
+    ],
     text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",
     length: Annotated[
         int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are skipped.")
@@ -29,6 +32,7 @@ def evaluate_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise draws.")] = 0,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure the likelihood of held-out text: the bound of the diffusion mode with its standard
@@ -48,5 +52,6 @@ def evaluate_command(
         samples=samples,
         limit=limit,
         seed=seed,
+        dtype=dtype,
     )
     report(result.to_dict(), as_json)

@@ -13,12 +13,13 @@ from .output import AsJson, DryRun, Overwrite, quiet, report
 
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")],
-    output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder.")],
     to: Annotated[
         str,
         typer.Option(
+            metavar="FORMAT",
             help="Target format: sdar, for SGLang and LMDeploy (from block_causal Qwen3 "
-            "models), or ar, a plain AR model (from causal_context models)."
+            "models), or ar, a plain AR model (from causal_context models).",
         ),
     ],
     overwrite: Overwrite = False,

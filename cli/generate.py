@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import Ar2DiffError, option
 from .live import draw, interrupts, is_live, print_text, remark
-from .output import AsJson, progress, quiet, report
+from .output import AsJson, Dtype, progress, quiet, report
 from .sampler import Pause, with_sampler
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def generate(
     ] = False,
     pause: Pause = 0.0,
     as_json: AsJson = False,
+    dtype: Dtype = "auto",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -82,9 +83,15 @@ def generate(
 
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
+    from ..core.errors import Ar2DiffError, option, shortened
     from ..generation.prompts import check_stream, request_of
     from ..generation.results import check_target, summary, unread_note, write_results
 
+    if prompt is None and " " in model and not Path(model[:200]).exists():
+        raise Ar2DiffError(
+            f"{shortened(model)} is a text, not a model",
+            f"give a model before it, and the text as {option('prompt', shlex.quote(model))}",
+        )
     request = request_of(prompt, prompts_file, prefix, suffix, length or ())
     if stream or compare:
         asked = "stream" if stream else "compare"
@@ -101,7 +108,7 @@ def generate(
     from ..generation.complete import check_request
 
     check_request(model, request, settings, compare)
-    loaded = load(model, dtype="float32")
+    loaded = load(model, dtype=dtype)
     if stream or compare:
         _show(loaded.checkpoint, request.prompts[0], settings, compare, pause)
         return

@@ -15,10 +15,10 @@ def import_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or Hub id of a Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR or A2D model."
+            help="Folder or Hub id of a Dream, LLaDA, LLaDA-MoE, LLaDA 2, SDAR or A2D model.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(help="New or empty folder.")],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder.")],
     block_length: Annotated[
         int | None,
         typer.Option(

@@ -6,12 +6,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from ..core.errors import Ar2DiffError, as_keyword, check_text, first_line, is_panic
+from ..core.errors import Ar2DiffError, check_text, first_line, is_panic
 from ..distributed.ranks import ending, is_launched, report_error
 from .adapt import adapt
 from .card import card
@@ -26,64 +24,46 @@ from .generate import generate
 from .import_ import import_command
 from .memory import memory
 from .merge import merge
+from .plot import plot
 from .push import push
 from .recipes import recipes_app
 from .rl import rl
+from .runs import runs
 from .sft import sft
+from .usage import USAGE, Group, Verb
 
-USAGE = typer.BadParameter.__mro__[1]  # typer names its class of usage errors nowhere public
-
-
-class Verb(TyperCommand):
-    """A command whose errors name options as its own flags."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The list of commands would keep the line breaks of a docstring.
-        self.short_help = " ".join((self.help or "").split("\n\n")[0].split())
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the verb."""
-        try:
-            return super().invoke(ctx)
-        except Ar2DiffError as error:
-            raise error.named(self._as_flag) from error
-
-    def _as_flag(self, name: str, value: str | None) -> str:
-        for parameter in self.params:
-            flag = max(parameter.opts, key=len)
-            if parameter.name == name and flag.startswith("--"):
-                shown = None if getattr(parameter, "is_flag", False) else value
-                return flag if shown is None else f"{flag} {shown}"
-            if parameter.name == name:
-                return parameter.metavar or name.upper()
-        return as_keyword(name, value)  # a key of the recipe
-
+# Groups of verbs in the help.
+TRAIN = "Train"
+GENERATE = "Generate and measure"
+MOVE = "Publish and exchange models"
+PREPARE = "Prepare runs"
 
 app = typer.Typer(
+    cls=Group,
     help="Convert autoregressive language models into diffusion language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("adapt", cls=Verb)(adapt)
-app.command("sft", cls=Verb)(sft)
-app.command("rl", cls=Verb)(rl)
-app.command("draft", cls=Verb)(draft)
-app.command("generate", cls=Verb)(generate)
-app.command("chat", cls=Verb)(chat)
-app.command("eval", cls=Verb)(evaluate_command)
-app.command("check", cls=Verb)(check_command)
-app.command("merge", cls=Verb)(merge)
-app.command("push", cls=Verb)(push)
-app.command("card", cls=Verb)(card)
-app.command("import", cls=Verb)(import_command)
-app.command("export", cls=Verb)(export)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(config_app, name="config")
-app.command("doctor", cls=Verb)(doctor)
-app.command("memory", cls=Verb)(memory)
+app.command("adapt", cls=Verb, rich_help_panel=TRAIN)(adapt)
+app.command("sft", cls=Verb, rich_help_panel=TRAIN)(sft)
+app.command("rl", cls=Verb, rich_help_panel=TRAIN)(rl)
+app.command("draft", cls=Verb, rich_help_panel=TRAIN)(draft)
+app.command("generate", cls=Verb, rich_help_panel=GENERATE)(generate)
+app.command("chat", cls=Verb, rich_help_panel=GENERATE)(chat)
+app.command("runs", cls=Verb, rich_help_panel=TRAIN)(runs)
+app.command("plot", cls=Verb, rich_help_panel=TRAIN)(plot)
+app.command("eval", cls=Verb, rich_help_panel=GENERATE)(evaluate_command)
+app.command("check", cls=Verb, rich_help_panel=GENERATE)(check_command)
+app.command("merge", cls=Verb, rich_help_panel=MOVE)(merge)
+app.command("push", cls=Verb, rich_help_panel=MOVE)(push)
+app.command("card", cls=Verb, rich_help_panel=MOVE)(card)
+app.command("import", cls=Verb, rich_help_panel=MOVE)(import_command)
+app.command("export", cls=Verb, rich_help_panel=MOVE)(export)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=PREPARE)
+app.add_typer(config_app, name="config", rich_help_panel=PREPARE)
+app.command("doctor", cls=Verb, rich_help_panel=PREPARE)(doctor)
+app.command("memory", cls=Verb, rich_help_panel=PREPARE)(memory)
 
 
 @app.callback(invoke_without_command=True)
@@ -140,12 +120,11 @@ def main() -> None:
             if not argument.isascii():
                 check_text(argument, "the argument")
         try:
-            sys.exit(app(standalone_mode=False) or 0)
+            sys.exit(app(prog_name="ar2diff", standalone_mode=False) or 0)
         except USAGE as error:
-            context = error.ctx
-            if context and type(error).__name__ == "NoArgsIsHelpError":
-                print(context.get_help())
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.ctx.get_help())
                 sys.exit(0)
-            path = context.command_path if context else "ar2diff"
-            told = error.format_message().replace(": Value error, ", ": ")  # pydantic's words
-            raise Ar2DiffError(told, f"run '{path} --help' to see the usage") from None
+            from .correction import explain
+
+            raise explain(error, sys.argv[1:]) from None

@@ -7,19 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import AsJson, quiet, report
+from .output import AsJson, Overrides, RecipeOption, quiet, report
 
 
 def memory(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub id of the model; its weights are not read.")
+        str,
+        typer.Argument(help="Folder or Hub id of the model; its weights are not read."),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to set.")
-    ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name of a recipe, or a YAML file.")] = None,
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
     launch: Annotated[
-        str | None, typer.Option(metavar="STRATEGY", help="Show only this strategy. [default: all]")
+        str | None,
+        typer.Option(metavar="STRATEGY", help="Show only this strategy.", show_default="all"),
     ] = None,
     num_processes: Annotated[
         int, typer.Option(metavar="N", help="Number of processes that share the run.")

@@ -11,25 +11,81 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of recipes that begin like this, for the shell."""
+    from ..config.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Keys of a recipe that begin like this, for the shell."""
+    from ..config.recipe import Recipe
+    from ..config.schema import field_names
+
+    return [f"{name}=" for name in field_names(Recipe) if name.startswith(incomplete)]
+
+
 # Options that several verbs have.
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(
+        help="Number type to compute in; auto is the stored one on a GPU, and float32 on a CPU."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, but write nothing.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model in the output folder.")
 ]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-c",
+        "--config",
+        metavar="RECIPE",
+        help="Name of a recipe ('ar2diff recipes ls'), or a YAML file.",
+        autocompletion=complete_recipe,
+    ),
+]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a recipe ('ar2diff recipes ls'), or a YAML file.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Fields of the recipe to set, for example train.learning_rate=1e-3; 'ar2diff config "
+        "schema' lists them.",
+        autocompletion=complete_key,
+    ),
+]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also show what the libraries say.")]
 
 
-def quiet() -> None:
-    """Keep the libraries' own bars and chatter out of the way; before they are imported."""
+def quiet(verbose: bool = False) -> None:
+    """Keep the libraries' own bars and chatter out of the way, unless they are asked for; before
+    they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Of names that trl and transformers themselves use, at every rollout.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # Of what libraries call of each other; nothing that a user of ours could act on.
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")
     # It says on stdout what it finds when it is imported, which others do where it is installed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # On a CPU with avx512_bf16 its import reports the lack of a kernel, which we would not use.

@@ -21,14 +21,19 @@ BASE = typer.Option(
 LICENSE = typer.Option(
     metavar="ID", help="License identifier from the Hub's list.", show_default="the base's"
 )
-PROMPT = typer.Option(help="Prompt for the example on the card, whose answer is compared.")
+PROMPT = typer.Option(
+    help="Prompt for the example on the card, whose answer is compared.",
+    show_default="beginnings of texts that the run held out",
+)
 
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
     repo: Annotated[
         str,
-        typer.Argument(help="Repository, as USER/NAME; USER defaults to the owner of the token."),
+        typer.Argument(
+            help="Repository, as USER/NAME; USER defaults to the owner of the token.",
+        ),
     ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")
@@ -37,7 +42,11 @@ def push(
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the files and the card, but change nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the files and the card, but change nothing. Needs no token and no network.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +68,8 @@ def push(
             typer.echo(f"{size:14,}  {path}")
         for path in result.removed:
             typer.echo(f"{'removed':>14}  {path}")
+        for note in result.notes:
+            typer.echo(f"note: {note}")
         typer.echo(f"\n{result.card}")
     else:
         state = "is now at" if result.changed else "was already at"

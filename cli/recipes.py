@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
+from .output import RecipeArgument
+from .usage import Group, Verb
+
+NARROW = 24  # characters that a description needs to say anything
+
+recipes_app = typer.Typer(
+    cls=Group, help="List, show and copy the recipes that ship with ar2diff.", no_args_is_help=True
+)
 
 
-@recipes_app.command()
-def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the recipes that ship with ar2diff.
+@recipes_app.command(cls=Verb)
+def ls(
+    run: Annotated[
+        bool, typer.Option("--run", help="List only recipes that were run and measured.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the recipes that ship with ar2diff: the verb that uses them, the model and hardware that
+    they are meant for, and whether they were run and measured.
 
-    Example: ar2diff recipes ls
+    Example: ar2diff recipes ls --run
     """
-    from ..config.recipe import load_recipe, recipe_names
+    from ..config.catalogue import catalogue
     from .output import report
 
-    described = {name: load_recipe(name).description for name in recipe_names()}
+    found = {name: entry for name, entry in catalogue().items() if entry.measured or not run}
     if as_json:
-        report(described, True)
-    else:
-        width = max(map(len, described))
-        for name, description in described.items():
-            typer.echo(f"{name:{width}} {description}")
+        report({name: asdict(entry) for name, entry in found.items()}, True)
+        return
+    rows = [("recipe", "verb", "model", "hardware", "measured", "description")]
+    for name, entry in found.items():
+        measured = "yes" if entry.measured else "no"
+        rows.append((name, entry.verb, entry.model, entry.hardware, measured, entry.description))
+    for line in aligned(rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else None):
+        typer.echo(line)
 
 
-@recipes_app.command()
+def aligned(rows: Sequence[tuple[str, ...]], columns: int | None) -> list[str]:
+    """A table without rules. Its last column is cut at the width of the terminal, and left out of a
+    narrow one.
+
+    Args:
+        columns: of the terminal; None: any number.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    left = None if columns is None else columns - sum(widths) - 2 * len(widths)
+    lines = []
+    for *cells, last in rows:
+        if left is not None and len(last) > left:
+            last = f"{last[: left - 1]}…" if left >= NARROW else ""
+        padded = [f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([*padded, last]).rstrip())
+    return lines
+
+
+@recipes_app.command(cls=Verb)
 def show(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .yaml file.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="Include every default.")] = False,
+    recipe: RecipeArgument,
 ) -> None:
-    """Print a recipe.
+    """Print the file of a recipe, with its comments.
 
     Example: ar2diff recipes show demo
     """
-    from ..config.recipe import dump_recipe, load_recipe, recipe_text
+    from ..config.recipe import recipe_text
 
-    typer.echo(dump_recipe(load_recipe(recipe)) if resolved else recipe_text(recipe), nl=False)
+    typer.echo(recipe_text(recipe), nl=False)
 
 
-@recipes_app.command()
+@recipes_app.command(cls=Verb)
 def cp(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    recipe: RecipeArgument,
     target: Annotated[Path, typer.Argument(help="File or folder to copy it to.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, but write nothing.")
@@ -72,18 +109,3 @@ def cp(
             f"{target} cannot be written: {error.strerror}", "choose another file"
         ) from None
     typer.echo(f"{'would write' if dry_run else 'wrote'} {target}")
-
-
-@recipes_app.command()
-def validate(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-) -> None:
-    """Check that a recipe is valid.
-
-    Example: ar2diff recipes validate my.yaml train.learning_rate=1e-3
-    """
-    from ..config.recipe import load_recipe
-
-    load_recipe(recipe, overrides or [])
-    typer.echo(f"{recipe}: valid")

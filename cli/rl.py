@@ -8,4 +8,6 @@ rl = training_verb(
     "rl",
     "Tune a converted model with rewards (diffusion-GRPO).",
     "runs/demo --recipe demo-rl --data questions.jsonl",
+    model="the converted model to tune",
+    data="Prompts to answer, with the columns that the rewards need",
 )

@@ -8,4 +8,6 @@ sft = training_verb(
     "sft",
     "Tune a converted model on conversations, or on prompts and completions.",
     "runs/qwen --recipe stories-chat --data chats.jsonl",
+    model="the converted model to tune",
+    data="Conversations, or prompts and completions, to train on",
 )

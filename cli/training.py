@@ -13,37 +13,30 @@ from typing import Annotated, Any
 import typer
 
 from .launch import planned, start, with_launch
-from .output import AsJson, DryRun, quiet, report
+from .output import AsJson, DryRun, Overrides, RecipeOption, Verbose, quiet, report
 from .push import publish
 
 
-def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
+def training_verb(
+    name: str, text: str, example: str, *, model: str, data: str, steps: str = ""
+) -> Callable[..., None]:
     """The command `name`, which runs the API function of that name.
 
     Args:
-        text: the command's help. example: arguments of a typical call.
+        text: the command's help. example: arguments of a typical call. model, data, steps: what the
+            verb's help says of its model, of its data, and besides of `--max-steps`.
     """
 
     def verb(
-        model: Annotated[
-            str, typer.Argument(help="Folder or Hub id of the model, as ID or ID@REVISION.")
-        ],
-        overrides: Annotated[
-            list[str] | None,
-            typer.Argument(
-                metavar="[KEY=VALUE]...",
-                help="Recipe fields to set, for example train.learning_rate=1e-3.",
-            ),
-        ] = None,
-        recipe: Annotated[
-            str | None, typer.Option(help="Name of a recipe, or a YAML file.")
-        ] = None,
+        model: Annotated[str, typer.Argument(help="Folder or Hub id of {}, as ID or ID@REVISION.")],
+        overrides: Overrides = None,
+        recipe: RecipeOption = None,
         data: Annotated[
             list[str] | None,
             typer.Option(
-                metavar="SRC",
-                help="A file (jsonl, json, parquet, csv or txt, each also as .gz), - for standard "
-                "input, or a Hub data set. Can be repeated.",
+                metavar="FILE",
+                help="{}: a file (jsonl, json, parquet, csv or txt, each also as .gz), - for "
+                "standard input, or a Hub data set. Can be repeated.",
             ),
         ] = None,
         self_data: Annotated[
@@ -59,13 +52,12 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         ] = None,
         output_dir: Annotated[
             Path | None,
-            typer.Option(help="New or empty folder.", show_default="a folder in runs"),
+            typer.Option(
+                metavar="DIR", help="New or empty folder.", show_default="a folder in runs"
+            ),
         ] = None,
         max_steps: Annotated[
-            int | None,
-            typer.Option(
-                help="Number of optimizer steps; with 0, adapt converts without training."
-            ),
+            int | None, typer.Option(metavar="N", help="Number of optimizer steps{}.")
         ] = None,
         resume: Annotated[
             bool, typer.Option("--resume", help="Continue the run in the output folder.")
@@ -81,6 +73,7 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             ),
         ] = None,
         as_json: AsJson = False,
+        verbose: Verbose = False,
         *,
         launch: Any = None,
     ) -> None:
@@ -95,13 +88,17 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
             name, model, recipe, output_dir, data=data, text_field=text_field,
             max_steps=max_steps, overrides=settings,
         )  # fmt: skip
+        if request.lacks_data:  # before the model is looked for
+            from ..data.sources import no_data
+
+            raise no_data()
         if push_to_hub is not None and not is_launched():
             from ..hub.push import check_before
 
             check_before(push_to_hub, model, request.recipe)
         if not dry_run:
             start(launch, request.recipe.data.sources)
-        quiet()
+        quiet(verbose)
         with at_work(), planned_world(launch):
             run = getattr(import_module("ar2diff"), name)
             result = run(
@@ -118,15 +115,24 @@ def training_verb(name: str, text: str, example: str) -> Callable[..., None]:
         if not is_main():  # one process speaks for all
             return
         if not as_json and not dry_run:
-            shown = {k: v for k, v in shown.items() if k not in ("recipe", "versions")}
+            from ..training.closing import closing
+            from ..training.plots import pictures_in
+
+            print("\n".join(closing(asdict(result), pictures_in(request.output_dir))))
+            shown = {}
         if push_to_hub is not None and not dry_run:
             shown |= {"published": _published(request.output_dir, push_to_hub)}
-        report(shown, as_json)
+        if shown:
+            report(shown, as_json)
 
-    if name not in ("adapt", "draft"):
-        own = inspect.signature(verb, eval_str=True)
-        kept = [p for p in own.parameters.values() if p.name != "self_data"]
-        verb.__signature__ = own.replace(parameters=kept)
+    own = inspect.signature(verb, eval_str=True)
+    told = {"model": model, "data": data, "max_steps": steps}
+    for parameter, words in told.items():
+        info = own.parameters[parameter].annotation.__metadata__[0]
+        info.help = info.help.format(words)
+    left_out = () if name in ("adapt", "draft") else ("self_data",)
+    kept = [p for p in own.parameters.values() if p.name not in left_out]
+    verb.__signature__ = own.replace(parameters=kept)
     verb.__name__, verb.__doc__ = name, f"{text}\n\n    Example: ar2diff {name} {example}\n    "
     return with_launch(verb)
 

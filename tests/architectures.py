@@ -1,6 +1,6 @@
 """Tiny random models of the decoder classes of transformers, and the table of what each can be.
 
-    python tests/architectures.py     # prints the README's table
+    python tests/architectures.py     # prints the table of docs/support.md
 
 What a class can be is found out by the probe. Nothing here steers the conversion: a class that is
 not in `SHAPES` is converted or refused just the same.
@@ -25,7 +25,7 @@ from ar2diff.core.spec import ATTENTIONS, Spec
 
 ROWS = 259  # of the vocabulary
 WINDOW = 6
-BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"  # around the table in the README
+BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"  # around it in docs/support.md
 
 # Sizes by the names that configs give them; a config takes those that it knows.
 TINY: dict[str, Any] = {
@@ -189,7 +189,7 @@ def _plain(reason: str) -> str:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The README's table."""
+    """The table of docs/support.md."""
     lines = ["| attention | classes |", "|---|---|"]
     for said in sorted({f["as"] for f in found.values()}, key=lambda s: (s.startswith("none"), s)):
         kinds = [

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def bitsandbytes_cpu():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """Draw no pictures of runs, which take longer than most runs here; see `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ar2diff.training.plots.can_draw", lambda: False)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Draw pictures of runs, if matplotlib is installed."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("ar2diff.training.plots.can_draw", lambda: True)
+
+
 def _rms_norm(self, x):
     return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
@@ -184,6 +200,13 @@ def run_both(monkeypatch, capsys):
         return stop.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+def besides_progress(said: str) -> list[str]:
+    """The lines of a run's stderr besides those that tell what it will do and how far it is: its
+    errors, warnings and notes."""
+    told = re.compile(r"(adapt|draft|sft|rl): |step \d|  (?!fix: )")
+    return [line for line in said.strip().splitlines() if not told.match(line)]
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def watch(folder: Path) -> None:
                 "engine": type(trainer.model_wrapped).__name__,
                 "processes": torch.distributed.get_world_size(),
                 "optimizer": type(optimizer).__name__,
+                "fused": getattr(trainer, "_fused", None),
                 "offloads": bool(trainer.deepspeed and trainer.deepspeed.zero_cpu_offload()),
                 "parameters": numel(getattr(p, "ds_tensor", p) for p in parameters),
                 "whole": numel(p for p in parameters),

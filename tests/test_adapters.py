@@ -369,6 +369,8 @@ def test_quantisation_without_bitsandbytes(make_base, recipe, tmp_path, monkeypa
     )
     made = recipe("quantization.bits=4")
     refused("needs bitsandbytes", adapt, str(make_base()), made, tmp_path / "out")
+    made = load_recipe(None, ["train.optimizer=adamw8bit"])
+    refused("adamw8bit needs bitsandbytes", adapt, str(make_base()), made, tmp_path / "out")
 
 
 @needs_bitsandbytes

@@ -382,12 +382,12 @@ def test_who_stays_causal_under_sdpa_is_converted_with_eager(save_base, trains):
     assert read_spec(folder).attention == "full"
 
 
-# The README's table
+# The table of the documentation
 
 
 @pytest.mark.slow
-def test_the_readme_has_the_table_of_what_the_classes_can_be():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert BEGIN in readme
-    shown = readme.partition(BEGIN)[2].partition(END)[0].strip()
+def test_the_documentation_has_the_table_of_what_the_classes_can_be():
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert BEGIN in page
+    shown = page.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table(findings(SHAPES)), "python tests/architectures.py prints it"

@@ -54,6 +54,12 @@ def card(trained):
     return preview(trained, license="mit")
 
 
+def prompt_of(folder: Path) -> str:
+    """The one prompt that a run kept."""
+    (prompt,) = json.loads((folder / "ar2diff.json").read_text())["prompts"]
+    return prompt
+
+
 def front_matter(card: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.S)[1])
 
@@ -73,6 +79,42 @@ def answer_of(block: str, folder: Path) -> str:
     return out.getvalue().strip()
 
 
+def test_the_prompts_are_beginnings_of_texts_that_the_run_held_out(run, tmp_path):
+    held_out = tmp_path / "held.jsonl"
+    texts = [f"{name} went to the lake to swim" for name in ("Ann", "Bob", "Bob", "Cy", "Di")]
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    watch = (f"eval.data={held_out}", "eval.rows=5", "eval.steps=2", "eval.length=20")
+    folder, notes = run("prompted", *watch), []
+    prompts = ["Ann went to", "Bob went to", "Cy went to the"]  # 15 bytes, but whole words
+    said, checkpoint = preview(folder, license="mit"), load_checkpoint(str(folder))
+    assert re.findall(r"greedy answer to \"(.+)\", at most", said) == prompts
+    assert "These are the beginnings of texts that were held out from training." in said
+    for number, row in enumerate(re.findall(r"^\| `.+` \| (\d+) \| (\d+) \|", said, re.M)):
+        found = [measure(checkpoint, prompt)[number] for prompt in prompts]
+        assert row == (str(sum(s.tokens for s in found)), str(sum(s.forwards for s in found)))
+    record = json.loads((folder / "ar2diff.json").read_text())
+    record["prompts"] = ["x" * 2000, prompts[0]]
+    (folder / "ar2diff.json").write_text(json.dumps(record))
+    said = preview(folder, license="mit", tell=notes.append)
+    assert "This is the beginning of a text that was held out" in said
+    assert len(notes) == 1 and "has 2001 tokens" in notes[0]
+
+
+def test_without_held_out_texts_the_prompt_is_a_standard_one(convert_tiny):
+    said = preview(convert_tiny(), license="mit")
+    assert f"The greedy answer to {json.dumps(PROMPT)}" in said and "held out" not in said
+
+
+def test_settings_that_the_folder_conflicts_with_are_named(trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "folder"))
+    file = folder / "generation_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"remask": 0.5, "steps_per_block": 2})
+    )
+    said = preview(folder, license="mit")
+    assert "\n`threshold=0.7` is not shown: remask needs a fixed number of steps.\n" in said
+
+
 def test_the_front_matter(card):
     assert front_matter(card) == {
         "license": "mit",
@@ -90,8 +132,9 @@ def test_a_published_base_is_named(trained, monkeypatch):
 def test_the_first_block_trusts_and_denoises(card, trained):
     block = first_block(card)
     assert "trust_remote_code=True" in block
-    text = complete(load_checkpoint(str(trained)), PROMPT, max_new_tokens=TOKENS).text
-    assert answer_of(block, trained) == (PROMPT + text).strip()
+    prompt = prompt_of(trained)
+    text = complete(load_checkpoint(str(trained)), prompt, max_new_tokens=TOKENS).text
+    assert answer_of(block, trained) == (prompt + text).strip()
 
 
 def test_with_a_chat_template_the_first_block_asks_through_it(run, trained, tmp_path):
@@ -130,16 +173,15 @@ def test_an_ar_mode_that_was_not_trained_along_is_not_praised(run):
 
 
 def test_the_measured_rates_are_those_of_generate(card, trained):
-    checkpoint = load_checkpoint(str(trained))
-    samples = measure(checkpoint, PROMPT)
+    checkpoint, prompt = load_checkpoint(str(trained)), prompt_of(trained)
+    samples = measure(checkpoint, prompt)
     assert [sample.settings for sample in samples] == SHOWN
     for sample in samples:
-        found = complete(checkpoint, PROMPT, max_new_tokens=TOKENS, **sample.settings)
+        found = complete(checkpoint, prompt, max_new_tokens=TOKENS, **sample.settings)
         assert (sample.text, sample.tokens) == (found.text, found.new_tokens)
-        assert sample.rate == found.tokens_per_forward
-        row = f"| {sample.tokens} | {sample.forwards} | {sample.rate:.2f} |"
+        row = f"| {sample.tokens} | {sample.forwards} | {found.tokens_per_forward:.2f} |"
         assert row in card
-    assert samples[0].text == complete(checkpoint, PROMPT, max_new_tokens=TOKENS).text
+    assert samples[0].text == complete(checkpoint, prompt, max_new_tokens=TOKENS).text
     assert '| `mode="speculative", draft_length=7` |' in card and '| `mode="diffusion"` |' in card
     assert "The folder's own settings for that are `threshold=0.9`." in card
 

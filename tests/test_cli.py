@@ -16,21 +16,30 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from ar2diff.cli import main as main_module
 from ar2diff.cli.main import main
 from ar2diff.cli.output import report
+from ar2diff.cli.recipes import aligned
 
-from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
+from ar2diff.config.recipe import Recipe, field_names, load_recipe, parse_recipe, recipe_names
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.results import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ("adapt", "sft", "rl", "draft")
 VERBS = (
     ["adapt"],
     ["sft"],
+    ["rl"],
+    ["draft"],
     ["generate"],
     ["chat"],
     ["eval"],
     ["check"],
     ["merge"],
+    ["push"],
+    ["card"],
     ["import"],
     ["export"],
     ["doctor"],
@@ -38,8 +47,9 @@ VERBS = (
     ["recipes", "ls"],
     ["recipes", "show"],
     ["recipes", "cp"],
-    ["recipes", "validate"],
     ["config", "schema"],
+    ["config", "show"],
+    ["config", "validate"],
 )
 
 
@@ -50,18 +60,23 @@ def run(run_both):
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_of_every_verb_shows_an_example(run, verb):
+def test_help_of_every_verb_shows_an_example_of_its_own(run, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "300")  # where nothing is wrapped
     code, out = run(*verb, "--help")
     assert code == 0
-    assert "Example: ar2diff" in out
+    assert re.search(rf"^ Example: ar2diff {' '.join(verb)}( |$)", out, re.MULTILINE)
+    others = {"adapt", "sft", "rl", "draft"} - {*verb}
+    assert verb[0] not in TRAINING or not others & {*re.findall(r"\b[a-z]+\b(?! adapter)", out)}
 
 
-def test_the_list_of_commands_is_wrapped_once(run, monkeypatch):
+def test_the_list_of_commands_is_in_groups_and_wrapped_once(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     code, out = run("--help")
     assert code == 0
     assert "error, and the negative log-likelihood of the AR mode." in out
-    assert "each line of standard input is answered." in out
+    groups = re.findall(r"─ ([A-Z][\w ]+?) ─", out)
+    assert groups == ["Options", main_module.TRAIN, main_module.GENERATE, main_module.MOVE,
+                      main_module.PREPARE]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [["config", "schema"], ["doctor"]], ids=" ".join)
@@ -77,12 +92,54 @@ def test_a_report_shows_no_python_values(capsys):
     assert capsys.readouterr().out == "sources:\n  path: a.jsonl, split: train\npacking: true\n"
 
 
-def test_recipes_are_listed_in_two_columns(run):
+def test_recipes_are_listed_in_columns(run):
     _, out = run("recipes", "ls")
-    described = {name: load_recipe(name).description for name in recipe_names()}
-    assert {line.index(described[line.split()[0]]) for line in out.splitlines()} == {
-        max(map(len, described)) + 1
-    }
+    heads, *lines = out.splitlines()
+    assert heads.split() == ["recipe", "verb", "model", "hardware", "measured", "description"]
+    assert [line.split()[0] for line in lines] == recipe_names()
+    described = {line[heads.index("description") :] for line in lines}
+    assert described == {load_recipe(name).description for name in recipe_names()}
+    _, out = run("recipes", "ls", "--run")
+    measured = [line for line in lines if line[heads.index("measured") :].startswith("yes")]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [m.split()[0] for m in measured]
+    assert 5 < len(measured) < len(lines)
+
+
+def test_a_list_of_recipes_fits_the_terminal():
+    rows = [("a", "yes", "says what it is for at some length"), ("name", "no", "short")]
+    assert aligned(rows, None) == ["a     yes  says what it is for at some length",
+                                   "name  no   short"]  # fmt: skip
+    assert aligned(rows, 40) == ["a     yes  says what it is for at some …", "name  no   short"]
+    assert aligned(rows, 20) == ["a     yes", "name  no   short"]
+
+
+def test_config_show_resolves_a_recipe_and_config_validate_checks_it(run):
+    _, out = run("config", "show", "demo", "train.seed=3")
+    assert parse_recipe(yaml.safe_load(out), "shown") == load_recipe("demo", ["train.seed=3"])
+    assert run("config", "validate", "demo", "train.seed=3") == (0, "demo: valid\n")
+    assert run("config", "validate", "demo", "train.seed=x")[0] == 2
+
+
+@pytest.mark.parametrize("flag", ["-c", "--config", "--recipe"])
+def test_a_recipe_is_given_with_any_of_three_flags(run_both, flag):
+    _, _, said = run_both("sft", "m", flag, "no-such", "--data", "a")
+    assert "there is no recipe 'no-such'" in said
+
+
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        ("ar2diff dra", ["draft"]),
+        ("ar2diff adapt m --overw", ["--overwrite"]),
+        ("ar2diff sft m --recipe stories-", ["stories-chat"]),
+        ("ar2diff adapt m train.learn", ["train.learning_rate="]),
+    ],
+)
+def test_the_shell_completes_verbs_options_recipes_and_keys(run, monkeypatch, typed, completed):
+    monkeypatch.setenv("_AR2DIFF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert run()[1].split() == completed
 
 
 def test_a_wrong_choice_is_told_without_the_words_of_a_library(run_both):
@@ -406,6 +463,32 @@ def test_number_written_as_1e_3_is_a_number():
 
 def test_version(run):
     assert run("--version") == (0, "0.1.0\n")
+
+
+def test_auto_is_the_stored_dtype_on_a_gpu_and_float32_on_a_cpu():
+    from ar2diff.checkpoint.model import _dtype
+
+    stored = {"a": "BF16", "b": "BF16", "c": "F32"}
+    assert _dtype("auto", stored, True) == torch.bfloat16
+    assert _dtype("auto", stored, False) == torch.float32
+    assert _dtype("stored", stored, False) == torch.bfloat16
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "eval", "check"])
+def test_every_verb_that_decodes_takes_a_dtype(run_both, converted, monkeypatch, write_jsonl, verb):
+    from ar2diff.checkpoint import io as loading
+
+    asked = []
+
+    def load(path, attention, device, quantization, dtype):
+        asked.append((device, dtype))
+        raise Ar2DiffError("loaded", "no more is wanted")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    more = {"generate": ["--prompt", "a"], "eval": ["--data", str(write_jsonl("a.jsonl", []))]}
+    for chosen in ([], ["--dtype", "bfloat16"]):
+        assert "loaded" in run_both(verb, converted, *more.get(verb, []), *chosen)[2]
+    assert asked == [("auto", "auto"), ("auto", "bfloat16")]
 
 
 def test_no_model_is_asked_for_more_than_float32(converted):

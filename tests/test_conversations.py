@@ -197,7 +197,7 @@ def draws(stream, collator, turns):
     seen = {}
     for _ in range(EPOCHS * (len(turns) if collator.recipe.convert.block_length is None else 1)):
         _, parts = next(rows)
-        batch = {name: x[0] for name, x in collator([(0, parts)]).items() if x.ndim}
+        batch = {name: x[0] for name, x in collator([(0, parts)]).items() if x.ndim == 2}
         noisy, masked = batch["noisy"], batch["masked"]
         covered = set(batch["pos"][batch["ar"]].tolist())
         starts = [turn.start for part in parts for turn in part.turns]
@@ -281,7 +281,7 @@ def test_a_conversation_over_the_length_is_cut_or_left_out(prepared, attention):
 def test_two_conversations_in_a_row_keep_apart(prepared, attention):
     stream, collator, _ = prepared(attention, "messages")
     one, two = (next(iter(alone(stream, number_of(n))))[1] for n in ("one turn", "several turns"))
-    batch = {name: x[0] for name, x in collator([(0, [*one, *two])]).items() if x.ndim}
+    batch = {name: x[0] for name, x in collator([(0, [*one, *two])]).items() if x.ndim == 2}
     slots = list(zip(batch["doc"].tolist(), batch["pos"].tolist(), strict=True))
     noisy = batch["noisy"].tolist()
     copies = [slot for slot, is_noisy in zip(slots, noisy, strict=True) if is_noisy]

@@ -22,6 +22,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.probe import probe
 from ar2diff.core.spec import Spec
 from ar2diff.generation.complete import complete
+from ar2diff.training import plan as plan_module
 from ar2diff.training.adapt import AdaptTrainer, adapt
 
 SPEC = {
@@ -206,6 +207,56 @@ def test_the_probe_sees_a_class_that_stays_causal(monkeypatch, tiny_model, dtype
 
     monkeypatch.setattr(type(model), "forward", deaf)
     assert probe(model, Spec(**SPEC))
+
+
+def test_a_run_probes_on_the_accelerator_and_in_the_main_process_alone(monkeypatch, tiny_model):
+    model, places, moves = tiny_model("llama"), [], []
+    monkeypatch.setattr(plan_module, "probe", lambda *_: places.append(moves[-1:]) or ["wrong"])
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)) or model)
+    assert plan_module.probed(model, Spec(**SPEC)) == ["wrong"] and places == [[]]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for free, place in ((1 << 40, ["cuda"]), (1, ["cpu"])):  # it does not fit, and stays
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 1 << 40))
+        assert plan_module.probed(model, Spec(**SPEC)) == ["wrong"]
+        assert places[-1] == place and moves == ["cuda", "cpu"]
+    monkeypatch.setenv("RANK", "1")
+    assert plan_module.probed(model, Spec(**SPEC)) == [] and len(places) == 3
+
+
+def rough(monkeypatch, model, noise, obeys=True):
+    """Add to the logits what other kernels for another shape, or other tokens in the batch, might:
+    noise [B, S, V] that depends on the ids, given as `noise(input_ids)`."""
+    plain = type(model).forward
+
+    def forward(self, *args, input_ids=None, attention_mask=None, **kwargs):
+        mask = attention_mask if obeys else None
+        output = plain(self, *args, input_ids=input_ids, attention_mask=mask, **kwargs)
+        output.logits = output.logits * (1 + noise(input_ids))
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+
+
+def of_shape(ids):  # what a kernel for another length rounds otherwise
+    return 0.03 * (ids.shape[1] % 5 - 2)
+
+
+def of_tokens(ids):  # what shares a product with other tokens of its row, as experts do
+    return 1e-4 * (ids.sum(1) % 5)[:, None, None]
+
+
+@pytest.mark.parametrize("noise", [of_shape, of_tokens])
+@pytest.mark.parametrize("attention,block_length", ATTENTIONS)
+def test_the_probe_measures_how_far_two_readings_of_the_same_tokens_are_apart(
+    monkeypatch, tiny_model, attention, block_length, noise
+):
+    spec = Spec(**{**SPEC, "attention": attention, "block_length": block_length, "ar_mode": False})
+    with monkeypatch.context() as patch:
+        model = tiny_model("llama")
+        rough(patch, model, noise)
+        assert probe(model, spec) == []
+    rough(monkeypatch, model, noise, obeys=False)
+    assert probe(model, spec)  # and no rounding hides a mask that is not obeyed
 
 
 def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch, tiny_model):

@@ -194,13 +194,19 @@ def test_in_the_heads_place_the_whole_models_gradient_is_the_same(tied):
     ids, index = words(2, 7), torch.tensor([0, 3, 3, 12])
     asked, found = (words(4, seed=1), random(4, seed=2), suppressed_ids(MASK, range(64), 64), 2), []
     for way in ("hidden", "logits"):
-        made = []
         output = output_at(
             model, index, input_ids=ids, attention_mask=None,
-            instead=(lambda head, hidden, made=made: made.append(
-                loss_of_hidden(head, hidden, *asked))) if way == "hidden" else None,
+            instead=(lambda head, hidden: loss_of_hidden(head, hidden, *asked).total.view(1, 1, 1))
+            if way == "hidden" else None,
         )  # fmt: skip
-        assert output.logits.shape == (1, 1 if way == "hidden" else 4, 64)
-        loss = (made or [loss_of_logits(output.logits[0], *asked)])[0].total
+        assert output.logits.shape == ((1, 1, 1) if way == "hidden" else (1, 4, 64))
+        made = output.logits[0]
+        loss = made[0, 0] if way == "hidden" else loss_of_logits(made, *asked).total
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
+
+
+def test_a_gpu_takes_a_thousand_rows_at_a_time_however_wide_they_are():
+    assert module.rows_at_once(151_936, "cpu", module.PART) == 55
+    assert module.rows_at_once(151_936, "cuda", module.PART) == 1024
+    assert module.rows_at_once(512, "cuda", module.PART) == module.rows_at_once(512, "cpu", 1 << 23)

@@ -61,6 +61,23 @@ def test_a_text_is_the_models_own_with_any_adapter(drafted, way, sampling):
         )
 
 
+@pytest.mark.parametrize("way", [{"draft_length": 3}, {"draft_length": 3, "draft_nodes": 7}, {}])
+def test_a_text_in_bfloat16_leaves_the_models_own_at_a_near_tie_only(tiny_model, way):
+    model = copy.deepcopy(tiny_model("llama", "sdpa", torch.float32)).bfloat16().eval()
+    draft = draft_of(model).bfloat16().eval()
+    want, _ = decoded(model, draft, mode="ar", eos_token_id=[])
+    got, _ = decoded(model, draft, eos_token_id=[], **way)
+    exact = copy.deepcopy(model).float()
+    for prompt, text, other in zip(PROMPTS, got, want, strict=True):
+        assert len(text) == len(other) == 14
+        at = next((i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b), None)
+        if at is not None:
+            with torch.no_grad():
+                logits = exact(input_ids=torch.tensor([prompt + text[:at]])).logits[0, -1]
+            first, second = logits.topk(2).values
+            assert first - second < 0.1
+
+
 def test_the_branch_the_row_and_the_head_are_what_drafts_come_from(tiny_model, monkeypatch):
     """A row of masks in one forward, read by hand, gives the first candidates."""
     model = copy.deepcopy(tiny_model("llama", "sdpa", torch.float64)).eval()

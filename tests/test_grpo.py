@@ -185,6 +185,20 @@ def test_the_ratio_is_1_in_bfloat16_and_with_checkpointed_gradients(trainer_of, 
     assert all(log["grad_norm"] > 0 for log in trainer.state.log_history if "grad_norm" in log)
 
 
+def test_completions_are_written_in_the_precision_of_training(trainer_of, monkeypatch):
+    precisions, plain = [], grpo.sample
+
+    def sample(*args):
+        precisions.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return plain(*args)
+
+    monkeypatch.setattr(grpo, "sample", sample)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", False)):
+        batch_of(trainer_of(train={"precision": precision}))
+        assert precisions == [dtype]
+        precisions.clear()
+
+
 def test_each_generation_has_noise_of_its_own_and_each_of_its_iterations_the_same(trainer_of):
     trainer = trainer_of("elbo", num_iterations=2, steps_per_generation=1, train={"max_steps": 4})
     seen = watch(trainer)
@@ -528,7 +542,7 @@ def test_completions_are_shown_when_it_is_time(trainer_of, capsys):
     assert "advantage" in shown.err and "length" in shown.err
     logs = trainer.state.log_history[1]
     assert {"stop_rate", "tokens_per_forward", "generation_share", "reward"} <= set(logs)
-    assert set(trainer.shown(logs)) < set(logs) and 0 < logs["generation_share"] < 1
+    assert len(set(trainer.figures) & set(logs)) >= 3 and 0 < logs["generation_share"] < 1
     assert logs["tokens_per_forward"] > 0.5
 
 

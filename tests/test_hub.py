@@ -186,8 +186,8 @@ def test_no_path_of_this_machine_and_no_token_is_published(published, base):
 
 
 def test_the_record_holds_the_generation_that_was_compared(published, model):
-    golden = json.loads(published.files["ar2diff.json"])["golden"]
-    assert golden["prompt"] == "Once upon a time"
+    (golden,) = json.loads(published.files["ar2diff.json"])["golden"]
+    assert [golden["prompt"]] == json.loads((model / "ar2diff.json").read_text())["prompts"]
     assert [sample["settings"] for sample in golden["samples"]] == [
         {"mode": "speculative", "draft_length": 3}, {"mode": "diffusion"}, {"threshold": 0.7},
     ]  # fmt: skip
@@ -424,6 +424,23 @@ def test_a_dry_run_says_what_would_be_removed(hub, client, model, sharded):
     assert set(PARTS) < set(hub.model("ana/dry").files)
 
 
+def test_a_dry_run_needs_no_token_and_no_network(hub, client, unlicensed, adapter, published):
+    done = client.run("push", unlicensed, "mine", "--dry-run", HF_TOKEN=None)
+    assert done.code == 0, done.err
+    assert "these files would be pushed to USER/mine:" in done.out
+    assert (
+        "note: the Hub was not asked whether USER/mine exists and what it holds: there is no "
+        "token for the Hub\n" in done.out
+    )
+    assert "'s base is unknown" in done.out and "a push will need --license" in done.out
+    with hub.away():
+        done = client.run("push", adapter, "ana/x", "--base", "ana/stories", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert front_matter(result["card"])["base_model"] == "ana/stories"
+    assert ["cannot be reached" in note for note in result["notes"]] == [True, True]
+
+
 # Adapters
 
 
@@ -596,19 +613,19 @@ def elsewhere(hub, published, published_adapter, published_head, published_draft
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_the_cards_first_block_denoises_without_ar2diff(hub, elsewhere, name):
     assert "blocked" in elsewhere["ar2diff"]
-    golden = json.loads(hub.model(f"ana/{name}").files["ar2diff.json"])["golden"]
-    assert elsewhere[f"ana/{name} True"].strip() == "Once upon a time" + (
-        golden["samples"][0]["text"].rstrip()
-    )
+    (golden,) = json.loads(hub.model(f"ana/{name}").files["ar2diff.json"])["golden"]
+    said = golden["prompt"] + golden["samples"][0]["text"].rstrip()
+    assert elsewhere[f"ana/{name} True"].strip() == said
 
 
 @pytest.mark.parametrize("name", ["stories", "stories-lora"])
 def test_without_trust_it_is_silently_the_ar_mode(
-    elsewhere, published, published_adapter, model, adapter, name
+    hub, elsewhere, published, published_adapter, model, adapter, name
 ):
     assert elsewhere[f"ana/{name} False"] == elsewhere[f"ana/{name} True"]  # the default: lossless
     checkpoint = load_checkpoint(str({"stories": model, "stories-lora": adapter}[name]))
-    inputs = checkpoint.tokenizer("Once upon a time", return_tensors="pt")
+    (golden,) = json.loads(hub.model(f"ana/{name}").files["ar2diff.json"])["golden"]
+    inputs = checkpoint.tokenizer(golden["prompt"], return_tensors="pt")
     plain = checkpoint.model.generate(**inputs, max_new_tokens=TOKENS)
     text = checkpoint.tokenizer.decode(plain[0], skip_special_tokens=True)
     assert elsewhere[f"ana/{name} False"] == text + "\n"
@@ -699,11 +716,12 @@ def unlicensed(tiny_checkpoint, train):
     return train(tiny_checkpoint, "unlicensed", steps=0)
 
 
-@pytest.mark.parametrize("verb", ["push", "card"])
-def test_a_licence_that_is_not_known(hub, client, fails, unlicensed, verb):
-    repo = ["ana/unlicensed"] if verb == "push" else []
-    said = fails(unlicensed, *repo, verb=verb)
+def test_a_licence_that_is_not_known(hub, client, fails, unlicensed):
+    said = fails(unlicensed, "ana/unlicensed")
     assert "'s base is unknown" in said and "--license" in said
+    done = client.run("card", unlicensed)
+    assert "license" not in front_matter(done.out)
+    assert "'s base is unknown" in done.err and "a push will need --license" in done.err
     done = client.run("card", unlicensed, "--license", "bsd-3-clause")
     assert front_matter(done.out)["license"] == "bsd-3-clause"
 

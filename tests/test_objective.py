@@ -226,6 +226,25 @@ def test_logits_at_a_slot_are_those_of_the_whole_forward(tiny_model, kind):
             torch.testing.assert_close(some, full[index], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_in_bfloat16_the_head_of_the_wanted_rows_computes_in_float32(tiny_model, kind):
+    model, ids = tiny_model(kind, "eager", torch.bfloat16), words(2, 9)
+    index, states = torch.tensor([3, 11, 17]), []
+    with torch.no_grad():
+        logits = logits_at(model, index, input_ids=ids, read=states)
+        want = states[0].float() @ model.lm_head.weight.float().T
+        if kind == "gemma2":
+            want = 2 * (want / 2).tanh()  # the model's own soft cap
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, want, rtol=1e-6, atol=1e-6)
+    under = tiny_model(kind, "eager", torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = logits_at(under, index, input_ids=ids, read=states)
+    want = states[1].float() @ under.lm_head.weight.T
+    want = 2 * (want / 2).tanh() if kind == "gemma2" else want
+    torch.testing.assert_close(logits, want, rtol=1e-6, atol=1e-6)
+
+
 def test_the_soft_cap_is_the_models_own(tiny_model):
     model, ids = tiny_model("gemma2", "eager"), words(1, 9)
     with torch.no_grad():

@@ -39,6 +39,35 @@ def write(tiny_checkpoint, write_jsonl):
     return call
 
 
+def lengths_and_notes(tiny_checkpoint, write_jsonl, lengths, **settings):
+    """The lengths of prompts that are answered, the longest answer, and what is said of it."""
+    file = write_jsonl("long.jsonl", [{"prompt": "a" * (length - 1)} for length in lengths])
+    own = SelfData(prompts=str(file), **settings)
+    text = OwnText(load_checkpoint(str(tiny_checkpoint)), own, read_prompts(own, "text"))
+    prompts, new = text._prompts()
+    return [len(prompt) for prompt in prompts], new, text.notes()[1:]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "kept", "new"),
+    [  # in a context of 512
+        ([2, 100, 400], 64, [2, 100, 400], 64),
+        ([2, 100, 200], 512, [2, 100, 200], 312),
+        ([2, 100, 200], 1000, [2, 100, 200], 312),
+        ([2, 100, 500], 300, [2, 100], 256),  # half of the context is an answer's
+        ([300, 500], 300, [300], 212),
+    ],
+)
+def test_an_answer_is_shortened_before_a_prompt_is_left_out(
+    tiny_checkpoint, write_jsonl, lengths, wanted, kept, new
+):
+    found = lengths_and_notes(tiny_checkpoint, write_jsonl, lengths, max_new_tokens=wanted)
+    assert found[:2] == (kept, new)
+    assert len(found[2]) == (new < wanted) + (kept != lengths)
+    if new < wanted:
+        assert found[2][0].startswith(f"note: an answer has at most {new} tokens, not {wanted} ")
+
+
 def held() -> str:
     (file,) = cache_folder().iterdir()
     return file.read_text()

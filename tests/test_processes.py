@@ -263,11 +263,38 @@ def test_two_processes_cut_what_they_say_and_train_as_one(
         held = [note[name] for name in ("parameters", "gradients", "masters", "moments")]
         assert held == [part * PARAMETERS for part in HELD[strategy]]
         assert note["whole"] == (NORMS if strategy == "zero3" else PARAMETERS)
+        assert note["fused"]  # all logits are never made
         assert len(note["losses"]) == STEPS
         assert note["losses"] == pytest.approx(losses, rel=1e-4)
     assert apart(folder, alone) < 1e-4
     config = json.loads((folder / "config.json").read_text())
     assert config == json.loads((alone / "config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_shards_of_fsdp2_train_and_are_saved_as_the_whole_model(
+    tiny_model, tiny_tokenizer, tmp_path, tied
+):
+    shape = {"vocab_size": len(tiny_tokenizer), "pad_token_id": None}
+    model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=tied, **shape)
+    model.save_pretrained(tmp_path / "ar")
+    tiny_tokenizer.save_pretrained(tmp_path / "ar")
+    settings = ["train.max_steps=0", "convert.block_length=4", "data.max_length=32"]
+    adapt(str(tmp_path / "ar"), load_recipe(None, settings), tmp_path / "converted")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [HERE / "sharded.py", tmp_path / "converted", tmp_path / "out"]
+    subprocess.run([*command, *arguments], check=True, env=ENV, capture_output=True, text=True)
+    note = json.loads((tmp_path / "out" / "note.json").read_text())
+    assert note["plain"] and note["losses"][0] == pytest.approx(note["losses"][1], rel=1e-5)
+    assert note["apart"] < 1e-4
+    assert note["gathered"] == ["lm_head.weight"]  # tied or not: under both of its names
+    saved, base = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("out", "converted")
+    )
+    assert saved.keys() == base.keys() and ("lm_head.weight" in saved) is not tied
+    assert all(torch.equal(saved[name], base[name]) for name in base)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 def test_lora_trains_on_zero3_as_in_one_process(train_in_two, train_alone):

@@ -11,6 +11,7 @@ import torch
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core.gumbel import GumbelNoise
+from ar2diff.demo.__main__ import DRAFT
 from ar2diff.evaluation import lossless
 from ar2diff.evaluation.check import check
 from ar2diff.evaluation.quality import ROWS, TextQuality, choose_threshold, text_quality
@@ -151,7 +152,7 @@ def test_check_tries_whether_speculation_is_lossless(converted, monkeypatch):
 def test_the_gap_at_a_difference_is_that_of_the_two_likeliest_tokens(converted, temperature):
     checkpoint = load_checkpoint(str(converted), dtype="float64")
     prompt, text = [1, 40, 41], [50, 51, 52, 53]
-    found = lossless._gap(str(converted), prompt, [50, 51, 60], text, temperature, 7)
+    found = lossless._gap(str(converted), torch.float64, prompt, [50, 51, 60], text, temperature, 7)
     scores = checkpoint.model(torch.tensor([[*prompt, 50, 51]])).logits[0, -1]
     scores[checkpoint.suppressed] = float("-inf")
     if temperature:
@@ -159,6 +160,16 @@ def test_the_gap_at_a_difference_is_that_of_the_two_likeliest_tokens(converted, 
         scores = scores / temperature + noise
     best, second = scores.topk(2).values.tolist()
     assert found == pytest.approx(best - second)
+
+
+def test_in_bfloat16_texts_of_both_modes_differ_at_near_ties_alone(monkeypatch):
+    """The demo model and its draft adapter; the gap is that of the rounded weights in float64."""
+    starts = ("Once upon a time", "One day, a", "Lily was", "A big dog", "She said", "Ben and")
+    monkeypatch.setattr(lossless, "PROMPTS", starts)
+    monkeypatch.setattr(lossless, "MOST_TOKENS", ((10**9, 48),))
+    found = lossless.golden_run(load_checkpoint(str(DRAFT), dtype="bfloat16"), str(DRAFT))
+    assert 0 < found.identical < found.texts  # some do differ
+    assert found.near_tie == 0.5 and found.ok
 
 
 def test_a_large_model_is_not_tried(converted, monkeypatch):

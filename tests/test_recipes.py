@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from ar2diff.cli.main import app, main
 
 from ar2diff.checkpoint.files import ADAPTER_CONFIG, is_adapter, read_spec
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.catalogue import catalogue, commands, header
 from ar2diff.config.recipe import Recipe, load_recipe
 from ar2diff.config.schema import describe_fields
 from ar2diff.core.errors import Ar2DiffError
@@ -25,31 +25,9 @@ from ar2diff.distributed.launch import STRATEGIES
 from ar2diff.training.base import Running
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-EVERY_RECIPE = pytest.mark.parametrize("name", RECIPES)
-OURS = ("ar2diff", "make", "python")  # how a line of a header begins that is a command
+CATALOGUE = catalogue()
+EVERY_RECIPE = pytest.mark.parametrize("name", CATALOGUE)
 WORDS = "the cat sat on a mat"
-
-
-def header(name: str) -> str:
-    """The comment that a recipe begins with."""
-    lines = RECIPES[name].read_text(encoding="utf-8").splitlines()
-    first = next(n for n, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:first])
-
-
-def commands(name: str) -> list[list[str]]:
-    """The commands of a header, each as its words."""
-    lines = re.sub(r"\\\n\s*", " ", header(name)).splitlines()
-    return [
-        shlex.split(line) for line in lines if line.startswith("  ") and line.split()[0] in OURS
-    ]
-
-
-def verb(name: str) -> str:
-    """What a recipe is for: the verb of the command that names it; make and the demo adapt."""
-    named = [c[1] for c in commands(name) if c[0] == "ar2diff" and name in c]
-    return named[0] if named else "adapt"
 
 
 def adapt_rows(recipe) -> list[dict]:
@@ -83,7 +61,7 @@ def base_of(tiny_checkpoint, convert_tiny, convert_wide):
     in a shape for 4-bit layers where the recipe has them."""
 
     def find(name: str, recipe) -> Path:
-        if verb(name) in ("adapt", "draft"):
+        if CATALOGUE[name].verb in ("adapt", "draft"):
             return tiny_checkpoint
         chosen = recipe.convert.model_dump(include=recipe.convert.model_fields_set)
         convert = convert_tiny if recipe.quantization is None else convert_wide
@@ -107,7 +85,7 @@ def sizes(recipe) -> list[str]:
         "train.decay_steps": min(1, train.decay_steps),
         "train.logging_steps": 1,
         "data.max_length": 64,
-        "eval.steps": min(1, watch.steps),
+        "eval.steps": min(1, watch.steps or 0),
         "eval.panel_steps": min(2, watch.panel_steps),
         "eval.rows": 2,
         "eval.length": 16,
@@ -141,7 +119,7 @@ def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, 
         pytest.skip("bitsandbytes is not installed: pip install 'ar2diff[dev]'")
     seen, train = [], Running.train
     monkeypatch.setattr(Running, "train", lambda self, **k: seen.append(self) or train(self, **k))
-    what, out = verb(name), tmp_path / "out"
+    what, out = CATALOGUE[name].verb, tmp_path / "out"
     model = base_of(name, recipe)
     data = write_jsonl("rows.jsonl", ROWS[what](recipe))
     record = run(
@@ -183,9 +161,11 @@ def check_features(trainer, recipe) -> None:
 
 @EVERY_RECIPE
 def test_a_header_says_command_hardware_and_memory(name):
-    text = header(name)
+    text, entry = header(name), CATALOGUE[name]
     assert commands(name), "no command"
-    assert re.search(r"\d CPU cores|\d GB GPUs?\b", text), "no hardware"
+    assert entry.model and len(entry.model) <= 24, "no model, or no short name of one"
+    assert re.fullmatch(r"\d CPU cores|\w+ \d\d GB GPUs?", entry.hardware), "no hardware"
+    assert entry.measured == ("not run" not in entry.description), "run or not?"
     assert re.search(r"\d GB of memory|Memory: (\d+ GB|not measured)", text), "no memory"
 
 
@@ -248,7 +228,7 @@ HOSTILE = [  # an override, or a file; what is said of it
     ("rl.epsilon=1e308", "rl.epsilon: must lie between"),
     ("train.per_device_train_batch_size=1000000000", "less than or equal to 65536"),
     ("modle=x", "modle is not a key of the top level of a recipe |"),
-    ("train.lr=3", "train.lr is not a key of section train |"),
+    ("train.lr=3", "; did you mean train.learning_rate? |"),
     ("train.learning_rat=3", "; did you mean train.learning_rate? |"),
     ("max_steps=3", "; did you mean train.max_steps? |"),
     ("data.sources=[{pth: a}]", "; did you mean data.sources.0.path? |"),

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from ar2diff.cli.main import main
+from conftest import besides_progress
 from safetensors.torch import load_file
 
 import ar2diff
 from ar2diff.checkpoint.adapters import add_adapter
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
+from ar2diff.training.journal import read_metrics
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import make_trainer
 
@@ -34,7 +36,7 @@ BLOCKS = "convert.block_length=4"
 
 @pytest.fixture
 def rl(monkeypatch, capsys, tmp_path, write_jsonl):
-    """Run `ar2diff rl` into `out`: (exit code, stdout, lines of stderr besides those of steps)."""
+    """Run `ar2diff rl` into `out`: (exit code, stdout, lines of stderr besides its progress)."""
 
     def run(model: object, *arguments: object, rows: object = ROWS, settings=SETTINGS):
         data = write_jsonl("rows.jsonl", rows)
@@ -44,8 +46,7 @@ def rl(monkeypatch, capsys, tmp_path, write_jsonl):
         with pytest.raises(SystemExit) as stop:
             main()
         said = capsys.readouterr()
-        lines = [li for li in said.err.strip().splitlines() if not li.startswith("step ")]
-        return stop.value.code, said.out, lines
+        return stop.value.code, said.out, besides_progress(said.err)
 
     return run
 
@@ -201,7 +202,7 @@ def test_a_reward_that_hangs_does_not_end_the_run(rl, convert_tiny, tmp_path):
     run = [convert_tiny(BLOCKS), f"rl.rewards=[{reward}]", "--max-steps", 4]
     code, _, lines = rl(*run)
     assert code == 0 and (tmp_path / "out" / "config.json").exists()
-    assert lines == [
+    assert [line for line in lines if "judge" in line] == [
         "warning: reward judge took longer than 0.5 seconds and was stopped; its values "
         "for this batch are left out. This warning is shown once."
     ]
@@ -275,7 +276,7 @@ def test_qlora_trains_the_adapter_in_float32_and_the_base_not_at_all(convert_wid
 
 @pytest.mark.parametrize("more", [["objective.kind=ar"], ["peft.r=2"]])
 def test_a_draft_adapter_writes_the_same_completions(
-    tiny_checkpoint, convert_tiny, write_jsonl, tmp_path, capsys, more
+    tiny_checkpoint, convert_tiny, write_jsonl, tmp_path, more
 ):
     """The run learns from the same texts, though the model moves away from the adapter."""
     model = convert_tiny(BLOCKS) if "peft.r=2" in more else tiny_checkpoint
@@ -289,12 +290,11 @@ def test_a_draft_adapter_writes_the_same_completions(
                 "rl.rewards=[{name: regex, args: {pattern: '(?s).*[A-M].*'}}]", *more]  # fmt: skip
     data, runs = write_jsonl("rows.jsonl", ROWS), []
     for draft in ([], [f"rl.draft={tmp_path / 'draft'}", "rl.sampler.draft_length=3"]):
-        capsys.readouterr()
         out = tmp_path / f"out{len(runs)}"
         ar2diff.rl(model, None, out, data=data, overrides=[*settings, *draft])
-        steps = [line for line in capsys.readouterr().err.splitlines() if "reward" in line]
-        rates = [float(re.search(r"tokens_per_forward ([\d.]+)", step)[1]) for step in steps]
-        assert any(0 < float(re.search(r" reward ([\d.]+)", step)[1]) < 1 for step in steps)
+        steps = read_metrics(out)
+        rates = [step["tokens_per_forward"] for step in steps]
+        assert any(0 < step["reward"] < 1 for step in steps)
         (file,) = out.glob("*model.safetensors")
         runs.append((load_file(file), rates))
     (one, slow), (two, fast) = runs

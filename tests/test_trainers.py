@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
+
 import pytest
 import torch
+from transformers.integrations import flex_attention
+from waits import Waits
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.conversations import Conversations, tokenize_conversations
+from ar2diff.data.sources import Documents
 from ar2diff.training.adapt import AdaptTrainer, make_collator
+from ar2diff.training.adapt import make_plan as make_adapt_plan
 from ar2diff.training.arguments import training_arguments
 from ar2diff.training.loss import divisors_of, totals_of
+from ar2diff.training.modules import attending_with, flex_in_one_dtype, flex_pays
+from ar2diff.training.own_text import Found
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import check_settings
 from ar2diff.training.rl import make_trainer as make_rl_trainer
@@ -34,20 +44,20 @@ def recipe_of(batch: int = 3, **sections: dict):
 def trainer_of(convert_tiny, tmp_path):
     """Factory: trainer_of("adapt") is a trainer of the tiny converted model."""
 
-    def make(verb: str, batch: int = 3, attention: str = "causal_context"):
+    def make(verb: str, batch: int = 3, attention: str = "causal_context", **sections: dict):
         full = attention == "full"
         convert = {"attention": attention, "block_length": None if full else 4}
         checkpoint = load_checkpoint(str(convert_tiny(
             f"convert.attention={attention}", f"convert.block_length={'null' if full else 4}"
         )))  # fmt: skip
         if verb == "adapt":
-            recipe = recipe_of(batch, convert=convert)
+            recipe = recipe_of(batch, convert=convert, **sections)
             return AdaptTrainer(
                 checkpoint, recipe, training_arguments(recipe, tmp_path),
                 data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
             )  # fmt: skip
         if verb == "sft":
-            recipe = recipe_of(batch, convert=convert)
+            recipe = recipe_of(batch, convert=convert, **sections)
             data = Conversations(PAIRS, [""] * len(PAIRS), ())
             rows = tokenize_conversations(data, checkpoint.tokenizer, recipe)
             return make_sft_trainer(Plan(checkpoint, recipe, rows, None), tmp_path, [])
@@ -101,6 +111,118 @@ def test_predict_gives_the_likeliest_ids_at_masked_tokens(trainer_of, verb):
     assert output.metrics["test_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
     mask = trainer.spec.mask_token_id
     assert not (found == mask).any()  # which the model can never mean
+
+
+WAITING = {
+    "nothing else": {},
+    "reveal": {"anneal": {"kind": "reveal", "steps": 1}},
+    "distil": {"objective": {"distil": {"target": "clean"}}},
+    "teacher": {"objective": {"distil": {"target": "teacher"}}},
+    "cart": {"objective": {"weight": "cart"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "setting"),
+    [*(("adapt", name) for name in WAITING), ("sft", "nothing else"), ("sft", "distil")],
+)
+def test_the_host_never_waits_for_the_device_in_a_micro_step(trainer_of, verb, setting):
+    trainer = trainer_of(verb, **WAITING[setting])
+    numbered = trainer.fixed_rows(ROWS[verb])
+    batch = trainer.data_collator([(0, parts) for _, parts in numbered])
+    assert ("reveal" in batch) == (setting == "reveal")
+    assert (len(batch.get("chosen", ())) > 0) == (setting in ("distil", "teacher"))
+    trainer.compute_loss(trainer.model, batch)  # finds out once whether the head is plain
+    with Waits() as waits:
+        batches, divisors = trainer.get_batch_samples(iter([batch, batch]), 2, trainer.args.device)
+        for inputs in batches:
+            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=divisors).backward()
+    assert waits.found == []
+    assert trainer.tokens_seen() == 2 * int(batch["tokens"])
+
+
+@pytest.mark.parametrize("verb", ["adapt", "sft"])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(trainer_of, verb, tmp_path):
+    trainer = trainer_of(verb)
+    assert not trainer.args.logging_nan_inf_filter
+    with pytest.raises(Ar2DiffError, match="the loss is nan at step 0"):
+        trainer.log({"loss": float("nan")})
+    assert trainer.state.log_history  # the line itself was logged
+    trainer._tr_loss = torch.tensor(float("inf"))  # of the steps since the last log
+    with pytest.raises(Ar2DiffError, match="training has diverged"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_a_gpu_gets_a_fused_optimizer_and_a_worker_that_prepares_batches(monkeypatch, tmp_path):
+    def arguments(**train):
+        recipe = recipe_of(train={"max_steps": 1, "precision": "fp32", **train})
+        given = training_arguments(recipe, tmp_path, kind=dict)
+        names = "optim", "dataloader_num_workers", "dataloader_pin_memory"
+        return [given[name] for name in names] + [given["accelerator_config"]["non_blocking"]]
+
+    assert arguments() == ["adamw_torch", 0, False, False]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert arguments() == ["adamw_torch_fused", 1, True, True]
+    assert arguments(optimizer="adamw8bit")[0] == "adamw_bnb_8bit"
+
+
+def test_a_worker_gives_the_same_batches(trainer_of, write_jsonl):
+    file = write_jsonl("rows.jsonl", [{"text": text} for text in TEXTS])
+    trainer = trainer_of("adapt", data={"max_length": 32, "sources": [str(file)]})
+    documents = Documents(trainer.recipe.data.sources, "text", 0)
+    plan = make_adapt_plan(trainer.checkpoint, trainer.recipe, Found(documents, None))
+    trainer.train_dataset = plan.rows
+    found = []
+    for workers in (0, 1):
+        trainer.args.dataloader_num_workers = workers
+        found.append(list(islice(trainer.get_train_dataloader(), 3)))
+    for one, other in zip(*found, strict=True):
+        assert one.pop("step") == other.pop("step")
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_flex_attention_trains_long_rows_on_a_gpu_alone(tiny_model, monkeypatch):
+    model, gpu = tiny_model("llama"), torch.device("cuda")
+    assert flex_pays(model, 1024, gpu) and not flex_pays(model, 1023, gpu)
+    assert not flex_pays(model, 1024, torch.device("cpu"))
+    assert not flex_pays(tiny_model("llama", "eager"), 1024, gpu)  # which somebody asked for
+    monkeypatch.setattr(type(model), "_supports_flex_attn", False)
+    assert not flex_pays(model, 1024, gpu)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_attends_in_its_own_way(trainer_of, checkpointing):
+    trainer = trainer_of("adapt", train={"max_steps": 1, "gradient_checkpointing": checkpointing})
+    config, kinds = trainer.model.config, []
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    trainer.model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda *_: kinds.append(config._attn_implementation)
+    )
+    batch = trainer.data_collator(trainer.fixed_rows(TEXTS))
+    losses = []
+    for kind in (None, "eager"):
+        trainer.attention = kind
+        losses.append(trainer.training_step(trainer.model, dict(batch), None))
+    torch.testing.assert_close(*losses)
+    assert config._attn_implementation == "sdpa"
+    assert Counter(kinds) == {"sdpa": 2 + checkpointing, "eager": 1 + checkpointing}
+
+
+def test_flex_attention_gets_one_dtype_under_autocast(tiny_model, monkeypatch):
+    model, seen = tiny_model("qwen3", "sdpa", torch.float32), []
+
+    def flex(module, query, key, value, mask, **_):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(flex_attention, "flex_attention_forward", flex)
+    flex_in_one_dtype()
+    with torch.autocast("cpu", torch.bfloat16), attending_with(model, "flex_attention"):
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        model(input_ids=torch.arange(4)[None], attention_mask=mask, use_cache=False)
+    assert set(seen) == {(torch.bfloat16,) * 3}
 
 
 @pytest.mark.parametrize("verb", ROWS)

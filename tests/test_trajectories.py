@@ -128,6 +128,8 @@ def test_a_documents_text_and_noise_do_not_depend_on_the_batch(checkpoint):
             assert torch.equal(together[name][row, :length], alone[name][0]), name
         assert (together["doc"][row, length:] == PADDING).all()
     again = states_of(checkpoint, recipe, [TEXTS[:2], TEXTS[2:]])[1]
+    steps = together.pop("step"), again.pop("step")
+    assert steps == (3, 3)
     assert all(torch.equal(together[name], again[name]) for name in together)
     other = states_of(checkpoint, recipe, [TEXTS[:2], TEXTS[2:]], step=4)[1]
     assert not torch.equal(other["x0"], together["x0"])

@@ -125,14 +125,14 @@ class DiffusionModel:
         return evaluate(self.checkpoint, data, **options)
 
 
-def load(model: str | Path, dtype: str = "auto") -> DiffusionModel:
+def load(model: str | Path, dtype: str = "stored") -> DiffusionModel:
     """Load a model, or an adapter on its base, on the accelerator if there is one.
 
     Args:
         model: a folder, or a Hub id with an optional `@revision`. An unconverted model only has its
             AR mode.
-        dtype: type of the weights in memory: float32, bfloat16, float16, or `auto` for the stored
-            one.
+        dtype: type of the weights in memory: `stored`; `auto` for the stored one on a GPU and
+            float32 on a CPU; or float32, bfloat16 or float16.
 
     Raises:
         Ar2DiffError: the model does not exist, is damaged, or does not do what its config says.

@@ -64,6 +64,8 @@ def save(
     if checkpoint.base is not None:
         save_adapter(checkpoint, output, record, weights)
         return
+    if weights is not None:
+        weights = _without_tied(checkpoint.model, weights)
     for name, parameter in checkpoint.model.named_parameters():
         if name.startswith(IN_HEAD):
             continue
@@ -81,6 +83,17 @@ def save(
         if head is not None:
             (folder / HEAD_FILE).write_bytes(head)
         save_beside(checkpoint, folder)
+
+
+def _without_tied(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights that were gathered from shards, without the second names of tied ones: each name was
+    gathered for itself, so a file would hold the tensor twice, and once in float32."""
+    again = {
+        name
+        for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if name in weights and source in weights and torch.equal(weights[name], weights[source])
+    }
+    return {name: x for name, x in weights.items() if name not in again}
 
 
 def _without_head(

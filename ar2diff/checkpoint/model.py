@@ -124,8 +124,8 @@ def load_model(
         attn_implementation: `auto` is sdpa, or eager if the class lacks it.
         device: None leaves the model on the CPU; `auto` puts it on the accelerator if there is one.
         quantization: a recipe's section: linear layers in 4 bits, all else as it is stored.
-        dtype: `float32` (float64 if the weights are stored so), `auto`: as stored, or another
-            dtype of torch by name.
+        dtype: `float32` (float64 if the weights are stored so), `stored`, `auto`: as stored on a
+            GPU and float32 on a CPU, or another dtype of torch by name.
 
     Raises:
         Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
@@ -143,7 +143,8 @@ def load_model(
     if quantization is not None:
         kind, quantized = "auto", {"quantization_config": bits_and_bytes(quantization)}
     else:
-        kind, quantized = _dtype(dtype, stored), {}
+        on_gpu = device == "auto" and torch.cuda.is_available()
+        kind, quantized = _dtype(dtype, stored, on_gpu), {}
     try:
         outline = outline_of(config)
         _refuse_size(path, outline, tensors)
@@ -287,8 +288,10 @@ def _no_tokenizer(path: Path, values: dict[str, Any], error: BaseException) -> A
     )
 
 
-def _dtype(name: str, stored: dict[str, str]) -> Any:
+def _dtype(name: str, stored: dict[str, str], on_gpu: bool) -> Any:
     if name == "auto":
+        name = "stored" if on_gpu else "float32"
+    if name == "stored":
         return DTYPES.get(_most_common(stored), torch.float32)
     if name == "float32" and "F64" in stored.values():
         return torch.float64
@@ -296,7 +299,7 @@ def _dtype(name: str, stored: dict[str, str]) -> Any:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise Ar2DiffError(
             f"{option('dtype')} {shortened(name)} is not a floating-point type of torch",
-            f"set {option('dtype')} to float32, bfloat16, float16 or auto",
+            f"set {option('dtype')} to auto, stored, float32, bfloat16 or float16",
         )
     return found
 

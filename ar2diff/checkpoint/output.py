@@ -32,6 +32,13 @@ LAST = (
     DRAFT_CONFIG,
 )  # a folder holds a model once it has one of these
 CHECKPOINTS = "checkpoints"  # training checkpoints, and the record of a run that has not ended
+LOG = "log"  # what a run tells of itself: metrics, pictures, recipe, command
+PICTURES = ("loss", "bound", "acceptance", "reward")  # drawn there, each light and dark
+LOGGED = (
+    "metrics.jsonl", "metrics.jsonl.partial", "recipe.yaml", "command.txt",
+    *(f"{name}{shade}.svg" for name in PICTURES for shade in ("", "-dark")),
+)  # fmt: skip
+TENSORBOARD = "tensorboard"  # in `LOG`: the event files of that tracker
 LOCK, PARTIAL = ".ar2diff.lock", ".partial"
 LEFTOVERS = (LOCK, PARTIAL)  # what a killed process may leave behind
 FULL = 1 << 22  # if fewer bytes are free, a failed write means a full disk
@@ -41,7 +48,7 @@ WRITTEN = re.compile(
     r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
     r"|(model|model-\d{5}-of-\d{5}|adapter_model|draft|diffusion_head)\.safetensors"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja|additional_chat_templates"
-    r"|configuration_\w+\.py|custom_generate|checkpoints"
+    r"|configuration_\w+\.py|custom_generate|checkpoints|log"
 )
 _held: set[int] = set()  # file descriptors of locks
 
@@ -69,7 +76,8 @@ class Output:
 
     def begin_run(self, record: dict[str, Any]) -> None:
         """Note that a training run works in the folder. A complete model stays until the run's own
-        replaces it; checkpoints of an earlier run go."""
+        replaces it; log and checkpoints of an earlier run go."""
+        _remove_log(self.folder)
         _remove_run(self.folder)
         with disk_errors(self.folder):
             beside = self.folder / PARTIAL / RUN_FILE
@@ -124,6 +132,7 @@ class Output:
             (self.folder / CHECKPOINTS / RUN_FILE).unlink(missing_ok=True)
             _remove_if_empty(self.folder / CHECKPOINTS)
         else:
+            _remove_log(self.folder)
             _remove_run(self.folder)
 
     def _write_record(self, record: dict[str, Any], files: list[str]) -> None:
@@ -164,6 +173,8 @@ def claimed(
     finally:
         shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         if not _has_checkpoints(output_dir):  # nothing to resume from
+            if (output_dir / CHECKPOINTS / RUN_FILE).is_file():  # a run that has not ended
+                _remove_log(output_dir)
             _remove_run(output_dir)
         (output_dir / LOCK).unlink(missing_ok=True)
         _held.discard(lock)
@@ -380,9 +391,8 @@ def _is_free(folder: Path) -> bool:
     """Whether a folder is new, or empty but for what a killed process left."""
     if not folder.is_dir():
         return True
-    run = folder / CHECKPOINTS
     left = [p for p in folder.iterdir() if p.name not in LEFTOVERS]
-    return not left or (left == [run] and run.is_dir() and not any(run.iterdir()))
+    return all(p.name in (CHECKPOINTS, LOG) and p.is_dir() and not any(p.iterdir()) for p in left)
 
 
 def _check_free(folder: Path, name: str, ours: Sequence[str]) -> None:
@@ -393,7 +403,7 @@ def _check_free(folder: Path, name: str, ours: Sequence[str]) -> None:
     """
     top, *inside = PurePosixPath(name).parts
     path = folder / name
-    known = name in ours or name in (RUN_FILE, CHECKPOINTS) or any(
+    known = name in ours or name in (RUN_FILE, CHECKPOINTS, LOG) or any(
         owned.startswith(f"{name}/") for owned in ours
     )  # fmt: skip
     places = [
@@ -419,6 +429,20 @@ def _remove_file(folder: Path, name: str) -> None:
     path.unlink()
     for parent in inside:
         _remove_if_empty(parent)
+
+
+def _remove_log(folder: Path) -> None:
+    """Remove what a run told of itself. Goes before the run's record, without which a folder that
+    holds nothing else would not be known as ours."""
+    log = folder / LOG
+    if log.is_symlink() or not log.is_dir():
+        return
+    with disk_errors(folder):
+        for name in LOGGED:
+            (log / name).unlink(missing_ok=True)
+        if (events := log / TENSORBOARD).is_dir() and not events.is_symlink():
+            shutil.rmtree(events)
+        _remove_if_empty(log)
 
 
 def _remove_run(folder: Path) -> None:

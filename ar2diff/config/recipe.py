@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ..core.errors import Ar2DiffError, first_line, nearest, shortened
+from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
 from .draft import Draft
 from .rl import Rl
 from .schema import field_names, keys_of
@@ -31,6 +31,7 @@ from .sections import (
     Train,
 )
 from .strict_yaml import parse_yaml
+from .synonyms import key_meant, key_named
 
 LARGEST = 1_000_000  # bytes of a recipe file; those that ship have two thousand
 
@@ -209,7 +210,7 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
         Ar2DiffError: unknown recipe or key, a value of the wrong type, or fields that contradict
             each other.
     """
-    label = "given" if isinstance(name, Recipe) else name or "defaults"
+    label = "given" if isinstance(name, Recipe) else name or ""
     try:
         if isinstance(name, Recipe):
             tree = name.model_dump(mode="json", exclude_unset=True)
@@ -225,7 +226,9 @@ def load_recipe(name: str | Recipe | None, overrides: Sequence[str] = ()) -> Rec
             "write it like those that 'ar2diff recipes show demo' prints",
         )
     chosen = {override.partition("=")[0] for override in overrides}
-    for override in overrides:
+    for number, override in enumerate(overrides):
+        if "=" not in override[1:]:
+            raise _no_override(overrides, number)
         _apply(tree, override)
     convert = tree.get("convert")  # which a later override may have replaced by anything
     if "convert.attention" in chosen and isinstance(convert, dict) and "attention" in convert:
@@ -240,7 +243,7 @@ def parse_recipe(tree: dict[str, Any], label: str) -> Recipe:
     """Validate a parsed recipe.
 
     Args:
-        label: what an error calls the recipe.
+        label: what an error calls the recipe; empty for none.
 
     Raises:
         Ar2DiffError: naming the key, and the nearest existing key if it is unknown.
@@ -269,12 +272,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise Ar2DiffError(
-            f"argument {shortened(override)} is not of the form key=value",
-            "write it like train.learning_rate=1e-3",
-        )
+    key, _, text = override.partition("=")
     *sections, last = key.split(".")
     if len(sections) > 5:
         raise Ar2DiffError(
@@ -298,33 +296,52 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         ) from None
 
 
+def _no_override(words: Sequence[str], number: int) -> Ar2DiffError:
+    """The error for a word, of all that were given, that is not `key=value`."""
+    word, (before, after) = words[number], (words[:number], words[number + 1 :])
+    key = key_meant(word.rstrip(":"), field_names(Recipe))
+    value = next((later.lstrip("=") for later in after if later != "="), "VALUE")
+    if before and before[-1].endswith("="):
+        key, value = before[-1].rstrip("="), word
+    if word.endswith((".yaml", ".yml")):
+        fix = f"give a recipe as {option('recipe', word)}"
+    elif key is not None:
+        fix = f"write {key if '=' in key else f'{key}={value}'}, without spaces"
+    elif Path(word[:200]).exists():
+        fix = f"give data as {option('data', word)}"
+    else:
+        fix = "write it like train.learning_rate=1e-3"
+    return Ar2DiffError(f"argument {shortened(word)} is not of the form key=value", fix)
+
+
 def _explain(error: Any, label: str) -> Ar2DiffError:
     """Our error for one of pydantic's validation errors."""
     names = [str(part)[:80] for part in error["loc"]]
     where = ".".join(names)
     if error["type"] == "extra_forbidden":
-        return _unknown_key(names, label)
+        return _unknown_key(names, f"{label}: " if label else "")
     got = error["input"]
     shown = "" if isinstance(got, dict) and got else f" (got {shortened(got)})"
     message = error["msg"].removeprefix("Value error, ")
     schema = ["ar2diff config schema", *(n for n in names[:1] if n in Recipe.model_fields)]
     return Ar2DiffError(
-        f"{label}: {where + ': ' if where else ''}{message}{shown}",
+        f"{': '.join(part for part in (label, where, message) if part)}{shown}",
         f"run '{' '.join(schema)}' to see what is allowed",
     )
 
 
-def _unknown_key(names: list[str], label: str) -> Ar2DiffError:
+def _unknown_key(names: list[str], prefix: str) -> Ar2DiffError:
     """An unknown key, with the key that was probably meant: a similar one of the same section, or
     one of the same name in another section."""
     *parents, last = names
     section = ".".join(parents)
-    same = [key for key in field_names(Recipe) if key.split(".")[-1] == last]
-    prefix = f"{section}." if section else ""
-    near = nearest(last, keys_of(Recipe, parents)).replace(" mean ", f" mean {prefix}")
-    hint = f"; did you mean {same[0]}?" if same else near
+    right = key_named(last, field_names(Recipe), section)
+    if right is None and (near := nearest(last, keys_of(Recipe, parents))):
+        right = ".".join([*parents, near.removeprefix("; did you mean ").rstrip("?")])
     place = f"section {section}" if section else "the top level of a recipe"
     return Ar2DiffError(
-        f"{label}: {'.'.join(names)} is not a key of {place}{hint}",
-        "rename or remove it; 'ar2diff config schema' lists all keys",
+        f"{prefix}{'.'.join(names)} is not a key of {place}"
+        + (f"; did you mean {right}?" if right else ""),
+        (f"write {right} instead, or remove it" if right else "rename or remove it")
+        + "; 'ar2diff config schema' lists all keys",
     )

@@ -196,7 +196,8 @@ class SelfData(Section):
     prompts: str | None = Field(
         None,
         description="file of prompts: rows with a prompt, with messages up to an answer, or with "
-        "a text, whose beginning is given; null: the start token alone",
+        "a text, whose beginning is given, which are learned along with what follows; null: the "
+        "start token alone",
     )
     prompt_tokens: int = Field(8, gt=0, description="how many tokens the beginning of a text has")
     tokens: int = Field(1_000_000, gt=0, description="how many tokens to write")
@@ -204,7 +205,10 @@ class SelfData(Section):
         1.0, ge=0, description="temperature of the draws; at 0 each prompt is continued once"
     )
     max_new_tokens: int = Field(
-        256, gt=0, description="tokens after a prompt, unless the model ends the text earlier"
+        256,
+        gt=0,
+        description="tokens after a prompt, unless the model ends the text earlier, or "
+        "prompt and answer do not fit into its context",
     )
     weight: float | None = Field(
         None,
@@ -272,6 +276,9 @@ class LrScale(Section):
     embeddings: float = Field(
         1.0, ge=0, description="factor for the embeddings and the output head"
     )
+    diffusion_head: float = Field(
+        1.0, ge=0, description="factor for a diffusion head (convert.head_rank), which starts anew"
+    )
 
 
 class Train(Section):
@@ -284,7 +291,10 @@ class Train(Section):
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="micro-batches per optimizer step"
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="torch.optim's AdamW or SGD")
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw",
+        description="AdamW or SGD; adamw8bit holds AdamW's two moments in 8 bits (bitsandbytes)",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scale: LrScale = LrScale()
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = Field(
@@ -296,7 +306,7 @@ class Train(Section):
     )
     weight_decay: float = Field(0.1, ge=0, description="weight decay, except for norms and biases")
     adam_beta2: float = Field(
-        0.95, gt=0, lt=1, description="adamw: decay rate of the second moment"
+        0.95, gt=0, lt=1, description="adamw, adamw8bit: decay rate of the second moment"
     )
     max_grad_norm: float = Field(
         1.0, ge=0, description="gradient norm to clip at; 0 disables clipping"
@@ -308,7 +318,9 @@ class Train(Section):
         "auto", description="precision of forward and backward passes; master weights are float32"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
-        "auto", description="attention implementation; auto: sdpa, or eager for models without it"
+        "auto",
+        description="attention implementation; auto: flex_attention for training on a GPU with "
+        "rows of 1024 tokens or more, else sdpa, or eager for models without it",
     )
     compile: bool = Field(
         False, description="compile the layers with torch.compile; the first steps are slow"
@@ -331,7 +343,12 @@ class Eval(Section):
     rows: int = Field(16, gt=0, description="number of evaluation rows")
     length: int = Field(128, gt=1, description="tokens in an evaluation row")
     samples: int = Field(4, gt=0, le=MOST_SAMPLES, description="noise draws per row")
-    steps: int = Field(0, ge=0, description="training steps between evaluations; 0: never")
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="training steps between evaluations; 0: never; null: only before and after "
+        "training, if there are enough data to hold some out",
+    )
     panel_steps: int = Field(
         0, ge=0, description="training steps between displays of a sample being denoised; 0: never"
     )

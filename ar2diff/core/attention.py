@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -219,6 +220,15 @@ def with_context(mask: Tensor, seen: Tensor) -> Tensor:
     return torch.cat([seen[:, None, None].expand(size), mask], -1)
 
 
+@cache
+def _maker_of_block_masks(compiled: bool) -> Callable[..., Any]:
+    """The function that makes a BlockMask. On a GPU it is compiled, once for each shape, so that
+    the mask is never written out: of a row of 8,192 slots that would be 64 MB."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask) if compiled else create_block_mask
+
+
 def model_mask(
     model: Any,
     slots: Slots,
@@ -243,15 +253,14 @@ def model_mask(
     def build(window: int | None) -> Any:
         allowed = allowed_edges(slots, attention, block_length, reveal, window)
         if kind == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-
             batch, size = slots.doc.shape
+            make = _maker_of_block_masks(slots.doc.is_cuda)
             first, read = (queries.start, len(queries)) if queries else (0, size)
 
             def of_queries(b: Any, h: Any, q: Any, k: Any) -> Tensor:
                 return allowed(b, h, q + first, k)
 
-            return create_block_mask(of_queries, batch, None, read, size, device=slots.doc.device)
+            return make(of_queries, batch, None, read, size, device=slots.doc.device)
         mask = dense_mask(allowed, slots, queries)
         if kind == "sdpa":
             return mask

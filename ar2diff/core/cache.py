@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from .transfer import upload
+
 
 class ContextCache:
     """Context of a batch of rows.
@@ -72,9 +74,11 @@ class ContextCache:
 
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""
-        for layer in self._layers():  # the stock method skips layers that hold nothing yet
-            at = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[at], layer.values[at]
+        layers = self._layers()  # the stock method skips layers that hold nothing yet
+        at = {device: upload(device, rows)[0] for device in _devices(layers)}
+        for layer in layers:
+            here = at[layer.keys.device]
+            layer.keys, layer.values = layer.keys[here], layer.values[here]
         self.length = self.length[rows]
         width, self.width = self.width, int(self.length.max())
         self._drop(width - self.width)
@@ -87,9 +91,10 @@ class ContextCache:
         target = torch.where(kept, self.length[:, None] + step, spare)
         # A target may be another slot's source, so all are read before any is written; `spare` is
         # a source only for the row that it belongs to, where it is its own target or comes last.
-        for layer in self._layers():
-            at = source.to(layer.keys.device)[:, None, :, None]
-            to = target.to(layer.keys.device)[:, None, :, None]
+        layers = self._layers()
+        places = {device: upload(device, source, target) for device in _devices(layers)}
+        for layer in layers:
+            at, to = (place[:, None, :, None] for place in places[layer.keys.device])
             for states in (layer.keys, layer.values):
                 size = (-1, states.shape[1], -1, states.shape[3])
                 states.scatter_(2, to.expand(*size), states.gather(2, at.expand(*size)))
@@ -106,3 +111,8 @@ class ContextCache:
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]
+
+
+def _devices(layers: list[Any]) -> set[torch.device]:
+    """Where a cache lies: a model may be spread over several devices."""
+    return {layer.keys.device for layer in layers}

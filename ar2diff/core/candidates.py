@@ -19,6 +19,7 @@ from .draft import Draft
 from .forward import logits_at, quiet_routers
 from .readers import ALL, slots_of
 from .spec import Spec
+from .transfer import upload
 from .tree import Tree, shapes
 
 # Layouts of a single row recur from call to call, and small ones are kept with their model.
@@ -180,15 +181,16 @@ class CandidateReader:
         drafting = self.draft is not None and pos.shape[1] > layout.clean
         noisy = slice(layout.clean, None)
         states: list[Tensor] = []
+        index, tokens, pos = upload(device, layout.index, tokens, pos.clamp(0, self.last))
         with self.draft.applied(self.model, noisy) if drafting else nullcontext():
             logits = logits_at(
                 self.model,
-                layout.index.to(device),
+                index,
                 cache=self.cache.stock if self.cache else None,
                 read=states,
-                input_ids=tokens.to(device),
+                input_ids=tokens,
                 attention_mask=mask,
-                position_ids=pos.clamp(0, self.last).to(device),
+                position_ids=pos,
             ).view(len(rows), -1, self.vocabulary)
         headed = drafting and self.draft.head is not None
         ahead, hidden = (
@@ -255,8 +257,8 @@ class CandidateReader:
 
     def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, None, None]:
         """`read` without candidates and drafts."""
-        self.layout, device = None, self.model.device
-        tokens = torch.tensor(newest, device=device)[:, None]
+        self.layout = None
+        (tokens,) = upload(self.model.device, torch.tensor(newest)[:, None])
         logits = self.model(
             input_ids=tokens,
             position_ids=torch.full_like(tokens, position),
@@ -298,7 +300,7 @@ class CandidateReader:
         if columns and self._even():
             seen = 0.0 if mask.is_floating_point() else True
             return layout, torch.nn.functional.pad(mask, (columns, 0), value=seen)
-        return layout, with_context(mask, self._seen(columns, length).to(self.model.device))
+        return layout, with_context(mask, *upload(mask.device, self._seen(columns, length)))
 
     def _seen(self, columns: int, length: list[int]) -> Tensor:
         """[R, columns] which columns of the cache hold a token of their row."""

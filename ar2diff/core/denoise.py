@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import Speculation, measured_pace
 from .switching import SwitchingReader
+from .transfer import download, upload
 
 FILTERS = {
     "top_h": logits_process.TopHLogitsWarper, "top_k": logits_process.TopKLogitsWarper,
@@ -80,7 +82,7 @@ def denoise(
     penalty = _penalty(options)
     chooser = Chooser(
         options,
-        suppressed.to(model.device),
+        *upload(model.device, suppressed),
         _generators(canvas, options),
         [*_warpers(options, penalty, model.device), *processors],
         penalty,
@@ -187,8 +189,8 @@ class _Denoiser:
         if self.checker is not None:
             exact = self.checker.read(ids, start, masked)
             error = (logits - exact).abs().max() / exact.abs().max()
-            same = logits.argmax(-1) == exact.argmax(-1)
-            canvas.drift.append((float(error), float(same.double().mean())))
+            same = (logits.argmax(-1) == exact.argmax(-1)).double().mean()
+            canvas.drift.append(tuple(map(float, download(error, same))))
         if self.guided == 1:
             return logits
         conditional, unconditional = logits.chunk(2)
@@ -198,13 +200,23 @@ class _Denoiser:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""
         canvas, options, rows = self.canvas, self.options, self.rows
         row, position = self.row[masked], self.position[masked]
+        given = {}  # what the device has to know of the canvas
+        if self.head is not None:
+            given["before"] = self._before(row, position)
+        if self.chooser.penalty is not None:
+            given["context"] = canvas.ids[row]
+        if not options.greedy:
+            given["u"] = self.chooser.uniform(row)
+        if given:
+            given = dict(zip(given, upload(logits.device, *given.values()), strict=True))
+        context, u = given.get("context"), given.get("u")
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
-            logits = logits + self.head(self._before(row, position)).to(logits)
-        context = canvas.ids[row] if self.chooser.penalty is not None else None
-        u = None if options.greedy else self.chooser.uniform(row)
+            logits = logits + self.head(given["before"]).to(logits)
         choice = self.chooser.pick(logits, u, context)
+        if self.head is None:
+            choice = choice.on_host()
         quota = None
         if options.steps_per_block is not None:
             left = masked.sum(1)
@@ -215,6 +227,8 @@ class _Denoiser:
             choice, commit = left_to_right(
                 self.head, self.chooser, logits, u, context, choice, masked, commit
             )
+            tokens, logprob, commit = download(choice.tokens, choice.logprob, commit)
+            choice = replace(choice, tokens=tokens, logprob=logprob)
         now = commit[masked]
         canvas.write(
             row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished

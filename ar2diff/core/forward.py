@@ -73,8 +73,9 @@ def router_loss(model: Any, output: Any) -> Tensor | float:
 def logits_at(
     model: Any, index: Tensor, inner: Any = None, cache: Any = None, **inputs: Any
 ) -> Tensor:
-    """Logits [N, V] at the chosen slots only; arguments as of `output_at`."""
-    return output_at(model, index, inner, cache, **inputs).logits[0]
+    """Logits [N, V] at the chosen slots only, from a head in float32 or better; arguments as of
+    `output_at`."""
+    return output_at(model, index, inner, cache, exact=True, **inputs).logits[0]
 
 
 def output_at(
@@ -83,8 +84,9 @@ def output_at(
     inner: Any = None,
     cache: Any = None,
     real: Tensor | None = None,
-    instead: Callable[[Any, Tensor], None] | None = None,
+    instead: Callable[[Any, Tensor], Tensor | None] | None = None,
     read: list[Tensor] | None = None,
+    exact: bool = False,
     **inputs: Any,
 ) -> Any:
     """A forward's output whose logits [1, N, V] are those at the chosen slots only; the
@@ -100,12 +102,16 @@ def output_at(
         cache: a cache of transformers that holds the keys before the slots; theirs are added.
         real: [B, S] bool, True where a slot is not padding: the slots that count in the routers'
             loss, if the config asks for one.
-        instead: called with the output embeddings and their input [N, H]; the logits are then
-            those of the first slot only.
+        instead: called with the output embeddings and their input [N, H], while these are whole
+            even where weights are sharded. The logits are then what it returns, of three
+            dimensions, or of no slot if it returns None.
         read: gets the input [N, H] of the output embeddings.
+        exact: whether a plain linear head computes in float32 although its inputs or weights have
+            16 bits: logits that are rounded to 8 bits of precision have many ties.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
     inner, own = inner or model, get_ident()
+    head, given = inner.get_output_embeddings(), []
 
     def pick(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if get_ident() != own:
@@ -113,12 +119,24 @@ def output_at(
         states = args[0].flatten(0, 1)[index]
         if read is not None:
             read.append(states)
-        if instead is not None:
-            instead(module, states)
-            states = states[:1]
+        if instead is not None or (exact and _rounds(module, states)):
+            given.append(states)
+            states = states[:0]  # the head itself computes nothing
         return (states.unsqueeze(0),)
 
-    hooks = [inner.get_output_embeddings().register_forward_pre_hook(pick)]
+    def compute(module: Any, _args: Any, _output: Tensor) -> Tensor | None:
+        if get_ident() != own or not given:
+            return None
+        if instead is not None:
+            return instead(module, given.pop())
+        return _exact_product(module, given.pop()).unsqueeze(0)
+
+    # Before the hooks of whatever shards the weights, which release them after the forward, and
+    # gather them again when the gradient of what the module returned arrives.
+    hooks = [
+        head.register_forward_pre_hook(pick),
+        head.register_forward_hook(compute, prepend=True),
+    ]
     if real is None:
         inputs |= quiet_routers(inner)
     elif _judges_routers(inner):
@@ -136,6 +154,28 @@ def output_at(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _rounds(head: Any, states: Tensor) -> bool:
+    """Whether a head is one linear layer, held whole, whose product would have 16 bits."""
+    weight, kind = getattr(head, "weight", None), states.device.type
+    if type(head) is not torch.nn.Linear or type(weight) is not torch.nn.Parameter:
+        return False
+    under = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    sizes = {dtype.itemsize for dtype in (weight.dtype, states.dtype, under)}
+    return min(sizes) < 4 and weight.is_floating_point() and not hasattr(weight, "ds_id")
+
+
+def _exact_product(head: Any, states: Tensor) -> Tensor:
+    """The product of a linear layer in float32. A GPU multiplies numbers of 16 bits exactly, and
+    sums in float32 anyway; a CPU has to widen them."""
+    weight, bias = head.weight, head.bias
+    with torch.autocast(states.device.type, enabled=False):
+        if states.is_cuda and states.dtype == weight.dtype and not torch.is_grad_enabled():
+            found = torch.mm(states, weight.T, out_dtype=torch.float32)
+            return found if bias is None else found + bias
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.linear(states.float(), weight.float(), bias)
 
 
 def _judges_routers(model: Any) -> bool:

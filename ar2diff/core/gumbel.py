@@ -10,11 +10,13 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .seeds import keyed_generator
+from .transfer import upload
 
 
 class GumbelNoise:
@@ -29,19 +31,21 @@ class GumbelNoise:
         self.vocabulary = vocabulary
         self.held: list[dict[int, Tensor]] = [{} for _ in generators]
 
-    def at(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """[N, V] the noise of positions in rows."""
-        return torch.stack([self._of(r, p) for r, p in zip(rows, positions, strict=True)])
+    def at(self, rows: Sequence[int], positions: Sequence[int], device: Any = "cpu") -> Tensor:
+        """[N, V] the noise of positions in rows. It is drawn on the CPU, and each position's is
+        uploaded once."""
+        wanted = [*zip(rows, positions, strict=True)]
+        new = [(r, p) for r, p in dict.fromkeys(wanted) if p not in self.held[r]]
+        drawn = upload(device, *(self._draw(r, p) for r, p in new)) if new else ()
+        for (row, position), noise in zip(new, drawn, strict=True):
+            self.held[row][position] = noise
+        return torch.stack([self.held[r][p] for r, p in wanted])
 
     def forget(self, row: int, before: int) -> None:
         """Drop the noise of positions that are decided."""
         self.held[row] = {p: noise for p, noise in self.held[row].items() if p >= before}
 
-    def _of(self, row: int, position: int) -> Tensor:
-        found = self.held[row].get(position)
-        if found is None:
-            found = torch.empty(self.vocabulary)
-            found.exponential_(generator=keyed_generator(self.keys[row], position))
-            found = found.log_().neg_()
-            self.held[row][position] = found
-        return found
+    def _draw(self, row: int, position: int) -> Tensor:
+        drawn = torch.empty(self.vocabulary)
+        drawn.exponential_(generator=keyed_generator(self.keys[row], position))
+        return drawn.log_().neg_()

@@ -54,6 +54,11 @@ class Pace:
         """Tokens to draft in the next forward, behind each candidate that has masks."""
         return self.length
 
+    def asks(self) -> tuple[bool, int, float]:
+        """What the next call of `grown` asks of guesses: chains, trees of so many nodes (0: none),
+        and the trust in them."""
+        return self.nodes is None, self.nodes or 0, 0.0
+
     def grown(self, guesses: Guesses) -> list[Tree]:
         """The candidates among the guesses."""
         if self.nodes is None:
@@ -178,12 +183,23 @@ class MeasuredPace(Pace):
             return 0
         return self.length
 
+    def asks(self) -> tuple[bool, int, float]:
+        """What the next call of `grown` asks of guesses: chains, trees of so many nodes (0: none),
+        and the trust in them."""
+        looks = self._looks
+        return looks or self.nodes is None, SIZES[-1] if looks else self.nodes or 0, self.trust
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the next call of `grown` finds out what branches would be worth."""
+        return (self.forwards + 1) % LOOK == FIRST
+
     def grown(self, guesses: Guesses) -> list[Tree]:
         """The candidates among the guesses."""
+        looks = self._looks
         self.forwards += 1
         guesses = replace(guesses, trust=self.trust)
         self.guessed = guesses.scores.shape[1]
-        looks = self.forwards % LOOK == FIRST
         if not looks and self.nodes is not None:
             return guesses.likeliest(self.nodes)
         trees = guesses.chain(self.guessed, self._least())

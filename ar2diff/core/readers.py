@@ -27,6 +27,7 @@ from .attention import (
 from .cache import ContextCache
 from .forward import logits_at
 from .spec import Spec
+from .transfer import upload
 
 ALL = 1 << 30  # more slots than any tree has
 MASKS = 64  # masks that are remembered; a single row needs two
@@ -89,20 +90,23 @@ class BlockReader:
         index = layout.index[masked]
         if len(layout.crossing):
             index = torch.cat([index, layout.crossing])
+        index, tokens, pos, *across = upload(
+            device, index, ids.gather(1, layout.pos), layout.pos, *self._boundaries(layout, masked)
+        )
         logits = logits_at(
             self.model,
-            index.to(device),
+            index,
             cache=self.cache.stock if self.cache else None,
-            input_ids=ids.gather(1, layout.pos).to(device),
+            input_ids=tokens,
             attention_mask=layout.mask,
-            position_ids=layout.pos.to(device),
+            position_ids=pos,
         )
         slots = layout.pos.shape[1]
         if self.cache:
             self.cache.keep(slots, slots - self.size - layout.pending, layout.pending)
             if slots > self.size:
                 self._layout = None
-        return self._across(logits, layout, masked) if self.spec.prediction == "shift" else logits
+        return self._across(logits, *across) if across else logits
 
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""
@@ -110,22 +114,29 @@ class BlockReader:
         if self.cache:
             self.cache.select(rows)
         if self.boundary is not None:
-            self.boundary = self.boundary[rows.to(self.boundary.device)]
+            self.boundary = self.boundary[upload(self.boundary.device, rows)[0]]
         self._layout = None
 
-    def _across(self, logits: Tensor, layout: _StepSlots, masked: Tensor) -> Tensor:
+    def _boundaries(self, layout: _StepSlots, masked: Tensor) -> tuple[Tensor, ...]:
+        """Of a forward, for `_across`: the rows whose context ends in it, the rows whose first
+        token is wanted, and which of the wanted tokens these are."""
+        if self.spec.prediction != "shift":
+            return ()
+        rows = masked[:, 0] & layout.first[:, 0]
+        wanted = layout.first[masked]
+        return tuple(x.nonzero()[:, 0] for x in (layout.pending > 0, rows, wanted))
+
+    def _across(self, logits: Tensor, ending: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
         """The first token of a block is read at the context's last position, which was or is being
         cached: its logits are kept for as long as the block lasts."""
-        device = logits.device
         if self.boundary is None:
             self.boundary = logits.new_zeros(self.rows, logits.shape[-1])
-        count = len(logits) - len(layout.crossing)
-        if len(layout.crossing):
-            self.boundary[(layout.pending > 0).to(device)] = logits[count:]
+        count = len(logits) - len(ending)
+        if len(ending):
+            self.boundary[ending] = logits[count:]
         logits = logits[:count]
-        rows = masked[:, 0] & layout.first[:, 0]
-        if rows.any():
-            logits[layout.first[masked].to(device)] = self.boundary[rows.to(device)]
+        if len(rows):
+            logits[wanted] = self.boundary[rows]
         return logits
 
     def _lay_out(self, start: Tensor) -> _StepSlots:
@@ -157,7 +168,7 @@ class BlockReader:
         seen = torch.arange(width) < length[:, None]
         key = tuple(pending.tolist())
         if self.alike and key in self._masks:
-            return with_context(self._masks[key], seen.to(self.model.device))
+            return with_context(self._masks[key], *upload(self.model.device, seen))
         cached = seen[:, :0] if self.alike else seen
         columns = cached.shape[1]
         layout = slots_of(
@@ -178,7 +189,7 @@ class BlockReader:
         if len(self._masks) > MASKS:
             self._masks.clear()
         self._masks[key] = mask
-        return with_context(mask, seen.to(self.model.device))
+        return with_context(mask, *upload(self.model.device, seen))
 
 
 class FullReader:
@@ -251,13 +262,14 @@ class FullReader:
         queries = range(width, width + slots)
         mask = model_mask(self.model, layout, "full", None, self.spec.local_window, queries=queries)
         pos = pos.clamp(max=ids.shape[1] - 1)
+        index, tokens, pos = upload(device, row * slots + slot, ids.gather(1, pos), pos)
         return logits_at(
             self.model,
-            (row * slots + slot).to(device),
+            index,
             cache=self.cache.stock if self.cache else None,
-            input_ids=ids.gather(1, pos).to(device),
+            input_ids=tokens,
             attention_mask=mask,
-            position_ids=pos.to(device),
+            position_ids=pos,
         )
 
 
@@ -283,21 +295,15 @@ def slots_of(
 
     def join(first: Tensor, second: Tensor, fill: int) -> Tensor:
         empty = torch.full((rows, rest), fill, dtype=second.dtype)
-        return torch.cat([first.to(second.dtype), second, empty], 1).to(device)
+        return torch.cat([first.to(second.dtype), second, empty], 1)
 
     doc = join(torch.where(seen, 0, PADDING), torch.where(real, 0, PADDING), PADDING)
     clean = torch.zeros_like(seen)
-    enter = leave = block = None
+    found = {"doc": doc, "pos": join(cached, pos, 0), "noisy": join(clean, noisy, 0)}
+    if start is not None:
+        found["start"] = join(cached, start, 0)
     if branch is not None:  # what is cached is before all branches
-        enter = join(torch.zeros_like(cached), branch[0], 0)
-        leave = join(torch.full_like(cached, ALL), branch[1], 0)
-        block = join(torch.zeros_like(cached), branch[2], 0)
-    return Slots(
-        doc,
-        join(cached, pos, 0),
-        join(clean, noisy, 0),
-        None if start is None else join(cached, start, 0),
-        block,
-        enter,
-        leave,
-    )
+        found["enter"] = join(torch.zeros_like(cached), branch[0], 0)
+        found["leave"] = join(torch.full_like(cached, ALL), branch[1], 0)
+        found["block"] = join(torch.zeros_like(cached), branch[2], 0)
+    return Slots(**dict(zip(found, upload(device, *found.values()), strict=True)))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .head import BigramHead
 from .options import Options
+from .transfer import download, upload
 
 HIDDEN = float("-inf")
 TIE = 1e-4  # below it, a difference of scores counts as rounding
@@ -34,7 +35,7 @@ TIE = 1e-4  # below it, a difference of scores counts as rounding
 
 @dataclass(frozen=True)
 class Choice:
-    """Tokens [N] for N positions, and how sure the model is of each, on the CPU.
+    """Tokens [N] for N positions, and how sure the model is of each.
 
     Attributes:
         logprob: log-probability of the token in the model's own distribution.
@@ -46,6 +47,11 @@ class Choice:
     logprob: Tensor
     margin: Tensor | None = None
     entropy: Tensor | None = None
+
+    def on_host(self) -> Choice:
+        """The same, on the CPU."""
+        there = {name: x for name, x in vars(self).items() if x is not None}
+        return Choice(**dict(zip(there, download(*there.values()), strict=True)))
 
 
 class Chooser:
@@ -79,8 +85,8 @@ class Chooser:
         if len(self.suppressed) or no_end is not None:  # else nothing is impossible
             logits = logits.index_fill(1, self.suppressed, HIDDEN)
         if no_end is not None and len(end_ids):
-            at = no_end.nonzero()[:, 0].to(logits.device)
-            logits[at[:, None], end_ids.to(logits.device)] = HIDDEN
+            held, ends = upload(logits.device, no_end, end_ids)
+            logits[:, ends] = logits[:, ends].masked_fill(held[:, None], HIDDEN)
         return logits
 
     def warp(self, logits: Tensor, context: Tensor | None) -> Tensor:
@@ -94,15 +100,18 @@ class Chooser:
             if warper is not self.penalty:
                 scores = warper(context, scores)
             elif context is not None:
-                scores = warper(context.to(scores.device), scores)
+                scores = warper(*upload(scores.device, context), scores)
         return scores
 
     def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
-        """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits."""
-        return self.pick(logits, None if self.options.greedy else self.uniform(row), context)
+        """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits, on the
+        CPU."""
+        u = None if self.options.greedy else self.uniform(row)
+        return self.pick(logits, u, context).on_host()
 
     def pick(self, logits: Tensor, u: Tensor | None, context: Tensor | None = None) -> Choice:
-        """The same, with the numbers [N] in [0, 1) that decide the draws; None if it is greedy."""
+        """The same on the device of the logits, with the numbers [N] in [0, 1) that decide the
+        draws; None if it is greedy."""
         scores = self.warp(logits, context)
         if u is None:
             tokens = scores.argmax(-1)  # of equal ones, the first
@@ -111,10 +120,10 @@ class Chooser:
         margin = entropy = None
         if self.options.order == "margin":
             top = logits.softmax(-1).topk(2, -1).values
-            margin = (top[:, 0] - top[:, 1]).cpu()
+            margin = top[:, 0] - top[:, 1]
         if self.options.order == "entropy" or self.options.entropy_bound is not None:
-            entropy = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
-        return Choice(tokens.cpu(), log_prob(logits, tokens).cpu(), margin, entropy)
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return Choice(tokens, log_prob(logits, tokens), margin, entropy)
 
     def uniform(self, row: Tensor) -> Tensor:
         """[N] numbers in [0, 1), each from its row's own generator, so that a row draws the same
@@ -140,7 +149,8 @@ def draw(probability: Tensor, u: Tensor) -> Tensor:
         u: [N] in [0, 1).
     """
     cumulative = probability.double().cumsum(-1)
-    point = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    (u,) = upload(cumulative.device, u)
+    point = u[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True)[:, 0]
     last = (probability > 0).double().cumsum(-1).argmax(-1)  # rounding may point beyond it
     return torch.minimum(token, last)
@@ -154,7 +164,8 @@ def commits(
     chooser: Chooser,
     rows: Tensor,
 ) -> Tensor:
-    """The masked positions to decide now, [R, W] bool: at least one in each row that has any.
+    """The masked positions to decide now, [R, W] bool, on the device of the choice: at least one in
+    each row that has any.
 
     Args:
         choice: for the masked positions in row-major order.
@@ -162,14 +173,20 @@ def commits(
         quota: [R] the least number that `steps_per_block` asks for; None without it.
         rows: [R] global numbers of the rows.
     """
+    device, order = choice.tokens.device, None
+    if quota is not None:
+        if options.order == "random":
+            (order,) = upload(device, chooser.uniform(rows[masked.nonzero()[:, 0]]))
+        (quota,) = upload(device, quota)
+    (masked,) = upload(device, masked)
     confidence = spread(choice.logprob, masked)
     if options.entropy_bound is not None:
         return within_entropy(spread(choice.entropy, masked), masked, options.entropy_bound)
     if quota is None:
         return over_threshold(confidence, masked, options.threshold)
     tie = TIE
-    if options.order == "random":
-        score, tie = chooser.uniform(rows[masked.nonzero()[:, 0]]), 0.0  # draws are not rounded
+    if order is not None:
+        score, tie = order, 0.0  # draws are not rounded
     elif options.order == "margin":
         score = choice.margin
     elif options.order == "entropy":
@@ -205,7 +222,7 @@ def left_to_right(
     Args:
         logits: [N, V] of the masked positions, without biases for tokens of this step.
         u, context: what `choice` was picked with.
-        masked, commit: [R, W] bool.
+        masked: [R, W] bool, on the CPU. commit: [R, W] bool, on the device of the logits.
 
     Returns:
         The choice, with the tokens and log-probabilities that are decided, and where, [R, W] bool.
@@ -215,20 +232,27 @@ def left_to_right(
     number = spread(torch.arange(len(logits)), masked)
     commit, tokens, logprob = commit.clone(), choice.tokens.clone(), choice.logprob.clone()
     for column in range(1, masked.shape[1]):
-        rows = masked[:, column] & commit[:, column - 1] & (alone | commit[:, column])
-        if not rows.any():
+        chosen = masked[:, column]
+        if commit.is_cpu:  # a device's are not known here: it chooses for all rows, and keeps some
+            chosen = chosen & commit[:, column - 1] & (alone | commit[:, column])
+        rows = chosen.nonzero()[:, 0]
+        if not len(rows):
             continue
-        here, left = number[rows, column], number[rows, column - 1]
-        at = here.to(logits.device)
-        part = logits[at] + head(tokens[left]).to(logits)
+        rows, here, left = upload(
+            logits.device, rows, number[rows, column], number[rows, column - 1]
+        )
+        again = commit[rows, column - 1] & (alone | commit[rows, column])
+        part = logits[here] + head(tokens[left]).to(logits)
         picked = chooser.pick(
             part,
             None if u is None else u[here],
             None if context is None else context[here],
         )
-        tokens[here], logprob[here] = picked.tokens, picked.logprob
+        tokens[here] = torch.where(again, picked.tokens, tokens[here])
+        logprob[here] = torch.where(again, picked.logprob, logprob[here])
         if alone:
-            commit[rows, column] = surer(picked.logprob, options.threshold)
+            sure = surer(picked.logprob, options.threshold)
+            commit[rows, column] = torch.where(again, sure, commit[rows, column])
     return replace(choice, tokens=tokens, logprob=logprob), commit
 
 
@@ -249,7 +273,9 @@ def over_threshold(logprob: Tensor, masked: Tensor, threshold: float) -> Tensor:
     """
     sure = masked & surer(logprob, threshold)
     none = masked.any(1) & ~sure.any(1)
-    return sure | top(logprob, masked, none.long()) if none.any() else sure
+    if none.is_cpu and not none.any():  # a device would have to be asked
+        return sure
+    return sure | top(logprob, masked, none.long())
 
 
 def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
@@ -269,7 +295,8 @@ def within_entropy(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
 def top(score: Tensor, masked: Tensor, count: Tensor, tie: float = TIE) -> Tensor:
     """The `count` [R] masked positions of each row with the highest score [R, W]."""
     order = ranked(score, masked, tie)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
     return masked & (rank < count[:, None])
 
 
@@ -302,4 +329,5 @@ def quota_of(total: Tensor, steps: int, taken: Tensor, left: Tensor) -> Tensor:
 
 def spread(values: Tensor, masked: Tensor) -> Tensor:
     """[N] values of the masked positions in their places [R, W], zero elsewhere."""
-    return torch.zeros(masked.shape, dtype=values.dtype).masked_scatter(masked, values)
+    held = torch.zeros(masked.shape, dtype=values.dtype, device=values.device)
+    return held.masked_scatter(masked, values)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,7 +34,8 @@ from .options import Options
 from .pace import Cost, LeanPace, MeasuredPace, Pace, Timing, slots_of
 from .samplers import Chooser, log_prob
 from .spec import Spec
-from .tree import Guesses, Tree
+from .transfer import download, upload
+from .tree import Guesses, Reached, Tree
 
 PACES: WeakKeyDictionary[Any, dict[tuple[bool, int, int], MeasuredPace]] = WeakKeyDictionary()
 TIMED = 16  # tokens of a prompt that are continued to time the forwards
@@ -175,6 +176,26 @@ def _seconds(runs: list[Speculation]) -> list[float]:
     return [min(times[2:]) for times in found]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a forward says of R rows with N candidates each.
+
+    Attributes:
+        tokens: [R, N + 1] the AR mode's, on the host.
+        logits: [R * (N + 1), V] of possible tokens, from which they were drawn.
+        ahead: [R, M, K, V] draft logits behind the candidates with masks. hidden: [R, M, K, H].
+        logprob: [R * (N + 1)] of the tokens, if a device worked it out. guesses, worked: likewise.
+    """
+
+    tokens: Tensor
+    logits: Tensor | None = None
+    ahead: Tensor | None = None
+    hidden: Tensor | None = None
+    logprob: Tensor | None = None
+    guesses: Guesses | None = None
+    worked: list[Tensor] = field(default_factory=list)
+
+
 class _Group:
     """Rows that are read together, and what is known of them between two forwards.
 
@@ -209,7 +230,8 @@ class _Group:
         )
         canvas.count([row for row, live in zip(self.rows, alive, strict=True) if live])
         tokens, logits = self._tokens(target)
-        own = tokens.tolist()
+        found = self._found(tokens, logits, ahead, hidden)
+        own = found.tokens.tolist()
         ends = [
             tree.walk(line) if live and len(tree) else -1
             for tree, line, live in zip(self.trees, own, alive, strict=True)
@@ -218,13 +240,13 @@ class _Group:
         self.reader.keep(paths)
         judged = [line for line, live in enumerate(alive) if live]
         self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])
-        self._write(paths, tokens, logits, alive)
+        self._write(paths, found, alive)
         self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
         self.front = [
             front + (len(path) + 1 if live else 0)
             for front, path, live in zip(self.front, paths, alive, strict=True)
         ]
-        self._draft(ends, ahead, hidden)
+        self._draft(ends, found)
         if max(self.reader.certain) == 1:  # else it read a prompt too
             self.pace.took(time.perf_counter() - start, self.reader.slots, drafts)
 
@@ -246,33 +268,54 @@ class _Group:
             for front, tree in zip(self.front, self.trees, strict=True)
             for depth in (0, *tree.depths, *[0] * (size - 1 - len(tree)))
         ]
-        logits = self._possible(target.flatten(0, 1), rows, position)
-        scores = self._scores(logits, rows, position, self._contexts(size))
-        return scores.argmax(-1).cpu().view(count, size), logits
+        logits = self._possible(target.flatten(0, 1), self._held(rows, position))
+        noise = self._noise(rows, position, logits.device)
+        scores = self._scores(logits, noise, self._contexts(size))
+        return scores.argmax(-1).view(count, size), logits
 
-    def _possible(self, logits: Tensor, rows: list[int], position: list[int]) -> Tensor:
+    def _found(
+        self, tokens: Tensor, logits: Tensor, ahead: Tensor | None, hidden: Tensor | None
+    ) -> _Found:
+        """What the host has to know of a forward.
+
+        A device works out everything before it is asked, so that the host waits for it once: it
+        drafts behind the end of each row's walk, which it finds for itself.
+        """
+        if tokens.is_cpu:
+            return _Found(tokens, logits, ahead, hidden)
+        logprob, guesses, worked = log_prob(logits, tokens.flatten()), None, []
+        if ahead is not None:
+            chains, nodes, trust = self.pace.asks()
+            guesses = replace(self._guesses_everywhere(tokens, ahead, hidden), trust=trust)
+            worked = guesses.worked_out(chains, nodes)
+        tokens, logprob, *worked = download(tokens, logprob, *worked)
+        return _Found(tokens, logprob=logprob, guesses=guesses, worked=worked)
+
+    def _possible(self, logits: Tensor, no_end: Tensor | None) -> Tensor:
         """Logits [N, V] with impossible tokens at -inf."""
-        canvas = self.own.canvas
-        no_end = None
-        if canvas.held:
-            no_end = torch.tensor(position) < canvas.end_from[torch.tensor(rows)]
-        return self.own.chooser.possible(logits, no_end, canvas.end_ids)
+        return self.own.chooser.possible(logits, no_end, self.own.canvas.end_ids)
 
-    def _scores(
-        self, logits: Tensor, rows: list[int], position: list[int], context: Tensor | None
-    ) -> Tensor:
+    def _held(self, rows: list[int], position: list[int]) -> Tensor | None:
+        """[N] bool, which positions may not hold an end token; None: all may."""
+        canvas = self.own.canvas
+        if not canvas.held:
+            return None
+        return torch.tensor(position) < canvas.end_from[torch.tensor(rows)]
+
+    def _noise(self, rows: list[int], position: list[int], device: Any) -> Tensor | None:
+        """[N, V] the noise of positions; None: sampling is greedy."""
+        noise = self.own.noise
+        return None if noise is None else noise.at(rows, position, device)
+
+    def _scores(self, logits: Tensor, noise: Tensor | None, context: Tensor | None) -> Tensor:
         """Scores [N, V] after temperature, filters and penalties, with the noise of their
         positions: the highest one is drawn."""
         scores = self.own.chooser.warp(logits, context)
-        if self.own.noise is None:
-            return scores
-        return scores + self.own.noise.at(rows, position).to(scores.device)
+        return scores if noise is None else scores + noise
 
-    def _write(
-        self, paths: list[list[int]], tokens: Tensor, logits: Tensor, alive: list[bool]
-    ) -> None:
+    def _write(self, paths: list[list[int]], found: _Found, alive: list[bool]) -> None:
         """Write each row's accepted candidates, and the token after them."""
-        canvas, size = self.own.canvas, tokens.shape[1]
+        canvas, size, tokens = self.own.canvas, found.tokens.shape[1], found.tokens.flatten()
         rows, chosen, positions = [], [], []
         for line, (row, front, path) in enumerate(zip(self.rows, self.front, paths, strict=True)):
             room = canvas.last[row] - front if alive[line] else 0
@@ -280,22 +323,21 @@ class _Group:
             rows += [row] * len(taken)
             chosen += taken
             positions += range(front, front + len(taken))
-        if len(chosen) < len(logits):
-            at = torch.tensor(chosen)
-            tokens, logits = tokens.flatten()[at], logits[at.to(logits.device)]
-        found = tokens.flatten()
-        logprob = log_prob(logits, found.to(logits.device)).cpu()
-        canvas.write(torch.tensor(rows), torch.tensor(positions), found, logprob, self.own.finished)
+        at = torch.tensor(chosen) if len(chosen) < len(tokens) else slice(None)
+        tokens = tokens[at]
+        logprob = log_prob(found.logits[at], tokens) if found.logprob is None else found.logprob[at]
+        canvas.write(
+            torch.tensor(rows), torch.tensor(positions), tokens, logprob, self.own.finished
+        )
         if self.own.noise is not None:
             for row in self.rows:
                 self.own.noise.forget(row, canvas.front[row])
 
-    def _draft(self, ends: list[int], ahead: Tensor | None, hidden: Tensor | None) -> None:
+    def _draft(self, ends: list[int], found: _Found) -> None:
         """New candidates for what follows the newest token of each row.
 
         Args:
             ends: the node at which each row's walk ended.
-            ahead: [R, M, K, V] draft logits behind the candidates with masks. hidden: [R, M, K, H].
         """
         drafts, self.drafts = self.drafts, self.pace.drafts()
         if not drafts and not self.drafts and not any(map(len, self.trees)):
@@ -307,24 +349,65 @@ class _Group:
         self.trees = [Tree() for _ in blocks]
         have = [line for line, block in enumerate(blocks) if block >= 0]
         if have:
-            at = torch.tensor(have), torch.tensor([blocks[line] for line in have])
-            guesses = self._guesses(have, ahead[at], None if hidden is None else hidden[at])
+            if found.guesses is not None:
+                guesses = found.guesses.on_host(found.worked, have)
+            else:
+                guesses = self._guesses_of(have, [blocks[line] for line in have], found)
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
         self.pace.plan(self.trees, self.drafts)
 
-    def _guesses(self, lines: list[int], logits: Tensor, hidden: Tensor | None) -> Guesses:
-        """Guesses from the draft logits [R', K, V] of some of the rows, and their hidden states."""
-        count, drafts = logits.shape[:2]
+    def _guesses_of(self, lines: list[int], blocks: list[int], found: _Found) -> Guesses:
+        """Guesses of some of the rows, from their drafts behind one of the candidates each."""
+        at, drafts = (torch.tensor(lines), torch.tensor(blocks)), found.ahead.shape[2]
         rows = [self.rows[line] for line in lines for _ in range(drafts)]
         position = [self.front[line] + ahead for line in lines for ahead in range(drafts)]
-        logits = self._possible(logits.flatten(0, 1), rows, position)
-        scores = self._scores(logits, rows, position, None).view(count, drafts, -1)
+        newest = torch.tensor([self.newest[line] for line in lines])
+        noise = self._noise(rows, position, newest.device)
+        hidden = None if found.hidden is None else found.hidden[at]
+        return self._guesses(found.ahead[at], hidden, newest, self._held(rows, position), noise)
+
+    def _guesses_everywhere(self, tokens: Tensor, ahead: Tensor, hidden: Tensor | None) -> Guesses:
+        """Guesses of all rows on a device, whose host does not know where the walks end.
+
+        Args:
+            tokens: [R, N + 1] of the AR mode.
+        """
+        device, drafts, canvas = tokens.device, ahead.shape[2], self.own.canvas
+        reached, row = Reached.of(self.trees, tokens), torch.arange(len(tokens), device=device)
+        place = 1 + reached.depth[:, None] + torch.arange(drafts, device=device)  # less the front
+        no_end = noise = None
+        if canvas.held:
+            at = torch.tensor(self.rows)
+            (left,) = upload(device, canvas.end_from[at] - torch.tensor(self.front))
+            no_end = (place < left[:, None]).flatten()
+        if self.own.noise is not None:
+            size = 1 + drafts + max((max(t.depths) for t in self.trees if len(t)), default=0)
+            rows = [r for r in self.rows for _ in range(size)]
+            position = [front + ahead for front in self.front for ahead in range(size)]
+            held = self._noise(rows, position, device).unflatten(0, (len(tokens), size))
+            noise = held[row[:, None], place].flatten(0, 1)
+        at = row, reached.block
+        hidden = None if hidden is None else hidden[at]
+        return self._guesses(ahead[at], hidden, reached.newest, no_end, noise)
+
+    def _guesses(
+        self,
+        logits: Tensor,
+        hidden: Tensor | None,
+        newest: Tensor,
+        no_end: Tensor | None,
+        noise: Tensor | None,
+    ) -> Guesses:
+        """Guesses from draft logits [R', K, V], hidden states [R', K, H] and the token [R'] before
+        them; which of them may hold no end token, [R' * K]; and their noise [R' * K, V]."""
+        count, drafts = logits.shape[:2]
+        logits = self._possible(logits.flatten(0, 1), no_end)
+        scores = self._scores(logits, noise, None).view(count, drafts, -1)
         head = None if hidden is None else self.own.draft.head
         gates = None if hidden is None else head.gates(hidden)
         temperature = self.own.chooser.options.temperature or 1.0
-        newest = torch.tensor([self.newest[line] for line in lines])
-        return Guesses(scores, newest.to(scores.device), head, gates, temperature)
+        return Guesses(scores, newest, head, gates, temperature)
 
     def _contexts(self, size: int) -> Tensor | None:
         """[R * size, T] what stands before the token after the newest token and each candidate,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .forward import rope_regime
 from .readers import BlockReader, FullReader
+from .transfer import upload
 
 
 class SwitchingReader:
@@ -53,7 +54,8 @@ class SwitchingReader:
             read = part.reader.read(ids[here, : int(end[here].max())], start[here], masked[here])
             if logits is None:
                 logits = read.new_empty(len(row), read.shape[-1])
-            logits[torch.isin(row, here).to(read.device)] = read
+            (at,) = upload(read.device, torch.isin(row, here).nonzero()[:, 0])
+            logits[at] = read
         return logits
 
     def select(self, rows: Tensor) -> None:

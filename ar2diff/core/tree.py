@@ -10,7 +10,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from math import exp
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import DraftHead
+from .transfer import upload
 
 BEAM = 8  # paths that are followed, and candidates that can follow one token
 
@@ -121,6 +122,51 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """Where the walks of all rows end, found on a device without telling the host.
+
+    Attributes:
+        newest: [R] the token that follows the end. depth: [R] how many candidates are accepted.
+        block: [R] which of the tree's blocks stands behind the end; 0 if none does.
+    """
+
+    newest: Tensor
+    depth: Tensor
+    block: Tensor
+
+    @classmethod
+    def of(cls, trees: list[Tree], own: Tensor) -> Reached:
+        """The same ends as `Tree.walk` finds.
+
+        Args:
+            own: [R, N + 1] the tokens that follow the newest one and each candidate.
+        """
+        size = own.shape[1]
+        table = torch.tensor([_places(tree, size) for tree in trees]).unbind(1)
+        parents, tokens, depths, blocks = upload(own.device, *table)
+        place = torch.zeros_like(own[:, :1])  # 0: at the newest token; n + 1: at node n
+        for _ in range(max((max(tree.depths) for tree in trees if len(tree)), default=0)):
+            child = (parents == place) & (tokens == own.gather(1, place))
+            found, at = child.int().max(1, keepdim=True)
+            place = torch.where(found > 0, at, place)
+        return cls(*(x.gather(1, place)[:, 0] for x in (own, depths, blocks)))
+
+
+def _places(tree: Tree, size: int) -> list[list[int]]:
+    """Parents, tokens, depths and blocks of the newest token (first), and of each node."""
+    blocks = [0] * size
+    for number, node in enumerate(tree.blocks):
+        blocks[node + 1] = number
+    spare = size - 1 - len(tree)
+    return [
+        [-1, *(parent + 1 for parent in tree.parents), *[-1] * spare],
+        [-1, *tree.tokens, *[-1] * spare],
+        [0, *tree.depths, *[0] * spare],
+        blocks,
+    ]
+
+
+@dataclass(frozen=True)
 class Guesses:
     """Guesses for the K positions after the newest token of each row.
 
@@ -131,6 +177,7 @@ class Guesses:
         head: corrects a guess by those before it; None: each ignores the others.
         gates: [R, K, r] of the head. temperature: by which its bias is divided.
         trust: added to the log-odds of the best guess at each position.
+        read: what `worked_out` found, on the host; None: nothing yet.
     """
 
     scores: Tensor
@@ -139,6 +186,7 @@ class Guesses:
     gates: Tensor | None
     temperature: float
     trust: float = 0.0
+    read: list[Tensor] | None = None
 
     @cached_property
     def _by_place(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -154,9 +202,11 @@ class Guesses:
         if memory is None:
             return scores
         after, share = self.head.after, 1 / self.temperature
-        if memory.dim() == 2:
+        if memory.dim() == 2 and scores.dtype == after.dtype:
             return torch.addmm(scores, memory * gates, after, alpha=share)
-        return torch.add(scores[:, None], (memory * gates[:, None]) @ after, alpha=share)
+        if memory.dim() == 3:
+            scores, gates = scores[:, None], gates[:, None]
+        return torch.add(scores, (memory * gates) @ after, alpha=share)
 
     def _remember(self, tokens: Tensor, memory: Tensor | None) -> Tensor | None:
         """The head's memory [..., r] after tokens [...]."""
@@ -164,7 +214,19 @@ class Guesses:
 
     def chain(self, length: int, least: float = 0.0) -> list[Tree]:
         """The likeliest guess at each position, given those before it; up to the position where no
-        row's chain has a chance of `least`."""
+        row's chain has a chance of `least`, if the host knows it."""
+        tokens, sure = self.read[:2] if self.read else self._chain(length, least)
+        depths = list(range(1, tokens.shape[1] + 1))
+        return [
+            Tree(
+                line, [d - 2 for d in depths], depths[:], [*accumulate(map(self._trusted, p), mul)]
+            )
+            for line, p in zip(tokens.tolist(), sure.tolist(), strict=True)
+        ]
+
+    def _chain(self, length: int, least: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Tokens [R, L] of the chains, and how likely each is after those before it, on the
+        device."""
         found, sure, memory = [self.newest], [], None
         chances = [1.0] * len(self.newest)
         for place in range(length):
@@ -172,17 +234,11 @@ class Guesses:
             best = self._after(place, memory).softmax(-1).max(-1)
             found.append(best.indices)
             sure.append(best.values)
-            if least:  # else nothing waits for the device before the end
+            if least and best.values.is_cpu:  # nothing waits for a device before the end
                 chances = [*map(mul, chances, map(self._trusted, best.values.tolist()))]
                 if max(chances) < least:
                     break
-        parents, depths = list(range(-1, len(sure) - 1)), list(range(1, len(sure) + 1))
-        return [
-            Tree(tokens, parents[:], depths[:], [*accumulate(map(self._trusted, promised), mul)])
-            for tokens, promised in zip(
-                torch.stack(found[1:], 1).tolist(), torch.stack(sure, 1).tolist(), strict=True
-            )
-        ]
+        return torch.stack(found[1:], 1), torch.stack(sure, 1)
 
     def _trusted(self, chance: float) -> float:
         """The chance of a best guess, after `trust` was added to its log-odds."""
@@ -193,12 +249,24 @@ class Guesses:
         """The likeliest nodes of each row's tree, in descending order.
 
         The guesses at a position are made after the `BEAM` likeliest paths to it, and no deeper
-        than a path that ranks among the nodes.
+        than a path that ranks among the nodes, if the host knows it.
         """
+        found = self.read[-3 * self.scores.shape[1] :] if self.read else self._levels(nodes)
+        lists = [part.tolist() for part in found]
+        levels = [lists[n : n + 3] for n in range(0, len(lists), 3)]
+        by_row = [
+            [[part[row] for part in level] for level in levels] for row in range(len(lists[0]))
+        ]
+        return [_tree_of(own, nodes) for own in by_row]
+
+    def _levels(self, nodes: int) -> list[Tensor]:
+        """Of the paths to each position, on the device: their last tokens, their parents among the
+        paths to the position before, and the logarithms of their chances, [R, B] each."""
         rows, beam = len(self.newest), min(BEAM, nodes)
         memory = self._remember(self.newest[:, None], None)
         chance = self.scores.new_zeros(rows, 1)
-        levels: list[tuple[Any, Any, Any]] = []
+        levels: list[Tensor] = []
+        promised: list[list[list[float]]] = []  # the chances, on the host
         for place in range(self.scores.shape[1]):
             after = self._after(place, memory).log_softmax(-1)
             after = after.view(rows, -1, after.shape[-1])
@@ -211,20 +279,35 @@ class Guesses:
             tokens = tokens.expand(-1, chance.shape[1], -1).flatten(1)
             chance, at = paths.topk(min(beam, paths.shape[1]), -1)
             tokens, parents = tokens.gather(1, at), at // size
-            levels.append((tokens.tolist(), parents.tolist(), chance.tolist()))
-            if place and all(_ranks_below(levels, row, nodes) for row in range(rows)):
-                break
+            levels += tokens, parents, chance
+            if chance.is_cpu:  # nothing waits for a device before the end
+                promised.append(chance.tolist())
+                if place and all(_ranks_below(promised, row, nodes) for row in range(rows)):
+                    break
             if memory is not None:
                 own = parents[..., None].expand(-1, -1, memory.shape[-1])
                 memory = self._remember(tokens, memory.gather(1, own))
-        by_row = [[[part[row] for part in level] for level in levels] for row in range(rows)]
-        return [_tree_of(own, nodes) for own in by_row]
+        return levels
+
+    def worked_out(self, chains: bool, nodes: int) -> list[Tensor]:
+        """On the device, what `chain` (if asked) and `likeliest` need of all positions.
+
+        Args:
+            nodes: of the trees; 0: none are asked.
+        """
+        chain = self._chain(self.scores.shape[1]) if chains else ()
+        return [*chain, *(self._levels(nodes) if nodes else ())]
+
+    def on_host(self, found: list[Tensor], rows: list[int]) -> Guesses:
+        """The guesses of some of the rows, from what `worked_out` found, on the host."""
+        at = torch.tensor(rows)
+        return replace(self, read=[part[at] for part in found])
 
 
-def _ranks_below(levels: list[tuple[Any, Any, Any]], row: int, nodes: int) -> bool:
+def _ranks_below(promised: list[list[list[float]]], row: int, nodes: int) -> bool:
     """Whether enough nodes are likelier than the likeliest one of the last level."""
-    least = levels[-1][2][row][0]
-    return sum(c > least for level in levels[:-1] for c in level[2][row]) >= nodes
+    least = promised[-1][row][0]
+    return sum(c > least for level in promised[:-1] for c in level[row]) >= nodes
 
 
 def _tree_of(levels: list[list[list[Any]]], nodes: int) -> Tree:

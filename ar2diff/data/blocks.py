@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config.draft import Draft
 from ..core.attention import PADDING
 from ..core.seeds import content_key, keyed_generator
+from ..diffusion.task import places_of
 from .documents import DocumentPart
 
 
@@ -47,6 +48,8 @@ class BlockCollator:
             noisy_ids, noisy_doc, noisy_pos: [B, A * K] those of the blocks.
             start: [B, A * K] position at which the block of each slot begins.
             column: [B, A, K] the column in the clean row of the token at each slot.
+            kept: [M] the blocks, of the flattened [B * A], in which something is predicted; one
+                block without weight if there are none, so that there is a gradient.
             weight: [B, A, K - 1] of the predictions of the second and later tokens of each block
                 in the loss, not yet decayed by dpace; 0 for those that count for nothing.
             divisor, tokens: scalars, the sum of the weights, and the number of tokens.
@@ -79,6 +82,8 @@ class BlockCollator:
         column = column.clamp(max=length - 1)
         ids = x0.gather(1, column.flatten(1)).view_as(column)
         weight = weight * ~self.suppressed[ids[..., 1:]]
+        kept = (weight > 0).any(-1)
+        kept[0, 0] |= ~kept.any()
         return {
             "x0": x0,
             "doc": doc,
@@ -89,6 +94,7 @@ class BlockCollator:
             "start": start.expand_as(column).flatten(1),
             "column": column,
             "weight": weight,
+            "kept": places_of(kept),
             "divisor": weight.double().sum(),
             "tokens": (doc != PADDING).sum(),
         }

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..config.recipe import Recipe
-from ..core.attention import PADDING
+from ..core.attention import PADDING, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.noise import Law, block_times, complement, corrupt, importance
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
+from .places import chosen_places, distilled_tokens
 from .sources import Document, Documents
 
 DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
@@ -171,6 +172,16 @@ def block_length_at(recipe: Recipe, step: int) -> int | None:
     return anneal.lengths[step * len(anneal.lengths) // anneal.steps]
 
 
+def attention_of(recipe: Recipe, block_length: int | None) -> str:
+    """The attention at a block length, which may be annealed."""
+    attention = recipe.convert.attention
+    if attention == "full" and block_length is not None:
+        attention = "block_causal"  # growing: blocks until the goal
+    if attention == "block_causal" and block_length >= recipe.data.max_length:
+        attention = "full"  # one block: nothing reads the clean copy
+    return attention
+
+
 def law_of(recipe: Recipe) -> Law:
     """The distribution of the noise level that a recipe asks for."""
     return Law(recipe.noise.law, recipe.noise.all_share)
@@ -212,10 +223,11 @@ class Collator:
     rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
-        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, written (tokens that an AR model
-        writes: none beyond the end of a text), eos, drawn (tokens that a diffusion head corrects
-        although the one before is masked); scalars: divisor, ar_divisor, tokens, step (the
-        optimizer step that these rows belong to, on whichever rank)."""
+        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, written (see `finish`), eos, drawn
+        (tokens that a diffusion head corrects although the one before is masked); those of
+        `chosen_places`; reveal, as `reveal_edges` has it, while an anneal reveals; scalars:
+        divisor, ar_divisor, tokens; and an int: step (the optimizer step that these rows belong to,
+        on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
@@ -235,7 +247,17 @@ class Collator:
                 ratio[:, r, start:end] = self._ratio(part, size_of_block, t[:, r, start:end])
                 start = end
         batch["ratio"] = ratio.flatten(0, 1)
-        return self.finish(batch, masked, t, size_of_block) | {"step": torch.tensor(step)}
+        made = self.finish(batch, masked, t, size_of_block) | {"step": step}
+        if (reveal := self._reveal(step, size_of_block)) is not None:
+            made["reveal"] = reveal
+        return made
+
+    def _reveal(self, step: int, block_length: int | None) -> Tensor | None:
+        anneal, length = self.recipe.anneal, self.recipe.data.max_length
+        if anneal.kind != "reveal":
+            return None
+        seed = self.recipe.train.seed
+        return reveal_edges(step / anneal.steps, length, block_length or length, seed, step)
 
     def _place(self, batch: dict[str, Tensor], place: Any, number: int, part: DocumentPart) -> None:
         n = len(part.ids)
@@ -293,7 +315,9 @@ class Collator:
 
         Args:
             batch: [B, L] x0, doc, pos, weight (how much a token counts), real (tokens in the AR
-                loss), eos; ratio [views * B, L], factors on the weights.
+                loss), eos; ratio [views * B, L], factors on the weights; and written, the tokens
+                that an AR model writes, none beyond the end of a text, where they are not those
+                in the AR loss.
             masked, t: [views, B, L].
         """
         views, objective = len(masked), self.recipe.objective
@@ -311,6 +335,9 @@ class Collator:
         # The AR mode stops at the first EOS.
         ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.mask_token_id)
         divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, ar.sum())
+        distilled, written = None, batch.get("written", ar)
+        if objective.distil is not None:
+            distilled = self._distilled(batch, masked, written, block_length)
         return {
             "x0": batch["x0"],
             "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
@@ -320,10 +347,24 @@ class Collator:
             "doc": batch["doc"],
             "pos": batch["pos"],
             "ar": ar,
-            "written": ar,
+            "written": written,
             "eos": batch["eos"],
             "drawn": batch["drawn"],
             "divisor": divisor,
             "ar_divisor": ar_divisor,
             "tokens": (batch["doc"] != PADDING).sum(),
+            **chosen_places(masked, ar, distilled),
         }
+
+    def _distilled(
+        self, batch: dict[str, Tensor], masked: Tensor, written: Tensor, block_length: int | None
+    ) -> Tensor:
+        """[B, L] bool, the masked tokens that are distilled."""
+        pos, length, recipe = batch["pos"], batch["pos"].shape[1], self.recipe
+        attention = attention_of(recipe, block_length)
+        first = pos % block_length == 0 if block_length else pos == 0
+        reads = reading_slot(pos, attention, block_length, recipe.convert.prediction)
+        visible = ~masked & (batch["doc"] != PADDING)
+        return distilled_tokens(
+            recipe.objective.distil, masked, written, visible, first.cumsum(1), reads >= length
+        )

@@ -287,6 +287,23 @@ class Documents:
             return texts[:count]
         return [self._field(row, 0, n) for n, row in enumerate(texts.take(count), 1)]
 
+    def last(self, count: int) -> list[Document] | None:
+        """The documents of the first source that its first epoch ends with; None of a stream."""
+        texts = self._texts[0]
+        if not isinstance(texts, list):
+            return None
+        return [texts[row] for row in self._order(0, 0)[-count:]]
+
+    def known(self) -> list[Document] | None:
+        """All documents; None if one of the sources is a stream."""
+        if not all(isinstance(texts, list) for texts in self._texts):
+            return None
+        return [document for texts in self._texts for document in texts]
+
+    def _order(self, i: int, epoch: int) -> list[int]:
+        generator = keyed_generator(self.seed, epoch, i)
+        return torch.randperm(len(self._texts[i]), generator=generator).tolist()
+
     def _open(self, i: int) -> Any:
         source = self.sources[i]
         if self.streaming and find_file(source.path) is None and source.path != STDIN:
@@ -302,8 +319,7 @@ class Documents:
         texts, epoch = self._texts[i], 0
         while True:
             if isinstance(texts, list):
-                generator = keyed_generator(self.seed, epoch, i)
-                for row in torch.randperm(len(texts), generator=generator).tolist():
+                for row in self._order(i, epoch):
                     yield texts[row], epoch
             else:
                 shuffled = texts.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)

@@ -29,6 +29,7 @@ from ..diffusion.noise import block_times, complement, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
 from .documents import drawn_before, law_of, pack, weighs_law
+from .places import chosen_places, distilled_tokens
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -227,7 +228,7 @@ class TurnCollator:
         (slot at which a masked token is predicted), before (slot of the clean copy of the token
         before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar, with a
         diffusion head also previous (the token before each one, as `previous_ids` has it); scalars:
-        divisor, ar_divisor, tokens."""
+        divisor, ar_divisor, tokens; and those of `chosen_places`."""
         views = 2 if self.recipe.noise.complementary else 1
         rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
         size = max(len(row["pos"]) for row in rows)
@@ -245,6 +246,14 @@ class TurnCollator:
             objective.normaliser,
         )
         divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, batch["ar"].sum())
+        distilled = None
+        if objective.distil is not None:
+            visible = batch["noisy"] & ~masked & (batch["doc"] != PADDING)
+            distilled = distilled_tokens(
+                objective.distil, masked, batch["before"] >= 0, visible,
+                batch["block"] + 1,  # clean slots have -1
+                batch["reads"] == batch["before"],
+            )  # fmt: skip
         return {
             **batch,
             "input_ids": torch.where(masked, self.mask_token_id, batch["target"]),
@@ -254,6 +263,7 @@ class TurnCollator:
             "tokens": ((batch["doc"] != PADDING) & ~batch["noisy"]).sum()
             if self.recipe.convert.block_length
             else (batch["doc"] != PADDING).sum(),
+            **chosen_places(masked, batch["ar"], distilled),
         }
 
     def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from ..core.forward import quiet_routers
 
-PART = 1 << 23  # logits processed at a time
+PART = 1 << 23  # logits processed at a time, which the caches of a CPU hold
+LEAST = 1024  # rows processed at a time on a GPU: fewer would leave most of it idle
 
 
 def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = None) -> Tensor:
@@ -97,14 +99,13 @@ def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether the logits are simply one unsharded linear layer applied to the last hidden states,
-    with no adapter, soft cap or scale. Finds out by a forward pass on one token."""
+    """Whether the logits are simply one linear layer applied to the last hidden states, with no
+    adapter, soft cap or scale. Finds out by a forward pass on one token, in which all processes
+    take part if the weights are sharded."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter:
+    if type(head) is not torch.nn.Linear or type(head.weight) not in (torch.nn.Parameter, DTensor):
         return False
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3 holds only a shard of it
-        return False
-    rows = head.weight.shape[0]
+    rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 holds a shard of them
     ramp = torch.linspace(-50, 50, rows, device=head.weight.device).view(1, 1, rows)
     hook = head.register_forward_hook(lambda _module, _args, output: ramp.to(output.dtype))
     try:
@@ -124,7 +125,7 @@ class _OfLogits(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ce, total = logits.new_empty(2, len(logits), dtype=dtype)
         right = torch.empty_like(target, dtype=torch.bool)
-        for rows, ids in _parts(logits.shape, suppressed, first):
+        for rows, ids in _parts(logits.shape, logits.device, suppressed, first):
             part = logits[rows].to(dtype, copy=True)
             ce[rows], total[rows], right[rows] = _exponentiate_(part, target[rows], ids)[:3]
         ctx.save_for_backward(logits, target, suppressed, total)
@@ -137,7 +138,7 @@ class _OfLogits(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
         logits, target, suppressed, total = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows, ids in _parts(logits.shape, suppressed, ctx.first):
+        for rows, ids in _parts(logits.shape, logits.device, suppressed, ctx.first):
             factor = given[rows, None]
             part = (logits[rows] - total[rows, None]).exp_().mul_(factor)  # p(id)
             if ids is not None:
@@ -163,9 +164,10 @@ class _OfHidden(torch.autograd.Function):
             torch.zeros_like(x, dtype=dtype) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        logits = hidden.new_empty(min(len(hidden), _rows_of(shape)), len(weight))
+        size = rows_at_once(len(weight), hidden.device.type, PART)
+        logits = hidden.new_empty(min(len(hidden), size), len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, ids in _parts(shape, suppressed, first):
+            for rows, ids in _parts(shape, hidden.device, suppressed, first):
                 x = hidden[rows]
                 part = torch.mm(x, weight.T, out=logits[: len(x)])
                 part = (part if bias is None else part.add_(bias)).to(dtype)
@@ -209,15 +211,20 @@ def _exponentiate_(
     return (whole - own)[:, 0], whole[:, 0], (own == largest)[:, 0], total
 
 
-def _rows_of(shape: tuple[int, ...]) -> int:
-    return max(1, PART // shape[1])
+def rows_at_once(width: int, device: str, part: int, least: int = LEAST) -> int:
+    """How many rows of logits are processed at a time.
+
+    Args:
+        width: V. device: its type. part: logits at a time. least: rows at a time on a GPU.
+    """
+    return max(least if device == "cuda" else 1, part // width)
 
 
 def _parts(
-    shape: tuple[int, ...], suppressed: Tensor | None, first: int
+    shape: tuple[int, ...], device: torch.device, suppressed: Tensor | None, first: int
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Slices of a few rows each, with the ids that are suppressed in them."""
-    size = _rows_of(shape)
+    size = rows_at_once(shape[1], device.type, PART)
     for begin, end, ids in ((0, first, suppressed), (first, shape[0], None)):
         for start in range(begin, end, size):
             yield slice(start, min(start + size, end)), ids

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cross_entropy import cast_for_autocast
+from .cross_entropy import cast_for_autocast, rows_at_once
 
 PART = 1 << 21  # logits processed at a time: a divergence needs several tensors of their size
+LEAST = 256  # rows processed at a time on a GPU
 SHARPNESS = 3.0  # of lambda in lk
 
 
@@ -165,7 +166,8 @@ def distillation_loss(
         other = p.logits(rows).masked_fill(suppressed, float("-inf"))
         return divergence(kind, own, other, target[rows])
 
-    return sum_in_parts(of_part, coef, max(1, PART // q.width), (q.rows,), q.weights)
+    size = rows_at_once(q.width, q.rows.device.type, PART, LEAST)
+    return sum_in_parts(of_part, coef, size, (q.rows,), q.weights)
 
 
 def sum_in_parts(

@@ -23,8 +23,8 @@ from ..core.attention import Slots, model_mask
 from ..core.draft import Draft
 from ..core.forward import output_at
 from ..core.spec import Spec
-from .cross_entropy import PART
-from .distillation import weighted_divergence
+from .cross_entropy import PART, rows_at_once
+from .distillation import LEAST, weighted_divergence
 
 FLOOR = 0.5  # dpace: a draft that is certainly wrong still leaves this share to the later ones
 
@@ -102,8 +102,9 @@ class Drafting(torch.nn.Module):
         if self.draft.head is not None:
             bias = self.draft.head.along(found.previous, found.hidden).flatten(0, 1)
             after = self.draft.head.after
+        rows = rows_at_once(len(self._base[1]), found.q.device.type, PART, LEAST)
         total, stats = _InParts.apply(
-            found.q, bias, after, found, self._judge, max(1, PART // len(self._base[1]) // width)
+            found.q, bias, after, found, self._judge, max(1, rows // width)
         )
         return total / divisor, stats
 
@@ -111,15 +112,13 @@ class Drafting(torch.nn.Module):
         """Run both forwards on a batch. Blocks in which nothing is predicted are left out."""
         column, slots = batch["column"], batch["noisy_ids"].shape[1]
         rows, length = batch["x0"].shape
-        kept = (batch["weight"] > 0).any(-1)
-        if not kept.any():  # one block without weight, so that there is a gradient
-            kept = torch.zeros_like(kept)
-            kept[0, 0] = True
+        kept = batch["kept"]
         row = torch.arange(rows, device=column.device)[:, None, None]
         own = torch.arange(slots, device=column.device).view(column.shape[1:])
-        before = [(row * length + column)[kept], (row * slots + own)[kept]]
+        places = row * length + column, row * slots + own
+        before = [place.flatten(0, 1)[kept] for place in places]
         p, q, hidden = self.read(batch, *(index[:, :-1].flatten() for index in before))
-        ids, weight = batch["x0"].flatten()[before[0]], batch["weight"][kept]
+        ids, weight = batch["x0"].flatten()[before[0]], batch["weight"].flatten(0, 1)[kept]
         return Predictions(q, p, hidden.view(*weight.shape, -1), ids[:, 1:], ids[:, :-1], weight)
 
     def read(

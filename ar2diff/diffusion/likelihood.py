@@ -30,7 +30,7 @@ from ..core.spec import Spec
 from .cross_entropy import cross_entropy
 from .noise import corrupt, draw_times
 from .objective import time_weights
-from .task import Task, masked_task, slots_at
+from .task import Task, masked_task, places_of, slots_at
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def ar_nll(
         real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
         slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
         judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
-        index = slots_at(pos - 1, judged, length)
+        index = slots_at(pos - 1, places_of(judged), length)
         task = Task(x0, slots, "causal_context", 1, index, x0[judged])
         logits = logits_at(model, index, **task.inputs(model, local_window))
         values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)

@@ -52,26 +52,38 @@ class Task:
         }
 
 
-def slots_at(columns: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """[N] slots in a flattened [B * width] batch, in row-major order of the wanted tokens.
+def places_of(wanted: Tensor) -> Tensor:
+    """[N] places of the wanted tokens in a flattened batch, in row-major order.
+
+    How many there are must be known before anything of that size is allocated, so on a GPU the host
+    waits here for the device. Collators, which run on the CPU, therefore find the places for a
+    training step.
+
+    Args:
+        wanted: [B, L] bool.
+    """
+    return wanted.flatten().nonzero()[:, 0]
+
+
+def slots_at(columns: Tensor, places: Tensor, width: int) -> Tensor:
+    """[N] slots in a flattened [B * width] batch that predict tokens.
 
     Args:
         columns: [B, L], the slot within the row at which each token is predicted.
-        wanted: [B, L] bool, the tokens to predict.
+        places: [N] of the tokens to predict, in the flattened [B * L].
         width: slots per row.
     """
-    rows = torch.arange(len(columns), device=columns.device)[:, None] * width
-    return (rows + columns)[wanted]
+    return places // columns.shape[1] * width + columns.flatten()[places]
 
 
-def reading(task: Task, columns: Tensor, wanted: Tensor, tokens: Tensor) -> Task:
+def reading(task: Task, columns: Tensor, places: Tensor, tokens: Tensor) -> Task:
     """A forward pass that predicts other tokens than `task` does.
 
     Args:
-        columns, wanted: as for `slots_at`. tokens: [B, L], the tokens themselves.
+        columns, places: as for `slots_at`. tokens: [B, L], the tokens themselves.
     """
-    index = slots_at(columns, wanted, task.input_ids.shape[1])
-    return replace(task, index=index, target=tokens[wanted])
+    index = slots_at(columns, places, task.input_ids.shape[1])
+    return replace(task, index=index, target=tokens.flatten()[places])
 
 
 def masked_task(
@@ -86,6 +98,7 @@ def masked_task(
     block_length: int | None = None,
     reveal: Tensor | None = None,
     drawn: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Task:
     """The task of predicting every masked token of noised documents.
 
@@ -97,16 +110,19 @@ def masked_task(
         reveal: look-ahead edges that an anneal reveals.
         drawn: for a diffusion head, [B, L] bool, tokens that are predicted as if their left
             neighbour had been drawn just before them.
+        places: [N] those of the masked tokens in the flattened batch; None finds them.
     """
+    places = places_of(masked) if places is None else places
     if attention is None:
         attention, block_length = spec.attention, spec.block_length
     input_ids, slots = lay_out(xt, x0, doc, pos, attention)
     columns = reading_slot(pos, attention, block_length, spec.prediction)
-    index = slots_at(columns, masked, input_ids.shape[1])
+    index = slots_at(columns, places, input_ids.shape[1])
     previous = None
     if spec.head is not None:
-        previous = previous_ids(x0, masked, pos, block_length, drawn)[masked]
-    return Task(input_ids, slots, attention, block_length, index, x0[masked], reveal, previous)
+        previous = previous_ids(x0, masked, pos, block_length, drawn).flatten()[places]
+    target = x0.flatten()[places]
+    return Task(input_ids, slots, attention, block_length, index, target, reveal, previous)
 
 
 def previous_ids(

@@ -56,8 +56,8 @@ ELSEWHERE = {
 LOSSLESS = {
     "mode speculative": (
         "in float32, the text is that of the AR mode up to near-ties: where it differs, the two "
-        "likeliest tokens are less than 0.001 apart in float64; bfloat16 and float16 round more "
-        "coarsely, so texts differ at more near-ties"
+        "likeliest tokens are less than 0.001 apart in float64; in bfloat16 there are more such "
+        "places, and the two tokens are less than 0.5 apart"
     ),
 }
 BESIDE = {
@@ -119,17 +119,18 @@ class Check:
         return asdict(self)
 
 
-def check(model: str | Path) -> Check:
+def check(model: str | Path, dtype: str = "auto") -> Check:
     """Examine a checkpoint.
 
     Args:
         model: folder or Hub id.
+        dtype: number type to compute in, as for `load`.
 
     Raises:
         Ar2DiffError: the checkpoint does not load, or its spec cannot be honoured.
     """
     path = find_checkpoint(str(model), code=True)
-    checkpoint = load_checkpoint(str(path), device="auto")
+    checkpoint = load_checkpoint(str(path), device="auto", dtype=dtype)
     spec = checkpoint.spec
     if checkpoint.draft is not None:
         return _check_draft(str(model), path, checkpoint)
@@ -181,7 +182,8 @@ def _lossless(checkpoint: Checkpoint, path: Path) -> list[Finding]:
     found = golden_run(checkpoint, str(path))
     if found is None:
         return [Finding("the lossless mode was not tried, because the model is too large", True)]
-    return [Finding(f"the lossless mode in float32: {found}", found.ok)]
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    return [Finding(f"the lossless mode in {dtype}: {found}", found.ok)]
 
 
 def _default_mode(checkpoint: Checkpoint, path: Path) -> DefaultMode:

@@ -57,6 +57,7 @@ def evaluate(
     samples: int = 8,
     limit: int | None = None,
     seed: int = 0,
+    dtype: str = "auto",
 ) -> Evaluation:
     """Likelihood of a model on windows of held-out text, in nats per token and bits per byte.
 
@@ -67,6 +68,7 @@ def evaluate(
         length: tokens per window; shorter texts are skipped.
         samples: noise draws per window, which one forward takes together.
         limit: maximum number of windows, from the start of the file; None for all.
+        dtype: number type to compute in, for a model that is not loaded yet; as for `load`.
 
     Raises:
         Ar2DiffError: the model does not load, the data cannot be read, no text is long enough, or
@@ -81,7 +83,7 @@ def evaluate(
         )
     source = str(data) if isinstance(data, str | Path) else None
     name = f"{option('data')} {source}" if source else option("data")
-    checkpoint = model if isinstance(model, Checkpoint) else _load(model)
+    checkpoint = model if isinstance(model, Checkpoint) else _load(model, dtype)
     check_length(checkpoint, length, "length")
     texts = read_texts(source, text_field) if source else data
     rows = windows(texts, checkpoint.tokenizer, length, limit)
@@ -108,5 +110,5 @@ def evaluate(
     )
 
 
-def _load(model: str | Path) -> Checkpoint:
-    return load_checkpoint(str(model), device="auto")
+def _load(model: str | Path, dtype: str) -> Checkpoint:
+    return load_checkpoint(str(model), device="auto", dtype=dtype)

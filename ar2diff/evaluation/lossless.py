@@ -21,7 +21,8 @@ PROMPTS = ("Once upon a time", "The answer is", "def main():", "1, 2, 3,")
 LENGTH = 16  # most tokens of a prompt
 TEMPERATURES = (0.0, 0.8)
 DRAFT_LENGTH = 3  # at most
-NEAR_TIE = 1e-3  # gap in float64 below which two tokens are equally likely to float32
+# Gap in float64 below which two tokens are equally likely to a model of some dtype.
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 MOST_TOKENS = ((100_000_000, 16), (2_000_000_000, 8))  # of a text, for models of so many parameters
 
 
@@ -34,17 +35,19 @@ class Golden:
         tokens: length of each.
         identical: how many are the same.
         gaps: of the others, float64 gap between the two likeliest tokens at the first difference.
+        near_tie: gap below which two tokens are equally likely to the model.
     """
 
     texts: int
     tokens: int
     identical: int
     gaps: tuple[float, ...]
+    near_tie: float
 
     @property
     def ok(self) -> bool:
         """Whether texts differ at near-ties alone."""
-        return all(gap < NEAR_TIE for gap in self.gaps)
+        return all(gap < self.near_tie for gap in self.gaps)
 
     def __str__(self) -> str:
         said = (
@@ -60,8 +63,8 @@ def golden_run(checkpoint: Checkpoint, folder: str) -> Golden | None:
     """Decode a few prompts in both modes.
 
     Args:
-        checkpoint: in float32, with an AR mode or a draft adapter.
-        folder: from where it is loaded again in float64, if a text differs.
+        checkpoint: with an AR mode or a draft adapter.
+        folder: from where it is loaded again, to be read in float64, if a text differs.
 
     Returns:
         What was found; None if the model is too large to try, or its context too short.
@@ -75,7 +78,7 @@ def golden_run(checkpoint: Checkpoint, folder: str) -> Golden | None:
         new = min(new, context - LENGTH - block)
     if new < 1 or not prompts:
         return None
-    identical, gaps = 0, []
+    identical, gaps, dtype = 0, [], checkpoint.model.dtype
     for temperature in TEMPERATURES:
         settings = {
             "max_new_tokens": new, "temperature": temperature, "eos_token_id": [-1],
@@ -89,8 +92,9 @@ def golden_run(checkpoint: Checkpoint, folder: str) -> Golden | None:
             if own == wanted:
                 identical += 1
             else:
-                gaps.append(_gap(folder, prompts[row], own, wanted, temperature, row))
-    return Golden(len(TEMPERATURES) * len(prompts), new, identical, tuple(gaps))
+                gaps.append(_gap(folder, dtype, prompts[row], own, wanted, temperature, row))
+    texts, near_tie = len(TEMPERATURES) * len(prompts), NEAR_TIE.get(dtype, NEAR_TIE[torch.float32])
+    return Golden(texts, new, identical, tuple(gaps), near_tie)
 
 
 def _texts(
@@ -102,14 +106,20 @@ def _texts(
 
 @torch.no_grad()
 def _gap(
-    folder: str, prompt: list[int], own: list[int], wanted: list[int], temperature: float, seed: int
+    folder: str,
+    dtype: torch.dtype,
+    prompt: list[int],
+    own: list[int],
+    wanted: list[int],
+    temperature: float,
+    seed: int,
 ) -> float:
     """Gap in float64 between the two highest scores where two texts first differ: logits or, above
     temperature 0, what a token is drawn by."""
     same = next(n for n, (a, b) in enumerate(zip_longest(own, wanted)) if a != b)
-    double = load_checkpoint(folder, dtype="float64")
+    double = load_checkpoint(folder, dtype=str(dtype).removeprefix("torch."))
     ids = torch.tensor([prompt + wanted[:same]])
-    scores = double.model(input_ids=ids, use_cache=False).logits[0, -1]
+    scores = double.model.double()(input_ids=ids, use_cache=False).logits[0, -1]
     scores = scores.masked_fill(double.suppressed, float("-inf"))
     if temperature:
         noise = GumbelNoise([keyed_generator(seed)], len(scores))

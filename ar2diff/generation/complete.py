@@ -132,7 +132,7 @@ def load(reference: str, dtype: str = "float32") -> Checkpoint:
     """A checkpoint to decode with, on the accelerator if there is one.
 
     Args:
-        dtype: of the weights in memory; `auto` is the stored one.
+        dtype: of the weights in memory, as for `load_model`.
 
     Raises:
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.

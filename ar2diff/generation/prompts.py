@@ -53,7 +53,10 @@ def request_of(
     if (prompt is not None) + (file is not None) + infilling != 1:
         names = f"{option('prompt')}, {option('prompts_file')} and {option('prefix')}"
         given = "more than one" if prompt is not None or file is not None else "none"
-        raise Ar2DiffError(f"{given} of {names} is given", "use exactly one of them")
+        example = option("prompt", '"Once upon a time"')
+        raise Ar2DiffError(
+            f"{given} of {names} is given", f"give exactly one of them, for example {example}"
+        )
     if infilling:
         if prefix is None or not lengths:
             given = "suffix" if suffix is not None else "length" if lengths else "prefix"

@@ -4,6 +4,7 @@ it decodes, how it was made, and its limits."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .origin import Origin
 TEMPLATE = Path(__file__).with_name("card.jinja")
 DRAFT_TEMPLATE = Path(__file__).with_name("draft_card.jinja")
 TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
+GREEDY = {"max_new_tokens": TOKENS, "temperature": 0}
 DRAFT_LENGTH = 7  # at most; the default depends on the machine
 
 
@@ -42,11 +44,6 @@ class Sample:
     tokens: int
     forwards: int
 
-    @property
-    def rate(self) -> float:
-        """Tokens per forward."""
-        return self.tokens / max(self.forwards, 1)
-
 
 def shown_settings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The settings that a card shows. The first write what the folder writes without any, with a
@@ -62,6 +59,40 @@ def shown_settings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [{}, {"threshold": 0.7}, lossless]
 
 
+def fitting_settings(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
+    """Those of `shown_settings` that do not conflict with the folder's own, and why others do.
+
+    Raises:
+        Ar2DiffError: the first do.
+    """
+    fitting: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for settings in shown_settings(checkpoint):
+        try:
+            Chat(checkpoint, settings | GREEDY)
+        except Ar2DiffError as error:
+            if not fitting or checkpoint.draft is not None:
+                raise
+            refused.append(f"`{_label(settings)}` is not shown: {error.what}")
+        else:
+            fitting.append(settings)
+    return fitting, refused
+
+
+def measure_all(
+    checkpoint: Checkpoint, prompts: Sequence[str]
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """What `measure` finds for each of several prompts that nobody chose, and why some of them are
+    left out."""
+    answers, refused = {}, []
+    for prompt in prompts:
+        try:
+            answers[prompt] = measure(checkpoint, prompt)
+        except Ar2DiffError as error:
+            refused.append(error.what)
+    return answers, refused
+
+
 def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sample]:
     """Answers to one prompt, with each of the settings that a card shows.
 
@@ -73,13 +104,8 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
         Ar2DiffError: the prompt is empty or too long.
     """
     samples: list[Sample] = []
-    for settings in shown_settings(checkpoint)[: None if every else 1]:
-        try:
-            chat = Chat(checkpoint, settings | {"max_new_tokens": TOKENS, "temperature": 0})
-        except Ar2DiffError:
-            if samples and checkpoint.draft is None:  # the folder's own would conflict with them
-                continue
-            raise
+    for settings in fitting_settings(checkpoint)[0][: None if every else 1]:
+        chat = Chat(checkpoint, settings | GREEDY)
         for event in chat.events(prompt):
             if isinstance(event, Problem):
                 raise Ar2DiffError(
@@ -99,18 +125,19 @@ def make_card(
     checkpoint: Checkpoint,
     record: dict[str, Any],
     origin: Origin,
-    prompt: str,
-    samples: list[Sample],
+    answers: dict[str, list[Sample]],
+    held_out: bool,
 ) -> str:
     """The card as Markdown with front matter.
 
     Args:
         name: name of the repository.
         record: the record as published, without paths on this machine.
-        prompt, samples: argument and result of `measure`.
+        answers: {prompt: result of `measure`}. held_out: whether the prompts are the beginnings of
+            texts that the run held out.
     """
     if checkpoint.draft is not None:
-        return _make_draft_card(name, checkpoint, record, origin, prompt, samples)
+        return _make_draft_card(name, checkpoint, record, origin, answers, held_out)
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
@@ -125,7 +152,7 @@ def make_card(
         tags=tags + (["lora"] if adapter else []),
         **origin.licence,
     )
-    run = record if "recipe" in record else record.get("run") or {}
+    run = run_of(record)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -133,11 +160,10 @@ def make_card(
         title=name.split("/")[-1],
         adapter=adapter,
         architecture=_class_name(model),
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        **_shown(checkpoint, answers, held_out),
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
-        samples=[{"label": _label(s.settings), "sample": s} for s in samples],
         own_rule=_own_rule(model.generation_config),
         own_mode=getattr(model.generation_config, "mode", None),
         spec=spec,
@@ -160,8 +186,8 @@ def _make_draft_card(
     checkpoint: Checkpoint,
     record: dict[str, Any],
     origin: Origin,
-    prompt: str,
-    samples: list[Sample],
+    answers: dict[str, list[Sample]],
+    held_out: bool,
 ) -> str:
     """The card of a draft adapter; arguments as for `make_card`."""
     model = checkpoint.model
@@ -178,11 +204,10 @@ def _make_draft_card(
         template_path=str(DRAFT_TEMPLATE),
         name=name,
         title=name.split("/")[-1],
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        **_shown(checkpoint, answers, held_out),
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
-        samples=[{"label": _label(s.settings), "sample": s} for s in samples],
         spec=checkpoint.draft.spec,
         parameters=sum(p.numel() for p in checkpoint.draft.parameters()),
         origin=origin,
@@ -192,6 +217,33 @@ def _make_draft_card(
         record=record,
     )
     return str(card)
+
+
+def _shown(
+    checkpoint: Checkpoint, answers: dict[str, list[Sample]], held_out: bool
+) -> dict[str, Any]:
+    """What both templates show of the answers: each prompt with its first answer, and for each of
+    the settings the tokens and forwards of all answers."""
+    settings, refused = fitting_settings(checkpoint)
+    rows = []
+    for number, chosen in enumerate(settings):
+        found = [samples[number] for samples in answers.values()]
+        tokens, forwards = sum(s.tokens for s in found), sum(s.forwards for s in found)
+        rate = tokens / max(forwards, 1)
+        rows.append({"label": _label(chosen), "tokens": tokens, "forwards": forwards, "rate": rate})
+    quoted = {json.dumps(prompt, ensure_ascii=False): s[0].text for prompt, s in answers.items()}
+    return {
+        "prompt": next(iter(quoted)),
+        "answers": quoted,
+        "held_out": held_out,
+        "rows": rows,
+        "refused": refused,
+    }
+
+
+def run_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run that trained a model, which a merged one keeps within its own."""
+    return record if "recipe" in record else record.get("run") or {}
 
 
 def changes(recipe: dict[str, Any]) -> dict[str, Any]:

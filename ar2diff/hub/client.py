@@ -35,6 +35,10 @@ from ..core.errors import Ar2DiffError, first_line, option
 OTHER_TYPES = {"dataset": "data set", "space": "Space"}
 
 
+class NotAsked(Ar2DiffError):
+    """The Hub could not be asked: there is no token or no connection, or it is switched off."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A repository to publish to, as it was found.
@@ -65,8 +69,9 @@ def find_target(name: str, private: bool = False) -> Target:
         private: whether the repository must be private.
 
     Raises:
-        Ar2DiffError: there is no token, or it lacks write access; there is no connection; the name
-            is invalid, or belongs to a data set or Space; the repository is public but must not be.
+        NotAsked: there is no token, or no connection.
+        Ar2DiffError: the token lacks write access; the name is invalid, or belongs to a data set or
+            Space; the repository is public but must not be.
     """
     try:
         validate_repo_id(name)
@@ -105,9 +110,7 @@ def check_token() -> str:
     with asking():
         token = get_token()
         if not token:
-            raise Ar2DiffError(
-                "there is no token for the Hub", "run 'hf auth login', or set HF_TOKEN"
-            )
+            raise NotAsked("there is no token for the Hub", "run 'hf auth login', or set HF_TOKEN")
         if not (token.isascii() and token.isprintable()):  # an HTTP header cannot carry it
             raise _wrong_token()
         known = HfApi().whoami()
@@ -191,7 +194,7 @@ def asking(name: str = "", uploading: bool = False) -> Iterator[None]:
 
 def _explained(error: Exception, name: str, uploading: bool) -> Ar2DiffError:
     if isinstance(error, OfflineModeIsEnabled):
-        return Ar2DiffError("HF_HUB_OFFLINE is set, so the Hub is not used", "unset HF_HUB_OFFLINE")
+        return NotAsked("HF_HUB_OFFLINE is set, so the Hub is not used", "unset HF_HUB_OFFLINE")
     response = error.response if isinstance(error, HfHubHTTPError) else None
     status = response.status_code if response is not None else None
     ours = response is not None and "/api/" in str(response.url)  # not from the Hub's storage
@@ -220,7 +223,7 @@ def _explained(error: Exception, name: str, uploading: bool) -> Ar2DiffError:
         )
     if status is not None:
         return Ar2DiffError(f"the Hub rejects the request ({reason(error)})", "try again later")
-    return Ar2DiffError(
+    return NotAsked(
         f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason(error)})",
         "check the connection and HF_ENDPOINT",
     )

@@ -19,7 +19,7 @@ from ..checkpoint.files import (
     read_json,
 )
 from ..core.errors import Ar2DiffError, option
-from .client import asking, reason
+from .client import NotAsked, asking, reason
 
 CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link")  # keys in the front matter of a card
@@ -50,12 +50,13 @@ class Origin:
     unknown: str = ""
 
 
-def origin_of(folder: Path, base: str | None = None) -> Origin:
+def origin_of(folder: Path, base: str | None = None, lenient: bool = False) -> Origin:
     """Follow the records from base to base until one is on the Hub.
 
     Args:
         folder: a converted model, an adapter or a draft adapter.
         base: the Hub id under which its base was published.
+        lenient: do without the Hub if it cannot be asked about the base of an adapter.
 
     Raises:
         Ar2DiffError: the base of an adapter is a folder on this machine, or is not on the Hub.
@@ -69,7 +70,8 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
                 f"run 'ar2diff push {reference} REPO', then push again with "
                 f"{option('base', 'REPO')}",
             )
-        return _asked(*((base, None) if base else (reference, config.get("revision"))))
+        named = (base, None) if base else (reference, config.get("revision"))
+        return _asked(*named, lenient)
     if is_draft(folder):
         config = read_json(folder / DRAFT_CONFIG, "")
         reference = str(config.get("base") or "")
@@ -79,7 +81,8 @@ def origin_of(folder: Path, base: str | None = None) -> Origin:
                 f"publish it, with 'hf upload' or 'ar2diff push', then push again with "
                 f"{option('base', 'REPO')}",
             )
-        return _asked(*((base, None) if base else (reference, config.get("revision"))))
+        named = (base, None) if base else (reference, config.get("revision"))
+        return _asked(*named, lenient)
     if base is not None:
         return _published(base, None)
     record = read_json(folder / RUN_FILE, "give a folder that ar2diff wrote")
@@ -143,10 +146,15 @@ def _is_file(value: str, key: str) -> bool:
         return True
 
 
-def _asked(name: str, commit: str | None) -> Origin:
+def _asked(name: str, commit: str | None, lenient: bool) -> Origin:
     """A base that must be on the Hub."""
-    with asking(name):
-        info = HfApi().model_info(name, revision=commit)
+    try:
+        with asking(name):
+            info = HfApi().model_info(name, revision=commit)
+    except NotAsked as error:
+        if not lenient:
+            raise
+        return Origin(name, commit, unknown=error.what)
     return _origin(name, info.sha, info)
 
 

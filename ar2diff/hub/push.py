@@ -30,7 +30,7 @@ from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import HEAD_FILE
-from .client import Target, download, find_target, matching, upload
+from .client import NotAsked, Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
 PROMPT = "Once upon a time"
@@ -59,13 +59,15 @@ class Pushed:
         url, commit: those of the repository; None in a dry run, like all attributes below.
         changed: whether the push changed the repository.
         difference: difference of the logits before and after, relative to the largest logit.
-        tokens: length of the generation that was compared.
+        tokens: length of the generations that were compared.
+        notes: what a dry run could not check, and what the card does not show.
     """
 
     repository: str
     files: dict[str, int]
     removed: list[str]
     card: str
+    notes: list[str]
     url: str | None = None
     commit: str | None = None
     changed: bool | None = None
@@ -93,33 +95,46 @@ def push(
         base: Hub id under which the base was published, if the record names a folder.
         license: identifier from the Hub's list; None means that of the base.
         prompt: prompt for the example on the card and for the generation that is compared; None
-            means the beginning of a story.
-        dry_run: check everything, but change nothing anywhere.
+            means beginnings of texts that the run held out, or that of a story if there are none.
+        dry_run: check everything, but change nothing anywhere. Without a token or a connection,
+            what the Hub knows is left unchecked, and `notes` says so.
         tell: called with a line that says what is being done.
 
     Raises:
         Ar2DiffError: for anything the user can fix. Nothing is changed before the upload.
     """
-    folder, prompt = Path(folder), PROMPT if prompt is None else prompt
-    record = check_folder(folder)
-    target = find_target(name, private)
-    origin = known_origin(folder, base, license)
+    folder = Path(folder)
+    record, notes = check_folder(folder), []
+    try:
+        target = find_target(name, private)
+    except NotAsked as error:
+        if not dry_run:
+            raise
+        target = Target(name if "/" in name else f"USER/{name}", private)
+        notes.append(
+            f"the Hub was not asked whether {target.name} exists and what it holds: {error.what}"
+        )
+    origin = known_origin(folder, base, license, lenient=dry_run)
+    if not origin.licence:
+        notes.append(_without_license(folder, origin))
     # The caller may name a base differently than an earlier push did.
     known = None if base else origin.name or record.get("base_model")
     check_same(target, record | {"base_model": known}, kind_of(folder))
     from ..checkpoint.compare import fixed_logits
-    from .card import measure
     from .verify import check_published_base, load_local, verify
 
     tell("measuring")
     checkpoint = load_local(folder, origin)
-    samples, logits = measure(checkpoint, prompt), fixed_logits(checkpoint)
-    files = files_of(folder, target.name, checkpoint, record, origin, prompt, samples)
+    shown = shown_answers(checkpoint, record, prompt)
+    notes += shown.refused
+    logits = fixed_logits(checkpoint)
+    files = files_of(folder, target.name, checkpoint, record, origin, shown)
     result = Pushed(
         repository=target.name,
         files={path: _size(content) for path, content in files.items()},
         removed=[path for path in matching(target.files, REPLACED) if path not in files],
         card=_text(files[CARD]),
+        notes=notes,
     )
     if dry_run:
         return result
@@ -129,14 +144,15 @@ def push(
     tell(f"uploading {len(files)} files, {sum(result.files.values()) / 1e6:,.1f} MB")
     commit = upload(target, files, result.removed, f"{folder.resolve().name}, by ar2diff")
     tell("downloading and comparing")
-    difference = verify(target.name, commit, logits, samples[0], prompt)
+    golden = {prompt: samples[0] for prompt, samples in shown.answers.items()}
+    difference = verify(target.name, commit, logits, golden)
     return replace(
         result,
         url=target.url,
         commit=commit,
         changed=commit != target.head,
         difference=difference,
-        tokens=samples[0].tokens,
+        tokens=sum(sample.tokens for sample in golden.values()),
     )
 
 
@@ -146,24 +162,62 @@ def preview(
     base: str | None = None,
     license: str | None = None,
     prompt: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> str:
     """The card that `push` would publish, with `USER` as the owner of the repository.
 
     Args:
         folder, base, license, prompt: as for `push`.
+        tell: called with what is not known, and with what the card does not show.
 
     Raises:
-        Ar2DiffError: as for `push`, but no token or repository is needed.
+        Ar2DiffError: as for a dry run of `push`.
     """
-    folder, prompt = Path(folder), PROMPT if prompt is None else prompt
-    record, origin = check_folder(folder), known_origin(folder, base, license)
-    from .card import measure
+    folder = Path(folder)
+    record, origin = check_folder(folder), known_origin(folder, base, license, lenient=True)
+    if not origin.licence:
+        tell(_without_license(folder, origin))
     from .verify import load_local
 
     checkpoint = load_local(folder, origin)
     name = f"USER/{folder.resolve().name}"
-    samples = measure(checkpoint, prompt)
-    return _text(files_of(folder, name, checkpoint, record, origin, prompt, samples)[CARD])
+    shown = shown_answers(checkpoint, record, prompt)
+    for note in shown.refused:
+        tell(note)
+    return _text(files_of(folder, name, checkpoint, record, origin, shown)[CARD])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a card shows of a model's answers.
+
+    Attributes:
+        answers: {prompt: its answers with each of the settings}.
+        held_out: whether the prompts are the beginnings of texts that the run held out.
+        refused: why prompts are not shown.
+    """
+
+    answers: dict[str, list[Any]]
+    held_out: bool
+    refused: list[str]
+
+
+def shown_answers(checkpoint: Any, record: dict[str, Any], prompt: str | None) -> Shown:
+    """The answers to a prompt; None: to those that the run held out, else to the beginning of a
+    story.
+
+    Raises:
+        Ar2DiffError: the prompt that was given is empty or too long.
+    """
+    from .card import measure, measure_all, run_of
+
+    if prompt is not None:
+        return Shown({prompt: measure(checkpoint, prompt)}, False, [])
+    kept = [text for text in run_of(record).get("prompts") or [] if isinstance(text, str)]
+    answers, refused = measure_all(checkpoint, kept)
+    if answers:
+        return Shown(answers, True, refused)
+    return Shown({PROMPT: measure(checkpoint, PROMPT)}, False, refused)
 
 
 def check_before(name: str, model: str, recipe: Recipe) -> None:
@@ -263,21 +317,33 @@ def check_same(target: Target, record: dict[str, Any], kind: str) -> None:
             )
 
 
-def known_origin(folder: Path, base: str | None, license: str | None) -> Origin:
+def known_origin(
+    folder: Path, base: str | None, license: str | None, lenient: bool = False
+) -> Origin:
     """Where the model in a folder comes from, with its licence.
+
+    Args:
+        lenient: do without a licence that is not known, and without the Hub if it cannot be asked.
 
     Raises:
         Ar2DiffError: the licence is not known, or an adapter's base is not on the Hub.
     """
-    origin = origin_of(folder, base)
+    origin = origin_of(folder, base, lenient)
     if license is not None:
         return Origin(origin.name, origin.commit, {"license": license})
-    if not origin.licence:
+    if not origin.licence and not lenient:
         raise Ar2DiffError(
             f"the license of {folder}'s base is unknown ({origin.unknown})",
             f"add {option('license', 'apache-2.0')} (or mit, llama3.2, other ...)",
         )
     return origin
+
+
+def _without_license(folder: Path, origin: Origin) -> str:
+    return (
+        f"the license of {folder}'s base is unknown ({origin.unknown}): a push will need "
+        "--license ID"
+    )
 
 
 def files_of(
@@ -286,8 +352,7 @@ def files_of(
     checkpoint: Any,
     record: dict[str, Any],
     origin: Origin,
-    prompt: str,
-    samples: list[Any],
+    shown: Shown,
 ) -> dict[str, Path | bytes]:
     """Everything that is published, by path in the repository: the model files in the folder, the
     decoding code of this version, the record and an adapter's config with names that others can
@@ -323,10 +388,13 @@ def files_of(
         config = read_json(folder / DRAFT_CONFIG, "")
         files[DRAFT_CONFIG] = _json(config | {"base": origin.name, "revision": origin.commit})
     published = without_paths(record, origin)
-    golden = {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
+    golden = [
+        {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
+        for prompt, samples in shown.answers.items()
+    ]
     files[RUN_FILE] = _json(published | {"golden": golden, "files": sorted(files)})
     own = folder / CARD
-    card = make_card(name, checkpoint, published, origin, prompt, samples)
+    card = make_card(name, checkpoint, published, origin, shown.answers, shown.held_out)
     files[CARD] = own if own.is_file() else card.encode()
     return files
 

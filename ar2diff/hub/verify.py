@@ -57,11 +57,12 @@ def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
     _compare(logits, fixed_logits(hub), f"adapter {folder}: with the base {origin.name} it")
 
 
-def verify(name: str, commit: str, logits: Any, golden: Sample, prompt: str) -> float:
+def verify(name: str, commit: str, logits: Any, golden: dict[str, Sample]) -> float:
     """Download a commit to a fresh folder and compare it with the local model.
 
     Args:
-        logits: the result of `fixed_logits` for the local model. golden: its answer to `prompt`.
+        logits: the result of `fixed_logits` for the local model. golden: its answers, by
+            prompt.
 
     Returns:
         The largest difference in the logits, relative to the largest logit.
@@ -73,10 +74,13 @@ def verify(name: str, commit: str, logits: Any, golden: Sample, prompt: str) -> 
         folder = download(name, commit, Path(place) / "model")
         checkpoint = load(str(folder))
         difference = _compare(logits, fixed_logits(checkpoint), f"{name}: the download")
-        again = measure(checkpoint, prompt, every=False)[0]
         code = read_custom_generate(folder).state if checkpoint.base is None else "ok"
-        if again != golden or code != "ok":
-            what = "its decoding code" if code != "ok" else f"its answer to {prompt!r}"
+        wrong = ["its decoding code"] if code != "ok" else []
+        for prompt, answer in golden.items():
+            if measure(checkpoint, prompt, every=False)[0] != answer:
+                wrong.append(f"its answer to {prompt!r}")
+        if wrong:
+            what = wrong[0]
             raise Ar2DiffError(
                 f"{name}: the downloaded model differs from the local one in {what}", "push again"
             )

@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..checkpoint.files import read_spec
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
-from ..core.attention import PADDING, Slots, reading_slot, reveal_edges
+from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
+from ..core.forward import context_length
 from ..core.seeds import content_key
 from ..core.spec import Spec
 from ..data.documents import (
     Collator,
     PackedDocuments,
+    attention_of,
     block_length_at,
     document_parts,
     tokenize,
 )
 from ..data.sources import Documents, find_file, no_data, read_texts
+from ..diffusion.likelihood import ar_nll
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
@@ -36,9 +40,12 @@ from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
 from .plan import Plan, Verb
 from .request import requested
-from .results import RunPlan, RunResult
+from .results import DataSize, RunPlan, RunResult
 from .run import run
 from .trajectories import is_on_policy, own_states
+
+SPARED = 20  # documents for each evaluation row, without which none is held out unasked
+SAMPLED, SAMPLED_LENGTH = 64, 2000  # documents that are counted, and how much of each
 
 
 def adapt(
@@ -145,10 +152,37 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found | None) -> Pl
 def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
+    size = size_of(documents, checkpoint.tokenizer, len(held_out))
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
     collate = make_collator(recipe, checkpoint.spec.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
-    return Plan(checkpoint, recipe, rows, make_trainer, eval_rows, measure=measure)
+    return Plan(
+        checkpoint, recipe, rows, make_trainer, size, eval_rows, measure=measure,
+        base_logs=base_logs,
+    )  # fmt: skip
+
+
+def base_logs(plan: Plan) -> dict[str, float]:
+    """The AR NLL of the base on the evaluation rows, where the conversion gives up the AR mode that
+    else tells it. The weights must still be those of the base."""
+    checkpoint = plan.checkpoint
+    if checkpoint.spec.ar_mode or read_spec(checkpoint.path) is not None:
+        return {}
+    return {
+        "base_ar_nll": ar_nll(checkpoint.model, plan.eval_rows, checkpoint.suppressed, "kept").mean
+    }
+
+
+def size_of(documents: Documents, tokenizer: Any, held_out: int) -> DataSize:
+    """How many documents there are, and about how many tokens they have, by a sample of them."""
+    texts = documents.known()
+    if texts is None:
+        return DataSize("documents", None, None, exact=False, held_out=held_out)
+    some = texts[:: max(1, len(texts) // SAMPLED)]
+    cut = [text[:SAMPLED_LENGTH] for text in some]
+    share = sum(map(len, texts)) / max(1, sum(map(len, cut)))
+    tokens = sum(len(tokenize(tokenizer, text, 0)) for text in cut)
+    return DataSize("documents", len(texts), round(share * tokens), False, held_out)
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -156,7 +190,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     if checkpoint.spec.lossless or checkpoint.base is not None:
         return {}
-    return {"text": choose_threshold(checkpoint, checkpoint.path, plan.eval_rows)}
+    rows = plan.eval_rows if plan.recipe.eval.steps else []  # where an evaluation was asked for
+    return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
 
 
 ADAPT = Verb("adapt", check, read_rows, make_plan)
@@ -168,7 +203,9 @@ def held_out_rows(
     """The fixed evaluation rows, and the keys of the documents that must be kept out of
     training."""
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    if not wanted.steps:
+    if wanted.steps is None and wanted.data is None:
+        return _spared_rows(checkpoint, recipe, documents, eos)
+    if wanted.steps == 0:
         return [], frozenset()
     check_length(checkpoint, wanted.length, "eval.length")
     if wanted.data is not None:
@@ -194,6 +231,26 @@ def held_out_rows(
     return rows, keys
 
 
+def _spared_rows(
+    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
+) -> tuple[list[list[int]], frozenset[int]]:
+    """Evaluation rows that nobody asked for: of the documents that training would read last, so
+    that a run which does not come that far trains on the same rows as without them. There are none
+    if they would be a noticeable part of the data, or if too few texts are long enough."""
+    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
+    texts = documents.last(2 * wanted.rows)
+    if documents.size < SPARED * wanted.rows or texts is None:
+        return [], frozenset()
+    context = context_length(checkpoint.model.config) or wanted.length
+    length = min(wanted.length, recipe.data.max_length, context)
+    ids = [tokenize(tokenizer, text, eos) for text in texts]
+    long = [row for row in ids if len(row) > length][: wanted.rows]
+    if len(long) < wanted.rows:
+        return [], frozenset()
+    rows = windows(long, tokenizer, length, wanted.rows)
+    return rows, frozenset(content_key(row) for row in long)
+
+
 class AdaptTrainer(Denoising, Trainer):
     """Trains a converted checkpoint on whole documents. Each batch carries its noise, anneal state
     and block length.
@@ -204,31 +261,26 @@ class AdaptTrainer(Denoising, Trainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
-        attention, block_length, reveal = self.attention_at(int(inputs["step"]))
-        x0 = inputs["x0"]
+        block_length = block_length_at(self.recipe, inputs["step"])
+        x0, places = inputs["x0"], inputs["masked_at"]
         task = masked_task(
             x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
-            attention=attention, block_length=block_length, reveal=reveal,
-            drawn=inputs["drawn"],
+            attention=attention_of(self.recipe, block_length), block_length=block_length,
+            reveal=inputs.get("reveal"), drawn=inputs["drawn"], places=places,
         )  # fmt: skip
         # The clean copy comes after the noisy one; each of its tokens is read one slot before.
         length = x0.shape[1]
         ar_columns = torch.arange(length - 1, 2 * length - 1, device=x0.device).expand_as(x0)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, x0, ar_columns)
-        pos, visible = inputs["pos"], ~inputs["masked"] & (inputs["doc"] != PADDING)
-        first = pos % block_length == 0 if block_length else pos == 0
-        reads = reading_slot(pos, attention, block_length, self.spec.prediction)
-        distilled = self.distilled_tokens(
-            inputs["masked"], inputs["written"], visible, first.cumsum(1), reads >= length
-        )
+        distilled = places[inputs["chosen"]]
         if self.teacher is None:
             source = reading(task, ar_columns, distilled, x0)
         else:  # the AR model reads the documents themselves
-            plain = Slots(inputs["doc"], pos, torch.zeros_like(distilled))
+            plain = Slots(inputs["doc"], inputs["pos"], torch.zeros_like(inputs["masked"]))
             source = Task(x0, plain, "causal_context", 1, task.index, task.target)
             source = reading(source, ar_columns - length, distilled, x0)
-        return self.loss_task(task, inputs, x0, ar_columns, distilled, source)
+        return self.loss_task(task, inputs, x0, ar_columns, source)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -236,7 +288,7 @@ class AdaptTrainer(Denoising, Trainer):
         """The batches of an optimizer step, some of them with the model's own text, and their
         divisors."""
         batches = list(islice(epoch_iterator, num_batches))
-        if batches and is_on_policy(self.recipe, int(batches[0]["step"])):
+        if batches and is_on_policy(self.recipe, batches[0]["step"]):
             eos = end_token(self.checkpoint)
             batches = [own_states(self.checkpoint, self.data_collator, b, eos) for b in batches]
         return batches, self._get_num_items_in_batch(batches, device)
@@ -255,27 +307,6 @@ class AdaptTrainer(Denoising, Trainer):
             parts = document_parts(list(ids), 0, eos, recipe, recipe.train.seed)
             rows += [(last, [piece]) for piece in parts]
         return rows
-
-    def attention_at(self, step: int) -> tuple[str, int | None, Tensor | None]:
-        """The anneal: attention, block length and revealed edges at an optimizer step."""
-        attention, anneal = self.spec.attention, self.recipe.anneal
-        block_length = block_length_at(self.recipe, step)
-        if attention == "full" and block_length is not None:
-            attention = "block_causal"  # growing: blocks until the goal
-        if attention == "block_causal" and block_length >= self.recipe.data.max_length:
-            attention = "full"  # one block: nothing reads the clean copy
-        reveal = None
-        if anneal.kind == "reveal":
-            length = self.recipe.data.max_length
-            reveal = reveal_edges(
-                step / anneal.steps,
-                length,
-                block_length or length,
-                self.recipe.train.seed,
-                step,
-                self.args.device,
-            )
-        return attention, block_length, reveal
 
 
 def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:

@@ -7,15 +7,18 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PrinterCallback
 
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
 from ..config.recipe import Recipe
+from ..core.errors import Ar2DiffError, option
 from ..distributed.ranks import STOPPED
 from ..distributed.sharding import check_engine
 from .callbacks import Stopping
@@ -25,6 +28,9 @@ from .modules import disable_dropout, parameter_kinds
 class Running:
     """Trains a checkpoint as a recipe says. A mixin, listed before the trainer class.
 
+    `figures` are the logs that matter most: how the line of a step shows each, by its name. It
+    shows the first three of those that a run has.
+
     Args:
         checkpoint: the checkpoint whose model is trained.
         args: training arguments for the trainer class; see `arguments.training_arguments`.
@@ -32,10 +38,14 @@ class Running:
         kwargs: other keyword arguments of the trainer class.
     """
 
+    figures: ClassVar[dict[str, str]]
+    notes: tuple[str, ...] = ()  # on the data, shown before the first step
+
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, args: Any, module: Any = None, **kwargs: Any
     ):
         self.checkpoint, self.recipe, self.spec = checkpoint, recipe, checkpoint.spec_or_causal
+        self._uncounted: Tensor | None = None  # tokens that `state` does not know of yet
         disable_dropout(checkpoint.model)
         with weights_kept(checkpoint.model):
             super().__init__(model=module or checkpoint.model, args=args, **kwargs)
@@ -44,13 +54,48 @@ class Running:
     def save_rank(self, folder: Path) -> None:
         """Write what this rank adds to a checkpoint; by default, nothing."""
 
-    def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """The logs to show in the terminal's progress line."""
-        return logs
+    def details(self) -> list[str]:
+        """Lines that say more of the data, below its size."""
+        return []
+
+    def sample(self) -> str | None:
+        """A line that shows what the model does now, beside the line of a step; None: there is
+        none."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What the run's record says about the data, besides the number of tokens."""
         return {}
+
+    def count_tokens(self, tokens: Tensor) -> None:
+        """Add the tokens of an optimizer step, a scalar on the device, which is read later: to read
+        it now, the host would have to wait for the device."""
+        self._uncounted = tokens if self._uncounted is None else self._uncounted + tokens
+
+    def tokens_seen(self) -> int:
+        """The number of tokens trained on so far, over all ranks."""
+        if self._uncounted is not None:
+            self.state.num_input_tokens_seen += int(self._uncounted)
+            self._uncounted = None
+        return self.state.num_input_tokens_seen
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and end the run if the loss is not a number.
+
+        Raises:
+            Ar2DiffError: it is not, and neither are the weights after such a step.
+        """
+        super().log(logs, start_time)
+        self._check_loss(logs.get("loss", 0.0))
+
+    def _check_loss(self, loss: float) -> None:
+        if not isfinite(loss):
+            raise Ar2DiffError(
+                f"the loss is {loss} at step {self.state.global_step}: training has diverged, and "
+                "the weights are no longer usable",
+                f"start over with a lower {option('train.learning_rate')}, or with "
+                f"{option('train.precision', 'fp32')}",
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with the recipe's learning-rate factor for each kind of parameter."""
@@ -73,6 +118,7 @@ class Running:
         self.add_callback(stopping)
         with stopping.listening():
             result = super().train(*args, **kwargs)
+        self.tokens_seen()
         if stopping.agreed and self.state.global_step < self.state.max_steps:
             if self.is_world_process_zero():
                 print(
@@ -86,6 +132,8 @@ class Running:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint under another name and then rename it, so that any folder called
         checkpoint-N is complete."""
+        self.tokens_seen()
+        self._check_loss(float(self.accelerator.reduce(self._tr_loss.detach().clone(), "sum")))
         run_dir = Path(self.args.output_dir)
         stage = run_dir / ".partial"
         self.args.output_dir = str(stage)
@@ -130,4 +178,9 @@ def publish_checkpoint(run_dir: Path, step: int, keep: int) -> None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The training checkpoints of a run, oldest first."""
     found = run_dir.glob("checkpoint-*") if run_dir.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a training checkpoint was saved."""
+    return int(checkpoint.name.split("-")[1])

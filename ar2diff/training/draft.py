@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,20 +15,19 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError, option
-from ..core.probe import probe
 from ..core.spec import Spec
 from ..data.documents import PackedDocuments
 from ..data.sources import Documents
 from ..distributed.ranks import chosen
 from ..evaluation.drafts import DraftJudge, collator_for
 from ..evaluation.score import check_length
-from .adapt import held_out_rows, read_rows, with_own_text
+from .adapt import held_out_rows, read_rows, size_of, with_own_text
 from .arguments import training_arguments
 from .base import Running
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
 from .own_text import Found
-from .plan import Plan, Verb
+from .plan import Plan, Verb, probed
 from .request import requested
 from .results import RunPlan, RunResult
 from .run import run
@@ -125,7 +124,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found) -> Plan:
     check_length(checkpoint, recipe.data.max_length, "data.max_length")
     add_draft(checkpoint, recipe)
     with checkpoint.draft.applied(checkpoint.model, slice(0, 0)):  # which embeds the mask
-        problems = probe(checkpoint.model, checkpoint.read_as)
+        problems = probed(checkpoint.model, checkpoint.read_as)
     if problems:
         kind = checkpoint.model.config.model_type
         raise Ar2DiffError(
@@ -156,7 +155,8 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
         )
 
     judge = DraftJudge(checkpoint, drafting, collate, eval_rows) if eval_rows else None
-    return Plan(checkpoint, recipe, rows, make, eval_rows, judge=lambda _plan: judge())
+    size = size_of(documents, checkpoint.tokenizer, len(held_out))
+    return Plan(checkpoint, recipe, rows, make, size, eval_rows, judge=lambda _plan: judge())
 
 
 DRAFT = Verb("draft", check, read_rows, make_plan, converts=False)
@@ -171,6 +171,10 @@ class DraftTrainer(Running, Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    figures: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.3f}", "accepted_1": "accepted {:.1%}",
+        "tokens_per_forward": "{:.2f} tokens/forward",
+    }  # fmt: skip
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         checkpoint.model.to(args.device)
@@ -205,12 +209,12 @@ class DraftTrainer(Running, Trainer):
         names = ("divisor", "tokens")
         sums = [torch.stack([b[name].double() for name in names]) for b in batch_samples]
         divisor, tokens = self.accelerator.reduce(torch.stack(sums).sum(0).to(device), "sum")
-        self.state.num_input_tokens_seen += int(tokens)
+        self.count_tokens(tokens)
         return divisor.clamp(min=TINY).to(torch.get_default_dtype())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter saw since the last log."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
-            logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **seen, "tokens": self.tokens_seen()}
         super().log(logs, start_time)

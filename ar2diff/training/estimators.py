@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config.rl import Rl
 from ..core.attention import PADDING, Slots, reading_slot
-from ..core.forward import logits_at
+from ..core.forward import output_at
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
 from ..diffusion.noise import complement, corrupt, draw_times
@@ -227,19 +227,22 @@ def score(
         slots_of.append(slot[view, pos] + torch.tensor([len(rows), 0]))
         weights.append(weight[view, pos])
         rows += own
-    row, view, place, target = torch.cat(found, 1).to(device)
-    at = torch.cat(slots_of).to(device)
-    ids, pos, noisy, block, doc = _stack(rows, device)
+    numbers = torch.cat([torch.cat(found, 1), torch.cat(slots_of).T])
+    last_view, last_place = numbers[1:3].amax(1).tolist()
+    row, view, place, target, *at = _upload(numbers, device)
+    ids, pos, noisy, block, doc = _upload(_stack(rows), device)
+    noisy = noisy.bool()
     start = pos // spec.block_length * spec.block_length if spec.block_length else pos * 0
     task = Task(
         input_ids=ids,
         slots=Slots(doc, pos, noisy, start, block),
         attention=spec.attention,
         block_length=spec.block_length,
-        index=at[:, 0] * ids.shape[1] + at[:, 1],
+        index=at[0] * ids.shape[1] + at[1],
         target=target,
     )
-    logits = logits_at(model, task.index, inner=inner, **task.inputs(inner, spec.local_window))
+    inputs = task.inputs(inner, spec.local_window)
+    logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
@@ -250,14 +253,23 @@ def score(
         row=row,
         view=view,
         place=place,
-        weight=torch.cat(weights).to(logp),
-        shape=(len(rollouts), int(view.max()) + 1, max(width, int(place.max()) + 1)),
+        weight=_upload(torch.cat(weights), device).to(logp),
+        shape=(len(rollouts), last_view + 1, max(width, last_place + 1)),
     )
 
 
-def _stack(rows: Sequence[_Row], device: Any) -> list[Tensor]:
-    """Ids, positions, copies, blocks and documents of the padded rows, [B, S] each."""
-    columns = [[getattr(row, name) for row in rows] for name in ("ids", "pos", "noisy", "block")]
+def _stack(rows: Sequence[_Row]) -> Tensor:
+    """[5, B, S] ids, positions, copies, blocks and documents of the padded rows."""
+    columns = [
+        [getattr(row, name).long() for row in rows] for name in ("ids", "pos", "noisy", "block")
+    ]
     columns.append([torch.zeros_like(row.pos) for row in rows])
-    fill = (0, 0, False, 0, PADDING)
-    return [pad_sequence(c, True, f).to(device) for c, f in zip(columns, fill, strict=True)]
+    fill = (0, 0, 0, 0, PADDING)
+    return torch.stack([pad_sequence(c, True, f) for c, f in zip(columns, fill, strict=True)])
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """Values from the CPU on a device; a GPU copies them while the host goes on."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

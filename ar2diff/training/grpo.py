@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -33,12 +33,9 @@ from .base import Running
 from .estimators import score
 from .modules import unwrapped
 from .rollouts import Rollout, sample
+from .wording import WIDTH
 
-SHOWN = (
-    "loss", "reward", "rewards/", "completions/mean_length", "stop_rate", "tokens_per_forward",
-    "kl", "entropy", "clip_ratio/region_mean", "frac_reward_zero_std", "estimator_spread",
-    "grad_norm", "learning_rate", "generation_share", "step_time",
-)  # fmt: skip
+PROMPT = 24  # characters of a prompt's end beside a sample
 STATE = "rollouts-{}"  # name of the files that a rank adds to a checkpoint
 
 
@@ -52,6 +49,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         draft: the draft adapter that rollouts are written with. The model moves away from the one
             that it was trained for, which only costs acceptance: its drafts are verified.
     """
+
+    figures: ClassVar[dict[str, str]] = {
+        "reward": "reward {:.3f}", "stop_rate": "stopped {:.0%}", "kl": "KL {:.4f}",
+        "entropy": "entropy {:.2f}",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
             torch.no_grad(),
+            self.accelerator.autocast(),  # in the precision in which they are scored
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             self.checkpoint.model.eval()
@@ -186,6 +189,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             canvas[row, :, : len(rollout.ids)] = torch.stack([rollout.ids, rollout.step])
         numbers = [[len(r.ids), r.prompt, r.answer, r.seed] for r in rollouts]
         output["canvas"], output["canvas_of"] = canvas, torch.tensor(numbers)
+        # On the CPU, so that no micro-step has to wait for it.
+        live = (output["advantages"] != 0) & output["completion_mask"].any(1)
+        output["live"] = live.cpu()
         if self.recipe.rl.estimator == "spg":
             output.pop("old_per_token_logps", None)  # spg has no ratio
         return output
@@ -213,9 +219,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
+        live = inputs.pop("live").cpu()
         self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
         if not self.beta:
-            return self._loss_of_live_rows(model, inputs)
+            return self._loss_of_live_rows(model, inputs, live)
         if rl.kl == "k3":
             return super()._compute_loss(model, inputs)
         beta, self.beta = self.beta, 0.0
@@ -226,13 +233,18 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
         return loss + beta * self._squared_kl(inputs) / steps
 
-    def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it."""
-        live = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
-        live[0] |= ~live.any()  # every rank must take part in the forward pass
+    def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any], live: Tensor) -> Tensor:
+        """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it.
+
+        Args:
+            live: [B] bool, the other rows.
+        """
+        self._live = live.clone()
+        self._live[0] |= ~live.any()  # every rank must take part in the forward pass
         if "old_per_token_logps" in inputs:
-            inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * live[:, None]
-        self._live = live.cpu()
+            seen = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
+            seen[0] |= ~seen.any()
+            inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * seen[:, None]
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -345,9 +357,17 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             show_completions(self._logs, self.state.global_step)
         super().log(logs, start_time)
 
-    def shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """The logs to show in the terminal's progress line."""
-        return {name: value for name, value in logs.items() if name.startswith(SHOWN)}
+    def sample(self) -> str | None:
+        """The best of the latest completions, with its reward."""
+        logs = self._logs
+        rewards = list(zip(*logs["rewards"].values(), strict=True))
+        if not rewards:
+            return None
+        totals = [sum(r for r in row if r is not None and r == r) for row in rewards]  # or NaN
+        best = max(range(len(totals)), key=totals.__getitem__)
+        prompt, answer = (_text_of(logs[name][best]) for name in ("prompt", "completion"))
+        line = f"  reward {totals[best]:.2f} for {prompt[-PROMPT:]!r}: {answer!r}"
+        return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Do nothing: a training checkpoint has no card."""
@@ -441,10 +461,14 @@ def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
     rewards = list(logs["rewards"].values())
     rows = list(zip(logs["prompt"], logs["completion"], *rewards, logs["advantages"], strict=True))
     for prompt, completion, *numbers in rows[-count:]:
-        texts = [text if isinstance(text, str) else text[-1]["content"]
-                 for text in (prompt, completion)]  # fmt: skip
+        texts = map(_text_of, (prompt, completion))
         table.add_row(*map(Text, texts), *(f"{number:.2f}" for number in numbers))
     Console(file=sys.stderr).print(table)
+
+
+def _text_of(message: Any) -> str:
+    """A prompt or completion as text: of a conversation, its last message."""
+    return message if isinstance(message, str) else message[-1]["content"]
 
 
 def check_reference(reference: Any, checkpoint: Checkpoint) -> None:

@@ -4,7 +4,7 @@ over `transformers.Trainer`."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,12 +23,19 @@ from ..diffusion.cross_entropy import (
     loss_of_hidden,
     loss_of_logits,
 )
-from ..diffusion.distillation import Readout, distillation_loss, later_visible
+from ..diffusion.distillation import Readout, distillation_loss
 from ..diffusion.task import Task, slots_at
 from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
-from .modules import compile_layers, frozen_copy
+from .modules import (
+    attending_with,
+    compile_layers,
+    flex_in_one_dtype,
+    flex_pays,
+    frozen_copy,
+    unwrapped,
+)
 
 IGNORED = -100  # the label of a token that is not predicted, as in transformers
 
@@ -39,18 +46,20 @@ class LossTask:
 
     Attributes:
         task: the forward pass and the masked tokens it predicts.
-        masked: [B, L] bool, which tokens are masked. labels: [B, L] all tokens of the batch.
+        places: [N] those of the masked tokens in the flattened [B * L].
+        labels: [B, L] all tokens of the batch.
         coef, t, eos: [N] each token's factor in the loss, its time, and whether it is in an EOS
             run.
         ar_index, ar_target: [M] the slots that predict the tokens of the AR loss, and those tokens.
         tokens: scalar, the number of real tokens in the batch.
-        distilled: [N] bool, which masked tokens are distilled, D of them; None: none.
+        distilled: [N] bool, which masked tokens are distilled; None: none.
+        chosen: [D] the numbers of these.
         source: the forward pass, and the slots of it (`index` [D]), in which the AR model predicts
             these tokens: the teacher's, or that of `task`.
     """
 
     task: Task
-    masked: Tensor
+    places: Tensor
     labels: Tensor
     coef: Tensor
     t: Tensor
@@ -59,14 +68,15 @@ class LossTask:
     ar_target: Tensor
     tokens: Tensor
     distilled: Tensor | None = None
+    chosen: Tensor | None = None
     source: Task | None = None
 
     def at_masked(self, values: Tensor) -> Tensor:
         """Scatter values [N] of the masked tokens to their places, [B, L], with `IGNORED`
         elsewhere."""
-        placed = torch.full_like(self.labels, IGNORED)
-        placed[self.masked] = values
-        return placed
+        placed = torch.full_like(self.labels, IGNORED).flatten()
+        placed[self.places] = values
+        return placed.view_as(self.labels)
 
 
 class Denoising(Running):
@@ -80,6 +90,9 @@ class Denoising(Running):
     """
 
     loss_is_scaled_for_ga = True
+    figures: ClassVar[dict[str, str]] = {
+        "loss": "loss {:.3f}", "masked_accuracy": "accuracy {:.1%}", "ar_loss": "AR loss {:.3f}",
+    }  # fmt: skip
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         self.suppressed = checkpoint.suppressed.to(args.device)
@@ -91,6 +104,13 @@ class Denoising(Running):
         if distil is not None and distil.target == "teacher":
             self.teacher = frozen_copy(checkpoint.model).to(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
+        flex_in_one_dtype()
+        # For training alone: evaluation has rows of many lengths, and flex compiles for each.
+        auto = recipe.train.attn_implementation == "auto"
+        inner, length = unwrapped(checkpoint.model), recipe.data.max_length
+        self.attention = (
+            "flex_attention" if auto and flex_pays(inner, length, args.device) else None
+        )
         if self.spec.head is not None and holds_shards(self):
             raise Ar2DiffError(
                 f"{option('convert.head_rank')} cannot be used where each process holds a shard of "
@@ -106,58 +126,46 @@ class Denoising(Running):
         """Rows for the collator whose noise depends only on the seed and their tokens."""
         raise NotImplementedError
 
-    def distilled_tokens(
-        self, masked: Tensor, written: Tensor, visible: Tensor, block: Tensor, clean: Tensor
-    ) -> Tensor:
-        """[B, L] bool, the masked tokens that are distilled as the recipe says.
-
-        Args:
-            masked: [B, L] bool.
-            written: [B, L] bool, tokens that an AR model writes: none beyond the end of a text.
-            visible, block: as for `later_visible`.
-            clean: [B, L] bool, tokens that are predicted at a clean slot, which sees nothing of
-                their block. If the target is the AR mode being trained, their prediction is the
-                target itself, and they keep their cross-entropy.
-        """
-        chosen = masked & written
-        if self.recipe.objective.distil.visible == "left":
-            chosen &= clean | ~later_visible(visible, block)
-        return chosen & ~clean if self.teacher is None else chosen
-
     def loss_task(
         self,
         task: Task,
         batch: dict[str, Tensor],
         labels: Tensor,
         ar_columns: Tensor,
-        distilled: Tensor | None = None,
         source: Task | None = None,
     ) -> LossTask:
         """The task of predicting the masked tokens, plus the AR co-loss if the recipe gives it a
         weight.
 
         Args:
-            batch: from the collator: masked, coef, t, eos, ar [B, L]; tokens, a scalar.
+            batch: from the collator: coef, t, eos [B, L], those of `chosen_places`, and tokens, a
+                scalar.
             labels: [B, L] all tokens. ar_columns: [B, L] the slots in the row that predict them
                 from left to right.
-            distilled: [B, L] bool, the masked tokens that are distilled; None: none.
             source: see `LossTask`.
         """
-        masked = batch["masked"]
-        ar = batch["ar"] if self.recipe.objective.ar_weight > 0 else torch.zeros_like(masked)
+        places, ar = batch["masked_at"], batch["ar_at"]
+        ar = ar if self.recipe.objective.ar_weight > 0 else ar[:0]
+        coef, t, eos = (batch[name].flatten()[places] for name in ("coef", "t", "eos"))
         return LossTask(
             task=task,
-            masked=masked,
+            places=places,
             labels=labels,
-            coef=batch["coef"][masked],
-            t=batch["t"][masked],
-            eos=batch["eos"][masked],
+            coef=coef,
+            t=t,
+            eos=eos,
             ar_index=slots_at(ar_columns, ar, task.input_ids.shape[1]),
-            ar_target=labels[ar],
+            ar_target=labels.flatten()[ar],
             tokens=batch["tokens"],
-            distilled=None if distilled is None else distilled[masked],
+            distilled=batch.get("distilled"),
+            chosen=batch.get("chosen"),
             source=source,
         )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch, with the attention that pays in training."""
+        with attending_with(unwrapped(self.checkpoint.model), self.attention):
+            return super().training_step(*args, **kwargs)
 
     def losses(
         self, model: Any, wanted: LossTask, divisors: Tensor, logits: bool = False
@@ -199,10 +207,11 @@ class Denoising(Running):
         fused: list[WeightedLoss] = []
         read: list[Readout] = []
 
-        def fuse(head: Any, hidden: Tensor) -> None:
+        def fuse(head: Any, hidden: Tensor) -> Tensor:
             fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added))
             if wanted.distilled is not None:
                 read.append(Readout.of_head(head, hidden))
+            return fused[0].total.view(1, 1, 1)
 
         output = output_at(
             model,
@@ -215,7 +224,10 @@ class Denoising(Running):
         made = output.logits[0]
         if added is not None and not fused:
             made = made + (added[0] @ added[1]).to(made.dtype)
-        summed = fused[0] if fused else loss_of_logits(made[: len(target)], *asked)
+        if fused:  # through what the head returned, which sharded weights wait for
+            summed = replace(fused[0], total=made[0, 0])
+        else:
+            summed = loss_of_logits(made[: len(target)], *asked)
         if wanted.distilled is not None:
             readout = read[0] if read else Readout(made)
             summed = self._distilled(summed, readout, wanted, divisor)
@@ -233,8 +245,8 @@ class Denoising(Running):
             readout: of the masked tokens, those of the AR loss, and the AR predictions if these
                 come from the same forward pass.
         """
-        distil, chosen, source = self.recipe.objective.distil, wanted.distilled, wanted.source
-        count = len(chosen)
+        distil, chosen, source = self.recipe.objective.distil, wanted.chosen, wanted.source
+        count = len(wanted.distilled)
         own = readout[count + len(wanted.ar_target) :]
         p = own if self.teacher is None else self._read_teacher(source)
         total, divergence = distillation_loss(
@@ -342,7 +354,9 @@ class Denoising(Running):
 
     def _fuses(self, inner: Any) -> bool:
         if self._fused is None:
-            self._fused = has_plain_head(inner)
+            # Distillation reads the head after the forward, when sharded weights are released.
+            after = self.recipe.objective.distil is not None and holds_shards(self)
+            self._fused = not after and has_plain_head(inner)
             if self.recipe.train.compile:  # not before: the earlier forward had another shape
                 compile_layers(inner)
         return self._fused
@@ -364,15 +378,16 @@ class Denoising(Running):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """[2] divisors for the diffusion and AR losses, over all accumulation steps and ranks."""
-        totals = self.accelerator.reduce(totals_of(batch_samples).to(device), "sum")
-        self.state.num_input_tokens_seen += int(totals[2])
+        totals = totals_of(batch_samples).to(device, non_blocking=True)
+        totals = self.accelerator.reduce(totals, "sum")
+        self.count_tokens(totals[2])
         return divisors_of(totals)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter saw since the last log: CE by t, accuracy, EOS share, tokens/s."""
         if "loss" in logs:
             seen = self._seen.drain(self.accelerator)
-            logs = {**logs, **seen, "tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **seen, "tokens": self.tokens_seen()}
         super().log(logs, start_time)
 
 

@@ -42,7 +42,7 @@ class Meter:
         self.count.index_add_(0, bins, torch.ones_like(ce))
         loss = task.coef * ce
         self.sums["right"] += right.sum()
-        self.sums["eos_loss"] += loss[task.eos].sum()
+        self.sums["eos_loss"] += (loss * task.eos).sum()
         self.sums["loss"] += loss.sum()
         self.sums["tokens"] += task.tokens
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations import flex_attention
+
+from ..core.head import ATTRIBUTE
+
+FLEX_LENGTH = 1024  # tokens in a row from which flex attention pays
 
 
 def disable_dropout(model: Any) -> None:
@@ -41,12 +49,47 @@ def compile_layers(model: Any) -> None:
         layer.compile()
 
 
+def flex_in_one_dtype() -> None:
+    """Have flex attention get queries, keys and values of one dtype. Under autocast the rotary
+    factors turn queries and keys to float32, and flex is not among the functions that autocast
+    casts for."""
+    AttentionInterface.register("flex_attention", _flex_in_one_dtype)
+
+
+def _flex_in_one_dtype(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    value = args[0] if args else kwargs["value"]
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flex_attention.flex_attention_forward(module, query, key, *args, **kwargs)
+
+
+def flex_pays(model: Any, length: int, device: torch.device) -> bool:
+    """Whether rows of `length` tokens are trained faster with flex attention, which skips the
+    blocks of [noisy | clean] that the mask forbids, and which a model can use in place of sdpa."""
+    known = getattr(model, "_supports_flex_attn", False)
+    stock = model.config.get_text_config()._attn_implementation == "sdpa"
+    return device.type == "cuda" and length >= FLEX_LENGTH and known and stock
+
+
+@contextmanager
+def attending_with(model: Any, kind: str | None) -> Iterator[None]:
+    """Have a model use another attention implementation meanwhile; None: its own."""
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    config._attn_implementation = kind or own
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
 def parameter_kinds(model: Any) -> dict[Tensor, str]:
-    """The kind of each parameter: attention, mlp, embeddings or other (norms, biases).
+    """The kind of each parameter: attention, mlp, embeddings, diffusion_head or other (norms,
+    biases).
 
     Attention modules are those that say whether they are causal, as all of transformers' do.
     """
-    kinds: dict[Tensor, str] = {}
+    head = getattr(unwrapped(model), ATTRIBUTE, None)
+    kinds = {} if head is None else dict.fromkeys(head.parameters(), "diffusion_head")
     attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     for kind, modules in (

@@ -32,9 +32,9 @@ from ..data.columns import likely_prompt
 from ..data.shapes import messages_of
 from ..data.sources import Documents, columns_of, find_file, read_source
 from ..generation.tokens import encode_messages, prompt_ids
-from .callbacks import duration
 from .identity import model_digest
 from .rollouts import sample
+from .wording import duration
 
 GROUP = 64  # rows that are decoded together and then kept
 QUIET = 10.0  # seconds between two lines about the progress
@@ -130,11 +130,17 @@ class OwnText:
         Raises:
             Ar2DiffError: no prompt fits the model, or one cannot be rendered.
         """
-        left_out = len(self.prompts.rows or [()]) - len(self._prompts()[0])
+        prompts, new = self._prompts()
+        left_out = len(self.prompts.rows or [()]) - len(prompts)
         notes = [
             f"note: before it is trained, the model writes {self.own.tokens:,} tokens of text, "
             "unless an earlier run has left them in the cache"
         ]
+        if new < self.own.max_new_tokens:
+            notes.append(
+                f"note: an answer has at most {new} tokens, not {self.own.max_new_tokens} "
+                "(data.self.max_new_tokens), because it shares the model's context with its prompt"
+            )
         if left_out:
             count = "1 prompt is" if left_out == 1 else f"{left_out:,} prompts are"
             notes.append(f"note: {count} left out, because the context has no room for an answer")
@@ -142,8 +148,8 @@ class OwnText:
 
     def documents(self) -> list[list[int]]:
         """Write the documents, or find those that an earlier run wrote: token ids, prompts
-        included, with `tokens` new tokens in all; at temperature 0, one document for each prompt at
-        most. The other processes of a run wait for the first.
+        included (a run learns these as well), with `tokens` new tokens in all; at temperature 0,
+        one document for each prompt at most. The other processes of a run wait for the first.
 
         Raises:
             Ar2DiffError: a prompt does not fit the model, or the file cannot be written.
@@ -218,10 +224,13 @@ class OwnText:
             rows = [[checkpoint.end_ids[0] if start is None else start]]
         else:
             rows = [self._ids(*row) for row in self.prompts.rows]
-        context, shortest = context_length(checkpoint.model.config), min(map(len, rows))
+        context, lengths = context_length(checkpoint.model.config), sorted(map(len, rows))
         if context is None:
             return rows, own.max_new_tokens
-        new = min(own.max_new_tokens, context - shortest)
+        shortest, longest = lengths[0], lengths[-1]
+        # Room for the longest prompt comes before room for a long answer, up to half the context.
+        room = max(context - longest, min(context // 2, context - shortest))
+        new = min(own.max_new_tokens, room)
         if new < 1:
             raise Ar2DiffError(
                 f"the shortest prompt of {option('data.self.prompts')} has {shortest} tokens, "

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.adapters import add_adapter, check_base
 from ..checkpoint.files import is_adapter, read_spec, refuse_draft
 from ..checkpoint.io import load_checkpoint
@@ -19,10 +21,14 @@ from ..core.forward import context_length
 from ..core.head import ATTRIBUTE
 from ..core.probe import probe
 from ..core.spec import Spec
+from ..distributed.ranks import is_main
 from ..evaluation.score import score
-from .arguments import rows_per_step
-from .results import RunPlan
+from .arguments import check_optimizer, rows_per_step
+from .results import DataSize, RunPlan
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of the extra
+ROOM = 1.3  # what a probe needs on an accelerator, in sizes of the weights
+PROMPTS, PROMPT_TOKENS = 3, 16  # of the prompts that a run's record keeps for its card
 STATE_BYTES = 12  # bytes per parameter in a training checkpoint: weight and two moments, float32
 
 
@@ -33,8 +39,11 @@ class Plan:
     Attributes:
         rows: the training data, as the verb's trainer takes it; None if the run does not train.
         make_trainer: makes the trainer from (this plan, run folder, callbacks).
+        data: how much data there is; None if it is not known, or nothing is trained.
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
         judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
+        base_logs: logs about the model that the run starts from, before the first step, which
+            `judge` does not give.
         preview: adds details that only this verb's dry run shows; None adds nothing.
         measure: measures the trained model before it is saved, where it holds all of its weights,
             and chooses what depends on that; returns what to add to the record.
@@ -46,10 +55,12 @@ class Plan:
     recipe: Recipe
     rows: Any
     make_trainer: Callable[[Plan, Path, list[Any]], Any]
+    data: DataSize | None = None
     eval_rows: list[list[int]] = field(default_factory=list)
     judge: Callable[[Plan], Any] = lambda plan: score(
         plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
     )
+    base_logs: Callable[[Plan], dict[str, float]] = lambda plan: {}
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
     measure: Callable[[Plan], dict[str, Any]] = lambda plan: {}
     complete: Callable[[], Plan] | None = None
@@ -66,6 +77,17 @@ class Plan:
         if not self.recipe.train.max_steps:
             return result
         return result + STATE_BYTES * trainable * (self.recipe.train.save_total_limit + 1)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Different beginnings of evaluation rows, which a model card shows answers to."""
+        found: dict[str, None] = {}
+        for row in self.eval_rows:
+            ids = row[:PROMPT_TOKENS]
+            text = self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
+            whole = text.rpartition(" ")[0].strip()  # the last word may be cut
+            found[whole or text.strip().rstrip("\ufffd")] = None
+        return [text for text in found if text][:PROMPTS]
 
     def summary(self, output_dir: Path) -> RunPlan:
         """A summary of the run, without details that only the verb's own dry run shows."""
@@ -84,6 +106,7 @@ class Plan:
             tokens_at_most=train.max_steps * step * self.recipe.data.max_length,
             eval_rows=len(self.eval_rows),
             notes=self.checkpoint.notes,
+            data=self.data,
         )
 
 
@@ -129,6 +152,7 @@ class Verb:
         recipe = continued(self.check(path, spec, recipe), spec)
         check_target(path, spec, recipe)
         check_trackers(recipe.train.report_to)
+        check_optimizer(recipe.train.optimizer)
         rows = self.read(recipe)
         checkpoint = load_checkpoint(
             str(path), recipe.train.attn_implementation, quantization=recipe.quantization
@@ -212,7 +236,7 @@ def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
     spec = convert(checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed)
-    problems = probe(checkpoint.model, spec)
+    problems = probed(checkpoint.model, spec)
     if problems:
         raise Ar2DiffError(
             f"model {checkpoint.path}: {checkpoint.model.config.model_type} cannot be converted to "
@@ -220,6 +244,26 @@ def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"try another {option('convert.attention')}, or another "
             f"{option('train.attn_implementation')}",
         )
+
+
+def probed(model: Any, spec: Spec) -> list[str]:
+    """What the probe finds, on the accelerator if the model fits. Of several processes only the
+    main one probes: they all hold the same model."""
+    if not is_main():
+        return []
+    device, held = next(model.parameters()).device, weight_bytes(model)
+    moves = device.type == "cpu" and torch.cuda.is_available()
+    if moves and held * ROOM < torch.cuda.mem_get_info()[0]:
+        try:
+            return probe(model.to("cuda"), spec)
+        finally:
+            model.to(device)  # a trainer that shards the weights moves them itself
+    return probe(model, spec)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def check_trackers(report_to: str) -> None:
@@ -232,8 +276,9 @@ def check_trackers(report_to: str) -> None:
         for callback in get_reporting_integration_callbacks([report_to]):
             callback()
     except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        install = "run pip install 'ar2diff[trackers]', or " if report_to in TRACKERS else ""
         raise Ar2DiffError(
             f"{option('train.report_to')} {shortened(report_to)} cannot be started: "
             f"{first_line(error)}",
-            f"install the tracker, or set {option('train.report_to', 'none')}",
+            f"{install}set {option('train.report_to', 'none')}",
         ) from None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.recipe import Recipe, load_recipe, with_values
+from ..config.recipe import Recipe, load_recipe, recipe_names, with_values
+from ..core.errors import Ar2DiffError, option
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Request:
     model: str
     recipe: Recipe
     output_dir: Path
+
+    @property
+    def lacks_data(self) -> bool:
+        """Whether the run would train, but names no data."""
+        data = self.recipe.data
+        return bool(self.recipe.train.max_steps) and not data.sources and data.self is None
 
 
 def requested(
@@ -34,9 +41,11 @@ def requested(
     """Resolve the arguments of a training verb, which are those of `adapt`.
 
     Raises:
-        Ar2DiffError: an unknown recipe or key, a value of the wrong type, or values that contradict
-            each other.
+        Ar2DiffError: an unknown recipe or key, a value of the wrong type, values that contradict
+            each other, or a recipe or setting where the model should be.
     """
+    model = str(model)
+    _check_model(model)
     if isinstance(overrides, Mapping):  # JSON is YAML, which is what a value is read as
         overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     settings = list(overrides)
@@ -59,8 +68,23 @@ def requested(
         values["text_field"] = text_field
     if values:
         plan = with_values(plan, data=values)
-    model = str(model)
     if output_dir is None:
         stem = model.rstrip("/").split("/")[-1].partition("@")[0]
         output_dir = Path("runs") / f"{stem}-{plan.convert.attention if verb == 'adapt' else verb}"
     return Request(model, plan, Path(output_dir))
+
+
+def _check_model(model: str) -> None:
+    """Refuse what is meant to be something else: the model was forgotten."""
+    if Path(model[:200]).is_dir():
+        return
+    if model.endswith((".yaml", ".yml")) or model in recipe_names():
+        raise Ar2DiffError(
+            f"{model} is a recipe, not a model",
+            f"give the model as the first argument, and then {option('recipe', model)}",
+        )
+    if "=" in model:
+        raise Ar2DiffError(
+            f"the first argument must be the model, but {model} is a setting",
+            "give the folder or Hub id of a model before it",
+        )

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """How much data a run has.
+
+    Attributes:
+        kind: what is counted: `documents`, `conversations` or `prompts`.
+        count: how many there are; None for a stream.
+        tokens: how many tokens they have; None for a stream.
+        exact: whether `tokens` was counted; else it is estimated from some of them.
+        held_out: how many of them are kept out of training, to evaluate the model on.
+    """
+
+    kind: str
+    count: int | None
+    tokens: int | None
+    exact: bool
+    held_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +38,7 @@ class RunPlan:
         mask_token, pad_token: the tokens as text.
         steps: optimizer steps. rows_per_step: rows per step, over all processes.
         tokens_at_most: tokens in all steps if every row were full.
+        data: how much data there is; None if nothing is trained, or the model will write it.
         eval_rows: rows on which the model is evaluated during the run and after it.
         notes: what the conversion could not keep from the base, one sentence each.
         dry_run: True.
@@ -35,6 +55,7 @@ class RunPlan:
     tokens_at_most: int
     eval_rows: int
     notes: list[str]
+    data: DataSize | None = None
     dry_run: bool = True
 
 
@@ -98,10 +119,17 @@ class RunResult:
         recipe: the resolved recipe.
         sharding: how the optimizer state was sharded; None if it was not.
         parameters, trainable_parameters, diffusion, mask_token, pad_token, steps, rows_per_step,
-            tokens_at_most, eval_rows, notes: as in `RunPlan`.
+            tokens_at_most, data, eval_rows, notes: as in `RunPlan`.
+        verb: the command that trained it.
         tokens: real tokens that were trained on; None if nothing was trained.
         answers: sft only: the number and lengths of the supervised turns.
         eval: bound and AR NLL of the evaluation rows after the run; None if there are none.
+        before, after: what was reached, by names as in `log/metrics.jsonl`: what a verb evaluates
+            (`eval_bound`, `eval_ar_nll`, `eval_tokens_per_forward`), else the means of its first
+            and last logs (`loss`, `reward`, `stop_rate`). `before` also has the AR NLL of the base,
+            `base_ar_nll`, where the conversion gives up its AR mode.
+        seconds: time of training. peak_memory: bytes that the first process held at most.
+        warnings: what a person should act on, one sentence each.
         dry_run: False.
     """
 
@@ -122,9 +150,16 @@ class RunResult:
     tokens_at_most: int
     eval_rows: int
     notes: list[str]
+    verb: str | None = None
+    data: dict[str, Any] | None = None
     tokens: int | None = None
     answers: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
+    before: dict[str, float] | None = None
+    after: dict[str, float] | None = None
+    seconds: float | None = None
+    peak_memory: int | None = None
+    warnings: list[str] = field(default_factory=list)
     dry_run: bool = False
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .grpo import DiffusionGRPOTrainer, default_mode
 from .modules import unwrapped
 from .plan import Plan, Verb, check_kind
 from .request import requested
-from .results import Prompt, RlPlan, RunPlan, RunResult
+from .results import DataSize, Prompt, RlPlan, RunPlan, RunResult
 from .run import run
 
 RESERVED = (*PASSED, "image", "images", "environments")  # names that a column must not have
@@ -111,7 +111,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
         # The template need not mark what the assistant says: no given answers are learned.
         plain = with_values(recipe, data={"assistant_only": False})
         checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
-    check_lengths(checkpoint, recipe, rows)
+    size = DataSize("prompts", len(rows), check_lengths(checkpoint, recipe, rows), exact=True)
     named, draft = recipe.rl.draft, None
     if named is not None:
         draft = load_draft(find_checkpoint(named), unwrapped(checkpoint.model))
@@ -123,13 +123,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
         tokenizer = plan.checkpoint.tokenizer
         ids = prompt_ids(tokenizer, rows[0]["prompt"])
         return RlPlan(
-            **asdict(summary),
+            **vars(summary),
             prompts=len(rows),
             first_prompt=Prompt(tokenizer.decode(ids), len(ids)),
             rewards=tuple(getattr(reward, "__name__", reward) for reward in rewards),
         )
 
-    return Plan(checkpoint, recipe, rows, make, preview=preview)
+    return Plan(checkpoint, recipe, rows, make, size, preview=preview)
 
 
 RL = Verb("rl", check, read, make_plan, converts=False)
@@ -292,13 +292,17 @@ def _draft_spec(reference: str) -> DraftSpec:
     return read_draft_spec(path / DRAFT_CONFIG)
 
 
-def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
+def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> int:
     """Refuse prompts that leave no room for a completion.
+
+    Returns:
+        The number of tokens in all prompts.
 
     Raises:
         Ar2DiffError: naming the first row.
     """
     tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model.config)
+    tokens = 0
     for number, row in enumerate(rows, 1):
         try:
             count = len(prompt_ids(tokenizer, row["prompt"]))
@@ -307,6 +311,7 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
                 f"the chat template cannot render prompt {number}: {first_line(error)}",
                 f"fix the prompt, or set {option('data.chat_template')} to another template",
             ) from error
+        tokens += count
         if longest is not None and count + recipe.rl.max_completion_length > longest:
             raise Ar2DiffError(
                 f"prompt {number} has {count} tokens, which with "
@@ -314,6 +319,7 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
                 f"the model's context of {longest} tokens",
                 f"remove the prompt, or lower {option('rl.max_completion_length')}",
             )
+    return tokens
 
 
 def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,17 +23,23 @@ from ..checkpoint.output import (
     finished_record,
     run_record,
 )
-from ..core.errors import Ar2DiffError, option, shortened
+from ..config.recipe import dump_recipe
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..data.sources import find_file
 from ..distributed.builds import check_compiler
 from ..distributed.ranks import is_main
 from ..distributed.sharding import sharding, whole_weights
-from .base import checkpoints
-from .callbacks import Watch
+from .base import checkpoints, step_of
+from .callbacks import Watch, peak_memory
+from .findings import findings, reached
 from .identity import identity
+from .journal import Journal, command_line, tracked
+from .opening import needed_memory, opening
 from .plan import Plan, Verb
+from .plots import draw_log
 from .request import Request
 from .results import RunPlan, RunResult
+from .screen import Screen
 
 DECISIVE = {  # record keys that must match when a run is resumed, in words
     "recipe": "recipe", "base_model": "model", "inputs": "content",
@@ -77,7 +84,7 @@ def run(
     if plan.complete is not None:
         plan = plan.complete()
         summary = plan.summary(output_dir)
-    record = _record(plan, request, path, summary)
+    record = _record(verb, plan, request, path, summary)
     flags = {"resume": resume, "overwrite": overwrite}
     with claimed(output_dir, inputs, **flags) if is_main() else nullcontext() as output:
         if output is not None:
@@ -86,16 +93,21 @@ def run(
             return RunResult.of(finished, output_dir)
         weights = None
         if plan.recipe.train.max_steps:
-            trained, weights = _train(plan, output_dir, resume)
+            with tracked(output_dir):
+                trained, weights = _train(verb, plan, request, path, summary, resume)
             record |= trained
         if output is not None:
             if plan.recipe.train.max_steps and weights is None:
                 record |= plan.measure(plan)
             save(plan.checkpoint, output, record, weights)
+            if plan.recipe.train.max_steps:
+                _draw(output_dir)
     return RunResult.of(record, output_dir)
 
 
-def _record(plan: Plan, request: Request, path: Path, summary: RunPlan) -> dict[str, Any]:
+def _record(
+    verb: Verb, plan: Plan, request: Request, path: Path, summary: RunPlan
+) -> dict[str, Any]:
     """The content of `ar2diff.json` for a run that has not begun."""
     known = asdict(summary)
     del known["output_dir"], known["dry_run"]
@@ -103,10 +115,12 @@ def _record(plan: Plan, request: Request, path: Path, summary: RunPlan) -> dict[
         "ar2diff": __version__,
         "base_model": request.model.rstrip("/"),
         "base_commit": plan.checkpoint.commit,
+        "verb": verb.name,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
         "recipe": plan.recipe.model_dump(mode="json"),
         "inputs": identity(path, plan.recipe) if is_main() else None,
+        "prompts": plan.prompts,
         "sharding": sharding(),
         **known,
     }
@@ -147,23 +161,58 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"its {DECISIVE[name]} was {shortened(old)}, but is now {shortened(new)}"
 
 
+def _draw(output_dir: Path) -> None:
+    """Draw the pictures of a run that is complete, which no failure of theirs may change."""
+    try:
+        draw_log(output_dir)
+    except Exception as error:  # fonts, caches and settings of matplotlib; a full disk
+        print(f"note: no plots were drawn: {first_line(error)}", file=sys.stderr)
+
+
 def _train(
-    plan: Plan, output_dir: Path, resume: bool
+    verb: Verb, plan: Plan, request: Request, path: Path, summary: RunPlan, resume: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Train. Returns what to add to the record, and the weights if the model does not hold them
-    whole."""
+    """Train, and tell what happens. Returns what to add to the record, and the weights if the model
+    does not hold them whole."""
+    output_dir = request.output_dir
     run_dir = output_dir / "checkpoints"
     use_cache = plan.checkpoint.model.config.use_cache  # the Trainer turns it off
-    watch = Watch(plan.checkpoint, plan.recipe, plan.eval_rows, lambda: plan.judge(plan))
+    done = checkpoints(run_dir) if resume else []
+    screen, journal, memory = Screen(is_main()), None, None
+    if is_main():
+        memory = needed_memory(path, plan.recipe)
+        journal = Journal(output_dir, step_of(done[-1]) if done else 0)
+        command = command_line(verb.name, request.model, output_dir)
+        journal.describe(dump_recipe(plan.recipe), command)
+    watch = Watch(verb.name, plan, screen, journal)
     trainer = plan.make_trainer(plan, run_dir, [watch])
     watch.trainer = trainer
     if trainer.is_world_process_zero():
         shutil.rmtree(run_dir / ".partial", ignore_errors=True)  # left by a killed run
-    done = checkpoints(run_dir)
-    trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
+    facts, size = trainer.facts(), plan.data
+    known = facts and {"conversations": size.count, "max_length": plan.recipe.data.max_length}
+    warnings = findings(verb.name, [], False, **facts, **known).values()
+    screen.say(*opening(verb.name, request.model, summary, plan.recipe, memory, trainer.details()))
+    screen.say(*trainer.notes, *summary.notes, *(f"warning: {text}" for text in warnings))
+    if done:
+        screen.say(f"going on from step {step_of(done[-1])}")
+    with screen.bar(verb.name, plan.recipe.train.max_steps):
+        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     plan.checkpoint.model.config.use_cache = use_cache
     plan.checkpoint.model.eval()
-    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **trainer.facts()}
+    record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **facts}
     if plan.eval_rows:
-        record["eval"] = plan.judge(plan).to_dict()
+        step, judged = watch.judged or (None, None)
+        fresh = step == plan.recipe.train.max_steps  # not if the run had already ended
+        record["eval"] = (judged if fresh else plan.judge(plan)).to_dict()
+    if journal is not None:
+        before, after = reached(journal.rows, [*trainer.figures])
+        warnings = findings(verb.name, journal.rows, True, **facts, **known).values()
+        record |= {
+            "before": before,
+            "after": after,
+            "seconds": round(journal.seconds(), 1),
+            "peak_memory": peak_memory(),
+            "warnings": list(warnings),
+        }
     return record, whole_weights(trainer)

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import PADDING, Slots
+from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.chat_template import chat_template, turn_end
@@ -43,7 +41,7 @@ from .arguments import training_arguments
 from .loss import Denoising, LossTask
 from .plan import Plan, Verb, check_kind
 from .request import requested
-from .results import RunPlan, RunResult, SftExample, SftPlan
+from .results import DataSize, RunPlan, RunResult, SftExample, SftPlan
 from .run import run
 
 TEMPLATE_FIX = (
@@ -124,7 +122,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
         tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
     rows = tokenize_conversations(conversations, tokenizer, recipe)
-    return Plan(checkpoint, recipe, rows, make_trainer, preview=preview)
+    size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), exact=True)
+    return Plan(checkpoint, recipe, rows, make_trainer, size, preview=preview)
 
 
 SFT = Verb("sft", check, read, make_plan)
@@ -154,6 +153,13 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         self.train_dataset = self._conversations(self.train_dataset)
         self.answers = self.train_dataset.answers()
 
+    def details(self) -> list[str]:
+        """The number and lengths of the answers."""
+        lengths = sorted(self.answers.lengths)
+        median, longest = lengths[len(lengths) // 2], lengths[-1]
+        count = f"{self.answers.turns:,}"
+        return [f"  answers {count}, with a median of {median:,} tokens and at most {longest:,}"]
+
     def facts(self) -> dict[str, Any]:
         """What the run's record says about the answers."""
         answers, lengths = self.answers, sorted(self.answers.lengths)
@@ -171,26 +177,21 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from `TurnCollator`."""
-        masked, target = inputs["masked"], inputs["target"]
+        places, target = inputs["masked_at"], inputs["target"]
         task = Task(
             input_ids=inputs["input_ids"],
             slots=Slots(*(inputs[name] for name in ("doc", "pos", "noisy", "start", "block"))),
             attention=self.spec.attention,
             block_length=self.spec.block_length,
-            index=slots_at(inputs["reads"], masked, target.shape[1]),
-            target=target[masked],
-            previous=inputs["previous"][masked] if self.spec.head is not None else None,
+            index=slots_at(inputs["reads"], places, target.shape[1]),
+            target=target.flatten()[places],
+            previous=inputs["previous"].flatten()[places] if self.spec.head is not None else None,
         )
         before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, target, before)
-        visible = inputs["noisy"] & ~masked & (inputs["doc"] != PADDING)
-        distilled = self.distilled_tokens(
-            masked, inputs["before"] >= 0, visible, inputs["block"] + 1,  # clean slots have -1
-            inputs["reads"] == inputs["before"],
-        )  # fmt: skip
-        source = reading(task, inputs["before"], distilled, target)
-        return self.loss_task(task, inputs, target, before, distilled, source)
+        source = reading(task, inputs["before"], places[inputs["chosen"]], target)
+        return self.loss_task(task, inputs, target, before, source)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation with supervised tokens, as rows of its own with the noise of the first
@@ -241,10 +242,7 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
         plan.checkpoint, recipe, args, rows.dataset(), callbacks=callbacks
     )
     check_answers(trainer.answers, len(rows), recipe)
-    if trainer.is_world_process_zero():
-        print(described(trainer.answers, recipe), file=sys.stderr)
-        for note in rows.notes:
-            print(note, file=sys.stderr)
+    trainer.notes = rows.notes
     return trainer
 
 
@@ -295,7 +293,7 @@ def preview(plan: Plan, summary: RunPlan) -> SftPlan:
         trainer = plan.make_trainer(plan, Path(folder), [])
     ids, learned = trainer.train_dataset.example()
     return SftPlan(
-        **asdict(summary),
+        **vars(summary),
         turns=described(trainer.answers, plan.recipe),
         example=SftExample(
             text=marked(plan.checkpoint.tokenizer, ids, learned),

@@ -54,8 +54,8 @@ def own_states(
         collate: the collator that made the batch.
         eos: what stands in the clean copy where the sampler decided nothing, behind an end token.
     """
-    device, batch = batch["x0"].device, {name: x.cpu() for name, x in batch.items()}
-    size, step = collate.recipe.convert.block_length, int(batch["step"])
+    device, size, step = batch["x0"].device, collate.recipe.convert.block_length, batch["step"]
+    batch = {name: x.cpu() for name, x in batch.items() if name != "step"}
     seed = collate.recipe.train.seed
     shape = batch["x0"].shape
     made = blank_batch(shape) | {"ratio": torch.ones(shape, dtype=torch.double)}
@@ -74,9 +74,9 @@ def own_states(
         masked[here], t[here] = drawn_state(
             rollout.step[:length], decided, written, size, rollout.seed
         )
+    made["written"] = made["weight"] > 0
     states = collate.finish(made, masked[None], t[None], size)
-    states |= {"written": made["weight"] > 0, "step": batch["step"]}
-    return {name: x.to(device) for name, x in states.items()}
+    return {name: x.to(device) for name, x in states.items()} | {"step": step}
 
 
 def _continued(

@@ -269,6 +269,13 @@ def memory(case: Case, stock: Path, draw: random.Random) -> None:
 
 
 def recipes(case: Case, stock: Path, draw: random.Random) -> None:
+    case.words += draw.choice(
+        (["ls"], ["ls", "--run"], ["show", "demo"], ["cp", "demo", "out.yaml"])
+    )
+    case.output = case.work / "out.yaml" if "cp" in case.words else None
+
+
+def config(case: Case, stock: Path, draw: random.Random) -> None:
     tree = _settings(draw, rl={"rewards": [{"name": "exact"}], "preset": "d1"})
     tree |= draw.choice(({}, {"peft": commandlines.PEFT}))
     case.files["recipe"] = commandlines.write_recipe(case.work, tree)
@@ -277,15 +284,10 @@ def recipes(case: Case, stock: Path, draw: random.Random) -> None:
         (
             ["validate", "recipe.yaml", *overrides],
             ["validate", "recipe.yaml", *overrides],
-            ["show", "recipe.yaml", "--resolved"],
-            ["cp", "demo", "out.yaml"],
+            ["show", "recipe.yaml", *overrides],
+            ["schema"],
         )
     )
-    case.output = case.work / "out.yaml" if "cp" in case.words else None
-
-
-def config(case: Case, stock: Path, draw: random.Random) -> None:
-    case.words += draw.choice((["schema"], ["schema", "train"], ["schema", "--json"]))
 
 
 # As often as there is something to break.
@@ -294,5 +296,5 @@ SCENARIOS = [
     *[("eval", evaluate)] * 4, *[("adapt", adapt)] * 5, *[("sft", sft)] * 5, *[("rl", rl)] * 4,
     *[("merge", merge)] * 2, *[("export", export)] * 3, *[("import", bring_in)] * 3,
     *[("push", push)] * 2, *[("card", card)] * 2, *[("memory", memory)] * 2,
-    *[("recipes", recipes)] * 4, ("config", config),
+    ("recipes", recipes), *[("config", config)] * 4,
 ]  # fmt: skip

@@ -116,7 +116,7 @@ def recipe_file(case: Case, draw: random.Random, file: Path) -> str:
 
 def override(case: Case, draw: random.Random, _: None) -> str:
     """A setting in the command line."""
-    if case.verb == "recipes" and "validate" not in case.words:
+    if case.verb == "config" and "schema" in case.words:
         return ""
     key, text = draw.choice(SETTINGS), draw.choice([*YAML, *hostile.TEXTS])
     case.patient |= key.rpartition(".")[2] in LARGE

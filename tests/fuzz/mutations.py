@@ -22,7 +22,7 @@ def mutate(case: Case, draw: random.Random) -> str:
     kinds += [(4, datafiles.row_file, case.files["rows"])] if "rows" in case.files else []
     kinds += [(6, commandlines.recipe_file, case.files["recipe"])] if "recipe" in case.files else []
     kinds += [(6, commandlines.said, None)] if case.verb == "chat" else []
-    if case.verb in ("adapt", "sft", "rl", "memory", "recipes"):
+    if case.verb in ("adapt", "sft", "rl", "memory", "config"):
         kinds.append((2, commandlines.override, None))
     _, act, target = draw.choices(kinds, [weight for weight, _, _ in kinds])[0]
     note = act(case, draw, target)

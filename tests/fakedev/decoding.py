@@ -1,0 +1,218 @@
+"""Decode on the pretended accelerator and on the CPU, and print what differs: for test_fakedev.py.
+
+    python -m fakedev.decoding SETTING...        # in tests/; without a name, all of them
+    python -m fakedev.decoding -v SETTING...     # and where the host waits, by file and line
+
+One line of JSON for each setting: whether the tokens are the CPU's, and how many forwards, waits
+and uploads follow the first forward, over eight blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from conftest import MASK, build_model, tiny_spec, with_head
+from test_draft import draft_of
+
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import denoise
+from ar2diff.core.generate import check_model
+from ar2diff.core.options import resolve
+
+from .device import Waits, install
+
+BLOCK, BLOCKS = 4, 8
+PROMPTS = [[1, 17, 42, 5, 9, 60, 33], [1, 8], [1, 33, 21, 4], [1, 50]]
+PROMPTS += [[*prompt, 11, 12] for prompt in PROMPTS]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode: the model's attention and prediction, and the options."""
+
+    attention: str = "causal_context"
+    options: dict[str, Any] = field(default_factory=dict)
+    prediction: str = "shift"
+    kind: str = "llama"
+    drafted: bool = False
+    headed: bool = False
+    rows: int = 3
+    gaps: bool = False
+
+
+def _ar(**options: Any) -> Setting:
+    return Setting(options={"mode": "ar", **options})
+
+
+def _speculative(**options: Any) -> Setting:
+    return Setting(options={"mode": "speculative", **options})
+
+
+def _drafted(**options: Any) -> Setting:
+    return Setting(options=options, drafted=True)
+
+
+def _denoised(**options: Any) -> Setting:
+    return Setting(options={"mode": "diffusion", **options})
+
+
+DRAWN = {"temperature": 0.8, "seed": 3}
+CHAIN, TREE = {"draft_length": 3}, {"draft_length": 3, "draft_nodes": 7}
+STATIC = {"cache_implementation": "static"}
+FILTERED = {"min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4}
+
+SIX = {
+    "ar": _ar(**DRAWN),
+    "speculative static": _speculative(**CHAIN, **STATIC),
+    "draft adapter": _drafted(**TREE),
+    "threshold": _denoised(threshold=0.9),
+    "block_causal static": Setting("block_causal", {"steps_per_block": 2, **STATIC}, "same"),
+    "full": Setting("full", {"steps_per_block": 2, "block_length": BLOCK, **DRAWN}),
+}
+SETTINGS = SIX | {
+    "ar greedy": _ar(),
+    "ar static": _ar(**STATIC),
+    "ar alone": Setting(options={"mode": "ar"}, rows=1),
+    "ar eight": Setting(options={"mode": "ar"}, rows=8),
+    "ar none": _ar(cache_implementation="none"),
+    "ar penalty": _ar(repetition_penalty=1.3),
+    "ar held": _ar(min_new_tokens=20, eos_token_id=[7]),
+    "speculative": _speculative(**CHAIN),
+    "speculative alone": Setting(options={"mode": "speculative", **CHAIN}, rows=1),
+    "speculative eight": Setting(options={"mode": "speculative", **TREE}, rows=8),
+    "speculative tree": _speculative(**TREE),
+    "speculative none": _speculative(**CHAIN, cache_implementation="none"),
+    "speculative drawn": _speculative(**CHAIN, **DRAWN),
+    "speculative filtered": _speculative(**TREE, **DRAWN, **FILTERED),
+    "speculative penalty": _speculative(**CHAIN, repetition_penalty=1.3),
+    "speculative held": _speculative(**TREE, min_new_tokens=20, eos_token_id=[7]),
+    "speculative measured": _speculative(),
+    "speculative window": Setting(
+        options={"mode": "speculative", **CHAIN}, kind="mistral_window"
+    ),
+    "draft chain": _drafted(**CHAIN),
+    "draft alone": Setting(options=TREE, drafted=True, rows=1),
+    "draft eight": Setting(options=CHAIN, drafted=True, rows=8),
+    "draft drawn": _drafted(**TREE, **DRAWN),
+    "draft static": _drafted(**CHAIN, **STATIC),
+    "draft measured": _drafted(),
+    "threshold alone": Setting(options={"mode": "diffusion", "threshold": 0.9}, rows=1),
+    "threshold eight": Setting(options={"mode": "diffusion", "threshold": 0.9}, rows=8),
+    "threshold same": Setting(options={"mode": "diffusion", "threshold": 0.5}, prediction="same"),
+    "threshold static": _denoised(threshold=0.5, **STATIC),
+    "threshold none": _denoised(threshold=0.5, cache_implementation="none"),
+    "threshold drawn": _denoised(threshold=0.5, **DRAWN),
+    "threshold filtered": _denoised(threshold=0.5, **DRAWN, **FILTERED, top_k=20, top_p=0.9),
+    "top_h": _denoised(threshold=0.5, **DRAWN, top_h=0.5),
+    "threshold window": Setting(
+        options={"threshold": 0.5, "mode": "diffusion"}, kind="mistral_window"
+    ),
+    "eager": Setting(options={"threshold": 0.5, "mode": "diffusion"}, kind="gemma2"),
+    "gaps": Setting(options={"mode": "diffusion", "threshold": 0.5}, gaps=True),
+    "held": _denoised(threshold=0.5, min_new_tokens=20, eos_token_id=[7]),
+    "penalty": _denoised(threshold=0.5, repetition_penalty=1.3),
+    "bias": _denoised(threshold=0.5, sequence_bias=[[[5], -2.0]]),
+    "suppressed": _denoised(threshold=0.5, suppress_tokens=[7, 9]),
+    "random": _denoised(steps_per_block=2, order="random", seed=1),
+    "margin": _denoised(steps_per_block=2, order="margin"),
+    "entropy": _denoised(steps_per_block=2, order="entropy"),
+    "entropy bound": _denoised(entropy_bound=0.5),
+    "remask": _denoised(steps_per_block=4, remask=0.3),
+    "guided": _denoised(threshold=0.5, cfg_scale=1.0),
+    "checked": _denoised(threshold=0.5, check_cache=True),
+    "headed": Setting(options={"mode": "diffusion", "threshold": 0.3}, headed=True),
+    "headed steps": Setting(options={"mode": "diffusion", "steps_per_block": 2}, headed=True),
+    "headed drawn": Setting(
+        options={"mode": "diffusion", "threshold": 0.3, **DRAWN}, headed=True
+    ),
+    "switching": Setting(options={"mode": "diffusion", "threshold": 0.5}, kind="phi3_longrope"),
+    "block_causal": Setting("block_causal", {"threshold": 0.5}),
+    "full none": Setting("full", {"threshold": 0.5, "block_length": BLOCK}),
+    "full prefix": Setting(
+        "full", {"threshold": 0.5, "block_length": BLOCK, "cache_implementation": "prefix"}
+    ),
+    "full dual": Setting(
+        "full", {"threshold": 0.5, "block_length": BLOCK, "cache_implementation": "dual"}, "same"
+    ),
+}  # fmt: skip
+
+
+def models(setting: Setting, device: torch.device) -> Iterator[tuple[Any, Any, Any]]:
+    """The model, its spec and its draft adapter, on the CPU and on the device."""
+    attention = "eager" if setting.kind == "gemma2" else "sdpa"
+    model = build_model(setting.kind, attention, torch.float32)
+    spec, draft = tiny_spec(setting.attention, BLOCK, setting.prediction), None
+    if setting.headed:
+        model, spec = with_head(model, spec)
+    if setting.drafted:
+        draft = draft_of(model).eval().requires_grad_(False)
+        spec = draft.spec_for(None)
+    yield model, spec, draft
+    moved = copy.deepcopy(model).to(device)
+    if setting.headed:
+        moved.diffusion_head = copy.deepcopy(model.diffusion_head).to(device)
+    yield moved, spec, None if draft is None else copy.deepcopy(draft).to(device)
+
+
+def states(setting: Setting, model: Any, spec: Any, draft: Any) -> tuple[Canvas, Iterator[Canvas]]:
+    """The canvas, and what decides it."""
+    new = 0 if setting.gaps else BLOCK * BLOCKS
+    given = {"max_new_tokens": new, **setting.options}
+    options = resolve(spec, given, drafts=draft is not None, gaps=setting.gaps)
+    prompts = PROMPTS[: setting.rows]
+    if setting.gaps:
+        prompts = [[*prompt, *[MASK] * 9, 5, 6, *[MASK] * 9, 8] for prompt in prompts]
+    grid = BLOCK if options.mode == "diffusion" and spec.attention != "full" else 1
+    canvas = Canvas.of_prompts(
+        prompts, spec.mask_token_id, max_new_tokens=new, grid=grid, end_ids=options.eos_token_id,
+        min_new_tokens=options.min_new_tokens,
+    )  # fmt: skip
+    return canvas, denoise(model, spec, canvas, options, draft=draft)
+
+
+def compare(name: str, device: torch.device, module: Any, verbose: bool = False) -> dict[str, Any]:
+    """Decode in one way on both devices."""
+    setting, texts = SETTINGS[name], []
+    for model, spec, draft in models(setting, device):
+        if model.device.type == device.type:
+            check_model(model, spec, draft)
+        canvas, forwards = states(setting, model, spec, draft)
+        next(forwards)  # the prompts, and the timing of forwards
+        calls: list[None] = []
+        hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
+        with Waits(module) as found:
+            for _ in forwards:
+                pass
+        hook.remove()
+        count = len(calls)
+        texts.append([canvas.new_ids(row) for row in range(len(canvas.ids))])
+        if setting.gaps:
+            texts[-1] = canvas.ids.tolist()
+    if verbose:
+        for (kind, what, place, line), n in found.sites.most_common(30):
+            print(f"  {n / count:6.2f} {kind:9} {what:28} {place:24} {line}")
+    return {
+        "name": name, "same": texts[0] == texts[1], "forwards": count,
+        "waits": found.waits, "uploads": found.uploads,
+    }  # fmt: skip
+
+
+def main() -> None:
+    asked = [name for name in sys.argv[1:] if name != "-v"]
+    device, module = install()
+    for name in asked or SETTINGS:
+        try:
+            found = compare(name, device, module, "-v" in sys.argv)
+        except RuntimeError as error:
+            found = {"name": name, "error": str(error)}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
