@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from ..checkpoint.output import (
     finished_record,
     run_record,
 )
+from ..config.recipe import with_values
 from ..core.errors import Ar2DiffError, option, shortened
 from ..data.sources import find_file
 from ..distributed.builds import check_compiler
+from ..distributed.precision import resolved_precision
 from ..distributed.ranks import is_main
 from ..distributed.sharding import sharding, whole_weights
 from .base import checkpoints
@@ -78,6 +80,10 @@ def run(
         plan = plan.complete()
         summary = plan.summary(output_dir)
     record = _record(plan, request, path, summary)
+    begun = run_record(output_dir) if resume else None
+    if begun is not None and begun.get("precision") in ("bf16", "fp32"):
+        record["precision"] = begun["precision"]  # another machine may resolve `auto` otherwise
+    plan = replace(plan, recipe=with_values(plan.recipe, train={"precision": record["precision"]}))
     flags = {"resume": resume, "overwrite": overwrite}
     with claimed(output_dir, inputs, **flags) if is_main() else nullcontext() as output:
         if output is not None:
@@ -106,6 +112,7 @@ def _record(plan: Plan, request: Request, path: Path, summary: RunPlan) -> dict[
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
         "recipe": plan.recipe.model_dump(mode="json"),
+        "precision": resolved_precision(plan.recipe.train.precision),
         "inputs": identity(path, plan.recipe) if is_main() else None,
         "sharding": sharding(),
         **known,
