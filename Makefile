@@ -1,4 +1,4 @@
-# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m | make docs | make recordings
+# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m | make docs | make recordings | make gpu
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: docs recordings install demo demo-draft demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
+.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -84,6 +84,10 @@ messages: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/site/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Everything that has to be seen on a GPU, in nine minutes; its rows go to benchmarks/results.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -59,6 +59,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "head rank 64, distil clean kl left 1": [
         "convert.head_rank=64", DISTIL % ("clean", "kl", "left", 1),
     ],
+    "head rank 64, its rate x20": ["convert.head_rank=64", "train.lr_scale.diffusion_head=20"],
     "head rank 64, law bell": ["convert.head_rank=64", "noise.law=bell"],
     "distil clean kl left 1": [DISTIL % ("clean", "kl", "left", 1)],
     "distil clean kl left 0.5": [DISTIL % ("clean", "kl", "left", 0.5)],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ar2diff.checkpoint.files import read_spec
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.config.recipe import load_recipe
+from ar2diff.config.recipe import load_recipe, with_values
 from ar2diff.conversion.exports import export
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.forward import logits_at
@@ -225,6 +225,16 @@ def test_the_loss_and_its_gradients_are_those_of_logits_with_the_bias(
         loss = trainer.compute_loss(model, batch)
         found = [loss, *torch.autograd.grad(loss, [*model.parameters()])]
         torch.testing.assert_close(found, [want, *gradients], rtol=1e-4, atol=1e-6)
+
+
+def test_a_learning_rate_of_its_own_moves_the_head(tiny_checkpoint, texts, tmp_path):
+    sizes = []
+    for scale in (0, 0.5, 20):
+        recipe = with_values(recipe_of(texts), train={"lr_scale": {"diffusion_head": scale}})
+        adapt(str(tiny_checkpoint), recipe, tmp_path / str(scale))
+        head = load_file(tmp_path / str(scale) / HEAD_FILE)
+        sizes.append(float(head["after"].abs().max()))
+    assert sizes[0] == 0 and 0 < 10 * sizes[1] < sizes[2]
 
 
 def test_a_killed_run_resumes_to_the_same_head(

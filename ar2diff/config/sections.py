@@ -276,6 +276,9 @@ class LrScale(Section):
     embeddings: float = Field(
         1.0, ge=0, description="factor for the embeddings and the output head"
     )
+    diffusion_head: float = Field(
+        1.0, ge=0, description="factor for a diffusion head (convert.head_rank), which starts anew"
+    )
 
 
 class Train(Section):

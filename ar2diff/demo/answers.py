@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .corpus import MAX_NUMBER, corpus, prompt, text
 
@@ -53,6 +54,12 @@ def answers(
         yield {"prompt": question, "completion": completion, "answer": str(example["answer"])}
 
 
+def write_answers(file: Path, *wanted: Any) -> None:
+    """Write `answers(*wanted)` to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in answers(*wanted)))
+
+
 def main() -> None:
     """Write a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,9 +73,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--split", default="train", choices=["train", "valid"])
     args = parser.parse_args()
-    args.file.parent.mkdir(parents=True, exist_ok=True)
-    rows = answers(args.count, args.seed, args.levels, args.split, args.largest)
-    args.file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_answers(args.file, args.count, args.seed, args.levels, args.split, args.largest)
 
 
 if __name__ == "__main__":

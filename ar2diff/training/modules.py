@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations import flex_attention
 
+from ..core.head import ATTRIBUTE
+
 FLEX_LENGTH = 1024  # tokens in a row from which flex attention pays
 
 
@@ -81,11 +83,13 @@ def attending_with(model: Any, kind: str | None) -> Iterator[None]:
 
 
 def parameter_kinds(model: Any) -> dict[Tensor, str]:
-    """The kind of each parameter: attention, mlp, embeddings or other (norms, biases).
+    """The kind of each parameter: attention, mlp, embeddings, diffusion_head or other (norms,
+    biases).
 
     Attention modules are those that say whether they are causal, as all of transformers' do.
     """
-    kinds: dict[Tensor, str] = {}
+    head = getattr(unwrapped(model), ATTRIBUTE, None)
+    kinds = {} if head is None else dict.fromkeys(head.parameters(), "diffusion_head")
     attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     for kind, modules in (
