@@ -132,20 +132,18 @@ def public_names() -> str:
 
 
 def recordings() -> str:
-    """What commands show in a terminal, from the recordings that there are."""
-    lines = [
-        "# In the terminal",
-        "",
-        "Recorded at 120 and at 80 columns with `python benchmarks/recordings.py`.",
-        "",
-    ]
-    for name in typer.main.get_command(app).commands:
-        files = [f"{name}-{columns}.svg" for columns in (120, 80)]
-        shown = [file for file in files if (ROOT / "docs" / "recordings" / file).is_file()]
-        lines += [f"## {name}", ""] if shown else []
-        for file in shown:
-            columns = file.removesuffix(".svg").rpartition("-")[2]
-            said = f"What ar2diff {name} shows in a terminal of {columns} columns"
+    """What commands show in a terminal: docs/recordings/VERB[-OPTION]-COLUMNS.svg."""
+    lines = ["# In the terminal", "", "Recorded with `python benchmarks/recordings.py`.", ""]
+    verbs = list(typer.main.get_command(app).commands)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for file in sorted((ROOT / "docs" / "recordings").glob("*-*.svg"), key=lambda f: f.stem):
+        name, _, columns = file.stem.rpartition("-")
+        found.setdefault(name, []).append((columns, file.name))
+    for name in sorted(found, key=lambda name: verbs.index(name.partition("-")[0])):
+        command = f"ar2diff {name.replace('-', ' --', 1)}"
+        lines += [f"## {command.removeprefix('ar2diff ')}", ""]
+        for columns, file in found[name]:
+            said = f"What {command} shows in a terminal of {columns} columns"
             lines += [f"![{said}](recordings/{file})", ""]
     return "\n".join(lines)
 
