@@ -115,8 +115,12 @@ def origin_of_base(reference: str, commit: str | None = "") -> Origin:
 
 
 def without_paths(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """A record as published: files and folders without their paths, and the base by its Hub id."""
+    """A record as published: files and folders without their paths, the base by its Hub id, and no
+    texts that a run held out, of which the card alone shows some."""
     clean = _clean(record)
+    for run in (clean, clean.get("run")):
+        if isinstance(run, dict):
+            run.pop("prompts", None)
     if origin.name is not None:
         clean |= {"base_model": origin.name, "base_commit": origin.commit}
     return clean
