@@ -34,8 +34,6 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "recordings"
 WORK = ROOT / "runs" / "recordings"
-WIDTHS = (80, 120)
-ROWS = 50
 PROMPT = ">"  # a line that holds it alone waits for one to be typed
 FONT = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 
@@ -46,42 +44,51 @@ class Recording:
 
     Attributes:
         command: as a user types it.
-        typed: lines to type, each when the program waits.
-        frames: how many frames of a text that is being denoised to show; 0 shows the end.
+        typed: lines to type, each at a prompt.
+        frames: how many frames of a text that is being denoised to show before the end.
         rows: of the terminal.
+        widths: columns of the terminals to record it in.
     """
 
     command: str
     typed: tuple[str, ...] = ()
     frames: int = 0
-    rows: int = ROWS
+    rows: int = 50
+    widths: tuple[int, ...] = (80, 120)
 
 
 TRAIN = "--overwrite --output-dir"
-# In this order: later ones use the models of earlier ones.
+# In this order: later ones use the models of earlier ones. `demo` is the model of `make demo`.
 RECORDINGS = {
     "adapt": Recording(
-        f"ar2diff adapt model --recipe demo --data stories.jsonl --max-steps 60 {TRAIN} adapted"
+        f"ar2diff adapt model --recipe demo --data stories.jsonl --max-steps 40 {TRAIN} adapted"
     ),
     "draft": Recording(
         "ar2diff draft model --recipe draft-demo --data stories.jsonl --max-steps 40 "
         f"{TRAIN} drafts"
     ),
     "sft": Recording(
-        f"ar2diff sft adapted --recipe demo-easy --data easy.jsonl --max-steps 40 {TRAIN} tuned"
+        f"ar2diff sft demo --recipe demo-easy --data easy.jsonl --max-steps 40 {TRAIN} tuned"
     ),
     "rl": Recording(
         f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 4 {TRAIN} rewarded"
     ),
-    "generate": Recording(
+    "generate": Recording(  # the README begins with it
+        'ar2diff generate demo --prompt "One day Mia was in the garden. She had {mask:8} pears. '
+        'Then Tom gave {mask:6} and she was glad." --stream --pause 0.3',
+        frames=3,
+        rows=16,
+        widths=(90,),
+    ),
+    "generate-compare": Recording(
         'ar2diff generate draft --prompt "One day Mia was in the garden." --max-new-tokens 64 '
         "--stream --compare --pause 0.3",
         frames=2,
         rows=16,
     ),
     "chat": Recording(
-        "ar2diff chat draft --max-new-tokens 48 --pause 0.05",
-        typed=("Tom has 3 apples.", "/hepl", "/quit"),
+        "ar2diff chat draft --max-new-tokens 48",
+        typed=("Tom has 3 apples.", "/mode ar", "/hepl", "/quit"),
     ),
 }
 
@@ -119,17 +126,12 @@ def _run(
     Args:
         paused: called whenever it has drawn something.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
-    environment |= {
-        "TERM": "xterm-256color", "PYTHONUTF8": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
     own, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", recording.rows, columns, 0, 0))
     stream, typed = pyte.ByteStream(screen), list(recording.typed)
     process = subprocess.Popen(
         shlex.split(recording.command), stdin=other, stdout=other, stderr=other, cwd=WORK,
-        env=environment, start_new_session=True,
+        env=_environment(), start_new_session=True,
     )  # fmt: skip
     os.close(other)
     seen = False
@@ -148,6 +150,13 @@ def _run(
     os.close(own)
     if process.wait():
         raise SystemExit(f"error: this failed: {recording.command}\n{_seen(screen).plain}")
+
+
+def _environment() -> dict[str, str]:
+    """A colour terminal, and this environment's own commands first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    return {**kept, "TERM": "xterm-256color", "PYTHONUTF8": "1", "PATH": path}
 
 
 def _seen(screen: pyte.HistoryScreen) -> Text:
@@ -204,6 +213,9 @@ def prepare() -> None:
         (WORK / name).symlink_to(ROOT / "ar2diff" / "demo" / name)
     if not (WORK / "stories.jsonl").exists():
         write_stories(WORK / "stories.jsonl", 6000)
+    if not (WORK / "demo").exists():
+        command = "ar2diff adapt model --recipe demo --data stories.jsonl --output-dir demo"
+        subprocess.run(shlex.split(command), cwd=WORK, check=True, env=_environment())
     for name, options in (
         ("easy", "--levels 1 --largest 0 10"),
         ("hard", "--levels 2 --largest 11 20 --seed 7"),
@@ -219,10 +231,11 @@ def main() -> None:
     prepare()
     OUT.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for columns in WIDTHS:
-            recording = RECORDINGS[name]
+        recording = RECORDINGS[name]
+        for columns in recording.widths:
             frames = record(recording, columns)
-            file = OUT / f"{name}-{columns}.svg"
+            several = f"-{columns}" if len(recording.widths) > 1 else ""
+            file = OUT / f"{name}{several}.svg"
             file.write_text(svg(frames, columns, recording.command), encoding="utf-8")
             print(file.relative_to(ROOT), flush=True)
 

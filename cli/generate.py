@@ -144,13 +144,13 @@ def _show(
         return Writing.of_prompt(checkpoint, prompt, asked)
 
     writings = with_ar_beside(begun, settings) if compare else [begun(settings)]
-    printed: list[str] = []
-    stopped = Event()
+    live, stopped = is_live(), Event()
     with interrupts(stopped.set):
-        if is_live():
+        if live:
             draw(writings, stopped.is_set, pause)
         else:
-            printed.append(_streamed(writings, stopped.is_set))
+            _stream(writings, stopped.is_set)
+    printed = [] if live else [writings[0].result().whole_text]
     for number, writing in enumerate(writings):
         result, mode = writing.result(), f"{writing.options.mode}: " if compare else ""
         same = result.whole_text in printed
@@ -164,19 +164,16 @@ def _show(
         raise KeyboardInterrupt
 
 
-def _streamed(writings: Sequence[Writing], stopped: Callable[[], bool]) -> str:
-    """Write texts, printing the first one meanwhile; returns what was printed."""
+def _stream(writings: Sequence[Writing], stopped: Callable[[], bool]) -> None:
+    """Write texts, printing the first one meanwhile."""
     from ..generation.writing import in_turn
 
-    printed = ""
     for part in writings[0].parts():
         typer.echo(part, nl=False)
         sys.stdout.flush()
-        printed += part
         if stopped():
             break
     typer.echo()
     for _ in in_turn(writings[1:]):
         if stopped():
             break
-    return printed

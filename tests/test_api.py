@@ -23,7 +23,8 @@ VERBS = {
     "import": "import_checkpoint",
 }  # fmt: skip
 TRAINING = ("adapt", "sft", "rl", "draft")
-LOCAL = {"card", "recipes", "config", "doctor", "memory"}  # they print; nothing to call in Python
+# They print; there is nothing to call in Python.
+LOCAL = {"card", "recipes", "config", "doctor", "memory", "runs", "plot"}
 
 
 def test_dir_is_all_and_every_name_is_there():
@@ -99,7 +100,7 @@ def test_a_training_command_calls_its_public_function(verb, monkeypatch, capsys)
         raise ar2diff.Ar2DiffError("called", "nothing to fix")
 
     monkeypatch.setattr(ar2diff, verb, stand_in)
-    monkeypatch.setattr(sys, "argv", ["ar2diff", verb, "model"])
+    monkeypatch.setattr(sys, "argv", ["ar2diff", verb, "model", "--data", "rows.jsonl"])
     from ar2diff.cli.main import main
 
     with pytest.raises(SystemExit):

@@ -8,7 +8,9 @@ import os
 import pty
 import select
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pyte
 import pytest
@@ -21,6 +23,7 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.generation.writing import Piece, State, Writing, in_turn
 
 PROMPT = "the cat sat on the mat"
+RECORDINGS = Path(__file__).parents[1] / "docs" / "recordings"
 HEIGHT = 8
 SILENCE = 60  # seconds without output after which a program hangs
 
@@ -347,3 +350,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(converted):
     terminal.until(lambda text: "exchanges            1 in" in text and text.endswith(">"))
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+def test_recordings_ask_for_nothing_from_elsewhere():
+    for file in RECORDINGS.glob("*.svg"):
+        drawing = file.read_text(encoding="utf-8")
+        ElementTree.fromstring(drawing)
+        for asks in ("@font-face", "url(http", "href", "<script", "@import"):
+            assert asks not in drawing, f"{file.name} has {asks}"

@@ -170,6 +170,12 @@ def test_a_header_says_command_hardware_and_memory(name):
 
 
 @EVERY_RECIPE
+def test_what_is_published_of_a_cpu_was_computed_in_float32(name):
+    if re.search(r"\d CPU cores", header(name)) and "any model" not in header(name):
+        assert load_recipe(name).train.precision == "fp32"
+
+
+@EVERY_RECIPE
 def test_the_commands_of_a_header_exist(name):
     for command in commands(name):
         if command[0] == "make":

@@ -23,6 +23,7 @@ from ar2diff.conversion.convert import convert
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
+from ar2diff.distributed import precision
 from ar2diff.training.adapt import ADAPT, AdaptTrainer, adapt, make_trainer
 from ar2diff.training.modules import parameter_kinds
 from ar2diff.training.plan import Plan
@@ -459,6 +460,31 @@ def test_resume_notices_that_a_path_holds_something_else(tiny_checkpoint, tmp_pa
         adapt(str(base), recipe, tmp_path / "out", resume=True)
     after = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
     assert after == before
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_cpu(
+    tiny_checkpoint, text_file, tmp_path, monkeypatch
+):
+    recipe = recipe_of(text_file, train={"max_steps": 3, "save_steps": 1, "precision": "auto"})
+    computed, step = [], AdaptTrainer.training_step
+
+    def noted(self, *args, **kwargs):
+        computed.append(self.args.bf16)
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdaptTrainer, "training_step", noted)
+    monkeypatch.setattr(precision, "ON_CPU", True)
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "out", resume=True)
+    assert computed == [True] * 4
+    assert json.loads((tmp_path / "out" / "ar2diff.json").read_text())["precision"] == "bf16"
+    adapt(str(tiny_checkpoint), recipe, tmp_path / "new")  # there it is another
+    assert computed[4:] == [False] * 3
 
 
 def test_resume_with_another_batch_is_refused(tiny_checkpoint, text_file, tmp_path, monkeypatch):

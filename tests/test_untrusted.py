@@ -36,6 +36,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.probe import probe
 from ar2diff.data import template_trial
 from ar2diff.data.template_trial import check_cost
+from ar2diff.distributed import precision as precision_module
 from ar2diff.distributed.precision import computes_in_bf16
 from ar2diff.training.memory import estimate
 
@@ -490,6 +491,12 @@ def test_training_computes_in_bf16_where_the_accelerator_has_it(monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda present=present: present)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda able=able: able)
         assert computes_in_bf16() is (present and able)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for native in ("avx512_bf16", "amx_bf16", "avx512_f"):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda native=native: {native: True})
+        for wanted in (True, False):
+            monkeypatch.setattr(precision_module, "ON_CPU", wanted)
+            assert computes_in_bf16() is (wanted and native != "avx512_f")
 
 
 def test_a_spec_names_the_key_and_quotes_little():

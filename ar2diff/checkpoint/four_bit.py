@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import Ar2DiffError
-from ..distributed.precision import computes_in_bf16
+from ..distributed.precision import gpu_has_bf16
 
 FOUR_BIT_BLOCK = 64  # weights that share a scale; the only size that recipes can ask for
 
@@ -29,7 +29,7 @@ def bits_and_bytes(quantization: Any) -> BitsAndBytesConfig:
         )
     dtype = quantization.compute_dtype
     if dtype == "auto":
-        dtype = "bfloat16" if computes_in_bf16() else "float32"
+        dtype = "bfloat16" if gpu_has_bf16() else "float32"
     return BitsAndBytesConfig(
         load_in_4bit=quantization.bits == 4,
         bnb_4bit_quant_type=quantization.kind,

@@ -176,6 +176,9 @@ def load_model(
             "check that config.json and the weights belong together",
         )
     check_rows(path, model, tokenizer, spec)
+    embeddings = model.get_input_embeddings()
+    if len(tokenizer) > (rows := len(embeddings.weight)):
+        embeddings.register_forward_pre_hook(partial(_refuse_extra, rows))
     if spec is not None and spec.head is not None:
         rows = model.config.get_text_config().vocab_size
         put_head(model, read_head(inside(path, HEAD_FILE), rows, spec.head))
@@ -389,7 +392,6 @@ def check_rows(path: Path, model: Any, tokenizer: Any, spec: Spec | None) -> Non
     extra = range(rows, len(tokenizer))
     if extra:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *extra})
-        model.get_input_embeddings().register_forward_pre_hook(partial(_refuse_extra, rows))
 
 
 def put_head(model: Any, head: BigramHead) -> None:

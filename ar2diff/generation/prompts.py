@@ -88,9 +88,10 @@ def check_stream(request: Request, elsewhere: bool, asked: str) -> None:
         asked: the option that asks for it.
     """
     if request.many or request.infill:
+        gaps = ", with {mask:N} for a gap" if asked == "stream" else ""
         raise Ar2DiffError(
             f"{option(asked)} only works with a single prompt",
-            f"use {option('prompt')}, with {{mask:N}} for a gap, or leave out {option(asked)}",
+            f"use {option('prompt')}{gaps}, or leave out {option(asked)}",
         )
     if elsewhere:
         raise Ar2DiffError(

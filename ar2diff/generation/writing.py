@@ -87,8 +87,7 @@ class Writing:
         self.canvas, self._states = begin(checkpoint, spec, options, [ids])
         canvas = self.canvas
         self.prompt = int(canvas.prompt[0])
-        self.given = canvas.given[0].tolist()
-        self.gaps = [place for place in range(self.prompt) if not self.given[place]]
+        self.gaps = (~canvas.given[0, : self.prompt]).nonzero()[:, 0].tolist()
         self.again = torch.zeros_like(canvas.given[0])
 
     @classmethod

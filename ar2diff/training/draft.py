@@ -146,8 +146,8 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
     def make(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DraftTrainer:
         return DraftTrainer(
             checkpoint,
-            recipe,
-            training_arguments(recipe, run_dir),
+            plan.recipe,
+            training_arguments(plan.recipe, run_dir),
             module=drafting,
             train_dataset=rows,
             data_collator=collate,

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from ..checkpoint.output import (
     finished_record,
     run_record,
 )
-from ..config.recipe import dump_recipe
+from ..config.recipe import dump_recipe, with_values
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..data.sources import find_file
 from ..distributed.builds import check_compiler
+from ..distributed.precision import resolved_precision
 from ..distributed.ranks import is_main
 from ..distributed.sharding import sharding, whole_weights
 from .base import checkpoints, step_of
@@ -85,6 +86,10 @@ def run(
         plan = plan.complete()
         summary = plan.summary(output_dir)
     record = _record(verb, plan, request, path, summary)
+    begun = run_record(output_dir) if resume else None
+    if begun is not None and begun.get("precision") in ("bf16", "fp32"):
+        record["precision"] = begun["precision"]  # another machine may resolve `auto` otherwise
+    plan = replace(plan, recipe=with_values(plan.recipe, train={"precision": record["precision"]}))
     flags = {"resume": resume, "overwrite": overwrite}
     with claimed(output_dir, inputs, **flags) if is_main() else nullcontext() as output:
         if output is not None:
@@ -119,6 +124,7 @@ def _record(
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
         "recipe": plan.recipe.model_dump(mode="json"),
+        "precision": resolved_precision(plan.recipe.train.precision),
         "inputs": identity(path, plan.recipe) if is_main() else None,
         "prompts": plan.prompts,
         "sharding": sharding(),

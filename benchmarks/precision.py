@@ -1,0 +1,103 @@
+"""Float32 against bfloat16 autocast on a CPU that has bfloat16 natively: what it saves and costs.
+
+    AR2DIFF_DATA=path/to/data python benchmarks/precision.py [--seeds 0 1 2] [--core N]
+
+For each seed, the recipe `stories260k` is trained in both precisions and judged in float32 by the
+protocol of benchmarks/stories260k.py: the bound and the AR NLL. Before that, once, the CPU time of
+a training step (forward and backward, on one thread) of stories260K's and stories3M's recipes,
+interleaved: the median of the ratios. Rows are appended to benchmarks/results/precision.jsonl as
+they come; `--table` prints the means. The bound suffers if its mean in bfloat16 is worse by more
+than the spread of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from stories260k import run
+
+RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
+PRECISIONS = ("fp32", "bf16")
+MODELS = {"stories260k": "stories260K-hf", "stories3m": "stories3M-hf"}
+STEPS, WARM = 30, 4  # timed training steps of each precision, after a few that are not
+
+
+def step_ratio(recipe_name: str, folder: str) -> dict[str, Any]:
+    """Seconds of a training step in both precisions on the same batches, and their ratio."""
+    from ar2diff.config.recipe import load_recipe
+    from ar2diff.training.adapt import ADAPT
+
+    base = Path(os.environ["AR2DIFF_DATA"]) / MODELS[recipe_name]
+    trainers, batches = {}, []
+    for precision in PRECISIONS:
+        settings = ["data.sources=[tinystories/train]", f"train.precision={precision}"]
+        plan = ADAPT.prepare(base, load_recipe(recipe_name, settings))
+        trainer = plan.make_trainer(plan, Path(folder) / precision, [])
+        trainer.model.train()
+        trainers[precision] = trainer
+        if not batches:
+            rows, size = iter(plan.rows), plan.recipe.train.per_device_train_batch_size
+            for _ in range(STEPS + WARM):
+                batches.append(trainer.data_collator([next(rows) for _ in range(size)]))
+    seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    for batch in batches:
+        for precision, trainer in trainers.items():
+            start = time.process_time()
+            trainer.training_step(trainer.model, dict(batch))
+            seconds[precision].append(time.process_time() - start)
+            trainer.model.zero_grad()
+    timed = {precision: values[WARM:] for precision, values in seconds.items()}
+    ratios = [a / b for a, b in zip(*(timed[p] for p in PRECISIONS), strict=True)]
+    medians = {f"{p}_step_seconds": statistics.median(values) for p, values in timed.items()}
+    return {"speed": recipe_name, "ratio": statistics.median(ratios), **medians}
+
+
+def append(row: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def table() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    for row in (row for row in rows if "speed" in row):
+        print(f"{row['speed']}: a step in float32 takes {row['ratio']:.2f} times one in bfloat16")
+    print("| precision | seeds | bound | AR NLL |\n|---|---|---|---|")
+    for precision in PRECISIONS:
+        own = [row for row in rows if row.get("variant") == precision]
+        if own:
+            bound, ar = (statistics.mean(row[name] for row in own) for name in ("bound", "ar_nll"))
+            print(f"| {precision} | {len(own)} | {bound:.4f} | {ar:.4f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--core", type=int, help="run on this core alone")
+    parser.add_argument("--table", action="store_true", help="print the results so far")
+    arguments = parser.parse_args()
+    if arguments.table:
+        return table()
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            append(step_ratio(name, f"{folder}/{name}"))
+    for seed in arguments.seeds:
+        for precision in PRECISIONS:
+            append(run(precision, [f"train.precision={precision}"], seed))
+
+
+if __name__ == "__main__":
+    main()
