@@ -270,5 +270,5 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
         loaded = Loaded()
         loaded.feed(read(page))
         assert not [f for f in loaded.found if re.match(r"(https?:)?//", f)], page
-    for style in tmp_path.rglob("*.css"):
-        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", read(style)), style
+    for file in [*tmp_path.rglob("*.css"), *tmp_path.rglob("*.svg")]:
+        assert not re.search(r"(@import|url\(|href=)\s*[\"']?(https?:)?//", read(file)), file
