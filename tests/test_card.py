@@ -145,7 +145,7 @@ def test_with_a_chat_template_the_first_block_asks_through_it(run, trained, tmp_
     assert r'"content": "Say \"hi\"\n"' in block
     chat = Chat(load_checkpoint(str(folder)), {"max_new_tokens": TOKENS})
     *_, answer = chat.events('Say "hi"\n')
-    assert answer_of(block, folder).endswith(answer.text.strip())
+    assert answer_of(block, folder).endswith(answer.result.text.strip())
 
 
 @pytest.mark.parametrize(
