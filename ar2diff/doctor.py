@@ -25,6 +25,8 @@ PACKAGES = (
     "lm-eval",
     "matplotlib",
     "tensorboard",
+    "wandb",
+    "trackio",
 )
 LITTLE = 5e9  # bytes of free disk space below which there is a warning
 
