@@ -34,6 +34,8 @@ NEWEST = {
     "math-verify": "0.9.0",
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
+    "wandb": "0.31.0",
+    "trackio": "0.43.0",
 }
 LITTLE = 5e9  # bytes of free disk space below which there is a warning
 
