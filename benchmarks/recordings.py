@@ -43,13 +43,16 @@ class Recording:
     """A command to record.
 
     Attributes:
+        name: of the verb.
         command: as a user types it.
         typed: lines to type, each at a prompt.
         frames: how many frames of a text that is being denoised to show before the end.
         rows: of the terminal.
-        widths: columns of the terminals to record it in.
+        widths: columns of the terminals to record it in; they are in the names of the files, if
+            there are several.
     """
 
+    name: str
     command: str
     typed: tuple[str, ...] = ()
     frames: int = 0
@@ -58,39 +61,45 @@ class Recording:
 
 
 TRAIN = "--overwrite --output-dir"
-# In this order: later ones use the models of earlier ones. `demo` is the model of `make demo`.
-RECORDINGS = {
-    "adapt": Recording(
-        f"ar2diff adapt model --recipe demo --data stories.jsonl --max-steps 40 {TRAIN} adapted"
+# In this order: later ones use the models of earlier ones.
+RECORDINGS = (
+    Recording(
+        "adapt",
+        f"ar2diff adapt model --recipe demo --data stories.jsonl --max-steps 60 {TRAIN} adapted",
     ),
-    "draft": Recording(
+    Recording(
+        "draft",
         "ar2diff draft model --recipe draft-demo --data stories.jsonl --max-steps 40 "
-        f"{TRAIN} drafts"
+        f"{TRAIN} drafts",
     ),
-    "sft": Recording(
-        f"ar2diff sft demo --recipe demo-easy --data easy.jsonl --max-steps 40 {TRAIN} tuned"
+    Recording(
+        "sft",
+        f"ar2diff sft adapted --recipe demo-easy --data easy.jsonl --max-steps 40 {TRAIN} tuned",
     ),
-    "rl": Recording(
-        f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 4 {TRAIN} rewarded"
+    Recording(
+        "rl", f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 4 {TRAIN} rewarded"
     ),
-    "generate": Recording(  # the README begins with it
-        'ar2diff generate demo --prompt "One day Mia was in the garden. She had {mask:8} pears. '
+    Recording(  # the README begins with it
+        "generate",
+        'ar2diff generate adapted --prompt "One day Mia was in the garden. She had {mask:8} pears. '
         'Then Tom gave {mask:6} and she was glad." --stream --pause 0.3',
         frames=3,
         rows=16,
         widths=(90,),
     ),
-    "generate-compare": Recording(
+    Recording(
+        "generate",
         'ar2diff generate draft --prompt "One day Mia was in the garden." --max-new-tokens 64 '
         "--stream --compare --pause 0.3",
         frames=2,
         rows=16,
     ),
-    "chat": Recording(
+    Recording(
+        "chat",
         "ar2diff chat draft --max-new-tokens 48",
         typed=("Tom has 3 apples.", "/mode ar", "/hepl", "/quit"),
     ),
-}
+)
 
 
 class Screen(pyte.HistoryScreen):
@@ -213,9 +222,6 @@ def prepare() -> None:
         (WORK / name).symlink_to(ROOT / "ar2diff" / "demo" / name)
     if not (WORK / "stories.jsonl").exists():
         write_stories(WORK / "stories.jsonl", 6000)
-    if not (WORK / "demo").exists():
-        command = "ar2diff adapt model --recipe demo --data stories.jsonl --output-dir demo"
-        subprocess.run(shlex.split(command), cwd=WORK, check=True, env=_environment())
     for name, options in (
         ("easy", "--levels 1 --largest 0 10"),
         ("hard", "--levels 2 --largest 11 20 --seed 7"),
@@ -225,17 +231,19 @@ def prepare() -> None:
 
 
 def main() -> None:
+    names = list(dict.fromkeys(recording.name for recording in RECORDINGS))
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*RECORDINGS, []], metavar="NAME")
-    names = parser.parse_args().names or list(RECORDINGS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    asked = parser.parse_args().names or names
+    if unknown := set(asked) - set(names):
+        parser.error(f"there is no recording {min(unknown)}; there are {', '.join(names)}")
     prepare()
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        recording = RECORDINGS[name]
-        for columns in recording.widths:
+    for recording in RECORDINGS:
+        for columns in recording.widths if recording.name in asked else ():
             frames = record(recording, columns)
             several = f"-{columns}" if len(recording.widths) > 1 else ""
-            file = OUT / f"{name}{several}.svg"
+            file = OUT / f"{recording.name}{several}.svg"
             file.write_text(svg(frames, columns, recording.command), encoding="utf-8")
             print(file.relative_to(ROOT), flush=True)
 
