@@ -22,15 +22,15 @@ SIX = [
 
 
 def run(*arguments):
-    """The lines of JSON that a module of `fakedev` prints in a process of its own."""
+    """The lines of JSON that a module of `fakedev` prints, in a process of its own."""
     if why := build.missing():
         pytest.skip(why)
     done = subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, "-m", *map(str, arguments)],
         cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def judge(found):
@@ -52,3 +52,13 @@ def test_every_setting_writes_the_cpus_tokens_and_waits_once_a_forward():
     found = run("fakedev.decoding")
     assert len(found) >= 25
     judge(found)
+
+
+@pytest.mark.slow
+def test_every_verb_does_on_a_device_what_it_does_on_a_cpu(tiny_checkpoint, tmp_path):
+    found = run("fakedev.verbs", tiny_checkpoint, tmp_path / "work")
+    verbs = {line["name"]: line for line in found}
+    assert list(verbs) == ["adapt", "sft", "rl", "draft", "eval", "generate"]
+    assert all(line["difference"] < 1e-4 for line in found), found
+    assert all(line["operations"] > 100 for line in found), found
+    assert all(verbs[name]["moved"] > 1e-4 for name in ("adapt", "sft", "rl")), found
