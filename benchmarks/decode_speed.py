@@ -30,9 +30,9 @@ import torch
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import Checkpoint
-from ar2diff.core import speculation
 from ar2diff.core.denoise import _Denoiser, denoise
 from ar2diff.core.generate import canvas_of
+from ar2diff.core.speculation import _Group
 from ar2diff.data.sources import find_file, read_texts
 from ar2diff.demo import corpus
 from ar2diff.diffusion.likelihood import ar_nll
@@ -62,7 +62,10 @@ class Clock:
         setattr(owner, name, timed)
 
 
-SAMPLERS = [Clock(_Denoiser, "_decide"), Clock(speculation, "_accept")]  # choose, decide, write
+SAMPLERS = [  # choose, decide, write
+    Clock(_Denoiser, "_decide"),
+    *(Clock(_Group, part) for part in ("_tokens", "_found", "_write", "_draft")),
+]
 
 
 def ours(checkpoint: Checkpoint, limit: int, **settings: Any) -> Way:
