@@ -90,7 +90,7 @@ RECORDINGS = (
     Recording(
         "generate",
         'ar2diff generate draft --prompt "One day Mia was in the garden." --max-new-tokens 64 '
-        "--stream --compare --pause 0.3",
+        "--draft-length 7 --stream --compare --pause 0.2",
         frames=2,
         rows=16,
     ),
