@@ -242,7 +242,7 @@ def test_an_adapter_folder_is_small_and_holds_no_table(make_adapter):
     folder = make_adapter(tied=True)
     assert {p.name for p in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "ar2diff.json", "checkpoints",
-        "diffusion.json", "tokenizer.json", "tokenizer_config.json",
+        "diffusion.json", "log", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     state = load_file(folder / "adapter_model.safetensors")
     rows = [t.shape for n, t in state.items() if "lora_" not in n]

@@ -301,6 +301,13 @@ class Terminal:
     def type(self, keys):
         os.write(self.fd, keys.encode())
 
+    def interrupt(self, condition):
+        """Ctrl-C until it shows: a prompt that has just appeared may not listen yet."""
+        while not condition(self.text):
+            self.type("\x03")
+            while not condition(self.text) and select.select([self.fd], [], [], 1)[0]:
+                self.stream.feed(os.read(self.fd, 1 << 14))
+
     def end(self):
         """Read to the end; returns the exit code."""
         try:
@@ -344,8 +351,8 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(converted):
     terminal.until(lambda text: "ar: step 2" in text)
     terminal.type("\x03")
     terminal.until(lambda text: ", stopped]" in text and text.endswith(">"))
-    terminal.type("\x03")
-    terminal.until(lambda text: "/quit to leave" in text and text.endswith(">"))
+    terminal.interrupt(lambda text: "/quit to leave" in text)
+    terminal.until(lambda text: text.endswith(">"))
     terminal.type("/show\n")
     terminal.until(lambda text: "exchanges            1 in" in text and text.endswith(">"))
     terminal.type("\x04")

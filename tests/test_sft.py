@@ -230,11 +230,7 @@ def test_what_the_turns_are_like_is_said(convert_tiny, write_jsonl, tmp_path, ca
     rows = [*PAIRS, {"prompt": "a?", "completion": " b" * 60}]
     sft(str(convert_tiny()), recipe_for(write_jsonl("rows.jsonl", rows)), tmp_path / "out")
     said = capsys.readouterr().err
-    assert (
-        "13 supervised turns with a median length of 10 tokens, the longest 121; 0 without an end"
-        in said
-    )
-    assert "1 rows longer than data.max_length 64 are cut" in said
+    assert "answers 13, with a median of 10 tokens and at most 121\n" in said
 
 
 UNKNOWN_END = (  # a base's end token ends texts, the template's another ends answers

@@ -469,11 +469,11 @@ def test_a_model_whose_own_forward_fails_is_not_blamed_on_the_mask(tiny_model, m
 # Dtypes
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["stored", "bfloat16", "float32", "float64"])
 def test_a_checkpoint_is_loaded_in_the_dtype_that_is_asked_for(folder, dtype):
     file = folder / "model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
-    wanted = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    wanted = torch.float16 if dtype == "stored" else getattr(torch, dtype)
     model = load_checkpoint(str(folder), dtype=dtype).model
     assert {p.dtype for p in model.parameters()} == {wanted}
 

@@ -54,7 +54,7 @@ def test_a_result_is_what_the_folder_records(call, tmp_path, verb):
     assert {name: json.loads(json.dumps(known[name])) for name in shared} == {
         name: record[name] for name in shared
     }
-    assert record.keys() - known.keys() == {"inputs", "prompts", "files"}
+    assert record.keys() - known.keys() == {"inputs", "precision", "prompts", "files"}
     assert call(verb, resume=True) == result  # it had finished
 
 
