@@ -7,6 +7,7 @@ import itertools
 import os
 import pty
 import select
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,8 @@ class Terminal:
             try:
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
                 sys.argv = ["ar2diff", *map(str, arguments)]
+                # Processes that a shell starts in the background ignore it.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.environ |= {
                     "TERM": "xterm-256color",
                     "COLUMNS": str(columns),
@@ -303,10 +306,13 @@ class Terminal:
 
     def interrupt(self, condition):
         """Ctrl-C until it shows: a prompt that has just appeared may not listen yet."""
-        while not condition(self.text):
+        for _ in range(SILENCE):
             self.type("\x03")
             while not condition(self.text) and select.select([self.fd], [], [], 1)[0]:
                 self.stream.feed(os.read(self.fd, 1 << 14))
+            if condition(self.text):
+                return
+        raise AssertionError(self.text)
 
     def end(self):
         """Read to the end; returns the exit code."""
