@@ -71,6 +71,21 @@ def test_a_call_leaves_nothing_behind_for_one_with_another_cache(caches):
 
 
 @pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_every_forward_of_a_bfloat16_model_reads_logits_in_float32(mode, monkeypatch):
+    model, seen = deepcopy(build_model("llama")).bfloat16(), []
+    read = CandidateReader.read
+
+    def noting(self, *args):
+        found = read(self, *args)
+        seen.append(found[0].dtype)
+        return found
+
+    monkeypatch.setattr(CandidateReader, "read", noting)
+    run(model, PROMPTS[:1], 9, mode=mode)
+    assert len(seen) > 1 and {*seen} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_greedy_decoding_is_that_of_transformers(kind, mode):
     model = build_model(kind)

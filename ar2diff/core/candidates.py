@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import layer_windows, model_mask, with_context
 from .cache import ContextCache
 from .draft import Draft
-from .forward import logits_at, quiet_routers
+from .forward import logits_at, quiet_routers, rounds
 from .readers import ALL, slots_of
 from .spec import Spec
 from .transfer import upload
@@ -259,9 +259,16 @@ class CandidateReader:
         """`read` without candidates and drafts."""
         self.layout = None
         (tokens,) = upload(self.model.device, torch.tensor(newest)[:, None])
+        place = torch.full_like(tokens, position)
+        if rounds(self.model):
+            index = torch.arange(len(newest), device=tokens.device)
+            logits = logits_at(
+                self.model, index, cache=self.cache.stock, input_ids=tokens, position_ids=place
+            )
+            return logits[:, None], None, None
         logits = self.model(
             input_ids=tokens,
-            position_ids=torch.full_like(tokens, position),
+            position_ids=place,
             past_key_values=self.cache.stock,
             use_cache=True,
             **quiet_routers(self.model),

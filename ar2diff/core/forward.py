@@ -133,10 +133,9 @@ def output_at(
 
     # Before the hooks of whatever shards the weights, which release them after the forward, and
     # gather them again when the gradient of what the module returned arrives.
-    hooks = [
-        head.register_forward_pre_hook(pick),
-        head.register_forward_hook(compute, prepend=True),
-    ]
+    hooks = [head.register_forward_pre_hook(pick)]
+    if instead is not None or exact:
+        hooks.append(head.register_forward_hook(compute, prepend=True))
     if real is None:
         inputs |= quiet_routers(inner)
     elif _judges_routers(inner):
@@ -154,6 +153,11 @@ def output_at(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def rounds(model: Any) -> bool:
+    """Whether a plain call of a model gives logits of 16 bits where `logits_at` does not."""
+    return _rounds(model.get_output_embeddings(), model.get_input_embeddings().weight)
 
 
 def _rounds(head: Any, states: Tensor) -> bool:
