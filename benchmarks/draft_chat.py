@@ -6,7 +6,7 @@ text worth as training data?
 stories3M is tuned on conversations as the AR control of `stories-chat` is. Two draft adapters are
 then trained for it alike: one on answers that the tuned model writes itself to the prompts of the
 training file (`data.self`), one on plain stories. Each decodes held-out conversations and plain
-stories, greedily, and is compared with the AR mode of the tuned model. Six minutes of one core.
+stories, greedily, and is compared with the AR mode of the tuned model. A quarter of an hour of a core.
 The row is appended to results/draft_chat.jsonl. Models are kept in --work and used again.
 """
 
@@ -24,10 +24,10 @@ RESULTS = Path(__file__).parent / "results" / "draft_chat.jsonl"
 PROMPTS, NEW = 20, 96
 SFT = {"train.max_steps": 50, "objective.kind": "ar", "train.save_steps": 50}
 DRAFT = {
-    "train.max_steps": 150, "train.learning_rate": 3e-3, "train.warmup_steps": 20,
+    "train.max_steps": 400, "train.learning_rate": 3e-3, "train.warmup_steps": 50,
     "train.per_device_train_batch_size": 4, "data.max_length": 256, "eval.steps": 0,
 }  # fmt: skip
-OWN = {"tokens": 60_000, "temperature": 1.0, "max_new_tokens": 160}
+OWN = {"tokens": 160_000, "temperature": 1.0, "max_new_tokens": 160}
 
 
 def made(folder: Path, make: Any) -> tuple[str, float]:

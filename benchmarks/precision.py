@@ -1,13 +1,15 @@
 """Float32 against bfloat16 autocast on a CPU that has bfloat16 natively: what it saves and costs.
 
     AR2DIFF_DATA=path/to/data python benchmarks/precision.py [--seeds 0 1 2] [--core N]
+    AR2DIFF_DATA=path/to/data python benchmarks/precision.py --speed [--core N]
 
 For each seed, the recipe `stories260k` is trained in both precisions and judged in float32 by the
-protocol of benchmarks/stories260k.py: the bound and the AR NLL. Before that, once, the CPU time of
-a training step (forward and backward, on one thread) of stories260K's and stories3M's recipes,
-interleaved: the median of the ratios. Rows are appended to benchmarks/results/precision.jsonl as
-they come; `--table` prints the means. The bound suffers if its mean in bfloat16 is worse by more
-than the spread of the seeds.
+protocol of benchmarks/stories260k.py: the bound and the AR NLL. With --speed, the CPU time of a
+training step (forward and backward, on one thread) of stories260K's and stories3M's recipes is
+measured instead, in both precisions and with `train.compile`, interleaved: medians of the ratios to
+float32 within a repeat. Rows are appended to benchmarks/results/precision.jsonl as they come;
+`--table` prints the means. The bound suffers if its mean in bfloat16 is worse by more than the
+spread of the seeds.
 """
 
 from __future__ import annotations
@@ -26,37 +28,49 @@ from stories260k import run
 RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
 PRECISIONS = ("fp32", "bf16")
 MODELS = {"stories260k": "stories260K-hf", "stories3m": "stories3M-hf"}
-STEPS, WARM = 30, 4  # timed training steps of each precision, after a few that are not
+WAYS = {
+    "fp32": ["train.precision=fp32"],
+    "bf16": ["train.precision=bf16"],
+    "fp32, compiled": ["train.precision=fp32", "train.compile=true"],
+    "bf16, compiled": ["train.precision=bf16", "train.compile=true"],
+}
+STEPS, WARM = 20, 4  # timed training steps of each way, after a few that are not
 
 
-def step_ratio(recipe_name: str, folder: str) -> dict[str, Any]:
-    """Seconds of a training step in both precisions on the same batches, and their ratio."""
+def step_ratios(recipe_name: str, folder: str) -> dict[str, Any]:
+    """Seconds of a training step in each way on the same batches, and how many times as long one in
+    float32 takes."""
     from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import ADAPT
 
     base = Path(os.environ["AR2DIFF_DATA"]) / MODELS[recipe_name]
     trainers, batches = {}, []
-    for precision in PRECISIONS:
-        settings = ["data.sources=[tinystories/train]", f"train.precision={precision}"]
+    for way, changes in WAYS.items():
+        settings = ["data.sources=[tinystories/train]", "eval.steps=0", *changes]
         plan = ADAPT.prepare(base, load_recipe(recipe_name, settings))
-        trainer = plan.make_trainer(plan, Path(folder) / precision, [])
-        trainer.model.train()
-        trainers[precision] = trainer
+        trainers[way] = plan.make_trainer(plan, Path(folder) / way, [])
+        trainers[way].model.train()
         if not batches:
             rows, size = iter(plan.rows), plan.recipe.train.per_device_train_batch_size
             for _ in range(STEPS + WARM):
-                batches.append(trainer.data_collator([next(rows) for _ in range(size)]))
-    seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+                batches.append(trainers[way].data_collator([next(rows) for _ in range(size)]))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for batch in batches:
-        for precision, trainer in trainers.items():
+        for way, trainer in trainers.items():
             start = time.process_time()
             trainer.training_step(trainer.model, dict(batch))
-            seconds[precision].append(time.process_time() - start)
+            seconds[way].append(time.process_time() - start)
             trainer.model.zero_grad()
-    timed = {precision: values[WARM:] for precision, values in seconds.items()}
-    ratios = [a / b for a, b in zip(*(timed[p] for p in PRECISIONS), strict=True)]
-    medians = {f"{p}_step_seconds": statistics.median(values) for p, values in timed.items()}
-    return {"speed": recipe_name, "ratio": statistics.median(ratios), **medians}
+    timed = {way: values[WARM:] for way, values in seconds.items()}
+    ratios = {
+        way: statistics.median(a / b for a, b in zip(timed["fp32"], values, strict=True))
+        for way, values in timed.items()
+    }
+    return {
+        "speed": recipe_name,
+        "ratios": {way: round(ratio, 3) for way, ratio in ratios.items()},
+        "step_seconds": {way: round(statistics.median(v), 4) for way, v in timed.items()},
+    }
 
 
 def append(row: dict[str, Any]) -> None:
@@ -69,7 +83,8 @@ def append(row: dict[str, Any]) -> None:
 def table() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     for row in (row for row in rows if "speed" in row):
-        print(f"{row['speed']}: a step in float32 takes {row['ratio']:.2f} times one in bfloat16")
+        found = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in row["ratios"].items())
+        print(f"{row['speed']}: steps a second against float32: {found}")
     print("| precision | seeds | bound | AR NLL |\n|---|---|---|---|")
     for precision in PRECISIONS:
         own = [row for row in rows if row.get("variant") == precision]
@@ -81,6 +96,7 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--speed", action="store_true", help="time steps instead of training")
     parser.add_argument("--core", type=int, help="run on this core alone")
     parser.add_argument("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
@@ -91,9 +107,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in MODELS:
-            append(step_ratio(name, f"{folder}/{name}"))
+    if arguments.speed:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in MODELS:
+                append(step_ratios(name, f"{folder}/{name}"))
+        return None
     for seed in arguments.seeds:
         for precision in PRECISIONS:
             append(run(precision, [f"train.precision={precision}"], seed))

@@ -65,7 +65,7 @@ TRAIN = "--overwrite --output-dir"
 RECORDINGS = (
     Recording(
         "adapt",
-        f"ar2diff adapt model --recipe demo --data stories.jsonl --max-steps 60 {TRAIN} adapted",
+        f"ar2diff adapt model --recipe demo --data stories.jsonl {TRAIN} adapted",
     ),
     Recording(
         "draft",
@@ -77,7 +77,7 @@ RECORDINGS = (
         f"ar2diff sft adapted --recipe demo-easy --data easy.jsonl --max-steps 40 {TRAIN} tuned",
     ),
     Recording(
-        "rl", f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 4 {TRAIN} rewarded"
+        "rl", f"ar2diff rl tuned --recipe demo-rl --data hard.jsonl --max-steps 15 {TRAIN} rewarded"
     ),
     Recording(  # the README begins with it
         "generate",

@@ -176,6 +176,18 @@ def make_recipe():
     return make
 
 
+@pytest.fixture
+def sft_recipe(make_recipe):
+    """Factory of recipes for conversations: sft_recipe("full", "same", data={...})."""
+
+    def make(attention="causal_context", prediction="shift", **sections):
+        sections = {"data": {"max_length": 32, "overlong": "truncate"}, **sections}
+        convert = {"prediction": prediction, **sections.pop("convert", {})}
+        return make_recipe(attention, convert=convert, **sections)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """Factory: path of real data (`$AR2DIFF_DATA`, else `../shared/data`); skips without it."""

@@ -30,16 +30,6 @@ IDS = [1, 10, 11, 12, 20, 21, END, 13, 14, 22, 23, 24, END]
 LABELS = [IGNORED] * 4 + [20, 21, END] + [IGNORED] * 2 + [22, 23, 24, END]
 
 
-@pytest.fixture
-def sft_recipe(make_recipe):
-    def make(attention="causal_context", prediction="shift", **sections):
-        sections = {"data": {"max_length": 32, "overlong": "truncate"}, **sections}
-        convert = {"prediction": prediction, **sections.pop("convert", {})}
-        return make_recipe(attention, convert=convert, **sections)
-
-    return make
-
-
 def turns_of(ids, labels, recipe, epoch=0):
     return [
         turn for part in conversation_parts(ids, labels, epoch, ENDS, recipe) for turn in part.turns

@@ -3,6 +3,7 @@ which tokens are learned."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from .chat_template import asked_otherwise, check_options, dropped_by, template_
 from .columns import arranged, columns_read
 from .shapes import columns_of_shape, conversation_of
 from .sources import no_data, read_source
-from .turns import IGNORED, runs_of
+from .turns import IGNORED, PackedConversations, runs_of
 
 FORMATS = ("messages", "prompt and completion", "text")
 
@@ -146,6 +147,18 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
     else:
         pairs = [np.array(_text(row, tokenizer), dtype=np.int32) for row in data.rows]
     return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
+
+
+def packed(
+    rows: Any,
+    ends: Iterable[int],
+    tokenizer: Any,
+    recipe: Recipe,
+    held_out: frozenset[int] = frozenset(),
+) -> PackedConversations:
+    """Tokenized rows as training packs them; arguments as of `PackedConversations`."""
+    blank = functools.cache(lambda token: tokenizer.decode([token]).isspace())
+    return PackedConversations(rows, ends, recipe, blank, held_out)
 
 
 def _format(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -152,6 +153,7 @@ class PackedConversations(IterableDataset):
         rows: each with `input_ids` and `labels`.
         ends: ids that end a turn.
         blank: tells of an id whether it is only white space, which separates turns.
+        held_out: numbers of rows that are kept out of training.
     """
 
     def __init__(
@@ -160,9 +162,10 @@ class PackedConversations(IterableDataset):
         ends: Iterable[int],
         recipe: Recipe,
         blank: Callable[[int], bool] = lambda _: False,
+        held_out: frozenset[int] = frozenset(),
     ):
         self.rows, self.ends, self.recipe = rows, frozenset(ends), recipe
-        self.blank = blank
+        self.blank, self.held_out = blank, held_out
 
     def __iter__(self) -> Iterator[tuple[int, list[ConversationPart]]]:
         data = self.recipe.data
@@ -171,10 +174,21 @@ class PackedConversations(IterableDataset):
     def _parts(self) -> Iterator[ConversationPart]:
         epoch = 0
         while True:
-            generator = keyed_generator(self.recipe.train.seed, epoch)
-            for number in torch.randperm(len(self.rows), generator=generator).tolist():
-                yield from self.parts(number, epoch)
+            for number in self._order(epoch):
+                if number not in self.held_out:
+                    yield from self.parts(number, epoch)
             epoch += 1
+
+    def _order(self, epoch: int) -> list[int]:
+        """The numbers of the rows as an epoch reads them."""
+        generator = keyed_generator(self.recipe.train.seed, epoch)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
+
+    def last(self, count: int) -> list[int]:
+        """The rows to hold out: those that teach something and that the first epoch reads last, so
+        that a shorter run trains on the same rows as without them."""
+        found = (n for n in reversed(self._order(0)) if self.parts(n, 0))
+        return list(islice(found, count))
 
     def parts(self, number: int, epoch: int) -> list[ConversationPart]:
         """What one conversation contributes to the rows of an epoch."""
@@ -187,9 +201,11 @@ class PackedConversations(IterableDataset):
         return ids, without_separators(ids, row["labels"], self.ends, self.blank)
 
     def answers(self) -> Answers:
-        """Statistics of one pass over the data."""
+        """Statistics of one pass over the training data."""
         lengths, ended, cut, barren = [], 0, 0, 0
         for number in range(len(self.rows)):
+            if number in self.held_out:
+                continue
             ids, labels = self._supervised(number)
             cut += len(ids) > self.recipe.data.max_length
             barren += not conversation_parts(ids, labels, 0, self.ends, self.recipe)

@@ -134,11 +134,20 @@ def masked_nll(
     x0, masked, doc, pos = (x.to(device) for x in (x0, masked, doc, pos))
     xt = torch.where(masked, spec.mask_token_id, x0)
     task = masked_task(x0, xt, masked, doc, pos, spec)
+    return task_nll(model, spec, task, suppressed.to(device))
+
+
+def task_nll(model: Any, spec: Spec, task: Task, suppressed: Tensor) -> Tensor:
+    """-log p of each token that a task predicts, [N], on the CPU; with the bias of the diffusion
+    head where the task knows the tokens before.
+
+    Args:
+        suppressed: [V] bool, on the model's device.
+    """
     logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
-    head = head_of(model, spec)
-    if head is not None:
-        logits = logits + head(task.previous).to(logits)
-    return cross_entropy(logits, task.target, suppressed.to(device)).cpu()
+    if task.previous is not None:
+        logits = logits + head_of(model, spec)(task.previous).to(logits)
+    return cross_entropy(logits, task.target, suppressed).cpu()
 
 
 def _stratified_variance(values: Tensor) -> Tensor:

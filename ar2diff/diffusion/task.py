@@ -136,3 +136,22 @@ def previous_ids(
     if drawn is not None:
         known |= drawn
     return torch.where(known & (pos > 0), x0.roll(1, 1), UNKNOWN)
+
+
+def turn_task(batch: dict[str, Tensor], spec: Spec) -> Task:
+    """The task of predicting the masked tokens of a batch from `TurnCollator`."""
+    places, target = batch["masked_at"], batch["target"]
+    return Task(
+        input_ids=batch["input_ids"],
+        slots=Slots(*(batch[name] for name in ("doc", "pos", "noisy", "start", "block"))),
+        attention=spec.attention,
+        block_length=spec.block_length,
+        index=slots_at(batch["reads"], places, target.shape[1]),
+        target=target.flatten()[places],
+        previous=batch["previous"].flatten()[places] if spec.head is not None else None,
+    )
+
+
+def columns_before(target: Tensor) -> Tensor:
+    """[B, S] the slot before each one, which predicts it from left to right."""
+    return torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)

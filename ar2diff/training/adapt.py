@@ -17,8 +17,6 @@ from ..config.recipe import Recipe
 from ..conversion.convert import end_token
 from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
-from ..core.forward import context_length
-from ..core.seeds import content_key
 from ..core.spec import Spec
 from ..data.documents import (
     Collator,
@@ -28,14 +26,14 @@ from ..data.documents import (
     document_parts,
     tokenize,
 )
-from ..data.sources import Documents, find_file, no_data, read_texts
+from ..data.sources import Documents, no_data
 from ..diffusion.likelihood import ar_nll
 from ..diffusion.task import Task, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
 from ..evaluation.quality import choose_threshold
-from ..evaluation.score import check_length, windows
 from .arguments import rows_per_step, training_arguments
+from .held_out import held_out_rows
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
 from .plan import Plan, Verb
@@ -44,7 +42,6 @@ from .results import DataSize, RunPlan, RunResult
 from .run import run
 from .trajectories import is_on_policy, own_states
 
-SPARED = 20  # documents for each evaluation row, without which none is held out unasked
 SAMPLED, SAMPLED_LENGTH = 64, 2000  # documents that are counted, and how much of each
 
 
@@ -195,60 +192,6 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 ADAPT = Verb("adapt", check, read_rows, make_plan)
-
-
-def held_out_rows(
-    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
-) -> tuple[list[list[int]], frozenset[int]]:
-    """The fixed evaluation rows, and the keys of the documents that must be kept out of
-    training."""
-    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    if wanted.steps is None and wanted.data is None:
-        return _spared_rows(checkpoint, recipe, documents, eos)
-    if wanted.steps == 0:
-        return [], frozenset()
-    check_length(checkpoint, wanted.length, "eval.length")
-    if wanted.data is not None:
-        path = find_file(wanted.data)
-        if path is None:
-            raise Ar2DiffError(
-                f"{option('eval.data')} {wanted.data} does not exist", "set it to a local file"
-            )
-        texts, keys = read_texts(path, recipe.data.text_field), frozenset()
-    else:
-        texts = [
-            text
-            for text in documents.first(20 * wanted.rows)
-            if len(tokenize(tokenizer, text, eos)) > wanted.length
-        ][: wanted.rows]
-        keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
-    rows = windows(texts, tokenizer, wanted.length, wanted.rows)
-    if not rows:
-        raise Ar2DiffError(
-            f"no text has {wanted.length} tokens, as {option('eval.length')} requires",
-            f"lower {option('eval.length')}",
-        )
-    return rows, keys
-
-
-def _spared_rows(
-    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
-) -> tuple[list[list[int]], frozenset[int]]:
-    """Evaluation rows that nobody asked for: of the documents that training would read last, so
-    that a run which does not come that far trains on the same rows as without them. There are none
-    if they would be a noticeable part of the data, or if too few texts are long enough."""
-    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    texts = documents.last(2 * wanted.rows)
-    if documents.size < SPARED * wanted.rows or texts is None:
-        return [], frozenset()
-    context = context_length(checkpoint.model.config) or wanted.length
-    length = min(wanted.length, recipe.data.max_length, context)
-    ids = [tokenize(tokenizer, text, eos) for text in texts]
-    long = [row for row in ids if len(row) > length][: wanted.rows]
-    if len(long) < wanted.rows:
-        return [], frozenset()
-    rows = windows(long, tokenizer, length, wanted.rows)
-    return rows, frozenset(content_key(row) for row in long)
 
 
 class AdaptTrainer(Denoising, Trainer):

@@ -141,8 +141,7 @@ class Watch(TrainerCallback):
     def _panel(self) -> None:
         rows = self.plan.eval_rows
         prompt = rows[0][:8] if rows else [self.checkpoint.tokenizer.bos_token_id or 0]
-        silent = not self.trainer.is_world_process_zero()
-        draw_panel(self.checkpoint, prompt, self.recipe.eval.length // 4, silent)
+        self.screen.show(denoised(self.checkpoint, prompt, self.recipe.eval.length // 4))
 
 
 class Stopping(TrainerCallback):
@@ -196,12 +195,8 @@ def quietly(model: Any, function: Any) -> Any:
         model.train(training)
 
 
-def draw_panel(
-    checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int, silent: bool = False
-) -> None:
-    """Print a panel on stderr that shows an answer being denoised, with undecided tokens as
-    dots."""
-    from rich.console import Console
+def denoised(checkpoint: Checkpoint, prompt: list[int], max_new_tokens: int) -> Any:
+    """A panel that shows an answer being denoised, with undecided tokens as dots."""
     from rich.panel import Panel
 
     settings = {
@@ -217,6 +212,4 @@ def draw_panel(
         drawn = "".join(draw_tokens(checkpoint.tokenizer, states[number], spec.mask_token_id))
         lines.append(f"{number + 1:3d}  {drawn}")
     text = "\n".join(lines).replace("[", "\\[")
-    Console(file=sys.stderr, quiet=silent).print(
-        Panel(text, title=f"{max_new_tokens} tokens in {len(states)} forwards")
-    )
+    return Panel(text, title=f"{max_new_tokens} tokens in {len(states)} forwards")

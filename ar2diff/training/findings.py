@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-WORSE = 1.05  # an AR NLL of so many times the base's is worth a warning
+# An AR NLL of so many times the base's, and so many nats more, is worth a warning.
+WORSE, LEAST = 1.05, 0.01
 SLOW = 1.2  # tokens per forward below which drafting hardly pays
 ALIKE = 0.9  # share of groups without a difference in reward
 MANY = 0.1  # share of conversations that are too long
@@ -71,7 +72,7 @@ def _of_likelihood(before: dict[str, float], after: dict[str, float]) -> dict[st
             "more steps, or change train.learning_rate"
         )
     nll, base = after.get("eval_ar_nll"), before.get("eval_ar_nll")
-    if nll is not None and base is not None and nll > WORSE * base:
+    if nll is not None and base is not None and nll > max(WORSE * base, base + LEAST):
         found["ar"] = (
             f"the AR mode has become worse than that of the base (NLL {base:.3f} to {nll:.3f}); "
             "raise objective.ar_weight, or lower train.learning_rate"

@@ -3,7 +3,7 @@ read, and anything that would make the run fail later is refused. Writes nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Plan:
         make_trainer: makes the trainer from (this plan, run folder, callbacks).
         data: how much data there is; None if it is not known, or nothing is trained.
         eval_rows: token ids of the rows on which the model is evaluated during and after the run.
+        questions: what a model card shows answers to; None: beginnings of the evaluation rows.
         judge: evaluates the model on them; returns an object with `logs` and `to_dict`.
         base_logs: logs about the model that the run starts from, before the first step, which
             `judge` does not give.
@@ -57,6 +58,7 @@ class Plan:
     make_trainer: Callable[[Plan, Path, list[Any]], Any]
     data: DataSize | None = None
     eval_rows: list[list[int]] = field(default_factory=list)
+    questions: Sequence[str] | None = None
     judge: Callable[[Plan], Any] = lambda plan: score(
         plan.checkpoint, plan.eval_rows, samples=plan.recipe.eval.samples
     )
@@ -80,9 +82,10 @@ class Plan:
 
     @property
     def prompts(self) -> list[str]:
-        """Different beginnings of evaluation rows, which a model card shows answers to."""
-        found: dict[str, None] = {}
-        for row in self.eval_rows:
+        """What a model card shows answers to: some of the questions, or different beginnings of
+        evaluation rows."""
+        found: dict[str, None] = dict.fromkeys(self.questions or ())
+        for row in self.eval_rows if self.questions is None else ():
             ids = row[:PROMPT_TOKENS]
             text = self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
             whole = text.rpartition(" ")[0].strip()  # the last word may be cut

@@ -32,6 +32,14 @@ class Screen:
             else:
                 self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def show(self, drawn: Any) -> None:
+        """Print something that rich draws, above the bar if there is one."""
+        if self.speaks:
+            from rich.console import Console
+
+            console = Console(file=sys.stderr) if self._bar is None else self._bar.console
+            console.print(drawn)
+
     @contextmanager
     def bar(self, verb: str, steps: int) -> Iterator[None]:
         """A context in which `step` moves a bar, on a terminal.

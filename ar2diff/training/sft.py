@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -21,7 +20,6 @@ from trl import SFTConfig, SFTTrainer
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.chat_template import chat_template, turn_end
@@ -29,15 +27,17 @@ from ..data.conversations import (
     Conversations,
     TokenRows,
     conversations_of,
+    packed,
     read_conversations,
     tokenize_conversations,
 )
 from ..data.rows import from_arrow
-from ..data.turns import Answers, PackedConversations, TurnCollator
-from ..diffusion.task import Task, reading, slots_at
+from ..data.turns import Answers, TurnCollator
+from ..diffusion.task import columns_before, reading, turn_task
 from ..distributed.ranks import check_rows
 from ..evaluation.score import check_length
 from .arguments import training_arguments
+from .held_out import judged_answers
 from .loss import Denoising, LossTask
 from .plan import Plan, Verb, check_kind
 from .request import requested
@@ -122,8 +122,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
         tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
     rows = tokenize_conversations(conversations, tokenizer, recipe)
-    size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), exact=True)
-    return Plan(checkpoint, recipe, rows, make_trainer, size, preview=preview)
+    judged = judged_answers(checkpoint, recipe, conversations, rows)
+    size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
+    return Plan(
+        checkpoint, recipe, rows, functools.partial(make_trainer, judged.held_out), size,
+        judged.rows, judged.questions, judge=lambda _plan: judged.judge(), preview=preview,
+    )  # fmt: skip
 
 
 SFT = Verb("sft", check, read, make_plan)
@@ -139,10 +143,17 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
 
     Args:
         rows: rows with `input_ids` and `labels`, as `TokenRows.dataset` makes them.
+        held_out: numbers of those that are kept out of training.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, args: SFTConfig, rows: Dataset, **kwargs: Any
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        args: SFTConfig,
+        rows: Dataset,
+        held_out: frozenset[int] = frozenset(),
+        **kwargs: Any,
     ):
         collator = TurnCollator(recipe, checkpoint.spec_or_causal.mask_token_id)
         super().__init__(
@@ -150,7 +161,9 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
             data_collator=collator, **kwargs,
         )  # fmt: skip
         self._loss_shifts_labels = False  # we count no tokens by their labels
-        self.train_dataset = self._conversations(self.train_dataset)
+        self.train_dataset = packed(
+            self.train_dataset, checkpoint.end_ids, checkpoint.tokenizer, recipe, held_out
+        )
         self.answers = self.train_dataset.answers()
 
     def details(self) -> list[str]:
@@ -177,33 +190,21 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from `TurnCollator`."""
-        places, target = inputs["masked_at"], inputs["target"]
-        task = Task(
-            input_ids=inputs["input_ids"],
-            slots=Slots(*(inputs[name] for name in ("doc", "pos", "noisy", "start", "block"))),
-            attention=self.spec.attention,
-            block_length=self.spec.block_length,
-            index=slots_at(inputs["reads"], places, target.shape[1]),
-            target=target.flatten()[places],
-            previous=inputs["previous"].flatten()[places] if self.spec.head is not None else None,
-        )
-        before = torch.arange(-1, target.shape[1] - 1, device=target.device).expand_as(target)
+        task, target = turn_task(inputs, self.spec), inputs["target"]
+        before = columns_before(target)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, target, before)
-        source = reading(task, inputs["before"], places[inputs["chosen"]], target)
+        chosen = inputs["masked_at"][inputs["chosen"]]
+        source = reading(task, inputs["before"], chosen, target)
         return self.loss_task(task, inputs, target, before, source)
 
     def fixed_rows(self, dataset: Any) -> list[Any]:
         """Each conversation with supervised tokens, as rows of its own with the noise of the first
         epoch."""
-        rows = self._conversations(self._tokenized(dataset))
+        ends, tokenizer = self.checkpoint.end_ids, self.checkpoint.tokenizer
+        rows = packed(self._tokenized(dataset), ends, tokenizer, self.recipe)
         parts = [part for n in range(len(rows.rows)) for part in rows.parts(n, epoch=0)]
         return [(number, [part]) for number, part in enumerate(parts)]
-
-    def _conversations(self, tokenized: Dataset) -> PackedConversations:
-        tokenizer = self.checkpoint.tokenizer
-        ends = self.checkpoint.end_ids
-        return PackedConversations(tokenized, ends, self.recipe, blanks(tokenizer))
 
     def _tokenized(self, dataset: Any) -> Dataset:
         """Conversations as rows with `input_ids` and `labels`; rows that have these are kept as
@@ -222,8 +223,10 @@ def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
         checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
-def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
-    """The trainer for a plan, on rows from `tokenize_conversations`.
+def make_trainer(
+    held_out: frozenset[int], plan: Plan, run_dir: Path, callbacks: list[Any]
+) -> DiffusionSFTTrainer:
+    """The trainer for a plan, on rows from `tokenize_conversations` but those held out.
 
     Raises:
         Ar2DiffError: there is nothing to learn in the rows.
@@ -239,16 +242,11 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
     )
     datasets.disable_progress_bars()
     trainer = DiffusionSFTTrainer(
-        plan.checkpoint, recipe, args, rows.dataset(), callbacks=callbacks
+        plan.checkpoint, recipe, args, rows.dataset(), held_out, callbacks=callbacks
     )
-    check_answers(trainer.answers, len(rows), recipe)
+    check_answers(trainer.answers, len(rows) - len(held_out), recipe)
     trainer.notes = rows.notes
     return trainer
-
-
-def blanks(tokenizer: Any) -> Any:
-    """A function that tells whether an id stands for white space only."""
-    return functools.cache(lambda token: tokenizer.decode([token]).isspace())
 
 
 def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:

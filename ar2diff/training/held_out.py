@@ -1,0 +1,145 @@
+"""What a run keeps out of its training data, to evaluate the model on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe, with_values
+from ..core.errors import Ar2DiffError, option
+from ..core.forward import context_length
+from ..core.seeds import content_key
+from ..data.conversations import (
+    Conversations,
+    TokenRows,
+    packed,
+    read_conversations,
+    tokenize_conversations,
+)
+from ..data.documents import Documents, tokenize
+from ..data.sources import find_file, read_texts
+from ..evaluation.answers import AnswerJudge
+from ..evaluation.score import check_length, windows
+
+SPARED = 20  # documents for each evaluation row, without which none is held out unasked
+
+
+def held_out_rows(
+    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
+) -> tuple[list[list[int]], frozenset[int]]:
+    """The fixed evaluation rows, and the keys of the documents that must be kept out of
+    training."""
+    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
+    if wanted.steps is None and wanted.data is None:
+        return _spared_rows(checkpoint, recipe, documents, eos)
+    if wanted.steps == 0:
+        return [], frozenset()
+    check_length(checkpoint, wanted.length, "eval.length")
+    if wanted.data is not None:
+        path = find_file(wanted.data)
+        if path is None:
+            raise Ar2DiffError(
+                f"{option('eval.data')} {wanted.data} does not exist", "set it to a local file"
+            )
+        texts, keys = read_texts(path, recipe.data.text_field), frozenset()
+    else:
+        texts = [
+            text
+            for text in documents.first(20 * wanted.rows)
+            if len(tokenize(tokenizer, text, eos)) > wanted.length
+        ][: wanted.rows]
+        keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
+    rows = windows(texts, tokenizer, wanted.length, wanted.rows)
+    if not rows:
+        raise Ar2DiffError(
+            f"no text has {wanted.length} tokens, as {option('eval.length')} requires",
+            f"lower {option('eval.length')}",
+        )
+    return rows, keys
+
+
+def _spared_rows(
+    checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
+) -> tuple[list[list[int]], frozenset[int]]:
+    """Evaluation rows that nobody asked for: of the documents that training would read last, so
+    that a run which does not come that far trains on the same rows as without them. There are none
+    if they would be a noticeable part of the data, or if too few texts are long enough."""
+    wanted, tokenizer = recipe.eval, checkpoint.tokenizer
+    texts = documents.last(2 * wanted.rows)
+    if documents.size < SPARED * wanted.rows or texts is None:
+        return [], frozenset()
+    context = context_length(checkpoint.model.config) or wanted.length
+    length = min(wanted.length, recipe.data.max_length, context)
+    ids = [tokenize(tokenizer, text, eos) for text in texts]
+    long = [row for row in ids if len(row) > length][: wanted.rows]
+    if len(long) < wanted.rows:
+        return [], frozenset()
+    rows = windows(long, tokenizer, length, wanted.rows)
+    return rows, frozenset(content_key(row) for row in long)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Conversations on whose answers a run is evaluated.
+
+    Attributes:
+        judge: scores the model on them; None: there are none.
+        rows: their token ids. questions: what they begin with, as a user would type it.
+        held_out: numbers of the training rows that are kept out of training.
+    """
+
+    judge: Callable[[], Any] | None = None
+    rows: list[list[int]] = field(default_factory=list)
+    questions: tuple[str, ...] = ()
+    held_out: frozenset[int] = frozenset()
+
+
+def judged_answers(
+    checkpoint: Checkpoint, recipe: Recipe, data: Conversations, rows: TokenRows
+) -> Judged:
+    """The conversations to evaluate a run on: of `eval.data`, else those that training would read
+    last. None is held out unasked if they would be a noticeable part of the data.
+
+    Raises:
+        Ar2DiffError: `eval.data` has nothing to judge; too few conversations would be left.
+    """
+    wanted = recipe.eval
+    few = len(rows) < SPARED * wanted.rows
+    if wanted.steps == 0 or (few and wanted.steps is None and wanted.data is None):
+        return Judged()
+    tokenizer, ends = checkpoint.tokenizer, checkpoint.end_ids
+    if wanted.data is not None:
+        own = with_values(recipe, data={"sources": [{"path": wanted.data}]})
+        data = read_conversations(own)
+        rows = tokenize_conversations(data, tokenizer, own)
+    pool = packed(rows.dataset(), ends, tokenizer, recipe)
+    if wanted.data is not None:
+        teaching = (n for n in range(len(rows)) if pool.parts(n, 0))
+        numbers, held = list(islice(teaching, wanted.rows)), frozenset()
+    else:
+        numbers = pool.last(wanted.rows)
+        same = {rows.ids[n].tobytes() for n in numbers}  # a conversation may occur more than once
+        held = frozenset(n for n, ids in enumerate(rows.ids) if ids.tobytes() in same)
+    if not numbers or len(held) == len(rows):
+        raise Ar2DiffError(
+            f"no conversation is left to {'train on' if held else 'evaluate the model on'}, with "
+            f"{option('eval.rows')} {wanted.rows}",
+            f"lower {option('eval.rows')}, or set {option('eval.data')} to another file",
+        )
+    judge = AnswerJudge(checkpoint, pool, numbers, wanted.samples)
+    return Judged(judge, judge.rows, _questions([data.rows[n] for n in numbers]), held)
+
+
+def _questions(conversations: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What a user would type to get the first answers; nothing for those that follow a system
+    prompt or use tools."""
+    found = []
+    for row in conversations:
+        first = row["messages"][0] if row.get("messages") else {}
+        text = first.get("content") if first.get("role") == "user" else row.get("prompt")
+        if isinstance(text, str) and not row.get("tools"):
+            found.append(text)
+    return tuple(found)
