@@ -1,8 +1,10 @@
 """Keys and values of each row's clean context, in a stock cache of transformers.
 
-Rows advance on their own: the first `length[r]` columns of row r hold its positions
-0 .. length[r] - 1, and the mask hides the columns after them. A forward appends the columns of its
-slots; `keep` moves those that became context to their row's place and drops the rest.
+Rows advance on their own: `length[r]` columns of row r, from `begin[r]` on, hold its positions
+0 .. length[r] - 1, and the mask hides the columns before and after them. A forward appends the
+columns of its slots; `keep` moves those that became context to their row's place and drops the
+rest. Prompts of different lengths are left where they were read, so that they end together, and
+rows that advance together need no moves.
 This file is copied into converted folders: it imports torch, transformers and its neighbours alone.
 """
 
@@ -35,6 +37,7 @@ class ContextCache:
             layers = model.config.get_text_config().num_hidden_layers
             self.stock = Cache(layers=[StaticLayer(max_cache_len=static) for _ in range(layers)])
         self.static = static
+        self.begin = torch.zeros(rows, dtype=torch.long)
         self.length = torch.zeros(rows, dtype=torch.long)
         self.width = 0  # columns in use
         self.kept: list[tuple[Any, Tensor, Tensor]] = []
@@ -42,6 +45,17 @@ class ContextCache:
     def columns(self, slots: int) -> int:
         """Number of key columns in a forward pass with this many slots."""
         return self.static if self.static is not None else self.width + slots
+
+    @property
+    def seen(self) -> Tensor:
+        """[R, width] bool, which columns hold a token of their row."""
+        position = self.position
+        return (position >= 0) & (position < self.length[:, None])
+
+    @property
+    def position(self) -> Tensor:
+        """[R, width] positions of what the columns hold."""
+        return torch.arange(self.width) - self.begin[:, None]
 
     def keep(self, slots: int, first: Tensor, count: Tensor, chosen: Tensor | None = None) -> None:
         """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r, or
@@ -59,11 +73,14 @@ class ContextCache:
         if most:
             step = torch.arange(most)
             source = first[:, None] + step if chosen is None else chosen[:, :most]
-            in_place = (self.length == width) & (source == step).all(1) & (count == most)
-            if not in_place.all():
-                self._move(slots, source, count)
+            kept = step < count[:, None]
+            if not width and self.static is None:  # which has columns to spare
+                self.begin = source[:, 0].clone()
+            end = self.begin + self.length
+            if not (~kept | (width + source == end[:, None] + step)).all():
+                self._move(slots, source, end[:, None] + step, kept)
             self.length = self.length + count
-            self.width = int(self.length.max())
+            self.width = int((end + count).max())
         self._drop(width + slots - self.width)
 
     def extend(self, slots: int, count: int) -> None:
@@ -79,25 +96,29 @@ class ContextCache:
         for layer in layers:
             here = at[layer.keys.device]
             layer.keys, layer.values = layer.keys[here], layer.values[here]
-        self.length = self.length[rows]
-        width, self.width = self.width, int(self.length.max())
+        self.begin, self.length = self.begin[rows], self.length[rows]
+        width, self.width = self.width, int((self.begin + self.length).max())
         self._drop(width - self.width)
 
-    def _move(self, slots: int, source: Tensor, count: Tensor) -> None:
-        step = torch.arange(source.shape[1])
-        kept = step < count[:, None]
+    def _move(self, slots: int, source: Tensor, target: Tensor, kept: Tensor) -> None:
+        """Move slots to columns, both [R, K], where `kept`."""
         spare = self.width + slots - 1  # rows that keep fewer write this column onto itself
         source = torch.where(kept, self.width + source, spare)
-        target = torch.where(kept, self.length[:, None] + step, spare)
+        target = torch.where(kept, target, spare)
         # A target may be another slot's source, so all are read before any is written; `spare` is
         # a source only for the row that it belongs to, where it is its own target or comes last.
-        layers = self._layers()
-        places = {device: upload(device, source, target) for device in _devices(layers)}
-        for layer in layers:
-            at, to = (place[:, None, :, None] for place in places[layer.keys.device])
+        places: dict[Any, list[Tensor]] = {}
+        for layer in self._layers():
             for states in (layer.keys, layer.values):
-                size = (-1, states.shape[1], -1, states.shape[3])
-                states.scatter_(2, to.expand(*size), states.gather(2, at.expand(*size)))
+                key = states.device, *states.shape[1:3]
+                if key not in places:
+                    places[key] = upload(
+                        states.device, *(_flat(x, *key[1:]) for x in (source, target))
+                    )
+                at, to = places[key]
+                # Rows of one matrix, which takes a third of the time of gather and scatter.
+                flat = states.view(-1, states.shape[3])
+                flat.index_copy_(0, to, flat.index_select(0, at))
 
     def _drop(self, columns: int) -> None:
         layers = self._layers()
@@ -111,6 +132,12 @@ class ContextCache:
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]
+
+
+def _flat(columns: Tensor, heads: int, width: int) -> Tensor:
+    """[R * heads * K] where columns [R, K] stand in the flattened [R, heads, width] of a layer."""
+    block = torch.arange(len(columns) * heads).view(-1, heads, 1) * width
+    return (block + columns[:, None]).flatten()
 
 
 def _devices(layers: list[Any]) -> set[torch.device]:

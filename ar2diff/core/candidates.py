@@ -206,16 +206,17 @@ class CandidateReader:
         """Of each row in the last forward."""
         return 1 if self.layout is None else self.layout.pos.shape[1]
 
-    def keep(self, paths: list[list[int]]) -> None:
-        """The tokens that were certain and the accepted candidates, by row, become context."""
+    def keep(self, paths: list[list[int]], alive: list[bool]) -> None:
+        """The tokens that were certain and the accepted candidates, by row, become context. A row
+        that is over goes on to have one certain token, like the others."""
         if not self.cache:
             return
-        counts = [known + len(path) for known, path in zip(self.certain, paths, strict=True)]
+        counts = [
+            known + len(path) if live else known - 1
+            for known, path, live in zip(self.certain, paths, alive, strict=True)
+        ]
         self.length = [cached + more for cached, more in zip(self.length, counts, strict=True)]
-        if self.layout is None:
-            self.cache.extend(1, 1)
-            return
-        slots, certain = self.layout.pos.shape[1], max(self.certain)
+        slots, certain = self.slots, max(self.certain)
         if counts == [counts[0]] * len(counts) and all(
             path == list(range(len(path))) for path in paths
         ):  # each row keeps its first slots, as the cache has them
@@ -246,13 +247,17 @@ class CandidateReader:
             and self.cache.static is None
             and self.uniform
             and self.cache.width > 0
-            and self._even()
+            and self._full()
             and self.certain == [1] * len(front)
             and not any(map(len, trees))
         )
 
     def _even(self) -> bool:
-        """Whether all rows fill the columns of the cache."""
+        """Whether the context of all rows ends with the last column of the cache."""
+        return bool((self.cache.begin + self.cache.length == self.cache.width).all())
+
+    def _full(self) -> bool:
+        """Whether it fills all columns."""
         return min(self._before) == self.cache.width
 
     def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, None, None]:
@@ -293,7 +298,7 @@ class CandidateReader:
         if found is None:
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
-                return layout, self._mask(layout, front, length, self._seen(columns, length))
+                return layout, self._mask(layout, front, length, self._seen(len(front)))
             none = torch.zeros(len(front), 0, dtype=torch.bool)
             found = layout, None if self._static else self._mask(layout, front, length, none)
             small = len(front) == 1 and layout.pos.shape[1] <= MOST_SLOTS
@@ -303,15 +308,15 @@ class CandidateReader:
             store[key] = found
         layout, mask = found
         if mask is None:
-            return layout, self._mask(layout, front, length, self._seen(columns, length))
-        if columns and self._even():
+            return layout, self._mask(layout, front, length, self._seen(len(front)))
+        if columns and self._full():
             seen = 0.0 if mask.is_floating_point() else True
             return layout, torch.nn.functional.pad(mask, (columns, 0), value=seen)
-        return layout, with_context(mask, *upload(mask.device, self._seen(columns, length)))
+        return layout, with_context(mask, *upload(mask.device, self._seen(len(front))))
 
-    def _seen(self, columns: int, length: list[int]) -> Tensor:
+    def _seen(self, rows: int) -> Tensor:
         """[R, columns] which columns of the cache hold a token of their row."""
-        return torch.arange(columns) < torch.tensor(length)[:, None]
+        return self.cache.seen if self.cache else torch.zeros(rows, 0, dtype=torch.bool)
 
     def _mask(
         self, layout: _CandidateSlots, front: list[int], length: list[int], seen: Tensor
@@ -323,7 +328,7 @@ class CandidateReader:
         built = slots_of(
             self.cache.static if self._static else columns + slots,
             seen,
-            torch.arange(columns).expand(len(pos), -1),
+            self.cache.position if columns else pos[:, :0],
             (pos >= cached) & (pos <= self.last) & layout.real,
             pos,
             layout.noisy.expand(len(pos), -1),

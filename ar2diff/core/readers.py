@@ -164,17 +164,17 @@ class BlockReader:
     def _mask(self, start: Tensor, length: Tensor, pending: Tensor, pos: Tensor) -> Any:
         """The mask of the slots. If all slots read the whole context, their own part of it is built
         once for all blocks with as many pending tokens."""
-        width, slots = self.cache.width if self.cache else 0, pos.shape[1]
-        seen = torch.arange(width) < length[:, None]
+        slots = pos.shape[1]
+        seen = self.cache.seen if self.cache else torch.zeros(len(pos), 0, dtype=torch.bool)
         key = tuple(pending.tolist())
         if self.alike and key in self._masks:
             return with_context(self._masks[key], *upload(self.model.device, seen))
-        cached = seen[:, :0] if self.alike else seen
-        columns = cached.shape[1]
+        columns = 0 if self.alike else seen.shape[1]
+        cached = self.cache.position if columns else pos[:, :0]
         layout = slots_of(
             self.cache.static if self.cache and self.cache.static else columns + slots,
+            seen[:, :columns],
             cached,
-            torch.arange(columns).expand(len(start), -1),
             pos >= length[:, None],
             pos,
             pos >= start[:, None],

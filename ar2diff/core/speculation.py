@@ -237,7 +237,7 @@ class _Group:
             for tree, line, live in zip(self.trees, own, alive, strict=True)
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
-        self.reader.keep(paths)
+        self.reader.keep(paths, alive)
         judged = [line for line, live in enumerate(alive) if live]
         self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])
         self._write(paths, found, alive)
