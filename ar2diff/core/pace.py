@@ -18,13 +18,14 @@ from .tree import Guesses, Tree
 
 SIZES = (7, 15, 31, 63)  # candidates of a row that a tree may have
 KEEP = 0.95  # of a running mean, at each forward
+PRIOR = 2  # forwards that a first timing counts for, in the mean of the first few
 TRUST_RATE, MOST_TRUST = 0.05, 3.0
 TOO_SLOW = 2.0  # times the expected seconds: the machine did something else
 MARGIN = 1.1  # by which a tree must promise to be faster than a chain
 LOOK = 64  # forwards between two looks at what branches would be worth
 FIRST = 32  # forward of the first look
-RETRY = 128  # plain forwards after which drafting is tried again, and
-TRIED = 3  # for how many forwards
+REST, RETRY = 8, 128  # plain forwards after which drafting is tried again, at first and at most
+TRIED = 4  # forwards for which it is
 LEARNED = 16  # forwards before drafting may rest for the first time: the first timings are rough
 RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
 
@@ -153,6 +154,8 @@ class MeasuredPace(Pace):
         self.tokens = 1 + sum(self.right)
         self.candidates, self.blocks = float(self.length), float(self.length + 1)
         self.forwards, self.resting, self.trying = 0, 0, LEARNED
+        self.rest = REST  # how long drafting rests the next time
+        self.counts = {"plain": 0, "fixed": 0, "tree": 0, "tokens": 0}  # of what is averaged
 
     @property
     def reach(self) -> int:
@@ -179,9 +182,19 @@ class MeasuredPace(Pace):
         if self.trying:
             self.trying -= 1
         elif self.seconds > self.cost.plain:
-            self.resting = RETRY
+            # Rests are short at first: only in them is a plain forward timed as others are.
+            self.resting, self.rest = self.rest - 1, min(2 * self.rest, RETRY)
+            self.trying = TRIED
             return 0
+        else:
+            self.rest = REST
         return self.length
+
+    def _rate(self, name: str) -> float:
+        """The weight of what is seen now in a running mean: that of a plain mean at first, so that
+        a bad start does not last."""
+        self.counts[name] += 1
+        return max(1 - KEEP, 1 / (self.counts[name] + PRIOR))
 
     def asks(self) -> tuple[bool, int, float]:
         """What the next call of `grown` asks of guesses: chains, trees of so many nodes (0: none),
@@ -238,8 +251,9 @@ class MeasuredPace(Pace):
             sum(map(len, trees)) / rows,
             sum(len(tree.blocks) for tree in trees) / rows,
         )
+        rate = self._rate("tokens")
         self.tokens, self.candidates, self.blocks = (
-            KEEP * mean + (1 - KEEP) * new
+            mean + rate * (new - mean)
             for mean, new in zip((self.tokens, self.candidates, self.blocks), seen, strict=True)
         )
         judged = [(t, path) for t, path in zip(trees, paths, strict=True) if len(t)]
@@ -271,7 +285,7 @@ class MeasuredPace(Pace):
             branches = self.nodes is not None
             part, expected = "tree" if branches else "fixed", self.cost.of(slots, drafts, branches)
         error = min(seconds, TOO_SLOW * expected) - expected
-        more = getattr(self.cost, part) + (1 - KEEP) * error
+        more = getattr(self.cost, part) + self._rate(part) * error
         self.cost = replace(self.cost, **{part: max(0.0, more)})
 
     def _least(self) -> float:

@@ -93,8 +93,8 @@ class Speculation:
         return [_Group(self, found, zone) for zone, found in sorted(zones.items())]
 
     def _regrouped(self, groups: list[_Group]) -> list[_Group]:
-        """Groups without the rows that have finished, once they are half of theirs, and with rows
-        that have come to another zone in groups of their own."""
+        """Groups without the rows that have finished, once their slots in a forward are half as many
+        as there are rows, and with rows that have come to another zone in groups of their own."""
         kept: list[_Group] = []
         for group in groups:
             alive = [not self.canvas.over[row] for row in group.rows]
@@ -107,7 +107,9 @@ class Speculation:
             left = [n for n, (_, live, here) in enumerate(lines) if live and here]
             if not left:
                 continue
-            few = self.cache != "static" and 2 * len(left) <= len(group.rows)
+            # Their slots cost more the more there are; that of a cache that moves is one read.
+            over = 2 * (len(group.rows) - len(left)) * group.reader.slots
+            few = self.cache != "static" and over >= len(group.rows)
             if few or not all(stay):
                 group.select(left)
             kept.append(group)
