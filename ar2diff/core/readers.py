@@ -294,8 +294,10 @@ def slots_of(
     rows, rest = len(pos), columns - cached.shape[1] - pos.shape[1]
 
     def join(first: Tensor, second: Tensor, fill: int) -> Tensor:
-        empty = torch.full((rows, rest), fill, dtype=second.dtype)
-        return torch.cat([first.to(second.dtype), second, empty], 1)
+        parts = [first.to(second.dtype), second] if first.shape[1] else [second]
+        if rest:
+            parts.append(torch.full((rows, rest), fill, dtype=second.dtype))
+        return torch.cat(parts, 1) if len(parts) > 1 else second
 
     doc = join(torch.where(seen, 0, PADDING), torch.where(real, 0, PADDING), PADDING)
     clean = torch.zeros_like(seen)

@@ -93,7 +93,7 @@ class Speculation:
         return [_Group(self, found, zone) for zone, found in sorted(zones.items())]
 
     def _regrouped(self, groups: list[_Group]) -> list[_Group]:
-        """Groups without the rows that have finished, once their slots in a forward are half as many
+        """Groups without the rows that have finished, once their slots are half as many
         as there are rows, and with rows that have come to another zone in groups of their own."""
         kept: list[_Group] = []
         for group in groups:
