@@ -216,6 +216,28 @@ def test_worse_drafts_are_shorter_and_hopeless_ones_are_not_made():
     assert drafts == 0 and pace.resting
 
 
+def test_drafting_rests_briefly_until_the_first_timings_are_corrected():
+    """A plain forward that seemed fast is timed again while drafting rests."""
+    pace, drafted = MeasuredPace(Cost(0.4, 1.2, 0.01), 7), 0
+    chain = Tree([5, 6], [-1, 0], [1, 2], [0.9, 0.8], [1])
+    for _ in range(80):
+        drafts = pace.drafts()
+        drafted += bool(drafts)
+        if drafts:
+            pace.saw([chain], [[0]])
+        pace.took(1.25 if drafts else 1.0, 10 if drafts else 1, drafts)
+    assert pace.rest == 8 and 60 < drafted < 75
+
+
+def test_trees_that_do_not_keep_their_promise_are_given_up_and_must_promise_more():
+    pace = MeasuredPace(Cost(1.0, 1.2, 0.05, tree=0.5), 7)
+    chain = Tree([5, 6], [-1, 0], [1, 2], [0.9, 0.8], [1])
+    pace.chained, pace.nodes = pace.seconds, 15
+    for _ in range(30):
+        pace.saw([chain], [[]])  # nothing of it is accepted
+    assert pace.nodes is None and pace.margin > 1.3
+
+
 def test_the_cost_goes_through_what_was_measured():
     assert slots_of(2, 2) == 2 + 3 * 2
     timings = Timing(9, 2, 2.0), Timing(36, 5, 3.5), Timing(6, 5, 2.3)

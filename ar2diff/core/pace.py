@@ -21,7 +21,9 @@ KEEP = 0.95  # of a running mean, at each forward
 PRIOR = 2  # forwards that a first timing counts for, in the mean of the first few
 TRUST_RATE, MOST_TRUST = 0.05, 3.0
 TOO_SLOW = 2.0  # times the expected seconds: the machine did something else
-MARGIN = 1.1  # by which a tree must promise to be faster than a chain
+MARGIN = 1.1  # by which a tree must promise to be faster than a chain. It is given up if it is
+BRANCHED = 24  # slower by as much after so many forwards, and the next one must promise
+WIDER = 1.25  # times as much
 LOOK = 64  # forwards between two looks at what branches would be worth
 FIRST = 32  # forward of the first look
 REST, RETRY = 8, 128  # plain forwards after which drafting is tried again, at first and at most
@@ -155,6 +157,7 @@ class MeasuredPace(Pace):
         self.candidates, self.blocks = float(self.length), float(self.length + 1)
         self.forwards, self.resting, self.trying = 0, 0, LEARNED
         self.rest = REST  # how long drafting rests the next time
+        self.margin, self.branched, self.chained = MARGIN, 0, 0.0
         self.counts = {"plain": 0, "fixed": 0, "tree": 0, "tokens": 0}  # of what is averaged
 
     @property
@@ -256,6 +259,8 @@ class MeasuredPace(Pace):
             mean + rate * (new - mean)
             for mean, new in zip((self.tokens, self.candidates, self.blocks), seen, strict=True)
         )
+        if self.nodes is not None:
+            self._unbranch()
         judged = [(t, path) for t, path in zip(trees, paths, strict=True) if len(t)]
         if judged:
             self._calibrate(judged)
@@ -316,7 +321,16 @@ class MeasuredPace(Pace):
         fewer tokens per second."""
         speeds = {size: self._promise(bushes, size) for size in SIZES}
         best = max(SIZES, key=speeds.get)
-        self.nodes = best if speeds[best] > MARGIN * self._promise(chains) else None
+        nodes = best if speeds[best] > self.margin * self._promise(chains) else None
+        if nodes is not None and self.nodes is None:
+            self.branched, self.chained = 0, self.seconds
+        self.nodes = nodes
+
+    def _unbranch(self) -> None:
+        """Return to chains if trees have not kept their promise."""
+        self.branched += 1
+        if self.branched == BRANCHED and self.seconds > MARGIN * self.chained:
+            self.nodes, self.margin = None, WIDER * self.margin
 
     def _promise(self, trees: list[Tree], nodes: int | None = None) -> float:
         """Tokens per second of a row with chains, or trees of so many candidates, by their own
