@@ -85,6 +85,13 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "How to cache keys and values: dynamic, static or none; for full attention prefix or dual, "
         "which are approximate, or none.",
     ),
+    "compile": (
+        bool,
+        "--compile",
+        None,
+        "Compile the forward passes that recur, which takes a minute or more at first: CUDA graphs "
+        "on a GPU. For texts of hundreds of tokens; mode speculative also needs --draft-length.",
+    ),
     "check_cache": (
         bool,
         "--check-cache",

@@ -70,7 +70,7 @@ class Speculation:
         self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
         self.switches = rope_switches(model.config)
         vocabulary = model.config.get_text_config().vocab_size
-        self.without_gradients = without_gradients(model)
+        self.without_gradients = without_gradients(model, chooser.options.compile)
         greedy = chooser.options.greedy
         self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
 
@@ -219,6 +219,7 @@ class _Group:
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
             context_length(own.model.config), self.pace.most, own.draft,
+            own.chooser.options.compile,
         )  # fmt: skip
 
     def step(self) -> None:

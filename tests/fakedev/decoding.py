@@ -170,8 +170,8 @@ def states(setting: Setting, model: Any, spec: Any, draft: Any) -> tuple[Canvas,
         prompts = [[*prompt, *[MASK] * 9, 5, 6, *[MASK] * 9, 8] for prompt in prompts]
     grid = BLOCK if options.mode == "diffusion" and spec.attention != "full" else 1
     canvas = Canvas.of_prompts(
-        prompts, spec.mask_token_id, max_new_tokens=new, grid=grid, end_ids=options.eos_token_id,
-        min_new_tokens=options.min_new_tokens,
+        prompts, spec.mask_token_id, max_new_tokens=options.max_new_tokens, grid=grid,
+        end_ids=options.eos_token_id, min_new_tokens=options.min_new_tokens,
     )  # fmt: skip
     return canvas, denoise(model, spec, canvas, options, draft=draft)
 
