@@ -89,8 +89,8 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         bool,
         "--compile",
         None,
-        "Compile the forward passes that recur, which takes a minute or more at first: CUDA graphs "
-        "on a GPU. For texts of hundreds of tokens; mode speculative also needs --draft-length.",
+        "Compile the forward passes whose shapes recur; on a GPU, as CUDA graphs. The first text "
+        "takes about a minute longer. With mode speculative, set --draft-length too.",
     ),
     "check_cache": (
         bool,
