@@ -422,6 +422,8 @@ class _Group:
         for line, (row, front, tree) in enumerate(
             zip(self.rows, self.front, self.trees, strict=True)
         ):
+            if canvas.over[row]:  # its last candidates may lie beyond the canvas
+                continue
             ids[line, :, :front] = canvas.ids[row, :front]
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]
