@@ -185,6 +185,13 @@ def tokens(machine: Machine) -> Iterator[Row]:
             "draft",
             {"mode": "speculative", "draft_length": 7, "cache_implementation": "static"},
         ),
+        "ar, compiled": ("draft", {"mode": "ar", "compile": True}),
+        "draft adapter, compiled": (
+            "draft", {"mode": "speculative", "draft_length": 7, "compile": True},
+        ),
+        "diffusion, compiled": (
+            "converted", {"mode": "diffusion", "threshold": 0.9, "compile": True},
+        ),
         "lossless": ("converted", {"mode": "speculative", "draft_length": 7}),
         "diffusion": ("converted", {"mode": "diffusion", "threshold": 0.9}),
         "diffusion, sampled": ("converted", {"mode": "diffusion", "temperature": 0.8, "seed": 1}),
@@ -203,7 +210,10 @@ def tokens(machine: Machine) -> Iterator[Row]:
         texts = {}
         for device in ("cpu", "device"):
             checkpoint = models[kind, device]
-            wanted = settings_of(checkpoint, {"max_new_tokens": NEW, **settings})
+            asked = {"max_new_tokens": NEW, **settings}
+            if device == "cpu":
+                asked.pop("compile", None)
+            wanted = settings_of(checkpoint, asked)
             texts[device] = [f.token_ids for f in decode_rows(checkpoint, *wanted, rows)]
         pairs = zip(texts["cpu"], texts["device"], strict=True)
         yield {"case": name, "texts": len(rows), "different": sum(a != b for a, b in pairs)}

@@ -25,6 +25,7 @@ PROMPT = 128  # tokens
 ACCEPTED = (0, 2, 4)  # candidates that every forward accepts, set by hand
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
+COMPILED = ("ar", "chain of 7, 4 accepted", "tree of 31, 4 accepted", "diffusion, four")
 DIFFUSION = {"one a forward": 32, "two": 16, "four": 8}  # steps for a block of 32
 
 
@@ -49,12 +50,16 @@ def ways() -> dict[str, Decoding]:
         found[f"diffusion, {name}"] = Decoding({"mode": "diffusion", "steps_per_block": steps})
     static = {"mode": "diffusion", "steps_per_block": 8, "cache_implementation": "static"}
     found["diffusion, four, static cache"] = Decoding(static)
+    for name in COMPILED:
+        way = found[name]
+        found[f"{name}, compiled"] = Decoding({**way.settings, "compile": True}, way.accepted)
     return found
 
 
 def speeds(machine: Any) -> Iterator[dict[str, Any]]:
-    """Every mode at batch 1 and 8, in bfloat16: tokens a second, milliseconds of a forward, and how
-    often the device is waited for. Weights are random, so that what is accepted is set by hand."""
+    """Every mode at batch 1 and 8, in bfloat16, eager and in graphs: tokens a second, milliseconds
+    of a forward, and how often the device is waited for. Weights are random, so that what is
+    accepted is set by hand."""
     gc.collect()
     model = model_of(machine).to(torch.bfloat16).eval()
     vocabulary, new = model.config.vocab_size, 32 if machine.small else 128
@@ -121,8 +126,10 @@ def _ours(
 
 
 def _measured(machine: Any, run: Callable[[], int], tokens: int) -> dict[str, Any]:
-    run()  # warms up
+    begun = time.perf_counter()
+    run()  # warms up, and compiles
     machine.wait()
+    first = time.perf_counter() - begun
     machine.forget_peak()
     start = time.perf_counter()
     forwards = run()
@@ -133,6 +140,7 @@ def _measured(machine: Any, run: Callable[[], int], tokens: int) -> dict[str, An
         "tokens_per_second": round(tokens / seconds, 1),
         "forwards": forwards,
         "ms_per_forward": round(1e3 * seconds / forwards, 3),
+        "first_seconds": round(first, 2),
         "peak_gb": None if peak is None else round(peak / 1e9, 2),
         **_calls(machine, run, forwards),
     }

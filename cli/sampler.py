@@ -85,6 +85,13 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "How to cache keys and values: dynamic, static or none; for full attention prefix or dual, "
         "which are approximate, or none.",
     ),
+    "compile": (
+        bool,
+        "--compile",
+        None,
+        "Compile the forward passes whose shapes recur; on a GPU, as CUDA graphs. The first text "
+        "takes about a minute longer. With mode speculative, set --draft-length too.",
+    ),
     "check_cache": (
         bool,
         "--check-cache",

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import CLASSES, MASK, build_model, tiny_spec
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_likelihood import own_mask, raw_logits
 
@@ -129,8 +129,13 @@ def assert_a_batch_is_each_row_alone(prompts, kwargs):
         torch.testing.assert_close(together.logprob[row, :end], alone.logprob[0, :end])
 
 
+BEYOND = {"kind": "gpt2", "mode": "speculative", "max_new_tokens": 4, "draft_length": 3}
+
+
 @settings(max_examples=200, deadline=None)
 @given(calls())
+# The first row ends with candidates beyond the canvas, and the others go on.
+@example(([[1], [1, 3], [1, 8, 28]], {**BEYOND, "repetition_penalty": 1.7, "eos_token_id": []}))
 def test_a_batch_is_each_row_alone(call):
     assert_a_batch_is_each_row_alone(*call)
 

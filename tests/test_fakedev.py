@@ -17,7 +17,7 @@ from fakedev import build
 
 HERE = Path(__file__).parent
 SIX = [
-    "ar", "speculative static", "draft adapter", "threshold", "block_causal static", "full",
+    "ar", "speculative compiled", "draft adapter", "threshold", "block_causal compiled", "full",
 ]  # fmt: skip
 
 

@@ -100,5 +100,5 @@ def test_the_whole_programme_runs_in_small_on_a_pretended_gpu(tmp_path):
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert done.returncode == 0, [row for row in found if "error" in row]
     texts = [row for row in found if row["part"] == "tokens" and "different" in row]
-    assert len(texts) == 8 and all(row["different"] == 0 for row in texts)
+    assert len(texts) == 11 and all(row["different"] == 0 for row in texts)
     assert {row["verb"] for row in found if "verb" in row} == {"adapt", "sft", "rl", "generate"}

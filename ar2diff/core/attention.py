@@ -205,19 +205,27 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
     return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
 
 
-def with_context(mask: Tensor, seen: Tensor) -> Tensor:
+def with_context(mask: Tensor, seen: Tensor, held: Tensor | None = None) -> Tensor:
     """The mask of slots that follow a cached context, from the mask of the slots alone: each slot
     reads all of the context, which is what every rule above says if there is no window.
 
     Args:
         mask: [B or 1, 1, Q, S] of `model_mask`, bool or to be added. seen: [B, C] bool.
+        held: [B, 1, Q, C + S + ...] mask of a static cache, to be written in place; the columns
+            after the slots are empty.
     """
-    size = (len(seen), 1, mask.shape[2], seen.shape[1])
+    blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     if mask.dtype != torch.bool:
-        blocked = torch.finfo(mask.dtype).min
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, blocked)
-    mask = mask.expand(len(seen), -1, -1, -1)
-    return torch.cat([seen[:, None, None].expand(size), mask], -1)
+    if held is None:
+        size = (len(seen), 1, mask.shape[2], seen.shape[1])
+        mask = mask.expand(len(seen), -1, -1, -1)
+        return torch.cat([seen[:, None, None].expand(size), mask], -1)
+    columns = seen.shape[1]
+    held[..., :columns] = seen[:, None, None]
+    held[..., columns : columns + mask.shape[3]] = mask
+    held[..., columns + mask.shape[3] :] = blocked
+    return held
 
 
 @cache

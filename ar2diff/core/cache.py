@@ -11,13 +11,21 @@ This file is copied into converted folders: it imports torch, transformers and i
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from .attention import with_context
 from .transfer import upload
+
+# Static caches that no call uses, by rows, columns and whether they can be written outside of
+# inference mode: a CUDA graph is tied to the memory that it was captured with, so that the next
+# call of a model takes the same.
+FREE: WeakKeyDictionary[Any, dict[tuple[int, int, bool], Cache]] = WeakKeyDictionary()
+MOST_FREE = 2  # of a model
 
 
 class ContextCache:
@@ -28,19 +36,22 @@ class ContextCache:
         rows: number of rows.
         static: columns to allocate once (stock `StaticLayer`s, whose shapes never change); None
             lets it grow (`DynamicCache`). Sliding windows are left to the mask.
+        lent: whether the columns are those of an earlier call, and are left to a later one.
     """
 
-    def __init__(self, model: Any, rows: int, static: int | None = None):
+    def __init__(self, model: Any, rows: int, static: int | None = None, lent: bool = False):
         if static is None:
             self.stock: Any = DynamicCache()
+        elif lent:
+            self.stock = self._lent(model, rows, static)
         else:
-            layers = model.config.get_text_config().num_hidden_layers
-            self.stock = Cache(layers=[StaticLayer(max_cache_len=static) for _ in range(layers)])
+            self.stock = _static(model, static)
         self.static = static
         self.begin = torch.zeros(rows, dtype=torch.long)
         self.length = torch.zeros(rows, dtype=torch.long)
         self.width = 0  # columns in use
         self.kept: list[tuple[Any, Tensor, Tensor]] = []
+        self._masks: dict[int, Tensor] = {}  # of a static cache, by slots
 
     def columns(self, slots: int) -> int:
         """Number of key columns in a forward pass with this many slots."""
@@ -56,6 +67,22 @@ class ContextCache:
     def position(self) -> Tensor:
         """[R, width] positions of what the columns hold."""
         return torch.arange(self.width) - self.begin[:, None]
+
+    def mask(self, mask: Tensor, seen: Tensor, recurs: bool) -> Tensor:
+        """The mask of a forward with a static cache; it is overwritten by the next one that has as
+        many slots.
+
+        Args:
+            mask, seen: as of `with_context`, `seen` on the host.
+            recurs: whether there will be more of as many slots.
+        """
+        slots = mask.shape[2]
+        held = self._masks.get(slots)
+        if held is None:
+            held = mask.new_empty(len(self.length), 1, slots, self.static)
+        if recurs:
+            self._masks[slots] = held
+        return with_context(mask, *upload(mask.device, seen), held)
 
     def keep(self, slots: int, first: Tensor, count: Tensor, chosen: Tensor | None = None) -> None:
         """After a forward: slots first[r] .. first[r] + count[r] - 1 become context of row r, or
@@ -96,9 +123,19 @@ class ContextCache:
         for layer in layers:
             here = at[layer.keys.device]
             layer.keys, layer.values = layer.keys[here], layer.values[here]
-        self.begin, self.length = self.begin[rows], self.length[rows]
+        self.begin, self.length, self._masks = self.begin[rows], self.length[rows], {}
         width, self.width = self.width, int((self.begin + self.length).max())
         self._drop(width - self.width)
+
+    def _lent(self, model: Any, rows: int, static: int) -> Cache:
+        free, key = FREE.setdefault(model, {}), (rows, static, torch.is_inference_mode_enabled())
+        stock = free.pop(key, None)
+        if stock is None:
+            stock = _static(model, static)
+        else:
+            stock.reset()
+        finalize(self, _give_back, free, key, stock).atexit = False
+        return stock
 
     def _move(self, slots: int, source: Tensor, target: Tensor, kept: Tensor) -> None:
         """Move slots to columns, both [R, K], where `kept`."""
@@ -122,13 +159,13 @@ class ContextCache:
 
     def _drop(self, columns: int) -> None:
         layers = self._layers()
+        if self.static is not None:
+            if columns and layers:
+                torch._foreach_sub_([layer.cumulative_length for layer in layers], columns)
+            return
         for layer in layers if columns else ():
-            if self.static is None:
-                layer.crop(-columns)
-            else:
-                layer.cumulative_length.sub_(columns)
-        if self.static is None:
-            self.kept = [(layer, layer.keys, layer.values) for layer in layers]
+            layer.crop(-columns)
+        self.kept = [(layer, layer.keys, layer.values) for layer in layers]
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]
@@ -138,6 +175,19 @@ def _flat(columns: Tensor, heads: int, width: int) -> Tensor:
     """[R * heads * K] where columns [R, K] stand in the flattened [R, heads, width] of a layer."""
     block = torch.arange(len(columns) * heads).view(-1, heads, 1) * width
     return (block + columns[:, None]).flatten()
+
+
+def _static(model: Any, columns: int) -> Cache:
+    layers = model.config.get_text_config().num_hidden_layers
+    return Cache(layers=[StaticLayer(max_cache_len=columns) for _ in range(layers)])
+
+
+def _give_back(
+    free: dict[tuple[int, int, bool], Cache], key: tuple[int, int, bool], stock: Cache
+) -> None:
+    while len(free) >= MOST_FREE:
+        del free[next(iter(free))]
+    free[key] = stock
 
 
 def _devices(layers: list[Any]) -> set[torch.device]:

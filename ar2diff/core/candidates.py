@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .attention import layer_windows, model_mask, with_context
 from .cache import ContextCache
+from .compiled import compiled, rounded
 from .draft import Draft
 from .forward import logits_at, quiet_routers, rounds
 from .readers import ALL, slots_of
@@ -24,7 +25,6 @@ from .transfer import upload
 from .tree import Tree, shapes
 
 # Layouts of a single row recur from call to call, and small ones are kept with their model.
-# A static cache gives its masks another width at each call: they are built for each forward.
 LAYOUTS: WeakKeyDictionary[Any, dict[Any, tuple[_CandidateSlots, Any]]] = WeakKeyDictionary()
 MOST_KEPT, MOST_SLOTS = 1024, 64
 MOST_LAYOUTS = 64  # of any size that are remembered during a call
@@ -126,6 +126,7 @@ class CandidateReader:
         context: positions that the model has; drafts beyond it are not read.
         most: the most candidates and masks of a forward, for a static cache.
         draft: the draft adapter, if the model has one.
+        fast: whether the forwards after the prompt's are compiled; the cache is static then.
     """
 
     def __init__(
@@ -138,11 +139,13 @@ class CandidateReader:
         context: int | None,
         most: int,
         draft: Draft | None = None,
+        fast: bool = False,
     ):
-        self.model, self.spec, self.draft = model, spec, draft
+        self.model, self.spec, self.draft, self.fast = model, spec, draft, fast
         # The last accepted drafts may lie beyond the end of the canvas.
-        static = columns + spec.block_length + most if cache == "static" else None
-        self.cache = None if cache == "none" else ContextCache(model, rows, static)
+        columns += spec.block_length + most
+        static = (rounded(columns) if fast else columns) if cache == "static" else None
+        self.cache = None if cache == "none" else ContextCache(model, rows, static, lent=fast)
         self.last = (context or 1 << 60) - 1
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
         self.vocabulary = model.config.get_text_config().vocab_size
@@ -154,10 +157,7 @@ class CandidateReader:
         self._steady: dict[Any, tuple[_CandidateSlots, Any]] = {}
         self._kept = LAYOUTS.setdefault(model, {}) if rows == 1 else {}
         # What a layout and its mask depend on, besides the trees.
-        self._static = static is not None
-        self._kind = (
-            spec, model.config._attn_implementation, model.dtype, model.device, self._static
-        )  # fmt: skip
+        self._kind = spec, model.config._attn_implementation, model.dtype, model.device
 
     def read(
         self,
@@ -199,7 +199,11 @@ class CandidateReader:
         noisy = slice(layout.clean, None)
         states: list[Tensor] = []
         index, tokens, pos = upload(device, layout.index, tokens, pos.clamp(0, self.last))
-        with self.draft.applied(self.model, noisy) if drafting else nullcontext():
+        steady = self.fast and self.cache.width and first == 1
+        with (
+            self.draft.applied(self.model, noisy) if drafting else nullcontext(),
+            compiled(self.model) if steady else nullcontext(),
+        ):
             logits = logits_at(
                 self.model,
                 index,
@@ -315,17 +319,19 @@ class CandidateReader:
         if found is None:
             layout = _CandidateSlots.of(trees, certain, width, drafts, ahead)
             if not steady:
-                return layout, self._mask(layout, front, length, self._seen(len(front)))
+                seen = self._seen(len(front))
+                width = self.cache.columns(layout.pos.shape[1]) if self.cache else None
+                return layout, self._mask(layout, front, length, seen, width)
             none = torch.zeros(len(front), 0, dtype=torch.bool)
-            found = layout, None if self._static else self._mask(layout, front, length, none)
+            found = layout, self._mask(layout, front, length, none)
             small = len(front) == 1 and layout.pos.shape[1] <= MOST_SLOTS
             store, most = (self._kept, MOST_KEPT) if small else (self._steady, MOST_LAYOUTS)
             if len(store) >= most:
                 store.clear()
             store[key] = found
         layout, mask = found
-        if mask is None:
-            return layout, self._mask(layout, front, length, self._seen(len(front)))
+        if self.cache and self.cache.static is not None:
+            return layout, self.cache.mask(mask, self._seen(len(front)), recurs=certain == 1)
         if columns and self._full():
             seen = 0.0 if mask.is_floating_point() else True
             return layout, torch.nn.functional.pad(mask, (columns, 0), value=seen)
@@ -336,14 +342,20 @@ class CandidateReader:
         return self.cache.seen if self.cache else torch.zeros(rows, 0, dtype=torch.bool)
 
     def _mask(
-        self, layout: _CandidateSlots, front: list[int], length: list[int], seen: Tensor
+        self,
+        layout: _CandidateSlots,
+        front: list[int],
+        length: list[int],
+        seen: Tensor,
+        width: int | None = None,
     ) -> Any:
-        """The mask of the slots, which follow the columns `seen` [R, C] of the context."""
+        """The mask of the slots, which follow the columns `seen` [R, C] of the context; of `width`
+        columns, if some are empty."""
         start = torch.tensor(front)[:, None]
         pos, columns = layout.pos + start, seen.shape[1]
         slots, cached = pos.shape[1], torch.tensor(length)[:, None]
         built = slots_of(
-            self.cache.static if self._static else columns + slots,
+            width or columns + slots,
             seen,
             self.cache.position if columns else pos[:, :0],
             (pos >= cached) & (pos <= self.last) & layout.real,

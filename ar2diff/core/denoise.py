@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
+from .compiled import check_compiles
 from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches, without_gradients
@@ -78,6 +79,8 @@ def denoise(
             f"which has {rows} tokens",
             "use ids of its tokenizer",
         )
+    if options.compile:
+        check_compiles(model)
     suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
     penalty = _penalty(options)
     chooser = Chooser(
@@ -119,7 +122,7 @@ class _Denoiser:
         finished: Finished | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
-        self.without_gradients = without_gradients(model)
+        self.without_gradients = without_gradients(model, options.compile)
         self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
@@ -147,7 +150,9 @@ class _Denoiser:
         def make(rows: Tensor) -> BlockReader | FullReader:
             if full:
                 return FullReader(model, spec, length[rows], self.size, cache)
-            return BlockReader(model, spec, len(rows), columns, self.size, cache)
+            return BlockReader(
+                model, spec, len(rows), columns, self.size, cache, self.options.compile
+            )
 
         if switches := rope_switches(model.config):
             return SwitchingReader(make, switches, self.size, length if full else None)

@@ -255,7 +255,7 @@ def _branched(
 
     def branched(x: Tensor) -> Tensor:
         output = forward(x)
-        if get_ident() != own:
+        if _elsewhere(own):
             return output
         a, b = down.to(x.dtype), up.to(x.dtype)
         if len(x) == 1:  # the layer made its output for this forward alone
@@ -273,13 +273,18 @@ def _embedded(
     """The embeddings' forward that knows the mask's id, which the table lacks."""
 
     def embedded(ids: Tensor) -> Tensor:
-        if get_ident() != own:
+        if _elsewhere(own):
             return forward(ids)
         masked = ids == mask_token_id
         output = forward(ids.masked_fill(masked, 0))
         return torch.where(masked[..., None], row.to(output.dtype), output)
 
     return embedded
+
+
+def _elsewhere(own: int) -> bool:
+    """Whether the forward is that of another thread; those that are compiled never are."""
+    return not torch.compiler.is_compiling() and get_ident() != own
 
 
 def new_draft(model: Any, spec: DraftSpec, generator: torch.Generator) -> Draft:

@@ -95,6 +95,8 @@ class Options:
             Without these two, as many are drafted and verified as pay on this device.
         cache_implementation: `dynamic`, `static` or `none`; for `full` attention `none`, `prefix`
             or `dual`.
+        compile: call the decoder through torch.compile where the shape of a forward recurs; a GPU
+            then replays CUDA graphs. The cache is static.
         check_cache: also read each step without the cache, and note the differences in
             `Canvas.drift`.
         temperature: 0 is greedy. repetition_penalty, filters, sequence_bias: as in transformers.
@@ -114,6 +116,7 @@ class Options:
     draft_length: int | None = None
     draft_nodes: int | None = None
     cache_implementation: str = "dynamic"
+    compile: bool = False
     check_cache: bool = False
     temperature: float = 0.0
     repetition_penalty: float = 1.0
@@ -195,6 +198,7 @@ def resolve(
         draft_length=integer(get, "draft_length", None, 1),
         draft_nodes=integer(get, "draft_nodes", None, 1),
         cache_implementation=_cache(get, spec),
+        compile=bool(get("compile", False)),
         check_cache=bool(get("check_cache", False)),
         temperature=_temperature(get),
         repetition_penalty=number(get, "repetition_penalty", 1.0, 1 / LARGE, LARGE),
@@ -270,6 +274,12 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
                     f"{mode}",
                     f"leave out {option(name)}",
                 )
+    if options.compile and _measures(options):
+        raise Ar2DiffError(
+            f"{option('compile')} needs forwards of one shape, but {mode} varies the number of "
+            "drafts",
+            f"set {option('draft_length')}, or use {option('mode', 'ar')}",
+        )
     for name in ("draft_length", "draft_nodes"):
         if called.get(name) is not None and options.mode != "speculative":
             raise Ar2DiffError(
@@ -284,6 +294,12 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
             f"of {spec.block_length}",
             f"set it to {spec.block_length - 1} or less",
         )
+
+
+def _measures(options: Options) -> bool:
+    """Whether the number of drafts is chosen while decoding."""
+    fixed = options.draft_length is not None or options.draft_nodes is not None
+    return options.mode == "speculative" and not fixed
 
 
 def _rule(get: Source) -> dict[str, Any]:
@@ -332,6 +348,8 @@ def _block_length(get: Source, spec: Spec) -> int | None:
 
 def _cache(get: Source, spec: Spec) -> str:
     full = spec.attention == "full"
+    if get("compile", False):
+        return _static_cache(get, full)
     value = get("cache_implementation", "none" if full else "dynamic")
     if get("use_cache") is False:
         value = "none"
@@ -345,6 +363,27 @@ def _cache(get: Source, spec: Spec) -> str:
             f"use one of {', '.join(allowed)}",
         )
     return value
+
+
+def _static_cache(get: Source, full: bool) -> str:
+    """The cache of compiled forwards, unless the call asks for another."""
+    needs = f"{option('compile')} needs a static cache"
+    if full:
+        raise Ar2DiffError(
+            f"{needs}, which does not work with full attention", f"leave out {option('compile')}"
+        )
+    if get("use_cache") is False:
+        raise Ar2DiffError(
+            f"{needs}, but {option('use_cache', False)} asks for none",
+            f"leave out {option('compile')}",
+        )
+    asked = get.places[0].get("cache_implementation")
+    if asked not in (None, "static"):
+        raise Ar2DiffError(
+            f"{needs}, not {option('cache_implementation', shortened(asked))}",
+            f"leave out {option('cache_implementation')}",
+        )
+    return "static"
 
 
 def _temperature(get: Source) -> float:

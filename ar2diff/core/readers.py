@@ -10,6 +10,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from .attention import (
     with_context,
 )
 from .cache import ContextCache
+from .compiled import compiled, rounded
 from .forward import logits_at
 from .spec import Spec
 from .transfer import upload
@@ -64,18 +66,28 @@ class BlockReader:
         columns: how many a static cache has.
         size: block length (at most the trained one).
         cache: `dynamic`, `static`, or `none`: the context is read again at each step.
+        fast: whether the forwards of fixed shape are compiled; the cache is static then.
     """
 
-    def __init__(self, model: Any, spec: Spec, rows: int, columns: int, size: int, cache: str):
-        self.model, self.spec, self.size = model, spec, size
-        static = columns if cache == "static" else None
-        self.cache = None if cache == "none" else ContextCache(model, rows, static)
+    def __init__(
+        self,
+        model: Any,
+        spec: Spec,
+        rows: int,
+        columns: int,
+        size: int,
+        cache: str,
+        fast: bool = False,
+    ):
+        self.model, self.spec, self.size, self.fast = model, spec, size, fast
+        static = (rounded(columns) if fast else columns) if cache == "static" else None
+        self.cache = None if cache == "none" else ContextCache(model, rows, static, lent=fast)
         self.rows = rows
         self.boundary: Tensor | None = None  # [R, V] shift: logits of the context's last position
         self._layout: _StepSlots | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}  # by pending tokens
         windows = layer_windows(model.config.get_text_config(), spec.local_window)
-        self.alike = static is None and not any(windows.values())  # all slots read the context
+        self.alike = not any(windows.values())  # all slots read the context
 
     def read(self, ids: Tensor, start: Tensor, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, in row-major order.
@@ -93,15 +105,18 @@ class BlockReader:
         index, tokens, pos, *across = upload(
             device, index, ids.gather(1, layout.pos), layout.pos, *self._boundaries(layout, masked)
         )
-        logits = logits_at(
-            self.model,
-            index,
-            cache=self.cache.stock if self.cache else None,
-            input_ids=tokens,
-            attention_mask=layout.mask,
-            position_ids=pos,
-        )
         slots = layout.pos.shape[1]
+        # A block alone, or behind the one before it; the first forward reads the prompt.
+        steady = self.fast and self.cache.width and slots in (self.size, 2 * self.size)
+        with compiled(self.model) if steady else nullcontext():
+            logits = logits_at(
+                self.model,
+                index,
+                cache=self.cache.stock if self.cache else None,
+                input_ids=tokens,
+                attention_mask=layout.mask,
+                position_ids=pos,
+            )
         if self.cache:
             self.cache.keep(slots, slots - self.size - layout.pending, layout.pending)
             if slots > self.size:
@@ -168,11 +183,11 @@ class BlockReader:
         seen = self.cache.seen if self.cache else torch.zeros(len(pos), 0, dtype=torch.bool)
         key = tuple(pending.tolist())
         if self.alike and key in self._masks:
-            return with_context(self._masks[key], *upload(self.model.device, seen))
+            return self._after_context(self._masks[key], seen)
         columns = 0 if self.alike else seen.shape[1]
         cached = self.cache.position if columns else pos[:, :0]
         layout = slots_of(
-            self.cache.static if self.cache and self.cache.static else columns + slots,
+            columns + slots if self.alike or not self.cache else self.cache.columns(slots),
             seen[:, :columns],
             cached,
             pos >= length[:, None],
@@ -189,6 +204,12 @@ class BlockReader:
         if len(self._masks) > MASKS:
             self._masks.clear()
         self._masks[key] = mask
+        return self._after_context(mask, seen)
+
+    def _after_context(self, mask: Tensor, seen: Tensor) -> Tensor:
+        """The mask of the slots that follow the columns `seen` [R, C] of the context."""
+        if self.cache and self.cache.static is not None:
+            return self.cache.mask(mask, seen, recurs=mask.shape[2] <= 2 * self.size)
         return with_context(mask, *upload(self.model.device, seen))
 
 

@@ -70,7 +70,7 @@ class Speculation:
         self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
         self.switches = rope_switches(model.config)
         vocabulary = model.config.get_text_config().vocab_size
-        self.without_gradients = without_gradients(model)
+        self.without_gradients = without_gradients(model, chooser.options.compile)
         greedy = chooser.options.greedy
         self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
 
@@ -221,6 +221,7 @@ class _Group:
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
             context_length(own.model.config), self.pace.most, own.draft,
+            own.chooser.options.compile,
         )  # fmt: skip
 
     def step(self) -> None:
@@ -423,6 +424,8 @@ class _Group:
         for line, (row, front, tree) in enumerate(
             zip(self.rows, self.front, self.trees, strict=True)
         ):
+            if canvas.over[row]:  # its last candidates may lie beyond the canvas
+                continue
             ids[line, :, :front] = canvas.ids[row, :front]
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]

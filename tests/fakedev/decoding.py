@@ -13,7 +13,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from conftest import MASK, build_model, tiny_spec, with_head
 from test_draft import draft_of
 
 from ar2diff.core.canvas import Canvas
+from ar2diff.core.compiled import DECODERS
 from ar2diff.core.denoise import denoise
 from ar2diff.core.generate import check_model
 from ar2diff.core.options import resolve
@@ -65,19 +66,21 @@ def _denoised(**options: Any) -> Setting:
 DRAWN = {"temperature": 0.8, "seed": 3}
 CHAIN, TREE = {"draft_length": 3}, {"draft_length": 3, "draft_nodes": 7}
 STATIC = {"cache_implementation": "static"}
+COMPILED = {"compile": True}  # on the device, where nothing compiles, graphs are plain calls
 FILTERED = {"min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4}
 
 SIX = {
     "ar": _ar(**DRAWN),
-    "speculative static": _speculative(**CHAIN, **STATIC),
+    "speculative compiled": _speculative(**CHAIN, **COMPILED),
     "draft adapter": _drafted(**TREE),
     "threshold": _denoised(threshold=0.9),
-    "block_causal static": Setting("block_causal", {"steps_per_block": 2, **STATIC}, "same"),
+    "block_causal compiled": Setting("block_causal", {"steps_per_block": 2, **COMPILED}, "same"),
     "full": Setting("full", {"steps_per_block": 2, "block_length": BLOCK, **DRAWN}),
 }
 SETTINGS = SIX | {
     "ar greedy": _ar(),
     "ar static": _ar(**STATIC),
+    "ar compiled": _ar(**COMPILED),
     "ar alone": Setting(options={"mode": "ar"}, rows=1),
     "ar eight": Setting(options={"mode": "ar"}, rows=8),
     "ar none": _ar(cache_implementation="none"),
@@ -101,17 +104,22 @@ SETTINGS = SIX | {
     "draft eight": Setting(options=CHAIN, drafted=True, rows=8),
     "draft drawn": _drafted(**TREE, **DRAWN),
     "draft static": _drafted(**CHAIN, **STATIC),
+    "draft compiled": _drafted(**TREE, **DRAWN, **COMPILED),
     "draft measured": _drafted(),
     "threshold alone": Setting(options={"mode": "diffusion", "threshold": 0.9}, rows=1),
     "threshold eight": Setting(options={"mode": "diffusion", "threshold": 0.9}, rows=8),
     "threshold same": Setting(options={"mode": "diffusion", "threshold": 0.5}, prediction="same"),
     "threshold static": _denoised(threshold=0.5, **STATIC),
+    "threshold compiled": _denoised(threshold=0.5, **COMPILED),
     "threshold none": _denoised(threshold=0.5, cache_implementation="none"),
     "threshold drawn": _denoised(threshold=0.5, **DRAWN),
     "threshold filtered": _denoised(threshold=0.5, **DRAWN, **FILTERED, top_k=20, top_p=0.9),
     "top_h": _denoised(threshold=0.5, **DRAWN, top_h=0.5),
     "threshold window": Setting(
         options={"threshold": 0.5, "mode": "diffusion"}, kind="mistral_window"
+    ),
+    "window compiled": Setting(
+        options={"threshold": 0.5, "mode": "diffusion", **COMPILED}, kind="mistral_window"
     ),
     "eager": Setting(options={"threshold": 0.5, "mode": "diffusion"}, kind="gemma2"),
     "gaps": Setting(options={"mode": "diffusion", "threshold": 0.5}, gaps=True),
@@ -170,8 +178,8 @@ def states(setting: Setting, model: Any, spec: Any, draft: Any) -> tuple[Canvas,
         prompts = [[*prompt, *[MASK] * 9, 5, 6, *[MASK] * 9, 8] for prompt in prompts]
     grid = BLOCK if options.mode == "diffusion" and spec.attention != "full" else 1
     canvas = Canvas.of_prompts(
-        prompts, spec.mask_token_id, max_new_tokens=new, grid=grid, end_ids=options.eos_token_id,
-        min_new_tokens=options.min_new_tokens,
+        prompts, spec.mask_token_id, max_new_tokens=options.max_new_tokens, grid=grid,
+        end_ids=options.eos_token_id, min_new_tokens=options.min_new_tokens,
     )  # fmt: skip
     return canvas, denoise(model, spec, canvas, options, draft=draft)
 
@@ -179,10 +187,13 @@ def states(setting: Setting, model: Any, spec: Any, draft: Any) -> tuple[Canvas,
 def compare(name: str, device: torch.device, module: Any, verbose: bool = False) -> dict[str, Any]:
     """Decode in one way on both devices."""
     setting, texts = SETTINGS[name], []
+    plain = {option: value for option, value in setting.options.items() if option != "compile"}
     for model, spec, draft in models(setting, device):
-        if model.device.type == device.type:
+        here = model.device.type == device.type
+        if here:
             check_model(model, spec, draft)
-        canvas, forwards = states(setting, model, spec, draft)
+        asked = setting if here else replace(setting, options=plain)
+        canvas, forwards = states(asked, model, spec, draft)
         next(forwards)  # the prompts, and the timing of forwards
         calls: list[None] = []
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
@@ -191,6 +202,7 @@ def compare(name: str, device: torch.device, module: Any, verbose: bool = False)
                 pass
         hook.remove()
         count = len(calls)
+        assert (model in DECODERS) == (here and "compile" in setting.options)
         texts.append([canvas.new_ids(row) for row in range(len(canvas.ids))])
         if setting.gaps:
             texts[-1] = canvas.ids.tolist()
