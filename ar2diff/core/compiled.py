@@ -65,7 +65,7 @@ def compiled(model: Any) -> Iterator[None]:
     """
     with LOCK:
         decoder = DECODERS.get(model)
-        if decoder is None:
+        if decoder is None or decoder.kind != model.device.type:
             decoder = DECODERS[model] = _Decoder(model)
     with decoder.installed():
         yield
@@ -76,12 +76,13 @@ class _Decoder:
     latter."""
 
     def __init__(self, model: Any):
-        self.module = model.get_decoder()
+        self.module, self.kind = model.get_decoder(), model.device.type
         self.plain = self.module.forward
-        self.fast = _graphs_of(self.plain) if model.device.type in DEVICES else self.plain
-        # CUDA graphs belong to the thread that captured them.
-        self.owner = get_ident() if model.device.type == "cuda" else None
+        self.fast = _graphs_of(self.plain) if self.kind in DEVICES else self.plain
+        # CUDA graphs are replayed by the thread that captured them; others use the plain forward.
+        self.owner = get_ident() if self.kind == "cuda" else None
         self.threads: set[int] = set()
+        self.before: Callable[..., Any] | None = None  # the module's own `forward`, if it has one
 
     @contextmanager
     def installed(self) -> Iterator[None]:

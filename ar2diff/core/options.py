@@ -380,7 +380,7 @@ def _static_cache(get: Source, full: bool) -> str:
     asked = get.places[0].get("cache_implementation")
     if asked not in (None, "static"):
         raise Ar2DiffError(
-            f"{needs}, not {option('cache_implementation', shortened(asked))}",
+            f"{needs}, not {shortened(asked)}",
             f"leave out {option('cache_implementation')}",
         )
     return "static"
