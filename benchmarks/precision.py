@@ -40,6 +40,8 @@ STEPS, WARM = 20, 4  # timed training steps of each way, after a few that are no
 def step_ratios(recipe_name: str, folder: str) -> dict[str, Any]:
     """Seconds of a training step in each way on the same batches, and how many times as long one in
     float32 takes."""
+    import torch
+
     from ar2diff.config.recipe import load_recipe
     from ar2diff.training.adapt import ADAPT
 
@@ -58,7 +60,10 @@ def step_ratios(recipe_name: str, folder: str) -> dict[str, Any]:
     for batch in batches:
         for way, trainer in trainers.items():
             start = time.process_time()
-            trainer.training_step(trainer.model, dict(batch))
+            # As accelerate does it, of which one process has one precision.
+            with torch.autocast("cpu", torch.bfloat16, enabled=way.startswith("bf16")):
+                loss = trainer.compute_loss(trainer.model, dict(batch))
+            loss.backward()
             seconds[way].append(time.process_time() - start)
             trainer.model.zero_grad()
     timed = {way: values[WARM:] for way, values in seconds.items()}
