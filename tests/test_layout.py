@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "core", "diffusion", "config", "distributed", "data", "checkpoint", "rewards", "conversion",
-    "generation", "evaluation", "training", "hub", "api", "cli", "demo",
+    "generation", "evaluation", "report", "training", "hub", "api", "cli", "demo",
 )  # fmt: skip
 FLAT = {"__init__.py", "__main__.py", "doctor.py"}  # what lies beside the folders
 SOURCES = [*(ROOT / "ar2diff").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
