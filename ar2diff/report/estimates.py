@@ -1,4 +1,4 @@
-"""Values with their standard errors: means, shares, quotients, medians, and differences of pairs."""
+"""Values with their standard errors: means, shares, quotients, medians, paired differences."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def mean(values: Sequence[float]) -> Value:
 
 
 def share(hits: Sequence[bool], scale: float = 100.0) -> Value:
-    """The share of hits, in per cent. Where all or none are hits, the error is that of two more hits
-    and two more misses, as the sample's own would be 0."""
+    """The share of hits, in per cent. Where all or none are hits, the error is that of a sample
+    with two more hits and two more misses, since its own would be 0."""
     n, count = len(hits), sum(map(bool, hits))
     p = count / n
     error = sqrt(p * (1 - p) / (n - 1)) if 0 < count < n else _padded(count + 2, n + 4)
@@ -58,14 +58,27 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], scale: float = 1.0) -
     return Value(scale * value, scale * sqrt(n / (n - 1) * rest) / whole, n)
 
 
+def ratio_difference(
+    ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]
+) -> Value:
+    """`ratio` of our parts and wholes minus that of theirs, from pairs."""
+    rests, values = [], []
+    for parts, wholes in (ours, theirs):
+        value, average = sum(parts) / sum(wholes), fmean(wholes)
+        rests.append([(a - value * b) / average for a, b in zip(parts, wholes, strict=True)])
+        values.append(value)
+    error = mean([a - b for a, b in zip(*rests, strict=True)]).error
+    return Value(values[0] - values[1], error, len(rests[0]))
+
+
 def middle(values: Sequence[float]) -> Value:
     """The median, with a bootstrapped error."""
     return bootstrap(values, median)
 
 
 def percentile(groups: Sequence[Sequence[float]], q: float) -> Value:
-    """A percentile of all values, `q` from 0 to 1; whole groups are drawn for its error, because the
-    values of one are not independent."""
+    """A percentile of all values, `q` from 0 to 1. Whole groups are drawn for its error, because
+    the values of one are not independent."""
     return bootstrap(groups, lambda drawn: _quantile([v for group in drawn for v in group], q))
 
 

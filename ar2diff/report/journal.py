@@ -46,6 +46,9 @@ class Journal:
         folder: of the report. plan: what is measured, as JSON values.
         fresh: drop the rows that are there.
 
+    Attributes:
+        rows: by question and part. seconds: that all parts together took.
+
     Raises:
         Ar2DiffError: the folder holds rows of another plan.
     """
@@ -56,17 +59,19 @@ class Journal:
         if fresh:
             for old in [file, *self.folder.glob("*.jsonl")]:
                 old.unlink(missing_ok=True)
-        _check_plan(file, plan, folder)
+        check_plan(folder, plan)
         write_json(file, plan)
+        self.seconds = 0.0
         self.rows = {question: self._read(question) for question in QUESTIONS}
 
     def has(self, part: Part) -> bool:
         """Whether a part has been measured."""
         return part.name in self.rows[part.question]
 
-    def write(self, part: Part, rows: Sequence[Row]) -> None:
-        """Add the rows of a part that has been measured."""
-        lines = _lines(part.name, rows)
+    def write(self, part: Part, rows: Sequence[Row], seconds: float) -> None:
+        """Add the rows of a part, of which there is at least one, and how long it took."""
+        lines = _lines(part.name, rows, seconds)
+        self.seconds += seconds
         with disk_errors(self.folder), self._file(part.question).open("a", encoding="utf-8") as to:
             to.write(lines)
             to.flush()
@@ -86,18 +91,20 @@ class Journal:
         if not file.exists():
             return {}
         found: dict[str, list[Row]] = defaultdict(list)
-        sizes = {}
+        sizes, took = {}, {}
         with disk_errors(file):
             text = file.read_text(encoding="utf-8", errors="replace")
         for line in text.splitlines():
             try:
                 row = parse_json(line)
-                name, sizes[name] = row.pop("part"), row.pop("of")
+                name = row.pop("part")
+                sizes[name], took[name] = row.pop("of"), row.pop("took")
             except (ValueError, KeyError, AttributeError):
                 continue
             found[name].append(row)
         whole = {name: rows for name, rows in found.items() if len(rows) == sizes[name]}
-        kept = "".join(_lines(name, rows) for name, rows in whole.items())
+        kept = "".join(_lines(name, rows, took[name]) for name, rows in whole.items())
+        self.seconds += sum(took[name] for name in whole)
         if kept != text:
             with disk_errors(file):
                 beside = file.with_name(f"{file.name}.partial")
@@ -106,14 +113,18 @@ class Journal:
         return whole
 
 
-def _lines(name: str, rows: Sequence[Row]) -> str:
-    size = len(rows)
-    return "".join(
-        json.dumps({"part": name, "of": size, **row}, ensure_ascii=False) + "\n" for row in rows
-    )
+def _lines(name: str, rows: Sequence[Row], seconds: float) -> str:
+    about = {"part": name, "of": len(rows), "took": round(seconds, 3)}
+    return "".join(json.dumps(about | row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _check_plan(file: Path, plan: Row, folder: Path) -> None:
+def check_plan(folder: Path, plan: Row) -> None:
+    """Refuse a report's folder that holds rows of another plan.
+
+    Raises:
+        Ar2DiffError: it does.
+    """
+    file = folder / ROWS / PLAN
     if not file.exists():
         return
     try:

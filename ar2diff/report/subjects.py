@@ -33,11 +33,14 @@ class Held:
     Attributes:
         key: `model`, `base`, `control`, `against 1`, ...
         name: as the user gave it.
+        known: ids below it are tokens of all subjects; others are not written, because the base
+            could not judge them.
     """
 
     key: str
     name: str
     checkpoint: Checkpoint
+    known: int
 
     @property
     def kind(self) -> str:
@@ -115,15 +118,17 @@ def load_subjects(
     for key, name in named.items():
         if key.startswith("against"):
             _check_model(name)
-    held = {"model": Held("model", model, load(model, dtype))}
-    vocabulary = held["model"].checkpoint.tokenizer.get_vocab()
+    found = {"model": load(model, dtype)}
+    vocabulary = found["model"].tokenizer.get_vocab()
     for key, place in places.items():
         if not is_draft(place):
             _check_tokens(key, named[key], vocabulary, load_tokenizer(place).get_vocab())
     for key, name in named.items():
-        held[key] = Held(key, name, load(name, dtype))
-        _check_tokens(key, name, vocabulary, held[key].checkpoint.tokenizer.get_vocab())
-    return held
+        found[key] = load(name, dtype)
+        _check_tokens(key, name, vocabulary, found[key].tokenizer.get_vocab())
+    known = min(c.model.config.get_text_config().vocab_size for c in found.values())
+    named = {"model": model, **named}
+    return {key: Held(key, named[key], checkpoint, known) for key, checkpoint in found.items()}
 
 
 def base_of(model: str) -> str | None:

@@ -1,7 +1,7 @@
 """Writing text as users do, by the public interfaces, and what it took.
 
 A base writes with `generate` of transformers, everything else with ours. Both get left-padded
-prompts and tell a streamer when text arrives; the forwards of the model are counted outside of both.
+prompts and tell a streamer when text arrives; the forwards are counted outside of both.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class Way:
 
     def _own(self, ids: Tensor, **arguments: Any) -> Any:
         checkpoint = self.held.checkpoint
-        suppressed = checkpoint.suppressed.nonzero()[:, 0].tolist()
+        suppressed = checkpoint.suppressed.clone()
+        suppressed[self.held.known :] = True
+        suppressed = suppressed.nonzero()[:, 0].tolist()
         return generate(
             ids, model=checkpoint.model, draft=checkpoint.draft, tokenizer=checkpoint.tokenizer,
             return_dict_in_generate=True, suppress_tokens=suppressed, **arguments,
