@@ -20,7 +20,8 @@ FORMAT = 1
 FILE = "report.json"
 STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
-BASELINE, LOOKUP = "transformers", "prompt lookup"  # settings of the stock `generate`
+# Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
+BASELINE, LOOKUP, RANKED = "transformers", "prompt lookup", "ranked draws"
 
 Question = Literal["speed", "quality", "length", "control"]
 QUESTIONS: tuple[Question, ...] = ("speed", "quality", "length", "control")
@@ -312,7 +313,7 @@ def _wrong_setting(figure: Figure, report: Report) -> Iterator[str]:
     for name in sorted((used.keys() | stated.keys()) - free):
         if used.get(name) != stated.get(name):
             yield f"{name} is {used.get(name)}, but {stated.get(name)} in its setting"
-    stock = figure.setting in (BASELINE, LOOKUP)
+    stock = figure.setting in (BASELINE, LOOKUP, RANKED)
     if figure.evidence["callable"] != (STOCK if stock else OWN):
         yield f"it was measured with {figure.evidence['callable']}"
     if figure.setting == BASELINE:

@@ -24,6 +24,8 @@ from .writing import Way, batches
 
 QUESTION = "length"
 STRETCHES = 8  # of positions, up to the context
+LEAST = 8  # texts, below which no error means much
+JUDGED = 16  # answers of a length whose text is judged
 WARMING = 16  # tokens of an answer before the first that is timed
 PROFILED = 256  # tokens of an answer whose memory is measured, without a GPU
 TOO_LONG = "profiling them takes too long on a CPU"
@@ -65,19 +67,18 @@ def _lengths(session: Session) -> list[tuple[int, int]]:
     ]
 
 
-def long_rows(session: Session, length: int) -> list[list[int]]:
-    """Held-out texts, one after the other, cut to rows of a length; each begins with a text's
-    beginning."""
-    rows: list[list[int]] = []
-    row: list[int] = []
-    for ids in session.encode(session.material.texts):
-        row += ids
-        if len(row) >= length:
-            rows.append(row[:length])
-            row = []
-            if len(rows) == session.sizes.long_rows:
-                break
-    return rows
+def long_rows(session: Session, length: int, most: int | None = None) -> list[list[int]]:
+    """The beginnings of held-out texts that are as long."""
+    texts = session.encode(session.material.texts)
+    most = most or session.sizes.long_rows
+    return [ids[:length] for ids in texts if len(ids) >= length][:most]
+
+
+def _filled(session: Session, length: int) -> list[list[int]]:
+    """Rows of a length to be timed, of several texts each: what they say makes no difference."""
+    ids = [token for text in session.encode(session.material.texts) for token in text]
+    ids *= -(-length * session.sizes.length_repeats // len(ids))
+    return batches(ids, length)[: session.sizes.length_repeats]
 
 
 # Time and memory
@@ -85,7 +86,8 @@ def long_rows(session: Session, length: int) -> list[list[int]]:
 
 def _cell(session: Session, prompt: int, answer: int) -> list[Row]:
     """Answers of exactly a length to prompts of a length, one prompt at a time, interleaved."""
-    prompts = long_rows(session, prompt)
+    real = long_rows(session, prompt)
+    prompts = real if len(real) >= LEAST else _filled(session, prompt)
     ways, rows = session.main_ways(), []
     limits = {"max_new_tokens": answer, "min_new_tokens": answer}
     for repeat in range(session.sizes.length_repeats):
@@ -96,6 +98,16 @@ def _cell(session: Session, prompt: int, answer: int) -> list[Row]:
             if row is not None:
                 about = {"subject": way.held.key, "setting": way.setting, "repeat": repeat}
                 rows.append({**about, "prompt": prompt, "answer": answer, **row})
+    if len(real) < LEAST:
+        what = f"text after prompts of {prompt} tokens"
+        session.miss(QUESTION, what, f"fewer than {LEAST} texts are that long")
+    elif session.base is not None:
+        for way in ways:
+            what = f"text after prompts of {prompt} tokens of {way.name}"
+            call = partial(_judged, session, way, real[:JUDGED], limits)
+            about = {"subject": way.held.key, "setting": way.setting}
+            about |= {"prompt": prompt, "answer": answer}
+            rows += [about | row for row in session.attempt(QUESTION, what, call) or ()]
     on_gpu = session.model.checkpoint.model.device.type == "cuda"
     if answer > PROFILED and not on_gpu:
         session.miss(QUESTION, f"memory for answers of {answer} tokens", TOO_LONG)
@@ -115,10 +127,21 @@ def _timed(
     if repeat == 0:  # warm
         way.write(group, session.clock, max_new_tokens=WARMING)
     written = way.write(group, session.clock, **limits)
-    row = {"seconds": written.seconds, **taken(written), **shape_of(written.answers[0])}
-    if session.base is not None:
-        row["nats"] = continued_nats(session.base, group, written.answers)[0]
-    return row
+    return {"seconds": written.seconds, **taken(written)}
+
+
+def _judged(
+    session: Session, way: Way, prompts: list[list[int]], limits: dict[str, int]
+) -> list[Row]:
+    """What the base says of answers of exactly a length."""
+    written = way.write(prompts, session.clock, **limits)
+    nats = continued_nats(session.base, prompts, written.answers)
+    rows = [
+        {"nats": value, "tokens": len(answer), "forwards": 0, "steps": 0, **shape_of(answer)}
+        for answer, value in zip(written.answers, nats, strict=True)
+    ]
+    rows[-1] |= {"forwards": written.forwards, "steps": written.longest}
+    return rows
 
 
 # Likelihood by position
@@ -128,17 +151,21 @@ def _positions(session: Session, held: Held) -> list[Row]:
     """Nats of each stretch of long rows, given all that precedes it."""
     length = _context(session)
     width = max(1, length // STRETCHES)
-    rows, found = long_rows(session, length), []
+    found: list[Row] = []
     checkpoint = held.checkpoint
     window = checkpoint.spec_or_causal.local_window
     for first in range(0, length - width + 1, width):
         last, start = first + width, max(1, first)
-        cut = [row[:last] for row in rows]
+        cut = long_rows(session, last)
+        if len(cut) < LEAST:
+            what = f"likelihood at positions from {first}"
+            session.miss(QUESTION, what, f"fewer than {LEAST} texts are that long")
+            break
         tokens = [int(scored(row, checkpoint.suppressed)[start:].sum()) for row in cut]
-        ar = both = [None] * len(rows)
+        ar = both = [None] * len(cut)
         if held.has_ar_mode:
             nats = ar_nll(checkpoint.model, cut, checkpoint.suppressed, window).nats
-            before = [row[:start] for row in rows]
+            before = [row[:start] for row in cut]
             nats = nats - ar_nll(checkpoint.model, before, checkpoint.suppressed, window).nats
             ar = nats.tolist()
         if held.denoises:
@@ -224,10 +251,6 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     _stop_figures(session, found, rows)
     if not _lengths(session):
         session.miss(QUESTION, "time by length", "the context is too short")
-    for held in session.subjects.values():
-        if held.described().trained_length is None:
-            why = "it is not recorded"
-            session.miss(QUESTION, f"the length that {held.key} was trained on", why)
     return found
 
 
@@ -236,27 +259,26 @@ def _way_of(session: Session, row: Row) -> Way:
 
 
 def _cell_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
-    cells: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        if "repeat" in row:
-            cells[row["prompt"], row["answer"], row["subject"], row["setting"]].append(row)
-    for (prompt, answer, subject, setting), cell in cells.items():
+    timed, judged = (_cells(rows, kind) for kind in ("repeat", "nats"))
+    for (prompt, answer, subject, setting), cell in timed.items():
         if len(cell) < 2:
             continue
         way, at = _way_of(session, cell[0]), {"prompt": prompt, "answer": answer}
         evidence = way.evidence(cell, max_new_tokens=answer, min_new_tokens=answer)
-        base = cells.get((prompt, answer, "base", BASELINE))
-        is_base = subject == "base"
-        add = partial(found.add, QUESTION, subject=subject, setting=setting, at=at)
-        add(
-            "seconds_per_token", value=middle([row["seconds"] / row["tokens"] for row in cell]),
-            difference=None if base is None or is_base else _slower(cell, base), evidence=evidence,
+        base = timed.get((prompt, answer, "base", BASELINE)) if subject != "base" else None
+        found.add(
+            QUESTION, "seconds_per_token", subject,
+            middle([row["seconds"] / row["tokens"] for row in cell]), setting=setting, at=at,
+            difference=None if base is None else _slower(cell, base), evidence=evidence,
         )  # fmt: skip
-        if "nats" in cell[0]:
-            value = ratio([row["nats"] for row in cell], [row["tokens"] for row in cell])
-            apart_ = worse_text(cell, None if is_base else base)
-            exact = evidence | {"estimator": "exact"}
-            add("base_nll", value=value, difference=apart_, evidence=exact)
+    for (prompt, answer, subject, setting), cell in judged.items():
+        way, at = _way_of(session, cell[0]), {"prompt": prompt, "answer": answer}
+        evidence = way.evidence(cell, max_new_tokens=answer, min_new_tokens=answer)
+        base = judged.get((prompt, answer, "base", BASELINE)) if subject != "base" else None
+        add = partial(found.add, QUESTION, subject=subject, setting=setting, at=at)
+        value = ratio([row["nats"] for row in cell], [row["tokens"] for row in cell])
+        exact = evidence | {"estimator": "exact"}
+        add("base_nll", value=value, difference=worse_text(cell, base), evidence=exact)
         fours = [row["fours"] for row in cell]
         if sum(fours):
             repeated = ratio([row["repeated"] for row in cell], fours, scale=100.0)
@@ -268,6 +290,15 @@ def _cell_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
                 setting=row["setting"], at={"prompt": row["prompt"], "answer": row["answer"]},
                 evidence=_way_of(session, row).evidence([row], max_new_tokens=row["limit"]),
             )  # fmt: skip
+
+
+def _cells(rows: Sequence[Row], kind: str) -> dict[Any, list[Row]]:
+    """Rows that have a value of a kind, by lengths, subject and setting."""
+    cells: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        if kind in row and "prompt" in row:
+            cells[row["prompt"], row["answer"], row["subject"], row["setting"]].append(row)
+    return cells
 
 
 def _slower(cell: Sequence[Row], base: Sequence[Row]) -> Any:

@@ -27,7 +27,7 @@ from .figures import OWN, QUESTIONS, STOCK, Missing, Report, write_report
 from .journal import PLAN, ROWS, Journal, Part, check_plan
 from .material import material_for
 from .session import QUICK, Found, Session, Sizes
-from .subjects import base_of, identity_of, load_subjects
+from .subjects import AR, base_of, identity_of, load_subjects
 from .writing import Clock
 
 PAGE = "report.html"
@@ -188,23 +188,24 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         session.failed.clear()
         new = MEASURES[name].figures(session, [row for row in rows if "missing" not in row])
         if name == "quality":
-            tasks.add_figures(new, rows)
+            tasks.add_figures(session, new, rows)
         for into, more in ((found.figures, new.figures), (found.texts, new.texts)):
             into += more
         found.orders += new.orders
-        noted = [
+        missing += [
             Missing(question=name, what=row["missing"], why=row["why"])
             for row in rows
             if "missing" in row
         ]
-        missing += [miss for miss in [*noted, *session.failed] if miss not in missing]
+        missing += session.failed
     if session.base is None:
         why = "no base was given, and the one that the model's record names is not here"
         missing.append(Missing(question="speed", what="the comparison with the base", why=why))
     settings, callables = {}, {}
-    for way in session.ways():
+    written = [*session.ways(), *(tasks.ways(session) if asked.tasks else ())]
+    for way in written:
         settings[way.setting] = way.arguments
-        callables[way.setting] = STOCK if way.stock else OWN
+        callables[way.setting] = STOCK if way.stock and way.setting != AR else OWN
     more, called = control.settings(session)
     return Report(
         title=asked.model,
@@ -213,7 +214,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         figures=found.figures,
         texts=found.texts,
         orders=found.orders,
-        missing=missing,
+        missing=[miss for n, miss in enumerate(missing) if miss not in missing[:n]],
         settings=settings | more,
         protocol=_protocol(session, asked) | {"callable": callables | called},
     )

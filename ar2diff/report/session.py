@@ -26,7 +26,7 @@ class Sizes:
         questions: whose answers are checked. texts: held-out texts that are scored or continued.
         draws: noise draws of a bound. temperatures: at which texts are continued.
         prompts, answers: lengths. positions: tokens of a stretch of positions.
-        infills: gaps. edits: answers to revise.
+        infills: gaps. edits: answers to revise. documents: of a task of the harness, at most.
     """
 
     batches: tuple[int, ...] = (1, 4, 8, 16)
@@ -43,12 +43,13 @@ class Sizes:
     long_rows: int = 32
     infills: int = 200
     edits: int = 100
+    documents: int | None = None
 
 
 QUICK = Sizes(
     batches=(1, 8), timed=16, repeats=5, answer=48, questions=64, texts=48, draws=8,
     temperatures=(0.7, 1.0), prompts=(16, 96), answers=(16, 96), length_repeats=3, long_rows=12,
-    infills=48, edits=32,
+    infills=48, edits=32, documents=32,
 )  # fmt: skip
 
 
@@ -97,6 +98,13 @@ class Session:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer."""
         return self.model.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """A token as it stands within a text, with the space before it."""
+        tokenizer = self.model.checkpoint.tokenizer
+        around = tokenizer("a", add_special_tokens=False).input_ids
+        before, both = tokenizer.decode(around), tokenizer.decode([*around, token])
+        return both[len(before) :]
 
     def prompts(self, count: int) -> list[list[int]]:
         """Prompts to answer: questions, or the starts of texts."""

@@ -72,6 +72,7 @@ class Written:
         seconds: of the call. first: seconds until the first text came; None for a batch.
         forwards: calls of the model. row_forwards: those that each row took part in.
         rows: token rows that the model read, without those of the prompts.
+        prompts: with their gaps filled; none of transformers.
         order: for each answer, the forward at which each of its tokens was decided, and its
             log-probability; none of transformers.
     """
@@ -82,6 +83,7 @@ class Written:
     forwards: int
     row_forwards: list[int]
     rows: int
+    prompts: list[list[int]] = field(default_factory=list)
     order: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
     @property
@@ -153,8 +155,12 @@ class Way:
             size = int((steps > 0).sum())
             answers.append(row[width : width + size].tolist())
             order.append((steps[:size].tolist(), sure[:size].tolist()))
+        given = [
+            row[width - len(prompt) : width].tolist()
+            for row, prompt in zip(made.sequences, prompts, strict=True)
+        ]
         each = made.forwards.tolist()
-        return Written(answers, seconds, first, counter.forwards, each, rows, order)
+        return Written(answers, seconds, first, counter.forwards, each, rows, given, order)
 
     def _stock(self, ids: Tensor, **arguments: Any) -> Tensor:
         return self.held.checkpoint.model.generate(ids, **arguments)
