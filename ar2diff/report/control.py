@@ -36,20 +36,20 @@ SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.")
 
 def parts(session: Session) -> list[Part]:
     """What is measured: gaps, revisions and orders of commits, for each subject that can."""
-    found, cost = [], session.sizes.infills * GAP
+    found, cost = [], session.sizes.infills * GAP / 4
     for way in _fillers(session):
         gaps = partial(_gaps, session, way)
         found.append(Part(QUESTION, f"gaps, {way.name}", cost, gaps))
         if way.setting != RANKED:
             edits = partial(_edits, session, way)
-            found.append(Part(QUESTION, f"edits, {way.name}", cost * 4, edits))
+            found.append(Part(QUESTION, f"edits, {way.name}", cost * 8, edits))
         if way.held.denoises:
             orders = partial(_orders, session, way)
             found.append(Part(QUESTION, f"order of commits, {way.name}", cost, orders))
     for held in session.subjects.values():
         run = partial(_middles, session, held)
         name = f"likelihood of the middle, {held.key}"
-        found.append(Part(QUESTION, name, cost * session.sizes.draws, run))
+        found.append(Part(QUESTION, name, cost * 2, run))
     return found
 
 

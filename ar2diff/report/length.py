@@ -37,7 +37,7 @@ def parts(session: Session) -> list[Part]:
     """What is measured: each pair of lengths, the likelihood by position, and where answers end."""
     found = []
     for prompt, answer in _lengths(session):
-        cost = len(session.main_ways()) * session.sizes.length_repeats * answer
+        cost = len(session.main_ways()) * session.sizes.length_repeats * answer * 3
         name = f"prompt {prompt}, answer {answer}"
         found.append(Part(QUESTION, name, cost, partial(_cell, session, prompt, answer)))
     for held in session.subjects.values():

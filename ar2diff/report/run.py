@@ -87,7 +87,7 @@ def report(
     asked = replace(asked, base=asked.base or base_of(asked.model))
     folder = output_dir or folder_for(asked.model)
     _check_folder(folder)
-    sizes = sizes or (QUICK if asked.quick else Sizes())
+    sizes = sizes or _sizes(asked)
     plan = _plan(asked, sizes)
     if not overwrite:
         check_plan(folder, plan)
@@ -116,6 +116,16 @@ def folder_for(model: str) -> Path:
     if folder.is_dir() and os.access(folder.resolve().parent, os.W_OK):
         return folder.with_name(f"{folder.resolve().name}-report")
     return Path("runs") / f"{Path(model.partition('@')[0]).name}-report"
+
+
+def _sizes(asked: Asked) -> Sizes:
+    """How much is measured by default; larger batches where there is a GPU to fill."""
+    if asked.quick:
+        return QUICK
+    sizes = Sizes()
+    if torch.cuda.is_available():
+        return replace(sizes, batches=(*sizes.batches, 32, 64), timed=64)
+    return sizes
 
 
 def _check(asked: Asked) -> None:
