@@ -12,7 +12,7 @@ import pytest
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
-from ar2diff.report import quality, speed
+from ar2diff.report import quality, speed, tasks
 from ar2diff.report.control import edit
 from ar2diff.report.estimates import ratio, ratio_difference, share, share_difference
 from ar2diff.report.figures import (
@@ -243,13 +243,31 @@ def test_what_fails_costs_its_own_figures_alone(asked, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Way, "write", broken)
     monkeypatch.setattr(quality, "_likelihood", lost)
+
+    def sums(session, way, name):
+        if way.setting == "ar" and way.held.key == "model":
+            lost()
+        about = {"subject": way.held.key, "setting": way.setting, "task": name, "bound": False}
+        about |= {"metric": "exact_match", "filter": "none", "better": "high"}
+        spent = {"forwards": 9, "tokens": 0, "steps": 0}
+        right = (1.0, 1.0, 0.0, way.held.key == "base")
+        return [{**about, **spent, "document": n, "value": v} for n, v in enumerate(right)]
+
     monkeypatch.setattr(speed, "_memory", lost)
-    found = measure(replace(asked, only=("speed", "quality")), tmp_path / "report")
+    monkeypatch.setattr(tasks, "check", lambda names: None)
+    monkeypatch.setattr(tasks, "measured", sums)
+    both = replace(asked, only=("speed", "quality"), tasks=("sums",))
+    found = measure(both, tmp_path / "report")
     why = {(miss.question, miss.why) for miss in found.missing}
     assert ("speed", "out of paper") in why and ("quality", "no scale") in why
     assert not found.of("speed", "tokens_per_second", setting="diffusion 0.7")
     assert found.of("speed", "tokens_per_second", setting="diffusion 0.9")
     assert not found.of("quality", "bound") and found.of("quality", "base_nll")
+    (lost_task,) = [miss for miss in found.missing if "sums" in miss.what]
+    assert lost_task.what == "task sums, model, ar"
+    (task,) = found.of("quality", "task:sums exact_match", setting="lossless")
+    assert (task.value, task.n, task.difference.value) == (50.0, 4, -25.0)
+    assert task.error == pytest.approx(100 * sqrt(0.25 / 3))
     monkeypatch.undo()  # a part that failed as a whole is tried again
     assert measure(replace(asked, only=("quality",)), tmp_path / "report").of("quality", "bound")
 

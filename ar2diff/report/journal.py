@@ -134,9 +134,15 @@ def check_plan(folder: Path, plan: Row) -> None:
     names = sorted(
         name for name in plan if not isinstance(old, dict) or old.get(name) != plan[name]
     )
+    if names == ["size"]:
+        raise Ar2DiffError(
+            f"{folder} holds a report that measured more, or less",
+            f"repeat its {option('quick', True)} or the lack of it, choose another "
+            f"{option('output_dir')}, or replace it with {option('overwrite', True)}",
+        )
     if names:
         raise Ar2DiffError(
-            f"{folder} holds a report with another {names[0].replace('_', ' ')}",
+            f"{folder} holds a report that was measured with another {names[0].replace('_', ' ')}",
             f"choose another {option('output_dir')}, or replace it with "
             f"{option('overwrite', True)}",
         )

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness as part of the quality: the seam between the two.
 
-`measured` is the only place that runs tasks, and `check` asks before anything expensive whether they
-can be run; everything else here turns results into rows and figures.
+`measured` is the only place that runs tasks, and `check` asks before anything expensive whether
+they can be run. Everything else here turns results into rows and figures.
 """
 
 from __future__ import annotations
