@@ -12,7 +12,7 @@ import pytest
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
-from ar2diff.report import quality, speed, tasks
+from ar2diff.report import quality, speed, subjects, tasks
 from ar2diff.report.control import edit
 from ar2diff.report.estimates import ratio, ratio_difference, share, share_difference
 from ar2diff.report.figures import (
@@ -228,6 +228,14 @@ def test_a_stopped_report_goes_on_and_is_the_same(asked, tmp_path):
 def _count(folder):
     lines = [line for file in (folder / "rows").glob("*.jsonl") for line in file.open()]
     return len({(json.loads(line)["part"]) for line in lines})
+
+
+def test_a_baseline_without_its_cache_makes_no_report(asked, tmp_path, monkeypatch):
+    slow = subjects.STOCK_ARGUMENTS | {"use_cache": False}
+    monkeypatch.setattr(subjects, "STOCK_ARGUMENTS", slow)
+    with pytest.raises(Ar2DiffError, match="the baseline does not use its cache"):
+        measure(replace(asked, only=("speed",)), tmp_path / "report")
+    assert not (tmp_path / "report" / "report.json").exists()
 
 
 def test_what_fails_costs_its_own_figures_alone(asked, tmp_path, monkeypatch):

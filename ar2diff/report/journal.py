@@ -137,8 +137,8 @@ def check_plan(folder: Path, plan: Row) -> None:
     if names == ["size"]:
         raise Ar2DiffError(
             f"{folder} holds a report that measured more, or less",
-            f"repeat its {option('quick', True)} or the lack of it, choose another "
-            f"{option('output_dir')}, or replace it with {option('overwrite', True)}",
+            f"use {option('quick', True)} as the earlier call did, or did not; choose another "
+            f"{option('output_dir')}; or replace the report with {option('overwrite', True)}",
         )
     if names:
         raise Ar2DiffError(
