@@ -1,0 +1,1 @@
+"""Whether to use a model: speed, quality, length and control, measured beside its base."""
