@@ -18,7 +18,7 @@ from .figures import QUESTIONS, Difference, Figure, Order, Report, check
 from .plots import plots, with_unit
 from .sentences import SURE, claims, not_measured
 from .svg import DARK, INSTALL, LIGHT, can_draw, css
-from .words import AXES, UNITS, name_of, scale_of, with_error
+from .words import AXES, UNITS, label, name_of, scale_of, with_error
 
 TITLES = {
     "speed": "Is it fast enough?",
@@ -51,19 +51,14 @@ class Table:
     Attributes:
         name: of the table, as a part of an id. axes: headings of the places. heads: headings of the
             metrics.
-        rows: [(subject, setting, places, cells)], where a cell is None if it was not measured.
+        rows: [(whose they are, places, cells)], where a cell is None if it was not measured.
     """
 
     name: str
     caption: str
     axes: list[str]
     heads: list[str]
-    rows: list[tuple[str, str, list[float | str], list[Cell | None]]] = field(default_factory=list)
-
-    @property
-    def settings(self) -> bool:
-        """Whether there are any."""
-        return any(setting for _, setting, _, _ in self.rows)
+    rows: list[tuple[str, list[float | str], list[Cell | None]]] = field(default_factory=list)
 
 
 def write(report: Report, path: Path) -> Path:
@@ -150,7 +145,7 @@ def _table(
         rows.items(), key=lambda row: order.index(row[0][0])
     ):
         cells = [_cell(found[m], scales[m][0]) if m in found else None for m in metrics]
-        table.rows.append((subject, setting or "", list(places), cells))
+        table.rows.append((label(subject, setting), list(places), cells))
     return table
 
 

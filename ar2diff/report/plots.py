@@ -63,7 +63,7 @@ class Looks:
     """Colour, marker and line of every subject and setting: the same in all pictures."""
 
     def __init__(self, report: Report):
-        self._report, self._known = report, {}
+        self._known: dict[Any, dict[str, Any]] = {}
         pairs = dict.fromkeys((f.subject, f.setting) for f in report.figures)
         own = 0
         for subject, setting in pairs:
@@ -82,7 +82,7 @@ class Looks:
         """Figures as curves, one for each subject and setting."""
         pairs = dict.fromkeys((f.subject, f.setting) for f in figures)
         return [
-            Curve(label(self._report, *pair), self.of(*pair),
+            Curve(label(*pair), self.of(*pair),
                   [f for f in figures if (f.subject, f.setting) == pair])
             for pair in pairs
         ]  # fmt: skip
@@ -206,12 +206,12 @@ def _trade_off(
         for (speed, quality), lost in zip(points, beaten, strict=True):
             look = looks.of(speed.subject, speed.setting) | {"linestyle": "none"}
             fill = LIGHT.page if lost else look["color"]
-            name = label(report, speed.subject, speed.setting)
+            name = label(speed.subject, speed.setting)
             axes.errorbar(speed.value, quality.value, SURE * (quality.error or 0),
                           SURE * (speed.error or 0), label=name, markerfacecolor=fill,
                           alpha=0.75 if lost else 1, **look, **BARS)  # fmt: skip
-        front = sorted((s.value, q.value)
-                       for (s, q), lost in zip(points, beaten, strict=True) if not lost)  # fmt: skip
+        best = [pair for pair, lost in zip(points, beaten, strict=True) if not lost]
+        front = sorted((speed.value, quality.value) for speed, quality in best)
         axes.plot(*zip(*front, strict=True), color=LIGHT.grid, zorder=0, linewidth=2.5)
         axes.set_xlim(left=0)
         axes.set_xlabel(with_unit(f"speed at batch {batch}", points[0][0].unit))
@@ -291,7 +291,7 @@ def _by_position(report: Report, looks: Looks) -> list[Plot]:
         look = {"marker": MARKERS[n % len(MARKERS)], "linestyle": neutral or "-",
                 "color": LIGHT.text if neutral else next(own)}  # fmt: skip
         points = [f for f in figures if (f.subject, f.metric) == (subject, metric)]
-        curves.append(Curve(label(report, subject, None, name_of(metric)), look, points))
+        curves.append(Curve(label(subject, None, name_of(metric)), look, points))
 
     def mark(axes: Any) -> None:
         axes.set_ylabel("NLL or its bound (nats/token)")

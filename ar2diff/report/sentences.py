@@ -230,7 +230,7 @@ def _condition(report: Report, kind: str) -> str:
 def _speed(report: Report) -> Claim:
     own = report.of("speed", TIMES["speed"], subject="model")
     batches = sorted({f.at["batch"] for f in own if "batch" in f.at})
-    found = {b: pair for b in batches if (pair := best_pair(report, "speed", "base", {"batch": b}))}
+    found = _by_batch(report, "base", batches)
     if not found:
         best = max(own, key=lambda f: f.value, default=None)
         if best is None:
@@ -245,14 +245,16 @@ def _speed(report: Report) -> Claim:
     more = [_settings_at(found, "batch"), *_bought(report, batches[0])]
     for other in list(report.subjects)[1:]:
         if other != "base":
-            theirs = {
-                b: pair
-                for b in batches
-                if (pair := best_pair(report, "speed", other, {"batch": b}))
-            }
+            theirs = _by_batch(report, other, batches)
             more += [_pace_sentence(report, theirs, other)] if theirs else []
     verdicts = {f"batch {b}": pair.apart.verdict for b, (_, pair) in found.items()}
     return Claim("speed", _pace_sentence(report, found, "base"), more, verdicts)
+
+
+def _by_batch(report: Report, to: str, batches: list[float]) -> dict[float, tuple[str, Pair]]:
+    """`best_pair` at each batch at which there is one."""
+    found = {batch: best_pair(report, "speed", to, {"batch": batch}) for batch in batches}
+    return {batch: pair for batch, pair in found.items() if pair is not None}
 
 
 def _pace_sentence(report: Report, found: dict[float, tuple[str, Pair]], to: str) -> str:
@@ -407,15 +409,13 @@ def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
         if base and (difference := apart(mine, base)):
             verdicts["ar_nll"] = difference.verdict
             told = quantity(abs(difference.value), difference.error, mine.unit)
+            than = _name(report, "base")
             what = {
-                "none": f"Written left to right, {_name(report)} predicts held-out text as well as "
-                f"{_name(report, 'base')}: there is no difference in NLL ({told}).",
-                "worse": f"Written left to right, {_name(report)} predicts held-out text worse than "
-                f"{_name(report, 'base')}, by {told}.",
-                "better": f"Written left to right, {_name(report)} predicts held-out text better "
-                f"than {_name(report, 'base')}, by {told}.",
-            }
-            said.append(what[difference.verdict])
+                "none": f"as well as {than}: there is no difference in NLL ({told})",
+                "worse": f"worse than {than}, by {told}",
+                "better": f"better than {than}, by {told}",
+            }[difference.verdict]
+            said.append(f"From left to right, {_name(report)} predicts held-out text {what}.")
     for bound in report.of("quality", "bound", subject="model", setting=None)[:1]:
         told = quantity(bound.value, bound.error, bound.unit)
         beside = (

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .figures import Report
-
 NAMES = {
     "tokens_per_second": "speed",
     "tokens_per_forward": "tokens per forward",
@@ -102,10 +100,10 @@ def joined(parts: Sequence[str], word: str = "and") -> str:
     return f"{', '.join(most)} {word} {last}" if most else last
 
 
-def label(report: Report, subject: str, setting: str | None, metric: str | None = None) -> str:
+def label(subject: str, setting: str | None, metric: str | None = None) -> str:
     """The name of a curve or row: the setting for the model itself, and whose it is for others."""
     parts = [None if subject == "model" and (setting or metric) else subject, setting, metric]
-    return ": ".join(part for part in parts if part) if report.subjects else ""
+    return ": ".join(part for part in parts if part)
 
 
 def capital(text: str) -> str:
