@@ -135,8 +135,8 @@ def _lines(
 
 
 def with_unit(name: str, unit: str) -> str:
-    """`speed (tokens/s)`: the label of an axis or a column."""
-    return f"{name} ({unit})" if unit else name
+    """`speed (tokens/s)`: the label of an axis or a column; `tokens per forward` says it itself."""
+    return name if not unit or name.startswith("tokens per") else f"{name} ({unit})"
 
 
 def _note(figure: Figure) -> str:
@@ -282,7 +282,7 @@ def _by_position(report: Report, looks: Looks) -> list[Plot]:
         f for metric in ("bound", "ar_nll") for f in report.of("length", metric)
         if "position" in f.at
     ]  # fmt: skip
-    trained = report.subjects["model"].trained_length
+    trained = report.subjects["model"].trained_length if "model" in report.subjects else None
     pairs = dict.fromkeys((f.subject, f.metric) for f in figures)
     own = iter(LIGHT.colors)
     curves = []
