@@ -112,7 +112,7 @@ def realistic() -> Report:
         "command": f"ar2diff report {MODEL} --base {BASE} --control {CONTROL} --data stories.jsonl",
         "when": "2026-11-26T20:15:00", "seconds": 1260.0, "seed": 0, "threads": 2,
         "dtype": "float32", "data": "stories.jsonl, 64 texts held out from training",
-        "hardware": {"cpu": "x86-64, 2 cores", "memory": "8 GB", "accelerator": "none"},
+        "hardware": {"processor": "x86-64", "cores": 2, "gpu": None, "system": "Linux"},
         "versions": {"ar2diff": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         "callable": {s: STOCK if s in (BASELINE, LOOKUP) else OWN for s in SETTINGS},
     }  # fmt: skip
@@ -245,13 +245,14 @@ def _control() -> list[Figure]:
     ]  # fmt: skip
 
 
-def random_report(seed: int) -> Report:
-    """Figures of one setting of the model and one of the base for each question, of any size."""
-    draw = random.Random(seed)
+def random_report(seed: int, settings: int = 1) -> Report:
+    """Figures of any size, of so many settings of the model and one of the base, for each
+    question."""
+    draw, names = random.Random(seed), ("ar", "diffusion 0.9", "diffusion 0.7")[:settings]
     found: list[Figure] = []
 
     def both(question: str, metric: str, low: float, high: float, spread: float, **at: float):
-        for who, setting in (("model", "ar"), ("base", BASELINE)):
+        for who, setting in (*(("model", name) for name in names), ("base", BASELINE)):
             value = draw.uniform(low, high)
             found.append(figure(question, metric, value, spread * value, who, setting, **at))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Ar2DiffError
-from .figures import QUESTIONS, Figure, Report, read_report
+from .figures import FILE, QUESTIONS, Figure, Report, read_report
 from .page import tables, write_page
 from .plots import plots
 from .sentences import TIMES, best_pair, claims
@@ -35,13 +35,13 @@ def compare(paths: Sequence[Path], page: Path) -> Path:
     Raises:
         Ar2DiffError: there are fewer than two reports, one is damaged, or the disk refuses.
     """
-    paths = list({path.resolve(): path for path in paths}.values())
+    files = [path / FILE if path.is_dir() else path for path in paths]
+    paths = list({file.resolve(): file for file in files}.values())
     if len(paths) < FEWEST:
         raise Ar2DiffError(
             "there is nothing to compare: only one report is named", "name two reports or more"
         )
-    reports = dict(zip(_names(paths), map(read_report, paths), strict=True))
-    reports = _titled(reports)
+    reports = _titled({str(path.parent): read_report(path) for path in paths})
     drawn = plots(merged(reports, leading=True))
     every = merged(reports)
     return write_page(
@@ -56,15 +56,11 @@ def compare(paths: Sequence[Path], page: Path) -> Path:
     )
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    return [str(path.parent if path.is_file() else path) for path in paths]
-
-
 def _titled(reports: dict[str, Report]) -> dict[str, Report]:
     """Reports by their titles; by their folders, if two have the same."""
     titles = [report.title for report in reports.values()]
     return {
-        title if titles.count(title) == 1 else folder: report
+        title if titles.count(title) == 1 and title != BASE else folder: report
         for title, (folder, report) in zip(titles, reports.items(), strict=True)
     }
 

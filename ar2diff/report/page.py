@@ -196,5 +196,5 @@ def _lines(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _lines(inner, f"{name} {key}".strip())
     elif isinstance(value, list):
         yield name, ", ".join(map(str, value))
-    else:
+    elif value is not None:
         yield name, str(value)

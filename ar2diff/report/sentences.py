@@ -424,7 +424,7 @@ def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
             else ""
         )
         said.append(
-            f"When it denoises, its NLL is at most {told}{beside}; that is a bound, and no "
+            f"When it denoises, its NLL is at most {told}{beside}; that is a bound, not a "
             "likelihood."
         )
     return said, verdicts

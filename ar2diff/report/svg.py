@@ -33,7 +33,7 @@ class Shade:
 
 LIGHT = Shade(
     "#ffffff", "#1f2328", "#d8dee4",
-    ("#0072b2", "#d55e00", "#007a5a", "#a8458f", "#8a6d00", "#4a4ec4"),
+    ("#0072b2", "#b94d00", "#007a5a", "#a8458f", "#8a6d00", "#4a4ec4"),
 )  # fmt: skip
 DARK = Shade(
     "#0d1117", "#e6edf3", "#30363d",
