@@ -27,6 +27,7 @@ from .merge import merge
 from .plot import plot
 from .push import push
 from .recipes import recipes_app
+from .report import compare_command, report_command
 from .rl import rl
 from .runs import runs
 from .sft import sft
@@ -54,6 +55,8 @@ app.command("chat", cls=Verb, rich_help_panel=GENERATE)(chat)
 app.command("runs", cls=Verb, rich_help_panel=TRAIN)(runs)
 app.command("plot", cls=Verb, rich_help_panel=TRAIN)(plot)
 app.command("eval", cls=Verb, rich_help_panel=GENERATE)(evaluate_command)
+app.command("report", cls=Verb, rich_help_panel=GENERATE)(report_command)
+app.command("compare", cls=Verb, rich_help_panel=GENERATE)(compare_command)
 app.command("check", cls=Verb, rich_help_panel=GENERATE)(check_command)
 app.command("merge", cls=Verb, rich_help_panel=MOVE)(merge)
 app.command("push", cls=Verb, rich_help_panel=MOVE)(push)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    "core", "diffusion", "config", "distributed", "data", "checkpoint", "rewards", "conversion",
-    "generation", "evaluation", "report", "training", "hub", "api", "cli", "demo",
+    "core", "diffusion", "config", "distributed", "data", "demo", "checkpoint", "rewards",
+    "conversion", "generation", "evaluation", "report", "training", "hub", "api", "cli",
 )  # fmt: skip
 FLAT = {"__init__.py", "__main__.py", "doctor.py"}  # what lies beside the folders
 SOURCES = [*(ROOT / "ar2diff").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
@@ -54,6 +54,8 @@ def test_every_module_lies_in_the_folder_of_its_noun():
 def test_imports_go_one_way():
     against = []
     for file in SOURCES:
+        if file.name == "__main__.py":  # an entry point starts what lies to its right
+            continue
         here = folder_of(module_of(file))
         for module in imported(file):
             there = folder_of(module)

@@ -20,7 +20,8 @@ FORMAT = 1
 FILE = "report.json"
 STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
-BASELINE, LOOKUP = "transformers", "prompt lookup"  # settings of the stock `generate`
+# Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
+BASELINE, LOOKUP, RANKED = "transformers", "prompt lookup", "ranked draws"
 
 Question = Literal["speed", "quality", "length", "control"]
 QUESTIONS: tuple[Question, ...] = ("speed", "quality", "length", "control")
@@ -73,6 +74,7 @@ METRICS: dict[str, dict[str, tuple[str, Better | None]]] = {
 NO_ERROR = ("peak_bytes",)  # metrics that are counted, not sampled
 EXACT = ("ar_nll", "bits_per_byte", "base_nll", "infill_ar_nll", "infill_base_nll")
 # Arguments that say how long an answer may be. All others make up a setting.
+SAMPLING = ("do_sample", "top_k", "seed")  # that go with the temperature in `at`
 LENGTHS = ("max_new_tokens", "min_new_tokens", "eos_token_id", "stop_strings", "suppress_tokens")
 
 
@@ -307,10 +309,11 @@ def _wrong_setting(figure: Figure, report: Report) -> Iterator[str]:
         yield f"its evidence lacks {', '.join(sorted(missing))}"
         return
     used, stated = figure.evidence["arguments"], report.settings[figure.setting]
-    for name in sorted((used.keys() | stated.keys()) - {*LENGTHS, *figure.at}):
+    free = {*LENGTHS, *figure.at, *(SAMPLING if "temperature" in figure.at else ())}
+    for name in sorted((used.keys() | stated.keys()) - free):
         if used.get(name) != stated.get(name):
             yield f"{name} is {used.get(name)}, but {stated.get(name)} in its setting"
-    stock = figure.setting in (BASELINE, LOOKUP)
+    stock = figure.setting in (BASELINE, LOOKUP, RANKED)
     if figure.evidence["callable"] != (STOCK if stock else OWN):
         yield f"it was measured with {figure.evidence['callable']}"
     if figure.setting == BASELINE:

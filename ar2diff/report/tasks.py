@@ -1,0 +1,138 @@
+"""Tasks of lm-evaluation-harness as part of the quality: the seam between the two.
+
+`measured` is the only place that calls `run_tasks`; everything else here turns its results into
+rows and figures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..core.errors import Ar2DiffError, option
+from .estimates import mean
+from .figures import OWN, Difference, Figure
+from .journal import Part, Row
+from .session import Found, Session, apart
+from .subjects import AR
+from .writing import Counter, Way
+
+QUESTION = "quality"
+RUNNER = "ar2diff.evaluation.task_results"
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuse tasks that cannot be run at all.
+
+    Raises:
+        Ar2DiffError: this version cannot run tasks, or lm-eval is not installed.
+    """
+    if not names:
+        return
+    if importlib.util.find_spec(RUNNER) is None:
+        raise Ar2DiffError(
+            f"{option('tasks')}: this version of ar2diff does not run tasks of the harness",
+            f"leave out {option('tasks')}",
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise Ar2DiffError(
+            f"{option('tasks')} needs lm-evaluation-harness, which is not installed",
+            "install it with: pip install 'ar2diff[eval]'",
+        )
+
+
+def parts(session: Session, names: Sequence[str]) -> list[Part]:
+    """Each task at each setting of each subject, one part each."""
+    return [
+        Part(QUESTION, f"task {name}, {way.name}", session.sizes.questions * 64, run)
+        for name in names
+        for way in ways(session)
+        for run in (partial(measured, session, way, name),)
+    ]
+
+
+def ways(session: Session) -> list[Way]:
+    """The settings of all subjects; what is not converted is read by our AR decoding, as the
+    harness does not call the `generate` of transformers."""
+    plain = {"do_sample": False, "mode": "ar"}
+    own = [way for way in session.ways() if not way.stock]
+    stock = [held for held in session.subjects.values() if held.kind == "ar"]
+    return [*own, *(Way(held, AR, plain) for held in stock)]
+
+
+def measured(session: Session, way: Way, name: str) -> list[Row]:
+    """A row for each metric of a document, and one about the forwards. THE SEAM."""
+    from ..evaluation.task_results import run_tasks
+
+    arguments = {key: value for key, value in way.arguments.items() if key != "do_sample"}
+    counter = Counter()
+    with counter.watching(way.held.checkpoint.model):
+        results = run_tasks(
+            way.held.checkpoint, [name], arguments, limit=session.sizes.documents,
+            samples=session.sizes.draws, seed=session.seed,
+        )  # fmt: skip
+    rows: list[Row] = []
+    for result in results:
+        for metric in result.metrics:
+            values = [row for row in result.rows if row["filter"] == metric.filter]
+            rows += [
+                {
+                    "subject": way.held.key, "setting": way.setting, "task": result.task,
+                    "metric": metric.name, "filter": metric.filter, "document": row["id"],
+                    "value": float(row[metric.name]), "bound": result.bound,
+                    "better": metric.better, "forwards": 0, "tokens": 0, "steps": 0,
+                }
+                for row in values
+                if isinstance(row.get(metric.name), int | float)
+            ]  # fmt: skip
+    if not rows:
+        raise ValueError("the task has no metric that is a mean over documents")
+    rows[-1]["forwards"] = counter.forwards
+    return rows
+
+
+def add_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
+    """Add the figures of all tasks."""
+    cells: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if "task" in row:
+            key = row["task"], row["metric"], row["filter"], row["subject"], row["setting"]
+            cells.setdefault(key, []).append(row)
+    for (task, metric, kept, subject, setting), cell in cells.items():
+        base = cells.get((task, metric, kept, "base", AR)) if subject != "base" else None
+        scale = 100.0 if metric.startswith(("acc", "exact_match", "pass")) else 1.0
+        value = mean([scale * row["value"] for row in cell])
+        way = next(w for w in ways(session) if (w.held.key, w.setting) == (subject, setting))
+        kind = " (bound)" if cell[0]["bound"] else ""
+        found.figures.append(
+            Figure(
+                question=QUESTION, metric=f"task:{task} {metric}{kind}",
+                unit="%" if scale == 100 else "", subject=subject, setting=setting,
+                value=value.value, error=value.error, n=value.n,
+                difference=_difference(cell, base, scale), better=cell[0]["better"],
+                evidence=_evidence(way, cell),
+            )
+        )  # fmt: skip
+
+
+def _evidence(way: Way, cell: Sequence[Row]) -> dict[str, Any]:
+    estimator = {"estimator": "bound"} if cell[0]["bound"] else {}
+    threads = torch.get_num_threads()
+    return {**way.evidence(cell), "callable": OWN, "threads": threads, **estimator}
+
+
+def _difference(cell: Sequence[Row], base: Sequence[Row] | None, scale: float) -> Difference | None:
+    """From the documents that both have, paired."""
+    if base is None:
+        return None
+    theirs = {row["document"]: row["value"] for row in base}
+    pairs = [
+        scale * (row["value"] - theirs[row["document"]])
+        for row in cell
+        if row["document"] in theirs
+    ]
+    return apart("base", AR, mean(pairs)) if len(pairs) > 1 else None
