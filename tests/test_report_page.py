@@ -15,8 +15,9 @@ import pytest
 from reports import apart, figure, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.report.compare import compare, merged
-from ar2diff.report.figures import Missing, Order, Subject, Text, write_report
+from ar2diff.report.compare import merged
+from ar2diff.report.compare import write as compare
+from ar2diff.report.figures import Missing, Order, Subject, Text
 from ar2diff.report.page import write
 from ar2diff.report.plots import dominated, plots
 from ar2diff.report.sentences import claims
@@ -217,10 +218,7 @@ def test_several_reports_are_one_page(without_pictures, tmp_path):
         "title": "runs/other", "protocol": one.protocol | {"threads": 1, "seed": 1},
         "subjects": one.subjects | {"base": Subject(name="b", kind="ar", parameters=1)},
     })  # fmt: skip
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, given in zip(folders, (one, two), strict=True):
-        write_report(given, folder)
-    text = Seen(compare(folders, tmp_path / "compare.html").read_text()).text
+    text = Seen(compare([one, two], tmp_path / "compare.html").read_text()).text
     for given in (one, two):
         assert all(claim.first in text for claim in claims(given).values())
         assert f"{given.title}: diffusion 0.9" in text
@@ -228,14 +226,13 @@ def test_several_reports_are_one_page(without_pictures, tmp_path):
         assert reason in text
     assert "hardware is not" not in text and "base: transformers" not in text
     with pytest.raises(Ar2DiffError, match="only one report"):
-        compare([folders[0], folders[0] / "report.json"], tmp_path / "again.html")
+        compare([one, realistic()], tmp_path / "again.html")
 
 
-def test_reports_of_the_same_title_are_told_apart_by_their_folders(without_pictures, tmp_path):
-    for name in ("one", "two"):
-        write_report(realistic(), tmp_path / name)
-    text = Seen(compare([tmp_path / "one", tmp_path / "two"], tmp_path / "c.html").read_text()).text
-    assert f"{tmp_path}/one: diffusion 0.9" in text and "base: transformers" in text
+def test_reports_of_the_same_title_are_numbered(without_pictures, tmp_path):
+    later = realistic().model_copy(update={"quick": True})
+    text = Seen(compare([realistic(), later], tmp_path / "compare.html").read_text()).text
+    assert "runs/stories3m (2): diffusion 0.9" in text and "base: transformers" in text
 
 
 def test_pictures_of_several_reports_show_the_leading_setting_of_each(tmp_path):

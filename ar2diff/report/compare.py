@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Ar2DiffError
-from .figures import FILE, QUESTIONS, Figure, Report, read_report
+from .figures import QUESTIONS, Figure, Report
 from .page import tables, write_page
 from .plots import plots
 from .sentences import TIMES, best_pair, claims
@@ -23,46 +23,42 @@ MACHINE = {
 FEWEST = 2
 
 
-def compare(paths: Sequence[Path], page: Path) -> Path:
-    """Write one page of several reports; never half of it.
+def write(reports: Sequence[Report], path: Path) -> Path:
+    """Write one page of several reports; never half of it. Returns its path.
 
     Args:
-        paths: files or folders, of which a report that is named twice counts once.
-
-    Returns:
-        The path of the page.
+        reports: of which the same one counts once.
 
     Raises:
-        Ar2DiffError: there are fewer than two reports, one is damaged, or the disk refuses.
+        Ar2DiffError: there are fewer than two, or the disk refuses.
     """
-    files = [path / FILE if path.is_dir() else path for path in paths]
-    paths = list({file.resolve(): file for file in files}.values())
-    if len(paths) < FEWEST:
+    different = [report for n, report in enumerate(reports) if report not in reports[:n]]
+    if len(different) < FEWEST:
         raise Ar2DiffError(
             "there is nothing to compare: only one report is named", "name two reports or more"
         )
-    reports = _titled({str(path.parent): read_report(path) for path in paths})
-    drawn = plots(merged(reports, leading=True))
-    every = merged(reports)
+    named = titled(different)
+    every = merged(named)
     return write_page(
-        page,
+        path,
         "compare",
-        reports=reports,
+        reports=named,
         questions=QUESTIONS,
-        claims={name: claims(report) for name, report in reports.items()},
-        plots=drawn,
+        claims={name: claims(report) for name, report in named.items()},
+        plots=plots(merged(named, leading=True)),
         tables={question: tables(every, question) for question in QUESTIONS},
-        notes=list(differences(reports)),
+        notes=list(differences(named)),
     )
 
 
-def _titled(reports: dict[str, Report]) -> dict[str, Report]:
-    """Reports by their titles; by their folders, if two have the same."""
-    titles = [report.title for report in reports.values()]
-    return {
-        title if titles.count(title) == 1 and title != BASE else folder: report
-        for title, (folder, report) in zip(titles, reports.items(), strict=True)
-    }
+def titled(reports: Sequence[Report]) -> dict[str, Report]:
+    """Reports by their titles; those that have the same one are numbered."""
+    titles = [report.title for report in reports]
+    named = {}
+    for n, (title, report) in enumerate(zip(titles, reports, strict=True)):
+        alone = titles.count(title) == 1 and title != BASE
+        named[title if alone else f"{title} ({titles[: n + 1].count(title)})"] = report
+    return named
 
 
 def merged(reports: dict[str, Report], leading: bool = False) -> Report:
