@@ -79,7 +79,8 @@ def claims(report: Report) -> dict[str, Claim]:
 def not_measured(report: Report) -> list[Missing]:
     """What was not measured: what the report lists, and whole questions without a figure."""
     found = list(report.missing)
-    known = {missing.question for missing in found} | {f.question for f in report.figures}
+    known = {missing.question for missing in found}
+    known |= {figure.question for figure in report.figures if figure.subject == "model"}
     found += [Missing(question=q, what="everything", why="it was not asked for")
               for q in QUESTIONS if q not in known]  # fmt: skip
     if "base" not in report.subjects:
