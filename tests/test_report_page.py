@@ -19,7 +19,7 @@ from ar2diff.report.compare import merged
 from ar2diff.report.compare import write as compare
 from ar2diff.report.figures import Missing, Order, Subject, Text
 from ar2diff.report.page import write
-from ar2diff.report.plots import dominated, plots
+from ar2diff.report.plots import by_report, dominated, plots
 from ar2diff.report.sentences import claims
 from ar2diff.report.summary import markdown, renamed
 from ar2diff.report.svg import DARK, LIGHT
@@ -235,12 +235,16 @@ def test_reports_of_the_same_title_are_numbered(without_pictures, tmp_path):
     assert "runs/stories3m (2): diffusion 0.9" in text and "base: transformers" in text
 
 
-def test_pictures_of_several_reports_show_the_leading_setting_of_each(tmp_path):
+def test_pictures_of_several_reports_show_the_leading_setting_of_each():
     one = realistic()
     leading = merged({"a": one, "b": one}, leading=True)
     written = {(f.subject, f.setting) for f in leading.figures if f.setting}
     assert written == {("a", "diffusion 0.9"), ("b", "diffusion 0.9"), ("base", "transformers"),
                        ("base", "prompt lookup"), ("base", "ar")}  # fmt: skip
+    pytest.importorskip("matplotlib")
+    (speed,) = by_report(leading, ["a", "b"])["speed"]
+    assert speed.title == "Speed at batch 1 by report"
+    assert all(f">{words}<" in speed.svg for words in ("a", "b", "speed at batch 1 (tokens/s)"))
 
 
 def test_a_card_shows_the_table_under_names_that_others_know():

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import Ar2DiffError
 from .figures import QUESTIONS, Figure, Report
 from .page import tables, write_page
-from .plots import plots
+from .plots import by_report, plots
 from .sentences import TIMES, best_pair, claims
 from .words import joined
 
@@ -38,14 +38,17 @@ def write(reports: Sequence[Report], path: Path) -> Path:
             "there is nothing to compare: only one report is named", "name two reports or more"
         )
     named = titled(different)
-    every = merged(named)
+    every, leading = merged(named), merged(named, leading=True)
+    drawn = plots(leading)
+    for question, more in by_report(leading, list(named)).items():
+        drawn[question] = more + drawn[question]
     return write_page(
         path,
         "compare",
         reports=named,
         questions=QUESTIONS,
         claims={name: claims(report) for name, report in named.items()},
-        plots=plots(merged(named, leading=True)),
+        plots=drawn,
         tables={question: tables(every, question) for question in QUESTIONS},
         notes=list(differences(named)),
     )

@@ -129,9 +129,9 @@ def _table(
         chosen = [figure for figure in figures if figure.metric == metric]
         scales[metric] = scale_of(chosen[0].unit, [figure.value for figure in chosen])
     where = " and ".join(AXES.get(axis, axis) for axis in axes)
-    what = question if writes else f"{question} of given text"
+    what = question if writes else "scored on given text"
     table = Table(
-        "-".join(["table", *what.split(), *axes]),
+        "-".join(["table", question, *([] if writes else ["scored"]), *axes]),
         f"{what.capitalize()}{f' by {where}' if where else ''}",
         [with_unit(AXES.get(axis, axis), UNITS.get(axis, "")) for axis in axes],
         [with_unit(name_of(metric), scales[metric][1]) for metric in metrics],

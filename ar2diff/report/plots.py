@@ -10,7 +10,7 @@ from typing import Any
 from .figures import Figure, Order, Report
 from .sentences import SURE, quality_at, written
 from .svg import LIGHT, can_draw, canvas, to_html
-from .words import AXES, UNITS, label, name_of, scale_of
+from .words import AXES, UNITS, capital, label, name_of, scale_of
 
 WIDTH, HEIGHT = 4.6, 3.1  # inches; at this width letters can be read on a phone
 LETTERS = {"svg.fonttype": "none", "font.size": 10, "legend.fontsize": 9, "lines.markersize": 5}
@@ -324,3 +324,50 @@ def _order(order: Order, number: int) -> Plot:
         "from left to right would be a straight line.",
         draw,
     )  # fmt: skip
+
+
+def by_report(report: Report, names: Sequence[str]) -> dict[str, list[Plot]]:
+    """The figures that stand for a question, one below the other for several reports, in the order
+    in which they were named.
+
+    Args:
+        report: of `compare.merged`, with one setting of each. names: its subjects that are models.
+    """
+    if not can_draw():
+        return {}
+    batch = min((f.at["batch"] for f in report.of("speed", "tokens_per_second")), default=1)
+    rows = {
+        "speed": report.of("speed", "tokens_per_second", batch=batch),
+        "quality": [f for metric in written(report)[:1] for f in report.of("quality", metric)],
+        "likelihood": report.of("quality", "bound", setting=None),
+        "control": report.of("control", "infill_exact_match"),
+    }
+    made: dict[str, list[Plot]] = {}
+    for name, figures in rows.items():
+        own = [(n, f) for n, who in enumerate(names) for f in figures if f.subject == who]
+        if len({n for n, _ in own}) > 1:
+            question = "quality" if name == "likelihood" else name
+            made.setdefault(question, []).append(_rows(f"reports-{name}", names, own))
+    return made
+
+
+def _rows(name: str, names: Sequence[str], own: Sequence[tuple[int, Figure]]) -> Plot:
+    first = own[0][1]
+    what = name_of(first.metric) + (f" at batch {first.at['batch']}" if "batch" in first.at else "")
+    divisor, unit = scale_of(first.unit, [figure.value for _, figure in own])
+
+    def draw(axes: Any) -> None:
+        for n, figure in own:
+            error = SURE * (figure.error or 0) / divisor
+            axes.errorbar(figure.value / divisor, n, None, error, marker="o", **BARS,
+                          color=LIGHT.colors[0])  # fmt: skip
+        axes.set_yticks(range(len(names)), [_short(who) for who in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(with_unit(what, unit))
+
+    return _drawn(name, capital(f"{what} by report"), _note(first), draw)
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A name of which the end is kept, as folders differ there."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
