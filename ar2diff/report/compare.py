@@ -9,8 +9,9 @@ from typing import Any
 from ..core.errors import Ar2DiffError
 from .figures import QUESTIONS, Figure, Report
 from .page import tables, write_page
+from .pairs import TIMES, best_pair
 from .plots import by_report, plots
-from .sentences import TIMES, best_pair, claims
+from .sentences import claims
 from .words import joined
 
 BASE = "base"

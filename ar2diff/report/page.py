@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 from ..checkpoint.output import write_text
 from .figures import QUESTIONS, Difference, Figure, Order, Report, check
+from .pairs import SURE
 from .plots import plots, with_unit
-from .sentences import SURE, claims, not_measured
+from .sentences import claims, not_measured
 from .svg import DARK, INSTALL, LIGHT, can_draw, css
 from .words import AXES, UNITS, label, name_of, scale_of, with_error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .figures import Figure, Order, Report
-from .sentences import SURE, quality_at, written
+from .pairs import SURE, quality_at, written
 from .svg import LIGHT, can_draw, canvas, to_html
 from .words import AXES, UNITS, capital, label, name_of, scale_of
 

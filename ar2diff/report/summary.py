@@ -7,7 +7,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .figures import FILE, Figure, Report, read_report
-from .sentences import TIMES, claims, not_measured, quality_at, written
+from .pairs import TIMES, quality_at, written
+from .sentences import claims, not_measured
 from .words import label, name_of, quantity, with_error
 
 MOST = 3  # metrics of quality that fit beside the speeds
