@@ -159,8 +159,8 @@ def _speed() -> list[Figure]:
     for slot in range(1, 8):
         for setting, first in (("lossless chain", 82), ("lossless tree", 89)):
             share = first * 0.86 ** (slot - 1)
-            found.append(figure("speed", "acceptance", share, 1.1 + 0.2 * slot, "model", setting,
-                                n=640, slot=slot))  # fmt: skip
+            found += [figure("speed", "acceptance", share, 1.1 + 0.2 * slot, "model", setting,
+                             n=640, batch=batch, slot=slot) for batch in (1, 8)]  # fmt: skip
     return found
 
 

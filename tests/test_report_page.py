@@ -329,6 +329,23 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(page, tmp_path):
         assert seen["smallest"] >= 8, "letters in plots must be readable"
 
 
+def test_a_bound_beside_an_exact_likelihood_is_neither_better_nor_worse(tmp_path):
+    exact = figure("quality", "ar_nll", 1.4, 0.02, "base")
+    bound = figure("quality", "bound", 1.9, 0.02, difference=apart(0.5, 0.01, None))
+    text = write(report([bound, exact]), tmp_path / "report.html").read_text()
+    assert "<small>+0.500 ± 0.010 to base</small>" in text and "worse" not in Seen(text).text
+
+
+def test_texts_that_are_the_same_are_shown_once(tmp_path):
+    texts = [Text(question="quality", prompt="p", subject=who, setting=setting, text=text)
+             for who, setting, text in (("model", "ar", "one"), ("base", "transformers", "one"),
+                                        ("model", "diffusion 0.7", "two"))]  # fmt: skip
+    given = report([]).model_copy(update={"texts": texts})
+    text = write(given, tmp_path / "report.html").read_text()
+    found = re.findall(r"<h3>(.*?)</h3><p>(.*?)</p>", text)
+    assert found == [("ar, base: transformers", "one"), ("diffusion 0.7", "two")]
+
+
 def test_differences_that_are_none_are_called_so(tmp_path):
     rows = [figure("quality", "exact_match", 40.0 + d, 1.0, setting=s, difference=apart(d, 0.5))
             for s, d in (("ar", 0.9), ("diffusion 0.9", -1.1), ("diffusion 0.7", 1.1))]  # fmt: skip

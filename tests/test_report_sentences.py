@@ -148,6 +148,17 @@ def test_paired_differences_go_before_errors_of_single_values():
     assert verdicts(report(alone), "quality") == {"exact_match": "none"}
 
 
+def test_the_largest_gain_is_one_that_is_sure():
+    rows = []
+    for answer, value, error in ((32, 0.0010, 0.00001), (64, 0.0005, 0.0004)):
+        at = {"prompt": 8, "answer": answer}
+        rows.append(figure("length", "seconds_per_token", value, error, setting="ar", **at))
+        rows.append(figure("length", "seconds_per_token", 0.0011, 1e-5, "base", BASELINE, **at))
+    claim = claims(report(rows))["length"]
+    assert "pays off up to 40 tokens of prompt and answer together; from 72 on" in claim.first
+    assert claim.more[0].startswith("It gains most at 8 + 32 tokens")
+
+
 def test_a_lower_likelihood_is_better_and_a_bound_is_called_one():
     rows = [figure("quality", "ar_nll", value, 0.001, who) for who, value in
             (("model", 1.5), ("base", 1.4))]  # fmt: skip

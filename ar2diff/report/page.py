@@ -145,16 +145,21 @@ def _table(
     for (subject, setting, places), found in sorted(
         rows.items(), key=lambda row: order.index(row[0][0])
     ):
-        cells = [_cell(found[m], scales[m][0]) if m in found else None for m in metrics]
+        cells = [_cell(report, found[m], scales[m][0]) if m in found else None for m in metrics]
         table.rows.append((label(subject, setting), list(places), cells))
     return table
 
 
-def _cell(figure: Figure, divisor: float) -> Cell:
+def _cell(report: Report, figure: Figure, divisor: float) -> Cell:
     text = with_error(figure.value / divisor, figure.error and figure.error / divisor)
     if figure.difference is None:
         return Cell(figure.value, text)
-    return Cell(figure.value, text, *_beside(figure, figure.difference, divisor))
+    beside, verdict = _beside(figure, figure.difference, divisor)
+    alike = report.of(figure.question, figure.metric, subject=figure.difference.to)
+    # A bound beside an exact NLL: the distance is known, but not which of the two is better.
+    return Cell(
+        figure.value, text, beside, verdict if alike or "bound" not in figure.metric else ""
+    )
 
 
 def _beside(figure: Figure, apart: Difference, divisor: float) -> tuple[str, str]:
@@ -171,12 +176,19 @@ def _beside(figure: Figure, apart: Difference, divisor: float) -> tuple[str, str
 # Texts --------------------------------------------------------------------------------------------
 
 
-def _side_by_side(report: Report) -> dict[str, dict[str, list[Any]]]:
-    """{question: {prompt: texts}}."""
-    found: dict[str, dict[str, list[Any]]] = {}
+def _side_by_side(report: Report) -> dict[str, dict[str, dict[str, str]]]:
+    """{question: {prompt: {text: who wrote it}}}."""
+    found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for text in report.texts:
-        found.setdefault(text.question, {}).setdefault(text.prompt, []).append(text)
-    return found
+        written = found.setdefault(text.question, {}).setdefault(text.prompt, {})
+        written.setdefault(text.text, []).append(label(text.subject, text.setting))
+    return {
+        question: {
+            prompt: {text: ", ".join(who) for text, who in written.items()}
+            for prompt, written in prompts.items()
+        }
+        for question, prompts in found.items()
+    }
 
 
 def _tokens_of(order: Order) -> dict[str, Any]:

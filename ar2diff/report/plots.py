@@ -128,7 +128,8 @@ def _lines(
                           errors, label=curve.name, **curve.look, **BARS)  # fmt: skip
         axes.set_xlabel(with_unit(AXES.get(axis, axis), UNITS.get(axis, "")))
         axes.set_ylabel(with_unit(name_of(figures[0].metric), unit))
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if unit != "nats/token" else None)
+        if unit != "nats/token":
+            axes.set_ylim(bottom=0)
         more(axes)
 
     return [_drawn(name, title, note or _note(figures[0]), draw, len(curves))]
@@ -164,10 +165,13 @@ def _by_batch(report: Report, looks: Looks) -> list[Plot]:
 
 
 def _slots(report: Report, looks: Looks) -> list[Plot]:
-    figures = [f for f in report.of("speed", "acceptance") if "slot" in f.at]
+    """Acceptance by slot, at the smallest batch."""
+    every = [f for f in report.of("speed", "acceptance") if "slot" in f.at]
+    batch = min((f.at.get("batch", 1) for f in every), default=1)
+    figures = [f for f in every if f.at.get("batch", 1) == batch]
     slots = sorted({f.at["slot"] for f in figures})
     return _lines(
-        "slots", figures, looks.curves(figures), "slot", "Drafts accepted by slot",
+        "slots", figures, looks.curves(figures), "slot", f"Drafts accepted by slot, batch {batch}",
         lambda axes: _ticks(axes, slots),
     )  # fmt: skip
 

@@ -246,7 +246,7 @@ def _quality_part(verdict: str, tables: list[list[tuple[str | None, Apart, str]]
     settings = [row[0] for row in chosen[0] if row[0]]
     largest = [max(rows, key=lambda row: abs(row[1].value)) for rows in chosen]
     told = joined([_points(difference, unit) for _, difference, unit in largest])
-    most = "at most " if len(chosen[0]) > 1 else ""
+    most = "" if len(chosen[0]) < 2 else "at most " if verdict == "none" else "up to "
     return f"{what}{f' with {joined(settings)}' if settings else ''} ({most}{told})"
 
 
@@ -311,13 +311,13 @@ def _length(report: Report) -> Claim:
     verdicts = {f"{p}+{a}": pair.apart.verdict for (p, a), (_, pair) in found.items()}
     kinds = {kind for kind, _ in found.values()}
     kind = next(k for k in ("unknown", "unequal", "equal") if k in kinds)
-    best = max(found.values(), key=lambda item: item[1].apart.value)[1]
-    where = f"{best.mine.at['prompt']} + {best.mine.at['answer']} tokens of prompt and answer"
-    more = [
-        f"It gains most at {where}, with {with_error(best.apart.value, best.apart.error)} times "
-        f"the speed ({best.mine.setting} against {best.other.setting}).",
-        *more,
-    ] if "better" in verdicts.values() else more  # fmt: skip
+    faster = [pair for _, pair in found.values() if pair.apart.verdict == "better"]
+    if faster:
+        best = max(faster, key=lambda pair: pair.apart.value)
+        where = f"{best.mine.at['prompt']} + {best.mine.at['answer']} tokens of prompt and answer"
+        gain = with_error(best.apart.value, best.apart.error)
+        pair = f"{best.mine.setting} against {best.other.setting}"
+        more.insert(0, f"It gains most at {where}, with {gain} times the speed ({pair}).")
     pays = _where_it_pays(report, found)
     return Claim("length", capital(f"{_condition(report, kind)}, {pays}."), more, verdicts)
 
