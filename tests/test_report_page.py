@@ -229,6 +229,12 @@ def test_several_reports_are_one_page(without_pictures, tmp_path):
         compare([one, realistic()], tmp_path / "again.html")
 
 
+def test_a_report_of_no_model_is_refused(tmp_path):
+    empty = report([]).model_copy(update={"subjects": {}})
+    with pytest.raises(Ar2DiffError, match=r"runs/stories3m \(2\) is not of a model"):
+        compare([realistic(), empty], tmp_path / "compare.html")
+
+
 def test_reports_of_the_same_title_are_numbered(without_pictures, tmp_path):
     later = realistic().model_copy(update={"quick": True})
     text = Seen(compare([realistic(), later], tmp_path / "compare.html").read_text()).text

@@ -39,6 +39,11 @@ def write(reports: Sequence[Report], path: Path) -> Path:
             "there is nothing to compare: only one report is named", "name two reports or more"
         )
     named = titled(different)
+    for name, report in named.items():
+        if "model" not in report.subjects:
+            raise Ar2DiffError(
+                f"the report {name} is not of a model", "make it again with 'ar2diff report'"
+            )
     every, leading = merged(named), merged(named, leading=True)
     drawn = plots(leading)
     for question, more in by_report(leading, list(named)).items():
