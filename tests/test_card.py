@@ -175,7 +175,7 @@ def test_a_report_in_the_folder_is_shown(convert_tiny, tmp_path):
     file = write_report(realistic(), folder / "report")
     said = preview(folder, license="mit")
     section = said[said.index("\n## Measured\n") : said.index("\n## What it is\n")]
-    assert "* At equal exact match, model is 1.8x as fast as stories3M-hf at batch 1" in section
+    assert "* At equal exact match, model is 1.8x as fast as its base at batch 1" in section
     assert "\n\n| setting | tokens/s at batch 1 |" in section
     assert "\n\nMeasured 2026-11-26 with ar2diff 0.1.0 on x86-64. ± is one standard" in section
     assert section.endswith("Not measured: speed: batch 32 and 64; control: constraints.\n")

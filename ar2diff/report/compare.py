@@ -36,7 +36,8 @@ def write(reports: Sequence[Report], path: Path) -> Path:
     different = [report for n, report in enumerate(reports) if report not in reports[:n]]
     if len(different) < FEWEST:
         raise Ar2DiffError(
-            "there is nothing to compare: only one report is named", "name two reports or more"
+            "there is nothing to compare: fewer than two different reports are named",
+            "name two reports or more",
         )
     named = titled(different)
     for name, report in named.items():

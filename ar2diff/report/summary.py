@@ -32,10 +32,10 @@ def renamed(report: Report, model: str, base: str | None) -> Report:
     """The report with names that mean something elsewhere: folders become their last parts.
 
     Args:
-        model, base: what those two are called; None keeps the base's own.
+        model: what it is called. base: likewise, if it has a name elsewhere.
     """
     names = {key: PurePath(subject.name).name for key, subject in report.subjects.items()}
-    names |= {"model": model} | ({"base": base} if base and "base" in names else {})
+    names |= {"model": model, "base": base or "its base"}
     subjects = {
         key: subject.model_copy(update={"name": names[key]})
         for key, subject in report.subjects.items()
