@@ -24,6 +24,7 @@ from .writing import Way, batches
 
 QUESTION = "length"
 STRETCHES = 8  # of positions, up to the context
+NARROWEST = 4  # tokens of a stretch
 LEAST = 8  # texts, below which no error means much
 JUDGED = 16  # answers of a length whose text is judged
 WARMING = 16  # tokens of an answer before the first that is timed
@@ -36,7 +37,7 @@ def parts(session: Session) -> list[Part]:
     """What is measured: each pair of lengths, the likelihood by position, and where answers end."""
     found = []
     for prompt, answer in _lengths(session):
-        cost = len(session.main_ways()) * session.sizes.length_repeats * answer
+        cost = len(session.main_ways()) * session.sizes.length_repeats * answer * 3
         name = f"prompt {prompt}, answer {answer}"
         found.append(Part(QUESTION, name, cost, partial(_cell, session, prompt, answer)))
     for held in session.subjects.values():
@@ -58,12 +59,12 @@ def _context(session: Session) -> int:
 def _lengths(session: Session) -> list[tuple[int, int]]:
     """Pairs of a prompt's and an answer's length that fit into the context in whole blocks."""
     block = max((h.checkpoint.read_as.block_length or 1) for h in session.subjects.values())
-    room = _context(session) // block * block - block
+    contexts = [h.context for h in session.subjects.values() if h.context]
     return [
         (prompt, answer)
         for prompt in session.sizes.prompts
         for answer in session.sizes.answers
-        if prompt + answer <= room
+        if not contexts or prompt + answer <= min(contexts) // block * block
     ]
 
 
@@ -150,7 +151,7 @@ def _judged(
 def _positions(session: Session, held: Held) -> list[Row]:
     """Nats of each stretch of long rows, given all that precedes it."""
     length = _context(session)
-    width = max(1, length // STRETCHES)
+    width = max(NARROWEST, length // STRETCHES)
     found: list[Row] = []
     checkpoint = held.checkpoint
     window = checkpoint.spec_or_causal.local_window
@@ -324,7 +325,7 @@ def _position_figures(session: Session, found: Found, rows: Sequence[Row]) -> No
             ("bound_nats", "bound", "bound"),
         ):
             nats = [row[kind] for row in cell]
-            if nats[0] is None or len(nats) < 2:
+            if nats[0] is None or len(nats) < 2 or not sum(wholes):
                 continue
             difference = None
             if base is not None and subject != "base":

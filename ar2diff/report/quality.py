@@ -37,7 +37,7 @@ def parts(session: Session) -> list[Part]:
         found.append(
             Part(QUESTION, f"likelihood, {held.key}", cost, partial(_likelihood, session, held))
         )
-    tokens = sizes.questions * sizes.answer / BATCH**0.7
+    tokens = sizes.questions * sizes.answer / BATCH**0.5
     for way in session.ways():
         if session.material.questions and not _single(way):
             run = partial(_answers, session, way)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..checkpoint.files import find_checkpoint
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
 from . import control, length, quality, speed, tasks
 from .figures import OWN, QUESTIONS, STOCK, Missing, Report, write_report
-from .journal import PLAN, ROWS, Journal, Part, check_plan
+from .journal import PLAN, ROWS, Journal, Part, Row, check_plan
 from .material import material_for
 from .session import QUICK, Found, Session, Sizes
 from .subjects import AR, base_of, identity_of, load_subjects
@@ -86,7 +87,7 @@ def report(
     asked = replace(asked, base=asked.base or base_of(asked.model))
     folder = output_dir or folder_for(asked.model)
     _check_folder(folder)
-    sizes = sizes or (QUICK if asked.quick else Sizes())
+    sizes = sizes or _sizes(asked)
     plan = _plan(asked, sizes)
     if not overwrite:
         check_plan(folder, plan)
@@ -115,6 +116,16 @@ def folder_for(model: str) -> Path:
     if folder.is_dir() and os.access(folder.resolve().parent, os.W_OK):
         return folder.with_name(f"{folder.resolve().name}-report")
     return Path("runs") / f"{Path(model.partition('@')[0]).name}-report"
+
+
+def _sizes(asked: Asked) -> Sizes:
+    """How much is measured by default; larger batches where there is a GPU to fill."""
+    if asked.quick:
+        return QUICK
+    sizes = Sizes()
+    if torch.cuda.is_available():
+        return replace(sizes, batches=(*sizes.batches, 32, 64), timed=64)
+    return sizes
 
 
 def _check(asked: Asked) -> None:
@@ -186,12 +197,11 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
                 missing.append(Missing(question=name, what="all of it", why="it was not asked for"))
             continue
         session.failed.clear()
-        new = MEASURES[name].figures(session, [row for row in rows if "missing" not in row])
-        if name == "quality":
-            tasks.add_figures(session, new, rows)
-        for into, more in ((found.figures, new.figures), (found.texts, new.texts)):
-            into += more
-        found.orders += new.orders
+        new = session.attempt(name, "its figures", partial(_figures, session, name, rows))
+        if new is not None:
+            found.figures += new.figures
+            found.texts += new.texts
+            found.orders += new.orders
         missing += [
             Missing(question=name, what=row["missing"], why=row["why"])
             for row in rows
@@ -218,6 +228,14 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         settings=settings | more,
         protocol=_protocol(session, asked) | {"callable": callables | called},
     )
+
+
+def _figures(session: Session, name: str, rows: Sequence[Row]) -> Found:
+    """What the rows of a question say."""
+    found = MEASURES[name].figures(session, [row for row in rows if "missing" not in row])
+    if name == "quality":
+        tasks.add_figures(session, found, rows)
+    return found
 
 
 def _protocol(session: Session, asked: Asked) -> dict[str, Any]:
