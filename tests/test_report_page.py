@@ -171,7 +171,9 @@ def test_bars_are_two_standard_errors(pictures):
             for b in (1, 4)]  # fmt: skip
     (plot,) = plots(report(rows))["speed"]
     number = r"([\d.]+)"
-    lines = re.findall(rf'd="M {number} {number}\nL {number} {number}\n"[^>]*var\(--text', plot.svg)
+    lines = re.findall(
+        rf'<path d="M {number} {number}\nL {number} {number}\n"[^>]*var\(--text', plot.svg
+    )
     (x, low, end, high), _, (_, first, _, second) = [list(map(float, line)) for line in lines]
     assert x == end  # the bar at batch 1; the line goes from 100 to 400
     assert (low - high) / (first - second) * 300 == pytest.approx(4 * 10.0, rel=1e-3)
