@@ -16,7 +16,6 @@ from conftest import DRAWING
 from reports import apart, figure, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.report import svg
 from ar2diff.report.compare import merged
 from ar2diff.report.compare import write as compare
 from ar2diff.report.figures import Missing, Order, Subject, Text
@@ -50,10 +49,11 @@ def hostile():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of a hostile report, with pictures if they can be drawn."""
+    """The page of a hostile report, with pictures."""
+    pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as patch:
         for module in DRAWING:
-            patch.setattr(f"ar2diff.{module}.can_draw", svg.can_draw)
+            patch.setattr(f"ar2diff.{module}.can_draw", lambda: True)
         return write(hostile(), tmp_path_factory.mktemp("page") / "new" / "report.html")
 
 
