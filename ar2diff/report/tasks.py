@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness as part of the quality: the seam between the two.
 
-`measured` is the only place that calls `run_tasks`; everything else here turns its results into
-rows and figures.
+`measured` is the only place that runs tasks, and `check` asks before anything expensive whether they
+can be run; everything else here turns results into rows and figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..core.errors import Ar2DiffError, option
-from .estimates import mean
+from .estimates import Value, mean, share, share_difference
 from .figures import OWN, Difference, Figure
 from .journal import Part, Row
 from .session import Found, Session, apart
@@ -29,7 +29,8 @@ def check(names: Sequence[str]) -> None:
     """Refuse tasks that cannot be run at all.
 
     Raises:
-        Ar2DiffError: this version cannot run tasks, or lm-eval is not installed.
+        Ar2DiffError: this version cannot run tasks, lm-eval is not installed, or a task is not
+            known or has no data.
     """
     if not names:
         return
@@ -43,6 +44,7 @@ def check(names: Sequence[str]) -> None:
             f"{option('tasks')} needs lm-evaluation-harness, which is not installed",
             "install it with: pip install 'ar2diff[eval]'",
         )
+    importlib.import_module(RUNNER)._load_tasks(names, None)
 
 
 def parts(session: Session, names: Sequence[str]) -> list[Part]:
@@ -105,7 +107,7 @@ def add_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
     for (task, metric, kept, subject, setting), cell in cells.items():
         base = cells.get((task, metric, kept, "base", AR)) if subject != "base" else None
         scale = 100.0 if metric.startswith(("acc", "exact_match", "pass")) else 1.0
-        value = mean([scale * row["value"] for row in cell])
+        value = _mean([row["value"] for row in cell], scale)
         way = next(w for w in ways(session) if (w.held.key, w.setting) == (subject, setting))
         kind = " (bound)" if cell[0]["bound"] else ""
         found.figures.append(
@@ -119,6 +121,16 @@ def add_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
         )  # fmt: skip
 
 
+def _mean(values: Sequence[float], scale: float) -> Value:
+    """The mean of values, which may be hits and misses."""
+    hits = all(value in (0, 1) for value in values)
+    return (
+        share([value == 1 for value in values], scale)
+        if hits
+        else mean([scale * v for v in values])
+    )
+
+
 def _evidence(way: Way, cell: Sequence[Row]) -> dict[str, Any]:
     estimator = {"estimator": "bound"} if cell[0]["bound"] else {}
     threads = torch.get_num_threads()
@@ -130,9 +142,10 @@ def _difference(cell: Sequence[Row], base: Sequence[Row] | None, scale: float) -
     if base is None:
         return None
     theirs = {row["document"]: row["value"] for row in base}
-    pairs = [
-        scale * (row["value"] - theirs[row["document"]])
-        for row in cell
-        if row["document"] in theirs
-    ]
-    return apart("base", AR, mean(pairs)) if len(pairs) > 1 else None
+    both = [(r["value"], theirs[r["document"]]) for r in cell if r["document"] in theirs]
+    if len(both) < 2:
+        return None
+    if all(value in (0, 1) for pair in both for value in pair):
+        hits = ([value == 1 for value in values] for values in zip(*both, strict=True))
+        return apart("base", AR, share_difference(*hits, scale))
+    return apart("base", AR, mean([scale * (a - b) for a, b in both]))
