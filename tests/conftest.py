@@ -113,19 +113,25 @@ def bitsandbytes_cpu():
         yield
 
 
+DRAWING = ("training.plots", "report.plots", "report.page")  # modules that ask whether they can
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures():
-    """Draw no pictures of runs, which take longer than most runs here; see `pictures`."""
+    """Draw no pictures of runs and reports, which take longer than most of them here; see
+    `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ar2diff.training.plots.can_draw", lambda: False)
+        for module in DRAWING:
+            patch.setattr(f"ar2diff.{module}.can_draw", lambda: False)
         yield
 
 
 @pytest.fixture
 def pictures(monkeypatch):
-    """Draw pictures of runs, if matplotlib is installed."""
+    """Draw pictures of runs and reports, if matplotlib is installed."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("ar2diff.training.plots.can_draw", lambda: True)
+    for module in DRAWING:
+        monkeypatch.setattr(f"ar2diff.{module}.can_draw", lambda: True)
 
 
 def _rms_norm(self, x):

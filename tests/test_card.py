@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 from ar2diff.cli.main import main
+from reports import realistic
 
 from ar2diff.checkpoint.custom_generate import read_custom_generate
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.merge import merge
 from ar2diff.config.recipe import load_recipe
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.chat import Chat
 from ar2diff.generation.complete import complete
 from ar2diff.hub.card import TOKENS, changes, measure
 from ar2diff.hub.origin import Origin, origin_of, without_paths
 from ar2diff.hub.push import PROMPT, preview
+from ar2diff.report.figures import write_report
 from ar2diff.training.adapt import adapt
 
 SHOWN = [{"mode": "speculative", "draft_length": 7}, {"mode": "diffusion"}, {"threshold": 0.7}]
@@ -165,6 +168,20 @@ def test_it_says_what_happens_without_trust(convert_tiny, attention, trust, bloc
     assert trust in below.split("\n\n")[0] and blocks in said
     assert "converted without training: it does not denoise yet" in said
     assert ("speculative" in said) == (attention == "causal_context")
+
+
+def test_a_report_in_the_folder_is_shown(convert_tiny, tmp_path):
+    folder = Path(shutil.copytree(convert_tiny(), tmp_path / "model"))
+    file = write_report(realistic(), folder / "report")
+    said = preview(folder, license="mit")
+    section = said[said.index("\n## Measured\n") : said.index("\n## What it is\n")]
+    assert "* At equal exact match, model is 1.8x as fast as its base at batch 1" in section
+    assert "\n\n| setting | tokens/s at batch 1 |" in section
+    assert "\n\nMeasured 2026-11-26 with ar2diff 0.1.0 on x86-64. ± is one standard" in section
+    assert section.endswith("Not measured: speed: batch 32 and 64; control: constraints.\n")
+    file.write_text("{}")
+    with pytest.raises(Ar2DiffError, match=r"report\.json: title: Field required"):
+        preview(folder, license="mit")
 
 
 def test_an_ar_mode_that_was_not_trained_along_is_not_praised(run):

@@ -315,12 +315,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file beside and rename that, so that no reader sees half a file."""
+    """Write JSON to a file, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to a file beside and rename that, so that no reader sees half a file."""
     beside = path.with_name(path.name + ".partial")
     try:
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(value, indent=2) + "\n")
+            beside.write_text(text, encoding="utf-8")
             sync(beside)
             beside.replace(path)
     finally:

@@ -21,6 +21,8 @@ from ..core.spec import Spec
 from ..evaluation.check import ELSEWHERE
 from ..generation.chat import Chat
 from ..generation.events import Answer, Problem
+from ..report.figures import Report
+from ..report.summary import markdown, renamed
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
@@ -127,6 +129,7 @@ def make_card(
     origin: Origin,
     answers: dict[str, list[Sample]],
     held_out: bool,
+    report: Report | None = None,
 ) -> str:
     """The card as Markdown with front matter.
 
@@ -135,9 +138,11 @@ def make_card(
         record: the record as published, without paths on this machine.
         answers: {prompt: result of `measure`}. held_out: whether the prompts are the beginnings of
             texts that the run held out.
+        report: what was measured of the model.
     """
+    measured = _measured(report, name, origin)
     if checkpoint.draft is not None:
-        return _make_draft_card(name, checkpoint, record, origin, answers, held_out)
+        return _make_draft_card(name, checkpoint, record, origin, answers, held_out, measured)
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
@@ -161,6 +166,7 @@ def make_card(
         adapter=adapter,
         architecture=_class_name(model),
         **_shown(checkpoint, answers, held_out),
+        report=measured,
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
@@ -188,6 +194,7 @@ def _make_draft_card(
     origin: Origin,
     answers: dict[str, list[Sample]],
     held_out: bool,
+    measured: dict[str, Any] | None,
 ) -> str:
     """The card of a draft adapter; arguments as for `make_card`."""
     model = checkpoint.model
@@ -205,6 +212,7 @@ def _make_draft_card(
         name=name,
         title=name.split("/")[-1],
         **_shown(checkpoint, answers, held_out),
+        report=measured,
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
@@ -239,6 +247,13 @@ def _shown(
         "rows": rows,
         "refused": refused,
     }
+
+
+def _measured(report: Report | None, name: str, origin: Origin) -> dict[str, Any] | None:
+    """What a card shows of a report, under the names that others know."""
+    if report is None:
+        return None
+    return markdown(renamed(report, name.split("/")[-1], origin.name))
 
 
 def run_of(record: dict[str, Any]) -> dict[str, Any]:

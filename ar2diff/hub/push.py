@@ -30,6 +30,7 @@ from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import HEAD_FILE
+from ..report.summary import find_report
 from .client import NotAsked, Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
@@ -275,6 +276,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"run 'ar2diff adapt {folder} --output-dir DIR', then push DIR",
         )
     _check_card(folder)
+    find_report(folder)  # one that is damaged is refused before anything is measured
     return read_json(folder / RUN_FILE, fix)
 
 
@@ -394,7 +396,8 @@ def files_of(
     ]
     files[RUN_FILE] = _json(published | {"golden": golden, "files": sorted(files)})
     own = folder / CARD
-    card = make_card(name, checkpoint, published, origin, shown.answers, shown.held_out)
+    report = find_report(folder)
+    card = make_card(name, checkpoint, published, origin, shown.answers, shown.held_out, report)
     files[CARD] = own if own.is_file() else card.encode()
     return files
 

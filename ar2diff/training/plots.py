@@ -3,17 +3,15 @@ where something is drawn; the same metrics give the same bytes."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.output import LOG, disk_errors
 from ..core.errors import Ar2DiffError
+from ..report.svg import DARK, INSTALL, LIGHT, Shade, can_draw, canvas, to_svg
 from .journal import read_metrics
 
-INSTALL = "pip install 'ar2diff[plot]'"
 # Each picture is a column of panels: the name of its axis, and metrics with their labels.
 PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "loss": [("loss", {"loss": "loss", "ar_loss": "AR loss"})],
@@ -24,20 +22,10 @@ PANELS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("share of completions", {"stop_rate": "end by themselves"}),
     ],
 }
-SHADES = {  # suffix of the file: page, text, lines of a grid, curves
-    "": ("#ffffff", "#1f2328", "#d8dee4", ("#0969da", "#cf5f00", "#1a7f37", "#8250df", "#bf3989")),
-    "-dark": (
-        "#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#f0883e", "#56d364", "#bc8cff", "#f778ba")
-    ),
-}  # fmt: skip
+SHADES = {"": LIGHT, "-dark": DARK}  # by the suffix of the file
 SPARSE = 40  # points of a curve up to which each is marked
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # rows of metrics by the name of the run
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_log(output_dir: Path) -> list[Path]:
@@ -79,7 +67,7 @@ def draw(runs: Runs, folder: Path, only: str | None = None) -> list[Path]:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 file = folder / f"{name}{suffix}.svg"
-                _draw(panels, file, *shade)
+                file.write_bytes(_drawn(panels, shade))
             made += [] if suffix else [file]
     return made
 
@@ -98,37 +86,16 @@ def _curves(runs: Runs, axis: str, metrics: Mapping[str, str]) -> tuple[str, dic
     return (axis, curves) if curves else None
 
 
-def _draw(
-    panels: list[tuple[str, dict[str, Any]]],
-    file: Path,
-    page: str,
-    text: str,
-    grid: str,
-    colors: Sequence[str],
-) -> None:
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    looks = {
-        "svg.hashsalt": "ar2diff", "svg.fonttype": "path", "font.size": 9, "text.color": text,
-        "axes.facecolor": page, "axes.edgecolor": grid, "axes.labelcolor": text,
-        "axes.grid": True, "grid.color": grid, "grid.linewidth": 0.6, "xtick.color": text,
-        "ytick.color": text, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 3.5,
-    }  # fmt: skip
-    with style.context(["default", looks]):
-        figure = Figure((6.4, 1.0 + 2.4 * len(panels)), facecolor=page, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+def _drawn(panels: list[tuple[str, dict[str, Any]]], shade: Shade) -> bytes:
+    with canvas(6.4, 1.0 + 2.4 * len(panels), shade) as figure:
         grids = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (label, curves) in zip(grids, panels, strict=True):
             for number, (name, points) in enumerate(curves.items()):
                 steps, values = zip(*points, strict=True)
                 marker = "o" if len(points) <= SPARSE else None
-                color = colors[number % len(colors)]
+                color = shade.colors[number % len(shade.colors)]
                 axes.plot(steps, values, label=name, marker=marker, color=color)
             axes.set_ylabel(label)
             axes.legend(loc="best")
         grids[-1].set_xlabel("step")
-        drawn = BytesIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    file.write_bytes(drawn.getvalue())
+        return to_svg(figure)

@@ -1,0 +1,442 @@
+"""What the figures say, in sentences: for each question one to decide by, and those that qualify
+it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from .figures import QUESTIONS, Figure, Missing, Report
+from .pairs import (
+    SURE,
+    TIMES,
+    Apart,
+    Pair,
+    Verdict,
+    apart,
+    best_pair,
+    quality_apart,
+    written,
+)
+from .words import capital, joined, name_of, quantity, with_error
+
+FILLING = "infill_exact_match"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a report says on a question.
+
+    Attributes:
+        first: the sentence to decide by. more: those that qualify it.
+        verdicts: of the model against the base, by what was compared.
+    """
+
+    question: str
+    first: str
+    more: list[str] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
+def claims(report: Report) -> dict[str, Claim]:
+    """What a report says, by question."""
+    makers: dict[str, Callable[[Report], Claim]] = {
+        "speed": _speed, "quality": _quality, "length": _length, "control": _control,
+    }  # fmt: skip
+    made = {}
+    for question in QUESTIONS:
+        measured = any(f.question == question and f.subject == "model" for f in report.figures)
+        made[question] = (
+            makers[question](report)
+            if measured
+            else Claim(question, f"{capital(question)} was not measured.")
+        )
+    return made
+
+
+def not_measured(report: Report) -> list[Missing]:
+    """What was not measured: what the report lists, and whole questions without a figure."""
+    found = list(report.missing)
+    known = {missing.question for missing in found}
+    known |= {figure.question for figure in report.figures if figure.subject == "model"}
+    found += [Missing(question=q, what="everything", why="it was not asked for")
+              for q in QUESTIONS if q not in known]  # fmt: skip
+    if "base" not in report.subjects:
+        found.append(
+            Missing(question="quality", what="the base", why="the report was made without one")
+        )
+    return found
+
+
+def _condition(report: Report, kind: str) -> str:
+    metric = name_of(next(iter(written(report)), ""))
+    return {
+        "equal": f"at equal {metric}",
+        "unequal": f"with no equal {metric} at any setting",
+        "unknown": "with its quality at these settings unmeasured",
+    }[kind]
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+
+def _speed(report: Report) -> Claim:
+    own = report.of("speed", TIMES["speed"], subject="model")
+    batches = sorted({f.at["batch"] for f in own if "batch" in f.at})
+    found = _by_batch(report, "base", batches)
+    if not found:
+        best = max(own, key=lambda f: f.value, default=None)
+        if best is None:
+            return Claim("speed", "How many tokens it writes in a second was not measured.")
+        rate = quantity(best.value, best.error, best.unit)
+        place = f" at batch {best.at['batch']}" if "batch" in best.at else ""
+        return Claim(
+            "speed",
+            f"{_name(report)} writes {rate}{place} with {best.setting}; there is no base to "
+            "compare it with.",
+        )
+    more = [_settings_at(found, "batch"), *_bought(report, batches[0])]
+    for other in list(report.subjects)[1:]:
+        if other != "base":
+            theirs = _by_batch(report, other, batches)
+            more += [_pace_sentence(report, theirs, other)] if theirs else []
+    verdicts = {f"batch {b}": pair.apart.verdict for b, (_, pair) in found.items()}
+    return Claim("speed", _pace_sentence(report, found, "base"), more, verdicts)
+
+
+def _by_batch(report: Report, to: str, batches: list[float]) -> dict[float, tuple[str, Pair]]:
+    """`best_pair` at each batch at which there is one."""
+    found = {batch: best_pair(report, "speed", to, {"batch": batch}) for batch in batches}
+    return {batch: pair for batch, pair in found.items() if pair is not None}
+
+
+def _pace_sentence(report: Report, found: dict[float, tuple[str, Pair]], to: str) -> str:
+    clauses = []
+    for kind, group in groupby(found.items(), key=lambda item: item[1][0]):
+        places = [(f"{batch}", pair.apart) for batch, (_, pair) in group]
+        than, axis = ("", "") if clauses else (_name(report, to), "batch ")
+        runs = []
+        for verdict, run in groupby(places, key=lambda place: place[1].verdict):
+            runs.append(_pace_run(verdict, list(run), than, axis))
+            than = axis = ""
+        who = "it" if clauses else _name(report)
+        clauses.append(f"{_condition(report, kind)}, {who} is {_in_turn(runs)}")
+    return f"{capital('; '.join(clauses))}."
+
+
+def _pace_run(verdict: Verdict, places: list[tuple[str, Apart]], than: str, axis: str) -> str:
+    """`1.9x as fast as BASE at batch 1 and 1.4x at 4`: neighbours with the same verdict.
+
+    Args:
+        than: what it is compared with, if that is to be said. axis: of the first place, likewise.
+    """
+    times = [_times(difference.value) for _, difference in places]
+    named = [f"{axis if n == 0 else ''}{place}" for n, (place, _) in enumerate(places)]
+    if verdict == "better":
+        first = f"{times[0]} as fast{f' as {than}' if than else ''} at {named[0]}"
+        return joined([first, *(f"{t} at {p}" for t, p in zip(times[1:], named[1:], strict=True))])
+    than = f" than {than}" if than else ""
+    if verdict == "none":
+        return f"no faster{than} at {joined(named)}"
+    return f"slower{than} at " + joined([f"{p} ({t})" for t, p in zip(times, named, strict=True)])
+
+
+def _in_turn(runs: list[str]) -> str:
+    """Runs one after the other; a comma keeps apart those that are lists themselves."""
+    if len(runs) == 2 and " and " not in "".join(runs):
+        return " and ".join(runs)
+    return ", ".join([*runs[:-1], f"and {runs[-1]}"]) if runs[1:] else runs[0]
+
+
+def _times(ratio: float) -> str:
+    """A ratio as `1.9x`, with more digits where it is near 1 or below."""
+    return f"{ratio:.{1 if ratio >= 1.1 else 2}f}x"
+
+
+def _settings_at(found: dict[float, tuple[str, Pair]], axis: str) -> str:
+    parts = [
+        f"{with_error(pair.apart.value, pair.apart.error)} at {axis} {place} "
+        f"({pair.mine.setting} against {pair.other.setting})"
+        for place, (_, pair) in found.items()
+    ]
+    return f"The ratios of speed are {joined(parts)}."
+
+
+def _bought(report: Report, batch: float) -> list[str]:
+    """What the fastest setting costs, if it is not of equal quality."""
+    fastest = max(
+        report.of("speed", TIMES["speed"], subject="model", batch=batch), key=lambda f: f.value
+    )
+    for other in report.of("speed", TIMES["speed"], subject="base", batch=batch):
+        gain, cost = apart(fastest, other, ratio=True), quality_apart(report, fastest, other)
+        if gain and cost and gain.verdict == "better" and cost.verdict == "worse":
+            metric = written(report)[0]
+            unit = report.of("quality", metric)[0].unit
+            points = "points" if unit == "%" else unit
+            return [
+                f"{capital(fastest.setting or '')} is {_times(gain.value)} as fast as "
+                f"{other.setting} at batch {batch}, and costs "
+                f"{quantity(abs(cost.value), cost.error, points)} of {name_of(metric)}."
+            ]
+    return []
+
+
+# Quality ------------------------------------------------------------------------------------------
+
+
+def _quality(report: Report) -> Claim:
+    metrics = written(report)
+    others = [name for name in list(report.subjects)[1:]]
+    sentences: dict[str, tuple[str, dict[str, Verdict]]] = {}
+    for other in others:
+        found = {metric: _rows_apart(report, metric, other) for metric in metrics}
+        if any(found.values()):
+            sentences[other] = _quality_sentence(report, other, found)
+    likelihood, verdicts = _likelihood(report)
+    rest = [text for other, (text, _) in sentences.items() if other != "base"]
+    if "base" in sentences:
+        first, own = sentences["base"]
+        return Claim("quality", first, [*rest, *likelihood], own)
+    if likelihood:
+        return Claim("quality", likelihood[0], [*rest, *likelihood[1:]], verdicts)
+    return Claim(
+        "quality", f"The quality of {_name(report)} has nothing to be compared with.", rest
+    )
+
+
+def _rows_apart(report: Report, metric: str, other: str) -> list[tuple[str | None, Apart, str]]:
+    """(setting, difference, unit) of a metric at each setting of the model."""
+    found = []
+    theirs = report.of("quality", metric, subject=other)
+    for mine in report.of("quality", metric, subject="model"):
+        recorded = mine.difference
+        same = [t for t in theirs if t.at == mine.at]
+        if recorded and recorded.to == other:
+            same = [t for t in same if t.setting == recorded.setting] or same
+        if same and (difference := apart(mine, same[0])):
+            found.append((mine.setting, difference, mine.unit))
+    return found
+
+
+def _quality_sentence(
+    report: Report, other: str, found: dict[str, list[tuple[str | None, Apart, str]]]
+) -> tuple[str, dict[str, Verdict]]:
+    verdicts: dict[str, Verdict] = {}
+    alike: dict[tuple[tuple[str | None, Verdict], ...], list[str]] = {}
+    for metric, rows in found.items():
+        verdicts |= {f"{metric}, {s}" if s else metric: a.verdict for s, a, _ in rows}
+        if rows:  # metrics of which the same is to be said share a clause
+            alike.setdefault(tuple((s, a.verdict) for s, a, _ in rows), []).append(metric)
+    clauses = []
+    for metrics in alike.values():
+        tables = [found[metric] for metric in metrics]
+        parts = [part for v in ("better", "none", "worse") if (part := _quality_part(v, tables))]
+        clauses.append(f"in {joined(list(map(name_of, metrics)))}, {', but '.join(parts)}")
+    return f"Against {_name(report, other)}: {'; '.join(clauses)}.", verdicts
+
+
+def _quality_part(verdict: str, tables: list[list[tuple[str | None, Apart, str]]]) -> str:
+    """What holds of all settings with a verdict, of which there are the same in each table."""
+    chosen = [[row for row in table if row[1].verdict == verdict] for table in tables]
+    if not chosen[0]:
+        return ""
+    what = "there is no difference" if verdict == "none" else f"it is {verdict}"
+    settings = [row[0] for row in chosen[0] if row[0]]
+    largest = [max(rows, key=lambda row: abs(row[1].value)) for rows in chosen]
+    told = joined([_points(difference, unit) for _, difference, unit in largest])
+    most = "" if len(chosen[0]) < 2 else "at most " if verdict == "none" else "up to "
+    return f"{what}{f' with {joined(settings)}' if settings else ''} ({most}{told})"
+
+
+def _points(difference: Apart, unit: str) -> str:
+    """A difference; of percentages in points."""
+    unit = "points" if unit == "%" else unit
+    return quantity(difference.value, difference.error, unit, sign=True)
+
+
+def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
+    """The NLL of the AR mode beside the base's, and the bound, which is no likelihood."""
+    said, verdicts = [], {}
+    base = next(iter(report.of("quality", "ar_nll", subject="base", setting=None)), None)
+    for mine in report.of("quality", "ar_nll", subject="model", setting=None)[:1]:
+        if base and (difference := apart(mine, base)):
+            verdicts["ar_nll"] = difference.verdict
+            told = quantity(abs(difference.value), difference.error, mine.unit)
+            than = _name(report, "base")
+            what = {
+                "none": f"as well as {than}: there is no difference in NLL ({told})",
+                "worse": f"worse than {than}, by {told}",
+                "better": f"better than {than}, by {told}",
+            }[difference.verdict]
+            said.append(f"From left to right, {_name(report)} predicts held-out text {what}.")
+    for bound in report.of("quality", "bound", subject="model", setting=None)[:1]:
+        told = quantity(bound.value, bound.error, bound.unit)
+        beside = (
+            f", beside an exact {quantity(base.value, base.error, base.unit)} of the base"
+            if base
+            else ""
+        )
+        said.append(
+            f"When it denoises, its NLL is at most {told}{beside}; that is a bound, not a "
+            "likelihood."
+        )
+    return said, verdicts
+
+
+# Length -------------------------------------------------------------------------------------------
+
+
+def _length(report: Report) -> Claim:
+    places = sorted(
+        {
+            (f.at["prompt"], f.at["answer"])
+            for f in report.of("length", TIMES["length"], subject="model")
+            if {"prompt", "answer"} <= f.at.keys()
+        },
+        key=lambda place: (sum(place), place),
+    )
+    found = {
+        (p, a): pair
+        for p, a in places
+        if (pair := best_pair(report, "length", "base", {"prompt": p, "answer": a}))
+    }
+    more = _past_training(report)
+    if not found:
+        first = (
+            "At which lengths it pays off is not known: there is nothing to compare its times with."
+        )
+        return Claim("length", first, more)
+    verdicts = {f"{p}+{a}": pair.apart.verdict for (p, a), (_, pair) in found.items()}
+    kinds = {kind for kind, _ in found.values()}
+    kind = next(k for k in ("unknown", "unequal", "equal") if k in kinds)
+    faster = [pair for _, pair in found.values() if pair.apart.verdict == "better"]
+    if faster:
+        best = max(faster, key=lambda pair: pair.apart.value)
+        where = f"{best.mine.at['prompt']} + {best.mine.at['answer']} tokens of prompt and answer"
+        gain = with_error(best.apart.value, best.apart.error)
+        pair = f"{best.mine.setting} against {best.other.setting}"
+        more.insert(0, f"It gains most at {where}, with {gain} times the speed ({pair}).")
+    pays = _where_it_pays(report, found)
+    return Claim("length", capital(f"{_condition(report, kind)}, {pays}."), more, verdicts)
+
+
+def _where_it_pays(
+    report: Report, found: dict[tuple[float, float], tuple[str, Pair]]
+) -> str:  # fmt: skip
+    it, than = _name(report), f"than {_name(report, 'base')}"
+    pays = [place for place in found if found[place][1].apart.verdict == "better"]
+    fails = [place for place in found if place not in pays]
+    rest = {found[place][1].apart.verdict for place in fails}
+    words = [word for verdict, word in (("none", "no faster"), ("worse", "slower"))
+             if verdict in rest]  # fmt: skip
+    beyond = f"{', or even '.join(words)} {than}"
+    if not fails:
+        longest = _tokens(max(map(sum, pays)))
+        return f"{it} is faster {than} at every length that was measured, up to {longest} in all"
+    if not pays:
+        low, high = min(map(sum, fails)), max(map(sum, fails))
+        return (
+            f"{it} pays off at no length that was measured: from {low:,} to {_tokens(high)} of "
+            f"prompt and answer together it is {beyond}"
+        )
+    axes: Iterable[tuple[str, Callable[[tuple[float, float]], float]]] = (
+        ("of prompt and answer together", sum),
+        ("of answer", lambda place: place[1]),
+        ("of prompt", lambda place: place[0]),
+    )
+    for what, size in axes:
+        good, bad = sorted(map(size, pays)), sorted(map(size, fails))
+        if good[-1] < bad[0]:
+            return (
+                f"{it} pays off up to {_tokens(good[-1])} {what}; from {bad[0]:,} on it is {beyond}"
+            )
+        if bad[-1] < good[0]:
+            return (
+                f"{it} pays off from {_tokens(good[0])} {what} on; up to {bad[-1]:,} it is {beyond}"
+            )
+    listed = joined([f"{p:,} + {a:,}" for p, a in fails])
+    return (
+        f"{it} pays off except at {listed} tokens of prompt and answer, where it is {beyond}"
+    )  # fmt: skip
+
+
+def _tokens(count: float) -> str:
+    return f"{count:,} tokens"
+
+
+def _past_training(report: Report) -> list[str]:
+    """What becomes of the likelihood where no training row reached."""
+    trained, said = report.subjects["model"].trained_length, []
+    for metric in ("bound", "ar_nll") if trained else ():
+        rows = [f for f in report.of("length", metric, subject="model") if "position" in f.at]
+        within = [f for f in rows if f.at["position"] <= trained]
+        past = [f for f in rows if f.at["position"] > trained]
+        if not within or not past:
+            continue
+        last = max(within, key=lambda f: f.at["position"])
+        change = _mean(past)[0] - last.value
+        error = math.hypot(_mean(past)[1], last.error or 0)
+        told = quantity(abs(change), error, last.unit)
+        less = abs(change) <= SURE * error
+        moved = "does not change" if less else f"{'rises' if change > 0 else 'falls'} by {told}"
+        said.append(
+            f"Past the {trained:,} tokens of its training rows its {name_of(metric)} {moved}."
+        )
+    return said
+
+
+def _mean(figures: list[Figure]) -> tuple[float, float]:
+    count = len(figures)
+    error = math.sqrt(sum((f.error or 0) ** 2 for f in figures)) / count
+    return sum(f.value for f in figures) / count, error
+
+
+# Control ------------------------------------------------------------------------------------------
+
+
+def _control(report: Report) -> Claim:
+    mine = max(report.of("control", FILLING, subject="model"), key=_value, default=None)
+    theirs = report.of("control", FILLING, subject="base")
+    more = _kept(report)
+    if mine is None:
+        return Claim("control", "How well it fills gaps was not measured.", more)
+    share = quantity(mine.value, mine.error, mine.unit)
+    fills = f"{_name(report)} fills {share} of the gaps exactly"
+    if not theirs:
+        return Claim("control", f"{fills}; there is no base to compare it with.", more)
+    best = max(theirs, key=_value)
+    difference = apart(mine, best)
+    others = joined([f"{quantity(f.value, f.error, f.unit)} ({f.setting})" if f.setting else
+                     quantity(f.value, f.error, f.unit) for f in theirs], "or")  # fmt: skip
+    than = {
+        "better": f"more than {_name(report, 'base')}, which fills {others}",
+        "worse": f"fewer than {_name(report, 'base')}, which fills {others}",
+        "none": f"no difference from {_name(report, 'base')}, which fills {others}",
+    }[difference.verdict]
+    return Claim(
+        "control", f"Given both sides, {fills}: {than}.", more, {FILLING: difference.verdict}
+    )
+
+
+def _kept(report: Report) -> list[str]:
+    said = []
+    for figure in report.of("control", "forced_kept", subject="model")[:1]:
+        said.append(f"It keeps {quantity(figure.value, figure.error, '%')} of forced tokens.")
+    for figure in report.of("control", "revision_exact_match", subject="model")[:1]:
+        cost = next(iter(report.of("control", "revision_forwards", subject="model")), None)
+        took = f", in {quantity(cost.value, cost.error, 'forwards')}" if cost else ""
+        said.append(
+            f"After an edit it restores {quantity(figure.value, figure.error, '%')} of the texts "
+            f"exactly{took}."
+        )
+    return said
+
+
+def _value(figure: Figure) -> float:
+    return figure.value
+
+
+def _name(report: Report, subject: str = "model") -> str:
+    return report.subjects[subject].name
