@@ -41,7 +41,7 @@ def test_wheel_holds_every_module_and_data_file(built):
         p.relative_to(ROOT)
         for top in TOP
         for p in (ROOT / top).rglob("*")
-        if p.suffix in (".py", ".yaml", ".safetensors", ".typed", ".json", ".jinja")
+        if p.suffix in (".py", ".yaml", ".safetensors", ".typed", ".json", ".jsonl", ".jinja")
     ]
     names = [str(p) if p.parts[0] == "ar2diff" else f"ar2diff/{p}" for p in wanted]
     assert not set(names) - set(wheel)

@@ -76,7 +76,7 @@ TOLD = [
     ("adapt m --trust_remote_code", "leave it out; ar2diff never runs code"),
     ("adapt m --frobnicate", "'ar2diff adapt --help' lists its options"),
     ("adapt m --max-steps many", "--max-steps takes a whole number, not 'many'"),
-    ("eval m --tasks gsm8k", "run benchmarks with lm-eval"),
+    ("check m --tasks gsm8k", "run benchmarks with 'ar2diff eval MODEL --tasks TASK'"),
     ("eval m --lr 1", "'ar2diff eval --help' lists its options"),
     ("adapt my.yaml --data a", "give the model as the first argument, and then --recipe my.yaml"),
     ("adapt demo --data a", "demo is a recipe, not a model"),

@@ -27,7 +27,7 @@ from ..core.forward import logits_at
 from ..core.head import head_of
 from ..core.seeds import content_key, keyed_generator
 from ..core.spec import Spec
-from .cross_entropy import cross_entropy
+from .cross_entropy import cross_entropy, loss_of_logits
 from .noise import corrupt, draw_times
 from .objective import time_weights
 from .task import Task, masked_task, places_of, slots_at
@@ -36,11 +36,18 @@ from .task import Task, masked_task, places_of, slots_at
 @dataclass(frozen=True)
 class Estimate:
     """Likelihoods of rows, all [R]: `nats`, their Monte Carlo `variance`, and the number of scored
-    `tokens`."""
+    `tokens`; `greedy` of the AR mode, whether each of them is the likeliest there."""
 
     nats: Tensor
     variance: Tensor
     tokens: Tensor
+    greedy: Tensor | None = None
+
+    def row(self, number: int) -> Estimate:
+        """The estimate of one row."""
+        one = slice(number, number + 1)
+        greedy = None if self.greedy is None else self.greedy[one]
+        return Estimate(self.nats[one], self.variance[one], self.tokens[one], greedy)
 
     @property
     def mean(self) -> float:
@@ -53,6 +60,28 @@ class Estimate:
         return (self.variance.sum().sqrt() / self.tokens.sum()).item()
 
 
+def total_of(rows: Sequence[Estimate]) -> Estimate:
+    """The estimate of a text that was scored in several rows, each of them an estimate."""
+    nats, variance, tokens = (
+        sum(getattr(row, name).sum() for row in rows).view(1)
+        for name in ("nats", "variance", "tokens")
+    )
+    return Estimate(nats, variance, tokens)
+
+
+def difference_of(
+    one: Estimate, other: Estimate, size: float = 1, other_size: float = 1
+) -> tuple[float, float]:
+    """The nats of one row divided by a size, minus those of another, and the standard error.
+
+    Args:
+        one, other: estimates of a single row.
+    """
+    apart = one.nats.item() / size - other.nats.item() / other_size
+    variance = one.variance.item() / size**2 + other.variance.item() / other_size**2
+    return apart, variance**0.5
+
+
 @torch.no_grad()
 def bound(
     model: Any,
@@ -62,6 +91,7 @@ def bound(
     samples: int = 8,
     seed: int = 0,
     batch_size: int = 32,
+    starts: Sequence[int] | None = None,
 ) -> Estimate:
     """Upper bound on each row's -log p, given its first token.
 
@@ -71,21 +101,25 @@ def bound(
         suppressed: [V] bool, from `objective.suppressed_ids`.
         samples: noise draws per row. The draws depend only on the seed and the row's ids.
         batch_size: rows per forward pass; each row to score takes `samples` of them.
+        starts: as for `ar_nll`.
     """
     nats, variance, tokens = [], [], []
+    starts = starts or [1] * len(rows)
     per_forward = max(1, batch_size // samples)
-    for start in range(0, len(rows), per_forward):
-        part = rows[start : start + per_forward]
-        values = _draws(model, spec, part, suppressed, samples, seed)  # [R, samples, K]
+    for first in range(0, len(rows), per_forward):
+        part, begun = (x[first : first + per_forward] for x in (rows, starts))
+        values = _draws(model, spec, part, suppressed, samples, seed, begun)  # [R, samples, K]
         nats.append(values.mean(1).sum(-1))
         variance.append(_stratified_variance(values).sum(-1))
-        tokens.append(torch.tensor([float(scored(row, suppressed).sum()) for row in part]))
+        judged = [scored(*row) for row in zip(part, [suppressed] * len(part), begun, strict=True)]
+        tokens.append(torch.tensor([float(row.sum()) for row in judged]))
     return Estimate(torch.cat(nats), torch.cat(variance), torch.cat(tokens))
 
 
-def scored(row: Sequence[int], suppressed: Tensor) -> Tensor:
-    """[L] bool, which tokens are scored: all but the first, and suppressed ids such as the mask."""
-    return (torch.arange(len(row)) > 0) & ~suppressed[torch.tensor(row)]
+def scored(row: Sequence[int], suppressed: Tensor, start: int = 1) -> Tensor:
+    """[L] bool, which tokens are scored: those from `start`, but for suppressed ids such as the
+    mask."""
+    return (torch.arange(len(row)) >= start) & ~suppressed[torch.tensor(row)]
 
 
 def _draws(
@@ -95,6 +129,7 @@ def _draws(
     suppressed: Tensor,
     samples: int,
     seed: int,
+    starts: Sequence[int],
 ) -> Tensor:
     """[R, samples, K] double: (n/k) times the sum of -log p over the masked tokens, for each draw
     and block, with the draws sorted by k."""
@@ -105,9 +140,11 @@ def _draws(
     masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
     for r, row in enumerate(rows):
         ids, n = torch.tensor(row), len(row)
-        generator = keyed_generator(seed, content_key(row))  # draws depend on the row alone
+        # Draws depend on the row alone, or on what its continuation is given: choices share them.
+        given = row[: starts[r]] if starts[r] > 1 else row
+        generator = keyed_generator(seed, content_key(given))
         block = torch.arange(n) // size
-        maskable = scored(row, suppressed)
+        maskable = scored(row, suppressed, starts[r])
         times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
         x0[r, :, :n], doc[r, :, :n] = ids, 0
         for s, draw in enumerate(times):
@@ -159,24 +196,54 @@ def ar_nll(
     suppressed: Tensor,
     local_window: str | None = None,
     batch_size: int = 32,
+    starts: Sequence[int] | None = None,
 ) -> Estimate:
     """Exact -log p of each row from left to right, given its first token, under an AR model or
-    mode."""
-    nats = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        length = max(map(len, part))
-        x0 = torch.tensor([[*row, *[0] * (length - len(row))] for row in part], device=model.device)
-        pos = torch.arange(length, device=model.device).expand_as(x0)
-        real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
-        slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
-        judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
-        index = slots_at(pos - 1, places_of(judged), length)
-        task = Task(x0, slots, "causal_context", 1, index, x0[judged])
-        logits = logits_at(model, index, **task.inputs(model, local_window))
-        values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
-        values[judged] = cross_entropy(logits, task.target, suppressed.to(model.device)).double()
-        nats.append(values.sum(1).cpu())
+    mode.
+
+    Args:
+        starts: for each row, the first token that is scored, given all before it; None: the second.
+    """
+    starts = starts or [1] * len(rows)
+    judged = [scored(row, suppressed, start) for row, start in zip(rows, starts, strict=True)]
+    nats, greedy = [], []
+    for first in range(0, len(rows), batch_size):
+        part = slice(first, first + batch_size)
+        found, right = _ar_part(model, rows[part], judged[part], suppressed, local_window)
+        nats.append(found)
+        greedy.append(right)
     nats = torch.cat(nats)
-    tokens = torch.tensor([float(scored(row, suppressed).sum()) for row in rows])
-    return Estimate(nats, torch.zeros_like(nats), tokens)
+    tokens = torch.tensor([float(row.sum()) for row in judged])
+    return Estimate(nats, torch.zeros_like(nats), tokens, torch.cat(greedy))
+
+
+def _ar_part(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    judged: Sequence[Tensor],
+    suppressed: Tensor,
+    local_window: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of one forward: [R] -log p of their judged tokens, and whether each of those is the
+    likeliest. A last token is judged but not read, so that a row may have a token more than the
+    context."""
+    length = max(map(len, rows))
+    x0 = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=model.device)
+    wanted = torch.stack([torch.nn.functional.pad(j, (0, length - len(j))) for j in judged])
+    wanted, read = wanted.to(model.device), max(1, length - 1)
+    pos = torch.arange(length, device=model.device).expand_as(x0)
+    real = pos < torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
+    slots = Slots(*(x[:, :read] for x in (slots.doc, slots.pos, slots.noisy)))
+    places = places_of(wanted)
+    task = Task(
+        x0[:, :read], slots, "causal_context", 1, slots_at(pos - 1, places, read), x0[wanted]
+    )
+    logits = logits_at(model, task.index, **task.inputs(model, local_window))
+    ones = torch.ones(len(places), device=model.device)
+    found = loss_of_logits(logits, task.target, ones, suppressed.to(model.device), len(places))
+    nats = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
+    nats[wanted] = found.ce.double()
+    right = torch.ones_like(wanted)
+    right[wanted] = found.right
+    return nats.sum(1).cpu(), right.all(1).cpu()
