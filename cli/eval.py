@@ -154,7 +154,7 @@ def evaluate_command(
 def _table(results: list[TaskResult], samples: int) -> str:
     """The results as lines: the setting, a row per figure, and what the errors are."""
     bounds = any(result.bound for result in results)
-    head = ["task", "metric", "value", "standard error", "of it draws", "documents"]
+    head = ["task", "metric", "value", "standard error", "due to draws", "documents"]
     rows = []
     for result in results:
         for metric in result.metrics:
@@ -162,13 +162,13 @@ def _table(results: list[TaskResult], samples: int) -> str:
             errors = [metric.standard_error, metric.bound_error]
             shown = ["-" if error is None else f"{error:.4f}" for error in errors]
             rows.append([result.task, name, f"{metric.value:.4f}", *shown, str(metric.documents)])
-    kept = [n for n, name in enumerate(head) if bounds or name != "of it draws"]
+    kept = [n for n, name in enumerate(head) if bounds or name != "due to draws"]
     lines = aligned([tuple(row[n] for n in kept) for row in [head, *rows]], None)
     setting = ", ".join(f"{name} {value}" for name, value in results[0].setting.items())
     lines.insert(0, f"decoded with: {setting}")
     if bounds:
         lines.append(
             f"Scores of texts are upper bounds on -log p, from {samples} noise draws each, not "
-            "likelihoods; 'of it draws' is the part of the error that more draws would remove."
+            "likelihoods; 'due to draws' is the part of the error that more draws would remove."
         )
     return "\n".join(lines)

@@ -258,7 +258,7 @@ class Harness(TemplateLM):
         """Answers, each cut before its first stop string.
 
         A context with a gap, `{mask:8}` or `{mask:4,8}` with several lengths to try, is filled
-        in mode diffusion; the answer is then the text of the gap. The other modes, which write from
+        in mode diffusion; the answer is then the whole text of the gap. The other modes, which write from
         left to right, continue what stands before the gap.
         """
         ordered = Collator(
@@ -271,10 +271,10 @@ class Harness(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Writing") as bar:
             for batch in ordered.get_batched(n=self.batch_size):
                 until, settings = self._asked(batch[0][1])
-                texts = self._write([context for context, _ in batch], settings)
+                texts = self._write([context for context, _ in batch], settings, until)
                 for args, text in zip(batch, texts, strict=True):
-                    answers.append(postprocess_generated_text(text, until, None))
-                    self.cache_hook.add_partial("generate_until", args, answers[-1])
+                    answers.append(text)
+                    self.cache_hook.add_partial("generate_until", args, text)
                 bar.update(len(batch))
         return ordered.get_original(answers)
 
@@ -290,8 +290,10 @@ class Harness(TemplateLM):
         asked["stop_strings"] = [text for text in until if text and text != end]
         return until, {**asked, **self.settings}
 
-    def _write(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        """The answers of a batch, uncut."""
+    def _write(
+        self, contexts: Sequence[str], settings: dict[str, Any], until: list[str]
+    ) -> list[str]:
+        """The answers of a batch."""
         spec, options = settings_of(self.checkpoint, settings)
         answers: dict[int, str] = {}
         prompts: dict[int, list[int]] = {}
@@ -305,7 +307,8 @@ class Harness(TemplateLM):
         rows = list(prompts.values())
         results = decode_rows(self.checkpoint, spec, options, rows) if rows else []
         for place, result in zip(prompts, results, strict=True):
-            answers[place] = self.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+            answers[place] = postprocess_generated_text(text, until, None)
         return [answers[place] for place in range(len(contexts))]
 
     def _prompt(self, context: str, options: Options) -> list[int]:

@@ -31,7 +31,7 @@ class Metric:
     Attributes:
         name, filter: as the harness calls the metric, and the filter of the answers before it.
         standard_error: due to the choice of documents, which includes what noise draws did to each
-            of them; None if the harness has none for this metric.
+            of them; None for a single document, or a metric that has none.
         bound_error: the part of it that is due to the noise draws of the bounds, for accuracies of
             multiple choice; None where nothing is estimated from draws.
         better: `high`, `low`, or None if the task does not say.
@@ -227,7 +227,7 @@ def _result(harness: Harness, task: str, results: dict[str, Any]) -> TaskResult:
         metrics.append(
             Metric(
                 name, kind, float(value),
-                float(error) if isinstance(error, int | float) else None,
+                float(error) if isinstance(error, int | float) else _ratio_error(name, of_kind),
                 _bound_error(harness, name, of_kind),
                 {True: "high", False: "low"}.get(high.get(name)),
                 len(of_kind),
@@ -271,10 +271,26 @@ def _bound_error(harness: Harness, metric: str, rows: Sequence[dict[str, Any]]) 
         chances = [_chance(harness, row, CHOICE[metric]) for row in rows]
         return sqrt(sum(chance * (1 - chance) for chance in chances)) / len(rows)
     if metric in ROLLING:
-        nats, sizes = (sum(row[metric][part] for row in rows) for part in (0, 1))
-        error = sqrt(sum(row["bound_errors"][0] ** 2 for row in rows)) / sizes
-        return error * (1 / log(2) if metric == "bits_per_byte" else exp(-nats / sizes))
+        nats = sqrt(sum(row["bound_errors"][0] ** 2 for row in rows))
+        return nats * _slope(metric, rows)
     return None
+
+
+def _ratio_error(metric: str, rows: Sequence[dict[str, Any]]) -> float | None:
+    """The standard error, due to the choice of texts, of a perplexity, for which the harness has
+    none: that of a ratio of sums. None for another metric."""
+    if metric not in ROLLING or len(rows) < 2:
+        return None
+    nats, sizes = (sum(row[metric][part] for row in rows) for part in (0, 1))
+    apart = [row[metric][0] - nats / sizes * row[metric][1] for row in rows]
+    spread = sum(value**2 for value in apart) * len(rows) / (len(rows) - 1)
+    return sqrt(spread) * _slope(metric, rows)
+
+
+def _slope(metric: str, rows: Sequence[dict[str, Any]]) -> float:
+    """How much a perplexity moves for a nat in the sum over all texts."""
+    nats, sizes = (sum(row[metric][part] for row in rows) for part in (0, 1))
+    return (1 / log(2) if metric == "bits_per_byte" else exp(-nats / sizes)) / sizes
 
 
 def _chance(harness: Harness, row: dict[str, Any], size: Callable[[str], int]) -> float:
