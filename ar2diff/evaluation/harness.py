@@ -258,8 +258,8 @@ class Harness(TemplateLM):
         """Answers, each cut before its first stop string.
 
         A context with a gap, `{mask:8}` or `{mask:4,8}` with several lengths to try, is filled
-        in mode diffusion; the answer is then the whole text of the gap. The other modes, which write from
-        left to right, continue what stands before the gap.
+        in mode diffusion; the answer is then the whole text of the gap. The other modes, which
+        write from left to right, continue what stands before the gap.
         """
         ordered = Collator(
             [request.args for request in requests],
