@@ -31,7 +31,8 @@ from ..checkpoint.model import Checkpoint, count_parameters
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.generate import room_of
 from ..core.options import MODES, Options
-from ..diffusion.likelihood import Estimate, ar_nll, bound, total_of
+from ..diffusion.estimate import Estimate, total_of
+from ..diffusion.likelihood import ar_nll, bound
 from ..generation.complete import decode_rows, infill, load, settings_of
 from ..generation.tokens import closing_tokens
 

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
-from ..diffusion.likelihood import difference_of
+from ..diffusion.estimate import difference_of
 from .documents import TASKS
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _row(harness: Harness, sample: dict[str, Any]) -> dict[str, Any]:
     written = any(isinstance(part, dict) for pair in arguments for part in pair)
     estimates = [] if written else [harness.bounds[p] for p in arguments if p in harness.bounds]
     if estimates:
-        row["bound_errors"] = [estimate.variance.sum().sqrt().item() for estimate in estimates]
+        row["bound_errors"] = [estimate.error * estimate.tokens.item() for estimate in estimates]
     return row
 
 
