@@ -385,6 +385,8 @@ def test_what_a_model_cannot_do_is_refused(converted, convert_tiny):
         Harness(str(converted), thresold=0.9)
     with pytest.raises(Ar2DiffError, match="never runs code"):
         Harness(str(converted), trust_remote_code=True)
+    with pytest.raises(Ar2DiffError, match="samples is 0"):
+        Harness(str(converted), samples=0)
     with pytest.raises(Ar2DiffError, match="is not a number of rows"):
         Harness(str(converted), batch_size="many")
     model = Harness(str(converted), mode="ar", max_length=20)

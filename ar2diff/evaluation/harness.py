@@ -10,6 +10,7 @@ harness calls both "loglikelihood".
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..checkpoint.model import Checkpoint, count_parameters
+from ..config.section import MOST_SAMPLES
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.generate import room_of
 from ..core.options import MODES, Options
@@ -95,6 +97,11 @@ class Harness(TemplateLM):
                 f"{option('trust_remote_code')} is set, but ar2diff never runs code from a model's "
                 "folder",
                 f"leave out {option('trust_remote_code')}",
+            )
+        if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
+            raise Ar2DiffError(
+                f"{option('samples')} is {shortened(samples)}",
+                f"set it to an integer from 1 to {MOST_SAMPLES}",
             )
         if not isinstance(pretrained, Checkpoint):
             at = "" if revision in (None, "main") else f"@{revision}"
@@ -175,6 +182,12 @@ class Harness(TemplateLM):
         return ids[: len(ids) - self._closing] if add_special_tokens else ids
 
     # Scoring
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations given contexts, without bars where nobody sees them."""
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **_: Any
