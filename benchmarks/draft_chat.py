@@ -6,7 +6,7 @@ text worth as training data?
 stories3M is tuned on conversations as the AR control of `stories-chat` is. Two draft adapters are
 then trained for it alike: one on answers that the tuned model writes itself to the prompts of the
 training file (`data.self`), one on plain stories. Each decodes held-out conversations and plain
-stories, greedily, and is compared with the AR mode of the tuned model. A quarter of an hour of a core.
+stories, greedily, and is compared with the AR mode of the tuned model. 15 minutes of one core.
 The row is appended to results/draft_chat.jsonl. Models are kept in --work and used again.
 """
 

@@ -128,8 +128,7 @@ NO_OPTION = {
     "warmup_ratio": "set train.warmup_steps=N",
     "fp16": "leave it out, or set train.precision=bf16",
     "trust_remote_code": "leave it out; ar2diff never runs code from a model's repository",
-    "tasks": "run benchmarks with lm-eval: lm_eval run --model hf --model_args "
-    "pretrained=FOLDER,trust_remote_code=True --tasks TASK",
+    "tasks": "run benchmarks with 'ar2diff eval MODEL --tasks TASK'",
     "temperature": "set rl.sampler.temperature=T, which holds for rollouts",
     "reward_funcs": "set rl.rewards='[{name: NAME}]'",
     "rewards": "set rl.rewards='[{name: NAME}]'",

@@ -11,7 +11,7 @@ ORDER = (
     "core", "diffusion", "config", "distributed", "data", "demo", "checkpoint", "rewards",
     "conversion", "generation", "evaluation", "report", "training", "hub", "api", "cli",
 )  # fmt: skip
-FLAT = {"__init__.py", "__main__.py", "doctor.py"}  # what lies beside the folders
+FLAT = {"__init__.py", "__main__.py", "doctor.py", "lm_eval.py"}  # what lies beside the folders
 SOURCES = [*(ROOT / "ar2diff").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
 
 

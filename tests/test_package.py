@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+TYPES = ".py .yaml .safetensors .typed .json .jsonl .jinja .css .js".split()
 TOP = ("ar2diff", "cli", "recipes")
 
 
@@ -38,10 +39,7 @@ def test_wheel_is_small(built):
 def test_wheel_holds_every_module_and_data_file(built):
     wheel, *_ = built
     wanted = [
-        p.relative_to(ROOT)
-        for top in TOP
-        for p in (ROOT / top).rglob("*")
-        if p.suffix in (".py", ".yaml", ".safetensors", ".typed", ".json", ".jinja", ".css", ".js")
+        p.relative_to(ROOT) for top in TOP for p in (ROOT / top).rglob("*") if p.suffix in TYPES
     ]
     names = [str(p) if p.parts[0] == "ar2diff" else f"ar2diff/{p}" for p in wanted]
     assert not set(names) - set(wheel)

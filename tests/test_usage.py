@@ -59,7 +59,6 @@ RETYPED = [
     ("generate m --prompt a --temprature 1", "generate m --prompt a --temperature 1"),
     ("chat m hello", "generate m --prompt hello"),
     ("doctor now", "doctor"),
-    ("eval m", "eval m --data FILE"),
     # All mistakes of a line at once.
     (
         "adapt --model_name_or_path m --dataset_name a --lr 1e-3 --lora_r 8 --output_dir o",
@@ -76,7 +75,8 @@ TOLD = [
     ("adapt m --trust_remote_code", "leave it out; ar2diff never runs code"),
     ("adapt m --frobnicate", "'ar2diff adapt --help' lists its options"),
     ("adapt m --max-steps many", "--max-steps takes a whole number, not 'many'"),
-    ("eval m --tasks gsm8k", "run benchmarks with lm-eval"),
+    ("eval m", "or --tasks to run benchmarks"),
+    ("check m --tasks gsm8k", "run benchmarks with 'ar2diff eval MODEL --tasks TASK'"),
     ("eval m --lr 1", "'ar2diff eval --help' lists its options"),
     ("adapt my.yaml --data a", "give the model as the first argument, and then --recipe my.yaml"),
     ("adapt demo --data a", "demo is a recipe, not a model"),

@@ -6,7 +6,11 @@ For a block of n tokens
 
 which averages the chain rule over all orders (LLaDA, Nie et al. 2025, eq. 6). The bound for a row
 is the sum over its blocks, each given the clean blocks before it. The draws of a block are
-stratified in k.
+stratified in k; a block with few tokens is enumerated.
+
+The clean context is read once for all draws, and what it predicts is a control variate: with b_i,
+what a token costs the causal model, a draw only has to estimate the sum of
+-log p(x_i | x_notS) - b_i, which is 0 for the first token of a block that is read from the context.
 
 With a diffusion head, p(x_i | x_notS) is softmax(U_i + W1[x_{i-1}] W2) where x_{i-1} is visible,
 and softmax(U_i) where it is masked: what the sampler draws a token from that it decides alone. The
@@ -16,41 +20,20 @@ bound is thus that of drawing one token at a step, in random order. It reads no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from ..core.attention import PADDING, Slots
+from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
-from ..core.seeds import content_key, keyed_generator
 from ..core.spec import Spec
-from .cross_entropy import cross_entropy
-from .noise import corrupt, draw_times
-from .objective import time_weights
-from .task import Task, masked_task, places_of, slots_at
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Likelihoods of rows, all [R]: `nats`, their Monte Carlo `variance`, and the number of scored
-    `tokens`."""
-
-    nats: Tensor
-    variance: Tensor
-    tokens: Tensor
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return (self.nats.sum() / self.tokens.sum()).item()
-
-    @property
-    def error(self) -> float:
-        """Standard error of `mean` due to the Monte Carlo draws (not to the choice of rows)."""
-        return (self.variance.sum().sqrt() / self.tokens.sum()).item()
+from .cross_entropy import cross_entropy, loss_of_logits
+from .draws import Draws, draw
+from .estimate import Estimate
+from .task import Task, masked_task, places_of, previous_ids, slots_at
 
 
 @torch.no_grad()
@@ -62,6 +45,7 @@ def bound(
     samples: int = 8,
     seed: int = 0,
     batch_size: int = 32,
+    starts: Sequence[int] | None = None,
 ) -> Estimate:
     """Upper bound on each row's -log p, given its first token.
 
@@ -69,57 +53,139 @@ def bound(
         model: in eval mode.
         rows: token ids, each row one document from its first token.
         suppressed: [V] bool, from `objective.suppressed_ids`.
-        samples: noise draws per row. The draws depend only on the seed and the row's ids.
-        batch_size: rows per forward pass; each row to score takes `samples` of them.
+        samples: noise draws per row. They depend only on the seed and the row's ids, or on those
+            before its start, so that several continuations of one context share them.
+        batch_size: masked copies per forward pass; each row to score takes `samples` of them.
+        starts: for each row, the first token that is scored, given all before it; None: the second.
     """
-    nats, variance, tokens = [], [], []
+    starts = starts or [1] * len(rows)
+    judged = [scored(row, suppressed, start) for row, start in zip(rows, starts, strict=True)]
+    draws = [
+        draw(row, spec.block_length, maskable, samples, seed, start)
+        for row, maskable, start in zip(rows, judged, starts, strict=True)
+    ]
+    exact, drawn = [], []
     per_forward = max(1, batch_size // samples)
-    for start in range(0, len(rows), per_forward):
-        part = rows[start : start + per_forward]
-        values = _draws(model, spec, part, suppressed, samples, seed)  # [R, samples, K]
-        nats.append(values.mean(1).sum(-1))
-        variance.append(_stratified_variance(values).sum(-1))
-        tokens.append(torch.tensor([float(scored(row, suppressed).sum()) for row in part]))
-    return Estimate(torch.cat(nats), torch.cat(variance), torch.cat(tokens))
+    for first in range(0, len(rows), per_forward):
+        part = slice(first, first + per_forward)
+        found = _read(model, spec, rows[part], judged[part], draws[part], suppressed)
+        for row, (known, values) in zip(draws[part], found, strict=True):
+            enumerated, estimates = row.sums(values, samples)
+            exact.append(known.sum() + enumerated)
+            drawn.append(estimates)
+    tokens = torch.tensor([float(row.sum()) for row in judged])
+    return Estimate.of_draws(torch.stack(exact), drawn, tokens)
 
 
-def scored(row: Sequence[int], suppressed: Tensor) -> Tensor:
-    """[L] bool, which tokens are scored: all but the first, and suppressed ids such as the mask."""
-    return (torch.arange(len(row)) > 0) & ~suppressed[torch.tensor(row)]
+def scored(row: Sequence[int], suppressed: Tensor, start: int = 1) -> Tensor:
+    """[L] bool, which tokens are scored: those from `start`, but for suppressed ids such as the
+    mask."""
+    return (torch.arange(len(row)) >= start) & ~suppressed[torch.tensor(row)]
 
 
-def _draws(
+def _read(
     model: Any,
     spec: Spec,
     rows: Sequence[Sequence[int]],
+    judged: Sequence[Tensor],
+    draws: Sequence[Draws],
     suppressed: Tensor,
-    samples: int,
-    seed: int,
-) -> Tensor:
-    """[R, samples, K] double: (n/k) times the sum of -log p over the masked tokens, for each draw
-    and block, with the draws sorted by k."""
-    length = max(map(len, rows))
-    size = spec.block_length or length
-    shape = (len(rows), samples, length)
-    x0, doc = torch.zeros(shape, dtype=torch.long), torch.full(shape, PADDING)
-    masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
+) -> list[tuple[Tensor, Tensor]]:
+    """For each row, what its tokens cost whatever is masked, [L], and what each of its masked
+    tokens costs beyond that, [D, L]; double, on the CPU."""
+    length, copies = max(map(len, rows)), max(len(row.masked) for row in draws)
+    x0 = torch.zeros(len(rows), length, dtype=torch.long)
+    doc, wanted = torch.full_like(x0, PADDING), torch.zeros_like(x0, dtype=torch.bool)
+    masked = torch.zeros(len(rows), copies, length, dtype=torch.bool)
     for r, row in enumerate(rows):
-        ids, n = torch.tensor(row), len(row)
-        generator = keyed_generator(seed, content_key(row))  # draws depend on the row alone
-        block = torch.arange(n) // size
-        maskable = scored(row, suppressed)
-        times = draw_times(samples, int(block[-1]) + 1, generator).sort(0).values
-        x0[r, :, :n], doc[r, :, :n] = ids, 0
-        for s, draw in enumerate(times):
-            masked[r, s, :n], t[r, s, :n] = corrupt(maskable, block, draw, generator)
-    x0, doc, masked, t = (x.flatten(0, 1) for x in (x0, doc, masked, t))
+        x0[r, : len(row)], doc[r, : len(row)] = torch.tensor(row), 0
+        wanted[r, : len(row)] = judged[r]
+        masked[r, : len(draws[r].masked), : len(row)] = draws[r].masked
     pos = torch.arange(length).expand_as(x0)
-    ce = masked_nll(model, spec, x0, masked, doc, pos, suppressed)
-    values = torch.zeros(*x0.shape, dtype=torch.double)
-    values[masked] = ce.double() * time_weights(t, "1/t")[masked]
-    blocks = torch.zeros(len(x0), (length - 1) // size + 1, dtype=torch.double)
-    blocks.index_add_(1, torch.arange(length) // size, values)
-    return blocks.view(len(rows), samples, -1)
+    known = torch.zeros(x0.shape, dtype=torch.double)
+    values = torch.zeros(masked.shape, dtype=torch.double)
+    if spec.attention == "full":
+        copied = (x.repeat_interleave(copies, 0) for x in (x0, masked[:, 0], doc, pos))
+        x0, _, doc, pos = copied
+        nll = masked_nll(model, spec, x0, masked.flatten(0, 1), doc, pos, suppressed)
+        values[masked] = nll.double()
+    else:
+        opens = (pos % spec.block_length == 0) & (pos > 0) & (spec.prediction == "shift")
+        given = wanted if spec.attention == "causal_context" else wanted & opens
+        cache, nll = _read_context(model, spec, x0, given, doc, pos, suppressed)
+        known[given] = nll.double()
+        hidden = masked & ~opens[:, None]  # the others are read in the context, and known
+        nll = _read_blocks(model, spec, cache, x0, masked, hidden, doc, pos, suppressed)
+        values[hidden] = nll.double() - known[:, None].expand_as(values)[hidden]
+    return [
+        (known[r, : len(row)], values[r, : len(draws[r].masked), : len(row)])
+        for r, row in enumerate(rows)
+    ]
+
+
+def _read_context(
+    model: Any, spec: Spec, x0: Tensor, given: Tensor, doc: Tensor, pos: Tensor, suppressed: Tensor
+) -> tuple[DynamicCache, Tensor]:
+    """The keys of the clean rows, and -log p of the tokens `given` ([R, L] bool) after the tokens
+    before them, [N] on the CPU."""
+    device, cache = model.device, DynamicCache()
+    previous = torch.where(pos > 0, x0.roll(1, 1), 0)[given].to(device)
+    x0, given, doc, pos = (x.to(device) for x in (x0, given, doc, pos))
+    slots = Slots(doc, pos, torch.zeros_like(given))
+    index = slots_at(pos - 1, places_of(given), x0.shape[1])
+    task = Task(x0, slots, spec.attention, spec.block_length, index, x0[given], previous=previous)
+    logits = logits_at(model, index, cache=cache, **task.inputs(model, spec.local_window))
+    return cache, _nll(model, spec, logits, task, suppressed)
+
+
+def _read_blocks(
+    model: Any,
+    spec: Spec,
+    cache: DynamicCache,
+    x0: Tensor,
+    masked: Tensor,
+    hidden: Tensor,
+    doc: Tensor,
+    pos: Tensor,
+    suppressed: Tensor,
+) -> Tensor:
+    """-log p of the tokens `hidden` in masked copies of blocks after their context, [N] on the CPU.
+
+    Args:
+        cache: of the clean rows; it is used up.
+        x0, doc, pos: [R, L]. masked, hidden: [R, D, L] bool.
+    """
+    if not hidden.any():
+        return torch.zeros(0)
+    _, copies, length = masked.shape
+    size, device = spec.block_length, model.device
+    first = int(masked.any(0).any(0).nonzero()[0]) // size * size  # no block before it is masked
+    cache.batch_repeat_interleave(copies)
+    x0, doc, pos = (x.repeat_interleave(copies, 0) for x in (x0, doc, pos))
+    masked, hidden = masked.flatten(0, 1), hidden.flatten(0, 1)
+    previous = previous_ids(x0, masked, pos, size)[hidden].to(device)
+    target = x0[hidden].to(device)
+    xt = torch.where(masked, spec.mask_token_id, x0)[:, first:].to(device)
+    doc, pos = (torch.cat([x, x[:, first:]], 1).to(device) for x in (doc, pos))
+    noisy = (torch.arange(doc.shape[1], device=device) >= length).expand_as(doc)
+    read = range(length, doc.shape[1])
+    slots = Slots(doc, pos, noisy)
+    mask = model_mask(model, slots, spec.attention, size, spec.local_window, queries=read)
+    columns = torch.arange(len(read)).expand(len(x0), -1) - int(spec.prediction == "shift")
+    index = slots_at(columns, places_of(hidden[:, first:]), len(read)).to(device)
+    task = Task(xt, slots, spec.attention, size, index, target, previous=previous)
+    logits = logits_at(
+        model, index, cache=cache, input_ids=xt, attention_mask=mask,
+        position_ids=pos[:, length:],
+    )  # fmt: skip
+    return _nll(model, spec, logits, task, suppressed)
+
+
+def _nll(model: Any, spec: Spec, logits: Tensor, task: Task, suppressed: Tensor) -> Tensor:
+    """-log p of what a forward predicts, [N] on the CPU."""
+    if task.previous is not None:
+        logits = logits + head_of(model, spec)(task.previous).to(logits)
+    return cross_entropy(logits, task.target, suppressed.to(model.device)).cpu()
 
 
 def masked_nll(
@@ -134,31 +200,14 @@ def masked_nll(
     x0, masked, doc, pos = (x.to(device) for x in (x0, masked, doc, pos))
     xt = torch.where(masked, spec.mask_token_id, x0)
     task = masked_task(x0, xt, masked, doc, pos, spec)
-    return task_nll(model, spec, task, suppressed.to(device))
+    return task_nll(model, spec, task, suppressed)
 
 
 def task_nll(model: Any, spec: Spec, task: Task, suppressed: Tensor) -> Tensor:
     """-log p of each token that a task predicts, [N], on the CPU; with the bias of the diffusion
-    head where the task knows the tokens before.
-
-    Args:
-        suppressed: [V] bool, on the model's device.
-    """
+    head where the task knows the tokens before."""
     logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
-    if task.previous is not None:
-        logits = logits + head_of(model, spec)(task.previous).to(logits)
-    return cross_entropy(logits, task.target, suppressed).cpu()
-
-
-def _stratified_variance(values: Tensor) -> Tensor:
-    """Variance of the mean over draws sorted by stratum, [R, samples, K] -> [R, K]: pairs of
-    neighbouring strata are merged, which overestimates slightly. NaN for a single draw."""
-    samples = values.shape[1]
-    if samples == 1:
-        return torch.full_like(values[:, 0], float("nan"))
-    pairs = samples // 2
-    difference = values[:, : 2 * pairs : 2] - values[:, 1 : 2 * pairs : 2]
-    return difference.square().sum(1) / (4 * pairs**2)
+    return _nll(model, spec, logits, task, suppressed)
 
 
 @torch.no_grad()
@@ -168,24 +217,54 @@ def ar_nll(
     suppressed: Tensor,
     local_window: str | None = None,
     batch_size: int = 32,
+    starts: Sequence[int] | None = None,
 ) -> Estimate:
     """Exact -log p of each row from left to right, given its first token, under an AR model or
-    mode."""
-    nats = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        length = max(map(len, part))
-        x0 = torch.tensor([[*row, *[0] * (length - len(row))] for row in part], device=model.device)
-        pos = torch.arange(length, device=model.device).expand_as(x0)
-        real = pos < torch.tensor([len(row) for row in part], device=model.device)[:, None]
-        slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
-        judged = real & (pos > 0) & ~suppressed.to(model.device)[x0]
-        index = slots_at(pos - 1, places_of(judged), length)
-        task = Task(x0, slots, "causal_context", 1, index, x0[judged])
-        logits = logits_at(model, index, **task.inputs(model, local_window))
-        values = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
-        values[judged] = cross_entropy(logits, task.target, suppressed.to(model.device)).double()
-        nats.append(values.sum(1).cpu())
+    mode.
+
+    Args:
+        starts: for each row, the first token that is scored, given all before it; None: the second.
+    """
+    starts = starts or [1] * len(rows)
+    judged = [scored(row, suppressed, start) for row, start in zip(rows, starts, strict=True)]
+    nats, greedy = [], []
+    for first in range(0, len(rows), batch_size):
+        part = slice(first, first + batch_size)
+        found, right = _ar_part(model, rows[part], judged[part], suppressed, local_window)
+        nats.append(found)
+        greedy.append(right)
     nats = torch.cat(nats)
-    tokens = torch.tensor([float(scored(row, suppressed).sum()) for row in rows])
-    return Estimate(nats, torch.zeros_like(nats), tokens)
+    tokens = torch.tensor([float(row.sum()) for row in judged])
+    return Estimate.exact(nats, tokens, torch.cat(greedy))
+
+
+def _ar_part(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    judged: Sequence[Tensor],
+    suppressed: Tensor,
+    local_window: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of one forward: [R] -log p of their judged tokens, and whether each of those is the
+    likeliest. A last token is judged but not read, so that a row may have a token more than the
+    context."""
+    length = max(map(len, rows))
+    x0 = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=model.device)
+    wanted = torch.stack([torch.nn.functional.pad(j, (0, length - len(j))) for j in judged])
+    wanted, read = wanted.to(model.device), max(1, length - 1)
+    pos = torch.arange(length, device=model.device).expand_as(x0)
+    real = pos < torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    slots = Slots(torch.where(real, 0, PADDING), pos, torch.zeros_like(real))
+    slots = Slots(*(x[:, :read] for x in (slots.doc, slots.pos, slots.noisy)))
+    places = places_of(wanted)
+    task = Task(
+        x0[:, :read], slots, "causal_context", 1, slots_at(pos - 1, places, read), x0[wanted]
+    )
+    logits = logits_at(model, task.index, **task.inputs(model, local_window))
+    ones = torch.ones(len(places), device=model.device)
+    found = loss_of_logits(logits, task.target, ones, suppressed.to(model.device), len(places))
+    nats = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
+    nats[wanted] = found.ce.double()
+    right = torch.ones_like(wanted)
+    right[wanted] = found.right
+    return nats.sum(1).cpu(), right.all(1).cpu()

@@ -11,7 +11,8 @@ from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
 from ..data.sources import Document
-from ..diffusion.likelihood import Estimate, ar_nll, bound, scored
+from ..diffusion.estimate import Estimate
+from ..diffusion.likelihood import ar_nll, bound, scored
 from ..generation.tokens import closing_tokens
 
 

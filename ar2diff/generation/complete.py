@@ -128,16 +128,17 @@ def begin(
     return canvas, states
 
 
-def load(reference: str, dtype: str = "float32") -> Checkpoint:
-    """A checkpoint to decode with, on the accelerator if there is one.
+def load(reference: str, dtype: str = "float32", device: str | None = "auto") -> Checkpoint:
+    """A checkpoint to decode with.
 
     Args:
         dtype: of the weights in memory, as for `load_model`.
+        device: `auto` is the accelerator if there is one; None the CPU.
 
     Raises:
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
     """
-    checkpoint = load_checkpoint(reference, device="auto", dtype=dtype)
+    checkpoint = load_checkpoint(reference, device=device, dtype=dtype)
     if checkpoint.spec is not None or checkpoint.draft is not None:
         check_model(checkpoint.model, checkpoint.read_as, checkpoint.draft)
     return checkpoint
