@@ -183,8 +183,9 @@ def _read_blocks(
 
 def _nll(model: Any, spec: Spec, logits: Tensor, task: Task, suppressed: Tensor) -> Tensor:
     """-log p of what a forward predicts, [N] on the CPU."""
-    if task.previous is not None:
-        logits = logits + head_of(model, spec)(task.previous).to(logits)
+    head = head_of(model, spec)
+    if head is not None and task.previous is not None:
+        logits = logits + head(task.previous).to(logits)
     return cross_entropy(logits, task.target, suppressed.to(model.device)).cpu()
 
 

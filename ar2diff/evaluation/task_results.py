@@ -118,7 +118,7 @@ def run_tasks(
             cannot do what the settings ask for.
     """
     Harness, evaluate = _lm_eval()
-    found = _load_tasks(tasks, include_path)
+    found = load_tasks(tasks, include_path)
     for task in found["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (fewshot is not None and fixed != 0):
@@ -177,7 +177,7 @@ def _lm_eval() -> tuple[type[Harness], Any]:
     return Harness, evaluate
 
 
-def _load_tasks(names: Sequence[str], include_path: str | Path | None) -> Any:
+def load_tasks(names: Sequence[str], include_path: str | Path | None) -> Any:
     """The tasks of the given names, as the harness loads them. Its own index of thousands of files
     is read only if a name is in no other place."""
     from lm_eval.tasks import TaskManager

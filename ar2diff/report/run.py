@@ -7,7 +7,6 @@ DIR/rows/           what they were made from; a report that was stopped goes on 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import time
@@ -27,6 +26,7 @@ from . import control, length, quality, speed, tasks
 from .figures import OWN, QUESTIONS, STOCK, Missing, Report, write_report
 from .journal import PLAN, ROWS, Journal, Part, Row, check_plan
 from .material import material_for
+from .page import write as write_page
 from .session import QUICK, Found, Session, Sizes
 from .subjects import AR, base_of, identity_of, load_subjects
 from .writing import Clock
@@ -103,10 +103,7 @@ def report(
     found.protocol["command"] = command
     found.protocol["seconds"] = round(journal.seconds, 1)
     write_report(found, folder)
-    if importlib.util.find_spec(f"{__package__}.page") is not None:
-        from .page import write
-
-        write(found, folder / PAGE)
+    write_page(found, folder / PAGE)
     return folder, found
 
 

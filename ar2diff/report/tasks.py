@@ -1,8 +1,5 @@
-"""Tasks of lm-evaluation-harness as part of the quality: the seam between the two.
-
-`measured` is the only place that runs tasks, and `check` asks before anything expensive whether
-they can be run. Everything else here turns results into rows and figures.
-"""
+"""Tasks of lm-evaluation-harness as part of the quality: `measured` runs them, and `check` asks
+before anything expensive whether they can be run."""
 
 from __future__ import annotations
 
@@ -22,29 +19,24 @@ from .subjects import AR
 from .writing import Counter, Way
 
 QUESTION = "quality"
-RUNNER = "ar2diff.evaluation.task_results"
 
 
 def check(names: Sequence[str]) -> None:
     """Refuse tasks that cannot be run at all.
 
     Raises:
-        Ar2DiffError: this version cannot run tasks, lm-eval is not installed, or a task is not
-            known or has no data.
+        Ar2DiffError: lm-eval is not installed, or a task is not known or has no data.
     """
     if not names:
         return
-    if importlib.util.find_spec(RUNNER) is None:
-        raise Ar2DiffError(
-            f"{option('tasks')}: this version of ar2diff does not run tasks of the harness",
-            f"leave out {option('tasks')}",
-        )
     if importlib.util.find_spec("lm_eval") is None:
         raise Ar2DiffError(
             f"{option('tasks')} needs lm-evaluation-harness, which is not installed",
             "install it with: pip install 'ar2diff[eval]'",
         )
-    importlib.import_module(RUNNER)._load_tasks(names, None)
+    from ..evaluation.task_results import load_tasks
+
+    load_tasks(names, None)
 
 
 def parts(session: Session, names: Sequence[str]) -> list[Part]:
@@ -67,7 +59,7 @@ def ways(session: Session) -> list[Way]:
 
 
 def measured(session: Session, way: Way, name: str) -> list[Row]:
-    """A row for each metric of a document, and one about the forwards. THE SEAM."""
+    """A row for each metric of a document, and one about the forwards."""
     from ..evaluation.task_results import run_tasks
 
     arguments = {key: value for key, value in way.arguments.items() if key != "do_sample"}
