@@ -19,6 +19,8 @@ Using a model:
                         fills gaps, chats and evaluates
     evaluate            likelihood on held-out text: the diffusion bound and the AR mode's NLL
     check               what a checkpoint is, and whether it does what its config says
+    report              speed, quality, length and control beside the base, as a page
+    compare             several reports as one page
 
 Moving models:
     merge               merges an adapter into its base
@@ -48,6 +50,8 @@ _HOMES = {
     "DiffusionModel": "api.model",
     "evaluate": "evaluation.evaluate",
     "check": "evaluation.check",
+    "report": "reports.run",
+    "compare": "reports.compare",
     "merge": "checkpoint.merge",
     "import_checkpoint": "conversion.imports",
     "export": "conversion.exports",

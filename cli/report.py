@@ -15,7 +15,7 @@ import typer
 from .output import AsJson, Dtype, quiet, report
 
 if TYPE_CHECKING:
-    from ..report.journal import Part
+    from ..reports.journal import Part
 
 
 def report_command(
@@ -82,16 +82,14 @@ def report_command(
     Example: ar2diff report runs/demo --base ar2diff/demo/model --quick
     """
     quiet()
-    from ..report.run import Asked
-    from ..report.run import report as measure
+    from .. import report as measure
 
-    asked = Asked(
-        model, base, control, tuple(against or ()), data, text_field,
-        tuple(name for name in (tasks or "").split(",") if name), quick, tuple(only or ()), dtype,
-        seed,
+    folder, found = measure(
+        model, output_dir, base=base, control=control, against=against or (), data=data,
+        text_field=text_field, tasks=[name for name in (tasks or "").split(",") if name],
+        quick=quick, only=only or (), dtype=dtype, seed=seed, overwrite=overwrite,
+        command=shlex.join(["ar2diff", *sys.argv[1:]]), steps=_shown,
     )  # fmt: skip
-    command = shlex.join(["ar2diff", *sys.argv[1:]])
-    folder, found = measure(asked, output_dir, overwrite=overwrite, command=command, steps=_shown)
     report(_summary(folder, found), as_json)
 
 
@@ -107,11 +105,9 @@ def compare_command(
 
     Example: ar2diff compare runs/short-report runs/long-report
     """
-    from ..report.compare import write
-    from ..report.figures import read_report
+    from .. import compare
 
-    write([read_report(path) for path in reports], output)
-    typer.echo(f"report: {output}")
+    typer.echo(f"report: {compare(reports, output)}")
 
 
 def _summary(folder: Path, found: Any) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def bitsandbytes_cpu():
         yield
 
 
-DRAWING = ("training.plots", "report.plots", "report.page")  # modules that ask whether they can
+DRAWING = ("training.plots", "reports.plots", "reports.page")  # modules that ask whether they can
 
 
 @pytest.fixture(autouse=True, scope="session")

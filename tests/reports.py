@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ar2diff.report.figures import (
+from ar2diff.reports.figures import (
     BASELINE,
     LOOKUP,
     METRICS,

@@ -20,7 +20,7 @@ VERBS = {
     "adapt": "adapt", "sft": "sft", "rl": "rl", "draft": "draft",
     "generate": "load", "chat": "load",
     "eval": "evaluate", "check": "check", "merge": "merge", "push": "push", "export": "export",
-    "import": "import_checkpoint",
+    "import": "import_checkpoint", "report": "report", "compare": "compare",
 }  # fmt: skip
 TRAINING = ("adapt", "sft", "rl", "draft")
 # They print; there is nothing to call in Python.

@@ -24,7 +24,7 @@ from ar2diff.generation.complete import complete
 from ar2diff.hub.card import TOKENS, changes, measure
 from ar2diff.hub.origin import Origin, origin_of, without_paths
 from ar2diff.hub.push import PROMPT, preview
-from ar2diff.report.figures import write_report
+from ar2diff.reports.figures import write_report
 from ar2diff.training.adapt import adapt
 
 SHOWN = [{"mode": "speculative", "draft_length": 7}, {"mode": "diffusion"}, {"threshold": 0.7}]

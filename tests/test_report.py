@@ -12,10 +12,10 @@ import pytest
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
-from ar2diff.report import quality, speed, subjects, tasks
-from ar2diff.report.control import edit
-from ar2diff.report.estimates import ratio, ratio_difference, share, share_difference
-from ar2diff.report.figures import (
+from ar2diff.reports import quality, speed, subjects, tasks
+from ar2diff.reports.control import edit
+from ar2diff.reports.estimates import ratio, ratio_difference, share, share_difference
+from ar2diff.reports.figures import (
     BASELINE,
     OWN,
     QUESTIONS,
@@ -28,9 +28,9 @@ from ar2diff.report.figures import (
     read_report,
     write_report,
 )
-from ar2diff.report.run import Asked, report
-from ar2diff.report.session import Sizes
-from ar2diff.report.writing import Way
+from ar2diff.reports.run import Asked, make_report
+from ar2diff.reports.session import Sizes
+from ar2diff.reports.writing import Way
 
 TINY = Sizes(
     batches=(1, 2), timed=2, repeats=2, answer=6, questions=8, texts=8, draws=2,
@@ -186,7 +186,7 @@ def asked(converted, tiny_checkpoint, write_jsonl, monkeypatch):
 
 def measure(asked, folder, **more):
     ticks = itertools.count()
-    return report(asked, folder, sizes=TINY, clock=lambda: float(next(ticks)), **more)[1]
+    return make_report(asked, folder, sizes=TINY, clock=lambda: float(next(ticks)), **more)[1]
 
 
 def stopping(after):

@@ -16,14 +16,14 @@ from conftest import DRAWING
 from reports import apart, figure, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.report.compare import merged
-from ar2diff.report.compare import write as compare
-from ar2diff.report.figures import Missing, Order, Subject, Text
-from ar2diff.report.page import write
-from ar2diff.report.plots import by_report, dominated, plots
-from ar2diff.report.sentences import claims
-from ar2diff.report.summary import markdown, renamed
-from ar2diff.report.svg import DARK, LIGHT
+from ar2diff.reports.compare import merged
+from ar2diff.reports.compare import write as compare
+from ar2diff.reports.figures import Missing, Order, Subject, Text
+from ar2diff.reports.page import write
+from ar2diff.reports.plots import by_report, dominated, plots
+from ar2diff.reports.sentences import claims
+from ar2diff.reports.summary import markdown, renamed
+from ar2diff.reports.svg import DARK, LIGHT
 
 EVIL = "http://evil.example"
 HOSTILE = f"</p></td><script>alert(1)</script><img src={EVIL} onerror=alert(2)>$x_1$&amp;"

@@ -19,9 +19,9 @@ from reports import (
     widened,
 )
 
-from ar2diff.report.figures import QUESTIONS, check
-from ar2diff.report.sentences import claims, not_measured
-from ar2diff.report.words import number, quantity
+from ar2diff.reports.figures import QUESTIONS, check
+from ar2diff.reports.sentences import claims, not_measured
+from ar2diff.reports.words import number, quantity
 
 SEEDS = range(200)
 OPPOSITE = {"better": "worse", "worse": "better", "none": "none"}

@@ -14,7 +14,7 @@ import pytest
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.sources import Documents
-from ar2diff.report.svg import LIGHT
+from ar2diff.reports.svg import LIGHT
 from ar2diff.training.adapt import AdaptTrainer, adapt
 from ar2diff.training.closing import closing
 from ar2diff.training.findings import findings, reached

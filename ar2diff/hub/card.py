@@ -21,8 +21,8 @@ from ..core.spec import Spec
 from ..evaluation.check import ELSEWHERE
 from ..generation.chat import Chat
 from ..generation.events import Answer, Problem
-from ..report.figures import Report
-from ..report.summary import markdown, renamed
+from ..reports.figures import Report
+from ..reports.summary import markdown, renamed
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")

@@ -30,7 +30,7 @@ from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import HEAD_FILE
-from ..report.summary import find_report
+from ..reports.summary import find_report
 from .client import NotAsked, Target, download, find_target, matching, upload
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.output import LOG
-from ..report.svg import INSTALL
+from ..reports.svg import INSTALL
 from .wording import amount, duration, gigabytes
 
 FIGURES = {  # what was reached: its name, and how a value is shown

@@ -48,6 +48,7 @@ class Plan:
         preview: adds details that only this verb's dry run shows; None adds nothing.
         measure: measures the trained model before it is saved, where it holds all of its weights,
             and chooses what depends on that; returns what to add to the record.
+        held_out: numbers of the rows that are kept out of training, where they are numbered.
         complete: makes the rest of the plan, which takes long: a dry run does without it. None:
             there is no rest.
     """
@@ -65,6 +66,7 @@ class Plan:
     base_logs: Callable[[Plan], dict[str, float]] = lambda plan: {}
     preview: Callable[[Plan, RunPlan], RunPlan] | None = None
     measure: Callable[[Plan], dict[str, Any]] = lambda plan: {}
+    held_out: frozenset[int] = frozenset()
     complete: Callable[[], Plan] | None = None
 
     def bytes_needed(self) -> int:

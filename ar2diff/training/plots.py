@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.output import LOG, disk_errors
 from ..core.errors import Ar2DiffError
-from ..report.svg import DARK, INSTALL, LIGHT, Shade, can_draw, canvas, to_svg
+from ..reports.svg import DARK, INSTALL, LIGHT, Shade, can_draw, canvas, to_svg
 from .journal import read_metrics
 
 # Each picture is a column of panels: the name of its axis, and metrics with their labels.

@@ -4,7 +4,6 @@ rows."""
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,8 +124,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
     judged = judged_answers(checkpoint, recipe, conversations, rows)
     size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
     return Plan(
-        checkpoint, recipe, rows, functools.partial(make_trainer, judged.held_out), size,
-        judged.rows, judged.questions, judge=lambda _plan: judged.judge(), preview=preview,
+        checkpoint, recipe, rows, make_trainer, size, judged.rows, judged.questions,
+        judge=lambda _plan: judged.judge(), preview=preview, held_out=judged.held_out,
     )  # fmt: skip
 
 
@@ -223,9 +222,7 @@ def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
         checkpoint.model.generation_config.eos_token_id = [*known, end]
 
 
-def make_trainer(
-    held_out: frozenset[int], plan: Plan, run_dir: Path, callbacks: list[Any]
-) -> DiffusionSFTTrainer:
+def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSFTTrainer:
     """The trainer for a plan, on rows from `tokenize_conversations` but those held out.
 
     Raises:
@@ -242,9 +239,9 @@ def make_trainer(
     )
     datasets.disable_progress_bars()
     trainer = DiffusionSFTTrainer(
-        plan.checkpoint, recipe, args, rows.dataset(), held_out, callbacks=callbacks
+        plan.checkpoint, recipe, args, rows.dataset(), plan.held_out, callbacks=callbacks
     )
-    check_answers(trainer.answers, len(rows) - len(held_out), recipe)
+    check_answers(trainer.answers, len(rows) - len(plan.held_out), recipe)
     trainer.notes = rows.notes
     return trainer
 

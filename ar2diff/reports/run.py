@@ -38,7 +38,7 @@ Steps = Callable[[Sequence[Part]], Iterable[Part]]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a report is asked to measure; see `report`."""
+    """What a report is asked to measure; the fields are arguments of `report`."""
 
     model: str
     base: str | None = None
@@ -54,6 +54,56 @@ class Asked:
 
 
 def report(
+    model: str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    control: str | Path | None = None,
+    against: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    text_field: str = "text",
+    tasks: Sequence[str] = (),
+    quick: bool = False,
+    only: Sequence[str] = (),
+    dtype: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    command: str = "",
+    steps: Steps = iter,
+) -> tuple[Path, Report]:
+    """Measure whether a converted model, or a draft adapter, is worth using, beside its base; write
+    `report.json` and `report.html`.
+
+    Args:
+        model: folder or Hub id. output_dir: folder of the report; None: beside the model.
+        base: the AR model to compare it with; None: the one that it was made from, if that is here.
+        control: the base, trained further on the same data without being converted.
+        against: other converted models.
+        data: file with held-out text. text_field: field of a row that holds it.
+        tasks: names of tasks of lm-evaluation-harness. quick: measure less.
+        only: of `speed`, `quality`, `length` and `control`, those to measure; none: all.
+        dtype: number type to compute in. seed: of all draws.
+        overwrite, command, steps: as of `make_report`.
+
+    Returns:
+        The folder, and what is in its `report.json`.
+
+    Raises:
+        Ar2DiffError: as of `make_report`.
+    """
+    asked = Asked(
+        str(model), _text(base), _text(control), tuple(map(str, against)), _text(data), text_field,
+        tuple(tasks), quick, tuple(only), dtype, seed,
+    )  # fmt: skip
+    folder = None if output_dir is None else Path(output_dir)
+    return make_report(asked, folder, overwrite=overwrite, command=command, steps=steps)
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def make_report(
     asked: Asked,
     output_dir: Path | None = None,
     *,

@@ -91,7 +91,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         values: what the template shows.
     """
     environment = Environment(
-        loader=PackageLoader("ar2diff.report"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"title_of": TITLES.get, "lines": _lines}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Ar2DiffError
-from .figures import QUESTIONS, Figure, Report
+from .figures import QUESTIONS, Figure, Report, read_report
 from .page import tables, write_page
 from .pairs import TIMES, best_pair
 from .plots import by_report, plots
@@ -22,6 +22,19 @@ MACHINE = {
     "versions": "versions are",
 }  # parts of a protocol that change speeds
 FEWEST = 2
+
+
+def compare(reports: Sequence[str | Path], output: str | Path = "compare.html") -> Path:
+    """Show several reports as one page, to compare recipes, checkpoints or machines. Returns its
+    path.
+
+    Args:
+        reports: folders of reports, or their files. output: the page to write.
+
+    Raises:
+        Ar2DiffError: one cannot be read; there are fewer than two; the disk refuses.
+    """
+    return write([read_report(Path(path)) for path in reports], Path(output))
 
 
 def write(reports: Sequence[Report], path: Path) -> Path:
