@@ -81,8 +81,9 @@ RECORDINGS = (
     ),
     Recording(  # the README begins with it
         "generate",
-        'ar2diff generate adapted --prompt "One day Mia was in the garden. She had {mask:8} pears. '
-        'Then Tom gave {mask:6} and she was glad." --stream --pause 0.3',
+        'ar2diff generate adapted --threshold 0.9 --stream --pause 0.3 --prompt "Mia liked to play '
+        "in the park. It had rained all night. In her bag Mia had 5 balls. She found 1 more ball by the "
+        'swing.\nQuestion: How many balls does Mia have now?\nAnswer:"',
         frames=3,
         rows=16,
         widths=(90,),

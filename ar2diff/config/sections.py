@@ -315,7 +315,9 @@ class Train(Section):
         False, description="recompute activations in the backward pass to save memory"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="precision of forward and backward passes; master weights are float32"
+        "auto",
+        description="precision of forward and backward passes; master weights are float32; auto: "
+        "bf16 on a GPU that supports it and on a CPU that has it natively",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = Field(
         "auto",
