@@ -82,8 +82,8 @@ RECORDINGS = (
     Recording(  # the README begins with it
         "generate",
         'ar2diff generate adapted --threshold 0.9 --stream --pause 0.3 --prompt "Mia liked to play '
-        "in the park. It had rained all night. In her bag Mia had 5 balls. She found 1 more ball by the "
-        'swing.\nQuestion: How many balls does Mia have now?\nAnswer:"',
+        "in the park. It had rained all night. In her bag Mia had 5 balls. She found 1 more ball "
+        'by the swing.\nQuestion: How many balls does Mia have now?\nAnswer:"',
         frames=3,
         rows=16,
         widths=(90,),
