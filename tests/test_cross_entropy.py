@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from conftest import MASK, build_model
 
 from ar2diff.core.forward import output_at
@@ -174,6 +175,13 @@ def test_a_head_of_zeros_with_a_scale_is_not_plain():
     model = copy.deepcopy(build_model("granite"))
     model.lm_head.weight.data.zero_()
     assert not has_plain_head(model)
+
+
+def test_a_head_is_plain_under_autocast_whose_outputs_are_widened_again():
+    """As accelerate wraps a model in mixed precision."""
+    model = build_model("llama", "eager", torch.float32)
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    assert has_plain_head(model)
 
 
 def test_an_adapter_on_the_head_is_not_passed_by():

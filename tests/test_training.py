@@ -211,6 +211,7 @@ def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
         str(text_file),
         "convert.block_length=4",
         "data.max_length=32",
+        "train.precision=fp32",
         "train.max_steps=20",
         "train.optimizer=sgd",
         "train.learning_rate=0.1",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,7 +63,9 @@ class _CandidateSlots:
         clean = certain + nodes
         rows = [_row_of(tree, certain, nodes, blocks, width) for tree in trees]
         pos, start, enter, leave, block, real = torch.tensor(rows).unbind(1)
-        index = _read(len(trees), pos.shape[1], certain, nodes, blocks, width, drafts, ahead)
+        drafted = clean + torch.arange(blocks)[:, None] * width + ahead + torch.arange(drafts)
+        wanted = torch.cat([certain - 1 + torch.arange(nodes + 1), drafted.flatten()])
+        index = torch.arange(len(trees))[:, None] * pos.shape[1] + wanted
         return cls(
             pos,
             start,
@@ -72,26 +73,8 @@ class _CandidateSlots:
             None if all(tree.is_chain for tree in trees) else (enter, leave, block),
             clean,
             real.bool(),
-            index,
+            index.flatten(),
         )
-
-
-@lru_cache(maxsize=256)
-def _read(
-    rows: int,
-    slots: int,
-    certain: int,
-    nodes: int,
-    blocks: int,
-    width: int,
-    drafts: int,
-    ahead: int,
-) -> Tensor:
-    """`index` of `_CandidateSlots`."""
-    drafted = torch.arange(blocks)[:, None] * width + ahead + torch.arange(drafts)
-    after = certain - 1 + torch.arange(nodes + 1)
-    wanted = torch.cat([after, certain + nodes + drafted.flatten()])
-    return (torch.arange(rows)[:, None] * slots + wanted).flatten()
 
 
 def _row_of(tree: Tree, certain: int, nodes: int, blocks: int, width: int) -> list[list[int]]:

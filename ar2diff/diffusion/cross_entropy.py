@@ -107,14 +107,21 @@ def has_plain_head(model: Any) -> bool:
         return False
     rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 holds a shard of them
     ramp = torch.linspace(-50, 50, rows, device=head.weight.device).view(1, 1, rows)
-    hook = head.register_forward_hook(lambda _module, _args, output: ramp.to(output.dtype))
+    made: list[Tensor] = []
+
+    def replaced(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        made.append(ramp.to(output.dtype))
+        return made[0]
+
+    hook = head.register_forward_hook(replaced)
     try:
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
             logits = model(input_ids=token, use_cache=False, **quiet_routers(model)).logits
     finally:
         hook.remove()
-    return torch.equal(logits.float(), ramp.to(logits.dtype).float())
+    # Under autocast the head's output may be rounded, and what the model returns widened again.
+    return torch.equal(logits.float(), made[0].to(logits.dtype).float())
 
 
 class _OfLogits(torch.autograd.Function):
