@@ -14,11 +14,8 @@ from typing import Any
 from ar2diff.cli.main import main
 from ar2diff.cli.output import quiet
 
-from ar2diff.distributed import precision
 from ar2diff.distributed.launch import Launch
 from ar2diff.distributed.ranks import is_launched
-
-precision.ON_CPU = False  # as in conftest.py
 
 
 def numel(tensors: Iterable[Any]) -> int:

@@ -32,6 +32,7 @@ from ar2diff.training.adapt import adapt
 HERE = Path(__file__).resolve().parent
 STEPS, ROWS = 10, 8  # rows of an optimizer step, over all processes
 RECIPE = [
+    "train.precision=fp32",
     "convert.block_length=4",
     "data.max_length=32",
     f"train.max_steps={STEPS}",
