@@ -22,7 +22,7 @@ from .figures import BASELINE, RANKED, STOCK, Order
 from .journal import Part, Row
 from .length import long_rows, stretch_bound
 from .quality import continued_nats
-from .session import Found, Session, apart
+from .session import Found, Session, apart, cells_of
 from .subjects import STOCK_ARGUMENTS, USUAL, Held
 from .writing import Way, Written, batches
 
@@ -187,10 +187,7 @@ def _middles(session: Session, held: Held) -> list[Row]:
 
 
 def _gap_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if "gap" in row:
-            cells.setdefault((row["subject"], row["setting"]), []).append(row)
+    cells = cells_of(rows, "gap")
     base = cells.get(("base", BASELINE))
     for way in _fillers(session):
         cell = cells.get((way.held.key, way.setting))
@@ -319,10 +316,7 @@ def _revised(session: Session, way: Way, story: str, right: str) -> tuple[Writte
 
 
 def _edit_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if "edit" in row:
-            cells.setdefault((row["subject"], row["setting"]), []).append(row)
+    cells = cells_of(rows, "edit")
     base = cells.get(("base", BASELINE))
     for way in _fillers(session):
         cell = cells.get((way.held.key, way.setting))

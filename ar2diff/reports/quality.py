@@ -18,7 +18,7 @@ from ..diffusion.likelihood import ar_nll, bound, scored
 from .estimates import mean, ratio, ratio_difference, share, share_difference
 from .figures import BASELINE, Difference, Text
 from .journal import Part, Row
-from .session import Found, Session, apart
+from .session import Found, Session, apart, cells_of
 from .subjects import AR, Held
 from .writing import Way, batches
 
@@ -145,10 +145,7 @@ def _answers(session: Session, way: Way) -> list[Row]:
 
 
 def _question_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
-    asked: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if "asked" in row:
-            asked.setdefault((row["subject"], row["setting"]), []).append(row)
+    asked = cells_of(rows, "asked")
     right = {key: [row["right"] for row in answers] for key, answers in asked.items()}
     base = ("base", BASELINE)
     for way in session.ways():

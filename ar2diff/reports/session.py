@@ -11,6 +11,7 @@ from ..core.errors import first_line
 from ..generation.tokens import prompt_ids
 from .estimates import Value
 from .figures import BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Text
+from .journal import Row
 from .material import Material
 from .subjects import USUAL, Held
 from .writing import Clock, Way, Written
@@ -156,6 +157,15 @@ class Found:
                 difference=difference, better=better, evidence=evidence or {},
             )
         )  # fmt: skip
+
+
+def cells_of(rows: Sequence[Row], mark: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows that have a field, by (subject, setting)."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if mark in row:
+            cells.setdefault((row["subject"], row["setting"]), []).append(row)
+    return cells
 
 
 def apart(to: str, setting: str | None, value: Value, ratio: bool = False) -> Difference:
