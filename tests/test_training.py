@@ -610,6 +610,19 @@ def test_a_controls_loss_is_that_of_the_next_tokens_of_documents(
     assert plan.checkpoint.spec is None
 
 
+def test_a_control_is_an_ar_model_and_shows_nothing_denoised(tiny_checkpoint, text_file, tmp_path):
+    recipe = recipe_of(
+        text_file,
+        objective={"kind": "ar"},
+        eval={"steps": 1, "rows": 2, "length": 16, "panel_steps": 1},
+        train={"max_steps": 2},
+    )
+    result = adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
+    assert result.diffusion is None
+    assert [*result.after] == ["eval_ar_nll", "loss", "ar_loss"]
+    assert load_checkpoint(str(tmp_path / "out")).spec is None
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
