@@ -79,7 +79,8 @@ def report(
         base: the AR model to compare it with; None: the one that it was made from, if that is here.
         control: the base, trained further on the same data without being converted.
         against: other converted models.
-        data: file with held-out text. text_field: field of a row that holds it.
+        data: file with held-out text; None: what the run that made the model held out from its
+            training, else the embedded stories. text_field: field of a row that holds it.
         tasks: names of tasks of lm-evaluation-harness. quick: measure less.
         only: of `speed`, `quality`, `length` and `control`, those to measure; none: all.
         dtype: number type to compute in. seed: of all draws.
@@ -143,11 +144,11 @@ def make_report(
         check_plan(folder, plan)
     subjects = load_subjects(asked.model, asked.base, asked.control, asked.against, asked.dtype)
     material = material_for(
-        find_checkpoint(asked.model), subjects["model"].checkpoint.tokenizer, asked.data,
+        find_checkpoint(asked.model), subjects["model"].checkpoint, asked.data,
         asked.text_field, max(sizes.questions, sizes.texts),
     )  # fmt: skip
     session = Session(subjects, material, sizes, clock, asked.seed)
-    journal = Journal(folder, plan, overwrite)
+    journal = Journal(folder, plan | {"texts": material.digest}, overwrite)
     failed = _measure(session, journal, asked, steps)
     found = _report(session, journal, asked, failed)
     found.protocol["command"] = command
@@ -258,6 +259,8 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
     if session.base is None:
         why = "no base was given, and the one that the model's record names is not here"
         missing.append(Missing(question="speed", what="the comparison with the base", why=why))
+    if short := session.material.lack(session.sizes.texts):
+        missing.append(Missing(question="quality", what="more texts", why=short))
     settings, callables = {}, {}
     written = [*session.ways(), *(tasks.ways(session) if asked.tasks else ())]
     for way in written:
