@@ -19,7 +19,7 @@ from reports import (
     widened,
 )
 
-from ar2diff.reports.figures import QUESTIONS, check
+from ar2diff.reports.figures import QUESTIONS, TOKEN_BY_TOKEN, check
 from ar2diff.reports.sentences import claims, not_measured
 from ar2diff.reports.words import number, quantity
 
@@ -91,9 +91,9 @@ def test_the_sentences_of_a_report():
         "speed": f"At equal exact match, {MODEL} is 1.8x as fast as {BASE} at batch 1, 1.5x at 4 "
         "and 1.07x at 8, and slower at 16 (0.96x).",
         "quality": f"Against {BASE}: in exact match and stories cloze, there is no difference with "
-        "ar, lossless chain, diffusion 0.95 and diffusion 0.9 (at most −1.4 ± 0.9 points and −1.5 "
-        "± 0.9 points), but it is worse with diffusion 0.7 (−7.1 ± 0.9 points and −8.0 ± 0.9 "
-        "points).",
+        "ar, lossless chain, diffusion 0.95, diffusion 0.9 and diffusion token by token (at most "
+        "−1.4 ± 0.9 points and −1.5 ± 0.9 points), but it is worse with diffusion 0.7 "
+        "(−7.1 ± 0.9 points and −8.0 ± 0.9 points).",
         "length": f"At equal exact match, {MODEL} pays off up to 288 tokens of prompt and answer "
         f"together; from 384 on it is slower than {BASE}.",
         "control": f"Given both sides, {MODEL} fills 41.5 ± 2.1 % of the gaps exactly: more than "
@@ -194,3 +194,23 @@ def test_units_are_those_that_numbers_can_be_read_in():
     assert quantity(0.00234, 0.00001, "s") == "2.340 ± 0.010 ms"
     assert quantity(31e6, None, "bytes") == "31 MB"
     assert re.fullmatch(r"\+1\.\d", number(1.0, 0.3, sign=True))
+
+
+def test_quality_token_by_token_is_told_beside_the_speed_that_goes_with_it():
+    def told(*figures):
+        every = [f for f in figures if f]
+        return [text for text in claims(report(every))["quality"].more if "Token by token" in text]
+
+    def both(setting, right, error, pace):
+        return (
+            figure("quality", "exact_match", right, error, "model", setting),
+            figure("speed", "tokens_per_second", pace, 10.0, "model", setting, batch=1),
+        )
+
+    slow, fast = both(TOKEN_BY_TOKEN, 55.0, 3.0, 310.0), both("diffusion 0.7", 34.0, 3.0, 1410.0)
+    between = both("diffusion 0.9", 50.0, 3.0, 900.0)
+    (said,) = told(*slow, *between, *fast)
+    assert "55 ± 3 % at 310 ± 10 tokens/s" in said.replace("\u00a0", " ")
+    assert "with diffusion 0.7, it is 34 ± 3 % at 1,410 ± 10" in said.replace("\u00a0", " ")
+    assert not told(*slow, *both("diffusion 0.7", 50.0, 3.0, 1410.0))  # no difference
+    assert not told(*slow) and not told(*fast, *between)

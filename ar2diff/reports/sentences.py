@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from .figures import QUESTIONS, Figure, Missing, Report
+from .figures import QUESTIONS, TOKEN_BY_TOKEN, Figure, Missing, Report
 from .pairs import (
     SURE,
     TIMES,
@@ -23,6 +23,7 @@ from .pairs import (
 from .words import capital, joined, name_of, quantity, with_error
 
 FILLING = "infill_exact_match"
+GREEDY = {"temperature": 0.0}
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,16 @@ def _quality(report: Report) -> Claim:
             sentences[other] = _quality_sentence(report, other, found)
     likelihood, verdicts = _likelihood(report)
     rest = [text for other, (text, _) in sentences.items() if other != "base"]
+    slowest = _token_by_token(report)
     if "base" in sentences:
         first, own = sentences["base"]
-        return Claim("quality", first, [*rest, *likelihood], own)
+        return Claim("quality", first, [*rest, *likelihood, *slowest], own)
     if likelihood:
-        return Claim("quality", likelihood[0], [*rest, *likelihood[1:]], verdicts)
+        return Claim("quality", likelihood[0], [*rest, *likelihood[1:], *slowest], verdicts)
     return Claim(
-        "quality", f"The quality of {_name(report)} has nothing to be compared with.", rest
+        "quality",
+        f"The quality of {_name(report)} has nothing to be compared with.",
+        [*rest, *slowest],
     )
 
 
@@ -254,6 +258,35 @@ def _points(difference: Apart, unit: str) -> str:
     """A difference; of percentages in points."""
     unit = "points" if unit == "%" else unit
     return quantity(difference.value, difference.error, unit, sign=True)
+
+
+def _token_by_token(report: Report) -> list[str]:
+    """What quality the diffusion mode has if a forward decides one token, and what its fastest
+    setting has: published tables quote the quality of the one beside the speed of the other."""
+    paces = report.of("speed", TIMES["speed"], subject="model")
+    batch = min((f.at["batch"] for f in paces), default=None)
+    for metric, at in (*((name, {}) for name in written(report)), ("base_nll", GREEDY)):
+        rows = {
+            quality.setting: (quality, pace)
+            for pace in paces
+            for quality in report.of("quality", metric, subject="model", setting=pace.setting, **at)
+            if pace.at["batch"] == batch
+            and report.settings[pace.setting].get("mode") == "diffusion"
+        }
+        slow = rows.pop(TOKEN_BY_TOKEN, None)
+        if slow is None or not rows:
+            continue
+        fast = max(rows.values(), key=lambda row: row[1].value)
+        difference = apart(slow[0], fast[0])
+        if difference is None or difference.verdict != "better":
+            return []
+        told = [quantity(f.value, f.error, f.unit) for f in (*slow, *fast)]
+        return [
+            f"Token by token, its {name_of(metric)} is {told[0]} at {told[1]}; with "
+            f"{fast[0].setting}, it is {told[2]} at {told[3]} (batch {batch}). The better quality "
+            "does not come with the higher speed."
+        ]
+    return []
 
 
 def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
