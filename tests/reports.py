@@ -43,6 +43,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 WORDS = "Once upon a time there was a little dog named Max . He liked to run in the park".split()
 
 
+def plain(text: str) -> str:
+    """A text with ordinary spaces where a line must not be broken."""
+    return text.replace("\u00a0", " ")
+
+
 def figure(
     question: str,
     metric: str,

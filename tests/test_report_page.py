@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import DRAWING
-from reports import apart, figure, realistic, report
+from reports import apart, figure, plain, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.reports.compare import merged
@@ -347,6 +347,7 @@ def test_a_bound_beside_an_exact_likelihood_is_neither_better_nor_worse(tmp_path
     exact = figure("quality", "ar_nll", 1.4, 0.02, "base")
     bound = figure("quality", "bound", 1.9, 0.02, difference=apart(0.5, 0.01, None))
     text = write(report([bound, exact]), tmp_path / "report.html").read_text()
+    text = plain(text)
     assert "<small>+0.500 ± 0.010 to base</small>" in text and "worse" not in Seen(text).text
 
 
@@ -365,6 +366,6 @@ def test_differences_that_are_none_are_called_so(tmp_path):
             for s, d in (("ar", 0.9), ("diffusion 0.9", -1.1), ("diffusion 0.7", 1.1))]  # fmt: skip
     rows.append(figure("quality", "exact_match", 40.0, 1.0, "base", "transformers"))
     text = write(report(rows), tmp_path / "report.html").read_text()
-    cells = re.findall(r"<small>(.*?) <b class=\"(\w+)\">", text)
+    cells = re.findall(r"<small>(.*?) <b class=\"(\w+)\">", plain(text))
     assert cells == [("+0.9 ± 0.5 to base", "none"), ("−1.1 ± 0.5 to base", "worse"),
                      ("+1.1 ± 0.5 to base", "better")]  # fmt: skip
