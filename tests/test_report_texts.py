@@ -53,6 +53,17 @@ def test_a_report_reads_exactly_what_training_does_not(tiny_checkpoint, data, tm
     assert other.digest != found.digest
 
 
+def test_a_model_that_may_have_been_trained_on_the_texts_is_known(tiny_checkpoint, data, tmp_path):
+    folder, checkpoint = run(tiny_checkpoint, data, tmp_path / "run")
+    found = material_for(folder, checkpoint, None, "text", 100)
+    assert found.unknown_to(folder, checkpoint)
+    other, loaded = run(tiny_checkpoint, data, tmp_path / "other", "train.seed=1")
+    assert not found.unknown_to(other, loaded)
+    assert not found.unknown_to(tiny_checkpoint, load_checkpoint(str(tiny_checkpoint)))
+    named = material_for(folder, checkpoint, str(data), "text", 100)
+    assert named.unknown_to(other, loaded)  # as far as anybody can know
+
+
 def test_conversations_that_were_held_out_are_read_as_the_template_writes_them(
     tiny_checkpoint, write_jsonl, tmp_path
 ):

@@ -45,13 +45,13 @@ class Material:
         data: where it is from, for the protocol.
         texts: whole documents that no subject was trained on.
         questions: none if the data has no answers.
-        held_out: whether the texts are what the model's own run held out.
+        spared: whether the texts are what the model's own run kept out of its training data.
     """
 
     data: str
     texts: Sequence[str]
     questions: Sequence[Question] = ()
-    held_out: bool = False
+    spared: bool = False
 
     @property
     def digest(self) -> str:
@@ -60,12 +60,17 @@ class Material:
 
     def lack(self, wanted: int) -> str:
         """Why there are fewer texts than a report would read; empty if there are not."""
-        if not self.held_out or len(self.texts) >= wanted:
+        if not self.spared or len(self.texts) >= wanted:
             return ""
         return (
             f"the run held out only {len(self.texts)} that are long enough; for smaller errors, "
             f"train with eval.rows={wanted}, or name a file with --data"
         )
+
+    def unknown_to(self, path: Path, checkpoint: Checkpoint) -> bool:
+        """Whether the run that made another model has kept the same texts out of its training, as
+        far as that must be asked: of a file that is none of the training data, it need not be."""
+        return not self.spared or set(self.texts) <= set(own_texts(path, checkpoint).texts)
 
     def starts(self, count: int) -> list[str]:
         """Beginnings of texts, to be continued."""
@@ -94,7 +99,7 @@ def material_for(
     if len(texts) >= LEAST:
         asked = known.questions if known else ()
         data = own.data + (", and the embedded questions" if asked else "")
-        return Material(data, texts, asked, held_out=True)
+        return Material(data, texts, asked, own.spared)
     if known is not None:
         return known
     lack = own.lack or f"only {len(texts)} texts in {own.data} have more than {WORDS} words"

@@ -25,11 +25,13 @@ class OwnTexts:
 
     Attributes:
         texts: in the order of the run. data: where they are from, as the report says it.
+        spared: whether they are from the training data, where they were kept out.
         lack: why there are none, as a clause.
     """
 
     texts: list[str]
     data: str = ""
+    spared: bool = False
     lack: str = ""
 
 
@@ -60,9 +62,8 @@ def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
         return OwnTexts(texts, f"{recipe.eval.data}, on which the run evaluated the model")
     kind = "conversations" if verb == "sft" else "documents"
     where = sources[0].path if verb != "sft" or len(sources) == 1 else "its data"
-    return OwnTexts(
-        texts, f"{len(texts)} {kind} of {where} that the run held out from its training"
-    )
+    data = f"{len(texts)} {kind} of {where} that the run held out from its training"
+    return OwnTexts(texts, data, spared=True)
 
 
 def _changed(record: dict[str, Any], recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +32,10 @@ from .subjects import AR, base_of, identity_of, load_subjects
 from .writing import Clock
 
 PAGE = "report.html"
+SEEN = (
+    "its run did not hold out the same texts, so it may have been trained on some of them; use the "
+    "same eval.data in both runs, or name a file with --data"
+)
 MEASURES = {"speed": speed, "quality": quality, "length": length, "control": control}
 Steps = Callable[[Sequence[Part]], Iterable[Part]]
 
@@ -256,11 +260,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
             if "missing" in row
         ]
         missing += session.failed
-    if session.base is None:
-        why = "no base was given, and the one that the model's record names is not here"
-        missing.append(Missing(question="speed", what="the comparison with the base", why=why))
-    if short := session.material.lack(session.sizes.texts):
-        missing.append(Missing(question="quality", what="more texts", why=short))
+    missing += _lacks(session)
     settings, callables = {}, {}
     written = [*session.ways(), *(tasks.ways(session) if asked.tasks else ())]
     for way in written:
@@ -278,6 +278,20 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         settings=settings | more,
         protocol=_protocol(session, asked) | {"callable": callables | called},
     )
+
+
+def _lacks(session: Session) -> Iterator[Missing]:
+    """What the subjects and the texts do not allow to be measured well, or at all."""
+    if session.base is None:
+        why = "no base was given, and the one that the model's record names is not here"
+        yield Missing(question="speed", what="the comparison with the base", why=why)
+    if short := session.material.lack(session.sizes.texts):
+        yield Missing(question="quality", what="more texts", why=short)
+    for key, held in session.subjects.items():
+        if key in ("model", "base"):
+            continue
+        if not session.material.unknown_to(find_checkpoint(held.name), held.checkpoint):
+            yield Missing(question="quality", what=f"{key} on equal terms", why=SEEN)
 
 
 def _figures(session: Session, name: str, rows: Sequence[Row]) -> Found:
