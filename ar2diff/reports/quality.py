@@ -280,7 +280,7 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     _question_figures(session, found, rows)
     _text_figures(session, found, rows)
     if not session.material.questions:
-        session.miss(QUESTION, "exact match", f"{session.material.data} has no questions")
+        session.miss(QUESTION, "exact match", "the data has no questions with a right answer")
     if session.base is None:
         session.miss(QUESTION, "free text", "it is judged by the base, and there is none")
     return found
