@@ -291,7 +291,7 @@ def _lacks(session: Session) -> Iterator[Missing]:
         if key in ("model", "base"):
             continue
         if not session.material.unknown_to(find_checkpoint(held.name), held.checkpoint):
-            yield Missing(question="quality", what=f"{key} on equal terms", why=SEEN)
+            yield Missing(question="quality", what=f"{held.name} on equal terms", why=SEEN)
 
 
 def _figures(session: Session, name: str, rows: Sequence[Row]) -> Found:
