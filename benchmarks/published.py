@@ -22,10 +22,9 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from generations import generations
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, TABLE = RESULTS / "published.jsonl", RESULTS / "published.md"
@@ -43,6 +42,7 @@ PUBLISHED = (
     "llada2",
     "tiny-a2d",
 )
+WRITTEN, WORDS = 10, 14  # stories that are continued, and words of each that are the prompt
 SOURCES = [{"path": "tinystories/train"}, {"path": "stories3M-samples"}]
 
 
@@ -77,7 +77,7 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(str(folder))
     result = evaluate(checkpoint, "tinystories/valid", limit=64)
     settings = {"max_new_tokens": 80, "threshold": 0.9}
-    lines = list(generations(checkpoint, "tinystories/valid", 10, 14, **settings))
+    lines = list(generations(checkpoint, **settings))
     texts = RESULTS / f"published-{OWN[model]}-{name}.txt"
     texts.write_text("\n".join(lines).strip() + "\n", encoding="utf-8")
     return {
@@ -95,6 +95,24 @@ def run(name: str, model: str, recipe: Any, folder: Path) -> dict[str, Any]:
         "ar_nll": result.ar_nll and result.ar_nll.nats_per_token,
         "tokens_a_forward": float(lines[-1].split()[-3]),
     }
+
+
+def generations(checkpoint: Any, **settings: Any) -> Iterator[str]:
+    """Lines: the starts of held-out stories, what each mode writes after them, and the diffusion
+    mode's tokens per forward."""
+    from ar2diff.data.sources import find_file, read_texts
+    from ar2diff.generation.complete import complete
+
+    modes = ("ar", "diffusion") if checkpoint.spec.ar_mode else ("diffusion",)
+    tokens = forwards = 0
+    for text in read_texts(find_file("tinystories/valid"), "text")[:WRITTEN]:
+        prompt = " ".join(text.split()[:WORDS])
+        yield f"\n{prompt} ..."
+        for mode in modes:
+            result = complete(checkpoint, prompt, mode=mode, **settings)
+            yield f"  {mode:9} |{' '.join(result.text.split())}"
+        tokens, forwards = tokens + result.new_tokens, forwards + result.forwards
+    yield f"\ndiffusion: {tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward"
 
 
 def base_row(model: str) -> dict[str, Any]:

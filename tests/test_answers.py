@@ -15,7 +15,7 @@ from ar2diff.data.conversations import Conversations, TokenRows
 from ar2diff.data.turns import IGNORED, PackedConversations
 from ar2diff.diffusion.likelihood import ar_nll, masked_nll
 from ar2diff.evaluation.answers import AnswerJudge
-from ar2diff.training.held_out import judged_answers
+from ar2diff.evaluation.held_out import judged_answers
 
 END, ENDS = 2, frozenset([2])
 PROMPT, ANSWER = [1, 10, 11, 12, 13, 14], [20, 21, END]  # in blocks of 4: [13 14 20 21][END END ..]

@@ -20,6 +20,7 @@ from ar2diff.reports.figures import (
     OWN,
     QUESTIONS,
     STOCK,
+    TOKEN_BY_TOKEN,
     Difference,
     Figure,
     Report,
@@ -206,6 +207,10 @@ def test_a_stopped_report_goes_on_and_is_the_same(asked, tmp_path):
     assert {figure.question for figure in whole.figures} == set(QUESTIONS)
     assert {m.what for m in whole.missing} == {"exact match", "revision after an edit"}
     assert whole.orders and whole.texts
+    for size in TINY.batches:
+        (slow,) = whole.of("speed", "tokens_per_forward", setting=TOKEN_BY_TOKEN, batch=size)
+        assert 0.3 < slow.value <= 1 and slow.evidence["tokens"] <= size * slow.evidence["forwards"]
+    assert whole.of("quality", "base_nll", setting=TOKEN_BY_TOKEN, temperature=0.0)
     base = whole.of("speed", "tokens_per_second", subject="base", setting=BASELINE, batch=1)[0]
     assert base.evidence["forwards"] == base.evidence["steps"] == base.evidence["tokens"]
     parts = []

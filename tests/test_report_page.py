@@ -9,11 +9,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import DRAWING
-from reports import apart, figure, realistic, report
+from reports import apart, figure, plain, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.reports.compare import merged
@@ -24,6 +26,9 @@ from ar2diff.reports.plots import by_report, dominated, plots
 from ar2diff.reports.sentences import claims
 from ar2diff.reports.summary import markdown, renamed
 from ar2diff.reports.svg import DARK, LIGHT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from speed_table import table
 
 EVIL = "http://evil.example"
 HOSTILE = f"</p></td><script>alert(1)</script><img src={EVIL} onerror=alert(2)>$x_1$&amp;"
@@ -347,7 +352,24 @@ def test_a_bound_beside_an_exact_likelihood_is_neither_better_nor_worse(tmp_path
     exact = figure("quality", "ar_nll", 1.4, 0.02, "base")
     bound = figure("quality", "bound", 1.9, 0.02, difference=apart(0.5, 0.01, None))
     text = write(report([bound, exact]), tmp_path / "report.html").read_text()
+    text = plain(text)
     assert "<small>+0.500 ± 0.010 to base</small>" in text and "worse" not in Seen(text).text
+
+
+def test_the_table_of_the_readme_is_made_of_reports():
+    assert [plain(line) for line in table([realistic()])[::6]] == [
+        "| model | how it decodes | tokens a forward | batch 1 | batch 8 | its text |",
+        "| stories3m | diffusion 0.9 | 2.70 | 2.21 ± 0.04x | 1.066 ± 0.019x | 39.8 ± 2.2 % right "
+        "(base: 41.2 ± 2.2 %) |",
+    ]
+    given = realistic()
+    rest = [f for f in given.figures if f.metric != "exact_match"]
+    for who, setting, value in (("model", "ar", 0.5), ("base", "transformers", 0.4)):
+        rest.append(figure("quality", "base_nll", value, 0.01, who, setting, temperature=0.0))
+    lines = table([given.model_copy(update={"figures": rest})])
+    assert lines[2].endswith("0.955 ± 0.017x | 0.954 ± 0.017x | 0.500 ± 0.010 nats/token under the "
+                             "base (base: 0.400 ± 0.010 nats/token) |")  # fmt: skip
+    assert lines[3].endswith("| that of the AR mode |") and lines[6].endswith("| – |")
 
 
 def test_texts_that_are_the_same_are_shown_once(tmp_path):
@@ -365,6 +387,6 @@ def test_differences_that_are_none_are_called_so(tmp_path):
             for s, d in (("ar", 0.9), ("diffusion 0.9", -1.1), ("diffusion 0.7", 1.1))]  # fmt: skip
     rows.append(figure("quality", "exact_match", 40.0, 1.0, "base", "transformers"))
     text = write(report(rows), tmp_path / "report.html").read_text()
-    cells = re.findall(r"<small>(.*?) <b class=\"(\w+)\">", text)
+    cells = re.findall(r"<small>(.*?) <b class=\"(\w+)\">", plain(text))
     assert cells == [("+0.9 ± 0.5 to base", "none"), ("−1.1 ± 0.5 to base", "worse"),
                      ("+1.1 ± 0.5 to base", "better")]  # fmt: skip

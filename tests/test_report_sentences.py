@@ -12,6 +12,7 @@ from reports import (
     MODEL,
     apart,
     figure,
+    plain,
     random_report,
     realistic,
     report,
@@ -19,7 +20,7 @@ from reports import (
     widened,
 )
 
-from ar2diff.reports.figures import QUESTIONS, check
+from ar2diff.reports.figures import QUESTIONS, TOKEN_BY_TOKEN, check
 from ar2diff.reports.sentences import claims, not_measured
 from ar2diff.reports.words import number, quantity
 
@@ -86,19 +87,22 @@ def test_wide_errors_turn_every_claim_into_none(question):
 
 
 def test_the_sentences_of_a_report():
-    said = {question: claim.first for question, claim in claims(realistic()).items()}
+    said = {question: plain(claim.first) for question, claim in claims(realistic()).items()}
     assert said == {
         "speed": f"At equal exact match, {MODEL} is 1.8x as fast as {BASE} at batch 1, 1.5x at 4 "
         "and 1.07x at 8, and slower at 16 (0.96x).",
         "quality": f"Against {BASE}: in exact match and stories cloze, there is no difference with "
-        "ar, lossless chain, diffusion 0.95 and diffusion 0.9 (at most −1.4 ± 0.9 points and −1.5 "
-        "± 0.9 points), but it is worse with diffusion 0.7 (−7.1 ± 0.9 points and −8.0 ± 0.9 "
-        "points).",
+        "ar, lossless chain, diffusion 0.95, diffusion 0.9 and diffusion token by token (at most "
+        "−1.4 ± 0.9 points and −1.5 ± 0.9 points), but it is worse with diffusion 0.7 "
+        "(−7.1 ± 0.9 points and −8.0 ± 0.9 points).",
         "length": f"At equal exact match, {MODEL} pays off up to 288 tokens of prompt and answer "
         f"together; from 384 on it is slower than {BASE}.",
         "control": f"Given both sides, {MODEL} fills 41.5 ± 2.1 % of the gaps exactly: more than "
         f"{BASE}, which fills 11.2 ± 1.4 % (transformers) or 29.2 ± 2.0 % (ar).",
     }  # fmt: skip
+    every = [text for claim in claims(realistic()).values() for text in (claim.first, *claim.more)]
+    broken = re.compile(r"\d (±|%|tokens|points|nats)|± \d")  # a line could end there
+    assert any("±" in text for text in every) and not list(filter(broken.search, every))
     more = claims(realistic())["quality"].more
     assert any("1.874" in line and "that is a bound, not a likelihood" in line for line in more)
 
@@ -155,8 +159,9 @@ def test_the_largest_gain_is_one_that_is_sure():
         rows.append(figure("length", "seconds_per_token", value, error, setting="ar", **at))
         rows.append(figure("length", "seconds_per_token", 0.0011, 1e-5, "base", BASELINE, **at))
     claim = claims(report(rows))["length"]
-    assert "pays off up to 40 tokens of prompt and answer together; from 72 on" in claim.first
-    assert claim.more[0].startswith("It gains most at 8 + 32 tokens")
+    first, most = plain(claim.first), plain(claim.more[0])
+    assert "pays off up to 40 tokens of prompt and answer together; from 72 on" in first
+    assert most.startswith("It gains most at 8 + 32 tokens")
 
 
 def test_a_lower_likelihood_is_better_and_a_bound_is_called_one():
@@ -165,9 +170,10 @@ def test_a_lower_likelihood_is_better_and_a_bound_is_called_one():
     rows.append(figure("quality", "bound", 1.3, 0.001))
     claim = claims(report(rows))["quality"]
     assert claim.verdicts == {"ar_nll": "worse"}
-    assert claim.first.endswith(f"predicts held-out text worse than {BASE}, by 0.1000 ± 0.0014 "
-                                "nats/token.")  # fmt: skip
-    assert "is at most 1.3000 ± 0.0010 nats/token" in claim.more[0]
+    assert plain(claim.first).endswith(
+        f"predicts held-out text worse than {BASE}, by 0.1000 ± 0.0014 nats/token."
+    )
+    assert "is at most 1.3000 ± 0.0010 nats/token" in plain(claim.more[0])
 
 
 def test_what_was_not_measured_is_listed_and_said():
@@ -187,10 +193,30 @@ def test_what_was_not_measured_is_listed_and_said():
     (2.71828, None, "2.72"), (-0.01, 0.4, "0.0 ± 0.4"),
 ])  # fmt: skip
 def test_numbers_have_the_digits_that_matter(value, error, shown):
-    assert quantity(value, error) == shown
+    assert plain(quantity(value, error)) == shown
 
 
 def test_units_are_those_that_numbers_can_be_read_in():
-    assert quantity(0.00234, 0.00001, "s") == "2.340 ± 0.010 ms"
-    assert quantity(31e6, None, "bytes") == "31 MB"
+    assert plain(quantity(0.00234, 0.00001, "s")) == "2.340 ± 0.010 ms"
+    assert quantity(31e6, None, "bytes") == "31\u00a0MB"
     assert re.fullmatch(r"\+1\.\d", number(1.0, 0.3, sign=True))
+
+
+def test_quality_token_by_token_is_told_beside_the_speed_that_goes_with_it():
+    def told(*figures):
+        every = [f for f in figures if f]
+        return [text for text in claims(report(every))["quality"].more if "Token by token" in text]
+
+    def both(setting, right, error, pace):
+        return (
+            figure("quality", "exact_match", right, error, "model", setting),
+            figure("speed", "tokens_per_second", pace, 10.0, "model", setting, batch=1),
+        )
+
+    slow, fast = both(TOKEN_BY_TOKEN, 55.0, 3.0, 310.0), both("diffusion 0.7", 34.0, 3.0, 1410.0)
+    between = both("diffusion 0.9", 50.0, 3.0, 900.0)
+    (said,) = told(*slow, *between, *fast)
+    assert "55 ± 3 % at 310 ± 10 tokens/s" in plain(said)
+    assert "with diffusion 0.7, it is 34 ± 3 % at 1,410 ± 10" in plain(said)
+    assert not told(*slow, *both("diffusion 0.7", 50.0, 3.0, 1410.0))  # no difference
+    assert not told(*slow) and not told(*fast, *between)

@@ -22,6 +22,9 @@ STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
 # Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
 BASELINE, LOOKUP, RANKED = "transformers", "prompt lookup", "ranked draws"
+# The diffusion mode that decides the surest token of each forward alone: the setting at which
+# papers like to quote quality, beside the speed of another one.
+TOKEN_BY_TOKEN = "diffusion token by token"
 
 Question = Literal["speed", "quality", "length", "control"]
 QUESTIONS: tuple[Question, ...] = ("speed", "quality", "length", "control")
@@ -318,6 +321,9 @@ def _wrong_setting(figure: Figure, report: Report) -> Iterator[str]:
         yield f"it was measured with {figure.evidence['callable']}"
     if figure.setting == BASELINE:
         yield from _wrong_baseline(figure.evidence)
+    if (figure.setting, figure.metric) == (TOKEN_BY_TOKEN, "tokens_per_forward"):
+        if figure.value > 1:
+            yield "more than one token is decided in a forward"
 
 
 def _wrong_baseline(evidence: dict[str, Any]) -> Iterator[str]:

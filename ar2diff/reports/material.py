@@ -1,17 +1,20 @@
-"""The held-out text on which a report measures: that of the embedded stories, or a file."""
+"""The held-out text on which a report measures: a file, what the model's run held out, or the
+embedded stories."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import read_json
-from ..checkpoint.output import record_of
+from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError, option
-from ..data.sources import find_file, read_texts
+from ..data.sources import read_texts
 from ..demo import corpus
+from .own_texts import own_texts
 
 EMBEDDED = Path(corpus.__file__).parent / "model"
 WORDS = 12  # of a text that is to be continued
@@ -42,11 +45,32 @@ class Material:
         data: where it is from, for the protocol.
         texts: whole documents that no subject was trained on.
         questions: none if the data has no answers.
+        spared: whether the texts are what the model's own run kept out of its training data.
     """
 
     data: str
     texts: Sequence[str]
     questions: Sequence[Question] = ()
+    spared: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Of the texts: what was measured on others cannot stand in the same report."""
+        return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+
+    def lack(self, wanted: int) -> str:
+        """Why there are fewer texts than a report would read; empty if there are not."""
+        if not self.spared or len(self.texts) >= wanted:
+            return ""
+        return (
+            f"the run held out only {len(self.texts)} that are long enough; for smaller errors, "
+            f"train with eval.rows={wanted}, or name a file with --data"
+        )
+
+    def unknown_to(self, path: Path, checkpoint: Checkpoint) -> bool:
+        """Whether the run that made another model has kept the same texts out of its training, as
+        far as that must be asked: of a file that is none of the training data, it need not be."""
+        return not self.spared or set(self.texts) <= set(own_texts(path, checkpoint).texts)
 
     def starts(self, count: int) -> list[str]:
         """Beginnings of texts, to be continued."""
@@ -54,27 +78,39 @@ class Material:
 
 
 def material_for(
-    model: Path, tokenizer: Any, data: str | None, text_field: str, count: int
+    model: Path, checkpoint: Checkpoint, data: str | None, text_field: str, count: int
 ) -> Material:
-    """Held-out text for a model: the file, if there is one; else the embedded stories, if the model
-    is the embedded one or was made from it; else the file that its run was evaluated on.
+    """Held-out text for a model: the file, if there is one; else what its run held out from its
+    training; else the embedded stories, if the model is the embedded one or was made from it. The
+    embedded questions go with a model's own texts, too.
 
     Args:
-        model: folder of the model. count: texts, and questions, at most.
+        model: folder of the model. checkpoint: the same, loaded. count: texts, and questions, at
+            most.
 
     Raises:
         Ar2DiffError: there is none, or too little.
     """
-    if data is None and knows_the_stories(tokenizer):
-        return embedded(count)
-    if data is None:
-        data = _evaluated_on(model)
-    if data is None:
-        raise Ar2DiffError(
-            f"there is no held-out text to measure {model} on",
-            f"name a file with {option('data', 'FILE')}",
-        )
-    texts = [text for text in read_texts(data, text_field) if len(text.split()) > WORDS][:count]
+    if data is not None:
+        return _of_file(model, data, text_field, count)
+    own = own_texts(model, checkpoint)
+    texts = _usable(own.texts)[:count]
+    known = embedded(count) if knows_the_stories(checkpoint.tokenizer) else None
+    if len(texts) >= LEAST:
+        asked = known.questions if known else ()
+        data = own.data + (", and the embedded questions" if asked else "")
+        return Material(data, texts, asked, own.spared)
+    if known is not None:
+        return known
+    lack = own.lack or f"only {len(texts)} texts in {own.data} have more than {WORDS} words"
+    raise Ar2DiffError(
+        f"there is no held-out text to measure {model} on: {lack}",
+        f"name a file with {option('data', 'FILE')}",
+    )
+
+
+def _of_file(model: Path, data: str, text_field: str, count: int) -> Material:
+    texts = _usable(read_texts(data, text_field))[:count]
     if len(texts) < LEAST:
         raise Ar2DiffError(
             f"{option('data')} {data}: {len(texts)} texts have more than {WORDS} words, but a "
@@ -82,6 +118,10 @@ def material_for(
             "use a file with more, or longer, texts",
         )
     return Material(data, texts)
+
+
+def _usable(texts: Sequence[str]) -> list[str]:
+    return [text for text in texts if len(text.split()) > WORDS]
 
 
 def embedded(count: int) -> Material:
@@ -108,10 +148,3 @@ def knows_the_stories(tokenizer: Any) -> bool:
     known = read_json(EMBEDDED / "tokenizer.json", "install ar2diff again")["model"]["vocab"]
     vocabulary = tokenizer.get_vocab()
     return all(vocabulary.get(token) == place for token, place in known.items())
-
-
-def _evaluated_on(model: Path) -> str | None:
-    """The evaluation file of the run that made a model, if it is still there."""
-    recipe = (record_of(model) or {}).get("recipe") or {}
-    data = (recipe.get("eval") or {}).get("data") if isinstance(recipe, dict) else None
-    return data if isinstance(data, str) and find_file(data) is not None else None

@@ -16,7 +16,7 @@ import torch
 
 from ..diffusion.likelihood import ar_nll, bound, scored
 from .estimates import mean, ratio, ratio_difference, share, share_difference
-from .figures import BASELINE, Difference, Text
+from .figures import BASELINE, TOKEN_BY_TOKEN, Difference, Text
 from .journal import Part, Row
 from .session import Found, Session, apart, cells_of
 from .subjects import AR, Held
@@ -43,7 +43,8 @@ def parts(session: Session) -> list[Part]:
             run = partial(_answers, session, way)
             found.append(Part(QUESTION, f"questions, {way.name}", tokens, run))
     tokens = sizes.texts * sizes.answer / BATCH**0.7
-    for way in session.main_ways() if session.base else ():
+    ways = [*session.main_ways(), *session.ways(TOKEN_BY_TOKEN)]
+    for way in ways if session.base else ():
         for temperature in (0.0, *sizes.temperatures):
             run = partial(_texts, session, way, temperature)
             name = f"texts at temperature {temperature}, {way.name}"
@@ -279,7 +280,7 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     _question_figures(session, found, rows)
     _text_figures(session, found, rows)
     if not session.material.questions:
-        session.miss(QUESTION, "exact match", f"{session.material.data} has no questions")
+        session.miss(QUESTION, "exact match", "the data has no questions with a right answer")
     if session.base is None:
         session.miss(QUESTION, "free text", "it is judged by the base, and there is none")
     return found

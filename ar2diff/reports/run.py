@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +32,10 @@ from .subjects import AR, base_of, identity_of, load_subjects
 from .writing import Clock
 
 PAGE = "report.html"
+SEEN = (
+    "its run did not hold out the same texts, so it may have been trained on some of them; use the "
+    "same eval.data in both runs, or name a file with --data"
+)
 MEASURES = {"speed": speed, "quality": quality, "length": length, "control": control}
 Steps = Callable[[Sequence[Part]], Iterable[Part]]
 
@@ -79,7 +83,8 @@ def report(
         base: the AR model to compare it with; None: the one that it was made from, if that is here.
         control: the base, trained further on the same data without being converted.
         against: other converted models.
-        data: file with held-out text. text_field: field of a row that holds it.
+        data: file with held-out text; None: what the run that made the model held out from its
+            training, else the embedded stories. text_field: field of a row that holds it.
         tasks: names of tasks of lm-evaluation-harness. quick: measure less.
         only: of `speed`, `quality`, `length` and `control`, those to measure; none: all.
         dtype: number type to compute in. seed: of all draws.
@@ -143,11 +148,11 @@ def make_report(
         check_plan(folder, plan)
     subjects = load_subjects(asked.model, asked.base, asked.control, asked.against, asked.dtype)
     material = material_for(
-        find_checkpoint(asked.model), subjects["model"].checkpoint.tokenizer, asked.data,
+        find_checkpoint(asked.model), subjects["model"].checkpoint, asked.data,
         asked.text_field, max(sizes.questions, sizes.texts),
     )  # fmt: skip
     session = Session(subjects, material, sizes, clock, asked.seed)
-    journal = Journal(folder, plan, overwrite)
+    journal = Journal(folder, plan | {"texts": material.digest}, overwrite)
     failed = _measure(session, journal, asked, steps)
     found = _report(session, journal, asked, failed)
     found.protocol["command"] = command
@@ -255,9 +260,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
             if "missing" in row
         ]
         missing += session.failed
-    if session.base is None:
-        why = "no base was given, and the one that the model's record names is not here"
-        missing.append(Missing(question="speed", what="the comparison with the base", why=why))
+    missing += _lacks(session)
     settings, callables = {}, {}
     written = [*session.ways(), *(tasks.ways(session) if asked.tasks else ())]
     for way in written:
@@ -275,6 +278,20 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         settings=settings | more,
         protocol=_protocol(session, asked) | {"callable": callables | called},
     )
+
+
+def _lacks(session: Session) -> Iterator[Missing]:
+    """What the subjects and the texts do not allow to be measured well, or at all."""
+    if session.base is None:
+        why = "no base was given, and the one that the model's record names is not here"
+        yield Missing(question="speed", what="the comparison with the base", why=why)
+    if short := session.material.lack(session.sizes.texts):
+        yield Missing(question="quality", what="more texts", why=short)
+    for key, held in session.subjects.items():
+        if key in ("model", "base"):
+            continue
+        if not session.material.unknown_to(find_checkpoint(held.name), held.checkpoint):
+            yield Missing(question="quality", what=f"{held.name} on equal terms", why=SEEN)
 
 
 def _figures(session: Session, name: str, rows: Sequence[Row]) -> Found:

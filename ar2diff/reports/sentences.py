@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import groupby
 
+from .claim import Claim, named
 from .figures import QUESTIONS, Figure, Missing, Report
 from .pairs import (
     SURE,
@@ -20,30 +20,16 @@ from .pairs import (
     quality_apart,
     written,
 )
-from .words import capital, joined, name_of, quantity, with_error
+from .quality_sentences import quality_claim
+from .words import SPACE, capital, joined, name_of, quantity, with_error
 
 FILLING = "infill_exact_match"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a report says on a question.
-
-    Attributes:
-        first: the sentence to decide by. more: those that qualify it.
-        verdicts: of the model against the base, by what was compared.
-    """
-
-    question: str
-    first: str
-    more: list[str] = field(default_factory=list)
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
 
 def claims(report: Report) -> dict[str, Claim]:
     """What a report says, by question."""
     makers: dict[str, Callable[[Report], Claim]] = {
-        "speed": _speed, "quality": _quality, "length": _length, "control": _control,
+        "speed": _speed, "quality": quality_claim, "length": _length, "control": _control,
     }  # fmt: skip
     made = {}
     for question in QUESTIONS:
@@ -94,7 +80,7 @@ def _speed(report: Report) -> Claim:
         place = f" at batch {best.at['batch']}" if "batch" in best.at else ""
         return Claim(
             "speed",
-            f"{_name(report)} writes {rate}{place} with {best.setting}; there is no base to "
+            f"{named(report)} writes {rate}{place} with {best.setting}; there is no base to "
             "compare it with.",
         )
     more = [_settings_at(found, "batch"), *_bought(report, batches[0])]
@@ -116,12 +102,12 @@ def _pace_sentence(report: Report, found: dict[float, tuple[str, Pair]], to: str
     clauses = []
     for kind, group in groupby(found.items(), key=lambda item: item[1][0]):
         places = [(f"{batch}", pair.apart) for batch, (_, pair) in group]
-        than, axis = ("", "") if clauses else (_name(report, to), "batch ")
+        than, axis = ("", "") if clauses else (named(report, to), "batch ")
         runs = []
         for verdict, run in groupby(places, key=lambda place: place[1].verdict):
             runs.append(_pace_run(verdict, list(run), than, axis))
             than = axis = ""
-        who = "it" if clauses else _name(report)
+        who = "it" if clauses else named(report)
         clauses.append(f"{_condition(report, kind)}, {who} is {_in_turn(runs)}")
     return f"{capital('; '.join(clauses))}."
 
@@ -183,108 +169,6 @@ def _bought(report: Report, batch: float) -> list[str]:
     return []
 
 
-# Quality ------------------------------------------------------------------------------------------
-
-
-def _quality(report: Report) -> Claim:
-    metrics = written(report)
-    others = [name for name in list(report.subjects)[1:]]
-    sentences: dict[str, tuple[str, dict[str, Verdict]]] = {}
-    for other in others:
-        found = {metric: _rows_apart(report, metric, other) for metric in metrics}
-        if any(found.values()):
-            sentences[other] = _quality_sentence(report, other, found)
-    likelihood, verdicts = _likelihood(report)
-    rest = [text for other, (text, _) in sentences.items() if other != "base"]
-    if "base" in sentences:
-        first, own = sentences["base"]
-        return Claim("quality", first, [*rest, *likelihood], own)
-    if likelihood:
-        return Claim("quality", likelihood[0], [*rest, *likelihood[1:]], verdicts)
-    return Claim(
-        "quality", f"The quality of {_name(report)} has nothing to be compared with.", rest
-    )
-
-
-def _rows_apart(report: Report, metric: str, other: str) -> list[tuple[str | None, Apart, str]]:
-    """(setting, difference, unit) of a metric at each setting of the model."""
-    found = []
-    theirs = report.of("quality", metric, subject=other)
-    for mine in report.of("quality", metric, subject="model"):
-        recorded = mine.difference
-        same = [t for t in theirs if t.at == mine.at]
-        if recorded and recorded.to == other:
-            same = [t for t in same if t.setting == recorded.setting] or same
-        if same and (difference := apart(mine, same[0])):
-            found.append((mine.setting, difference, mine.unit))
-    return found
-
-
-def _quality_sentence(
-    report: Report, other: str, found: dict[str, list[tuple[str | None, Apart, str]]]
-) -> tuple[str, dict[str, Verdict]]:
-    verdicts: dict[str, Verdict] = {}
-    alike: dict[tuple[tuple[str | None, Verdict], ...], list[str]] = {}
-    for metric, rows in found.items():
-        verdicts |= {f"{metric}, {s}" if s else metric: a.verdict for s, a, _ in rows}
-        if rows:  # metrics of which the same is to be said share a clause
-            alike.setdefault(tuple((s, a.verdict) for s, a, _ in rows), []).append(metric)
-    clauses = []
-    for metrics in alike.values():
-        tables = [found[metric] for metric in metrics]
-        parts = [part for v in ("better", "none", "worse") if (part := _quality_part(v, tables))]
-        clauses.append(f"in {joined(list(map(name_of, metrics)))}, {', but '.join(parts)}")
-    return f"Against {_name(report, other)}: {'; '.join(clauses)}.", verdicts
-
-
-def _quality_part(verdict: str, tables: list[list[tuple[str | None, Apart, str]]]) -> str:
-    """What holds of all settings with a verdict, of which there are the same in each table."""
-    chosen = [[row for row in table if row[1].verdict == verdict] for table in tables]
-    if not chosen[0]:
-        return ""
-    what = "there is no difference" if verdict == "none" else f"it is {verdict}"
-    settings = [row[0] for row in chosen[0] if row[0]]
-    largest = [max(rows, key=lambda row: abs(row[1].value)) for rows in chosen]
-    told = joined([_points(difference, unit) for _, difference, unit in largest])
-    most = "" if len(chosen[0]) < 2 else "at most " if verdict == "none" else "up to "
-    return f"{what}{f' with {joined(settings)}' if settings else ''} ({most}{told})"
-
-
-def _points(difference: Apart, unit: str) -> str:
-    """A difference; of percentages in points."""
-    unit = "points" if unit == "%" else unit
-    return quantity(difference.value, difference.error, unit, sign=True)
-
-
-def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
-    """The NLL of the AR mode beside the base's, and the bound, which is no likelihood."""
-    said, verdicts = [], {}
-    base = next(iter(report.of("quality", "ar_nll", subject="base", setting=None)), None)
-    for mine in report.of("quality", "ar_nll", subject="model", setting=None)[:1]:
-        if base and (difference := apart(mine, base)):
-            verdicts["ar_nll"] = difference.verdict
-            told = quantity(abs(difference.value), difference.error, mine.unit)
-            than = _name(report, "base")
-            what = {
-                "none": f"as well as {than}: there is no difference in NLL ({told})",
-                "worse": f"worse than {than}, by {told}",
-                "better": f"better than {than}, by {told}",
-            }[difference.verdict]
-            said.append(f"From left to right, {_name(report)} predicts held-out text {what}.")
-    for bound in report.of("quality", "bound", subject="model", setting=None)[:1]:
-        told = quantity(bound.value, bound.error, bound.unit)
-        beside = (
-            f", beside an exact {quantity(base.value, base.error, base.unit)} of the base"
-            if base
-            else ""
-        )
-        said.append(
-            f"When it denoises, its NLL is at most {told}{beside}; that is a bound, not a "
-            "likelihood."
-        )
-    return said, verdicts
-
-
 # Length -------------------------------------------------------------------------------------------
 
 
@@ -314,7 +198,7 @@ def _length(report: Report) -> Claim:
     faster = [pair for _, pair in found.values() if pair.apart.verdict == "better"]
     if faster:
         best = max(faster, key=lambda pair: pair.apart.value)
-        where = f"{best.mine.at['prompt']} + {best.mine.at['answer']} tokens of prompt and answer"
+        where = f"{best.mine.at['prompt']} + {_tokens(best.mine.at['answer'])} of prompt and answer"
         gain = with_error(best.apart.value, best.apart.error)
         pair = f"{best.mine.setting} against {best.other.setting}"
         more.insert(0, f"It gains most at {where}, with {gain} times the speed ({pair}).")
@@ -325,7 +209,7 @@ def _length(report: Report) -> Claim:
 def _where_it_pays(
     report: Report, found: dict[tuple[float, float], tuple[str, Pair]]
 ) -> str:  # fmt: skip
-    it, than = _name(report), f"than {_name(report, 'base')}"
+    it, than = named(report), f"than {named(report, 'base')}"
     pays = [place for place in found if found[place][1].apart.verdict == "better"]
     fails = [place for place in found if place not in pays]
     rest = {found[place][1].apart.verdict for place in fails}
@@ -358,12 +242,12 @@ def _where_it_pays(
             )
     listed = joined([f"{p:,} + {a:,}" for p, a in fails])
     return (
-        f"{it} pays off except at {listed} tokens of prompt and answer, where it is {beyond}"
+        f"{it} pays off except at {listed}{SPACE}tokens of prompt and answer, where it is {beyond}"
     )  # fmt: skip
 
 
 def _tokens(count: float) -> str:
-    return f"{count:,} tokens"
+    return f"{count:,}{SPACE}tokens"
 
 
 def _past_training(report: Report) -> list[str]:
@@ -382,7 +266,7 @@ def _past_training(report: Report) -> list[str]:
         less = abs(change) <= SURE * error
         moved = "does not change" if less else f"{'rises' if change > 0 else 'falls'} by {told}"
         said.append(
-            f"Past the {trained:,} tokens of its training rows its {name_of(metric)} {moved}."
+            f"Past the {_tokens(trained)} of its training rows its {name_of(metric)} {moved}."
         )
     return said
 
@@ -403,7 +287,7 @@ def _control(report: Report) -> Claim:
     if mine is None:
         return Claim("control", "How well it fills gaps was not measured.", more)
     share = quantity(mine.value, mine.error, mine.unit)
-    fills = f"{_name(report)} fills {share} of the gaps exactly"
+    fills = f"{named(report)} fills {share} of the gaps exactly"
     if not theirs:
         return Claim("control", f"{fills}; there is no base to compare it with.", more)
     best = max(theirs, key=_value)
@@ -411,9 +295,9 @@ def _control(report: Report) -> Claim:
     others = joined([f"{quantity(f.value, f.error, f.unit)} ({f.setting})" if f.setting else
                      quantity(f.value, f.error, f.unit) for f in theirs], "or")  # fmt: skip
     than = {
-        "better": f"more than {_name(report, 'base')}, which fills {others}",
-        "worse": f"fewer than {_name(report, 'base')}, which fills {others}",
-        "none": f"no difference from {_name(report, 'base')}, which fills {others}",
+        "better": f"more than {named(report, 'base')}, which fills {others}",
+        "worse": f"fewer than {named(report, 'base')}, which fills {others}",
+        "none": f"no difference from {named(report, 'base')}, which fills {others}",
     }[difference.verdict]
     return Claim(
         "control", f"Given both sides, {fills}: {than}.", more, {FILLING: difference.verdict}
@@ -436,7 +320,3 @@ def _kept(report: Report) -> list[str]:
 
 def _value(figure: Figure) -> float:
     return figure.value
-
-
-def _name(report: Report, subject: str = "model") -> str:
-    return report.subjects[subject].name

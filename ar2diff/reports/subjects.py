@@ -14,7 +14,7 @@ from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
 from ..core.options import THRESHOLD
 from ..generation.complete import load
-from .figures import BASELINE, LOOKUP, Subject
+from .figures import BASELINE, LOOKUP, TOKEN_BY_TOKEN, Subject
 
 THRESHOLDS = (0.98, THRESHOLD, 0.7)  # of the diffusion mode: careful, usual, fast
 CHAIN, NODES = 7, 15  # drafts in a chain, and candidates of a tree, at most
@@ -95,6 +95,7 @@ class Held:
         if self.denoises:
             for threshold in THRESHOLDS:
                 found[f"diffusion {threshold}"] = {"mode": "diffusion", "threshold": threshold}
+            found[TOKEN_BY_TOKEN] = {"mode": "diffusion", "threshold": 1.0}
         return {name: {"do_sample": False, **arguments} for name, arguments in found.items()}
 
 

@@ -49,6 +49,7 @@ SCALES = {  # unit: [(smallest value, divisor, name)]
     "bytes": [(1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (0, 1e3, "kB")],
 }
 MINUS = "\u2212"
+SPACE = "\u00a0"  # between a number and its unit or its error, which stay on one line
 
 
 def name_of(metric: str) -> str:
@@ -85,13 +86,13 @@ def number(value: float, error: float | None = None, sign: bool = False) -> str:
 def quantity(value: float, error: float | None = None, unit: str = "", sign: bool = False) -> str:
     """A value with its standard error and its unit: `812 ± 9 tokens/s`."""
     divisor, shown = scale_of(unit, [value])
-    return f"{with_error(value / divisor, error and error / divisor, sign)} {shown}".strip()
+    return f"{with_error(value / divisor, error and error / divisor, sign)}{SPACE}{shown}".strip()
 
 
 def with_error(value: float, error: float | None, sign: bool = False) -> str:
     """A value with its standard error: `812.0 ± 9.1`."""
     text = number(value, error, sign)
-    return f"{text} ± {number(error, error)}" if error else text
+    return f"{text}{SPACE}±{SPACE}{number(error, error)}" if error else text
 
 
 def joined(parts: Sequence[str], word: str = "and") -> str:

@@ -31,9 +31,9 @@ from ..diffusion.likelihood import ar_nll
 from ..diffusion.task import clean_task, columns_before, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
+from ..evaluation.held_out import held_out_rows
 from ..evaluation.quality import choose_threshold
 from .arguments import rows_per_step, training_arguments
-from .held_out import held_out_rows
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
 from .plan import Plan, Verb, check_kind

@@ -20,12 +20,12 @@ from ..data.documents import PackedDocuments
 from ..data.sources import Documents
 from ..distributed.ranks import chosen
 from ..evaluation.drafts import DraftJudge, collator_for
+from ..evaluation.held_out import held_out_rows
 from ..evaluation.score import check_length
 from .adapt import read_rows, size_of, with_own_text
 from .arguments import training_arguments
 from .base import Running
 from .drafting import add_draft, drafting_for
-from .held_out import held_out_rows
 from .metrics import DraftMeter
 from .own_text import Found
 from .plan import Plan, Verb, probed

@@ -34,9 +34,9 @@ from ..data.rows import from_arrow
 from ..data.turns import Answers, TurnCollator
 from ..diffusion.task import columns_before, reading, turn_task
 from ..distributed.ranks import check_rows
+from ..evaluation.held_out import judged_answers
 from ..evaluation.score import check_length
 from .arguments import training_arguments
-from .held_out import judged_answers
 from .loss import Denoising, LossTask
 from .plan import Plan, Verb, check_kind
 from .request import requested

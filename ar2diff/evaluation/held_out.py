@@ -19,10 +19,10 @@ from ..data.conversations import (
     read_conversations,
     tokenize_conversations,
 )
-from ..data.documents import Documents, tokenize
-from ..data.sources import find_file, read_texts
-from ..evaluation.answers import AnswerJudge
-from ..evaluation.score import check_length, windows
+from ..data.documents import tokenize
+from ..data.sources import Document, Documents, find_file, read_texts
+from .answers import AnswerJudge
+from .score import check_length, windows
 
 SPARED = 20  # documents for each evaluation row, without which none is held out unasked
 
@@ -33,52 +33,52 @@ def held_out_rows(
     """The fixed evaluation rows, and the keys of the documents that must be kept out of
     training."""
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    if wanted.steps is None and wanted.data is None:
-        return _spared_rows(checkpoint, recipe, documents, eos)
     if wanted.steps == 0:
         return [], frozenset()
-    check_length(checkpoint, wanted.length, "eval.length")
-    if wanted.data is not None:
+    if wanted.data is None:
+        texts, length = held_out_documents(checkpoint, recipe, documents, eos)
+        if not texts and wanted.steps is None:
+            return [], frozenset()
+    else:
+        check_length(checkpoint, wanted.length, "eval.length")
         path = find_file(wanted.data)
         if path is None:
             raise Ar2DiffError(
                 f"{option('eval.data')} {wanted.data} does not exist", "set it to a local file"
             )
-        texts, keys = read_texts(path, recipe.data.text_field), frozenset()
-    else:
-        texts = [
-            text
-            for text in documents.first(20 * wanted.rows)
-            if len(tokenize(tokenizer, text, eos)) > wanted.length
-        ][: wanted.rows]
-        keys = frozenset(content_key(tokenize(tokenizer, text, eos)) for text in texts)
-    rows = windows(texts, tokenizer, wanted.length, wanted.rows)
+        texts, length = read_texts(path, recipe.data.text_field), wanted.length
+    rows = windows(texts, tokenizer, length, wanted.rows)
     if not rows:
         raise Ar2DiffError(
-            f"no text has {wanted.length} tokens, as {option('eval.length')} requires",
+            f"no text has {length} tokens, as {option('eval.length')} requires",
             f"lower {option('eval.length')}",
         )
-    return rows, keys
+    own = [] if wanted.data is not None else texts
+    return rows, frozenset(content_key(tokenize(tokenizer, text, eos)) for text in own)
 
 
-def _spared_rows(
+def held_out_documents(
     checkpoint: Checkpoint, recipe: Recipe, documents: Documents, eos: int
-) -> tuple[list[list[int]], frozenset[int]]:
-    """Evaluation rows that nobody asked for: of the documents that training would read last, so
-    that a run which does not come that far trains on the same rows as without them. There are none
-    if they would be a noticeable part of the data, or if too few texts are long enough."""
+) -> tuple[list[Document], int]:
+    """The documents that a run keeps out of its training data, and how many tokens of each it
+    evaluates the model on. They depend on the recipe and the data alone.
+
+    With `eval.steps`, these are the first ones that are long enough. Without, nobody asked for
+    them: then they are those that training would read last, so that a run which does not come that
+    far trains on the same rows as without them, and there are none if they would be a noticeable
+    part of the data, or if too few are long enough.
+    """
     wanted, tokenizer = recipe.eval, checkpoint.tokenizer
-    texts = documents.last(2 * wanted.rows)
-    if documents.size < SPARED * wanted.rows or texts is None:
-        return [], frozenset()
-    context = context_length(checkpoint.model.config) or wanted.length
-    length = min(wanted.length, recipe.data.max_length, context)
-    ids = [tokenize(tokenizer, text, eos) for text in texts]
-    long = [row for row in ids if len(row) > length][: wanted.rows]
-    if len(long) < wanted.rows:
-        return [], frozenset()
-    rows = windows(long, tokenizer, length, wanted.rows)
-    return rows, frozenset(content_key(row) for row in long)
+    if wanted.steps is not None:
+        check_length(checkpoint, wanted.length, "eval.length")
+        length, texts = wanted.length, documents.first(20 * wanted.rows)
+    else:
+        context = context_length(checkpoint.model.config) or wanted.length
+        length = min(wanted.length, recipe.data.max_length, context)
+        few = documents.size < SPARED * wanted.rows
+        texts = [] if few else documents.last(2 * wanted.rows) or []
+    long = [text for text in texts if len(tokenize(tokenizer, text, eos)) > length][: wanted.rows]
+    return (long if wanted.steps is not None or len(long) == wanted.rows else []), length
 
 
 @dataclass(frozen=True)

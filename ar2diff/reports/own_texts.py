@@ -1,0 +1,99 @@
+"""The texts that the run which made a model kept out of its training, found again by its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..checkpoint.model import Checkpoint
+from ..checkpoint.output import record_of
+from ..config.recipe import Recipe
+from ..conversion.convert import end_token
+from ..core.errors import Ar2DiffError
+from ..data.conversations import read_conversations, tokenize_conversations
+from ..data.rows import STDIN
+from ..data.sources import Documents, find_file, identity, read_texts
+from ..evaluation.held_out import held_out_documents, judged_answers
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """Held-out texts of a run.
+
+    Attributes:
+        texts: in the order of the run. data: where they are from, as the report says it.
+        spared: whether they are from the training data, where they were kept out.
+        lack: why there are none, as a clause.
+    """
+
+    texts: list[str]
+    data: str = ""
+    spared: bool = False
+    lack: str = ""
+
+
+def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
+    """The texts that a run kept out of its training data, or on which it was evaluated instead.
+
+    Args:
+        model: the folder that the run has written, with its record. checkpoint: the same, loaded.
+    """
+    record = record_of(model)
+    if record is None:
+        return OwnTexts([], lack="it has no record of the run that made it")
+    try:
+        recipe = Recipe.model_validate(record.get("recipe"))
+    except ValidationError:
+        return OwnTexts([], lack="its run was recorded by another version of ar2diff")
+    verb, sources = record.get("verb"), recipe.data.sources
+    held_out = (record.get("data") or {}).get("held_out")
+    if verb not in ("adapt", "draft", "sft") or not (held_out or recipe.eval.data):
+        return OwnTexts([], lack="the run that made it held out no data")
+    try:
+        if lack := _changed(record, recipe):
+            return OwnTexts([], lack=lack)
+        texts = (_conversations if verb == "sft" else _documents)(checkpoint, recipe)
+    except Ar2DiffError as error:
+        return OwnTexts([], lack=f"its data cannot be read again ({error.what})")
+    if recipe.eval.data is not None:
+        return OwnTexts(texts, f"{recipe.eval.data}, on which the run evaluated the model")
+    kind = "conversations" if verb == "sft" else "documents"
+    where = sources[0].path if verb != "sft" or len(sources) == 1 else "its data"
+    data = f"{len(texts)} {kind} of {where} that the run held out from its training"
+    return OwnTexts(texts, data, spared=True)
+
+
+def _changed(record: dict[str, Any], recipe: Recipe) -> str:
+    """Why the rows of a run cannot be told from its recipe; empty if they can."""
+    if recipe.eval.data is not None:
+        here = find_file(recipe.eval.data) is not None
+        return "" if here else f"the data it was evaluated on, {recipe.eval.data}, are not here"
+    if not recipe.data.sources:
+        return "it was trained on text that its base wrote"
+    paths = list(dict.fromkeys(source.path for source in recipe.data.sources))
+    if STDIN in paths:
+        return "its training data came from standard input"
+    recorded = (record.get("inputs") or {}).get("data") or []
+    if [*identity(recipe).values()][: len(paths)] != recorded[: len(paths)]:
+        return f"its training data, {', '.join(paths)}, are not here, or have changed"
+    return ""
+
+
+def _documents(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    data = recipe.data
+    if recipe.eval.data is not None:
+        return read_texts(recipe.eval.data, data.text_field)
+    documents = Documents(data.sources, data.text_field, recipe.train.seed, data.streaming)
+    return held_out_documents(checkpoint, recipe, documents, end_token(checkpoint))[0]
+
+
+def _conversations(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Conversations as the chat template writes them, without the BOS that a tokenizer adds."""
+    tokenizer, data = checkpoint.tokenizer, read_conversations(recipe)
+    rows = tokenize_conversations(data, tokenizer, recipe)
+    texts = [tokenizer.decode(ids) for ids in judged_answers(checkpoint, recipe, data, rows).rows]
+    opening = tokenizer.decode(tokenizer("").input_ids)
+    return [text.removeprefix(opening) for text in texts]
