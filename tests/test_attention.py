@@ -1,5 +1,6 @@
 """Masks against an oracle written from the rules, models under those masks against themselves."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ar2diff.core.attention import (
+    CLEAN,
     PADDING,
     Slots,
     allowed_edges,
@@ -155,6 +157,25 @@ def test_the_training_layout_is_the_noisy_copy_then_the_clean_one_with_the_same_
     assert slots.pos.tolist() == [[0, 1, 2, 0, 1, 2]]
     assert slots.noisy.tolist() == [[True] * 3 + [False] * 3]
     assert lay_out(xt, x0, doc, pos, "full")[0] is xt
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("attention", ["causal_context", "block_causal"])
+def test_a_mask_tells_where_the_clean_copy_begins_and_nothing_from_there_reads_before(
+    tiny_model, attention, ratio
+):
+    plain = slots_of([copies(row, "full") for row in ROWS.values()])
+    _, slots = lay_out(plain.pos, plain.pos, plain.doc, plain.pos, attention)
+    for block in (1, BLOCK, 16):
+        rule = (attention, block, "kept", reveal_edges(ratio, 11, block, 0, 0))
+        masks = model_mask(tiny_model("qwen3_mixed"), slots, *rule)
+        for mask in masks.values():
+            assert getattr(mask, CLEAN) == 11
+            assert not mask[..., 11:, :11].any()
+    model, rule = tiny_model("llama"), (attention, BLOCK, None)
+    assert not hasattr(model_mask(model, slots, *rule, queries=range(11, 22)), CLEAN)
+    assert not hasattr(model_mask(model, replace(slots, clean=None), *rule), CLEAN)
+    assert not hasattr(model_mask(model, plain, "full", None, None), CLEAN)
 
 
 def test_training_and_decoding_read_the_same_tokens():

@@ -7,11 +7,14 @@ from itertools import islice
 
 import pytest
 import torch
+from transformers import AttentionInterface
 from transformers.integrations import flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as stock_sdpa
 from waits import Waits
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
+from ar2diff.core.attention import PADDING, lay_out, model_mask, reveal_edges
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.conversations import Conversations, tokenize_conversations
 from ar2diff.data.sources import Documents
@@ -19,7 +22,7 @@ from ar2diff.training.adapt import AdaptTrainer, make_collator
 from ar2diff.training.adapt import make_plan as make_adapt_plan
 from ar2diff.training.arguments import training_arguments
 from ar2diff.training.loss import divisors_of, totals_of
-from ar2diff.training.modules import attending_with, flex_in_one_dtype, flex_pays
+from ar2diff.training.modules import attending_with, flex_in_one_dtype, flex_pays, sdpa_in_parts
 from ar2diff.training.own_text import Found
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import check_settings
@@ -208,6 +211,44 @@ def test_a_training_step_attends_in_its_own_way(trainer_of, checkpointing):
     torch.testing.assert_close(*losses)
     assert config._attn_implementation == "sdpa"
     assert Counter(kinds) == {"sdpa": 2 + checkpointing, "eager": 1 + checkpointing}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_mixed"])
+def test_clean_slots_attend_to_the_clean_copy_alone(tiny_model, monkeypatch, kind, checkpointing):
+    model, attend = tiny_model(kind).train(), torch.nn.functional.scaled_dot_product_attention
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    doc = torch.tensor([[0] * 6 + [1] * 7 + [PADDING] * 3, [0] * 16])
+    pos = torch.tensor([[*range(6), *range(7), 0, 0, 0], [*range(16)]])
+    x0, ways, shapes = torch.arange(3, 35).view(2, 16), [], []
+
+    def recorded(query, key, *args, **kwargs):
+        shapes.append((query.shape[2], key.shape[2]))
+        return attend(query, key, *args, **kwargs)
+
+    def read(xt):
+        ids, slots = lay_out(xt, x0, doc, pos, "causal_context")
+        mask = model_mask(model, slots, "causal_context", 4, "kept", reveal_edges(0.5, 16, 4, 0, 0))
+        model.zero_grad()
+        inputs = {"attention_mask": mask, "position_ids": slots.pos, "use_cache": False}
+        logits = model(input_ids=ids, **inputs).logits
+        logits.logsumexp(-1).sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    for register in (sdpa_in_parts, lambda: AttentionInterface.register("sdpa", stock_sdpa)):
+        register()
+        ways.append((read(x0.flip(1)), read(x0.flip(0)), Counter(shapes)))
+        shapes.clear()
+    sdpa_in_parts()
+    passes = 2 * (2 + 2 * checkpointing)  # of two layers, which are computed again
+    (parts, others, calls), (whole, _, whole_calls) = ways
+    assert calls == {(16, 32): passes, (16, 16): passes}
+    assert whole_calls == {(32, 32): passes}
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+    assert torch.equal(parts[0][:, 16:], others[0][:, 16:])
+    assert not torch.equal(parts[0][:, :16], others[0][:, :16])
 
 
 def test_flex_attention_gets_one_dtype_under_autocast(tiny_model, monkeypatch):

@@ -31,6 +31,7 @@ from torch import Tensor
 
 Predicate = Callable[[Any, Any, Any, Any], Tensor]
 PADDING = -1  # the document of a slot that holds no token
+CLEAN = "clean_from"  # attribute of a mask: the column at which the clean copy begins
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Slots:
         enter, leave: [B, S] int, where texts branch: a depth-first walk over the tree of tokens
             enters a clean slot as number `enter` and leaves what follows it before `leave`, and a
             slot reads those that are open when it is entered. None: no text branches.
+        clean: the column from which on every slot is of the clean copy, where all columns before it
+            are of the noisy one; None: rows are laid out in another way.
     """
 
     doc: Tensor
@@ -55,6 +58,7 @@ class Slots:
     block: Tensor | None = None
     enter: Tensor | None = None
     leave: Tensor | None = None
+    clean: int | None = None
 
 
 def lay_out(
@@ -70,7 +74,10 @@ def lay_out(
     if attention == "full":
         return xt, Slots(doc, pos, noisy)
     return torch.cat([xt, x0], 1), Slots(
-        torch.cat([doc, doc], 1), torch.cat([pos, pos], 1), torch.cat([noisy, ~noisy], 1)
+        torch.cat([doc, doc], 1),
+        torch.cat([pos, pos], 1),
+        torch.cat([noisy, ~noisy], 1),
+        clean=doc.shape[1],
     )
 
 
@@ -250,7 +257,8 @@ def model_mask(
 
     sdpa takes the bool tensor; eager *adds* its mask, so it gets finfo.min (a bool there is +1
     and silently means full attention); flex takes a BlockMask. A model whose layers differ in
-    their window gets a dict by layer type.
+    their window gets a dict by layer type. Where the layout says at which column the clean copy
+    begins, sdpa's tensor does so too, in its attribute `CLEAN`: no clean slot reads one before it.
 
     Raises:
         ValueError: an attention implementation that takes no mask of our own.
@@ -271,6 +279,8 @@ def model_mask(
             return make(of_queries, batch, None, read, size, device=slots.doc.device)
         mask = dense_mask(allowed, slots, queries)
         if kind == "sdpa":
+            if queries is None and slots.clean is not None:
+                setattr(mask, CLEAN, slots.clean)
             return mask
         if kind == "eager":
             dtype = model.get_input_embeddings().weight.dtype

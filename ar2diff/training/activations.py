@@ -18,7 +18,7 @@ from ..core.forward import output_at
 from ..data.documents import law_of
 from ..diffusion.cross_entropy import PART, cross_entropy, rows_at_once
 from ..diffusion.task import Task, clean_task
-from .modules import layers_of
+from .modules import layers_of, sdpa_in_parts
 
 
 @contextmanager
@@ -58,6 +58,7 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
             bfloat16. What the layers keep then includes a bfloat16 copy of each weight that
             multiplies, while norms and the residual stream stay in float32.
     """
+    sdpa_in_parts()  # as in training
     model, spec = checkpoint.model, checkpoint.spec_or_causal
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length

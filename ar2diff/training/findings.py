@@ -73,9 +73,11 @@ def _of_likelihood(before: dict[str, float], after: dict[str, float]) -> dict[st
         )
     nll, base = after.get("eval_ar_nll"), before.get("eval_ar_nll")
     if nll is not None and base is not None and nll > max(WORSE * base, base + LEAST):
+        who, weight = "the AR mode has become worse than that of", "raise objective.ar_weight, or "
+        if bound is None:  # an AR control, which has no other loss
+            who, weight = "the model has become worse than", ""
         found["ar"] = (
-            f"the AR mode has become worse than that of the base (NLL {base:.3f} to {nll:.3f}); "
-            "raise objective.ar_weight, or lower train.learning_rate"
+            f"{who} the base (NLL {base:.3f} to {nll:.3f}); {weight}lower train.learning_rate"
         )
     return found
 

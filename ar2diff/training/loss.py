@@ -34,6 +34,7 @@ from .modules import (
     flex_in_one_dtype,
     flex_pays,
     frozen_copy,
+    sdpa_in_parts,
     unwrapped,
 )
 
@@ -105,6 +106,7 @@ class Denoising(Running):
             self.teacher = frozen_copy(checkpoint.model).to(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
         flex_in_one_dtype()
+        sdpa_in_parts()
         # For training alone: evaluation has rows of many lengths, and flex compiles for each.
         auto = recipe.train.attn_implementation == "auto"
         inner, length = unwrapped(checkpoint.model), recipe.data.max_length

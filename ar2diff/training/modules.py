@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations import flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..core.attention import CLEAN
 from ..core.head import ATTRIBUTE
 
 FLEX_LENGTH = 1024  # tokens in a row from which flex attention pays
@@ -60,6 +62,38 @@ def _flex_in_one_dtype(module: Any, query: Tensor, key: Tensor, *args: Any, **kw
     value = args[0] if args else kwargs["value"]
     query, key = query.to(value.dtype), key.to(value.dtype)
     return flex_attention.flex_attention_forward(module, query, key, *args, **kwargs)
+
+
+def sdpa_in_parts() -> None:
+    """Have sdpa attend in two calls where the mask tells at which slot the clean copy begins."""
+    AttentionInterface.register("sdpa", sdpa_of_parts)
+
+
+def sdpa_of_parts(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, but noisy and clean slots attend in a call each, the latter to the clean
+    copy alone: a quarter of the products, all of which the mask forbids, is left out. Both masks
+    are parts of the one that was built.
+
+    Args:
+        query, key, value: [B, heads, S, D]. attention_mask: [B, 1, S, S] of `model_mask`.
+
+    Returns:
+        [B, S, heads, D], and None for the weights.
+    """
+
+    def attend(queries: slice, keys: slice) -> Tensor:
+        read, mask = (key[:, :, keys], value[:, :, keys]), attention_mask[:, :, queries, keys]
+        return sdpa_attention_forward(module, query[:, :, queries], *read, mask, **kwargs)[0]
+
+    # A model that changes the mask makes a new tensor, which lacks the attribute. A graph that is
+    # compiled for rows of any length would fix the strides of the parts to those of one length.
+    clean = getattr(attention_mask, CLEAN, None)
+    if clean is None or torch.compiler.is_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    halves = attend(slice(clean), slice(None)), attend(slice(clean, None), slice(clean, None))
+    return torch.cat(halves, 1), None
 
 
 def flex_pays(model: Any, length: int, device: torch.device) -> bool:
