@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .figures import Figure, Order, Report
-from .pairs import SURE, quality_at, written
+from .pairs import SURE, marks, quality_at, written
 from .svg import LIGHT, can_draw, canvas, to_html
 from .words import AXES, UNITS, capital, label, name_of, scale_of
 
 WIDTH, HEIGHT = 4.6, 3.1  # inches; at this width letters can be read on a phone
 LETTERS = {"svg.fonttype": "none", "font.size": 10, "legend.fontsize": 9, "lines.markersize": 5}
+LONG = 30  # letters of a legend's entry, of which two do not fit beside each other
 MARKERS = "osD^vPX*"
 BARS = {"elinewidth": 1.0, "capsize": 2.5}
 # Subjects that are compared with are drawn in the colour of the letters.
@@ -92,22 +93,23 @@ class Looks:
 
 
 def _drawn(
-    name: str, title: str, note: str, draw: Callable[[Any], None], legend: int = 0
+    name: str, title: str, note: str, draw: Callable[[Any], None], legend: Sequence[str] = ()
 ) -> Plot:  # fmt: skip
     """A picture of one panel with its legend below.
 
     Args:
-        draw: draws into matplotlib's axes. legend: how many entries it makes there.
+        draw: draws into matplotlib's axes. legend: the names of what it draws there.
     """
-    rows = (legend + 1) // 2
+    columns = 2 if max(map(len, legend), default=0) <= LONG else 1
+    rows = -(-len(legend) // columns)
     with canvas(WIDTH, HEIGHT + 0.19 * rows, looks=LETTERS) as figure:
         axes = figure.subplots()
         draw(axes)
-        if legend > 1:  # of the lines alone, without their bars
+        if len(legend) > 1:  # of the lines alone, without their bars
             drawn = axes.get_legend_handles_labels()
             handles = [handle.lines[0] for handle in drawn[0]]
-            figure.legend(handles, drawn[1], loc="outside lower center", ncols=2, handlelength=2.6,
-                          columnspacing=1.2)  # fmt: skip
+            figure.legend(handles, drawn[1], loc="outside lower center", ncols=columns,
+                          handlelength=2.6, columnspacing=1.2)  # fmt: skip
         return Plot(name, title, note, to_html(figure, name, f"{title}. {note}"))
 
 
@@ -132,7 +134,7 @@ def _lines(
             axes.set_ylim(bottom=0)
         more(axes)
 
-    return [_drawn(name, title, note or _note(figures[0]), draw, len(curves))]
+    return [_drawn(name, title, note or _note(figures[0]), draw, [curve.name for curve in curves])]
 
 
 def with_unit(name: str, unit: str) -> str:
@@ -225,7 +227,7 @@ def _trade_off(
         f"trade-off-{batch}", f"Speed against quality at batch {batch}",
         "The best are at the upper right, joined by the line. Hollow points are dominated: another "
         "is at least as fast and as good. Bars are two standard errors.",
-        draw, len(points),
+        draw, [label(speed.subject, speed.setting) for speed, _ in points],
     )  # fmt: skip
 
 
@@ -259,7 +261,7 @@ def _heat(report: Report, looks: Looks) -> list[Plot]:
         "temperature", "How likely its text is to the base, against how varied it is",
         "Compare at equal entropy: low entropy alone makes a text likely. The points of a line are "
         "temperatures, the numbers beside one of them. Bars are two standard errors.",
-        draw, len(curves),
+        draw, [curve.name for curve in curves],
     )]  # fmt: skip
 
 
@@ -342,7 +344,7 @@ def by_report(report: Report, names: Sequence[str]) -> dict[str, list[Plot]]:
     batch = min((f.at["batch"] for f in report.of("speed", "tokens_per_second")), default=1)
     rows = {
         "speed": report.of("speed", "tokens_per_second", batch=batch),
-        "quality": [f for metric in written(report)[:1] for f in report.of("quality", metric)],
+        "quality": [f for metric in written(report)[:1] for f in marks(report, metric)],
         "likelihood": report.of("quality", "bound", setting=None),
         "control": report.of("control", "infill_exact_match"),
     }
