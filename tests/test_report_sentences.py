@@ -261,3 +261,14 @@ def test_the_control_tells_what_the_conversion_did_apart_from_the_data():
     assert said(0.0, 0.004)[0].endswith("it is worse, by 0.100 ± 0.005 nats/token.")
     assert "there is no difference" in said(-0.1, 0.004)[0]
     assert "it is better, by 0.100" in said(-0.2, 0.004)[0]
+
+
+def test_another_conversion_is_compared_setting_by_setting():
+    rows = [figure("quality", "exact_match", value, 1.0, who, setting)
+            for who, setting, value in (("model", "ar", 60.0), ("model", "diffusion 0.7", 40.0),
+                                        ("against 1", "ar", 60.0),
+                                        ("against 1", "diffusion 0.7", 40.0))]  # fmt: skip
+    given = report([])
+    subjects = {"model": given.subjects["model"], "against 1": given.subjects["model"]}
+    (said,) = claims(report(rows, subjects=subjects))["quality"].more
+    assert "no difference with ar and diffusion 0.7" in said and "worse" not in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from .figures import Figure, Order, Report
@@ -14,7 +15,7 @@ from .words import AXES, UNITS, capital, label, name_of, scale_of
 
 WIDTH, HEIGHT = 4.6, 3.1  # inches; at this width letters can be read on a phone
 LETTERS = {"svg.fonttype": "none", "font.size": 10, "legend.fontsize": 9, "lines.markersize": 5}
-LONG = 30  # letters of a legend's entry, of which two do not fit beside each other
+LONG = 30  # letters of a legend's entry, of which two do not fit beside each other, and of a line
 MARKERS = "osD^vPX*"
 BARS = {"elinewidth": 1.0, "capsize": 2.5}
 # Subjects that are compared with are drawn in the colour of the letters.
@@ -221,12 +222,14 @@ def _trade_off(
         axes.plot(*zip(*front, strict=True), color=LIGHT.grid, zorder=0, linewidth=2.5)
         axes.set_xlim(left=0)
         axes.set_xlabel(with_unit(f"speed at batch {batch}", points[0][0].unit))
-        axes.set_ylabel(with_unit(name_of(points[0][1].metric), points[0][1].unit))
+        what = with_unit(name_of(points[0][1].metric), points[0][1].unit)
+        axes.set_ylabel("\n".join(wrap(what, LONG)))
 
     return _drawn(
         f"trade-off-{batch}", f"Speed against quality at batch {batch}",
-        "The best are at the upper right, joined by the line. Hollow points are dominated: another "
-        "is at least as fast and as good. Bars are two standard errors.",
+        f"The best are at the {'upper' if up > 0 else 'lower'} right, joined by the line. Hollow "
+        "points are dominated: another is at least as fast and as good. Bars are two standard "
+        "errors.",
         draw, [label(speed.subject, speed.setting) for speed, _ in points],
     )  # fmt: skip
 
@@ -239,8 +242,8 @@ def _heat(report: Report, looks: Looks) -> list[Plot]:
         pairs += [(entropy, figure) for entropy in
                   report.of("quality", "entropy", subject=figure.subject, setting=figure.setting)
                   if entropy.at == figure.at]  # fmt: skip
-    curves = looks.curves([figure for _, figure in pairs])
-    if not any(len(curve.points) > 1 for curve in curves):
+    curves = [c for c in looks.curves([figure for _, figure in pairs]) if len(c.points) > 1]
+    if not curves:
         return []
 
     def draw(axes: Any) -> None:

@@ -35,14 +35,15 @@ def quality_claim(report: Report) -> Claim:
 
 
 def _rows_apart(report: Report, metric: str, other: str) -> list[tuple[str | None, Apart, str]]:
-    """(setting, difference, unit) of a metric at each setting of the model."""
+    """(setting, difference, unit) of a metric at each setting of the model; from the same setting
+    of another subject if it has that, else from what was recorded, or its first."""
     found = []
     theirs = marks(report, metric, subject=other)
     for mine in marks(report, metric, subject="model"):
         recorded = mine.difference
         same = [t for t in theirs if t.at == mine.at]
-        if recorded and recorded.to == other:
-            same = [t for t in same if t.setting == recorded.setting] or same
+        alike = recorded.setting if recorded and recorded.to == other else mine.setting
+        same = [t for t in same if t.setting == alike] or same
         if same and (difference := apart(mine, same[0])):
             found.append((mine.setting, difference, mine.unit))
     return found
