@@ -263,6 +263,14 @@ def test_the_control_tells_what_the_conversion_did_apart_from_the_data():
     assert "it is better, by 0.100" in said(-0.2, 0.004)[0]
 
 
+def test_drafting_is_told_beside_the_ar_mode_that_writes_the_same():
+    given = speeds(("base", BASELINE, 400), ("model", "ar", 400), ("model", "lossless", 600))
+    (said,) = [text for text in claims(given)["speed"].more if "own AR mode" in text]
+    assert plain(said).endswith("speed of its own AR mode: 1.500 ± 0.021 at batch 1.")
+    alone = speeds(("base", BASELINE, 400), ("model", "lossless", 600))
+    assert "own AR mode" not in " ".join(claims(alone)["speed"].more)
+
+
 def test_another_conversion_is_compared_setting_by_setting():
     rows = [figure("quality", "exact_match", value, 1.0, who, setting)
             for who, setting, value in (("model", "ar", 60.0), ("model", "diffusion 0.7", 40.0),
