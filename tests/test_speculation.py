@@ -308,3 +308,36 @@ def test_the_logprob_of_a_word_is_the_ar_modes(mode):
         logits = build_model("llama")(input_ids=ids, use_cache=False).logits[0, :, :MASK]
     logp = logits.log_softmax(-1)[range(2, 11), ids[0, 3:]]
     torch.testing.assert_close(canvas.logprob[0, 3:12], logp.float())
+
+
+# Choices that the host reads one forward late
+
+
+@pytest.mark.parametrize("cached", ["dynamic", "static"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_text_whose_tokens_are_read_late_is_the_same(kind, temperature, cached, monkeypatch):
+    model = build_model(kind)
+    kwargs = {"mode": "ar", "cache_implementation": cached, "temperature": temperature, "seed": 3}
+    free = answers(run(model, PROMPTS, 12, **kwargs))
+    kwargs |= {"min_new_tokens": 2, "eos_token_id": [free[0][3], free[1][6]]}
+    at_once = run(model, PROMPTS, 12, **kwargs)
+    monkeypatch.setattr(speculation, "WAITING", ())
+    late = run(model, PROMPTS, 12, **kwargs)
+    assert answers(late) == answers(at_once)
+    assert len({*map(len, answers(late))}) > 1  # rows end at different forwards
+    assert torch.equal(late.forwards, at_once.forwards)
+    assert torch.equal(late.step, at_once.step)
+    torch.testing.assert_close(late.logprob, at_once.logprob)
+
+
+def test_a_forward_is_launched_before_the_tokens_of_the_last_one_are_read(monkeypatch):
+    events = []
+    read, write = CandidateReader.read, Canvas.write
+    monkeypatch.setattr(speculation, "WAITING", ())
+    monkeypatch.setattr(
+        CandidateReader, "read", lambda *args: (events.append("launch"), read(*args))[1]
+    )
+    monkeypatch.setattr(Canvas, "write", lambda *args: (events.append("write"), write(*args))[1])
+    run(build_model("llama"), PROMPTS[:2], 4, mode="ar")
+    assert events == ["launch", *["launch", "write"] * 3, "write"]

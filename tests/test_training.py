@@ -584,3 +584,54 @@ def test_a_piece_cut_from_a_document_has_no_eos_run(text_file):
     assert (first.run, len(first.ids)) == (0, 32)
     assert isinstance(last, DocumentPart)
     assert last.run == 1
+
+
+@pytest.mark.parametrize("normaliser", ["tokens", "masked+ar"])
+def test_a_controls_loss_is_that_of_the_next_tokens_of_documents(
+    tiny_checkpoint, text_file, tmp_path, normaliser
+):
+    recipe = recipe_of(
+        text_file, data={"max_length": 96}, objective={"kind": "ar", "normaliser": normaliser}
+    )
+    plan = ADAPT.prepare(tiny_checkpoint, recipe)
+    trainer = plan.make_trainer(plan, tmp_path / "run", [])
+    numbered = list(zip(range(3), (row for _, row in plan.rows), strict=False))
+    batch = trainer.data_collator(numbered)
+    assert max(len(row) for _, row in numbered) > 1  # several documents in a row
+    total, count = 0.0, 0
+    for ids in (part.ids[: part.real] for _, row in numbered for part in row):
+        with torch.no_grad():
+            logits = plan.checkpoint.model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        ce = torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:]))
+        total, count = total + float(ce) * (len(ids) - 1), count + len(ids) - 1
+    assert trainer.compute_loss(plan.checkpoint.model, batch).item() == pytest.approx(
+        total / count, rel=1e-5
+    )
+    assert plan.checkpoint.spec is None
+
+
+def test_a_control_is_an_ar_model_and_shows_nothing_denoised(tiny_checkpoint, text_file, tmp_path):
+    recipe = recipe_of(
+        text_file,
+        objective={"kind": "ar"},
+        eval={"steps": 1, "rows": 2, "length": 16, "panel_steps": 1},
+        train={"max_steps": 2},
+    )
+    result = adapt(str(tiny_checkpoint), recipe, tmp_path / "out")
+    assert result.diffusion is None
+    assert [*result.after] == ["eval_ar_nll"]
+    assert load_checkpoint(str(tmp_path / "out")).spec is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"noise": {"on_policy": 0.5}}, "masks no tokens"),
+        ({"train": {"max_steps": 0}}, "trains nothing"),
+        ({"convert": {"head_rank": 8}}, "adds the diffusion head"),
+    ],
+)
+def test_what_a_control_cannot_use_is_refused(tiny_checkpoint, text_file, sections, said):
+    recipe = recipe_of(text_file, objective={"kind": "ar"}, **sections)
+    with pytest.raises(Ar2DiffError, match=said):
+        ADAPT.prepare(tiny_checkpoint, recipe)

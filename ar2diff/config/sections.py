@@ -144,7 +144,7 @@ class Objective(Section):
     """The loss: weight(t) * cross-entropy of masked tokens / divisor + ar_weight * AR loss."""
 
     kind: Literal["diffusion", "ar"] = Field(
-        "diffusion", description="sft, rl: ar tunes an unconverted AR model, as a control"
+        "diffusion", description="ar trains an AR model without converting it, as a control"
     )
     weight: Literal["uniform", "1/t", "cart"] = Field(
         "uniform", description="how the noise level determines the weight of a masked token"

@@ -147,7 +147,7 @@ class CandidateReader:
         ids: Tensor,
         rows: list[int],
         front: list[int],
-        newest: list[int],
+        newest: list[int] | Tensor,
         trees: list[Tree],
         drafts: int,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -157,7 +157,8 @@ class CandidateReader:
 
         Args:
             ids: [., T] canvas. rows: which of its rows are read.
-            front: tokens known of each. newest: the last of them. trees: its candidates.
+            front: tokens known of each. newest: the last of them; [R] on the device if nothing
+                follows it, after the first forward. trees: its candidates.
             drafts: tokens drafted behind each of the trees' `blocks`.
         """
         length = self._before = self.length if self.cache else [0] * len(front)
@@ -168,13 +169,16 @@ class CandidateReader:
         self.layout, mask = self._lay_out(front, length, trees, drafts)
         layout, nodes = self.layout, max(map(len, trees))
         pos = layout.pos + _column(front)
-        tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
-        tokens[:, max(first - 1, 0) : layout.clean] = torch.tensor(
-            [
-                [*([known] if first else []), *tree.tokens, *[0] * (nodes - len(tree))]
-                for known, tree in zip(newest, trees, strict=True)
-            ]
-        )
+        if isinstance(newest, Tensor):
+            tokens = newest[:, None]
+        else:
+            tokens = ids.new_full(pos.shape, self.spec.mask_token_id)
+            tokens[:, max(first - 1, 0) : layout.clean] = torch.tensor(
+                [
+                    [*([known] if first else []), *tree.tokens, *[0] * (nodes - len(tree))]
+                    for known, tree in zip(newest, trees, strict=True)
+                ]
+            )
         if first > 1:
             at = pos[:, :first].clamp(0, ids.shape[1] - 1)
             tokens[:, :first] = ids[torch.tensor(rows)].gather(1, at)
@@ -264,10 +268,11 @@ class CandidateReader:
         """Whether it fills all columns."""
         return min(self._before) == self.cache.width
 
-    def _read_newest(self, newest: list[int], position: int) -> tuple[Tensor, None, None]:
+    def _read_newest(self, newest: list[int] | Tensor, position: int) -> tuple[Tensor, None, None]:
         """`read` without candidates and drafts."""
         self.layout = None
-        (tokens,) = upload(self.model.device, torch.tensor(newest)[:, None])
+        newest = newest if isinstance(newest, Tensor) else torch.tensor(newest)
+        (tokens,) = upload(self.model.device, newest[:, None])
         place = torch.full_like(tokens, position)
         if rounds(self.model):
             index = torch.arange(len(newest), device=tokens.device)

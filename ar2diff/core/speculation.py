@@ -17,7 +17,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,7 +34,7 @@ from .options import Options
 from .pace import Cost, LeanPace, MeasuredPace, Pace, Timing, slots_of
 from .samplers import Chooser, log_prob
 from .spec import Spec
-from .transfer import download, upload
+from .transfer import download, downloading, upload
 from .tree import Guesses, Reached, Tree
 
 PACES: WeakKeyDictionary[Any, dict[tuple[bool, int, int], MeasuredPace]] = WeakKeyDictionary()
@@ -42,6 +42,7 @@ TIMED = 16  # tokens of a prompt that are continued to time the forwards
 BRANCHES = 15  # candidates of a tree that is timed
 ENOUGH = 0.3  # seconds of forwards that are timed, and
 MOST_TIMED = 12  # forwards of each kind
+WAITING = ("cpu",)  # devices on which the host does nothing else while they compute
 
 
 class Speculation:
@@ -90,7 +91,19 @@ class Speculation:
         zones: dict[int, list[int]] = {}
         for row, zone in zip(rows, self._zones(rows), strict=True):
             zones.setdefault(zone, []).append(row)
-        return [_Group(self, found, zone) for zone, found in sorted(zones.items())]
+        kind = _LateGroup if self._reads_late() else _Group
+        return [kind(self, found, zone) for zone, found in sorted(zones.items())]
+
+    def _reads_late(self) -> bool:
+        """Whether a forward is launched before the host reads the tokens of the last one: without
+        drafts, the next forward needs nothing of them but themselves."""
+        return (
+            self.model.device.type not in WAITING
+            and not self.pace.most
+            and self.chooser.penalty is None
+            and self.cache != "none"
+            and not self.switches
+        )
 
     def _regrouped(self, groups: list[_Group]) -> list[_Group]:
         """Groups without the rows that have finished, once their slots are half as many
@@ -431,3 +444,74 @@ class _Group:
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]
                 ids[line, node + 1, front + tree.depths[node] - 1] = token
         return ids.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A forward whose tokens the host has not read: its rows, the position of each one's token (-1:
+    of none), and a function that waits for the tokens [R, 1] and their log-probabilities [R]."""
+
+    rows: list[int]
+    position: list[int]
+    wait: Callable[[], list[Tensor]]
+
+
+class _LateGroup(_Group):
+    """Rows without drafts on a device, which computes a forward while the host reads the tokens of
+    the one before: they stay there as the input of the next one. The host learns one forward late
+    that a row is over, and drops what that forward made of it."""
+
+    def __init__(self, own: Speculation, rows: list[int], zone: int):
+        super().__init__(own, rows, zone)
+        self.launched: _Launched | None = None
+
+    def step(self) -> None:
+        """Launch a forward, if one is left, and write the tokens of the last one."""
+        last, self.launched = self.launched, self._launch()
+        if last is not None:
+            self._settle(last)
+
+    def select(self, keep: list[int]) -> None:
+        """Continue with some of the rows."""
+        (lines,) = upload(self.newest.device, torch.tensor(keep))
+        newest, self.newest = self.newest[lines], [0] * len(self.rows)
+        super().select(keep)
+        self.newest = newest
+
+    def _launch(self) -> _Launched | None:
+        canvas = self.own.canvas
+        alive = [
+            not canvas.over[row] and front < canvas.last[row]
+            for row, front in zip(self.rows, self.front, strict=True)
+        ]
+        if not any(alive):
+            return None
+        target, _, _ = self.reader.read(
+            canvas.ids, self.rows, self.front, self.newest, self.trees, 0
+        )
+        tokens, logits = self._tokens(target)
+        wait = downloading(tokens, log_prob(logits, tokens.flatten()))
+        self.reader.keep([[] for _ in self.rows], alive)
+        there = [front if live else -1 for front, live in zip(self.front, alive, strict=True)]
+        self.newest = tokens[:, 0]
+        self.front = [front + live for front, live in zip(self.front, alive, strict=True)]
+        return _Launched(self.rows, there, wait)
+
+    def _settle(self, launched: _Launched) -> None:
+        """Write the tokens of rows that were not over before them."""
+        canvas, (tokens, logprob) = self.own.canvas, launched.wait()
+        known = [
+            (line, row, position)
+            for line, (row, position) in enumerate(
+                zip(launched.rows, launched.position, strict=True)
+            )
+            if position >= 0 and not canvas.over[row]
+        ]
+        if not known:
+            return
+        lines, rows, positions = torch.tensor(known).unbind(1)
+        canvas.count(rows.tolist())
+        canvas.write(rows, positions, tokens[lines, 0], logprob[lines], self.own.finished)
+        if self.own.noise is not None:
+            for row in rows.tolist():
+                self.own.noise.forget(row, canvas.front[row])

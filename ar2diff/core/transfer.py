@@ -2,13 +2,14 @@
 
 A host that waits for a GPU at every copy keeps it idle for most of a small model's forward. So what
 a forward needs is uploaded at once, without waiting, and what the host has to know of it comes back
-at once: the one wait of a forward. On a CPU both are the tensors themselves.
+at once: the one wait of a forward, which may be put off until the next one is launched. On a CPU
+both are the tensors themselves.
 This file is copied into converted folders: it imports torch alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +35,29 @@ def upload(device: Any, *tensors: Tensor) -> list[Tensor]:
 
 def download(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one device on the host, in one copy for which the host waits."""
+    return downloading(*tensors)()
+
+
+def downloading(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Begin to copy tensors of one device to the host. The function that is returned waits for them
+    and returns them; on a GPU, not for what was launched after this call."""
     if all(tensor.is_cpu for tensor in tensors):
-        return list(tensors)
+        return lambda: list(tensors)
     held = tensors[0].new_empty(sum(map(_bytes, tensors)), dtype=torch.uint8)
     for part, tensor in zip(_parts(held, tensors), tensors, strict=True):
         part.copy_(tensor)
-    return list(_parts(held.cpu(), tensors))
+    if not held.is_cuda:
+        return lambda: list(_parts(held.cpu(), tensors))
+    copy = torch.empty(held.shape, dtype=held.dtype, pin_memory=True)
+    copy.copy_(held, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(held.device))
+
+    def wait() -> list[Tensor]:
+        copied.synchronize()
+        return list(_parts(copy, tensors))
+
+    return wait
 
 
 def _bytes(tensor: Tensor) -> int:

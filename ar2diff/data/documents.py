@@ -305,7 +305,10 @@ class Collator:
         return self._maskable(torch.tensor(part.ids)), torch.arange(n) // (block_length or n)
 
     def _maskable(self, ids: Tensor) -> Tensor:
-        """Position 0 is never masked nor scored, and neither is a mask token within the text."""
+        """Position 0 is never masked nor scored, and neither is a mask token within the text; an AR
+        control masks nothing."""
+        if self.recipe.objective.kind == "ar":
+            return torch.zeros(len(ids), dtype=torch.bool)
         return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
 
     def finish(

@@ -125,6 +125,14 @@ def masked_task(
     return Task(input_ids, slots, attention, block_length, index, target, reveal, previous)
 
 
+def clean_task(x0: Tensor, doc: Tensor, pos: Tensor) -> Task:
+    """The forward pass of an AR model that reads documents [B, L]: their clean copy alone, of which
+    no token is masked. `reading` makes it predict tokens."""
+    none = torch.zeros(0, dtype=torch.long, device=x0.device)
+    plain = Slots(doc, pos, torch.zeros_like(doc, dtype=torch.bool))
+    return Task(x0, plain, "causal_context", 1, none, none)
+
+
 def previous_ids(
     x0: Tensor, masked: Tensor, pos: Tensor, block_length: int | None, drawn: Tensor | None = None
 ) -> Tensor:

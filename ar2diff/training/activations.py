@@ -17,7 +17,7 @@ from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
 from ..data.documents import law_of
 from ..diffusion.cross_entropy import PART, cross_entropy, rows_at_once
-from ..diffusion.task import Task
+from ..diffusion.task import Task, clean_task
 from .modules import layers_of
 
 
@@ -58,7 +58,7 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
             bfloat16. What the layers keep then includes a bfloat16 copy of each weight that
             multiplies, while norms and the residual stream stay in float32.
     """
-    model, spec = checkpoint.model, checkpoint.spec
+    model, spec = checkpoint.model, checkpoint.spec_or_causal
     rows = recipe.train.per_device_train_batch_size * (2 if recipe.noise.complementary else 1)
     length = recipe.data.max_length
     if recipe.rl is None:
@@ -66,6 +66,9 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
         pos = torch.arange(length).expand(rows, length)
         input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
         masked = int(rows * length * law_of(recipe).mean)  # on average
+        if checkpoint.spec is None:  # an AR control reads the clean copy alone
+            plain, masked = clean_task(ids[1], doc, pos), 0
+            input_ids, slots = plain.input_ids, plain.slots
         # The AR loss reads the whole clean copy.
         wanted = masked + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:

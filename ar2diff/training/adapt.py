@@ -1,4 +1,5 @@
-"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out."""
+"""`adapt`: a checkpoint and a recipe in, a diffusion checkpoint out. With `objective.kind: ar`, a
+control: the AR base trained on the same documents."""
 
 from __future__ import annotations
 
@@ -13,9 +14,8 @@ from transformers import Trainer
 
 from ..checkpoint.files import read_spec
 from ..checkpoint.model import Checkpoint
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
-from ..core.attention import Slots
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..data.documents import (
@@ -28,7 +28,7 @@ from ..data.documents import (
 )
 from ..data.sources import Documents, no_data
 from ..diffusion.likelihood import ar_nll
-from ..diffusion.task import Task, masked_task, reading
+from ..diffusion.task import clean_task, columns_before, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
 from ..evaluation.held_out import held_out_rows
@@ -36,7 +36,7 @@ from ..evaluation.quality import choose_threshold
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
-from .plan import Plan, Verb
+from .plan import Plan, Verb, check_kind
 from .request import requested
 from .results import DataSize, RunPlan, RunResult
 from .run import run
@@ -88,13 +88,17 @@ def adapt(
 
 
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
-    """Refuse the AR objective, which does not produce a diffusion model, and own text of a model
-    that cannot write any."""
+    """Refuse own text of a model that cannot write any, and what a control cannot use. The AR loss
+    of a control is all of its loss."""
     if recipe.objective.kind == "ar":
-        raise Ar2DiffError(
-            f"{option('objective.kind', 'ar')} does not train a diffusion model",
-            "leave it out; it is for AR control runs with sft and rl",
-        )
+        check_kind(path, spec, recipe)
+        if recipe.noise.on_policy:
+            raise Ar2DiffError(
+                f"{option('noise.on_policy')} cannot be used with {option('objective.kind', 'ar')},"
+                " which masks no tokens",
+                f"leave out {option('noise.on_policy')}",
+            )
+        recipe = with_values(recipe, objective={"ar_weight": 1.0})
     if recipe.data.self is not None and spec is not None and not spec.ar_mode:
         raise Ar2DiffError(
             f"model {path} has no AR mode, in which it could write its own text",
@@ -151,7 +155,7 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     size = size_of(documents, checkpoint.tokenizer, len(held_out))
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
-    collate = make_collator(recipe, checkpoint.spec.mask_token_id)
+    collate = make_collator(recipe, checkpoint.spec_or_causal.mask_token_id)
     collate([next(iter(rows))])  # raises if no row is usable
     return Plan(
         checkpoint, recipe, rows, make_trainer, size, eval_rows, measure=measure,
@@ -163,7 +167,7 @@ def base_logs(plan: Plan) -> dict[str, float]:
     """The AR NLL of the base on the evaluation rows, where the conversion gives up the AR mode that
     else tells it. The weights must still be those of the base."""
     checkpoint = plan.checkpoint
-    if checkpoint.spec.ar_mode or read_spec(checkpoint.path) is not None:
+    if checkpoint.spec_or_causal.ar_mode or read_spec(checkpoint.path) is not None:
         return {}
     return {
         "base_ar_nll": ar_nll(checkpoint.model, plan.eval_rows, checkpoint.suppressed, "kept").mean
@@ -185,7 +189,7 @@ def size_of(documents: Documents, tokenizer: Any, held_out: int) -> DataSize:
 def measure(plan: Plan) -> dict[str, Any]:
     """How good the text of a whole model without an AR mode is, which decides its threshold."""
     checkpoint = plan.checkpoint
-    if checkpoint.spec.lossless or checkpoint.base is not None:
+    if checkpoint.spec_or_causal.lossless or checkpoint.base is not None:
         return {}
     rows = plan.eval_rows if plan.recipe.eval.steps else []  # where an evaluation was asked for
     return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
@@ -196,7 +200,8 @@ ADAPT = Verb("adapt", check, read_rows, make_plan)
 
 class AdaptTrainer(Denoising, Trainer):
     """Trains a converted checkpoint on whole documents. Each batch carries its noise, anneal state
-    and block length.
+    and block length. With `objective.kind: ar`, the control, it trains an AR model on the same
+    documents, with the AR loss.
 
     `evaluate` and `predict` take rows, each of which is one document: a text, token ids,
     `{"input_ids": [...]}`, or `{"text": ...}` (the recipe's `data.text_field`).
@@ -204,8 +209,11 @@ class AdaptTrainer(Denoising, Trainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
-        block_length = block_length_at(self.recipe, inputs["step"])
         x0, places = inputs["x0"], inputs["masked_at"]
+        if self.recipe.objective.kind == "ar":
+            task = clean_task(x0, inputs["doc"], inputs["pos"])
+            return self.loss_task(task, inputs, x0, columns_before(x0))
+        block_length = block_length_at(self.recipe, inputs["step"])
         task = masked_task(
             x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
             attention=attention_of(self.recipe, block_length), block_length=block_length,
@@ -220,9 +228,8 @@ class AdaptTrainer(Denoising, Trainer):
         if self.teacher is None:
             source = reading(task, ar_columns, distilled, x0)
         else:  # the AR model reads the documents themselves
-            plain = Slots(inputs["doc"], inputs["pos"], torch.zeros_like(inputs["masked"]))
-            source = Task(x0, plain, "causal_context", 1, task.index, task.target)
-            source = reading(source, ar_columns - length, distilled, x0)
+            source = clean_task(x0, inputs["doc"], inputs["pos"])
+            source = reading(source, columns_before(x0), distilled, x0)
         return self.loss_task(task, inputs, x0, ar_columns, source)
 
     def get_batch_samples(
@@ -268,7 +275,7 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTraine
         plan.recipe,
         training_arguments(plan.recipe, run_dir),
         train_dataset=plan.rows,
-        data_collator=make_collator(plan.recipe, plan.checkpoint.spec.mask_token_id),
+        data_collator=make_collator(plan.recipe, plan.checkpoint.spec_or_causal.mask_token_id),
         callbacks=callbacks,
     )
     if plan.recipe.noise.on_policy and holds_shards(trainer):

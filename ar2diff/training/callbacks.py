@@ -76,7 +76,8 @@ class Watch(TrainerCallback):
         last = state.global_step == state.max_steps
         if self.plan.eval_rows and (last or (steps and state.global_step % steps == 0)):
             self._judge(state, control)
-        if panel_steps and state.global_step % panel_steps == 0:
+        denoises = self.checkpoint.spec is not None  # a control does not
+        if denoises and panel_steps and state.global_step % panel_steps == 0:
             # If weights are sharded, every process takes part in every forward.
             if state.is_world_process_zero or holds_shards(self.trainer):
                 quietly(self.checkpoint.model, self._panel)

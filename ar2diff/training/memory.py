@@ -321,7 +321,8 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
     if recipe.draft is not None:
         return checkpoint
     recipe = fitted(recipe, checkpoint)
-    convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
+    if spec is not None or recipe.objective.kind == "diffusion":
+        convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
     if recipe.peft is not None:
         add_adapter(checkpoint, recipe)
     return checkpoint

@@ -190,7 +190,7 @@ def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
         )
     if not recipe.train.max_steps:
         raise Ar2DiffError(
-            f"{option('train.max_steps', 0)} trains nothing; only adapt can use it",
+            f"{option('train.max_steps', 0)} trains nothing; only a conversion can use it",
             f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
         )
