@@ -46,8 +46,8 @@ def report_command(
         typer.Option(
             metavar="FILE",
             help="File with held-out text.",
-            show_default="what the run that made the model held out from its training, if its data "
-            "are still here; else the embedded stories, for models made from the embedded one",
+            show_default="texts that the model's run held out from its training, if they are here; "
+            "else the embedded stories, for models made from the embedded one",
         ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     BASELINE: {"do_sample": False, "use_cache": True},
     LOOKUP: {"do_sample": False, "use_cache": True, "prompt_lookup_num_tokens": 10},
     "ar": {"mode": "ar", "temperature": 0},
+    "lossless": {"mode": "speculative", "temperature": 0},
     "lossless chain": {"mode": "speculative", "draft_length": 7, "temperature": 0},
     "lossless tree": {"mode": "speculative", "draft_nodes": 24, "temperature": 0},
     "diffusion 0.95": {"mode": "diffusion", "threshold": 0.95, "temperature": 0},

@@ -220,3 +220,63 @@ def test_quality_token_by_token_is_told_beside_the_speed_that_goes_with_it():
     assert "with diffusion 0.7, it is 34 ± 3 % at 1,410 ± 10" in plain(said)
     assert not told(*slow, *both("diffusion 0.7", 50.0, 3.0, 1410.0))  # no difference
     assert not told(*slow) and not told(*fast, *between)
+
+
+def test_free_text_is_judged_under_the_base_where_no_answer_can_be_right():
+    def both(setting, pace, nats, who="model"):
+        far = apart(nats - 0.5, 0.01) if who == "model" else None
+        return (
+            figure("speed", "tokens_per_second", pace, 1.0, who, setting, batch=1),
+            figure("quality", "base_nll", nats, 0.05, who, setting, 5, far, temperature=0.0),
+            figure("quality", "base_nll", 9.0, 0.05, who, setting, temperature=1.0),
+        )
+
+    rows = [*both(BASELINE, 100.0, 0.5, "base"), *both("ar", 120.0, 0.505),
+            *both("diffusion 0.7", 400.0, 1.5)]  # fmt: skip
+    found = claims(report(rows))
+    assert found["speed"].first.startswith(f"At equal NLL of its text under the base, {MODEL}")
+    assert found["speed"].verdicts == {"batch 1": "better"}
+    assert "costs 1.000 ± 0.010 nats/token" in plain(found["speed"].more[1])
+    assert found["quality"].verdicts == {
+        "base_nll, ar": "none", "base_nll, diffusion 0.7": "worse",
+    }  # fmt: skip
+    right = [figure("quality", "exact_match", 40.0, 1.0, who, setting)
+             for who, setting in (("model", "ar"), ("base", BASELINE))]  # fmt: skip
+    assert "equal exact match" in claims(report([*rows, *right]))["speed"].first
+
+
+def test_the_control_tells_what_the_conversion_did_apart_from_the_data():
+    def said(change, error):
+        rows = [figure("quality", "ar_nll", 1.4, 0.1, "base"),
+                figure("quality", "ar_nll", 1.4 + change, 0.1,
+                       difference=apart(change, error, None)),
+                figure("quality", "ar_nll", 1.3, 0.1, "control",
+                       difference=apart(-0.1, 0.003, None))]  # fmt: skip
+        given = report(rows)
+        control = given.subjects["base"].model_copy(update={"name": "tuned"})
+        subjects = given.subjects | {"control": control}
+        claim = claims(given.model_copy(update={"subjects": subjects}))["quality"]
+        return [plain(text) for text in (claim.first, *claim.more) if "Beside tuned" in text]
+
+    assert said(0.0, 0.004)[0].endswith("it is worse, by 0.100 ± 0.005 nats/token.")
+    assert "there is no difference" in said(-0.1, 0.004)[0]
+    assert "it is better, by 0.100" in said(-0.2, 0.004)[0]
+
+
+def test_drafting_is_told_beside_the_ar_mode_that_writes_the_same():
+    given = speeds(("base", BASELINE, 400), ("model", "ar", 400), ("model", "lossless", 600))
+    (said,) = [text for text in claims(given)["speed"].more if "own AR mode" in text]
+    assert plain(said).endswith("speed of its own AR mode: 1.500 ± 0.021 at batch 1.")
+    alone = speeds(("base", BASELINE, 400), ("model", "lossless", 600))
+    assert "own AR mode" not in " ".join(claims(alone)["speed"].more)
+
+
+def test_another_conversion_is_compared_setting_by_setting():
+    rows = [figure("quality", "exact_match", value, 1.0, who, setting)
+            for who, setting, value in (("model", "ar", 60.0), ("model", "diffusion 0.7", 40.0),
+                                        ("against 1", "ar", 60.0),
+                                        ("against 1", "diffusion 0.7", 40.0))]  # fmt: skip
+    given = report([])
+    subjects = {"model": given.subjects["model"], "against 1": given.subjects["model"]}
+    (said,) = claims(report(rows, subjects=subjects))["quality"].more
+    assert "no difference with ar and diffusion 0.7" in said and "worse" not in said

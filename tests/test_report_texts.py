@@ -57,6 +57,7 @@ def test_a_model_that_may_have_been_trained_on_the_texts_is_known(tiny_checkpoin
     folder, checkpoint = run(tiny_checkpoint, data, tmp_path / "run")
     found = material_for(folder, checkpoint, None, "text", 100)
     assert found.unknown_to(folder, checkpoint)
+    assert found.unknown_to(*run(tiny_checkpoint, data, tmp_path / "control", "objective.kind=ar"))
     other, loaded = run(tiny_checkpoint, data, tmp_path / "other", "train.seed=1")
     assert not found.unknown_to(other, loaded)
     assert not found.unknown_to(tiny_checkpoint, load_checkpoint(str(tiny_checkpoint)))

@@ -27,6 +27,7 @@ TITLES = {
     "length": "Up to which length?",
     "control": "What can it do besides?",
 }
+WAITING = ("seconds_to_first_text", "seconds_per_token_p50", "seconds_per_token_p95")
 SHADES = 8  # of tokens, from decided early to decided late
 
 
@@ -111,18 +112,19 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 
 def tables(report: Report, question: str) -> list[Table]:
-    """The figures of a question: a table for each combination of axes, and of what was scored and
-    what was written."""
-    groups: dict[tuple[bool, tuple[str, ...]], list[Figure]] = {}
+    """The figures of a question: a table for each combination of axes, of what was scored and what
+    was written, and of what a single reader waits for."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Figure]] = {}
     for figure in report.figures:
         if figure.question == question:
-            group = figure.setting is not None, tuple(figure.at)
-            groups.setdefault(group, []).append(figure)
+            kind = "" if figure.setting is not None else "scored"
+            kind = "waiting" if figure.metric in WAITING else kind
+            groups.setdefault((kind, tuple(figure.at)), []).append(figure)
     return [_table(report, question, *group, figures) for group, figures in groups.items()]
 
 
 def _table(
-    report: Report, question: str, writes: bool, axes: tuple[str, ...], figures: list[Figure]
+    report: Report, question: str, kind: str, axes: tuple[str, ...], figures: list[Figure]
 ) -> Table:
     metrics = list(dict.fromkeys(figure.metric for figure in figures))
     scales = {}
@@ -130,10 +132,10 @@ def _table(
         chosen = [figure for figure in figures if figure.metric == metric]
         scales[metric] = scale_of(chosen[0].unit, [figure.value for figure in chosen])
     where = " and ".join(AXES.get(axis, axis) for axis in axes)
-    what = question if writes else "scored on given text"
+    what = {"scored": "Scored on given text", "waiting": "What a reader waits for"}.get(kind)
     table = Table(
-        "-".join(["table", question, *([] if writes else ["scored"]), *axes]),
-        f"{what.capitalize()}{f' by {where}' if where else ''}",
+        "-".join(part for part in ("table", question, kind, *axes) if part),
+        f"{what or question.capitalize()}{f' by {where}' if where else ''}",
         [with_unit(AXES.get(axis, axis), UNITS.get(axis, "")) for axis in axes],
         [with_unit(name_of(metric), scales[metric][1]) for metric in metrics],
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from .figures import LOOKUP, Figure, Report
 
 SURE = 2.0  # standard errors that a difference must exceed
+FREE = "base_nll"  # of free text
 TIMES = {"speed": "tokens_per_second", "length": "seconds_per_token"}
 
 Verdict = Literal["better", "worse", "none"]
@@ -95,13 +96,23 @@ def _independent(mine: Figure, other: Figure, ratio: bool) -> tuple[float, float
 
 
 def written(report: Report) -> list[str]:
-    """The metrics that judge what a model writes, the one to compare speeds at first."""
+    """The metrics that judge what a model writes, the one to compare speeds at first. Where no
+    answer can be right, that is the NLL of its greedy text under the base."""
     found = dict.fromkeys(
         f.metric
         for f in report.figures
         if f.question == "quality" and f.better and f.setting and _is_judged(f.metric)
     )
+    if not found and marks(report, FREE):
+        return [FREE]
     return sorted(found, key=lambda metric: metric != "exact_match")
+
+
+def marks(report: Report, metric: str, **where: Any) -> list[Figure]:
+    """The figures of a metric that judges what is written, greedily; arguments as of
+    `Report.of`."""
+    found = report.of("quality", metric, **where)
+    return [figure for figure in found if not figure.at.get("temperature")]
 
 
 def _is_judged(metric: str) -> bool:
@@ -111,14 +122,14 @@ def _is_judged(metric: str) -> bool:
 def quality_at(report: Report, metric: str, subject: str, setting: str | None) -> Figure | None:
     """The quality of what a subject writes at a setting. What decodes the same text faster has the
     quality of the text: verified drafts that of the AR mode, prompt lookup that of the base."""
-    found = report.of("quality", metric, subject=subject, setting=setting)
+    found = marks(report, metric, subject=subject, setting=setting)
     if found:
         return found[0]
     if setting == LOOKUP:
-        return next(iter(report.of("quality", metric, subject=subject)), None)
+        return next(iter(marks(report, metric, subject=subject)), None)
     options = report.settings.get(setting or "", {})
     if options.get("mode") == "speculative":
-        for figure in report.of("quality", metric, subject=subject):
+        for figure in marks(report, metric, subject=subject):
             if report.settings.get(figure.setting or "", {}).get("mode") == "ar":
                 return figure
     return None

@@ -3,45 +3,28 @@ what they do not separate is no difference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
+from .drawing import (
+    BARS,
+    LONG,
+    MARKERS,
+    NEUTRAL,
+    Curve,
+    Looks,
+    Plot,
+    drawn,
+    lines,
+    note_on,
+    ticks,
+    with_unit,
+)
 from .figures import Figure, Order, Report
-from .pairs import SURE, quality_at, written
-from .svg import LIGHT, can_draw, canvas, to_html
-from .words import AXES, UNITS, capital, label, name_of, scale_of
-
-WIDTH, HEIGHT = 4.6, 3.1  # inches; at this width letters can be read on a phone
-LETTERS = {"svg.fonttype": "none", "font.size": 10, "legend.fontsize": 9, "lines.markersize": 5}
-MARKERS = "osD^vPX*"
-BARS = {"elinewidth": 1.0, "capsize": 2.5}
-# Subjects that are compared with are drawn in the colour of the letters.
-NEUTRAL = {"base": "--", "control": ":"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture.
-
-    Attributes:
-        name: of the picture, as a part of an id. title: what it shows.
-        note: how to read it. svg: an element of an HTML page.
-    """
-
-    name: str
-    title: str
-    note: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A named series of figures."""
-
-    name: str
-    look: dict[str, Any]
-    points: list[Figure]
+from .pairs import SURE, marks, quality_at, written
+from .svg import LIGHT, can_draw
+from .words import capital, label, name_of, scale_of
 
 
 def plots(report: Report) -> dict[str, list[Plot]]:
@@ -59,108 +42,12 @@ def plots(report: Report) -> dict[str, list[Plot]]:
     }  # fmt: skip
 
 
-class Looks:
-    """Colour, marker and line of every subject and setting: the same in all pictures."""
-
-    def __init__(self, report: Report):
-        self._known: dict[Any, dict[str, Any]] = {}
-        pairs = dict.fromkeys((f.subject, f.setting) for f in report.figures)
-        own = 0
-        for subject, setting in pairs:
-            neutral = next((dash for who, dash in NEUTRAL.items() if who == subject), None)
-            marker = MARKERS[len(self._known) % len(MARKERS)]
-            color = LIGHT.text if neutral else LIGHT.colors[own % len(LIGHT.colors)]
-            dash = neutral or ("-" if own < len(LIGHT.colors) else "-.")
-            own += neutral is None
-            self._known[subject, setting] = {"color": color, "marker": marker, "linestyle": dash}
-
-    def of(self, subject: str, setting: str | None) -> dict[str, Any]:
-        """The look of a subject at a setting, as arguments of matplotlib."""
-        return self._known[subject, setting]
-
-    def curves(self, figures: Sequence[Figure]) -> list[Curve]:
-        """Figures as curves, one for each subject and setting."""
-        pairs = dict.fromkeys((f.subject, f.setting) for f in figures)
-        return [
-            Curve(label(*pair), self.of(*pair),
-                  [f for f in figures if (f.subject, f.setting) == pair])
-            for pair in pairs
-        ]  # fmt: skip
-
-
-# Drawing ------------------------------------------------------------------------------------------
-
-
-def _drawn(
-    name: str, title: str, note: str, draw: Callable[[Any], None], legend: int = 0
-) -> Plot:  # fmt: skip
-    """A picture of one panel with its legend below.
-
-    Args:
-        draw: draws into matplotlib's axes. legend: how many entries it makes there.
-    """
-    rows = (legend + 1) // 2
-    with canvas(WIDTH, HEIGHT + 0.19 * rows, looks=LETTERS) as figure:
-        axes = figure.subplots()
-        draw(axes)
-        if legend > 1:  # of the lines alone, without their bars
-            drawn = axes.get_legend_handles_labels()
-            handles = [handle.lines[0] for handle in drawn[0]]
-            figure.legend(handles, drawn[1], loc="outside lower center", ncols=2, handlelength=2.6,
-                          columnspacing=1.2)  # fmt: skip
-        return Plot(name, title, note, to_html(figure, name, f"{title}. {note}"))
-
-
-def _lines(
-    name: str, figures: Sequence[Figure], curves: Sequence[Curve], axis: str, title: str,
-    more: Callable[[Any], None] = lambda axes: None, note: str = "",
-) -> list[Plot]:  # fmt: skip
-    """Values over an axis, a line for each curve; nothing if no line has two points."""
-    if not any(len(curve.points) > 1 for curve in curves):
-        return []
-    divisor, unit = scale_of(figures[0].unit, [f.value for f in figures])
-
-    def draw(axes: Any) -> None:
-        for curve in curves:
-            points = sorted(curve.points, key=lambda f: f.at[axis])
-            errors = [SURE * (f.error or 0) / divisor for f in points]
-            axes.errorbar([f.at[axis] for f in points], [f.value / divisor for f in points],
-                          errors, label=curve.name, **curve.look, **BARS)  # fmt: skip
-        axes.set_xlabel(with_unit(AXES.get(axis, axis), UNITS.get(axis, "")))
-        axes.set_ylabel(with_unit(name_of(figures[0].metric), unit))
-        if unit != "nats/token":
-            axes.set_ylim(bottom=0)
-        more(axes)
-
-    return [_drawn(name, title, note or _note(figures[0]), draw, len(curves))]
-
-
-def with_unit(name: str, unit: str) -> str:
-    """`speed (tokens/s)`: the label of an axis or a column; `tokens per forward` says it itself."""
-    return name if not unit or name.startswith("tokens per") else f"{name} ({unit})"
-
-
-def _note(figure: Figure) -> str:
-    better = {"high": "Higher is better. ", "low": "Lower is better. ", None: ""}[figure.better]
-    return f"{better}Bars are two standard errors."
-
-
-def _ticks(axes: Any, values: Sequence[float], log: bool = False) -> None:
-    if log:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
-
-
-# The pictures -------------------------------------------------------------------------------------
-
-
 def _by_batch(report: Report, looks: Looks) -> list[Plot]:
     figures = [f for f in report.of("speed", "tokens_per_second") if "batch" in f.at]
     batches = sorted({f.at["batch"] for f in figures})
-    return _lines(
+    return lines(
         "by-batch", figures, looks.curves(figures), "batch", "Speed by batch",
-        lambda axes: _ticks(axes, batches, log=True),
+        lambda axes: ticks(axes, batches, log=True),
     )  # fmt: skip
 
 
@@ -170,9 +57,9 @@ def _slots(report: Report, looks: Looks) -> list[Plot]:
     batch = min((f.at.get("batch", 1) for f in every), default=1)
     figures = [f for f in every if f.at.get("batch", 1) == batch]
     slots = sorted({f.at["slot"] for f in figures})
-    return _lines(
+    return lines(
         "slots", figures, looks.curves(figures), "slot", f"Drafts accepted by slot, batch {batch}",
-        lambda axes: _ticks(axes, slots),
+        lambda axes: ticks(axes, slots),
     )  # fmt: skip
 
 
@@ -219,13 +106,15 @@ def _trade_off(
         axes.plot(*zip(*front, strict=True), color=LIGHT.grid, zorder=0, linewidth=2.5)
         axes.set_xlim(left=0)
         axes.set_xlabel(with_unit(f"speed at batch {batch}", points[0][0].unit))
-        axes.set_ylabel(with_unit(name_of(points[0][1].metric), points[0][1].unit))
+        what = with_unit(name_of(points[0][1].metric), points[0][1].unit)
+        axes.set_ylabel("\n".join(wrap(what, LONG)))
 
-    return _drawn(
+    return drawn(
         f"trade-off-{batch}", f"Speed against quality at batch {batch}",
-        "The best are at the upper right, joined by the line. Hollow points are dominated: another "
-        "is at least as fast and as good. Bars are two standard errors.",
-        draw, len(points),
+        f"The best are at the {'upper' if up > 0 else 'lower'} right, joined by the line. Hollow "
+        "points are dominated: another is at least as fast and as good. Bars are two standard "
+        "errors.",
+        draw, [label(speed.subject, speed.setting) for speed, _ in points],
     )  # fmt: skip
 
 
@@ -237,8 +126,8 @@ def _heat(report: Report, looks: Looks) -> list[Plot]:
         pairs += [(entropy, figure) for entropy in
                   report.of("quality", "entropy", subject=figure.subject, setting=figure.setting)
                   if entropy.at == figure.at]  # fmt: skip
-    curves = looks.curves([figure for _, figure in pairs])
-    if not any(len(curve.points) > 1 for curve in curves):
+    curves = [c for c in looks.curves([figure for _, figure in pairs]) if len(c.points) > 1]
+    if not curves:
         return []
 
     def draw(axes: Any) -> None:
@@ -255,11 +144,11 @@ def _heat(report: Report, looks: Looks) -> list[Plot]:
         axes.set_xlabel(with_unit("entropy of the text", pairs[0][0].unit))
         axes.set_ylabel(with_unit("NLL under the base", pairs[0][1].unit))
 
-    return [_drawn(
+    return [drawn(
         "temperature", "How likely its text is to the base, against how varied it is",
         "Compare at equal entropy: low entropy alone makes a text likely. The points of a line are "
         "temperatures, the numbers beside one of them. Bars are two standard errors.",
-        draw, len(curves),
+        draw, [curve.name for curve in curves],
     )]  # fmt: skip
 
 
@@ -272,10 +161,10 @@ def _by_length(report: Report, looks: Looks) -> list[Plot]:
     for prompt in sorted({f.at["prompt"] for f in every}):
         figures = [f for f in every if f.at["prompt"] == prompt]
         answers = sorted({f.at["answer"] for f in figures})
-        made += _lines(
+        made += lines(
             f"length-{prompt}", figures, looks.curves(figures), "answer",
             f"Time per token after a prompt of {prompt} tokens",
-            lambda axes, answers=answers: _ticks(axes, answers, log=True),
+            lambda axes, answers=answers: ticks(axes, answers, log=True),
         )  # fmt: skip
     return made
 
@@ -305,7 +194,7 @@ def _by_position(report: Report, looks: Looks) -> list[Plot]:
                           xytext=(-4, -3), textcoords="offset points", ha="right", va="top",
                           fontsize=8)  # fmt: skip
 
-    return _lines(
+    return lines(
         "position", figures, curves, "position", "Likelihood by position in the text", mark,
         "Lower is better. A bound lies above the NLL. Bars are two standard errors.",
     ) if figures else []  # fmt: skip
@@ -322,7 +211,7 @@ def _order(order: Order, number: int) -> Plot:
         axes.set_ylabel(with_unit("decided in forward", "number"))
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    return _drawn(
+    return drawn(
         f"order-{number}", f"Order in which {len(order.tokens)} tokens were decided",
         "Tokens at one height were decided together; the larger the point, the surer. One written "
         "from left to right would be a straight line.",
@@ -342,7 +231,7 @@ def by_report(report: Report, names: Sequence[str]) -> dict[str, list[Plot]]:
     batch = min((f.at["batch"] for f in report.of("speed", "tokens_per_second")), default=1)
     rows = {
         "speed": report.of("speed", "tokens_per_second", batch=batch),
-        "quality": [f for metric in written(report)[:1] for f in report.of("quality", metric)],
+        "quality": [f for metric in written(report)[:1] for f in marks(report, metric)],
         "likelihood": report.of("quality", "bound", setting=None),
         "control": report.of("control", "infill_exact_match"),
     }
@@ -369,7 +258,7 @@ def _rows(name: str, names: Sequence[str], own: Sequence[tuple[int, Figure]]) ->
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(with_unit(what, unit))
 
-    return _drawn(name, capital(f"{what} by report"), _note(first), draw)
+    return drawn(name, capital(f"{what} by report"), note_on(first), draw)
 
 
 def _short(name: str, most: int = 24) -> str:

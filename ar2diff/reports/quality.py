@@ -43,9 +43,11 @@ def parts(session: Session) -> list[Part]:
             run = partial(_answers, session, way)
             found.append(Part(QUESTION, f"questions, {way.name}", tokens, run))
     tokens = sizes.texts * sizes.answer / BATCH**0.7
-    ways = [*session.main_ways(), *session.ways(TOKEN_BY_TOKEN)]
-    for way in ways if session.base else ():
-        for temperature in (0.0, *sizes.temperatures):
+    drawn = {way.name for way in (*session.main_ways(), *session.ways(TOKEN_BY_TOKEN))}
+    for way in session.ways() if session.base else ():
+        if _single(way):
+            continue
+        for temperature in (0.0, *(sizes.temperatures if way.name in drawn else ())):
             run = partial(_texts, session, way, temperature)
             name = f"texts at temperature {temperature}, {way.name}"
             found.append(Part(QUESTION, name, tokens, run))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .claim import Claim, named
-from .figures import TOKEN_BY_TOKEN, Report
-from .pairs import TIMES, Apart, Verdict, apart, written
-from .words import joined, name_of, quantity
+import math
 
-GREEDY = {"temperature": 0.0}
+from .claim import Claim, named
+from .figures import TOKEN_BY_TOKEN, Figure, Report
+from .pairs import FREE, SURE, TIMES, Apart, Verdict, apart, marks, written
+from .words import joined, name_of, quantity
 
 
 def quality_claim(report: Report) -> Claim:
@@ -35,14 +35,15 @@ def quality_claim(report: Report) -> Claim:
 
 
 def _rows_apart(report: Report, metric: str, other: str) -> list[tuple[str | None, Apart, str]]:
-    """(setting, difference, unit) of a metric at each setting of the model."""
+    """(setting, difference, unit) of a metric at each setting of the model; from the same setting
+    of another subject if it has that, else from what was recorded, or its first."""
     found = []
-    theirs = report.of("quality", metric, subject=other)
-    for mine in report.of("quality", metric, subject="model"):
+    theirs = marks(report, metric, subject=other)
+    for mine in marks(report, metric, subject="model"):
         recorded = mine.difference
         same = [t for t in theirs if t.at == mine.at]
-        if recorded and recorded.to == other:
-            same = [t for t in same if t.setting == recorded.setting] or same
+        alike = recorded.setting if recorded and recorded.to == other else mine.setting
+        same = [t for t in same if t.setting == alike] or same
         if same and (difference := apart(mine, same[0])):
             found.append((mine.setting, difference, mine.unit))
     return found
@@ -89,11 +90,11 @@ def _token_by_token(report: Report) -> list[str]:
     setting has: published tables quote the quality of the one beside the speed of the other."""
     paces = report.of("speed", TIMES["speed"], subject="model")
     batch = min((f.at["batch"] for f in paces), default=None)
-    for metric, at in (*((name, {}) for name in written(report)), ("base_nll", GREEDY)):
+    for metric in dict.fromkeys((*written(report), FREE)):
         rows = {
             quality.setting: (quality, pace)
             for pace in paces
-            for quality in report.of("quality", metric, subject="model", setting=pace.setting, **at)
+            for quality in marks(report, metric, subject="model", setting=pace.setting)
             if pace.at["batch"] == batch
             and report.settings[pace.setting].get("mode") == "diffusion"
         }
@@ -113,6 +114,24 @@ def _token_by_token(report: Report) -> list[str]:
     return []
 
 
+def _beside_control(report: Report, mine: Figure, base: Figure, change: Apart) -> list[str]:
+    """How much of what the AR mode lost or gained is the conversion's doing: the control was tuned
+    on the same data without one. Both are compared with the base, text by text."""
+    for tuned in report.of("quality", "ar_nll", subject="control", setting=None)[:1]:
+        other = apart(tuned, base)
+        if other is None:
+            continue
+        value, error = change.value - other.value, math.hypot(change.error, other.error)
+        told = quantity(abs(value), error, mine.unit)
+        none = f"there is no difference ({told})"
+        some = f"it is {'worse' if value > 0 else 'better'}, by {told}"
+        return [
+            f"Beside {named(report, 'control')}, which was tuned without being converted, "
+            f"{none if abs(value) <= SURE * error else some}."
+        ]
+    return []
+
+
 def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
     """The NLL of the AR mode beside the base's, and the bound, which is no likelihood."""
     said, verdicts = [], {}
@@ -128,6 +147,7 @@ def _likelihood(report: Report) -> tuple[list[str], dict[str, Verdict]]:
                 "better": f"better than {than}, by {told}",
             }[difference.verdict]
             said.append(f"From left to right, {named(report)} predicts held-out text {what}.")
+            said += _beside_control(report, mine, base, difference)
     for bound in report.of("quality", "bound", subject="model", setting=None)[:1]:
         told = quantity(bound.value, bound.error, bound.unit)
         beside = (

@@ -84,6 +84,7 @@ def _speed(report: Report) -> Claim:
             "compare it with.",
         )
     more = [_settings_at(found, "batch"), *_bought(report, batches[0])]
+    more += _beside_own_ar(report, batches)
     for other in list(report.subjects)[1:]:
         if other != "base":
             theirs = _by_batch(report, other, batches)
@@ -148,6 +149,24 @@ def _settings_at(found: dict[float, tuple[str, Pair]], axis: str) -> str:
         for place, (_, pair) in found.items()
     ]
     return f"The ratios of speed are {joined(parts)}."
+
+
+def _beside_own_ar(report: Report, batches: list[float]) -> list[str]:
+    """What drafting is worth to a model whose AR mode would write the same text."""
+    told = []
+    for batch in batches:
+        pair = [
+            figure
+            for setting in ("lossless", "ar")
+            for figure in report.of(
+                "speed", TIMES["speed"], subject="model", setting=setting, batch=batch
+            )
+        ]
+        if len(pair) == 2 and (gain := apart(*pair, ratio=True)):
+            told.append(f"{with_error(gain.value, gain.error)} at batch {batch}")
+    if not told:
+        return []
+    return [f"Its lossless mode has so many times the speed of its own AR mode: {joined(told)}."]
 
 
 def _bought(report: Report, batch: float) -> list[str]:
