@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import sqrt
 
 import pytest
+from reports import realistic
 
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
@@ -144,6 +145,15 @@ def test_a_lie_is_neither_written_nor_read(tmp_path, told):
         read_report(tmp_path)
 
 
+def test_token_by_token_decides_no_more_than_one_token_in_a_forward():
+    given = realistic()
+    assert not list(lies(given))
+    (slow,) = given.of("speed", "tokens_per_forward", setting=TOKEN_BY_TOKEN, batch=1)
+    faster = [f.model_copy(update={"value": 1.2}) if f is slow else f for f in given.figures]
+    (told,) = lies(given.model_copy(update={"figures": faster}))
+    assert "more than one token is decided in a forward" in told
+
+
 def test_errors_are_those_of_shares_quotients_and_pairs():
     assert share([True] * 8 + [False] * 8).error == pytest.approx(100 * sqrt(0.25 / 15))
     assert share([True] * 20).error > 0  # all right on a few questions is not certain
@@ -207,6 +217,7 @@ def test_a_stopped_report_goes_on_and_is_the_same(asked, tmp_path):
     assert {figure.question for figure in whole.figures} == set(QUESTIONS)
     assert {m.what for m in whole.missing} == {"exact match", "revision after an edit"}
     assert whole.orders and whole.texts
+    assert whole.settings[TOKEN_BY_TOKEN]["threshold"] == 1.0  # which no probability exceeds
     for size in TINY.batches:
         (slow,) = whole.of("speed", "tokens_per_forward", setting=TOKEN_BY_TOKEN, batch=size)
         assert 0.3 < slow.value <= 1 and slow.evidence["tokens"] <= size * slow.evidence["forwards"]
