@@ -7,6 +7,7 @@ standard library only.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import socket
 import threading
@@ -39,16 +40,8 @@ def is_root() -> bool:
 
 def reads_home() -> bool:
     """Whether there is a file or folder that is none of the sandbox's."""
-    if {place.name for place in Path("/").iterdir()} - {
-        "dev",
-        "lib",
-        "lib64",
-        "python",
-        "tmp",
-        "usr",
-    }:
-        return True
-    return any(Path(place).exists() for place in ("/etc/passwd", "/home", "/root", "/var"))
+    own = {"dev", "lib", "lib64", "proc", "python", "tmp", "usr"}
+    return bool({place.name for place in Path("/").iterdir()} - own)
 
 
 def sees_processes() -> bool:
@@ -96,7 +89,7 @@ def starts_threads() -> bool:
 
 def takes_memory() -> bool:
     """Whether memory has no limit."""
-    return _does(bytearray, MUCH)
+    return _does(mmap.mmap, -1, MUCH)
 
 
 def traces() -> bool:
