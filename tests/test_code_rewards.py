@@ -85,6 +85,8 @@ def test_statements_as_in_mbpp(reward):
     setup = "pair = Pair(0, 4)\npair.a = 3"
     assert reward(PROGRAM, "", test_list=TESTS, test_setup_code=setup) == [1, 0]
     assert reward(PROGRAM, test_list=["assert swapped(Pair(1, 2)) == Pair(2, 1)"]) == [0]
+    loud = ["import sys; print('a' * 99999); print('a' * 99999, file=sys.stderr)"]
+    assert reward(PROGRAM, test_list=[*loud, "assert same(1) == 1"]) == [1]
 
 
 def test_output_is_compared_line_by_line(reward):

@@ -235,7 +235,7 @@ def test_without_bubblewrap_the_run_is_refused(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(Ar2DiffError) as error:
         make_rewards([Reward(name="code")])
-    assert "needs bubblewrap (bwrap), and it is not installed" in error.value.what
+    assert "needs bubblewrap, which is not installed" in error.value.what
     assert "apt-get install bubblewrap" in error.value.fix
 
 

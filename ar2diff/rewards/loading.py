@@ -202,55 +202,54 @@ def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
 def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
     """A built-in reward, applied to a batch. Its errors name the row."""
     grade = GRADERS[entry.name]
-    if entry.name == "math":
-        if importlib.util.find_spec("math_verify") is None:
-            raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
-        importlib.import_module(
-            "math_verify"
-        )  # imported here once, not in each worker: it takes seconds
-    if entry.name == SANDBOXED:
-        check_sandbox()
-    columns_read = [p for p in inspect.signature(grade).parameters.values()][1:]
-    columns_read = [p for p in columns_read if p.kind is not p.KEYWORD_ONLY]
-    needed = [p.name for p in columns_read if p.default is p.empty]
-    arguments = _arguments(entry, grade)
-
-    def grades(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
-        def score(row: int) -> float:
-            values = {name: column[row] for name, column in columns.items()}
-            return grade(text_of(completions[row], "assistant"), **values, **arguments)
-
-        if entry.name != SANDBOXED:
-            yield from map(score, range(len(completions)))
-            return
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # they wait for sandboxes
-            yield from pool.map(score, range(len(completions)))
-
-    if entry.name == SANDBOXED:
-        arguments["seconds"] = min(arguments["seconds"], entry.time_limit)
-        longest = arguments["seconds"] + 2 * STARTING  # the sandbox keeps the time itself
-        judge = _judged_apart(grades, guard, enter, longest)
-    elif entry.name in UNBOUNDED:
-        judge = _judged_apart(grades, guard, confine)
-    else:
-        judge = _judged_here(grades, guard)
+    judge = _judge(entry, guard, functools.partial(grade, **_arguments(entry, grade)))
+    parameters = list(inspect.signature(grade).parameters.values())[1:]
+    wanted = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
 
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        known = {"prompt": [text_of(prompt, "user") for prompt in prompts], **columns}
-        for name in needed:
-            if name not in known:
-                has = [key for key in columns if key not in PASSED]
+        given = {"prompt": [text_of(prompt, "user") for prompt in prompts], **columns}
+        for name, needed in wanted.items():
+            if needed and name not in given:
+                known = [key for key in columns if key not in PASSED]
                 raise Ar2DiffError(
                     f"reward {guard.name} reads column {name!r}, which the data does not have "
-                    f"(it has {', '.join(has) or 'none'})",
+                    f"(it has {', '.join(known) or 'none'})",
                     f"rename the column of the data to {name}, or choose another reward",
                 )
-        own = {p.name: known[p.name] for p in columns_read if p.name in known}
+        own = {name: given[name] for name in wanted if name in given}
         return guard.checked(judge(prompts, completions, own), prompts)
 
     return guard.named(reward, grade)
+
+
+def _judge(entry: Reward, guard: Guard, grade: Callable[..., float]) -> Judge:
+    """A grader with its arguments, applied to a batch where that is safe."""
+
+    def grades(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
+        def score(row: int) -> float:
+            values = {name: column[row] for name, column in columns.items()}
+            return grade(text_of(completions[row], "assistant"), **values)
+
+        if entry.name != SANDBOXED:
+            yield from map(score, range(len(completions)))
+            return
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # which wait for sandboxes
+            yield from pool.map(score, range(len(completions)))
+
+    if entry.name == SANDBOXED:
+        check_sandbox()
+        seconds = min(grade.keywords["seconds"], entry.time_limit)
+        grade = functools.partial(grade, seconds=seconds)
+        return _judged_apart(grades, guard, enter, seconds + 2 * STARTING)  # keeps the time itself
+    if entry.name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
+        importlib.import_module("math_verify")  # once, not in each worker: it takes seconds
+    if entry.name in UNBOUNDED:
+        return _judged_apart(grades, guard, confine)
+    return _judged_here(grades, guard)
 
 
 Grades = Callable[[Sequence[Any], dict[str, Any]], Iterator[float]]

@@ -105,17 +105,17 @@ def check_sandbox() -> None:
     """
     if not sys.platform.startswith("linux") or not supported():
         raise Ar2DiffError(
-            "the sandbox for code rewards needs Linux on x86_64 or aarch64", "use another reward"
+            "the sandbox of code rewards needs Linux on x86_64 or aarch64", "use another reward"
         )
     _bubblewrap()
     worker = Worker(_attempted, prepare=enter)
     found = worker.call(4 * STARTING, {})
     if isinstance(found, (Raised, Stopped)):
         why = found.why if isinstance(found, Stopped) else f"raised {found.kind}: {found.message}"
-        raise Ar2DiffError(f"the check of the sandbox for code rewards {why}", INSTALL)
+        raise Ar2DiffError(f"the check of the sandbox of code rewards {why}", INSTALL)
     if found:
         raise Ar2DiffError(
-            f"the sandbox for code rewards does not hold on this machine: a program {found}",
+            f"the sandbox of code rewards does not hold on this machine: a program {found}",
             f"{INSTALL}, or run on a machine whose kernel lets it isolate programs",
         )
 
@@ -155,9 +155,7 @@ def _bubblewrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
         raise Ar2DiffError(
-            "code rewards run programs in a sandbox, which needs bubblewrap (bwrap), and it is not "
-            "installed",
-            INSTALL,
+            "the sandbox of code rewards needs bubblewrap, which is not installed", INSTALL
         )
     return found
 
@@ -168,7 +166,7 @@ def _broken(errors: str) -> Ar2DiffError:
     fix = INSTALL
     if re.search("namespace|uid map|Operation not permitted", said):
         fix = "allow user namespaces on this machine (in a container: its seccomp profile)"
-    return Ar2DiffError(f"the sandbox for code rewards cannot be used: {shortened(said)}", fix)
+    return Ar2DiffError(f"the sandbox of code rewards cannot be used: {shortened(said)}", fix)
 
 
 def _message(content: dict[str, Any]) -> bytes:

@@ -369,6 +369,9 @@ def main() -> None:
     inputs = [None] if job["inputs"] is None else job["inputs"]
     children = [Child(job["program"], text, job["seconds"]) for text in inputs]
     secret = receive(0, None)  # only now, so that no child holds a copy
+    answer, nothing = os.dup(1), os.open("/dev/null", os.O_RDWR)
+    for file in (0, 1, 2):  # the tests may print what they like
+        os.dup2(nothing, file)
     verdict = {"token": secret["token"], "passed": False}
     try:
         if job["inputs"] is None:
@@ -380,7 +383,7 @@ def main() -> None:
         verdict["fault"] = str(error)
     except BaseException as error:
         verdict["why"] = sentence(error)
-    os.write(1, json.dumps(verdict).encode())
+    os.write(answer, json.dumps(verdict).encode())
     os._exit(0)
 
 
