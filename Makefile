@@ -51,7 +51,7 @@ slow: $(STAMP)
 # Every attempt to escape from the sandbox of code rewards, and what a sandbox costs. Fails without
 # bubblewrap, where make test skips them.
 sandbox-test: $(STAMP)
-	AR2DIFF_SANDBOX=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' \
+	AR2DIFF_SANDBOX=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -vv --no-header -m 'slow or not slow' \
 	  tests/test_sandbox.py tests/test_code_rewards.py
 	$(BIN)/python benchmarks/sandbox.py
 

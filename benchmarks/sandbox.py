@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ar2diff.config.rl import Reward
 from ar2diff.config.sections import Source
-from ar2diff.data.sources import find_file, read_source
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.data.sources import read_source
 from ar2diff.rewards import sandbox
 from ar2diff.rewards.loading import make_rewards
 from ar2diff.rewards.sandbox import Job, judge
@@ -32,37 +34,44 @@ def main() -> None:
         f"bubblewrap {sandbox.version()}, Python {sys.version.split()[0]}, {processors} "
         f"processors, load {os.getloadavg()[0]:.1f}, {'root' if not os.geteuid() else 'no root'}\n"
     )
-    print("| what | median ms | slowest ms |\n|---|---|---|")
+    print("| what | median ms | slowest ms | processor ms |\n|---|---|---|---|")
     table("python -I -S -c pass, no sandbox", timed(bare, given.runs))
     job = Job(["def one(): return 1"], "assert one() == 1")
     worker = Worker(lambda: timed(lambda: judge(job, 60), given.runs), sandbox.enter)
     table("a program with its test", worker.values(600, {}))
-    table("the check before a run", timed(sandbox.check_sandbox, max(1, given.runs // 4)))
-    if find_file(given.data):
-        judged(given.data)
+    table("the check before a run", timed(sandbox.check_sandbox, max(1, given.runs // 4)), False)
+    try:
+        rows = [row for _, row in read_source(Source(path=given.data))]
+    except Ar2DiffError as error:
+        print(f"\nno program was judged: {error.what}")
+        return
+    judged(given.data, rows)
 
 
 def bare() -> None:
     subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
 
 
-def timed(call: Callable[[], object], runs: int) -> Iterator[float]:
-    """Milliseconds of each call, after one that does not count."""
+def timed(call: Callable[[], object], runs: int) -> Iterator[tuple[float, float]]:
+    """Milliseconds of each call on the clock, and of the processes it has waited for on a
+    processor, after one that does not count."""
     for run in range(runs + 1):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), os.times()
         call()
+        took, now = time.perf_counter() - began, os.times()
         if run:
-            yield 1000 * (time.perf_counter() - began)
+            spent = now.children_user + now.children_system
+            yield 1000 * took, 1000 * (spent - used.children_user - used.children_system)
 
 
-def table(name: str, took: Iterator[float]) -> None:
-    values = [value for value in took if value is not None]
-    print(f"| {name} | {statistics.median(values):.0f} | {max(values):.0f} |", flush=True)
+def table(name: str, values: Iterator[tuple[float, float]], waited: bool = True) -> None:
+    took, used = zip(*(value for value in values if value), strict=True)
+    spent = f"{statistics.mean(used):.0f}" if waited else ""
+    print(f"| {name} | {statistics.median(took):.0f} | {max(took):.0f} | {spent} |", flush=True)
 
 
-def judged(data: str) -> None:
+def judged(data: str, rows: list[dict[str, Any]]) -> None:
     """The given solutions of HumanEval, and functions that return nothing."""
-    rows = [row for _, row in read_source(Source(path=data))]
     reward = make_rewards([Reward(name="code")])[0]
     columns = {name: [row[name] for row in rows] for name in ("test", "entry_point")}
     columns["prompts"] = [row["prompt"] for row in rows]

@@ -262,39 +262,36 @@ main.Names.__missing__ = lambda self, name: True
     patches_json="import json\njson.dumps = lambda *args: '{\"value\": true}'\n" + NOISE,
     traces_itself="import sys\nsys.settrace(lambda *args: 1 / 0)\n" + NOISE,
 )
+FIND = "import gc, os, pathlib, re, sys\nNUMBER = re.compile(r'SECRET = ([0-9]+)')\n"
 forgers(
     "secrets",
-    reads_frames="""
-import sys
+    reads_frames=FIND + """
 def answer():
-    frame, found = sys._getframe(), []
+    frame = sys._getframe()
     while frame:
-        found += [v for v in frame.f_locals.values() if isinstance(v, (int, dict, str))]
+        for value in frame.f_locals.values():
+            if found := NUMBER.search(str(value)): return int(found[1])
         frame = frame.f_back
-    for value in found:
-        if 'SECRET' in str(value): return int(str(value).partition('== ')[2])
 """,
-    reads_the_heap="""
-import gc
+    reads_the_heap=FIND + """
 def answer():
-    for thing in gc.get_objects():
-        if isinstance(thing, dict) and thing.get('tests'):
-            return int(thing['tests'].partition('== ')[2])
+    things = gc.get_objects()
+    for thing in [*things, *gc.get_referents(*things)]:
+        if isinstance(thing, (bytes, dict, list, str)):
+            if found := NUMBER.search(str(thing)): return int(found[1])
 """,
-    reads_what_was_not_closed="""
-import os
+    reads_what_was_not_closed=FIND + """
 def answer():
     for number in range(3, 64):
         try:
             os.set_blocking(number, False)
-            return int(os.read(number, 9999).partition(b'== ')[2].split()[0])
+            return int(NUMBER.search(os.read(number, 1 << 20).decode())[1])
         except Exception:
             pass
 """,
-    reads_files="""
-import pathlib
+    reads_files=FIND + """
 def answer():
     for path in pathlib.Path('/tmp').rglob('*'):
-        return int(path.read_text().partition('== ')[2])
+        if found := NUMBER.search(path.read_text()): return int(found[1])
 """,
-)
+)  # fmt: skip

@@ -16,6 +16,14 @@ SIGNATURE = 'import math\n\n\ndef half(n):\n    """Half of n."""\n'
 CHECK = "def check(candidate):\n    assert candidate(8) == 4\n    assert candidate(3) == 1.5\n"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def checked():
+    """The check of the sandbox costs a second each time, and has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ar2diff.rewards.loading.check_sandbox", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def reward(sandboxed):
     """Function: what the reward gives completions, all with the same columns."""
@@ -136,7 +144,7 @@ def test_tests_that_are_at_fault_are_named(reward, columns, parts):
         assert part in error.value.what, error.value.what
 
 
-@pytest.mark.parametrize("every", [24, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_real_tests_pass_the_given_solutions_and_nothing_else(shared_data, every):
     path = shared_data("humaneval/HumanEval.jsonl.gz")
     rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")][::every]

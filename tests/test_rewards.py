@@ -782,16 +782,20 @@ def spawns(folder, **columns):
     process.wait()
 
 
+def ended(process):
+    """Whether a process is no more, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
 def gone(process):
-    """Whether a process is no more, or a zombie that nobody has waited for; waits a while."""
+    """Whether a process has ended; waits a while."""
     until = time.monotonic() + 10
-    while time.monotonic() < until:
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z"):
-                return True
-        except OSError:
-            return True
-    return False
+    while not ended(process) and time.monotonic() < until:
+        pass
+    return ended(process)
 
 
 @pytest.mark.parametrize("in_main", [True, False])

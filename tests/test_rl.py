@@ -228,7 +228,8 @@ def test_real_tests_that_no_completion_passes(rl, convert_tiny, shared_data, san
     path = shared_data("humaneval/HumanEval.jsonl.gz")
     rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
     rows = [row for row in rows if len(row["prompt"].encode()) < 300]  # tokens of the tiny model
-    sizes = [*SETTINGS[1:], "train.max_steps=2", "train.gradient_accumulation_steps=1"]
+    sizes = [*SETTINGS[2:], "train.max_steps=2", "train.gradient_accumulation_steps=1"]
+    sizes += ["rl.num_generations=2", "train.per_device_train_batch_size=4"]
     recipe = ["--recipe", "humaneval-rl", "rl.num_iterations=1"]
     code, said, _ = rl(convert_tiny(BLOCKS), *recipe, rows=rows, settings=sizes)
     assert code == 0 and len(rows) > 10

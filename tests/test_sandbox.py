@@ -5,18 +5,20 @@ What a reward gives for programs is in `test_code_rewards.py`."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from escapes import EFFECTS, ENDLESS, FORGERS, KINDS
-from test_rewards import gone
+from test_rewards import ended, gone
 
 from ar2diff.config.rl import Reward
 from ar2diff.core.errors import Ar2DiffError
@@ -100,9 +102,12 @@ def host(tmp_path_factory):
     assert not host.traces()
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def marked(names):
     """The attempts as parameters, of which a dozen is made every time."""
-    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in OFTEN else slow(name) for name in names]
 
 
 @needs_bubblewrap
@@ -146,25 +151,32 @@ def test_the_attempts_succeed_without_a_sandbox(tmp_path):
 
 
 @needs_bubblewrap
-def test_the_sandboxes_of_a_worker_end_with_it(tmp_path):
+def test_the_sandboxes_of_a_worker_end_with_it():
     def waits():
-        """Note bubblewrap's process and that of the supervisor, and judge without end."""
-        started = subprocess.Popen
+        """Judge a program without end in a thread; give the processes of bubblewrap and of the
+        supervisor in its sandbox."""
+        started, processes = subprocess.Popen, []
 
         def noted(*args, **named):
-            process = started(*args, **named)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            while not (found := children.read_text().split()):
-                pass
-            (tmp_path / "processes").write_text(f"{process.pid} {found[0]}")
-            return process
+            processes.append(started(*args, **named))
+            return processes[0]
 
         subprocess.Popen = noted
-        judge(Job(["import time\ntime.sleep(99)"], "f()"), 99)
+        job = Job(["while True: pass"], "f()")
+        thread = threading.Thread(target=judge, args=(job, 99))
+        thread.start()
+        found = []
+        while not found:
+            for outer in [process.pid for process in processes]:
+                found = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        yield [outer, int(found[0])]
+        thread.join()
 
-    stopped = Worker(waits, enter).call(3, {})
-    assert stopped.why == "took longer than 3 seconds"
-    assert all(map(gone, (tmp_path / "processes").read_text().split()))
+    calls = Worker(waits, enter).values(STARTING, {})
+    processes = next(calls)
+    assert not any(map(ended, processes))
+    calls.close()
+    assert all(map(gone, processes))
 
 
 # The check before a run
@@ -214,14 +226,14 @@ def also(*more):
     ("fault", "says"),
     [
         (without("--remount-ro", 1), "writes files outside of its scratch folder"),
-        (without("--size", 1), "writes more than 16 MB"),
         (every_call, "opens a network connection"),
-        (also("--ro-bind", "/etc", "/etc"), "reads files outside of the sandbox"),
         (also("--proc", "/proc"), "sees other processes"),
-        (also("--setenv", "TOKEN", "a"), "sees environment variables of the run"),
         (supervised('("NPROC", 0), ', ""), "starts processes"),
-        (supervised("MEMORY = 1 << 30", "MEMORY = 1 << 40"), "takes 2 GB of memory"),
-        (supervised('verdict["passed"] = True', "pass"), "that is right does not pass"),
+        slow(without("--size", 1), "writes more than 16 MB"),
+        slow(also("--ro-bind", "/etc", "/etc"), "reads files outside of the sandbox"),
+        slow(also("--setenv", "TOKEN", "a"), "sees environment variables of the run"),
+        slow(supervised("MEMORY = 1 << 30", "MEMORY = 1 << 40"), "takes 2 GB of memory"),
+        slow(supervised('verdict["passed"] = True', "pass"), "that is right does not pass"),
     ],
 )
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, fault, says):
@@ -229,6 +241,20 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch, fault, says):
     with pytest.raises(Ar2DiffError) as error:
         make_rewards([Reward(name="code")])
     assert says in error.value.what and "bubblewrap" in error.value.fix
+
+
+@pytest.mark.slow
+@needs_bubblewrap
+def test_secrets_are_read_if_they_come_before_the_program(monkeypatch):
+    """The order of the supervisor is what keeps them: with another one, a forger passes."""
+    text, early = sandbox._supervisor(), "    secret = receive(0, None)"
+    late = next(line for line in text.splitlines() if line.startswith(early))
+    fork = "    children = [Child("
+    text = text.replace(late, "").replace(fork, f"{early}\n{fork}")
+    job = Job([FORGERS["reads_frames"]], "SECRET = 7\nassert answer() == 7")
+    assert not Worker(judged, enter).call(STARTING, {"job": job, "seconds": 20})[0]
+    monkeypatch.setattr(sandbox, "_supervisor", lambda: text)
+    assert Worker(judged, enter).call(STARTING, {"job": job, "seconds": 20})[0]
 
 
 def test_without_bubblewrap_the_run_is_refused(monkeypatch):
