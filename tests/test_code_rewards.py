@@ -45,13 +45,14 @@ def test_functions_as_in_humaneval(reward):
         "    return (\n        n / 2\n)\n",
         "Half of it:\n```python\ndef half(n):\n    return math.fsum([n]) / 2\n```\nDone.",
         "```\ndef half(n):\n    return n\n```",
+        "import math\n\ndef half(n):\n    return math.fsum([n / 2])\n",
         "return n / 2",
         "",
         prompt=SIGNATURE,
         test=CHECK,
         entry_point="half",
     )
-    assert values == [1, 0, 1, 1, 1, 0, 0, 0]
+    assert values == [1, 0, 1, 1, 1, 0, 1, 0, 0]
 
 
 def test_functions_in_answers_of_a_conversation(reward):

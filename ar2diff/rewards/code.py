@@ -37,9 +37,9 @@ def code(
     It runs in a sandbox, which needs bubblewrap (Linux only). The last fenced block of the
     completion is the program, or else all of it. The columns say how it is tested:
 
-    * `test` and `entry_point`, as in HumanEval: the completion continues the prompt, up to the
-      first line that is not indented; a fenced block stands for itself. `test` may define
-      `check(candidate)`.
+    * `test` and `entry_point`, as in HumanEval: a completion that begins with indentation continues
+      the prompt, up to the next line that is not indented; any other, and a fenced block, stands
+      for itself. `test` may define `check(candidate)`.
     * `test_list`, as in MBPP: statements that call the functions of the program, after those in
       `test_setup_code` if there is that column.
     * `stdin` and `expected`: one text each, or a list of as many; what the program prints for each
@@ -80,7 +80,8 @@ def _passed(job: Job, seconds: float) -> float:
 def _continued(prompt: str, completion: str) -> list[str]:
     """The sources of a program that begins with the prompt, unless the prompt is no code."""
     fenced, given = _fenced(completion), _code(prompt)
-    if fenced is not None or not given:
+    indented = completion.lstrip("\r\n")[:1] in (" ", "\t")
+    if fenced is not None or not (given and indented):
         return [given, fenced or completion]
     first, *rest = completion.splitlines(keepends=True) or [""]
     body = [first]
