@@ -127,7 +127,7 @@ while len(kept) < 100:
     kept.append(bytes(range(256)) * (80 << 12))""",
     makes_a_file_in_memory="os.memfd_create('a')",
     shares_memory="return libc.shmget(0, 1 << 20, 0o1600) >= 0 or 1 / 0",
-    truncates_a_large_file_="os.truncate(open('/tmp/large', 'w').fileno(), 1 << 30)",
+    truncates_a_large_file_="with open('/tmp/large', 'w') as file:\n    file.truncate(1 << 30)",
     raises_its_limits_="""
 import resource
 resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))""",
@@ -159,7 +159,8 @@ effects(
     is_given_secrets="return {*os.environ} - {'LD_LIBRARY_PATH', 'LC_CTYPE', 'PWD'}",
     reads_its_arguments_="return 'token' in str(sys.orig_argv[6:]) or 'tests' in sys.argv",
     keeps_a_key_="return libc.syscall(248, b'user', b'a', b'b', 1, -2) >= 0",
-    loads_a_program_into_the_kernel_="return libc.syscall(321, 0, None, 0) >= 0",
+    loads_a_program_into_the_kernel_="""
+return libc.syscall(321, 0, (ctypes.c_uint32 * 4)(2, 4, 4, 1), 16) >= 0""",
     submits_work_to_the_kernel_="return libc.syscall(425, 8, bytes(120)) >= 0",
 )
 effects(
