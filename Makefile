@@ -1,4 +1,4 @@
-# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make elsewhere | make stories3m | make docs | make recordings | make gpu
+# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
+.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow sandbox-test fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -47,6 +47,13 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 	$(MAKE) cpus
+
+# Every attempt to escape from the sandbox of code rewards, and what a sandbox costs. Fails without
+# bubblewrap, where make test skips them.
+sandbox-test: $(STAMP)
+	AR2DIFF_SANDBOX=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -vv --no-header -m 'slow or not slow' \
+	  tests/test_sandbox.py tests/test_code_rewards.py
+	$(BIN)/python benchmarks/sandbox.py
 
 # What rounding, cores, locale or time zone could turn, under several of each (a part of make slow).
 cpus: $(STAMP)

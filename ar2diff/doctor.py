@@ -82,6 +82,8 @@ class Machine:
         cpu_threads: threads that torch uses.
         disk_free_gb: free space on the disk of the working folder, in 10^9 bytes.
         hub_token: `set` or `not set`. hub_offline: whether downloads are switched off.
+        sandbox: the version of bubblewrap if programs can be run safely for code rewards, or why
+            they cannot.
         warnings: what is likely to go wrong.
     """
 
@@ -95,6 +97,7 @@ class Machine:
     disk_free_gb: float
     hub_token: str
     hub_offline: bool
+    sandbox: str
     warnings: tuple[str, ...]
 
 
@@ -117,6 +120,7 @@ def examine() -> Machine:
         disk_free_gb=round(free / 1e9, 1),
         hub_token="set" if _has_token() else "not set",
         hub_offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
+        sandbox=_sandbox(),
         warnings=tuple([*_mismatches(packages), *_warnings(free)]),
     )
 
@@ -171,6 +175,17 @@ def _warnings(free: int) -> list[str]:
     if free < LITTLE:
         found.append(f"less than {LITTLE / 1e9:.0f} GB of disk space is free")
     return found
+
+
+def _sandbox() -> str:
+    from .core.errors import Ar2DiffError
+    from .rewards.sandbox import check_sandbox, version
+
+    try:
+        check_sandbox()
+    except Ar2DiffError as error:
+        return f"not available: {error.what}; {error.fix}"
+    return f"ok (bubblewrap {version()})"
 
 
 def _version(name: str) -> str | None:

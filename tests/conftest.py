@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +207,21 @@ def shared_data():
         return root / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def sandboxed():
+    """Skip where bubblewrap cannot make a sandbox; fail there in `make sandbox-test`."""
+    reason = "bubblewrap is not installed: apt-get install bubblewrap"
+    if shutil.which("bwrap"):
+        trial = "bwrap --unshare-all --unshare-user --disable-userns --ro-bind / / true".split()
+        user = {} if os.geteuid() else {"user": 65534, "group": 65534, "extra_groups": []}
+        done = subprocess.run(trial, capture_output=True, text=True, cwd="/", check=False, **user)
+        reason = f"bubblewrap does not work here: {done.stderr}" if done.returncode else ""
+    if reason and os.environ.get("AR2DIFF_SANDBOX") == "required":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture

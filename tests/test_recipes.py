@@ -50,7 +50,7 @@ def rl_rows(recipe) -> list[dict]:
     """Tasks with the columns of every reward."""
     row = {
         "answer": "3", "question": "1 + 2?", "numbers": [1, 2, 3], "target": 6, "words": ["cat"],
-        "puzzle": "1034", "solution": "1234",
+        "puzzle": "1034", "solution": "1234", "test": "assert f() == 3", "entry_point": "f",
     }  # fmt: skip
     return [{"prompt": f"say {n}:", **row} for n in range(24)]
 
@@ -113,10 +113,12 @@ def run(monkeypatch, capsys, *arguments: object) -> dict:
 
 
 @EVERY_RECIPE
-def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, tmp_path):
+def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, tmp_path, request):
     recipe = load_recipe(name)
     if recipe.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'ar2diff[dev]'")
+    if recipe.rl is not None and any(reward.name == "code" for reward in recipe.rl.rewards):
+        request.getfixturevalue("sandboxed")
     seen, train = [], Running.train
     monkeypatch.setattr(Running, "train", lambda self, **k: seen.append(self) or train(self, **k))
     what, out = CATALOGUE[name].verb, tmp_path / "out"

@@ -28,7 +28,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
 from ar2diff.rewards.builtin import GRADERS, countdown, demo, exact, length, sudoku, words
 from ar2diff.rewards.loading import make_rewards
-from ar2diff.rewards.workers import Worker
+from ar2diff.rewards.workers import Worker, confine
 
 HUGE = 100_000  # characters of a completion that has to be judged quickly
 
@@ -322,7 +322,7 @@ def test_a_confined_reward_writes_no_file_and_takes_no_memory_without_end(tmp_pa
             (tmp_path / "file").write_text("a")
         return len(bytearray(1 << 34))
 
-    worker = Worker(lambda completion: tries(completion), confined=True)
+    worker = Worker(lambda completion: tries(completion), confine)
     assert worker.call(20, {"completion": "write"}).kind == "OSError"
     assert worker.call(20, {"completion": "take"}).kind == "MemoryError"
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
@@ -782,16 +782,20 @@ def spawns(folder, **columns):
     process.wait()
 
 
+def ended(process):
+    """Whether a process is no more, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
 def gone(process):
-    """Whether a process is no more, or a zombie that nobody has waited for; waits a while."""
+    """Whether a process has ended; waits a while."""
     until = time.monotonic() + 10
-    while time.monotonic() < until:
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z"):
-                return True
-        except OSError:
-            return True
-    return False
+    while not ended(process) and time.monotonic() < until:
+        pass
+    return ended(process)
 
 
 @pytest.mark.parametrize("in_main", [True, False])

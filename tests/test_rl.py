@@ -3,6 +3,7 @@ quantised bases."""
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import re
@@ -215,6 +216,24 @@ def test_a_row_that_a_reward_of_ours_cannot_judge_is_named(refused, convert_tiny
     assert "reward sudoku raised ValueError: column puzzle has 2 cells" in said
     assert re.search("at row [04] of a batch, prompt 'p1'", said)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_sandbox_code_is_not_run(refused, convert_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(convert_tiny(BLOCKS), "rl.rewards=[{name: code}]")
+    assert "needs bubblewrap, which is not installed" in said and "apt-get" in said
+
+
+def test_real_tests_that_no_completion_passes(rl, convert_tiny, shared_data, sandboxed):
+    path = shared_data("humaneval/HumanEval.jsonl.gz")
+    rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    rows = [row for row in rows if len(row["prompt"].encode()) < 300]  # tokens of the tiny model
+    sizes = [*SETTINGS[2:], "train.max_steps=2", "train.gradient_accumulation_steps=1"]
+    sizes += ["rl.num_generations=2", "train.per_device_train_batch_size=4"]
+    recipe = ["--recipe", "humaneval-rl", "rl.num_iterations=1"]
+    code, said, _ = rl(convert_tiny(BLOCKS), *recipe, rows=rows, settings=sizes)
+    assert code == 0 and len(rows) > 10
+    assert "warning: no completion has earned a reward in 2 steps" in said
 
 
 # A dry run

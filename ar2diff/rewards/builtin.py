@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
+from .code import code
+
 # 18  1,000  18.0  .5  -3  $18  -$18; but not parts of 1_000, x2, 1e5, 3.14.15, or the -5 in 10-5
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|\.\d|[eE][+-]?\d)"
 NUMBER = re.compile(
@@ -146,7 +148,8 @@ def math(completion: str, answer: Any) -> float:
 
 
 GRADERS: dict[str, Callable[..., float]] = {
-    grade.__name__: grade for grade in (exact, countdown, sudoku, regex, words, length, demo, math)
+    grade.__name__: grade
+    for grade in (exact, countdown, sudoku, regex, words, length, demo, math, code)
 }
 
 

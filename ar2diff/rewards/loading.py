@@ -7,9 +7,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +22,14 @@ from ..config.rl import Reward
 from ..core.errors import Ar2DiffError, first_line, nearest, shortened
 from .builtin import GRADERS
 from .guards import Guard, text_of
-from .workers import Raised, Stopped, Worker
+from .sandbox import STARTING, check_sandbox, enter
+from .workers import Raised, Stopped, Worker, confine
 
 MODEL = "model:"  # prefix of the folder or Hub id of a reward model
 NOTES = ("log_extra", "log_metric")  # callbacks that trl passes
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", *NOTES)
 UNBOUNDED = ("regex", "math")  # built-in rewards that can run forever
+SANDBOXED = "code"  # the one that runs programs
 SECONDS = 2.0  # minimum per completion, out of the time_limit of a batch
 
 
@@ -198,38 +202,54 @@ def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
 def _graded(entry: Reward, guard: Guard) -> Callable[..., list[float | None]]:
     """A built-in reward, applied to a batch. Its errors name the row."""
     grade = GRADERS[entry.name]
-    if entry.name == "math":
-        if importlib.util.find_spec("math_verify") is None:
-            raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
-        importlib.import_module(
-            "math_verify"
-        )  # imported here once, not in each worker: it takes seconds
+    judge = _judge(entry, guard, functools.partial(grade, **_arguments(entry, grade)))
     parameters = list(inspect.signature(grade).parameters.values())[1:]
-    wanted = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    arguments = _arguments(entry, grade)
-
-    def grades(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
-        for row, completion in enumerate(completions):
-            values = {name: columns[name][row] for name in wanted}
-            yield grade(text_of(completion, "assistant"), **values, **arguments)
-
-    judge = _judged_apart(grades, guard) if entry.name in UNBOUNDED else _judged_here(grades, guard)
+    wanted = {p.name: p.default is p.empty for p in parameters if p.kind is not p.KEYWORD_ONLY}
 
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        for name in wanted:
-            if name not in columns:
+        given = {"prompt": [text_of(prompt, "user") for prompt in prompts], **columns}
+        for name, needed in wanted.items():
+            if needed and name not in given:
                 known = [key for key in columns if key not in PASSED]
                 raise Ar2DiffError(
                     f"reward {guard.name} reads column {name!r}, which the data does not have "
                     f"(it has {', '.join(known) or 'none'})",
                     f"rename the column of the data to {name}, or choose another reward",
                 )
-        own = {name: columns[name] for name in wanted}
+        own = {name: given[name] for name in wanted if name in given}
         return guard.checked(judge(prompts, completions, own), prompts)
 
     return guard.named(reward, grade)
+
+
+def _judge(entry: Reward, guard: Guard, grade: Callable[..., float]) -> Judge:
+    """A grader with its arguments, applied to a batch where that is safe."""
+
+    def grades(completions: Sequence[Any], columns: dict[str, Any]) -> Iterator[float]:
+        def score(row: int) -> float:
+            values = {name: column[row] for name, column in columns.items()}
+            return grade(text_of(completions[row], "assistant"), **values)
+
+        if entry.name != SANDBOXED:
+            yield from map(score, range(len(completions)))
+            return
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # which wait for sandboxes
+            yield from pool.map(score, range(len(completions)))
+
+    if entry.name == SANDBOXED:
+        check_sandbox()
+        seconds = min(grade.keywords["seconds"], entry.time_limit)
+        grade = functools.partial(grade, seconds=seconds)
+        return _judged_apart(grades, guard, enter, seconds + 2 * STARTING)  # keeps the time itself
+    if entry.name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise Ar2DiffError("reward math needs math-verify", "pip install 'ar2diff[math]'")
+        importlib.import_module("math_verify")  # once, not in each worker: it takes seconds
+    if entry.name in UNBOUNDED:
+        return _judged_apart(grades, guard, confine)
+    return _judged_here(grades, guard)
 
 
 Grades = Callable[[Sequence[Any], dict[str, Any]], Iterator[float]]
@@ -254,16 +274,24 @@ def _judged_here(grades: Grades, guard: Guard) -> Judge:
     return judge
 
 
-def _judged_apart(grades: Grades, guard: Guard) -> Judge:
-    """Run graders that can take forever in a confined process. When one is stuck on a completion,
-    the process is killed and replaced, and the completion scores 0."""
-    worker = Worker(grades, confined=True)
+def _judged_apart(
+    grades: Grades, guard: Guard, prepare: Callable[[], None], longest: float | None = None
+) -> Judge:
+    """Run graders that can take forever in a process of their own. When one is stuck on a
+    completion, the process is killed and replaced, and the completion scores 0.
+
+    Args:
+        prepare: what the process does first. longest: seconds that a completion may take; None for
+            its share of the time of the batch.
+    """
+    worker = Worker(grades, prepare)
 
     def judge(
         prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
     ) -> list[float]:
         values: list[float] = []
-        seconds = min(guard.limit, max(SECONDS, guard.limit / max(1, len(completions))))
+        share = min(guard.limit, max(SECONDS, guard.limit / max(1, len(completions))))
+        seconds = longest or share
         while (done := len(values)) < len(completions):
             rest = {name: column[done:] for name, column in columns.items()}
             for value in worker.values(

@@ -89,11 +89,10 @@ class Worker:
     Args:
         function: a sync or async function, called with keyword arguments. Its result must be
             JSON; the values of a generator arrive one by one.
-        confined: for functions that score what a model wrote and need nothing from outside. They
-            cannot write files or use the network, and their memory is limited.
+        prepare: called once in each process before it calls the function, for example `confine`.
     """
 
-    def __init__(self, function: Callable[..., Any], confined: bool = False):
+    def __init__(self, function: Callable[..., Any], prepare: Callable[[], None] = lambda: None):
         if not hasattr(os, "fork"):
             raise Ar2DiffError(
                 "rewards run in forked processes, which this operating system does not support",
@@ -107,7 +106,7 @@ class Worker:
             server = os.fork()
         if not server:
             control.close()
-            _run(lambda: _serve(theirs, function, confined))
+            _run(lambda: _serve(theirs, function, prepare))
         theirs.close()
         self._processes = _Processes(control, server)
         weakref.finalize(self, self._processes.end)
@@ -160,6 +159,20 @@ class Worker:
         state.calls = ours
 
 
+def confine() -> None:
+    """Take away what a function does not need that scores what a model wrote: this process can no
+    longer write files or use the network, and its memory is limited."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sys.platform.startswith("linux"):  # move to an empty network namespace, if allowed
+        ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)
+
+
 def _run(function: Callable[[], None]) -> None:
     """The whole life of a forked process, which never returns into the code that forked it."""
     try:
@@ -173,7 +186,9 @@ def _run(function: Callable[[], None]) -> None:
         os._exit(0)
 
 
-def _serve(control: socket.socket, function: Callable[..., Any], confined: bool) -> None:
+def _serve(
+    control: socket.socket, function: Callable[..., Any], prepare: Callable[[], None]
+) -> None:
     """Fork a worker for each socket that arrives, until the other end is closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     while True:
@@ -184,14 +199,14 @@ def _serve(control: socket.socket, function: Callable[..., Any], confined: bool)
         if not process:
             control.close()
             calls = socket.socket(fileno=sockets[0])
-            _run(functools.partial(_work, calls, function, confined))
+            _run(functools.partial(_work, calls, function, prepare))
         os.close(sockets[0])
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(process, process)  # in both processes, since either may come first
         control.sendall(NUMBER.pack(process))
 
 
-def _work(calls: socket.socket, function: Callable[..., Any], confined: bool) -> None:
+def _work(calls: socket.socket, function: Callable[..., Any], prepare: Callable[[], None]) -> None:
     """Answer calls until the other end is closed."""
     die_with_parent()
     with contextlib.suppress(PermissionError):
@@ -199,8 +214,7 @@ def _work(calls: socket.socket, function: Callable[..., Any], confined: bool) ->
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # thread pools do not survive a fork
-    if confined:
-        _confine()
+    prepare()
     loop = asyncio.new_event_loop()  # one for all calls: network clients are tied to a loop
     while True:
         try:
@@ -230,19 +244,6 @@ def _answer(
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         answer = json.dumps(("raised", (type(error).__name__, first_line(error), place)))
     _send(calls, answer.encode())
-
-
-def _confine() -> None:
-    """Take away everything that scoring a text does not need."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    if sys.platform.startswith("linux"):  # move to an empty network namespace, if allowed
-        ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)
 
 
 def _send(to: socket.socket, data: bytes) -> None:
