@@ -1,0 +1,293 @@
+"""Which tokens a constraint lets a sampler write, so that the answer can always be completed.
+
+In mode diffusion each forward takes *one* path of the automaton through all undecided positions of
+a block, the likeliest or a drawn one, under the product of the positions' distributions. Of its
+tokens any subset may be decided: the rest of the path shows how the text can be completed. (To mask
+each position by itself would not do: two tokens that each fit some answer need not fit one.) In
+modes `ar` and `speculative` the distribution of the next token is masked and renormalised.
+This file is copied into converted folders: it imports numpy, torch and its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .automaton import DEAD, Array, Automaton
+from .canvas import Canvas
+from .errors import Ar2DiffError, option
+from .lattice import NEVER, Lattice
+from .samplers import HIDDEN, Choice, Chooser, draw, log_prob
+from .transfer import download, upload
+
+LOWEST = -1e30  # the logit of a token that a filter has taken away, where it is needed
+DISTRIBUTIONS = ("margin", "entropy")  # orders that look at more than the chosen token
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions of a row whose text has to match as a whole.
+
+    Attributes:
+        begin, end: first position, and the one after the last.
+        held: so many of the first tokens may not end the text; for a gap, all of them.
+    """
+
+    begin: int
+    end: int
+    held: int
+
+    @property
+    def room(self) -> int:
+        """Tokens that it has."""
+        return self.end - self.begin
+
+
+class Constraint:
+    """An automaton, and where on a canvas it reads.
+
+    Args:
+        spans: of each row, from left to right and not adjacent; None: the gaps of its prompt, each
+            by itself; for a row without gaps, its answer.
+
+    Raises:
+        Ar2DiffError: no allowed text fits the room.
+    """
+
+    def __init__(
+        self, automaton: Automaton, canvas: Canvas, spans: Sequence[Sequence[Span]] | None = None
+    ):
+        self.automaton, self.canvas = automaton, canvas
+        self.spans = spans or [_spans(canvas, row) for row in range(len(canvas.ids))]
+        if not automaton.can_end:
+            self.spans = [[replace(span, held=span.room) for span in row] for row in self.spans]
+        shapes = {(span.room, span.held) for row in self.spans for span in row}
+        self.left = {shape: automaton.completable(*shape) for shape in shapes}
+        for room, held in sorted(shapes):
+            if not self.left[room, held][room][automaton.start]:
+                raise _no_room(automaton, room, held)
+        most = max(map(len, self.spans))
+        self.places = np.array(  # [R, K, 3] of the spans, and empty ones
+            [
+                [*((s.begin, s.end, s.held) for s in row), *[(0, 0, 0)] * (most - len(row))]
+                for row in self.spans
+            ]
+        )
+        self.known: dict[Span, dict[int, tuple[int, int]]] = {}  # by row: (position, state)
+
+    # mode diffusion
+
+    def choose(
+        self,
+        chooser: Chooser,
+        row: Tensor,
+        position: Tensor,
+        masked: Tensor,
+        logits: Tensor,
+        context: Tensor | None,
+        u: Tensor | None,
+    ) -> tuple[Choice, Choice]:
+        """Tokens for the undecided positions of blocks, those of one path for each row; and the
+        same tokens with how sure the model is of them *given* that the text matches, which is what
+        decides between them. Both are on the CPU.
+
+        Args:
+            row, position: [R, W] of the tokens of the blocks. masked: [R, W] bool, N undecided.
+            logits: [N, V] of `Chooser.possible`.
+            context: as of `Chooser.warp`.
+            u: [N] numbers in [0, 1) that decide the draws; None: the likeliest path is taken.
+        """
+        best, scores = u is None, chooser.warp(logits, context)
+        undecided = masked.numpy()
+        lattice = self._lattice(row, position, undecided)
+        own, drawn = self._tables(logits, scores, best)
+        behind = lattice.filled(undecided, drawn).behind(best)
+        lost = (lattice.total(behind) == NEVER) & undecided.any(1)
+        if lost.any():  # no path is left of what filters leave, but one of what they take
+            again = lost[undecided.nonzero()[0]]
+            (table,) = download(self._table(logits, best))
+            drawn = np.where(again[:, None], table.double().clamp(min=LOWEST).numpy(), drawn)
+            behind = lattice.filled(undecided, drawn).behind(best)
+            (again,) = upload(logits.device, torch.from_numpy(again))
+            scores = torch.where(again[:, None], logits.clamp(min=LOWEST), scores)
+        numbers = None if best else _spread(u.numpy(), undecided)
+        labels, rest = lattice.filled(undecided, drawn).paths(behind, numbers)
+        label, rest, token_class = upload(
+            logits.device, torch.from_numpy(labels[undecided]), torch.from_numpy(rest[undecided]),
+            self.automaton.token_class,
+        )  # fmt: skip
+        other = (token_class != label[:, None]) & (label >= 0)[:, None]
+        scores = scores.masked_fill(other, HIDDEN)
+        tokens = scores.argmax(-1) if best else draw(scores.softmax(-1), rest)
+        lattice = lattice.filled(undecided, own)
+        return self._measured(chooser, lattice, undecided, labels, logits, tokens)
+
+    def _tables(self, logits: Tensor, scores: Tensor, best: bool) -> tuple[Array, Array]:
+        """[N, C] log-probabilities of the classes in the model's own distribution, and what the
+        scores of each class weigh in a path."""
+        tables = [self._table(logits, False)]
+        if best or scores is not logits:
+            tables.append(self._table(scores, best))
+        own, *drawn = (table.double().numpy() for table in download(*tables))
+        own = own - np.logaddexp.reduce(own, 1, keepdims=True)
+        return own, drawn[0] if drawn else own
+
+    def _table(self, scores: Tensor, best: bool) -> Tensor:
+        """[N, C] of scores [N, V]: the largest of each class, or the logarithm of the sum of
+        exponentials; on the device of the scores, so that only the classes travel."""
+        (index,) = upload(scores.device, self.automaton.token_class)
+        index = index.expand_as(scores)
+        top = scores.new_full((len(scores), self.automaton.classes), HIDDEN)
+        top.scatter_reduce_(1, index, scores, "amax")
+        if best:
+            return top
+        shift = top.masked_fill(top == HIDDEN, 0.0)
+        total = torch.zeros_like(top)
+        total.scatter_add_(1, index, (scores - shift.gather(1, index)).exp())
+        return total.log() + shift
+
+    def _measured(
+        self,
+        chooser: Chooser,
+        lattice: Lattice,
+        undecided: Array,
+        labels: Array,
+        logits: Tensor,
+        tokens: Tensor,
+    ) -> tuple[Choice, Choice]:
+        """The choice of tokens [N] with their own log-probabilities, and with those that they have
+        given that the text matches.
+
+        Args:
+            lattice: with the model's own weights. labels: [R, W] classes of the path.
+        """
+        ahead, behind, options = lattice.ahead(), lattice.behind(False), chooser.options
+        total = lattice.total(behind)
+        if options.order in DISTRIBUTIONS or options.entropy_bound is not None:
+            around = np.zeros((*undecided.shape, self.automaton.classes))
+            for column in range(undecided.shape[1]):
+                found = lattice.marginals(column, ahead[column], behind[column]) - total[:, None]
+                around[:, column] = np.where(lattice.inside[:, column, None], found, 0.0)
+            index, bias = upload(
+                logits.device, self.automaton.token_class, torch.from_numpy(around[undecided])
+            )
+            given = chooser.measured(logits + bias.to(logits)[:, index], tokens).on_host()
+            return Choice(*download(tokens, log_prob(logits, tokens))), given
+        tokens, logprob = download(tokens, log_prob(logits, tokens))
+        around = np.zeros(undecided.shape)
+        for column in range(undecided.shape[1]):
+            found = lattice.marginal(column, labels[:, column], ahead[column], behind[column])
+            around[:, column] = np.where(lattice.inside[:, column], found - total, 0.0)
+        sure = logprob + torch.from_numpy(around[undecided]).to(logprob)
+        return Choice(tokens, logprob), Choice(tokens, sure)
+
+    def _lattice(self, row: Tensor, position: Tensor, undecided: Array) -> Lattice:
+        """Where spans lie in blocks, and what is decided there."""
+        own, place = self.automaton, position.numpy()
+        inside, closes, held = (np.zeros(place.shape, bool) for _ in range(3))
+        begin, limit = np.full(len(place), own.start), np.ones((len(place), own.states), bool)
+        numbers, behind = row[:, 0].tolist(), place[:, -1] + 1
+        for begins, ends, holds in zip(*self.places[numbers].transpose(2, 1, 0), strict=True):
+            begins, ends, holds = begins[:, None], ends[:, None], holds[:, None]
+            here = (begins <= place) & (place < ends)
+            inside |= here
+            closes |= here & (place == ends - 1)
+            held |= here & (place < begins + holds)
+        for line, number in enumerate(numbers):
+            for span in self.spans[number]:
+                if span.begin < place[line, 0] < span.end:
+                    begin[line] = self._state(number, span, int(place[line, 0]))
+                if span.begin < behind[line] < span.end:
+                    limit[line] = self.left[span.room, span.held][span.end - behind[line]]
+        weights = np.full((*place.shape, own.classes), NEVER)
+        decided = inside & ~undecided
+        tokens = self.canvas.ids[row, position.clamp(max=self.canvas.ids.shape[1] - 1)].numpy()
+        weights[decided, own.token_class.numpy()[tokens[decided]]] = 0.0
+        return Lattice(own, inside, closes, held, begin, limit, weights)
+
+    def _state(self, row: int, span: Span, position: int) -> int:
+        """The state before a position of a span, all of which is decided up to there."""
+        known = self.known.setdefault(span, {})
+        at, state = known.get(row, (span.begin, self.automaton.start))
+        if at > position:  # remasking has taken back what was read
+            at, state = span.begin, self.automaton.start
+        state = self.automaton.walk(self.canvas.ids[row, at:position].tolist(), state)
+        known[row] = position, state
+        return state
+
+    # modes ar and speculative
+
+    def state(self, row: int, front: int) -> int:
+        """The state after the first tokens of a row, as many as `front`."""
+        (span,) = self.spans[row]
+        return self._state(row, span, min(front, span.end))
+
+    def allowed(self, rows: Sequence[int], positions: Sequence[int], states: Sequence[int]) -> Tensor:
+        """[N, C] bool, the classes of the tokens that may stand at positions.
+
+        Args:
+            states: of the automaton before each; `DEAD` for one that nobody asks about.
+        """
+        own = self.automaton
+        found = np.ones((len(rows), own.classes), bool)
+        for place, (row, position, state) in enumerate(zip(rows, positions, states, strict=True)):
+            (span,) = self.spans[row]
+            if state == DEAD or position >= span.end:
+                continue
+            edges = slice(own.first[state], own.first[state + 1])
+            left = self.left[span.room, span.held][span.end - position - 1]
+            fits = left[own.target[edges]]
+            if position - span.begin < span.held:
+                fits = fits & (own.label[edges] != own.ends)
+            found[place] = False
+            found[place, own.label[edges][fits]] = True
+        return torch.from_numpy(found)
+
+    def masked(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        """Logits [N, V] without the tokens that are not allowed [N, C]."""
+        index, fits = upload(logits.device, self.automaton.token_class, allowed)
+        return logits.masked_fill(~fits[:, index], HIDDEN)
+
+    def whole(self, row: int, end: int) -> bool:
+        """Whether what stands in a row up to a position is all that has to match, and does."""
+        return all(
+            self.automaton.accepting[self._state(row, span, min(span.end, end))]
+            for span in self.spans[row]
+        )
+
+
+def _spread(values: Array, where: Array) -> Array:
+    """[N] values in their places [R, W], zero elsewhere."""
+    found = np.zeros(where.shape)
+    found[where] = values
+    return found
+
+
+def _spans(canvas: Canvas, row: int) -> list[Span]:
+    """The gaps of a row's prompt, or its answer."""
+    prompt = int(canvas.prompt[row])
+    gaps = set((~canvas.given[row, :prompt]).nonzero()[:, 0].tolist())
+    if not gaps:
+        return [Span(prompt, canvas.last[row], canvas.first[row] - prompt)]
+    begins = sorted(place for place in gaps if place - 1 not in gaps)
+    ends = sorted(place + 1 for place in gaps if place + 1 not in gaps)
+    return [Span(b, e, e - b) for b, e in zip(begins, ends, strict=True)]
+
+
+def _no_room(automaton: Automaton, room: int, held: int) -> Ar2DiffError:
+    """The error for a constraint that no text of the right length matches."""
+    shortest, most = automaton.shortest, option("max_new_tokens", room)
+    if shortest > room:
+        what = f"the shortest text that matches has {shortest}, but there is room for {room}"
+        fix = f"set {option('max_new_tokens')} to {shortest} or more, or make the gap that long"
+    elif held < room:
+        what = f"no text that matches has at least {held}, but at most {room}"
+        fix = f"lower {option('min_new_tokens')}, or raise {most}"
+    else:
+        what = f"no text that matches has exactly {room}, as a gap has that is filled to its end"
+        fix = f"change the length of the gap; the shortest text has {shortest}"
+    return Ar2DiffError(f"the constraint leaves no answer: in tokens, {what}", fix)
