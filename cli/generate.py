@@ -49,6 +49,28 @@ def generate(
             "likeliest text is chosen.",
         ),
     ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            help="The whole answer, or each gap, matches this regular expression.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The answer, or each gap, is JSON of the schema in this file.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The answer, or each gap, is this text, or another of those given.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of prompts to decode together.")
     ] = 8,
@@ -84,7 +106,7 @@ def generate(
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
     from ..core.errors import Ar2DiffError, option, shortened
-    from ..generation.prompts import check_stream, request_of
+    from ..generation.prompts import check_stream, constraints_of, request_of
     from ..generation.results import check_target, summary, unread_note, write_results
 
     if prompt is None and " " in model and not Path(model[:200]).exists():
@@ -103,6 +125,7 @@ def generate(
         )
     if output is not None:
         check_target(output, overwrite)
+    settings |= constraints_of(regex, json_schema, choice)
     quiet()
     from .. import load
     from ..generation.complete import check_request

@@ -226,7 +226,9 @@ class Constraint:
         (span,) = self.spans[row]
         return self._state(row, span, min(front, span.end))
 
-    def allowed(self, rows: Sequence[int], positions: Sequence[int], states: Sequence[int]) -> Tensor:
+    def allowed(
+        self, rows: Sequence[int], positions: Sequence[int], states: Sequence[int]
+    ) -> Tensor:
         """[N, C] bool, the classes of the tokens that may stand at positions.
 
         Args:

@@ -18,7 +18,6 @@ from transformers.generation import logits_process
 
 from .canvas import Canvas, Finished
 from .compiled import check_compiles
-from .constraint import Constraint
 from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches, without_gradients
@@ -51,7 +50,6 @@ def denoise(
     processors: Sequence[Any] = (),
     finished: Finished | None = None,
     draft: Draft | None = None,
-    constraint: Constraint | None = None,
 ) -> Iterator[Canvas]:
     """Decide all tokens of a canvas, yielding it after every forward.
 
@@ -62,7 +60,6 @@ def denoise(
         processors: additional processors of transformers that look at each position alone.
         finished: additional reasons to stop a row, from `finished_of`.
         draft: the draft adapter, if the model has one; `spec` is then that of `spec_for`.
-        constraint: what the text has to match, on this canvas.
 
     Raises:
         Ar2DiffError: the options leave no token to write, or name one that the model lacks; the
@@ -97,10 +94,9 @@ def denoise(
         yield from Speculation(
             model, spec, canvas, chooser, _pace(model, spec, canvas, chooser, draft),
             draft=draft, cache=options.cache_implementation, finished=finished,
-            constraint=constraint,
         ).run()  # fmt: skip
         return
-    yield from _Denoiser(model, spec, canvas, options, chooser, finished, constraint).run()
+    yield from _Denoiser(model, spec, canvas, options, chooser, finished).run()
 
 
 def _pace(model: Any, spec: Spec, canvas: Canvas, chooser: Chooser, draft: Draft | None) -> Pace:
@@ -124,10 +120,8 @@ class _Denoiser:
         options: Options,
         chooser: Chooser,
         finished: Finished | None,
-        constraint: Constraint | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
-        self.constraint = constraint
         self.without_gradients = without_gradients(model, options.compile)
         self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
@@ -225,8 +219,8 @@ class _Denoiser:
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
             logits = logits + self.head(given["before"]).to(logits)
-        if self.constraint is not None:
-            choice, given_fit = self.constraint.choose(
+        if canvas.constraint is not None:
+            choice, given_fit = canvas.constraint.choose(
                 self.chooser, self.row, self.position, masked, logits, context, u
             )
         else:
@@ -239,7 +233,7 @@ class _Denoiser:
             taken = canvas.forwards[rows] - self.began[rows] - 1
             quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
         commit = commits(options, given_fit, masked, quota, self.chooser, rows)
-        if self.head is not None and self.constraint is None:  # else tokens are those of a path
+        if self.head is not None and canvas.constraint is None:  # else tokens are those of a path
             choice, commit = left_to_right(
                 self.head, self.chooser, logits, u, context, choice, masked, commit
             )

@@ -133,7 +133,9 @@ class Lattice:
         order, bounds = own.by_label
         for label in set(labels.tolist()) - {-1}:
             edges, rows = order[bounds[label] : bounds[label + 1]], np.flatnonzero(labels == label)
-            ways = ahead[rows[:, None], own.source[edges]] + behind[rows[:, None], own.target[edges]]
+            ways = (
+                ahead[rows[:, None], own.source[edges]] + behind[rows[:, None], own.target[edges]]
+            )
             found[rows] = _sum(ways, np.zeros(1, int), np.zeros(len(edges), int))[:, 0]
         return found
 

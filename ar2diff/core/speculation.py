@@ -28,7 +28,6 @@ from torch import Tensor
 from .automaton import DEAD
 from .candidates import CandidateReader
 from .canvas import Canvas, Finished
-from .constraint import Constraint
 from .draft import Draft
 from .forward import context_length, rope_regime, rope_switches, without_gradients
 from .gumbel import GumbelNoise
@@ -54,7 +53,6 @@ class Speculation:
         pace: how many candidates and masks a forward holds.
         draft: the draft adapter, if the model has one.
         cache: `dynamic`, `static` or `none`.
-        constraint: what the text has to match, on this canvas.
     """
 
     def __init__(
@@ -68,9 +66,7 @@ class Speculation:
         draft: Draft | None = None,
         cache: str = "dynamic",
         finished: Finished | None = None,
-        constraint: Constraint | None = None,
     ):
-        self.constraint = constraint
         self.model, self.spec, self.canvas, self.chooser = model, spec, canvas, chooser
         self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
         self.switches = rope_switches(model.config)
@@ -277,10 +273,9 @@ class _Group:
             for depth in (0, *tree.depths, *[0] * (size - 1 - len(tree)))
         ]
         logits = self._possible(target.flatten(0, 1), self._held(rows, position))
-        if self.own.constraint is not None:
-            logits = self._fitting(logits, rows, position, size)
         noise = self._noise(rows, position, logits.device)
-        scores = self._scores(logits, noise, self._contexts(size))
+        fitting = self._fitting(logits, rows, position, size)
+        scores = self._scores(fitting, noise, self._contexts(size))
         return scores.argmax(-1).view(count, size), logits
 
     def _found(
@@ -310,7 +305,9 @@ class _Group:
     ) -> Tensor:
         """Logits [R * (N + 1), V] without what does not fit the constraint after the newest token
         and each candidate."""
-        constraint, states = self.own.constraint, []
+        constraint, states = self.own.canvas.constraint, []
+        if constraint is None:
+            return logits
         for line, tree in enumerate(self.trees):
             after = self._states_after(line, tree)
             states += [*after, *[DEAD] * (size - len(after))]
@@ -318,7 +315,7 @@ class _Group:
 
     def _states_after(self, line: int, tree: Tree) -> list[int]:
         """The constraint's states after a row's newest token and each candidate."""
-        constraint, row = self.own.constraint, self.rows[line]
+        constraint, row = self.own.canvas.constraint, self.rows[line]
         states = [constraint.state(row, self.front[line])]
         for token, parent in zip(tree.tokens, tree.parents, strict=True):
             states.append(constraint.automaton.step(states[parent + 1], token))
@@ -384,7 +381,7 @@ class _Group:
                 guesses = self._guesses_of(have, [blocks[line] for line in have], found)
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
-        if self.own.constraint is not None:
+        if self.own.canvas.constraint is not None:
             for line, tree in enumerate(self.trees):
                 tree.keep([state != DEAD for state in self._states_after(line, tree)[1:]])
         self.pace.plan(self.trees, self.drafts)

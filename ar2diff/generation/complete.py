@@ -26,6 +26,7 @@ from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
+from ..core.pattern import check_constraint, constraint_of
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from .prompts import Request, Segments, split_gaps
@@ -64,7 +65,8 @@ def complete_all(
             ids = encode(checkpoint.tokenizer, spec, segments)
             if gaps not in asked:
                 asked[gaps] = settings_of(checkpoint, filling, gaps)[1]
-            canvas_of(checkpoint.model, spec, [ids], asked[gaps])
+            canvas = canvas_of(checkpoint.model, spec, [ids], asked[gaps])
+            constraint_of(checkpoint.model, checkpoint.tokenizer, asked[gaps], canvas)
         except Ar2DiffError as error:
             raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
         groups[gaps].append((number, segments, ids))
@@ -123,7 +125,10 @@ def begin(
     """
     model = checkpoint.model
     canvas = canvas_of(model, spec, rows, options)
-    finished = finished_of(model, options, None, checkpoint.tokenizer)
+    canvas.constraint = constraint_of(model, checkpoint.tokenizer, options, canvas)
+    finished = finished_of(
+        model, options, None, checkpoint.tokenizer, constraint=canvas.constraint
+    )
     states = denoise(model, spec, canvas, options, finished=finished, draft=checkpoint.draft)
     return canvas, states
 
@@ -167,6 +172,7 @@ def check_request(
     gaps = request is not None and request.has_gap
     configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
     options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)
+    check_constraint(options)
     if gaps and options.mode != "diffusion":
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
