@@ -29,7 +29,7 @@ VOCABULARY = 7
 def automaton(edges=EDGES, final=(2,), **given) -> Automaton:
     columns = tuple(np.array(column) for column in zip(*edges, strict=True))
     given = {"end_ids": [EOS], "impossible": [MASK], **given}
-    return Automaton.of_edges(columns, 0, final, VOCABULARY, **given)
+    return Automaton.of_edges(columns, [0], final, VOCABULARY, **given)
 
 
 def canvas_of(rows: int, room: int, held: int = 0, ends=(EOS,), prompt=(X,)) -> Canvas:
@@ -191,14 +191,14 @@ def end_among_the_tokens(monkeypatch):
     """An end token leads from a final state to itself, as in an index of outlines-core."""
     honest = Automaton.of_edges.__func__
 
-    def of_edges(cls, edges, start, accepting, vocabulary, **given):
+    def of_edges(cls, edges, starts, accepting, vocabulary, **given):
         source, token, target = edges
         accepting = list(accepting)
         edges = (
             np.append(source, accepting), np.append(token, [EOS] * len(accepting)),
             np.append(target, accepting),
         )  # fmt: skip
-        return honest(cls, edges, start, accepting, vocabulary, impossible=given["impossible"])
+        return honest(cls, edges, starts, accepting, vocabulary, impossible=given["impossible"])
 
     monkeypatch.setattr(Automaton, "of_edges", classmethod(of_edges))
     monkeypatch.setattr(Automaton, "can_end", True)

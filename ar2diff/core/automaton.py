@@ -32,7 +32,7 @@ class Automaton:
         source, label, target: [E] the state, class and next state of each edge, sorted by state
             and class. Every state has an edge, and from every state an answer can be completed.
         accepting: [S] bool, states in which an answer may end for lack of room, END among them.
-        start: the state before the first token.
+        starts: states before a first token, of one text or of several kinds of them.
         classes: C.
     """
 
@@ -41,21 +41,21 @@ class Automaton:
     label: Array
     target: Array
     accepting: Array
-    start: int
+    starts: tuple[int, ...]
     classes: int
 
     @classmethod
     def of_edges(
         cls,
         edges: tuple[Array, Array, Array],
-        start: int,
+        starts: Sequence[int],
         accepting: Collection[int],
         vocabulary: int,
         *,
         end_ids: Collection[int] = (),
         impossible: Collection[int] = (),
     ) -> Automaton | None:
-        """The automaton of an index over tokens; None if it allows nothing.
+        """The automaton of an index over tokens; None if it allows nothing from one of its starts.
 
         Args:
             edges: [E] states, [E] tokens and [E] next states, where tokens are those of the text.
@@ -71,15 +71,15 @@ class Automaton:
         known = (token >= 0) & (token < vocabulary)
         source, token, target = (values[known] for values in edges)
         source, token, target = (values[~barred[token]] for values in (source, token, target))
-        states = _useful(source, target, start, accepting)
-        if start not in states:
+        states = _useful(source, target, starts, accepting)
+        if not states.issuperset(starts):
             return None
         number = np.full(int(max(states, default=0)) + 1, DEAD)
         number[sorted(states)] = np.arange(len(states))
         inside = np.isin(source, list(states)) & np.isin(target, list(states))
         source, token, target = number[source[inside]], token[inside], number[target[inside]]
         token_class, count = _classes(source, token, target, vocabulary)
-        ends, other, end = count, count + 1, len(states)
+        ends, end = count, len(states)
         token_class[[token for token in end_ids if token not in set(impossible)]] = ends
         final = number[[state for state in accepting if state in states]]
         _, first = np.unique(token_class, return_index=True)
@@ -94,7 +94,7 @@ class Automaton:
         return cls(
             torch.from_numpy(token_class),
             source[order], label[order], target[order],
-            accepts, int(number[start]), other + 1,
+            accepts, tuple(int(number[start]) for start in starts), count + 2,
         )  # fmt: skip
 
     @property
@@ -112,10 +112,9 @@ class Automaton:
         """Whether there is an end token."""
         return bool((self.token_class == self.ends).any())
 
-    @cached_property
-    def shortest(self) -> int:
-        """Tokens of the shortest text, without its end token."""
-        here = np.arange(self.states) == self.start
+    def shortest(self, start: int) -> int:
+        """Tokens of the shortest text from a start, without its end token."""
+        here = np.arange(self.states) == start
         text = self.label != self.ends
         for length in range(self.states):
             if (here & self.accepting).any():
@@ -166,9 +165,8 @@ class Automaton:
         at = low + int(np.searchsorted(self.label[low:high], label))
         return int(self.target[at]) if at < high and self.label[at] == label else DEAD
 
-    def walk(self, tokens: Sequence[int], state: int | None = None) -> int:
-        """The state after tokens, from the start or another state."""
-        state = self.start if state is None else state
+    def walk(self, tokens: Sequence[int], state: int) -> int:
+        """The state after tokens, from a state."""
         for token in tokens:
             state = self.step(state, token)
         return state
@@ -195,17 +193,19 @@ class Automaton:
         return found
 
 
-def _useful(source: Array, target: Array, start: int, accepting: Collection[int]) -> set[int]:
-    """The states that the start leads to, and that lead to an accepting one."""
+def _useful(
+    source: Array, target: Array, starts: Collection[int], accepting: Collection[int]
+) -> set[int]:
+    """The states that a start leads to, and that lead to an accepting one."""
     if not len(source):
-        return {start} & set(accepting)
+        return {*starts} & {*accepting}
     pairs = np.unique(np.stack([source, target], 1), axis=0).tolist()
     ahead: dict[int, list[int]] = {}
     back: dict[int, list[int]] = {}
     for before, after in pairs:
         ahead.setdefault(before, []).append(after)
         back.setdefault(after, []).append(before)
-    return _reached({start}, ahead) & _reached(set(accepting), back)
+    return _reached(set(starts), ahead) & _reached(set(accepting), back)
 
 
 def _reached(states: set[int], edges: dict[int, list[int]]) -> set[int]:

@@ -35,11 +35,13 @@ class Span:
     Attributes:
         begin, end: first position, and the one after the last.
         held: so many of the first tokens may not end the text; for a gap, all of them.
+        start: the state of the automaton before the first.
     """
 
     begin: int
     end: int
     held: int
+    start: int
 
     @property
     def room(self) -> int:
@@ -53,27 +55,39 @@ class Constraint:
     Args:
         spans: of each row, from left to right and not adjacent; None: the gaps of its prompt, each
             by itself; for a row without gaps, its answer.
+        spaced: for each row, which of its gaps begin with a space that belongs to the prompt: they
+            begin in the automaton's second start. None: no gap does.
 
     Raises:
         Ar2DiffError: no allowed text fits the room.
     """
 
     def __init__(
-        self, automaton: Automaton, canvas: Canvas, spans: Sequence[Sequence[Span]] | None = None
+        self,
+        automaton: Automaton,
+        canvas: Canvas,
+        spans: Sequence[Sequence[Span]] | None = None,
+        spaced: Sequence[Sequence[bool]] | None = None,
     ):
         self.automaton, self.canvas = automaton, canvas
-        self.spans = spans or [_spans(canvas, row) for row in range(len(canvas.ids))]
+        if spans is None:
+            first, rows = automaton.starts[0], range(len(canvas.ids))
+            starts = [[automaton.starts[s] for s in row] or [first] for row in spaced or ()]
+            every = [first] * canvas.ids.shape[1]
+            spans = [_spans(canvas, row, starts[row] if starts else every) for row in rows]
+        self.spans = spans
         if not automaton.can_end:
             self.spans = [[replace(span, held=span.room) for span in row] for row in self.spans]
         shapes = {(span.room, span.held) for row in self.spans for span in row}
         self.left = {shape: automaton.completable(*shape) for shape in shapes}
-        for room, held in sorted(shapes):
-            if not self.left[room, held][room][automaton.start]:
-                raise _no_room(automaton, room, held)
+        for span in (span for row in self.spans for span in row):
+            if not self.left[span.room, span.held][span.room][span.start]:
+                raise _no_room(automaton, span)
         most = max(map(len, self.spans))
-        self.places = np.array(  # [R, K, 3] of the spans, and empty ones
+        none = Span(0, 0, 0, 0)
+        self.places = np.array(  # [R, K, 4] of the spans, and empty ones
             [
-                [*((s.begin, s.end, s.held) for s in row), *[(0, 0, 0)] * (most - len(row))]
+                [(s.begin, s.end, s.held, s.start) for s in (*row, *[none] * (most - len(row)))]
                 for row in self.spans
             ]
         )
@@ -189,10 +203,13 @@ class Constraint:
         """Where spans lie in blocks, and what is decided there."""
         own, place = self.automaton, position.numpy()
         inside, closes, held = (np.zeros(place.shape, bool) for _ in range(3))
-        begin, limit = np.full(len(place), own.start), np.ones((len(place), own.states), bool)
+        begin, resume = np.zeros(len(place), int), np.zeros(place.shape, int)
+        limit = np.ones((len(place), own.states), bool)
         numbers, behind = row[:, 0].tolist(), place[:, -1] + 1
-        for begins, ends, holds in zip(*self.places[numbers].transpose(2, 1, 0), strict=True):
-            begins, ends, holds = begins[:, None], ends[:, None], holds[:, None]
+        for spans in reversed(self.places[numbers].transpose(1, 2, 0)):  # from right to left
+            begins, ends, holds, starts = spans[:, :, None]
+            resume = np.where(place < begins, starts, resume)
+            begin = np.where(place[:, 0] <= spans[0], spans[3], begin)
             here = (begins <= place) & (place < ends)
             inside |= here
             closes |= here & (place == ends - 1)
@@ -207,14 +224,14 @@ class Constraint:
         decided = inside & ~undecided
         tokens = self.canvas.ids[row, position.clamp(max=self.canvas.ids.shape[1] - 1)].numpy()
         weights[decided, own.token_class.numpy()[tokens[decided]]] = 0.0
-        return Lattice(own, inside, closes, held, begin, limit, weights)
+        return Lattice(own, inside, closes, held, begin, resume, limit, weights)
 
     def _state(self, row: int, span: Span, position: int) -> int:
         """The state before a position of a span, all of which is decided up to there."""
         known = self.known.setdefault(span, {})
-        at, state = known.get(row, (span.begin, self.automaton.start))
+        at, state = known.get(row, (span.begin, span.start))
         if at > position:  # remasking has taken back what was read
-            at, state = span.begin, self.automaton.start
+            at, state = span.begin, span.start
         state = self.automaton.walk(self.canvas.ids[row, at:position].tolist(), state)
         known[row] = position, state
         return state
@@ -257,7 +274,8 @@ class Constraint:
     def whole(self, row: int, end: int) -> bool:
         """Whether what stands in a row up to a position is all that has to match, and does."""
         return all(
-            self.automaton.accepting[self._state(row, span, min(span.end, end))]
+            end >= span.begin
+            and self.automaton.accepting[self._state(row, span, min(span.end, end))]
             for span in self.spans[row]
         )
 
@@ -269,27 +287,32 @@ def _spread(values: Array, where: Array) -> Array:
     return found
 
 
-def _spans(canvas: Canvas, row: int) -> list[Span]:
-    """The gaps of a row's prompt, or its answer."""
+def _spans(canvas: Canvas, row: int, starts: Sequence[int]) -> list[Span]:
+    """The gaps of a row's prompt, or its answer.
+
+    Args:
+        starts: of the gaps, or of the answer.
+    """
     prompt = int(canvas.prompt[row])
     gaps = set((~canvas.given[row, :prompt]).nonzero()[:, 0].tolist())
     if not gaps:
-        return [Span(prompt, canvas.last[row], canvas.first[row] - prompt)]
+        return [Span(prompt, canvas.last[row], canvas.first[row] - prompt, starts[0])]
     begins = sorted(place for place in gaps if place - 1 not in gaps)
     ends = sorted(place + 1 for place in gaps if place + 1 not in gaps)
-    return [Span(b, e, e - b) for b, e in zip(begins, ends, strict=True)]
+    return [Span(b, e, e - b, start) for b, e, start in zip(begins, ends, starts, strict=False)]
 
 
-def _no_room(automaton: Automaton, room: int, held: int) -> Ar2DiffError:
-    """The error for a constraint that no text of the right length matches."""
-    shortest, most = automaton.shortest, option("max_new_tokens", room)
+def _no_room(automaton: Automaton, span: Span) -> Ar2DiffError:
+    """The error for a span that has not the length of any text that matches."""
+    shortest, room, most = automaton.shortest(span.start), span.room, option("max_new_tokens")
+    gap = span.held == room  # which is filled to its end
     if shortest > room:
-        what = f"the shortest text that matches has {shortest}, but there is room for {room}"
-        fix = f"set {option('max_new_tokens')} to {shortest} or more, or make the gap that long"
-    elif held < room:
-        what = f"no text that matches has at least {held}, but at most {room}"
-        fix = f"lower {option('min_new_tokens')}, or raise {most}"
+        what = f"the shortest text that matches has {shortest} tokens, but there is room for {room}"
+        fix = "make the gap longer" if gap else f"set {most} to {shortest} or more"
+    elif gap:
+        what = f"no text that matches has exactly {room} tokens, as many as are to be filled"
+        fix = f"change the length of the gap; the shortest text has {shortest} tokens"
     else:
-        what = f"no text that matches has exactly {room}, as a gap has that is filled to its end"
-        fix = f"change the length of the gap; the shortest text has {shortest}"
-    return Ar2DiffError(f"the constraint leaves no answer: in tokens, {what}", fix)
+        what = f"no text that matches has from {span.held} to {room} tokens"
+        fix = f"lower {option('min_new_tokens')}, or raise {most}"
+    return Ar2DiffError(what, fix)

@@ -14,10 +14,12 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 MOST_STATES = 50_000
 SECONDS = 60
@@ -27,36 +29,40 @@ FOUND: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def automaton_of(
-    pattern: str,
+    patterns: Sequence[str],
     tokenizer: Any,
     vocabulary: int,
     end_ids: Collection[int],
     impossible: Collection[int],
 ) -> Any:
-    """The automaton of a regular expression, which a whole text has to match. It is kept for as
-    long as the tokenizer is.
+    """The automaton of regular expressions, one start for each, which a whole text has to match. It
+    is kept for as long as the tokenizer is.
 
     Args:
         vocabulary, end_ids, impossible: as of `Automaton.of_edges`.
 
     Raises:
-        Ar2DiffError: the expression is not valid, its automaton is too large, or no text that the
+        Ar2DiffError: an expression is not valid, its automaton is too large, or no text that the
             tokenizer can write matches it; outlines-core is not installed.
     """
     from .automaton import Automaton
     from .errors import Ar2DiffError
-    from .vocabulary import token_bytes
 
     known = FOUND.setdefault(tokenizer, {})
-    key = pattern, vocabulary, frozenset(end_ids), frozenset(impossible)
+    key = (*patterns,), vocabulary, frozenset(end_ids), frozenset(impossible)
     if key not in known:
-        tokens: dict[bytes, list[int]] = {}
-        for token, text in token_bytes(tokenizer).items():
-            if token < vocabulary and token not in key[2] and token not in key[3]:
-                tokens.setdefault(text, []).append(token)
-        start, accepting, edges = _made(pattern, tokens, vocabulary)
+        starts, accepting, edges = [], [], []
+        for pattern in patterns:
+            start, final, own = _made(pattern, tokenizer, vocabulary, key[2] | key[3])
+            shift = 1 + max(
+                (int(max(e[0].max(), e[2].max())) for e in edges if len(e[0])), default=-1
+            )
+            starts.append(start + shift)
+            accepting += [state + shift for state in final]
+            edges.append((own[0] + shift, own[1], own[2] + shift))
+        joined = tuple(np.concatenate(column) for column in zip(*edges, strict=True))
         known[key] = Automaton.of_edges(
-            edges, start, accepting, vocabulary, end_ids=end_ids, impossible=impossible
+            joined, starts, accepting, vocabulary, end_ids=end_ids, impossible=impossible
         )
     if known[key] is None:
         raise Ar2DiffError(
@@ -82,19 +88,21 @@ def check_installed(*modules: str) -> None:
             )
 
 
-def _made(pattern: str, tokens: dict[bytes, list[int]], beyond: int) -> tuple[int, list[int], Any]:
-    """Start, accepting states and edges of the automaton, from the other process.
-
-    Args:
-        beyond: an id that is no token's.
-    """
+def _made(pattern: str, tokenizer: Any, vocabulary: int, barred: Collection[int]) -> Any:
+    """Start, accepting states and edges (states, tokens, next states) of an automaton, from the
+    other process."""
     from .errors import Ar2DiffError, shortened
+    from .vocabulary import token_bytes
 
     check_installed("outlines_core")
+    tokens: dict[bytes, list[int]] = {}
+    for token, text in token_bytes(tokenizer).items():
+        if token < vocabulary and token not in barred:
+            tokens.setdefault(text, []).append(token)
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).resolve())],
-            input=pickle.dumps((pattern, tokens, beyond)),
+            input=pickle.dumps((pattern, tokens, vocabulary)),
             capture_output=True,
             timeout=SECONDS,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -133,8 +141,6 @@ def _make() -> None:
 
 
 def _answer(pattern: str, tokens: dict[bytes, list[int]], beyond: int) -> Any:
-    import numpy as np
-
     library = importlib.import_module("outlines_core")
     try:
         index = library.Index(pattern, library.Vocabulary(beyond, tokens))

@@ -28,7 +28,8 @@ class Lattice:
     Attributes:
         inside: [R, W] bool, columns of a span. closes: [R, W] bool, the last columns of spans.
         held: [R, W] bool, columns that cannot hold an end token.
-        begin: [R] the state before the first column; the automaton's start outside of a span.
+        begin: [R] the state before the first column; outside of a span the start of the next one.
+        resume: [R, W] the start of the span that follows a column.
         limit: [R, S] bool, states that are allowed behind the last column.
         weights: [R, W, C] log weights; outside of spans they do not matter.
     """
@@ -38,6 +39,7 @@ class Lattice:
     closes: Array
     held: Array
     begin: Array
+    resume: Array
     limit: Array
     weights: Array
 
@@ -59,12 +61,12 @@ class Lattice:
         Args:
             best: the weight of the best path instead of the sum of all.
         """
-        own = self.automaton
+        own, rows = self.automaton, np.arange(len(self.begin))
         value, found = np.where(self.limit, 0.0, NEVER), []
         for column in reversed(range(self.inside.shape[1])):
             closes, inside = self.closes[:, column, None], self.inside[:, column, None]
             if closes.any():
-                ended = np.where(own.accepting, value[:, own.start, None], NEVER)
+                ended = np.where(own.accepting, value[rows, self.resume[:, column], None], NEVER)
                 value = np.where(closes, ended, value)
             found.append(value)
             if inside.any():
@@ -91,9 +93,8 @@ class Lattice:
             if closes.any():
                 ended = np.full_like(value, NEVER)
                 accepted = np.where(own.accepting, value, NEVER)
-                ended[:, own.start] = _sum(accepted, np.zeros(1, int), np.zeros(own.states, int))[
-                    :, 0
-                ]
+                every = np.zeros(own.states, int)
+                ended[rows, self.resume[:, column]] = _sum(accepted, every[:1], every)[:, 0]
                 value = np.where(closes, ended, value)
             found.append(value)
         return found
@@ -119,7 +120,8 @@ class Lattice:
                 chosen, rest[:, column] = _drawn(weights, u[:, column])
             inside, closes = self.inside[:, column], self.closes[:, column]
             labels[inside, column] = label[rows, chosen][inside]
-            state = np.where(inside & ~closes, target[rows, chosen], own.start)
+            state = np.where(inside, target[rows, chosen], state)
+            state = np.where(closes, self.resume[:, column], state)
         return labels, rest if u is None else np.where(self.inside, rest, u)
 
     def marginal(self, column: int, labels: Array, ahead: Array, behind: Array) -> Array:

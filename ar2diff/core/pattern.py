@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from .canvas import Canvas
@@ -55,9 +56,16 @@ def pattern_of(options: Options) -> str | None:
 
 
 def constraint_of(
-    model: Any, tokenizer: Any, options: Options, canvas: Canvas
+    model: Any,
+    tokenizer: Any,
+    options: Options,
+    canvas: Canvas,
+    spaced: Sequence[Sequence[bool]] | None = None,
 ) -> Constraint | None:
     """The constraint of a call on a canvas; None without one.
+
+    Args:
+        spaced: for each row, which of its gaps begin with a space that belongs to the prompt.
 
     Raises:
         Ar2DiffError: as `check_constraint`; or no text that matches fits the room.
@@ -68,8 +76,22 @@ def constraint_of(
     if tokenizer is None:
         raise Ar2DiffError("a constraint needs a tokenizer", f"pass {option('tokenizer')}")
     vocabulary = model.config.get_text_config().vocab_size
-    impossible = {
-        i for i in (canvas.mask_token_id, *options.suppress_tokens) if 0 <= i < vocabulary
-    }
-    automaton = automaton_of(pattern, tokenizer, vocabulary, canvas.ends - impossible, impossible)
-    return Constraint(automaton, canvas)
+    barred = (canvas.mask_token_id, *options.suppress_tokens)
+    impossible = {token for token in barred if 0 <= token < vocabulary}
+    patterns = [pattern, f" (?:{pattern})"] if any(map(any, spaced or ())) else [pattern]
+    automaton = automaton_of(patterns, tokenizer, vocabulary, canvas.ends - impossible, impossible)
+    return Constraint(automaton, canvas, spaced=spaced)
+
+
+def validates(options: Options, text: str) -> bool:
+    """Whether a text that is finished is JSON of the schema of the options; True without one."""
+    if options.json_schema is None:
+        return True
+    library = importlib.import_module("jsonschema")
+    schema = json.loads(options.json_schema)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    kind = library.validators.validator_for(schema, library.Draft202012Validator)
+    return bool(kind(schema).is_valid(value))

@@ -265,11 +265,8 @@ def _pattern(pattern: Any, at: str) -> str:
             size, letter = 2, body[place : place + 2]
             classes = {"\\d": "0-9", "\\w": "A-Za-z0-9_", "\\s": " ", "\\/": "/"}
             if letter in classes:
-                letter = (
-                    classes[letter]
-                    if group or len(classes[letter]) == 1
-                    else f"[{classes[letter]}]"
-                )
+                own = classes[letter]
+                letter = own if group or len(own) == 1 else f"[{own}]"
             elif len(letter) < 2 or letter[1].isalnum() or letter[1] in '\\"':
                 raise _refused(at, f"pattern {shortened(pattern)} with {letter}", None)
         elif letter == "[" and not group:
