@@ -1,4 +1,4 @@
-"""Constraints against enumeration: every allowed answer and no other, with the stated probability."""
+"""Constraints against enumeration: the allowed answers and no other, with the stated probability."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import build_model, tiny_spec
 from scipy.stats import chisquare
 
 from ar2diff.core.automaton import Automaton
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.constraint import Constraint, Span
+from ar2diff.core.denoise import denoise
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.lattice import Lattice
-from ar2diff.core.options import Options
+from ar2diff.core.options import Options, resolve
 from ar2diff.core.samplers import Chooser
+from ar2diff.core.tree import Tree
 
 A, B, C, BB, X, EOS, MASK = range(7)
 # (ab*c | cab)+ over tokens of one letter and one of two; x occurs in no text.
 EDGES = [
-    (0, A, 1), (1, B, 1), (1, BB, 1), (1, C, 2), (0, C, 3), (3, A, 4), (4, B, 2), (2, A, 1), (2, C, 3),
+    (0, A, 1), (1, B, 1), (1, BB, 1), (1, C, 2), (0, C, 3), (3, A, 4), (4, B, 2), (2, A, 1),
+    (2, C, 3),
 ]  # fmt: skip
 VOCABULARY = 7
 
@@ -224,3 +228,146 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
             canvas_of(1000, 5), LOGITS, torch.rand(5000).double(), chooser_of(temperature=1.0)
         )
         check_distribution(lines, enumerated(LOGITS, 0, {}))
+
+
+# Models
+
+
+def small_model():
+    """A random model of seven tokens."""
+    return build_model("llama", vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None)
+
+
+def write(prompts, *, spec=None, spans=None, seen=None, **settings) -> Canvas:
+    spec = spec or tiny_spec(mask_token_id=MASK)
+    settings = {"eos_token_id": [EOS], "max_new_tokens": 6, **settings}
+    options = resolve(spec, settings)
+    grid = options.block_length if options.mode == "diffusion" and options.block_length else 1
+    canvas = Canvas.of_prompts(
+        prompts, MASK, max_new_tokens=options.max_new_tokens, grid=grid, end_ids=[EOS],
+        min_new_tokens=options.min_new_tokens,
+    )  # fmt: skip
+    canvas.constraint = Constraint(automaton(), canvas, spans)
+    for _ in denoise(small_model(), spec, canvas, options):
+        if seen is not None:
+            seen.append(canvas.ids.clone())
+    return canvas
+
+
+def written(canvas: Canvas) -> list[tuple]:
+    return [tuple(canvas.new_ids(row)) for row in range(len(canvas.ids))]
+
+
+@functools.cache
+def next_logits(ids: tuple) -> torch.Tensor:
+    with torch.no_grad():
+        return small_model()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+def masked_ar(prompt, room: int, held: int = 0, temperature: float = 1.0) -> dict[tuple, float]:
+    """Answers of AR decoding whose every token is drawn from the allowed ones, by enumeration."""
+    answers = [
+        (*itertools.takewhile(lambda token: token != EOS, line), EOS)[:room]
+        for line in itertools.product(range(MASK), repeat=room)
+        if fits(line, held)
+    ]
+    found = {}
+    for answer in {*answers}:
+        mass = 1.0
+        for n, token in enumerate(answer):
+            logits = next_logits((*prompt, *answer[:n]))
+            after = {other[n] for other in answers if other[:n] == answer[:n] and len(other) > n}
+            p = (logits / temperature).softmax(-1)
+            mass *= float(p[token] / p[sorted(after)].sum())
+        found[answer] = mass
+    return found
+
+
+@pytest.mark.parametrize("held", [0, 4])
+def test_ar_mode_draws_each_token_from_the_allowed_ones(held):
+    rows = 1500
+    canvas = write(
+        [[X, A]] * rows, mode="ar", max_new_tokens=4, min_new_tokens=held, temperature=0.8, seed=1
+    )
+    check_distribution(torch_like(written(canvas)), masked_ar([X, A], 4, held, 0.8))
+
+
+def torch_like(lines):
+    """Answers of several lengths, as `check_distribution` takes lines of one."""
+
+    class Lines(list):
+        def tolist(self):
+            return self
+
+    return Lines(lines)
+
+
+@pytest.mark.parametrize("drafted", ["by the model", "by a fool"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_writes_the_text_of_constrained_ar_mode(temperature, drafted, monkeypatch):
+    prompts = [[X, A], [X, B, C], [X, X, A, A], [X]]
+    settings = {"temperature": temperature or None, "seed": 3, "max_new_tokens": 11}
+    alone = written(write(prompts, mode="ar", **settings))
+    if drafted == "by a fool":
+
+        def draft(group, ends, found):
+            group.trees = [Tree() for _ in group.rows]
+            for tree in group.trees:
+                for depth, token in enumerate((A, B, C)):
+                    tree.add(token, depth - 1, depth + 1, 1.0)
+            group.cut()
+            group.pace.plan(group.trees, group.drafts)
+
+        monkeypatch.setattr("ar2diff.core.speculation._Group._draft", draft)
+    canvas = write(prompts, mode="speculative", draft_length=3, **settings)
+    assert written(canvas) == alone
+    assert all(matches([t for t in line if t != EOS]) for line in alone)
+    if drafted == "by a fool":
+        assert int(canvas.forwards.sum()) < sum(map(len, alone)), "no draft was accepted"
+
+
+RULES = [
+    {"threshold": 0.5}, {"threshold": 0.5, "temperature": 1.0, "seed": 1, "top_k": 2},
+    {"steps_per_block": 2, "order": "entropy"}, {"entropy_bound": 0.5},
+    {"steps_per_block": 3, "order": "margin", "temperature": 1.0, "seed": 0},
+    {"steps_per_block": 3, "order": "random", "seed": 0, "remask": 0.4}, {"cfg_scale": 0.7},
+    {"repetition_penalty": 1.8, "min_new_tokens": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+@pytest.mark.parametrize("settings", RULES, ids=str)
+def test_every_rule_of_diffusion_keeps_to_the_constraint(settings, attention):
+    spec = tiny_spec(attention, mask_token_id=MASK)
+    caches = ("none", "prefix", "dual") if attention == "full" else ("dynamic",)
+    for cache in caches:
+        canvas = write(
+            [[X, A], [X, B, C], [X]], spec=spec, mode="diffusion", max_new_tokens=9,
+            cache_implementation=cache, **settings,
+        )  # fmt: skip
+        for line in written(canvas):
+            held = settings.get("min_new_tokens", 0)
+            assert fits(line, held), f"{line} does not match"
+
+
+def test_gaps_match_each_by_itself_and_forced_tokens_are_kept():
+    prompts = [[X, *[MASK] * 3, B, *[MASK] * 5, X], [X, X, MASK, MASK, MASK, MASK, X, X]]
+    canvas = write(prompts, mode="diffusion", max_new_tokens=0)
+    first, second = (canvas.ids[row].tolist() for row in range(2))
+    assert matches(first[1:4]) and matches(first[5:10]) and matches(second[2:6])
+    # One span over given tokens: abbc is all that has b, two tokens on, and c at the end.
+    spans = [[Span(1, 5, 4, 0)]]
+    canvas = write([[X, MASK, MASK, B, MASK]], mode="diffusion", max_new_tokens=0, spans=spans)
+    assert canvas.ids[0].tolist()[1:5] in ([A, B, B, C], [A, BB, B, C])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "says"),
+    [
+        ([X], {"max_new_tokens": 1}, "the shortest text that matches has 2 tokens"),
+        ([X, MASK, X], {"max_new_tokens": 0}, "the shortest text that matches has 2 tokens"),
+    ],
+)
+def test_too_little_room_is_refused_before_a_forward(prompt, settings, says):
+    with pytest.raises(Ar2DiffError, match=says):
+        write([prompt], mode="diffusion", **settings)

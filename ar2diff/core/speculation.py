@@ -381,10 +381,15 @@ class _Group:
                 guesses = self._guesses_of(have, [blocks[line] for line in have], found)
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
-        if self.own.canvas.constraint is not None:
-            for line, tree in enumerate(self.trees):
-                tree.keep([state != DEAD for state in self._states_after(line, tree)[1:]])
+        self.cut()
         self.pace.plan(self.trees, self.drafts)
+
+    def cut(self) -> None:
+        """Drop the candidates that the constraint does not allow."""
+        if self.own.canvas.constraint is None:
+            return
+        for line, tree in enumerate(self.trees):
+            tree.keep([state != DEAD for state in self._states_after(line, tree)[1:]])
 
     def _guesses_of(self, lines: list[int], blocks: list[int], found: _Found) -> Guesses:
         """Guesses of some of the rows, from their drafts behind one of the candidates each."""
