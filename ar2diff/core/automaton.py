@@ -140,22 +140,6 @@ class Automaton:
         place = np.arange(int(count.max()))
         return np.where(place < count[:, None], self.first[:-1, None] + place, -1)
 
-    @cached_property
-    def by_target(self) -> tuple[Array, Array, Array, Array]:
-        """The edges by their next states, where those of each next state begin, which states these
-        are, and the number that each edge's next state has among them."""
-        order = np.argsort(self.target, kind="stable")
-        targets, first, place = np.unique(
-            self.target[order], return_index=True, return_inverse=True
-        )
-        return order, first, targets, place
-
-    @cached_property
-    def by_label(self) -> tuple[Array, Array]:
-        """The edges by their classes, and [C + 1] where those of each class begin."""
-        order = np.argsort(self.label, kind="stable")
-        return order, np.searchsorted(self.label[order], np.arange(self.classes + 1))
-
     def step(self, state: int, token: int) -> int:
         """The state after a token; `DEAD` if there is none."""
         if state == DEAD:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .automaton import DEAD, Array, Automaton
 from .canvas import Canvas
 from .errors import Ar2DiffError, option
-from .lattice import NEVER, Lattice
+from .lattice import NEVER, Lattice, layers_of
 from .samplers import HIDDEN, Choice, Chooser, draw, log_prob
 from .transfer import download, upload
 
@@ -91,6 +91,7 @@ class Constraint:
                 for row in self.spans
             ]
         )
+        self.laid: tuple[tuple[int, ...], Lattice] | None = None
         self.known: dict[Span, dict[int, tuple[int, int]]] = {}  # by row: (position, state)
 
     # mode diffusion
@@ -119,17 +120,19 @@ class Constraint:
         undecided = masked.numpy()
         lattice = self._lattice(row, position, undecided)
         own, drawn = self._tables(logits, scores, best)
-        behind = lattice.filled(undecided, drawn).behind(best)
+        lattice = lattice.filled(undecided, drawn)
+        behind = lattice.behind(best)
         lost = (lattice.total(behind) == NEVER) & undecided.any(1)
         if lost.any():  # no path is left of what filters leave, but one of what they take
             again = lost[undecided.nonzero()[0]]
             (table,) = download(self._table(logits, best))
             drawn = np.where(again[:, None], table.double().clamp(min=LOWEST).numpy(), drawn)
-            behind = lattice.filled(undecided, drawn).behind(best)
+            lattice = lattice.filled(undecided, drawn)
+            behind = lattice.behind(best)
             (again,) = upload(logits.device, torch.from_numpy(again))
             scores = torch.where(again[:, None], logits.clamp(min=LOWEST), scores)
         numbers = None if best else _spread(u.numpy(), undecided)
-        labels, rest = lattice.filled(undecided, drawn).paths(behind, numbers)
+        labels, rest = lattice.paths(behind, numbers)
         label, rest, token_class = upload(
             logits.device, torch.from_numpy(labels[undecided]), torch.from_numpy(rest[undecided]),
             self.automaton.token_class,
@@ -137,8 +140,10 @@ class Constraint:
         other = (token_class != label[:, None]) & (label >= 0)[:, None]
         scores = scores.masked_fill(other, HIDDEN)
         tokens = scores.argmax(-1) if best else draw(scores.softmax(-1), rest)
-        lattice = lattice.filled(undecided, own)
-        return self._measured(chooser, lattice, undecided, labels, logits, tokens)
+        if drawn is not own:
+            lattice = lattice.filled(undecided, own)
+            behind = lattice.behind(False)
+        return self._measured(chooser, lattice, behind, undecided, labels, logits, tokens)
 
     def _tables(self, logits: Tensor, scores: Tensor, best: bool) -> tuple[Array, Array]:
         """[N, C] log-probabilities of the classes in the model's own distribution, and what the
@@ -168,6 +173,7 @@ class Constraint:
         self,
         chooser: Chooser,
         lattice: Lattice,
+        behind: list[Array],
         undecided: Array,
         labels: Array,
         logits: Tensor,
@@ -177,13 +183,14 @@ class Constraint:
         given that the text matches.
 
         Args:
-            lattice: with the model's own weights. labels: [R, W] classes of the path.
+            lattice, behind: with the model's own weights, and their sums.
+            labels: [R, W] classes of the path.
         """
-        ahead, behind, options = lattice.ahead(), lattice.behind(False), chooser.options
+        ahead, options = lattice.ahead(), chooser.options
         total = lattice.total(behind)
         if options.order in DISTRIBUTIONS or options.entropy_bound is not None:
             around = np.zeros((*undecided.shape, self.automaton.classes))
-            for column in range(undecided.shape[1]):
+            for column in lattice.inside.any(0).nonzero()[0]:
                 found = lattice.marginals(column, ahead[column], behind[column]) - total[:, None]
                 around[:, column] = np.where(lattice.inside[:, column, None], found, 0.0)
             index, bias = upload(
@@ -193,7 +200,7 @@ class Constraint:
             return Choice(*download(tokens, log_prob(logits, tokens))), given
         tokens, logprob = download(tokens, log_prob(logits, tokens))
         around = np.zeros(undecided.shape)
-        for column in range(undecided.shape[1]):
+        for column in (lattice.inside & undecided).any(0).nonzero()[0]:
             found = lattice.marginal(column, labels[:, column], ahead[column], behind[column])
             around[:, column] = np.where(lattice.inside[:, column], found - total, 0.0)
         sure = logprob + torch.from_numpy(around[undecided]).to(logprob)
@@ -201,11 +208,23 @@ class Constraint:
 
     def _lattice(self, row: Tensor, position: Tensor, undecided: Array) -> Lattice:
         """Where spans lie in blocks, and what is decided there."""
-        own, place = self.automaton, position.numpy()
+        key = (*row[:, 0].tolist(), *position[:, 0].tolist(), position.shape[1])
+        if self.laid is None or self.laid[0] != key:  # else these blocks have been read before
+            self.laid = key, self._laid_out(row[:, 0].tolist(), position.numpy())
+        lattice = self.laid[1]
+        decided = lattice.inside & ~undecided
+        tokens = self.canvas.ids[row, position.clamp(max=self.canvas.ids.shape[1] - 1)].numpy()
+        weights = np.full((*decided.shape, self.automaton.classes), NEVER)
+        weights[decided, self.automaton.token_class.numpy()[tokens[decided]]] = 0.0
+        return replace(lattice, weights=weights)
+
+    def _laid_out(self, numbers: list[int], place: Array) -> Lattice:
+        """A lattice without weights, of blocks at positions [R, W] of rows."""
+        own = self.automaton
         inside, closes, held = (np.zeros(place.shape, bool) for _ in range(3))
         begin, resume = np.zeros(len(place), int), np.zeros(place.shape, int)
         limit = np.ones((len(place), own.states), bool)
-        numbers, behind = row[:, 0].tolist(), place[:, -1] + 1
+        behind = place[:, -1] + 1
         for spans in reversed(self.places[numbers].transpose(1, 2, 0)):  # from right to left
             begins, ends, holds, starts = spans[:, :, None]
             resume = np.where(place < begins, starts, resume)
@@ -220,11 +239,8 @@ class Constraint:
                     begin[line] = self._state(number, span, int(place[line, 0]))
                 if span.begin < behind[line] < span.end:
                     limit[line] = self.left[span.room, span.held][span.end - behind[line]]
-        weights = np.full((*place.shape, own.classes), NEVER)
-        decided = inside & ~undecided
-        tokens = self.canvas.ids[row, position.clamp(max=self.canvas.ids.shape[1] - 1)].numpy()
-        weights[decided, own.token_class.numpy()[tokens[decided]]] = 0.0
-        return Lattice(own, inside, closes, held, begin, resume, limit, weights)
+        layers = layers_of(own, inside, closes, begin, resume)
+        return Lattice(own, inside, closes, held, begin, resume, limit, limit, layers)
 
     def _state(self, row: int, span: Span, position: int) -> int:
         """The state before a position of a span, all of which is decided up to there."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +20,38 @@ from .automaton import Array, Automaton
 
 NEVER = -np.inf
 TIE = 1e-4  # nats; paths that differ by less are equally likely but for rounding
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The edges that a column can take in any row, sorted by their states.
+
+    Attributes:
+        source, label, target: [E'] as of an `Automaton`.
+        sources: [S'] the states that have any; first, place: where the edges of each begin, and
+            [E'] which of them each edge leaves.
+    """
+
+    source: Array
+    label: Array
+    target: Array
+    sources: Array
+    first: Array
+    place: Array
+
+    @classmethod
+    def of(cls, own: Automaton, states: Array) -> Layer:
+        """The edges of states [S'], in ascending order."""
+        edges = own.fan[states].ravel()
+        edges = edges[edges >= 0]
+        source = own.source[edges]
+        return cls(source, own.label[edges], own.target[edges], *_groups(source))
+
+    @cached_property
+    def by_target(self) -> tuple[Array, Array, Array, Array]:
+        """[E'] their order by their next states, and the same of those."""
+        order = np.argsort(self.target, kind="stable")
+        return order, *_groups(self.target[order])
 
 
 @dataclass(frozen=True)
@@ -32,6 +65,7 @@ class Lattice:
         resume: [R, W] the start of the span that follows a column.
         limit: [R, S] bool, states that are allowed behind the last column.
         weights: [R, W, C] log weights; outside of spans they do not matter.
+        layers: of each column; None where it is outside of all spans.
     """
 
     automaton: Automaton
@@ -42,6 +76,7 @@ class Lattice:
     resume: Array
     limit: Array
     weights: Array
+    layers: list[Layer | None]
 
     def filled(self, columns: Array, weights: Array) -> Lattice:
         """The same with other weights [N, C] in some columns, [R, W] bool."""
@@ -63,17 +98,20 @@ class Lattice:
         """
         own, rows = self.automaton, np.arange(len(self.begin))
         value, found = np.where(self.limit, 0.0, NEVER), []
-        for column in reversed(range(self.inside.shape[1])):
-            closes, inside = self.closes[:, column, None], self.inside[:, column, None]
-            if closes.any():
-                ended = np.where(own.accepting, value[rows, self.resume[:, column], None], NEVER)
-                value = np.where(closes, ended, value)
+        for column, layer, closes, full in self._columns()[::-1]:
+            if closes is not None:
+                ended = value[rows, self.resume[:, column], None]
+                value = np.where(closes, np.where(own.accepting, ended, NEVER), value)
             found.append(value)
-            if inside.any():
-                edges = self.weights[:, column, own.label] + value[:, own.target]
-                first = own.first[:-1]
-                before = _best(edges, first) if best else _sum(edges, first, own.source)
-                value = before if inside.all() else np.where(inside, before, value)
+            if layer is not None:
+                edges = self.weights[:, column].take(layer.label, 1) + value.take(layer.target, 1)
+                before = np.full_like(value, NEVER)
+                before[:, layer.sources] = (
+                    np.maximum.reduceat(edges, layer.first, axis=1)
+                    if best
+                    else _sum(edges, layer.first, layer.place)
+                )
+                value = before if full else np.where(self.inside[:, column, None], before, value)
         return [*found[::-1], value]
 
     def ahead(self) -> list[Array]:
@@ -82,22 +120,30 @@ class Lattice:
         value = np.full((len(rows), own.states), NEVER)
         value[rows, self.begin] = 0.0
         found = [value]
-        for column in range(self.inside.shape[1] - 1):
-            closes, inside = self.closes[:, column, None], self.inside[:, column, None]
-            if inside.any():
-                order, first, targets, place = own.by_target
-                edges = self.weights[:, column, own.label] + value[:, own.source]
+        for column, layer, closes, full in self._columns()[:-1]:
+            if layer is not None:
+                order, targets, first, place = layer.by_target
+                edges = self.weights[:, column].take(layer.label[order], 1)
+                edges += value.take(layer.source[order], 1)
                 after = np.full_like(value, NEVER)
-                after[:, targets] = _sum(edges[:, order], first, place)
-                value = np.where(inside, after, value)
-            if closes.any():
-                ended = np.full_like(value, NEVER)
+                after[:, targets] = _sum(edges, first, place)
+                value = after if full else np.where(self.inside[:, column, None], after, value)
+            if closes is not None:
+                ended, every = np.full_like(value, NEVER), np.zeros(own.states, int)
                 accepted = np.where(own.accepting, value, NEVER)
-                every = np.zeros(own.states, int)
                 ended[rows, self.resume[:, column]] = _sum(accepted, every[:1], every)[:, 0]
                 value = np.where(closes, ended, value)
             found.append(value)
         return found
+
+    def _columns(self) -> list[tuple[int, Layer | None, Array | None, bool]]:
+        """Number and layer of each column, [R, 1] where spans close, if any does, and whether all
+        rows are inside of a span."""
+        closing, full = self.closes.any(0).tolist(), self.inside.all(0).tolist()
+        return [
+            (column, layer, self.closes[:, column, None] if closing[column] else None, full[column])
+            for column, layer in enumerate(self.layers)
+        ]
 
     def paths(self, behind: Sequence[Array], u: Array | None) -> tuple[Array, Array]:
         """The classes [R, W] that a path reads in each row, -1 outside of spans: the best path, or
@@ -131,22 +177,56 @@ class Lattice:
         Args:
             ahead, behind: [R, S] of the column.
         """
-        own, found = self.automaton, np.zeros(len(labels))
-        order, bounds = own.by_label
-        for label in set(labels.tolist()) - {-1}:
-            edges, rows = order[bounds[label] : bounds[label + 1]], np.flatnonzero(labels == label)
-            ways = (
-                ahead[rows[:, None], own.source[edges]] + behind[rows[:, None], own.target[edges]]
-            )
-            found[rows] = _sum(ways, np.zeros(1, int), np.zeros(len(edges), int))[:, 0]
+        found, layer = np.zeros(len(labels)), self.layers[column]
+        for label in {*labels.tolist()} - {-1}:
+            if len(labels) == 1:  # the same with fewer calls
+                edges = np.flatnonzero(layer.label == label)
+                ways = ahead[0].take(layer.source[edges]) + behind[0].take(layer.target[edges])
+                found[0] = np.logaddexp.reduce(ways)
+                continue
+            edges, rows = np.flatnonzero(layer.label == label), np.flatnonzero(labels == label)
+            ways = ahead[rows[:, None], layer.source[edges]]
+            ways = ways + behind[rows[:, None], layer.target[edges]]
+            every = np.zeros(len(edges), int)
+            found[rows] = _sum(ways, every[:1], every)[:, 0]
         return found
 
     def marginals(self, column: int, ahead: Array, behind: Array) -> Array:
-        """[R, C] the same of all classes."""
-        own = self.automaton
-        order, bounds = own.by_label
-        weights = (ahead[:, own.source] + behind[:, own.target])[:, order]
-        return _sum(weights, bounds[:-1], own.label[order])  # END has an edge of every class
+        """[R, C] the same of all classes; `NEVER` of a class that is on no path."""
+        layer = self.layers[column]
+        order = np.argsort(layer.label, kind="stable")
+        labels, first, place = _groups(layer.label[order])
+        ways = (ahead.take(layer.source, 1) + behind.take(layer.target, 1))[:, order]
+        found = np.full((len(ahead), self.automaton.classes), NEVER)
+        found[:, labels] = _sum(ways, first, place)
+        return found
+
+
+def layers_of(
+    own: Automaton, inside: Array, closes: Array, begin: Array, resume: Array
+) -> list[Layer | None]:
+    """The layers of a `Lattice`, by the states that the rows can have reached."""
+    states, found = np.unique(begin), []
+    for column in range(inside.shape[1]):
+        layer = Layer.of(own, states) if inside[:, column].any() else None
+        found.append(layer)
+        reached = np.zeros(own.states, bool)
+        if layer is not None:
+            reached[layer.target] = True
+        if not inside[:, column].all():
+            reached[states] = True
+        reached[resume[closes[:, column], column]] = True
+        states = np.flatnonzero(reached)
+    return found
+
+
+def _groups(values: Array) -> tuple[Array, Array, Array]:
+    """The values of a sorted array, where each begins, and which of them each element is."""
+    begins = np.empty(len(values), bool)
+    begins[:1] = True
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    first = np.flatnonzero(begins)
+    return values[first], first, begins.cumsum() - 1
 
 
 def _drawn(weights: Array, u: Array) -> tuple[Array, Array]:
@@ -165,11 +245,6 @@ def _drawn(weights: Array, u: Array) -> tuple[Array, Array]:
     return chosen, np.clip(rest, 0.0, 1 - 2**-53)
 
 
-def _best(values: Array, first: Array) -> Array:
-    """[R, N] the largest of the values [R, E] from each `first` [N] to the next."""
-    return np.maximum.reduceat(values, first, axis=1)
-
-
 def _sum(values: Array, first: Array, place: Array) -> Array:
     """[R, N] the logarithm of the sum of exponentials of values [R, E], likewise.
 
@@ -178,6 +253,5 @@ def _sum(values: Array, first: Array, place: Array) -> Array:
     """
     top = np.maximum.reduceat(values, first, axis=1)
     top[top == NEVER] = 0.0
-    total = np.add.reduceat(np.exp(values - top[:, place]), first, axis=1)
-    with np.errstate(divide="ignore"):
-        return np.log(total) + top
+    total = np.add.reduceat(np.exp(values - top.take(place, 1)), first, axis=1)
+    return np.log(total, out=np.full_like(total, NEVER), where=total > 0) + top
