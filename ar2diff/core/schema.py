@@ -38,6 +38,11 @@ TYPES = {
     "integer": set(), "number": set(), "boolean": set(), "null": set(),
 }  # fmt: skip
 FORMATS = ("date", "date-time", "time", "uuid", "uri", "email")
+# Where a schema says nothing, values are texts, numbers, true, false and null, or lists and objects
+# of those: outlines-core would nest them so deeply that an automaton takes a minute.
+PLAIN = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}
+ANYTHING = {"array": {"items": PLAIN}, "object": {"additionalProperties": PLAIN}}
+ANY = {"anyOf": [PLAIN, *({"type": kind, **own} for kind, own in ANYTHING.items())]}
 QUOTED = r'"\\\x00-\x1f\x7f-\x9f'  # characters that stand for themselves in no JSON text
 
 
@@ -72,7 +77,7 @@ class _Walk:
         if self.seen > MOST:
             raise _refused("#", f"more than {MOST:,} schemas once references are followed", None)
         if isinstance(schema, bool):
-            return {} if schema else None
+            return ANY if schema else None
         if not isinstance(schema, Mapping):
             raise _refused(at, f"{shortened(schema)} where a schema is expected", "an object")
         known = {name: value for name, value in schema.items() if name not in SILENT | PLACES}
@@ -110,7 +115,8 @@ class _Walk:
         _check_bounds(known, at)
         found = []
         for kind in kinds:
-            own = {name: value for name, value in known.items() if name in TYPES[kind]}
+            own = {**ANYTHING.get(kind, {}), **known}
+            own = {name: value for name, value in own.items() if name in TYPES[kind]}
             if kind == "string":
                 self._check_string(own, at)
             if "items" in own:
@@ -122,21 +128,18 @@ class _Walk:
                 own = {"properties": {}} if values is None else {"additionalProperties": values}
             if own is not None:
                 found.append({"type": kind, **own})
-        if not kinds:
-            return {}
-        return _one(found)
+        return _one(found) if kinds else ANY
 
     def _check_string(self, found: dict[str, Any], at: str) -> None:
+        lengths = [name for name in ("minLength", "maxLength") if name in found]
+        shaping = [*[name for name in ("pattern", "format") if name in found], *lengths[:1]]
+        if len(shaping) > 1:
+            raise _refused(at, f"{shaping[1]!r} beside {shaping[0]!r}", None)
         if "pattern" in found:
-            if len({"minLength", "maxLength", "format"} & found.keys()):
-                raise _refused(at, "'pattern' beside a length or a format", None)
             found["pattern"] = _pattern(found["pattern"], at)
-        if "format" in found:
-            if {"minLength", "maxLength"} & found.keys():
-                raise _refused(at, "'format' beside a length", None)
-            if found["format"] not in FORMATS:
-                formats = f"one of {', '.join(FORMATS)}"
-                raise _refused(at, f"format {shortened(found['format'])}", formats)
+        if found.get("format", FORMATS[0]) not in FORMATS:
+            formats = f"one of {', '.join(FORMATS)}"
+            raise _refused(at, f"format {shortened(found['format'])}", formats)
 
     def _properties(
         self, known: dict[str, Any], kinds: list[str], at: str, refs: tuple[str, ...]
