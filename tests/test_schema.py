@@ -78,7 +78,10 @@ def generated(draw: random.Random, depth: int = 3) -> dict:
         case "const":
             made = {"const": draw.choice(values)}
         case "list":
-            made = {"type": draw.sample(["integer", "null", "string", "boolean"], 2), "maxLength": 3}
+            made = {
+                "type": draw.sample(["integer", "null", "string", "boolean"], 2),
+                "maxLength": 3,
+            }
             if "string" not in made["type"]:
                 del made["maxLength"]
         case "object":

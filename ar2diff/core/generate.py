@@ -210,9 +210,7 @@ def generate(
         )
     padding = [given.shape[1] - len(prompt) for prompt in prompts]
     canvas.constraint = constraint_of(model, tokenizer, options, canvas)
-    finished = finished_of(
-        model, options, stopping_criteria, tokenizer, padding, canvas.constraint
-    )
+    finished = finished_of(model, options, stopping_criteria, tokenizer, padding, canvas.constraint)
     states = denoise(
         model, spec, canvas, options, processors=_processors(logits_processor),
         finished=finished, draft=draft,

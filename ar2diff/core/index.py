@@ -102,7 +102,7 @@ def _made(pattern: str, tokenizer: Any, vocabulary: int, barred: Collection[int]
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).resolve())],
-            input=pickle.dumps((pattern, tokens, vocabulary)),
+            input=pickle.dumps((pattern, tokens, vocabulary, MOST_STATES)),
             capture_output=True,
             timeout=SECONDS,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -136,18 +136,20 @@ def _make() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pattern, tokens, beyond = pickle.load(sys.stdin.buffer)
-    sys.stdout.buffer.write(pickle.dumps(_answer(pattern, tokens, beyond)))
+    pattern, tokens, beyond, most = pickle.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(pickle.dumps(_answer(pattern, tokens, beyond, most)))
 
 
-def _answer(pattern: str, tokens: dict[bytes, list[int]], beyond: int) -> Any:
+def _answer(
+    pattern: str, tokens: dict[bytes, list[int]], beyond: int, most: int = MOST_STATES
+) -> Any:
     library = importlib.import_module("outlines_core")
     try:
         index = library.Index(pattern, library.Vocabulary(beyond, tokens))
     except ValueError as error:
         return " ".join(str(error).split())[:200]
     found = index.get_transitions()
-    if len(found) > MOST_STATES:
+    if len(found) > most:
         return TOO_MANY
     count = [len(after) for after in found.values()]
     source = np.repeat(np.fromiter(found, np.int64, len(found)), count)

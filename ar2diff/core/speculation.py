@@ -300,9 +300,7 @@ class _Group:
         """Logits [N, V] with impossible tokens at -inf."""
         return self.own.chooser.possible(logits, no_end, self.own.canvas.end_ids)
 
-    def _fitting(
-        self, logits: Tensor, rows: list[int], position: list[int], size: int
-    ) -> Tensor:
+    def _fitting(self, logits: Tensor, rows: list[int], position: list[int], size: int) -> Tensor:
         """Logits [R * (N + 1), V] without what does not fit the constraint after the newest token
         and each candidate."""
         constraint, states = self.own.canvas.constraint, []
