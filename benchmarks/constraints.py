@@ -16,24 +16,24 @@ import gzip
 import json
 import os
 import random
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from ar2diff.core import index  # noqa: E402
-from ar2diff.core.automaton import Automaton  # noqa: E402
-from ar2diff.core.canvas import Canvas  # noqa: E402
-from ar2diff.core.constraint import Constraint  # noqa: E402
-from ar2diff.core.options import Options  # noqa: E402
-from ar2diff.core.pattern import pattern_of  # noqa: E402
-from ar2diff.core.samplers import Chooser  # noqa: E402
+from ar2diff.core import index
+from ar2diff.core.automaton import Automaton
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.constraint import Constraint
+from ar2diff.core.options import Options
+from ar2diff.core.pattern import pattern_of
+from ar2diff.core.samplers import Chooser
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "lengths": {
         "type": "object",
-        "properties": {"code": {**TEXT, "minLength": 3, "maxLength": 10}, "note": {**TEXT, "maxLength": 64}},
+        "properties": {
+            "code": {**TEXT, "minLength": 3, "maxLength": 10}, "note": {**TEXT, "maxLength": 64},
+        },
         "required": ["code", "note"],
     },
     "optional": {"type": "object", "properties": {letter: TEXT for letter in "abcdef"}},
@@ -58,14 +60,18 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object", "required": ["name", "arguments"],
         "properties": {
             "name": {"enum": ["get_weather", "search", "send_mail"]},
-            "arguments": {"type": "object", "properties": {"q": TEXT, "n": WHOLE}, "required": ["q"]},
+            "arguments": {
+                "type": "object", "properties": {"q": TEXT, "n": WHOLE}, "required": ["q"],
+            },
         },
     },
     "recursive": {
         "$defs": {
             "n": {
                 "type": "object", "required": ["v"],
-                "properties": {"v": WHOLE, "kids": {"type": "array", "items": {"$ref": "#/$defs/n"}}},
+                "properties": {
+                    "v": WHOLE, "kids": {"type": "array", "items": {"$ref": "#/$defs/n"}},
+                },
             }
         },
         "$ref": "#/$defs/n",
@@ -107,7 +113,9 @@ def _row(model: Any, mode: str, name: str, constraint: dict[str, Any], runs: int
             result = model.generate(prompt, seed=seed, **settings, **own)
             if seed:  # the first makes the automaton
                 each[held].append((time.process_time() - start) / result.forwards)
-    (automaton,) = (a for k, a in index.FOUND[model.tokenizer].items() if _pattern(constraint) in k[0])
+    (automaton,) = (
+        a for k, a in index.FOUND[model.tokenizer].items() if _pattern(constraint) in k[0]
+    )
     free, held = (1e3 * statistics.median(each[kind]) for kind in (False, True))
     size = f"{automaton.states}, {automaton.classes}, {len(automaton.label)}"
     print(f"| {mode} | {name} | {size} | {held:.2f} | {held / free:.2f} |", flush=True)
@@ -122,8 +130,11 @@ def _pattern(constraint: dict[str, Any]) -> str:
 
 def automata() -> None:
     """Seconds and memory of making each automaton, its size, and milliseconds of a block of 32."""
-    print("| tokens | constraint | s in all | MB at most | states | edges | classes | their edges ", end="")
-    print("| ms a block of 32, greedy |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | constraint | s in all | MB at most | states | edges | classes | their edges ",
+        end="",
+    )
+    print("| ms for 32 positions, without |\n|---|---|---|---|---|---|---|---|---|")
     for size in (32_000, 152_000):
         tokens = _vocabulary(size)
         for name, constraint in CASES.items():
@@ -133,35 +144,43 @@ def automata() -> None:
                 _automaton(tokens, size, _pattern(constraint), write)
                 os._exit(0)
             os.close(write)
-            _, status, usage = os.wait4(child, 0)
-            found = json.loads(os.read(read, 1 << 16)) if not status else None
+            os.waitpid(child, 0)
+            seconds, most, *counts, held, free = json.loads(os.read(read, 1 << 16))
             os.close(read)
-            base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            more = (usage.ru_maxrss - base) / 1024
-            if found is None:
-                print(f"| {size:,} | {name} | failed |", flush=True)
-                continue
-            print(f"| {size:,} | {name} | {found[0]:.2f} | {max(more, 0):.0f} | ", end="")
-            print(" | ".join(f"{value:,}" for value in found[1:5]), end="")
-            print(f" | {found[5]:.1f} |", flush=True)
+            print(f"| {size:,} | {name} | {seconds:.2f} | {most:.0f} | ", end="")
+            print(" | ".join(f"{value:,}" for value in counts), end="")
+            print(f" | {held:.1f}, {free:.1f} |", flush=True)
 
 
 def _automaton(tokens: dict[bytes, list[int]], size: int, pattern: str, write: int) -> None:
-    start = time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the memory until now
+    before, start = _megabytes("VmRSS"), time.process_time()
     begin, final, edges = index._answer(pattern, tokens, size + 1)
     automaton = Automaton.of_edges(edges, [begin], final, size + 1, end_ids=[size])
-    seconds = time.process_time() - start
+    seconds, most = time.process_time() - start, _megabytes("VmHWM") - before
     canvas = Canvas.of_prompts([[0]], size + 1, max_new_tokens=64, end_ids=[size])
     constraint, chooser = Constraint(automaton, canvas), Chooser(Options(), torch.tensor([]), [])
     logits = 4 * torch.randn(32, size + 1)
     position, masked = torch.arange(1, 33)[None], torch.ones(1, 32, dtype=torch.bool)
+    row, counts = torch.zeros_like(position), (automaton.states, len(edges[0]))
+    counts += automaton.classes, len(automaton.label)
+    held = _ms(lambda: constraint.choose(chooser, row, position, masked, logits, None, None))
+    free = _ms(lambda: chooser.pick(logits, None))
+    os.write(write, json.dumps([seconds, most, *counts, held, free]).encode())
+
+
+def _megabytes(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def _ms(call: Callable[[], Any]) -> float:
     times = []
-    for _ in range(4):
-        begun = time.process_time()
-        constraint.choose(chooser, torch.zeros_like(position), position, masked, logits, None, None)
-        times.append(time.process_time() - begun)
-    counts = automaton.states, len(edges[0]), automaton.classes, len(automaton.label)
-    os.write(write, json.dumps([seconds, *counts, 1e3 * min(times)]).encode())
+    for _ in range(5):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return 1e3 * min(times)
 
 
 def _vocabulary(size: int) -> dict[bytes, list[int]]:
@@ -173,7 +192,9 @@ def _vocabulary(size: int) -> dict[bytes, list[int]]:
         for line, _ in zip(lines, range(20_000), strict=False):
             words.update(line.split())
     found = [bytes([byte]) for byte in range(256)]
-    found += [text.encode() for text in ('":', '",', '{"', '"}', "},", '": "', '", "', "],", ": ", ", ")]
+    found += [
+        text.encode() for text in ('":', '",', '{"', '"}', "},", '": "', '", "', "],", ": ", ", ")
+    ]
     for word, _ in words.most_common(10_000):
         found += [word.encode(), b" " + word.encode()]
     found, known = [*dict.fromkeys(found)], {*found}

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .constraint import Constraint
 
 STRIDE = 16  # tokens that are read at a time
 Finished = Callable[[int, Tensor], bool]  # (row, its ids up to a new token): stop here?
@@ -44,7 +41,7 @@ class Canvas:
         unfinished: number of rows without a finished answer.
         drift: with `check_cache`, for each step the largest error of a cached logit, relative to
             the largest logit, and the share of positions with the same likeliest token.
-        constraint: what the text has to match; None: anything goes.
+        constraint: a `Constraint` on this canvas, which the text has to match; None: anything goes.
     """
 
     ids: Tensor
@@ -64,7 +61,7 @@ class Canvas:
     over: list[bool]
     unfinished: int
     drift: list[tuple[float, float]] = field(default_factory=list)
-    constraint: Constraint | None = field(default=None, repr=False)
+    constraint: Any = field(default=None, repr=False)
 
     @classmethod
     def of_prompts(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class Constraint:
         spaced: Sequence[Sequence[bool]] | None = None,
     ):
         self.automaton, self.canvas = automaton, canvas
+        self.token_class = automaton.token_class
         if spans is None:
             first, rows = automaton.starts[0], range(len(canvas.ids))
             starts = [[automaton.starts[s] for s in row] or [first] for row in spaced or ()]
@@ -133,11 +135,10 @@ class Constraint:
             scores = torch.where(again[:, None], logits.clamp(min=LOWEST), scores)
         numbers = None if best else _spread(u.numpy(), undecided)
         labels, rest = lattice.paths(behind, numbers)
-        label, rest, token_class = upload(
-            logits.device, torch.from_numpy(labels[undecided]), torch.from_numpy(rest[undecided]),
-            self.automaton.token_class,
-        )  # fmt: skip
-        other = (token_class != label[:, None]) & (label >= 0)[:, None]
+        label, rest = upload(
+            logits.device, torch.from_numpy(labels[undecided]), torch.from_numpy(rest[undecided])
+        )
+        other = (self._index(logits.device) != label[:, None]) & (label >= 0)[:, None]
         scores = scores.masked_fill(other, HIDDEN)
         tokens = scores.argmax(-1) if best else draw(scores.softmax(-1), rest)
         if drawn is not own:
@@ -158,8 +159,7 @@ class Constraint:
     def _table(self, scores: Tensor, best: bool) -> Tensor:
         """[N, C] of scores [N, V]: the largest of each class, or the logarithm of the sum of
         exponentials; on the device of the scores, so that only the classes travel."""
-        (index,) = upload(scores.device, self.automaton.token_class)
-        index = index.expand_as(scores)
+        index = self._index(scores.device).expand_as(scores)
         top = scores.new_full((len(scores), self.automaton.classes), HIDDEN)
         top.scatter_reduce_(1, index, scores, "amax")
         if best:
@@ -193,10 +193,9 @@ class Constraint:
             for column in lattice.inside.any(0).nonzero()[0]:
                 found = lattice.marginals(column, ahead[column], behind[column]) - total[:, None]
                 around[:, column] = np.where(lattice.inside[:, column, None], found, 0.0)
-            index, bias = upload(
-                logits.device, self.automaton.token_class, torch.from_numpy(around[undecided])
-            )
-            given = chooser.measured(logits + bias.to(logits)[:, index], tokens).on_host()
+            (bias,) = upload(logits.device, torch.from_numpy(around[undecided]).to(logits.dtype))
+            given = logits + bias[:, self._index(logits.device)]
+            given = chooser.measured(given, tokens).on_host()
             return Choice(*download(tokens, log_prob(logits, tokens))), given
         tokens, logprob = download(tokens, log_prob(logits, tokens))
         around = np.zeros(undecided.shape)
@@ -205,6 +204,12 @@ class Constraint:
             around[:, column] = np.where(lattice.inside[:, column], found - total, 0.0)
         sure = logprob + torch.from_numpy(around[undecided]).to(logprob)
         return Choice(tokens, logprob), Choice(tokens, sure)
+
+    def _index(self, device: Any) -> Tensor:
+        """[V] the class of each token, on a device."""
+        if self.token_class.device != device:
+            self.token_class = self.automaton.token_class.to(device)
+        return self.token_class
 
     def _lattice(self, row: Tensor, position: Tensor, undecided: Array) -> Lattice:
         """Where spans lie in blocks, and what is decided there."""
@@ -284,8 +289,8 @@ class Constraint:
 
     def masked(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Logits [N, V] without the tokens that are not allowed [N, C]."""
-        index, fits = upload(logits.device, self.automaton.token_class, allowed)
-        return logits.masked_fill(~fits[:, index], HIDDEN)
+        (fits,) = upload(logits.device, allowed)
+        return logits.masked_fill(~fits[:, self._index(logits.device)], HIDDEN)
 
     def whole(self, row: int, end: int) -> bool:
         """Whether what stands in a row up to a position is all that has to match, and does."""

@@ -210,11 +210,12 @@ class _Denoiser:
             given["before"] = self._before(row, position)
         if self.chooser.penalty is not None:
             given["context"] = canvas.ids[row]
-        if not options.greedy:
-            given["u"] = self.chooser.uniform(row)
+        drawn = None if options.greedy else self.chooser.uniform(row)
+        if drawn is not None and canvas.constraint is None:  # which draws on the host
+            given["u"] = drawn
         if given:
             given = dict(zip(given, upload(logits.device, *given.values()), strict=True))
-        context, u = given.get("context"), given.get("u")
+        context, u = given.get("context"), given.get("u", drawn)
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
