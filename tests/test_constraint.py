@@ -1,4 +1,4 @@
-"""Constraints against enumeration: the allowed answers and no other, with the stated probability."""
+"""Constraints against enumeration: allowed answers and no other, with the stated probability."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import build_model, tiny_spec
 from scipy.stats import chisquare
+from transformers.generation.logits_process import TopKLogitsWarper
 
 from ar2diff.core.automaton import Automaton
 from ar2diff.core.canvas import Canvas
@@ -140,6 +141,18 @@ def test_the_greedy_path_is_the_likeliest_answer_and_marginals_are_exact(held, f
 @functools.cache
 def allowed_answers(room: int) -> list[tuple]:
     return [line for line in itertools.product((A, B, C, BB, EOS), repeat=room) if fits(line, 0)]
+
+
+def test_filters_choose_among_the_tokens_that_can_stand_at_a_position():
+    canvas = canvas_of(50, 5)
+    canvas.ids[:, 2] = BB  # so that only a can stand before it
+    logits = LOGITS.clone()
+    logits[0, A] = -20.0
+    logits[2, C] = logits[3, EOS] = logits[4, B] = 9.0
+    options = Options(temperature=1.0, filters=(("top_k", 1),))
+    chooser = Chooser(options, torch.tensor([MASK]), [], [TopKLogitsWarper(1)])
+    lines, *_ = choose(canvas, logits, torch.rand(200).double(), chooser)
+    assert lines.unique(dim=0).tolist() == [[A, BB, C, EOS, B]]
 
 
 def decide(rows: int, seed: int, *, room: int, width: int, greedy: bool, fixed: int = 0) -> list:
@@ -285,7 +298,7 @@ def masked_ar(prompt, room: int, held: int = 0, temperature: float = 1.0) -> dic
 
 @pytest.mark.parametrize("held", [0, 4])
 def test_ar_mode_draws_each_token_from_the_allowed_ones(held):
-    rows = 1500
+    rows = 800
     canvas = write(
         [[X, A]] * rows, mode="ar", max_new_tokens=4, min_new_tokens=held, temperature=0.8, seed=1
     )

@@ -140,6 +140,13 @@ class Automaton:
         place = np.arange(int(count.max()))
         return np.where(place < count[:, None], self.first[:-1, None] + place, -1)
 
+    @cached_property
+    def by_class(self) -> tuple[Array, Array, Array, Array]:
+        """[V] tokens by their classes, the classes that have any, where each of those begins, and
+        [V] which of them each token has."""
+        order = np.argsort(self.token_class.numpy(), kind="stable")
+        return order, *groups_of(self.token_class.numpy()[order])
+
     def step(self, state: int, token: int) -> int:
         """The state after a token; `DEAD` if there is none."""
         if state == DEAD:
@@ -175,6 +182,15 @@ class Automaton:
             if same and room - len(found) >= held:
                 found += [found[-1]] * (room - held + 1 - len(found))
         return found
+
+
+def groups_of(values: Array) -> tuple[Array, Array, Array]:
+    """The values of a sorted array, where each begins, and which of them each element is."""
+    begins = np.empty(len(values), bool)
+    begins[:1] = True
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    first = np.flatnonzero(begins)
+    return values[first], first, begins.cumsum() - 1
 
 
 def _useful(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .automaton import DEAD, Array, Automaton
 from .canvas import Canvas
 from .errors import Ar2DiffError, option
-from .lattice import NEVER, Lattice, layers_of
+from .lattice import NEVER, Lattice, layers_of, log_sum
 from .samplers import HIDDEN, Choice, Chooser, draw, log_prob
 from .transfer import download, upload
 
@@ -118,9 +118,11 @@ class Constraint:
             context: as of `Chooser.warp`.
             u: [N] numbers in [0, 1) that decide the draws; None: the likeliest path is taken.
         """
-        best, scores = u is None, chooser.warp(logits, context)
-        undecided = masked.numpy()
+        best, undecided = u is None, masked.numpy()
         lattice = self._lattice(row, position, undecided)
+        filtered = bool(chooser.options.filters)  # which choose among what can stand there
+        possible = self.masked(logits, _possible(lattice, undecided)) if filtered else logits
+        scores = chooser.warp(possible, context)
         own, drawn = self._tables(logits, scores, best)
         lattice = lattice.filled(undecided, drawn)
         behind = lattice.behind(best)
@@ -159,6 +161,8 @@ class Constraint:
     def _table(self, scores: Tensor, best: bool) -> Tensor:
         """[N, C] of scores [N, V]: the largest of each class, or the logarithm of the sum of
         exponentials; on the device of the scores, so that only the classes travel."""
+        if scores.is_cpu:
+            return self._table_on_host(scores.numpy(), best)
         index = self._index(scores.device).expand_as(scores)
         top = scores.new_full((len(scores), self.automaton.classes), HIDDEN)
         top.scatter_reduce_(1, index, scores, "amax")
@@ -168,6 +172,15 @@ class Constraint:
         total = torch.zeros_like(top)
         total.scatter_add_(1, index, (scores - shift.gather(1, index)).exp())
         return total.log() + shift
+
+    def _table_on_host(self, scores: Array, best: bool) -> Tensor:
+        """The same on the CPU, where reductions of sorted tokens take a quarter of the time."""
+        order, labels, first, place = self.automaton.by_class
+        values = scores.take(order, 1)
+        found = np.full((len(scores), self.automaton.classes), NEVER, scores.dtype)
+        total = np.maximum.reduceat(values, first, 1) if best else log_sum(values, first, place)
+        found[:, labels] = total
+        return torch.from_numpy(found)
 
     def _measured(
         self,
@@ -195,8 +208,11 @@ class Constraint:
                 around[:, column] = np.where(lattice.inside[:, column, None], found, 0.0)
             (bias,) = upload(logits.device, torch.from_numpy(around[undecided]).to(logits.dtype))
             given = logits + bias[:, self._index(logits.device)]
-            given = chooser.measured(given, tokens).on_host()
-            return Choice(*download(tokens, log_prob(logits, tokens))), given
+            given = chooser.measured(given, tokens)
+            there = {name: value for name, value in vars(given).items() if value is not None}
+            logprob, *values = download(log_prob(logits, tokens), *there.values())
+            given = Choice(**dict(zip(there, values, strict=True)))
+            return Choice(given.tokens, logprob), given
         tokens, logprob = download(tokens, log_prob(logits, tokens))
         around = np.zeros(undecided.shape)
         for column in (lattice.inside & undecided).any(0).nonzero()[0]:
@@ -299,6 +315,18 @@ class Constraint:
             and self.automaton.accepting[self._state(row, span, min(span.end, end))]
             for span in self.spans[row]
         )
+
+
+def _possible(lattice: Lattice, undecided: Array) -> Tensor:
+    """[N, C] bool, the classes that are on any path in the undecided columns; all of them outside
+    of spans."""
+    even = lattice.filled(undecided, 0.0)
+    ahead, behind = even.ahead(), even.behind(True)
+    found = np.ones(even.weights.shape, bool)
+    for column in (lattice.inside & undecided).any(0).nonzero()[0]:
+        ways = even.marginals(column, ahead[column], behind[column]) > NEVER
+        found[:, column] = ways | ~lattice.inside[:, column, None]
+    return torch.from_numpy(found[undecided])
 
 
 def _spread(values: Array, where: Array) -> Array:

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .automaton import Array, Automaton
+from .automaton import Array, Automaton, groups_of
 
 NEVER = -np.inf
 TIE = 1e-4  # nats; paths that differ by less are equally likely but for rounding
@@ -45,13 +45,13 @@ class Layer:
         edges = own.fan[states].ravel()
         edges = edges[edges >= 0]
         source = own.source[edges]
-        return cls(source, own.label[edges], own.target[edges], *_groups(source))
+        return cls(source, own.label[edges], own.target[edges], *groups_of(source))
 
     @cached_property
     def by_target(self) -> tuple[Array, Array, Array, Array]:
         """[E'] their order by their next states, and the same of those."""
         order = np.argsort(self.target, kind="stable")
-        return order, *_groups(self.target[order])
+        return order, *groups_of(self.target[order])
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Lattice:
     weights: Array
     layers: list[Layer | None]
 
-    def filled(self, columns: Array, weights: Array) -> Lattice:
+    def filled(self, columns: Array, weights: Array | float) -> Lattice:
         """The same with other weights [N, C] in some columns, [R, W] bool."""
         found = self.weights.copy()
         found[columns] = weights
@@ -109,7 +109,7 @@ class Lattice:
                 before[:, layer.sources] = (
                     np.maximum.reduceat(edges, layer.first, axis=1)
                     if best
-                    else _sum(edges, layer.first, layer.place)
+                    else log_sum(edges, layer.first, layer.place)
                 )
                 value = before if full else np.where(self.inside[:, column, None], before, value)
         return [*found[::-1], value]
@@ -126,12 +126,12 @@ class Lattice:
                 edges = self.weights[:, column].take(layer.label[order], 1)
                 edges += value.take(layer.source[order], 1)
                 after = np.full_like(value, NEVER)
-                after[:, targets] = _sum(edges, first, place)
+                after[:, targets] = log_sum(edges, first, place)
                 value = after if full else np.where(self.inside[:, column, None], after, value)
             if closes is not None:
                 ended, every = np.full_like(value, NEVER), np.zeros(own.states, int)
                 accepted = np.where(own.accepting, value, NEVER)
-                ended[rows, self.resume[:, column]] = _sum(accepted, every[:1], every)[:, 0]
+                ended[rows, self.resume[:, column]] = log_sum(accepted, every[:1], every)[:, 0]
                 value = np.where(closes, ended, value)
             found.append(value)
         return found
@@ -188,17 +188,17 @@ class Lattice:
             ways = ahead[rows[:, None], layer.source[edges]]
             ways = ways + behind[rows[:, None], layer.target[edges]]
             every = np.zeros(len(edges), int)
-            found[rows] = _sum(ways, every[:1], every)[:, 0]
+            found[rows] = log_sum(ways, every[:1], every)[:, 0]
         return found
 
     def marginals(self, column: int, ahead: Array, behind: Array) -> Array:
         """[R, C] the same of all classes; `NEVER` of a class that is on no path."""
         layer = self.layers[column]
         order = np.argsort(layer.label, kind="stable")
-        labels, first, place = _groups(layer.label[order])
+        labels, first, place = groups_of(layer.label[order])
         ways = (ahead.take(layer.source, 1) + behind.take(layer.target, 1))[:, order]
         found = np.full((len(ahead), self.automaton.classes), NEVER)
-        found[:, labels] = _sum(ways, first, place)
+        found[:, labels] = log_sum(ways, first, place)
         return found
 
 
@@ -220,15 +220,6 @@ def layers_of(
     return found
 
 
-def _groups(values: Array) -> tuple[Array, Array, Array]:
-    """The values of a sorted array, where each begins, and which of them each element is."""
-    begins = np.empty(len(values), bool)
-    begins[:1] = True
-    np.not_equal(values[1:], values[:-1], out=begins[1:])
-    first = np.flatnonzero(begins)
-    return values[first], first, begins.cumsum() - 1
-
-
 def _drawn(weights: Array, u: Array) -> tuple[Array, Array]:
     """[R] which of each row's weights [R, D] a number in [0, 1) draws, and [R] where it lies in the
     share of that one, again from 0 to 1."""
@@ -245,7 +236,7 @@ def _drawn(weights: Array, u: Array) -> tuple[Array, Array]:
     return chosen, np.clip(rest, 0.0, 1 - 2**-53)
 
 
-def _sum(values: Array, first: Array, place: Array) -> Array:
+def log_sum(values: Array, first: Array, place: Array) -> Array:
     """[R, N] the logarithm of the sum of exponentials of values [R, E], likewise.
 
     Args:
