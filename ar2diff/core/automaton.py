@@ -10,7 +10,7 @@ This file is copied into converted folders: it imports numpy, torch and its neig
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,7 +33,7 @@ class Automaton:
             and class. Every state has an edge, and from every state an answer can be completed.
         accepting: [S] bool, states in which an answer may end for lack of room, END among them.
         starts: states before a first token, of one text or of several kinds of them.
-        classes: C.
+        classes: C. reckoned: what `completable` has found last.
     """
 
     token_class: Tensor
@@ -43,6 +43,7 @@ class Automaton:
     accepting: Array
     starts: tuple[int, ...]
     classes: int
+    reckoned: dict[tuple[int, int], list[Array]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_edges(
@@ -141,6 +142,12 @@ class Automaton:
         return np.where(place < count[:, None], self.first[:-1, None] + place, -1)
 
     @cached_property
+    def fans(self) -> tuple[Array, Array, Array]:
+        """[S, D] the classes and next states of the edges of each state, then any; and 0 for an
+        edge, minus infinity for what is none."""
+        return self.label[self.fan], self.target[self.fan], np.where(self.fan < 0, -np.inf, 0.0)
+
+    @cached_property
     def by_class(self) -> tuple[Array, Array, Array, Array]:
         """[V] tokens by their classes, the classes that have any, where each of those begins, and
         [V] which of them each token has."""
@@ -170,6 +177,8 @@ class Automaton:
             room: tokens of the whole text.
             held: so many of its first tokens may not be end tokens.
         """
+        if (room, held) in self.reckoned:
+            return self.reckoned[room, held]
         found = [self.accepting]
         no_end = self.label != self.ends
         while len(found) <= room:
@@ -181,6 +190,8 @@ class Automaton:
             found.append(found[-1] if same else before)  # most of a long list is one array
             if same and room - len(found) >= held:
                 found += [found[-1]] * (room - held + 1 - len(found))
+        self.reckoned.clear()  # few calls have other lengths than the last one
+        self.reckoned[room, held] = found
         return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from .automaton import Array, Automaton, groups_of
 
 NEVER = -np.inf
+TINY = np.finfo(float).tiny
 TIE = 1e-4  # nats; paths that differ by less are equally likely but for rounding
 
 
@@ -156,10 +157,9 @@ class Lattice:
         own, rows, state = self.automaton, np.arange(len(self.begin)), self.begin
         labels, rest = np.full(self.inside.shape, -1), np.zeros(self.inside.shape)
         for column in range(self.inside.shape[1]):
-            edges = own.fan[state]
-            label, target = own.label[edges], own.target[edges]
-            weights = self.weights[rows[:, None], column, label]
-            weights = np.where(edges < 0, NEVER, weights + behind[column][rows[:, None], target])
+            label, target, padding = (values[state] for values in own.fans)
+            weights = self.weights[rows[:, None], column, label] + padding
+            weights += behind[column][rows[:, None], target]
             if u is None:
                 chosen = (weights >= weights.max(1, keepdims=True) - TIE).argmax(1)
             else:
@@ -231,7 +231,7 @@ def _drawn(weights: Array, u: Array) -> tuple[Array, Array]:
     last = each.shape[1] - 1 - (each[:, ::-1] > 0).argmax(1)  # rounding may point beyond it
     chosen = np.minimum(np.where(beyond.any(1), beyond.argmax(1), last), last)
     rows = np.arange(len(u))
-    share = np.maximum(each[rows, chosen], np.finfo(float).tiny)
+    share = np.maximum(each[rows, chosen], TINY)
     rest = (point - mass[rows, chosen] + share) / share
     return chosen, np.clip(rest, 0.0, 1 - 2**-53)
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from .canvas import Canvas
@@ -41,10 +42,13 @@ def pattern_of(options: Options) -> str | None:
     """
     if options.choice:
         return "|".join(SPECIAL.sub(r"\\\g<0>", choice) for choice in options.choice)
-    if options.json_schema is None:
-        return options.regex
+    return options.regex if options.json_schema is None else _of_schema(options.json_schema)
+
+
+@lru_cache(16)
+def _of_schema(text: str) -> str:
     check_installed("outlines_core", "jsonschema")
-    schema = json.dumps(carried(json.loads(options.json_schema)))
+    schema = json.dumps(carried(json.loads(text)))
     library = importlib.import_module("outlines_core.json_schema")
     try:
         return library.build_regex_from_schema(schema)
