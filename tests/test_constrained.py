@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import re
 
 import pytest
+from test_schema import generated
 
 import ar2diff
 from ar2diff.core import index
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.generate import canvas_of
+from ar2diff.core.pattern import constraint_of
+from ar2diff.generation.complete import settings_of
 
 pytest.importorskip("outlines_core")
 SCHEMA = {
@@ -140,3 +145,19 @@ def test_the_command_line_has_them_all(converted, run_both, tmp_path):
         code, _, err = run_both(*call, "--json-schema", file)
         assert code == 2 and says in err and "--json-schema" in err
         file.touch()
+
+
+@pytest.mark.slow
+def test_generated_schemas_are_finished_by_a_random_model_wherever_they_fit(model):
+    draw = random.Random(3)
+    for number in range(100):
+        schema = generated(draw, 2)
+        options = settings_of(model.checkpoint, {"json_schema": schema})[1]
+        canvas = canvas_of(model.model, model.spec, [[1, 20]], options)
+        automaton = constraint_of(model.model, model.tokenizer, options, canvas).automaton
+        room = automaton.shortest(automaton.starts[0]) + number % 5
+        settings = {"max_new_tokens": room, "mode": "diffusion", "json_schema": schema}
+        result = model.generate("ab", temperature=1.0, seed=number, **settings)
+        assert result.matches, f"{result.text} is not an instance of {schema}"
+        with pytest.raises(Ar2DiffError, match="the shortest text that matches"):
+            model.generate("ab", **settings | {"max_new_tokens": room - number % 5 - 1})

@@ -298,7 +298,7 @@ def masked_ar(prompt, room: int, held: int = 0, temperature: float = 1.0) -> dic
 
 @pytest.mark.parametrize("held", [0, 4])
 def test_ar_mode_draws_each_token_from_the_allowed_ones(held):
-    rows = 800
+    rows = 500
     canvas = write(
         [[X, A]] * rows, mode="ar", max_new_tokens=4, min_new_tokens=held, temperature=0.8, seed=1
     )

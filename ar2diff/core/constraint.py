@@ -303,6 +303,24 @@ class Constraint:
             found[place, own.label[edges][fits]] = True
         return torch.from_numpy(found)
 
+    def reachable(self, row: int, front: int, count: int) -> Tensor:
+        """[count, C] bool, the classes that the next tokens of a row can have, whatever stands
+        between them and the first `front` tokens."""
+        (span,), own = self.spans[row], self.automaton
+        left = self.left[span.room, span.held]
+        found = np.ones((count, own.classes), bool)
+        states = np.array([self.state(row, front)])
+        for place, position in enumerate(range(front, min(front + count, span.end))):
+            edges = own.fan[states].ravel()
+            edges = edges[edges >= 0]
+            edges = edges[left[span.end - position - 1][own.target[edges]]]
+            if position - span.begin < span.held:
+                edges = edges[own.label[edges] != own.ends]
+            found[place] = False
+            found[place, own.label[edges]] = True
+            states = np.unique(own.target[edges])
+        return torch.from_numpy(found)
+
     def masked(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Logits [N, V] without the tokens that are not allowed [N, C]."""
         (fits,) = upload(logits.device, allowed)

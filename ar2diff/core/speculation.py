@@ -397,7 +397,11 @@ class _Group:
         newest = torch.tensor([self.newest[line] for line in lines])
         noise = self._noise(rows, position, newest.device)
         hidden = None if found.hidden is None else found.hidden[at]
-        return self._guesses(found.ahead[at], hidden, newest, self._held(rows, position), noise)
+        ahead, constraint = found.ahead[at], self.own.canvas.constraint
+        if constraint is not None:
+            reach = [constraint.reachable(self.rows[n], self.front[n], drafts) for n in lines]
+            ahead = constraint.masked(ahead.flatten(0, 1), torch.cat(reach)).view_as(ahead)
+        return self._guesses(ahead, hidden, newest, self._held(rows, position), noise)
 
     def _guesses_everywhere(self, tokens: Tensor, ahead: Tensor, hidden: Tensor | None) -> Guesses:
         """Guesses of all rows on a device, whose host does not know where the walks end.
