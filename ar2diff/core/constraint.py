@@ -146,7 +146,8 @@ class Constraint:
         if drawn is not own:
             lattice = lattice.filled(undecided, own)
             behind = lattice.behind(False)
-        return self._measured(chooser, lattice, behind, undecided, labels, logits, tokens)
+        with np.errstate(invalid="ignore"):  # a row that a stop string has finished has no paths
+            return self._measured(chooser, lattice, behind, undecided, labels, logits, tokens)
 
     def _tables(self, logits: Tensor, scores: Tensor, best: bool) -> tuple[Array, Array]:
         """[N, C] log-probabilities of the classes in the model's own distribution, and what the
