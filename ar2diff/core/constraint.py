@@ -162,8 +162,8 @@ class Constraint:
     def _table(self, scores: Tensor, best: bool) -> Tensor:
         """[N, C] of scores [N, V]: the largest of each class, or the logarithm of the sum of
         exponentials; on the device of the scores, so that only the classes travel."""
-        if scores.is_cpu:
-            return self._table_on_host(scores.numpy(), best)
+        if scores.is_cpu and not best:
+            return self._sums_on_host(scores.numpy())
         index = self._index(scores.device).expand_as(scores)
         top = scores.new_full((len(scores), self.automaton.classes), HIDDEN)
         top.scatter_reduce_(1, index, scores, "amax")
@@ -174,13 +174,11 @@ class Constraint:
         total.scatter_add_(1, index, (scores - shift.gather(1, index)).exp())
         return total.log() + shift
 
-    def _table_on_host(self, scores: Array, best: bool) -> Tensor:
-        """The same on the CPU, where reductions of sorted tokens take a quarter of the time."""
+    def _sums_on_host(self, scores: Array) -> Tensor:
+        """The sums on the CPU, where sorting the tokens is faster than scattering them."""
         order, labels, first, place = self.automaton.by_class
-        values = scores.take(order, 1)
         found = np.full((len(scores), self.automaton.classes), NEVER, scores.dtype)
-        total = np.maximum.reduceat(values, first, 1) if best else log_sum(values, first, place)
-        found[:, labels] = total
+        found[:, labels] = log_sum(scores.take(order, 1), first, place)
         return torch.from_numpy(found)
 
     def _measured(
