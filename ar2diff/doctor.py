@@ -32,6 +32,8 @@ NEWEST = {
     "bitsandbytes": "0.50.2",
     "lm-eval": "0.4.13",
     "math-verify": "0.9.0",
+    "outlines-core": "0.2.14",
+    "jsonschema": "4.26.0",
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
     "wandb": "0.31.0",

@@ -49,6 +49,28 @@ def generate(
             "likeliest text is chosen.",
         ),
     ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            help="The whole answer, or each gap, matches this regular expression.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The answer, or each gap, is JSON of the schema in this file.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The answer, or each gap, is this text, or another of those given.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of prompts to decode together.")
     ] = 8,
@@ -84,8 +106,14 @@ def generate(
     Example: ar2diff generate runs/demo --prompt "Tom has 3 apples." --max-new-tokens 64
     """
     from ..core.errors import Ar2DiffError, option, shortened
-    from ..generation.prompts import check_stream, request_of
-    from ..generation.results import check_target, summary, unread_note, write_results
+    from ..generation.prompts import check_stream, constraints_of, request_of
+    from ..generation.results import (
+        check_target,
+        summary,
+        unmatched_note,
+        unread_note,
+        write_results,
+    )
 
     if prompt is None and " " in model and not Path(model[:200]).exists():
         raise Ar2DiffError(
@@ -103,6 +131,7 @@ def generate(
         )
     if output is not None:
         check_target(output, overwrite)
+    settings |= constraints_of(regex, json_schema, choice)
     quiet()
     from .. import load
     from ..generation.complete import check_request
@@ -129,15 +158,15 @@ def generate(
     elif output is None:
         for result in results:
             print_text(result)
-    note = unread_note(loaded.spec, results)
-    remark(*([note] if note else []), summary(results))
+    notes = (unread_note(loaded.spec, results), unmatched_note(results))
+    remark(*filter(None, notes), summary(results))
 
 
 def _show(
     checkpoint: Checkpoint, prompt: str, settings: dict[str, Any], compare: bool, pause: float
 ) -> None:
     """Show one text while it is written, and what the AR mode writes if it is asked for."""
-    from ..generation.results import summary, unread_note
+    from ..generation.results import summary, unmatched_note, unread_note
     from ..generation.writing import Writing, with_ar_beside
 
     def begun(asked: dict[str, Any]) -> Writing:
@@ -157,8 +186,7 @@ def _show(
         if not same:
             print_text(result)
             printed.append(result.whole_text)
-        if note := unread_note(checkpoint.spec, [result]):
-            remark(note)
+        remark(*filter(None, (unread_note(checkpoint.spec, [result]), unmatched_note([result]))))
         remark(mode + summary([result]) + (", the same text" if same and number else ""))
     if stopped.is_set():
         raise KeyboardInterrupt

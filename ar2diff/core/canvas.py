@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Canvas:
         unfinished: number of rows without a finished answer.
         drift: with `check_cache`, for each step the largest error of a cached logit, relative to
             the largest logit, and the share of positions with the same likeliest token.
+        constraint: a `Constraint` on this canvas, which the text has to match; None: anything goes.
     """
 
     ids: Tensor
@@ -59,6 +61,7 @@ class Canvas:
     over: list[bool]
     unfinished: int
     drift: list[tuple[float, float]] = field(default_factory=list)
+    constraint: Any = field(default=None, repr=False)
 
     @classmethod
     def of_prompts(

@@ -210,25 +210,31 @@ class _Denoiser:
             given["before"] = self._before(row, position)
         if self.chooser.penalty is not None:
             given["context"] = canvas.ids[row]
-        if not options.greedy:
-            given["u"] = self.chooser.uniform(row)
+        drawn = None if options.greedy else self.chooser.uniform(row)
+        if drawn is not None and canvas.constraint is None:  # which draws on the host
+            given["u"] = drawn
         if given:
             given = dict(zip(given, upload(logits.device, *given.values()), strict=True))
-        context, u = given.get("context"), given.get("u")
+        context, u = given.get("context"), given.get("u", drawn)
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
             logits = logits + self.head(given["before"]).to(logits)
-        choice = self.chooser.pick(logits, u, context)
-        if self.head is None:
-            choice = choice.on_host()
+        if canvas.constraint is not None:
+            choice, given_fit = canvas.constraint.choose(
+                self.chooser, self.row, self.position, masked, logits, context, u
+            )
+        else:
+            choice = given_fit = self.chooser.pick(logits, u, context)
+            if self.head is None:
+                choice = given_fit = choice.on_host()
         quota = None
         if options.steps_per_block is not None:
             left = masked.sum(1)
             taken = canvas.forwards[rows] - self.began[rows] - 1
             quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
-        commit = commits(options, choice, masked, quota, self.chooser, rows)
-        if self.head is not None:
+        commit = commits(options, given_fit, masked, quota, self.chooser, rows)
+        if self.head is not None and canvas.constraint is None:  # else tokens are those of a path
             choice, commit = left_to_right(
                 self.head, self.chooser, logits, u, context, choice, masked, commit
             )

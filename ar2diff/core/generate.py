@@ -26,6 +26,7 @@ from .errors import Ar2DiffError, first_line, option, shortened
 from .forward import context_length
 from .inputs import check_tensors, has_gaps, read_prompts
 from .options import Options, resolve
+from .pattern import constraint_of
 from .probe import probe
 from .spec import Spec
 from .stopping import finished_of
@@ -162,7 +163,7 @@ def generate(
             None starts from the BOS token.
         streamer: of transformers; gets tokens once all before them are decided, and the drafts of
             each step if it has a method `put_draft`.
-        tokenizer: needed for `stop_strings`.
+        tokenizer: needed for `stop_strings`, `regex`, `json_schema` and `choice`.
         draft: folder or Hub id of a draft adapter for the model, or a loaded one. The text is then
             the one that the model itself writes, in fewer forwards: in float32 up to near-ties.
         kwargs: fields of `Options`, `do_sample`, `max_length`. An argument takes precedence over
@@ -208,7 +209,8 @@ def generate(
             f"{option('streamer')} only works with a single row", "leave it out, or use one prompt"
         )
     padding = [given.shape[1] - len(prompt) for prompt in prompts]
-    finished = finished_of(model, options, stopping_criteria, tokenizer, padding)
+    canvas.constraint = constraint_of(model, tokenizer, options, canvas)
+    finished = finished_of(model, options, stopping_criteria, tokenizer, padding, canvas.constraint)
     states = denoise(
         model, spec, canvas, options, processors=_processors(logits_processor),
         finished=finished, draft=draft,

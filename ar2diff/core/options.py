@@ -17,6 +17,7 @@ from .values import (
     Source,
     bad,
     integer,
+    json_text,
     number,
     one_of,
     seeds,
@@ -32,6 +33,7 @@ CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
 SAFE_THRESHOLD = 0.99  # of a model without AR mode whose text at 0.9 is worse, or was not measured
 RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
+CONSTRAINTS = ("regex", "json_schema", "choice")
 MAX_NEW_TOKENS = 128
 
 # Options that only mode diffusion uses, with the values at which they ask for nothing.
@@ -100,6 +102,9 @@ class Options:
         check_cache: also read each step without the cache, and note the differences in
             `Canvas.drift`.
         temperature: 0 is greedy. repetition_penalty, filters, sequence_bias: as in transformers.
+        regex, json_schema, choice: the whole answer, or each gap, matches this regular expression,
+            is JSON of this schema (a JSON text, in an order and with spaces that are fixed), or is
+            one of these texts.
         seed: seeds the draws; those of a row depend on it and on the row's own prompt alone.
     """
 
@@ -129,6 +134,9 @@ class Options:
     num_return_sequences: int = 1
     return_dict_in_generate: bool = False
     stop_strings: tuple[str, ...] = ()
+    regex: str | None = None
+    json_schema: str | None = None
+    choice: tuple[str, ...] = ()
     max_time: float | None = None
     seed: int | tuple[int, ...] | None = None
 
@@ -215,9 +223,13 @@ def resolve(
         num_return_sequences=integer(get, "num_return_sequences", 1, 1),
         return_dict_in_generate=bool(get("return_dict_in_generate", False)),
         stop_strings=strings("stop_strings", get("stop_strings")),
+        regex=_regex(get),
+        json_schema=json_text("json_schema", get("json_schema")),
+        choice=strings("choice", get("choice")),
         max_time=number(get, "max_time", None, 0),
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
+    _check_constraints(options)
     _check_rule(options)
     _check_mode(options, spec, get.places[0])
     return options
@@ -234,6 +246,23 @@ def _mode(get: Source, drafts: bool, gaps: bool) -> str:
         return chosen if chosen in allowed else MODES[1]
     denoises = any(called.get(name) not in (None, none) for name, none in DENOISING.items())
     return "diffusion" if denoises or gaps else chosen
+
+
+def _regex(get: Source) -> str | None:
+    value = get("regex")
+    if value is not None and not isinstance(value, str):
+        raise bad("regex", value, "a text")
+    return value
+
+
+def _check_constraints(options: Options) -> None:
+    """Refuse more than one constraint."""
+    given = [name for name in CONSTRAINTS if getattr(options, name) not in (None, ())]
+    if len(given) > 1:
+        first, second = map(option, given[:2])
+        raise Ar2DiffError(f"{first} cannot be combined with {second}", "use only one of them")
+    if "" in options.choice:
+        raise Ar2DiffError(f"one text of {option('choice')} is empty", "leave it out")
 
 
 def _check_rule(options: Options) -> None:

@@ -117,6 +117,11 @@ class Chooser:
             tokens = scores.argmax(-1)  # of equal ones, the first
         else:
             tokens = draw(scores.softmax(-1), u)
+        return self.measured(logits, tokens)
+
+    def measured(self, logits: Tensor, tokens: Tensor) -> Choice:
+        """Tokens [N] with what the order and the rule of the options ask of their distributions,
+        logits [N, V]."""
         margin = entropy = None
         if self.options.order == "margin":
             top = logits.softmax(-1).topk(2, -1).values

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .automaton import DEAD
 from .candidates import CandidateReader
 from .canvas import Canvas, Finished
 from .draft import Draft
@@ -101,6 +102,7 @@ class Speculation:
             self.model.device.type not in WAITING
             and not self.pace.most
             and self.chooser.penalty is None
+            and self.canvas.constraint is None
             and self.cache != "none"
             and not self.switches
         )
@@ -286,7 +288,8 @@ class _Group:
         ]
         logits = self._possible(target.flatten(0, 1), self._held(rows, position))
         noise = self._noise(rows, position, logits.device)
-        scores = self._scores(logits, noise, self._contexts(size))
+        fitting = self._fitting(logits, rows, position, size)
+        scores = self._scores(fitting, noise, self._contexts(size))
         return scores.argmax(-1).view(count, size), logits
 
     def _found(
@@ -310,6 +313,25 @@ class _Group:
     def _possible(self, logits: Tensor, no_end: Tensor | None) -> Tensor:
         """Logits [N, V] with impossible tokens at -inf."""
         return self.own.chooser.possible(logits, no_end, self.own.canvas.end_ids)
+
+    def _fitting(self, logits: Tensor, rows: list[int], position: list[int], size: int) -> Tensor:
+        """Logits [R * (N + 1), V] without what does not fit the constraint after the newest token
+        and each candidate."""
+        constraint, states = self.own.canvas.constraint, []
+        if constraint is None:
+            return logits
+        for line, tree in enumerate(self.trees):
+            after = self._states_after(line, tree)
+            states += [*after, *[DEAD] * (size - len(after))]
+        return constraint.masked(logits, constraint.allowed(rows, position, states))
+
+    def _states_after(self, line: int, tree: Tree) -> list[int]:
+        """The constraint's states after a row's newest token and each candidate."""
+        constraint, row = self.own.canvas.constraint, self.rows[line]
+        states = [constraint.state(row, self.front[line])]
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            states.append(constraint.automaton.step(states[parent + 1], token))
+        return states
 
     def _held(self, rows: list[int], position: list[int]) -> Tensor | None:
         """[N] bool, which positions may not hold an end token; None: all may."""
@@ -371,7 +393,15 @@ class _Group:
                 guesses = self._guesses_of(have, [blocks[line] for line in have], found)
             for line, tree in zip(have, self.pace.grown(guesses), strict=True):
                 self.trees[line] = tree
+        self.cut()
         self.pace.plan(self.trees, self.drafts)
+
+    def cut(self) -> None:
+        """Drop the candidates that the constraint does not allow."""
+        if self.own.canvas.constraint is None:
+            return
+        for line, tree in enumerate(self.trees):
+            tree.keep([state != DEAD for state in self._states_after(line, tree)[1:]])
 
     def _guesses_of(self, lines: list[int], blocks: list[int], found: _Found) -> Guesses:
         """Guesses of some of the rows, from their drafts behind one of the candidates each."""
@@ -381,7 +411,11 @@ class _Group:
         newest = torch.tensor([self.newest[line] for line in lines])
         noise = self._noise(rows, position, newest.device)
         hidden = None if found.hidden is None else found.hidden[at]
-        return self._guesses(found.ahead[at], hidden, newest, self._held(rows, position), noise)
+        ahead, constraint = found.ahead[at], self.own.canvas.constraint
+        if constraint is not None:
+            reach = [constraint.reachable(self.rows[n], self.front[n], drafts) for n in lines]
+            ahead = constraint.masked(ahead.flatten(0, 1), torch.cat(reach)).view_as(ahead)
+        return self._guesses(ahead, hidden, newest, self._held(rows, position), noise)
 
     def _guesses_everywhere(self, tokens: Tensor, ahead: Tensor, hidden: Tensor | None) -> Guesses:
         """Guesses of all rows on a device, whose host does not know where the walks end.

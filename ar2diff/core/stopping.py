@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 
 from .canvas import Finished
+from .constraint import Constraint
 from .errors import Ar2DiffError, option
 from .options import Options
 
@@ -24,6 +25,7 @@ def finished_of(
     given: Any,
     tokenizer: Any,
     padding: Sequence[int] | None = None,
+    constraint: Constraint | None = None,
 ) -> Finished | None:
     """Stop strings, the time limit and stopping criteria, asked for each new token in turn; None if
     there are none.
@@ -32,28 +34,35 @@ def finished_of(
         given: stopping criteria of transformers, or None.
         tokenizer: for stop strings.
         padding: tokens of padding in each row's prompt, which a criterion may count; None: none.
+        constraint: stop strings end a text only where it matches.
 
     Raises:
         Ar2DiffError: stop strings without a tokenizer.
     """
     criteria = list(given or [])
+    stops = None
     if options.stop_strings:
         if tokenizer is None:
             raise Ar2DiffError(
                 f"{option('stop_strings')} needs a tokenizer", f"pass {option('tokenizer')}"
             )
-        criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
+        stops = StopStringCriteria(tokenizer, list(options.stop_strings))
+        if constraint is None:
+            criteria.append(stops)
     if options.max_time is not None:
         criteria.append(MaxTimeCriteria(options.max_time))
-    if not criteria:
+    if not criteria and stops is None:
         return None
     rows = len(padding or ())
     own = [[_of_row(criterion, row, rows) for criterion in criteria] for row in range(rows)]
 
     def finished(row: int, ids: Tensor) -> bool:
+        written = len(ids)
         pads = ids.new_full((padding[row] if padding else 0,), options.filler)
         ids = torch.cat([pads, ids])[None].to(model.device)
-        asked = own[row] if rows else criteria
+        asked = [*(own[row] if rows else criteria)]
+        if constraint is not None and stops and constraint.whole(row, written):
+            asked.append(stops)
         return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in asked)
 
     return finished

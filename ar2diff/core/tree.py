@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, compress
 from math import exp
 from operator import mul
 from typing import Any
@@ -62,6 +62,13 @@ class Tree:
         """Keep the first nodes only."""
         for values in (self.tokens, self.parents, self.depths, self.chances):
             del values[nodes:]
+
+    def keep(self, nodes: list[bool]) -> None:
+        """Drop nodes, none of which is followed by one that stays."""
+        number = [*accumulate(nodes, initial=0)]
+        self.parents = [number[parent] if parent >= 0 else -1 for parent in self.parents]
+        for name in ("tokens", "parents", "depths", "chances"):
+            setattr(self, name, [*compress(getattr(self, name), nodes)])
 
     def path(self, node: int) -> list[int]:
         """The nodes from the first to `node`; none for -1."""

@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -137,6 +138,20 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
         raise bad(name, value, "a text or a list of texts")
     return tuple(found)
+
+
+def json_text(name: str, value: Any) -> str | None:
+    """A JSON object as a text, from one or from a mapping."""
+    if value is None:
+        return None
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(found)
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, Mapping):
+        raise bad(name, value, "a JSON object, as a dictionary or a text")
+    return text
 
 
 def seeds(name: str, value: Any) -> int | tuple[int, ...] | None:

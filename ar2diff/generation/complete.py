@@ -26,11 +26,12 @@ from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
+from ..core.pattern import check_constraint, constraint_of, validates
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from .prompts import Request, Segments, split_gaps
 from .results import Candidate, Completion, Drift
-from .tokens import encode, text_after, with_gaps_filled
+from .tokens import encode, spaced_gaps, text_after, with_gaps_filled
 
 
 def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> Completion:
@@ -64,7 +65,8 @@ def complete_all(
             ids = encode(checkpoint.tokenizer, spec, segments)
             if gaps not in asked:
                 asked[gaps] = settings_of(checkpoint, filling, gaps)[1]
-            canvas_of(checkpoint.model, spec, [ids], asked[gaps])
+            canvas = canvas_of(checkpoint.model, spec, [ids], asked[gaps])
+            constrained(checkpoint, asked[gaps], canvas, [segments])
         except Ar2DiffError as error:
             raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
         groups[gaps].append((number, segments, ids))
@@ -91,7 +93,7 @@ def infill(
     texts: list[Segments] = [[prefix, length, suffix] for length in lengths]
     rows = [encode(checkpoint.tokenizer, spec, segments) for segments in texts]
     start = time.monotonic()
-    canvas, states = begin(checkpoint, spec, options, rows)
+    canvas, states = begin(checkpoint, spec, options, rows, texts)
     for _ in states:
         pass
     seconds = time.monotonic() - start
@@ -113,19 +115,37 @@ def infill(
 
 
 def begin(
-    checkpoint: Checkpoint, spec: Spec, options: Options, rows: Sequence[Sequence[int]]
+    checkpoint: Checkpoint,
+    spec: Spec,
+    options: Options,
+    rows: Sequence[Sequence[int]],
+    texts: Sequence[Segments] | None = None,
 ) -> tuple[Canvas, Iterator[Canvas]]:
     """The canvas of some rows, and the iterator that decides it, one state for each forward.
 
     Args:
         spec, options: of `settings_of`.
         rows: token ids, with masks for gaps.
+        texts: what the rows encode, if it has gaps.
+
+    Raises:
+        Ar2DiffError: a prompt does not fit, or no text that matches the constraint.
     """
     model = checkpoint.model
-    canvas = canvas_of(model, spec, rows, options)
-    finished = finished_of(model, options, None, checkpoint.tokenizer)
+    canvas = constrained(checkpoint, options, canvas_of(model, spec, rows, options), texts)
+    finished = finished_of(model, options, None, checkpoint.tokenizer, constraint=canvas.constraint)
     states = denoise(model, spec, canvas, options, finished=finished, draft=checkpoint.draft)
     return canvas, states
+
+
+def constrained(
+    checkpoint: Checkpoint, options: Options, canvas: Canvas, texts: Sequence[Segments] | None
+) -> Canvas:
+    """A canvas with the constraint that the options ask for; arguments as of `begin`."""
+    tokenizer = checkpoint.tokenizer
+    spaced = [spaced_gaps(tokenizer, text) for text in texts or ()] or None
+    canvas.constraint = constraint_of(checkpoint.model, tokenizer, options, canvas, spaced)
+    return canvas
 
 
 def load(reference: str, dtype: str = "float32", device: str | None = "auto") -> Checkpoint:
@@ -167,6 +187,7 @@ def check_request(
     gaps = request is not None and request.has_gap
     configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
     options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)
+    check_constraint(options)
     if gaps and options.mode != "diffusion":
         raise Ar2DiffError(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
@@ -245,7 +266,7 @@ def decode_rows(
         texts: what the rows encode, if it has gaps.
     """
     start = time.monotonic()
-    canvas, states = begin(checkpoint, spec, options, rows)
+    canvas, states = begin(checkpoint, spec, options, rows, texts)
     for _ in states:
         pass
     seconds = (time.monotonic() - start) / len(rows)
@@ -287,6 +308,10 @@ def result_of(
         seconds=seconds,
         drift=_drift(canvas),
     )
+    if canvas.constraint is not None:
+        fits = canvas.constraint.whole(row, canvas.front[row])
+        valid = fits and all(validates(options, text) for text in texts[1::2] or [result.text])
+        result = replace(result, matches=valid)
     if not whole:
         return result
     unread = 0 if spec.attention == "full" else int(canvas.unread(options.block_length)[row])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files import check_path
-from ..core.errors import Ar2DiffError, option, shortened
+from ..core.errors import Ar2DiffError, first_line, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
 FIRST_UNSPACED = "\u0e00"  # Thai; scripts before it set words apart by spaces
@@ -99,6 +101,30 @@ def check_stream(request: Request, elsewhere: bool, asked: str) -> None:
             f"{option('output')}",
             "use only one of them",
         )
+
+
+def constraints_of(
+    regex: str | None, schema: Path | None, choices: Sequence[str] | None
+) -> dict[str, Any]:
+    """The settings that the command line's constraints make.
+
+    Raises:
+        Ar2DiffError: the schema cannot be read.
+    """
+    given = {"regex": regex, "choice": choices or None}
+    if schema is not None:
+        name = f"{option('json_schema')} {schema}"
+        try:
+            given["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise Ar2DiffError(
+                f"{name} cannot be read: {error.strerror or error}", "check the path"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise Ar2DiffError(
+                f"{name} is not JSON ({first_line(error)})", "correct the file"
+            ) from None
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def lengths_of(texts: Sequence[str]) -> list[int]:

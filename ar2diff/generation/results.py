@@ -54,6 +54,8 @@ class Completion:
         tokens_per_forward: new_tokens / forwards.
         seconds: wall-clock time, of a batch the row's share.
         drift: with `check_cache`.
+        matches: whether the text matches the constraint as a whole; False if it was stopped before
+            it did, None without a constraint.
         filled: the text of each gap, without the spaces that the prompt has around it.
         filled_at: where in `text` each of them begins.
         suffix_tokens: given tokens after the last gap.
@@ -70,6 +72,7 @@ class Completion:
     tokens_per_forward: float = field(repr=False)
     seconds: float = field(repr=False)
     drift: Drift | None = field(default=None, repr=False)
+    matches: bool | None = field(default=None, repr=False)
     filled: tuple[str, ...] | None = field(default=None, repr=False)
     filled_at: tuple[int, ...] | None = field(default=None, repr=False)
     suffix_tokens: int | None = field(default=None, repr=False)
@@ -126,6 +129,15 @@ def unread_note(spec: Spec | None, results: Sequence[Completion]) -> str | None:
         f"{count} of the {given} suffix tokens lie in later blocks than the gap, which "
         f"{spec.attention} attention does not read{where}"
     )
+
+
+def unmatched_note(results: Sequence[Completion]) -> str | None:
+    """A line about texts that do not match their constraint; None if all do."""
+    count = sum(result.matches is False for result in results)
+    if not count:
+        return None
+    where = "the text" if len(results) == 1 else f"{count} of {len(results)} texts"
+    return f"{where} was stopped before it matched the constraint"
 
 
 def check_target(path: Path, overwrite: bool) -> None:

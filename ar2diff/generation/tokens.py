@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,9 +59,8 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
         check_text(segment, "the prompt")
         ids_of = _ids_after_text if number else prompt_ids
         new = ids_of(tokenizer, segment)
-        if number + 1 < len(segments) and segment.endswith(" ") and segment.strip():
-            joined, bare = ids_of(tokenizer, segment + "a"), ids_of(tokenizer, segment[:-1])
-            new = bare if joined[:-1] == bare else new
+        if number + 1 < len(segments) and _leaves_space(tokenizer, segment, ids_of):
+            new = ids_of(tokenizer, segment[:-1])
         if spec.mask_token_id in new:
             raise Ar2DiffError(
                 "the prompt contains the mask token", "write {mask:N} for a gap of N tokens"
@@ -70,6 +69,22 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
     if not ids:
         raise Ar2DiffError("the prompt has no tokens", "use a longer prompt")
     return ids
+
+
+def spaced_gaps(tokenizer: Any, segments: Segments) -> list[bool]:
+    """Which gaps of a prompt begin with a space that the text before them has, as `encode` has it."""
+    return [
+        _leaves_space(tokenizer, segment, _ids_after_text if number else prompt_ids)
+        for number, segment in enumerate(segments[:-1])
+        if isinstance(segment, str)
+    ]
+
+
+def _leaves_space(tokenizer: Any, text: str, ids_of: Callable[[Any, str], list[int]]) -> bool:
+    """Whether a text ends with a space that its tokenizer would join to a word behind it."""
+    if not text.endswith(" ") or not text.strip():
+        return False
+    return ids_of(tokenizer, text + "a")[:-1] == ids_of(tokenizer, text[:-1])
 
 
 def encode_messages(tokenizer: Any, spec: Spec, messages: Sequence[dict[str, Any]]) -> list[int]:

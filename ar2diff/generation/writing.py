@@ -84,7 +84,7 @@ class Writing:
         if options.mode == "speculative" and checkpoint.model not in PACES:
             # How many drafts pay is measured in a model's first step, which is not a text's time.
             next(begin(checkpoint, spec, options, [ids])[1], None)
-        self.canvas, self._states = begin(checkpoint, spec, options, [ids])
+        self.canvas, self._states = begin(checkpoint, spec, options, [ids], [self.segments])
         canvas = self.canvas
         self.prompt = int(canvas.prompt[0])
         self.gaps = (~canvas.given[0, : self.prompt]).nonzero()[:, 0].tolist()

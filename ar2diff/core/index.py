@@ -1,0 +1,168 @@
+"""The automaton of a regular expression over the tokens of a tokenizer, made by outlines-core.
+
+An expression of a few characters may have an automaton of millions of states. So it is made in a
+process of its own, whose time and memory are limited: this file, run as a script.
+This file is copied into converted folders: it imports numpy and its neighbours alone, and
+outlines-core only in the other process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+MOST_STATES = 50_000
+SECONDS = 60
+MEMORY = 8 << 30  # bytes
+TOO_MANY = "too many states"
+FOUND: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def automaton_of(
+    patterns: Sequence[str],
+    tokenizer: Any,
+    vocabulary: int,
+    end_ids: Collection[int],
+    impossible: Collection[int],
+) -> Any:
+    """The automaton of regular expressions, one start for each, which a whole text has to match. It
+    is kept for as long as the tokenizer is.
+
+    Args:
+        vocabulary, end_ids, impossible: as of `Automaton.of_edges`.
+
+    Raises:
+        Ar2DiffError: an expression is not valid, its automaton is too large, or no text that the
+            tokenizer can write matches it; outlines-core is not installed.
+    """
+    from .automaton import Automaton
+    from .errors import Ar2DiffError
+
+    known = FOUND.setdefault(tokenizer, {})
+    key = (*patterns,), vocabulary, frozenset(end_ids), frozenset(impossible)
+    if key not in known:
+        starts, accepting, edges = [], [], []
+        for pattern in patterns:
+            start, final, own = _made(pattern, tokenizer, vocabulary, key[2] | key[3])
+            shift = 1 + max(
+                (int(max(e[0].max(), e[2].max())) for e in edges if len(e[0])), default=-1
+            )
+            starts.append(start + shift)
+            accepting += [state + shift for state in final]
+            edges.append((own[0] + shift, own[1], own[2] + shift))
+        joined = tuple(np.concatenate(column) for column in zip(*edges, strict=True))
+        known[key] = Automaton.of_edges(
+            joined, starts, accepting, vocabulary, end_ids=end_ids, impossible=impossible
+        )
+    if known[key] is None:
+        raise Ar2DiffError(
+            "no text that the tokenizer can write matches the constraint",
+            "use an expression for characters that its tokens have",
+        )
+    return known[key]
+
+
+def check_installed(*modules: str) -> None:
+    """Refuse a constraint if a library that it needs is missing.
+
+    Raises:
+        Ar2DiffError: it names the extra.
+    """
+    from .errors import Ar2DiffError
+
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise Ar2DiffError(
+                f"a constraint needs {module.replace('_', '-')}, which is not installed",
+                "install it with: pip install 'ar2diff[constraints]'",
+            )
+
+
+def _made(pattern: str, tokenizer: Any, vocabulary: int, barred: Collection[int]) -> Any:
+    """Start, accepting states and edges (states, tokens, next states) of an automaton, from the
+    other process."""
+    from .errors import Ar2DiffError, shortened
+    from .vocabulary import token_bytes
+
+    check_installed("outlines_core")
+    tokens: dict[bytes, list[int]] = {}
+    for token, text in token_bytes(tokenizer).items():
+        if token < vocabulary and token not in barred:
+            tokens.setdefault(text, []).append(token)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).resolve())],
+            input=pickle.dumps((pattern, tokens, vocabulary, MOST_STATES)),
+            capture_output=True,
+            timeout=SECONDS,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        raise _too_large(f"{SECONDS} seconds") from None
+    if done.returncode:
+        raise _too_large(f"{MEMORY >> 30} GB of memory")
+    found = pickle.loads(done.stdout)
+    if found == TOO_MANY:
+        raise _too_large(f"{MOST_STATES:,} states")
+    if isinstance(found, str):
+        raise Ar2DiffError(
+            f"the regular expression {shortened(pattern)} cannot be used ({found})",
+            "correct it; it is matched as a whole, without ^ and $, and cannot look around",
+        )
+    return found
+
+
+def _too_large(limit: str) -> Any:
+    from .errors import Ar2DiffError
+
+    return Ar2DiffError(
+        f"the constraint needs an automaton that takes more than {limit}",
+        "use a simpler expression or schema, with smaller counts, lengths and nesting",
+    )
+
+
+def _make() -> None:
+    """What the other process does: read an expression and tokens, write edges or what is wrong."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    pattern, tokens, beyond, most = pickle.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(pickle.dumps(_answer(pattern, tokens, beyond, most)))
+
+
+def _answer(
+    pattern: str, tokens: dict[bytes, list[int]], beyond: int, most: int = MOST_STATES
+) -> Any:
+    library = importlib.import_module("outlines_core")
+    try:
+        index = library.Index(pattern, library.Vocabulary(beyond, tokens))
+    except ValueError as error:
+        return " ".join(str(error).split())[:200]
+    found = index.get_transitions()
+    if len(found) > most:
+        return TOO_MANY
+    count = [len(after) for after in found.values()]
+    source = np.repeat(np.fromiter(found, np.int64, len(found)), count)
+    token, target = (
+        np.fromiter(
+            (value for after in found.values() for value in of(after)), np.int64, sum(count)
+        )
+        for of in (dict.keys, dict.values)
+    )
+    text = token != beyond  # a final state leads to itself by the token that ends a text
+    edges = tuple(values[text] for values in (source, token, target))
+    return index.get_initial_state(), sorted(index.get_final_states()), edges
+
+
+if __name__ == "__main__":
+    _make()
