@@ -72,7 +72,7 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
 
 
 def spaced_gaps(tokenizer: Any, segments: Segments) -> list[bool]:
-    """Which gaps of a prompt begin with a space that the text before them has, as `encode` has it."""
+    """Which gaps of a prompt begin with a space that the text before them has, as in `encode`."""
     return [
         _leaves_space(tokenizer, segment, _ids_after_text if number else prompt_ids)
         for number, segment in enumerate(segments[:-1])

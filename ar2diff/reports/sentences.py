@@ -310,14 +310,16 @@ def _control(report: Report) -> Claim:
     if not theirs:
         return Claim("control", f"{fills}; there is no base to compare it with.", more)
     best = max(theirs, key=_value)
-    difference = apart(mine, best)
-    others = joined([f"{quantity(f.value, f.error, f.unit)} ({f.setting})" if f.setting else
-                     quantity(f.value, f.error, f.unit) for f in theirs], "or")  # fmt: skip
-    than = {
-        "better": f"more than {named(report, 'base')}, which fills {others}",
-        "worse": f"fewer than {named(report, 'base')}, which fills {others}",
-        "none": f"no difference from {named(report, 'base')}, which fills {others}",
-    }[difference.verdict]
+    found = {"better": "more than", "worse": "fewer than", "none": "no difference from"}
+    clauses, last = [], None
+    for other in [best, *(f for f in theirs if f is not best)]:
+        way = f"with {other.setting} " if other.setting else ""
+        told = f"{way}({quantity(other.value, other.error, other.unit)})"
+        verdict = apart(mine, other).verdict
+        who = "it" if clauses else named(report, "base")
+        clauses.append(told if verdict == last else f"{found[verdict]} {who} {told}")
+        last = verdict
+    difference, than = apart(mine, best), joined(clauses)
     return Claim(
         "control", f"Given both sides, {fills}: {than}.", more, {FILLING: difference.verdict}
     )
