@@ -229,6 +229,21 @@ def test_drafting_rests_briefly_until_the_first_timings_are_corrected():
     assert pace.rest == 8 and 60 < drafted < 75
 
 
+def test_tries_of_drafts_that_do_not_pay_cost_a_small_share_of_the_time():
+    pace, chain, seconds = (
+        MeasuredPace(Cost(1.0, 4.0, 0.1), 7),
+        Tree([5], [-1], [1], [0.9], [1]),
+        [],
+    )
+    for _ in range(4000):
+        drafts = pace.drafts()
+        if drafts:
+            pace.saw([chain], [[]])
+        seconds.append(4.5 if drafts else 1.0)
+        pace.took(seconds[-1], 5 if drafts else 1, drafts)
+    assert 1500 < sum(seconds[-1500:]) < 1.03 * 1500  # drafts were tried again
+
+
 def test_trees_that_do_not_keep_their_promise_are_given_up_and_must_promise_more():
     pace = MeasuredPace(Cost(1.0, 1.2, 0.05, tree=0.5), 7)
     chain = Tree([5, 6], [-1, 0], [1, 2], [0.9, 0.8], [1])

@@ -11,6 +11,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -26,8 +27,8 @@ BRANCHED = 24  # slower by as much after so many forwards, and the next one must
 WIDER = 1.25  # times as much
 LOOK = 64  # forwards between two looks at what branches would be worth
 FIRST = 32  # forward of the first look
-REST, RETRY = 8, 128  # plain forwards after which drafting is tried again, at first and at most
-TRIED = 4  # forwards for which it is
+REST, LONGER = 8, 4  # plain forwards after which drafting is tried again; times as many each time,
+TRIED, SPENT = 4, 0.02  # until the forwards for which it is tried cost this share of the rest
 LEARNED = 16  # forwards before drafting may rest for the first time: the first timings are rough
 RIGHT = (0.7, 0.5, 0.35)  # how often the first drafts are right in a row, before any was verified
 
@@ -186,12 +187,18 @@ class MeasuredPace(Pace):
             self.trying -= 1
         elif self.seconds > self.cost.plain:
             # Rests are short at first: only in them is a plain forward timed as others are.
-            self.resting, self.rest = self.rest - 1, min(2 * self.rest, RETRY)
+            self.resting = self.rest - 1
+            self.rest = min(LONGER * self.rest, max(REST, self._longest_rest()))
             self.trying = TRIED
             return 0
         else:
             self.rest = REST
         return self.length
+
+    def _longest_rest(self) -> int:
+        """Plain forwards beside which a try costs a small share of time."""
+        lost = self.seconds * self.tokens - self.cost.plain  # of a forward with drafts
+        return math.ceil(TRIED * lost / (SPENT * self.cost.plain))
 
     def _rate(self, name: str) -> float:
         """The weight of what is seen now in a running mean: that of a plain mean at first, so that
