@@ -337,7 +337,7 @@ def test_speculation_writes_the_text_of_constrained_ar_mode(temperature, drafted
             group.cut()
             group.pace.plan(group.trees, group.drafts)
 
-        monkeypatch.setattr("ar2diff.core.speculation._Group._draft", draft)
+        monkeypatch.setattr("ar2diff.core.group.Group._draft", draft)
     canvas = write(prompts, mode="speculative", draft_length=3, **settings)
     assert written(canvas) == alone
     assert all(matches([t for t in line if t != EOS]) for line in alone)

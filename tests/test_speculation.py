@@ -11,7 +11,7 @@ import torch
 from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec
 from test_likelihood import EXACT, PREDICTIONS, own_mask, raw_logits
 
-from ar2diff.core import speculation
+from ar2diff.core import group, speculation
 from ar2diff.core.candidates import CandidateReader
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import denoise
@@ -140,7 +140,7 @@ def drafted(monkeypatch):
                     tree.add(word, depth - 2, depth, 1.0)
             group.pace.plan(group.trees, group.drafts)
 
-        monkeypatch.setattr(speculation._Group, "_draft", draft)
+        monkeypatch.setattr(group.Group, "_draft", draft)
 
     return plant
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import check_path
-from ..core.errors import Ar2DiffError, first_line, option, shortened
+from ..config.safe_json import parse_json
+from ..core.errors import Ar2DiffError, option, shortened
 
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
 FIRST_UNSPACED = "\u0e00"  # Thai; scripts before it set words apart by spaces
@@ -115,15 +115,13 @@ def constraints_of(
     if schema is not None:
         name = f"{option('json_schema')} {schema}"
         try:
-            given["json_schema"] = json.loads(schema.read_text(encoding="utf-8"))
+            given["json_schema"] = parse_json(schema.read_bytes())
         except OSError as error:
             raise Ar2DiffError(
                 f"{name} cannot be read: {error.strerror or error}", "check the path"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise Ar2DiffError(
-                f"{name} is not JSON ({first_line(error)})", "correct the file"
-            ) from None
+        except ValueError as error:
+            raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
     return {name: value for name, value in given.items() if value is not None}
 
 

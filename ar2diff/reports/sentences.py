@@ -309,19 +309,17 @@ def _control(report: Report) -> Claim:
     fills = f"{named(report)} fills {share} of the gaps exactly"
     if not theirs:
         return Claim("control", f"{fills}; there is no base to compare it with.", more)
-    best = max(theirs, key=_value)
+    ways = sorted(theirs, key=_value, reverse=True)
+    verdicts = [apart(mine, other).verdict for other in ways]
     found = {"better": "more than", "worse": "fewer than", "none": "no difference from"}
-    clauses, last = [], None
-    for other in [best, *(f for f in theirs if f is not best)]:
+    clauses: list[str] = []
+    for other, verdict, last in zip(ways, verdicts, [None, *verdicts], strict=False):
         way = f"with {other.setting} " if other.setting else ""
         told = f"{way}({quantity(other.value, other.error, other.unit)})"
-        verdict = apart(mine, other).verdict
         who = "it" if clauses else named(report, "base")
         clauses.append(told if verdict == last else f"{found[verdict]} {who} {told}")
-        last = verdict
-    difference, than = apart(mine, best), joined(clauses)
     return Claim(
-        "control", f"Given both sides, {fills}: {than}.", more, {FILLING: difference.verdict}
+        "control", f"Given both sides, {fills}: {joined(clauses)}.", more, {FILLING: verdicts[0]}
     )
 
 

@@ -65,11 +65,12 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
     if recipe.rl is None:
         ids, doc = torch.ones(2, rows, length, dtype=torch.long), torch.zeros(rows, length).long()
         pos = torch.arange(length).expand(rows, length)
-        input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
-        masked = int(rows * length * law_of(recipe).mean)  # on average
         if checkpoint.spec is None:  # an AR control reads the clean copy alone
             plain, masked = clean_task(ids[1], doc, pos), 0
             input_ids, slots = plain.input_ids, plain.slots
+        else:
+            input_ids, slots = lay_out(ids[0], ids[1], doc, pos, spec.attention)
+            masked = int(rows * length * law_of(recipe).mean)  # on average
         # The AR loss reads the whole clean copy.
         wanted = masked + (rows * length if recipe.objective.ar_weight > 0 else 0)
     else:
