@@ -150,11 +150,18 @@ def test_the_attempts_succeed_without_a_sandbox(tmp_path):
     assert host.traces() == {"written", "AF_INET", "AF_UNIX"}
 
 
+def child_of(process):
+    """A child of the process; None if it has none."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return int(found[0]) if found else None
+
+
 @needs_bubblewrap
 def test_the_sandboxes_of_a_worker_end_with_it():
     def waits():
-        """Judge a program without end in a thread; give the processes of bubblewrap and of the
-        supervisor in its sandbox."""
+        """Judge a program without end in a thread; once it runs, give the processes of bubblewrap
+        and of the supervisor in its sandbox. A bubblewrap that is still starting does not yet
+        end with its parent."""
         started, processes = subprocess.Popen, []
 
         def noted(*args, **named):
@@ -165,11 +172,12 @@ def test_the_sandboxes_of_a_worker_end_with_it():
         job = Job(["while True: pass"], "f()")
         thread = threading.Thread(target=judge, args=(job, 99))
         thread.start()
-        found = []
-        while not found:
+        supervisor = program = None
+        while program is None:
             for outer in [process.pid for process in processes]:
-                found = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
-        yield [outer, int(found[0])]
+                supervisor = child_of(outer)
+                program = supervisor and child_of(supervisor)
+        yield [outer, supervisor]
         thread.join()
 
     calls = Worker(waits, enter).values(STARTING, {})
