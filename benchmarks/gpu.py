@@ -131,7 +131,6 @@ def versions(machine: Machine) -> Iterator[Row]:
     if machine.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
-            "gpu": properties.name,
             "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
             "capability": list(torch.cuda.get_device_capability()),
             "cuda": torch.version.cuda,
@@ -310,7 +309,10 @@ def main() -> None:
         install()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
+    name = {"gpu": torch.cuda.get_device_name()} if asked.device == "cuda" else {}
+
     def write(row: Row) -> None:
+        row = name | row
         print(json.dumps(row), flush=True)
         with asked.output.open("a") as out:
             out.write(json.dumps(row) + "\n")
