@@ -34,6 +34,7 @@ NEWEST = {
     "math-verify": "0.9.0",
     "outlines-core": "0.2.14",
     "jsonschema": "4.26.0",
+    "llguidance": "1.9.1",
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
     "wandb": "0.31.0",

@@ -71,6 +71,15 @@ def generate(
             rich_help_panel="Constraint",
         ),
     ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The answer is derived from the context-free grammar in this file, in Lark's "
+            "form; not with --mode diffusion.",
+            rich_help_panel="Constraint",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of prompts to decode together.")
     ] = 8,
@@ -131,7 +140,7 @@ def generate(
         )
     if output is not None:
         check_target(output, overwrite)
-    settings |= constraints_of(regex, json_schema, choice)
+    settings |= constraints_of(regex, json_schema, choice, grammar)
     quiet()
     from .. import load
     from ..generation.complete import check_request

@@ -279,6 +279,10 @@ class Constraint:
         (span,) = self.spans[row]
         return self._state(row, span, min(front, span.end))
 
+    def step(self, state: int, token: int) -> int:
+        """The state after one more token; `DEAD` if it does not fit."""
+        return self.automaton.step(state, token)
+
     def allowed(
         self, rows: Sequence[int], positions: Sequence[int], states: Sequence[int]
     ) -> Tensor:

@@ -163,7 +163,8 @@ def generate(
             None starts from the BOS token.
         streamer: of transformers; gets tokens once all before them are decided, and the drafts of
             each step if it has a method `put_draft`.
-        tokenizer: needed for `stop_strings`, `regex`, `json_schema` and `choice`.
+        tokenizer: needed for `stop_strings`, `regex`, `json_schema`, `choice` and
+            `grammar`.
         draft: folder or Hub id of a draft adapter for the model, or a loaded one. The text is then
             the one that the model itself writes, in fewer forwards: in float32 up to near-ties.
         kwargs: fields of `Options`, `do_sample`, `max_length`. An argument takes precedence over

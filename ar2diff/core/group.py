@@ -162,7 +162,7 @@ class Group:
         constraint, row = self.own.canvas.constraint, self.rows[line]
         states = [constraint.state(row, self.front[line])]
         for token, parent in zip(tree.tokens, tree.parents, strict=True):
-            states.append(constraint.automaton.step(states[parent + 1], token))
+            states.append(constraint.step(states[parent + 1], token))
         return states
 
     def _held(self, rows: list[int], position: list[int]) -> Tensor | None:

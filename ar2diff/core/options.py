@@ -22,6 +22,7 @@ from .values import (
     one_of,
     seeds,
     strings,
+    text,
     token_bias,
     token_id,
     token_ids,
@@ -33,7 +34,7 @@ CACHES = ("dynamic", "static", "prefix", "dual", "none")
 THRESHOLD = 0.9
 SAFE_THRESHOLD = 0.99  # of a model without AR mode whose text at 0.9 is worse, or was not measured
 RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
-CONSTRAINTS = ("regex", "json_schema", "choice")
+CONSTRAINTS = ("regex", "json_schema", "choice", "grammar")
 MAX_NEW_TOKENS = 128
 
 # Options that only mode diffusion uses, with the values at which they ask for nothing.
@@ -105,6 +106,8 @@ class Options:
         regex, json_schema, choice: the whole answer, or each gap, matches this regular expression,
             is JSON of this schema (a JSON text, in an order and with spaces that are fixed), or is
             one of these texts.
+        grammar: the whole answer is derived from this context-free grammar, in the form of Lark
+            that llguidance reads; only in modes `ar` and `speculative`.
         seed: seeds the draws; those of a row depend on it and on the row's own prompt alone.
     """
 
@@ -137,6 +140,7 @@ class Options:
     regex: str | None = None
     json_schema: str | None = None
     choice: tuple[str, ...] = ()
+    grammar: str | None = None
     max_time: float | None = None
     seed: int | tuple[int, ...] | None = None
 
@@ -223,9 +227,10 @@ def resolve(
         num_return_sequences=integer(get, "num_return_sequences", 1, 1),
         return_dict_in_generate=bool(get("return_dict_in_generate", False)),
         stop_strings=strings("stop_strings", get("stop_strings")),
-        regex=_regex(get),
+        regex=text("regex", get("regex")),
         json_schema=json_text("json_schema", get("json_schema")),
         choice=strings("choice", get("choice")),
+        grammar=text("grammar", get("grammar")),
         max_time=number(get, "max_time", None, 0),
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
@@ -248,13 +253,6 @@ def _mode(get: Source, drafts: bool, gaps: bool) -> str:
     return "diffusion" if denoises or gaps else chosen
 
 
-def _regex(get: Source) -> str | None:
-    value = get("regex")
-    if value is not None and not isinstance(value, str):
-        raise bad("regex", value, "a text")
-    return value
-
-
 def _check_constraints(options: Options) -> None:
     """Refuse more than one constraint."""
     given = [name for name in CONSTRAINTS if getattr(options, name) not in (None, ())]
@@ -263,6 +261,12 @@ def _check_constraints(options: Options) -> None:
         raise Ar2DiffError(f"{first} cannot be combined with {second}", "use only one of them")
     if "" in options.choice:
         raise Ar2DiffError(f"one text of {option('choice')} is empty", "leave it out")
+    if options.grammar is not None and options.min_new_tokens:
+        raise Ar2DiffError(
+            f"{option('grammar')} cannot be combined with {option('min_new_tokens')}: a text ends "
+            "where the grammar has nothing more",
+            f"leave out {option('min_new_tokens')}",
+        )
 
 
 def _check_rule(options: Options) -> None:
@@ -288,6 +292,12 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
     """Refuse a mode that the model lacks, and options of another mode in a call. (A generation
     config may hold settings for several modes.)"""
     mode = option("mode", options.mode)
+    if options.mode == "diffusion" and options.grammar is not None:
+        raise Ar2DiffError(
+            f"{option('grammar')} does not work with {mode}: whether undecided positions can still "
+            "be filled in the room that is left is not known token by token",
+            f"use {option('mode', 'speculative')}, or {option('regex')} or {option('json_schema')}",
+        )
     if options.mode != "diffusion":
         if not spec.lossless:
             raise Ar2DiffError(

@@ -1,4 +1,5 @@
-"""What a text has to match, as the options say it: a regular expression, a JSON schema, choices.
+"""What a text has to match, as the options say it: a regular expression, a JSON schema, choices, a
+grammar.
 
 This file is copied into converted folders: it imports the standard library and its neighbours
 alone.
@@ -16,6 +17,7 @@ from typing import Any
 from .canvas import Canvas
 from .constraint import Constraint
 from .errors import Ar2DiffError, first_line, option
+from .grammar import Grammar, check_grammar
 from .index import automaton_of, check_installed
 from .options import Options
 from .schema import carried
@@ -28,14 +30,16 @@ def check_constraint(options: Options) -> None:
 
     Raises:
         Ar2DiffError: a library is missing, a schema has a keyword that is not carried, or the
-            expression cannot be made.
+            expression or grammar is not valid.
     """
+    if options.grammar is not None:
+        check_grammar(options.grammar)
     if pattern_of(options) is not None:
         check_installed("outlines_core")
 
 
 def pattern_of(options: Options) -> str | None:
-    """The regular expression that a whole text has to match; None: anything goes.
+    """The regular expression that a whole text has to match; None: there is none.
 
     Raises:
         Ar2DiffError: as `check_constraint`.
@@ -65,7 +69,7 @@ def constraint_of(
     options: Options,
     canvas: Canvas,
     spaced: Sequence[Sequence[bool]] | None = None,
-) -> Constraint | None:
+) -> Constraint | Grammar | None:
     """The constraint of a call on a canvas; None without one.
 
     Args:
@@ -74,14 +78,17 @@ def constraint_of(
     Raises:
         Ar2DiffError: as `check_constraint`; or no text that matches fits the room.
     """
+    check_constraint(options)
     pattern = pattern_of(options)
-    if pattern is None:
+    if pattern is None and options.grammar is None:
         return None
     if tokenizer is None:
         raise Ar2DiffError("a constraint needs a tokenizer", f"pass {option('tokenizer')}")
     vocabulary = model.config.get_text_config().vocab_size
     barred = (canvas.mask_token_id, *options.suppress_tokens)
     impossible = {token for token in barred if 0 <= token < vocabulary}
+    if pattern is None:
+        return Grammar(options.grammar, canvas, tokenizer, vocabulary, impossible)
     patterns = [pattern, f" (?:{pattern})"] if any(map(any, spaced or ())) else [pattern]
     automaton = automaton_of(patterns, tokenizer, vocabulary, canvas.ends - impossible, impossible)
     return Constraint(automaton, canvas, spaced=spaced)

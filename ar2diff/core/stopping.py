@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStrin
 from .canvas import Finished
 from .constraint import Constraint
 from .errors import Ar2DiffError, option
+from .grammar import Grammar
 from .options import Options
 
 
@@ -25,7 +26,7 @@ def finished_of(
     given: Any,
     tokenizer: Any,
     padding: Sequence[int] | None = None,
-    constraint: Constraint | None = None,
+    constraint: Constraint | Grammar | None = None,
 ) -> Finished | None:
     """Stop strings, the time limit and stopping criteria, asked for each new token in turn; None if
     there are none.

@@ -132,6 +132,13 @@ def token_id(get: Source, name: str) -> int | None:
     return ids[0] if ids else None
 
 
+def text(name: str, value: Any) -> str | None:
+    """A text, or None."""
+    if value is not None and not isinstance(value, str):
+        raise bad(name, value, "a text")
+    return value
+
+
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """Texts: none, one or several."""
     found = (value,) if isinstance(value, str) else value or ()

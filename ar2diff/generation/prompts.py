@@ -104,25 +104,32 @@ def check_stream(request: Request, elsewhere: bool, asked: str) -> None:
 
 
 def constraints_of(
-    regex: str | None, schema: Path | None, choices: Sequence[str] | None
+    regex: str | None, schema: Path | None, choices: Sequence[str] | None, grammar: Path | None
 ) -> dict[str, Any]:
     """The settings that the command line's constraints make.
 
     Raises:
-        Ar2DiffError: the schema cannot be read.
+        Ar2DiffError: the schema or the grammar cannot be read.
     """
     given = {"regex": regex, "choice": choices or None}
+    if grammar is not None:
+        given["grammar"] = _read(grammar, "grammar").decode(errors="replace")
     if schema is not None:
-        name = f"{option('json_schema')} {schema}"
         try:
-            given["json_schema"] = parse_json(schema.read_bytes())
-        except OSError as error:
-            raise Ar2DiffError(
-                f"{name} cannot be read: {error.strerror or error}", "check the path"
-            ) from None
+            given["json_schema"] = parse_json(_read(schema, "json_schema"))
         except ValueError as error:
+            name = f"{option('json_schema')} {schema}"
             raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _read(file: Path, asked: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Ar2DiffError(
+            f"{option(asked)} {file} cannot be read: {error.strerror or error}", "check the path"
+        ) from None
 
 
 def lengths_of(texts: Sequence[str]) -> list[int]:
