@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,13 @@ def generate(
             metavar="N,...",
             help="Number of tokens in the gap. If there are several, as in 4,8, the one with the "
             "likeliest text is chosen.",
+        ),
+    ] = None,
+    revise: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Write this part of the prompt anew, in as many tokens. Can be repeated.",
         ),
     ] = None,
     regex: Annotated[
@@ -123,13 +131,14 @@ def generate(
         unread_note,
         write_results,
     )
+    from ..generation.tokens import opened
 
     if prompt is None and " " in model and not Path(model[:200]).exists():
         raise Ar2DiffError(
             f"{shortened(model)} is a text, not a model",
             f"give a model before it, and the text as {option('prompt', shlex.quote(model))}",
         )
-    request = request_of(prompt, prompts_file, prefix, suffix, length or ())
+    request = request_of(prompt, prompts_file, prefix, suffix, length or (), revise or ())
     if stream or compare:
         asked = "stream" if stream else "compare"
         check_stream(request, as_json or output is not None, asked)
@@ -147,6 +156,9 @@ def generate(
 
     check_request(model, request, settings, compare)
     loaded = load(model, dtype=dtype)
+    if request.revise:
+        gaps = opened(loaded.tokenizer, request.prompts[0], request.revise)
+        request = replace(request, prompts=(gaps,))
     if stream or compare:
         _show(loaded.checkpoint, request.prompts[0], settings, compare, pause)
         return

@@ -118,6 +118,19 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "1",
         "Above 1, make tokens that have occurred before less likely.",
     ),
+    "logit_bias": (
+        list[str],
+        "--logit-bias",
+        None,
+        "Add a bias to a token's logit, as TOKEN=BIAS; TOKEN is an id, or a text that is one "
+        "token. Can be repeated.",
+    ),
+    "guide": (
+        str,
+        "--guide",
+        None,
+        "Add to all logits what this function of yours returns, as file.py:function.",
+    ),
     "stop_strings": (
         list[str], "--stop", None, "End the answer after this text. Can be repeated.",
     ),
@@ -154,6 +167,10 @@ def with_sampler(function: Callable[..., None]) -> Callable[..., None]:
             for name, value in given.items()
             if value is not None and value != []
         }
+        if "logit_bias" in settings:
+            from ..generation.steering import biases_of
+
+            settings["logit_bias"] = biases_of(settings["logit_bias"])
         function(**values, settings=settings)
 
     verb.__signature__ = own.replace(parameters=parameters)

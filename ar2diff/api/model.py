@@ -10,9 +10,10 @@ from ..checkpoint.model import Checkpoint
 from ..core.spec import Spec
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..generation.chat import complete_chat
-from ..generation.complete import complete_all, infill
+from ..generation.complete import complete, complete_all, infill
 from ..generation.complete import load as load_checkpoint
 from ..generation.results import Completion
+from ..generation.tokens import opened
 from ..generation.writing import stream
 
 
@@ -107,6 +108,15 @@ class DiffusionModel:
         """
         lengths = [length] if isinstance(length, int) else list(length)
         return infill(self.checkpoint, prefix, suffix, lengths, **options)
+
+    def revise(self, text: str, *parts: str, **options: Any) -> Completion:
+        """Write parts of a text anew, each in as many tokens as it has, reading what stands on both
+        sides.
+
+        Args:
+            parts: texts that occur in `text` once.
+        """
+        return complete(self.checkpoint, opened(self.tokenizer, text, parts), **options)
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Completion:
         """Answer a conversation, using the tokenizer's chat template.

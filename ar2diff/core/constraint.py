@@ -22,7 +22,7 @@ from .automaton import DEAD, Array, Automaton
 from .canvas import Canvas
 from .errors import Ar2DiffError, option
 from .lattice import NEVER, Lattice, layers_of, log_sum
-from .samplers import HIDDEN, Choice, Chooser, draw, log_prob
+from .samplers import HIDDEN, Choice, Chooser, Context, draw, log_prob
 from .transfer import download, upload
 
 LOWEST = -1e30  # the logit of a token that a filter has taken away, where it is needed
@@ -105,7 +105,7 @@ class Constraint:
         position: Tensor,
         masked: Tensor,
         logits: Tensor,
-        context: Tensor | None,
+        context: Context | None,
         u: Tensor | None,
     ) -> tuple[Choice, Choice]:
         """Tokens for the undecided positions of blocks, those of one path for each row; and the

@@ -8,8 +8,9 @@ This file is copied into converted folders: it imports torch, transformers and i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from .compiled import check_compiles
 from .draft import Draft
 from .errors import Ar2DiffError, option
 from .forward import rope_switches, without_gradients
+from .guide import guided
 from .head import UNKNOWN, head_of
 from .options import Options
 from .pace import Pace
 from .readers import BlockReader, FullReader
-from .samplers import Chooser, commits, left_to_right, quota_of, top
+from .samplers import Chooser, Context, commits, left_to_right, quota_of, top
 from .seeds import keyed_generator
 from .spec import Spec
 from .speculation import Speculation, measured_pace
@@ -75,20 +77,20 @@ def denoise(
         )
     if any(token >= rows for (token,) in options.sequence_bias or ()):
         raise Ar2DiffError(
-            f"{option('sequence_bias')} names a token id that is out of range for the model, "
-            f"which has {rows} tokens",
+            f"{option('sequence_bias')} or {option('logit_bias')} names a token id that is out of "
+            f"range for the model, which has {rows} tokens",
             "use ids of its tokenizer",
         )
     if options.compile:
         check_compiles(model)
     suppressed = torch.tensor(sorted(impossible), dtype=torch.long)
-    penalty = _penalty(options)
+    readers = _readers(options)
     chooser = Chooser(
         options,
         *upload(model.device, suppressed),
         _generators(canvas, options),
-        [*_warpers(options, penalty, model.device), *processors],
-        penalty,
+        [*_warpers(options, readers, model.device), *processors],
+        readers,
     )
     if options.mode != "diffusion":
         yield from Speculation(
@@ -208,14 +210,15 @@ class _Denoiser:
         given = {}  # what the device has to know of the canvas
         if self.head is not None:
             given["before"] = self._before(row, position)
-        if self.chooser.penalty is not None:
-            given["context"] = canvas.ids[row]
+        if self.chooser.readers:
+            given["ids"], given["position"] = canvas.ids[row], position
         drawn = None if options.greedy else self.chooser.uniform(row)
         if drawn is not None and canvas.constraint is None:  # which draws on the host
             given["u"] = drawn
         if given:
             given = dict(zip(given, upload(logits.device, *given.values()), strict=True))
-        context, u = given.get("context"), given.get("u", drawn)
+        u = given.get("u", drawn)
+        context = Context(given["ids"], given["position"]) if self.chooser.readers else None
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
@@ -324,13 +327,13 @@ def _generators(canvas: Canvas, options: Options) -> list[torch.Generator]:
     return generators
 
 
-def _warpers(options: Options, penalty: Any, device: Any) -> list[Any]:
-    """The processors that the options ask for, in the order of transformers."""
+def _warpers(options: Options, readers: Sequence[Any], device: Any) -> list[Any]:
+    """The processors that the options ask for, in the order of transformers; a guide follows the
+    penalty."""
     warpers: list[Any] = []
     if options.sequence_bias:
         warpers.append(logits_process.SequenceBiasLogitsProcessor(options.sequence_bias))
-    if penalty is not None:
-        warpers.append(penalty)
+    warpers += readers
     if options.greedy:
         return warpers
     if options.temperature != 1:
@@ -343,7 +346,12 @@ def _warpers(options: Options, penalty: Any, device: Any) -> list[Any]:
     return warpers
 
 
-def _penalty(options: Options) -> Any:
-    if options.repetition_penalty == 1:
-        return None
-    return logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+def _readers(options: Options) -> list[Callable[[Context, Tensor], Tensor]]:
+    """Those of the processors that look at what stands around a position."""
+    readers: list[Callable[[Context, Tensor], Tensor]] = []
+    if options.repetition_penalty != 1:
+        penalty = logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+        readers.append(lambda context, scores: penalty(context.ids, scores))
+    if options.guide is not None:
+        readers.append(partial(guided, options.guide))
+    return readers

@@ -17,7 +17,7 @@ from .automaton import DEAD
 from .candidates import CandidateReader
 from .forward import context_length
 from .pace import Pace
-from .samplers import log_prob
+from .samplers import Context, log_prob
 from .transfer import download, downloading, upload
 from .tree import Guesses, Reached, Tree
 
@@ -121,7 +121,7 @@ class Group:
         logits = self._possible(target.flatten(0, 1), self._held(rows, position))
         noise = self._noise(rows, position, logits.device)
         fitting = self._fitting(logits, rows, position, size)
-        scores = self._scores(fitting, noise, self._contexts(size))
+        scores = self._scores(fitting, noise, self._contexts(size, position))
         return scores.argmax(-1).view(count, size), logits
 
     def _found(
@@ -177,7 +177,7 @@ class Group:
         noise = self.own.noise
         return None if noise is None else noise.at(rows, position, device)
 
-    def _scores(self, logits: Tensor, noise: Tensor | None, context: Tensor | None) -> Tensor:
+    def _scores(self, logits: Tensor, noise: Tensor | None, context: Context | None) -> Tensor:
         """Scores [N, V] after temperature, filters and penalties, with the noise of their
         positions: the highest one is drawn."""
         scores = self.own.chooser.warp(logits, context)
@@ -294,11 +294,15 @@ class Group:
         temperature = self.own.chooser.options.temperature or 1.0
         return Guesses(scores, newest, head, gates, temperature)
 
-    def _contexts(self, size: int) -> Tensor | None:
-        """[R * size, T] what stands before the token after the newest token and each candidate,
-        candidates included; the mask elsewhere."""
+    def _contexts(self, size: int, position: list[int]) -> Context | None:
+        """What stands before the token after the newest token and each candidate, candidates
+        included; the mask elsewhere.
+
+        Args:
+            position: of each of these R * size tokens.
+        """
         canvas = self.own.canvas
-        if self.own.chooser.penalty is None:
+        if not self.own.chooser.readers:
             return None
         deepest = max((max(tree.depths) for tree in self.trees if len(tree)), default=0)
         width = canvas.ids.shape[1] + deepest
@@ -312,7 +316,7 @@ class Group:
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]
                 ids[line, node + 1, front + tree.depths[node] - 1] = token
-        return ids.flatten(0, 1)
+        return Context(ids.flatten(0, 1), torch.tensor(position))
 
 
 @dataclass(frozen=True)

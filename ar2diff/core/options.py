@@ -6,7 +6,7 @@ This file is copied into converted folders: it imports torch, transformers and i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -108,6 +108,10 @@ class Options:
             one of these texts.
         grammar: the whole answer is derived from this context-free grammar, in the form of Lark
             that llguidance reads; only in modes `ar` and `speculative`.
+        guide: a function that steers the choice of tokens, called with log-probabilities [N, V] of
+            N positions, the tokens [N, L] of their rows (the mask where undecided) and the
+            positions [N]; what it returns, [N, V], is added to the logits before temperature and
+            filters.
         seed: seeds the draws; those of a row depend on it and on the row's own prompt alone.
     """
 
@@ -141,6 +145,7 @@ class Options:
     json_schema: str | None = None
     choice: tuple[str, ...] = ()
     grammar: str | None = None
+    guide: Callable[[Any, Any, Any], Any] | None = None
     max_time: float | None = None
     seed: int | tuple[int, ...] | None = None
 
@@ -231,6 +236,7 @@ def resolve(
         json_schema=json_text("json_schema", get("json_schema")),
         choice=strings("choice", get("choice")),
         grammar=text("grammar", get("grammar")),
+        guide=_guide(get),
         max_time=number(get, "max_time", None, 0),
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
@@ -251,6 +257,13 @@ def _mode(get: Source, drafts: bool, gaps: bool) -> str:
         return chosen if chosen in allowed else MODES[1]
     denoises = any(called.get(name) not in (None, none) for name, none in DENOISING.items())
     return "diffusion" if denoises or gaps else chosen
+
+
+def _guide(get: Source) -> Any:
+    value = get("guide")
+    if value is not None and not callable(value):
+        raise bad("guide", value, "a function of log-probabilities, tokens and positions")
+    return value
 
 
 def _check_constraints(options: Options) -> None:

@@ -54,6 +54,23 @@ class Choice:
         return Choice(**dict(zip(there, download(*there.values()), strict=True)))
 
 
+@dataclass(frozen=True)
+class Context:
+    """What stands around N positions.
+
+    Attributes:
+        ids: [N, L] the tokens of each one's row, the mask where undecided.
+        position: [N] where in it.
+    """
+
+    ids: Tensor
+    position: Tensor
+
+    def at(self, places: Tensor) -> Context:
+        """What stands around some of the positions."""
+        return Context(self.ids[places], self.position[places])
+
+
 class Chooser:
     """Chooses tokens from logits.
 
@@ -61,7 +78,7 @@ class Chooser:
         suppressed: [K] int, ids that no position can hold.
         generators: one for each row of the batch; unused if sampling is greedy.
         warpers: processors of transformers that look at each position alone.
-        penalty: the one among the warpers that looks at the ids of a context.
+        readers: those among the warpers that look at a `Context`, called with it and scores [N, V].
     """
 
     def __init__(
@@ -70,10 +87,10 @@ class Chooser:
         suppressed: Tensor,
         generators: Sequence[torch.Generator],
         warpers: Sequence[Any] = (),
-        penalty: Any = None,
+        readers: Sequence[Any] = (),
     ):
         self.options, self.suppressed = options, suppressed
-        self.generators, self.warpers, self.penalty = generators, warpers, penalty
+        self.generators, self.warpers, self.readers = generators, warpers, readers
 
     def possible(self, logits: Tensor, no_end: Tensor | None, end_ids: Tensor) -> Tensor:
         """Logits [N, V] of the model's own distribution: impossible tokens at -inf.
@@ -89,27 +106,29 @@ class Chooser:
             logits[:, ends] = logits[:, ends].masked_fill(held[:, None], HIDDEN)
         return logits
 
-    def warp(self, logits: Tensor, context: Tensor | None) -> Tensor:
-        """Scores [N, V] after penalties, temperature and filters.
+    def warp(self, logits: Tensor, context: Context | None) -> Tensor:
+        """Scores [N, V] after biases, penalties, guide, temperature and filters.
 
         Args:
-            context: [N, L] ids whose repetition is penalised.
+            context: of the positions; None: what reads it is left out.
         """
         scores = logits
+        if context is not None:
+            context = Context(*upload(scores.device, context.ids, context.position))
         for warper in self.warpers:
-            if warper is not self.penalty:
-                scores = warper(context, scores)
+            if warper not in self.readers:
+                scores = warper(None, scores)
             elif context is not None:
-                scores = warper(*upload(scores.device, context), scores)
+                scores = warper(context, scores)
         return scores
 
-    def choose(self, logits: Tensor, row: Tensor, context: Tensor | None = None) -> Choice:
+    def choose(self, logits: Tensor, row: Tensor, context: Context | None = None) -> Choice:
         """Tokens for positions of rows `row` [N] (global numbers), from `possible` logits, on the
         CPU."""
         u = None if self.options.greedy else self.uniform(row)
         return self.pick(logits, u, context).on_host()
 
-    def pick(self, logits: Tensor, u: Tensor | None, context: Tensor | None = None) -> Choice:
+    def pick(self, logits: Tensor, u: Tensor | None, context: Context | None = None) -> Choice:
         """The same on the device of the logits, with the numbers [N] in [0, 1) that decide the
         draws; None if it is greedy."""
         scores = self.warp(logits, context)
@@ -210,7 +229,7 @@ def left_to_right(
     chooser: Chooser,
     logits: Tensor,
     u: Tensor | None,
-    context: Tensor | None,
+    context: Context | None,
     choice: Choice,
     masked: Tensor,
     commit: Tensor,
@@ -251,7 +270,7 @@ def left_to_right(
         picked = chooser.pick(
             part,
             None if u is None else u[here],
-            None if context is None else context[here],
+            None if context is None else context.at(here),
         )
         tokens[here] = torch.where(again, picked.tokens, tokens[here])
         logprob[here] = torch.where(again, picked.logprob, logprob[here])

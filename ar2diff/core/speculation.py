@@ -98,7 +98,7 @@ class Speculation:
         return (
             self.model.device.type not in WAITING
             and not self.pace.most
-            and self.chooser.penalty is None
+            and not self.chooser.readers
             and self.canvas.constraint is None
             and self.cache != "none"
             and not self.switches

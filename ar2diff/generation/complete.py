@@ -31,6 +31,7 @@ from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from .prompts import Request, Segments, split_gaps
 from .results import Candidate, Completion, Drift
+from .steering import steered
 from .tokens import encode, spaced_gaps, text_after, with_gaps_filled
 
 
@@ -48,7 +49,8 @@ def complete_all(
     Args:
         prompts: texts; `{mask:N}` stands for a gap of N tokens. A prompt with gaps is filled and
             not continued, unless `max_new_tokens` is among the settings.
-        settings: options of `generate`; mode `ar` also works on unconverted models.
+        settings: options of `generate`, and those of `steered`; mode `ar` also works on
+            unconverted models.
 
     Raises:
         Ar2DiffError: an option is wrong, the model lacks the mode, or a prompt does not fit. All
@@ -184,7 +186,7 @@ def check_request(
         spec = replace(spec or CAUSAL, block_length=blocks)
     else:
         _check_converted(path, spec, settings)
-    gaps = request is not None and request.has_gap
+    settings, gaps = steered(settings), request is not None and request.has_gap
     configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
     options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)
     check_constraint(options)
@@ -241,7 +243,7 @@ def settings_of(
     drafts = checkpoint.draft is not None
     if not drafts:
         _check_converted(checkpoint.path, checkpoint.spec, settings)
-    spec = checkpoint.read_as
+    spec, settings = checkpoint.read_as, steered(settings, checkpoint.tokenizer)
     suppressed = checkpoint.suppressed.nonzero()[:, 0].tolist()
     settings = {
         **settings,

@@ -27,16 +27,20 @@ class Request:
         prompts: texts to continue, or whose gaps are to be filled.
         many: they come from a file.
         infill: prefix, suffix and the lengths to try for the gap between them, instead of prompts.
+        revise: parts of the one prompt that are to be written anew.
     """
 
     prompts: tuple[str, ...] = ()
     many: bool = False
     infill: tuple[str, str, tuple[int, ...]] | None = None
+    revise: tuple[str, ...] = ()
 
     @property
     def has_gap(self) -> bool:
         """Whether any gap is to be filled."""
-        return self.infill is not None or any(len(split_gaps(text)) > 1 for text in self.prompts)
+        if self.infill is not None or self.revise:
+            return True
+        return any(len(split_gaps(text)) > 1 for text in self.prompts)
 
 
 def request_of(
@@ -45,6 +49,7 @@ def request_of(
     prefix: str | None,
     suffix: str | None,
     lengths: Sequence[str],
+    revise: Sequence[str] = (),
 ) -> Request:
     """The request that the command line arguments describe.
 
@@ -52,6 +57,11 @@ def request_of(
         Ar2DiffError: they contradict each other, or one of them is not valid.
     """
     infilling = prefix is not None or suffix is not None or bool(lengths)
+    if revise and prompt is None:
+        raise Ar2DiffError(
+            f"{option('revise')} only works together with {option('prompt')}",
+            f"give the text as {option('prompt')}",
+        )
     if (prompt is not None) + (file is not None) + infilling != 1:
         names = f"{option('prompt')}, {option('prompts_file')} and {option('prefix')}"
         given = "more than one" if prompt is not None or file is not None else "none"
@@ -72,7 +82,8 @@ def request_of(
     if file is not None:
         return Request(tuple(read_prompts(file)), many=True)
     split_gaps(prompt or "")
-    return Request((prompt or "",))
+    places_of(prompt or "", revise)
+    return Request((prompt or "",), revise=tuple(revise))
 
 
 def _apart(suffix: str) -> str:
@@ -130,6 +141,32 @@ def _read(file: Path, asked: str) -> bytes:
         raise Ar2DiffError(
             f"{option(asked)} {file} cannot be read: {error.strerror or error}", "check the path"
         ) from None
+
+
+def places_of(text: str, parts: Sequence[str]) -> list[tuple[int, int]]:
+    """Where parts of a text begin and end, in order; those that touch are one.
+
+    Raises:
+        Ar2DiffError: a part does not occur in the text, or more than once.
+    """
+    found: list[tuple[int, int]] = []
+    for part in parts:
+        count = text.count(part) if part else 0
+        if count != 1:
+            often = f"occurs {count} times in" if count else "does not occur in"
+            raise Ar2DiffError(
+                f"{option('revise')} {shortened(part)} {often} the text",
+                "give words that occur once, with some of those around them",
+            )
+        begin = text.index(part)
+        found.append((begin, begin + len(part)))
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(found):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 def lengths_of(texts: Sequence[str]) -> list[int]:

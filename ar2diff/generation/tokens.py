@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..core.errors import Ar2DiffError, check_text, first_line
 from ..core.spec import Spec
-from .prompts import Segments
+from .prompts import Segments, places_of
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that is one byte, where there is byte fallback
 UNKNOWN = "\ufffd"  # what bytes that are no character decode to
@@ -78,6 +78,26 @@ def spaced_gaps(tokenizer: Any, segments: Segments) -> list[bool]:
         for number, segment in enumerate(segments[:-1])
         if isinstance(segment, str)
     ]
+
+
+def opened(tokenizer: Any, text: str, parts: Sequence[str]) -> str:
+    """The text with gaps in place of some parts, each of as many tokens as the part has, with the
+    space that `encode` leaves to a gap.
+
+    Args:
+        parts: as of `places_of`.
+
+    Raises:
+        Ar2DiffError: as `places_of`.
+    """
+    found, at, ids_of = "", 0, prompt_ids
+    for begin, end in places_of(text, parts):
+        before = text[at:begin]
+        space = " " * _leaves_space(tokenizer, before, ids_of)
+        count = len(_ids_after_text(tokenizer, space + text[begin:end]))
+        found += f"{before}{{mask:{count}}}"
+        at, ids_of = end, _ids_after_text
+    return found + text[at:]
 
 
 def _leaves_space(tokenizer: Any, text: str, ids_of: Callable[[Any, str], list[int]]) -> bool:

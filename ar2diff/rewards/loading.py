@@ -8,18 +8,16 @@ import importlib
 import importlib.util
 import inspect
 import os
-import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from ..config.functions import function_of, near
 from ..config.rl import Reward
-from ..core.errors import Ar2DiffError, first_line, nearest, shortened
+from ..core.errors import Ar2DiffError, first_line, shortened
 from .builtin import GRADERS
 from .guards import Guard, text_of
 from .sandbox import STARTING, check_sandbox, enter
@@ -74,11 +72,6 @@ def _unique(name: str, taken: set[str]) -> str:
     return free
 
 
-def _near(name: str, names: Sequence[str], otherwise: str) -> str:
-    """A fix: the nearest of the names, or else `otherwise`."""
-    return nearest(name, names).removeprefix("; ") or otherwise
-
-
 def _model(entry: Reward) -> str:
     path = entry.name.removeprefix(MODEL)
     if entry.args:
@@ -100,21 +93,11 @@ def _model(entry: Reward) -> str:
 
 def _own(entry: Reward) -> tuple[Callable[..., Any], str]:
     """A function written by the user, and its name."""
-    source, _, path = entry.name.rpartition(":")
-    if not (source and path):
+    if not all(entry.name.rpartition(":")):
         raise _nameless(entry.name)
-    module = _file(source, entry) if source.endswith(".py") else _module(source, entry)
-    function: Any = module
-    for part in path.split("."):
-        inside = [name for name in dir(function) if not name.startswith("_")]
-        function = getattr(function, part, None)
-        if function is None:
-            raise Ar2DiffError(
-                f"reward {entry.name!r}: {source} has no {path!r}",
-                _near(part, inside, f"it has {', '.join(inside[:8]) or 'nothing'}"),
-            )
+    function = function_of(entry.name, "reward")
     _check_callable(function, entry)
-    return function, part
+    return function, entry.name.rpartition(":")[2].rpartition(".")[2]
 
 
 def _nameless(name: str) -> Ar2DiffError:
@@ -123,15 +106,10 @@ def _nameless(name: str) -> Ar2DiffError:
     if source.endswith(".py") or (source and name.endswith(":")):
         return Ar2DiffError(f"reward {name!r} names no function", f"write {source}:FUNCTION")
     yours = f"use one of {', '.join(GRADERS)}, or your own as module:function or file.py:function"
-    return Ar2DiffError(f"there is no reward {name!r}", _near(source, list(GRADERS), yours))
+    return Ar2DiffError(f"there is no reward {name!r}", near(source, list(GRADERS), yours))
 
 
 def _check_callable(function: Any, entry: Reward) -> None:
-    if not callable(function):
-        raise Ar2DiffError(
-            f"reward {entry.name!r} is not a function but of type {type(function).__name__}",
-            "name a function with the parameters (prompts, completions, **columns)",
-        )
     for name in PASSED:
         if name in entry.args:
             raise Ar2DiffError(
@@ -147,53 +125,6 @@ def _check_callable(function: Any, entry: Reward) -> None:
             f"reward {entry.name!r} does not take **columns",
             "add **columns to its parameters: it is called with every column of the data",
         )
-
-
-def _module(name: str, entry: Reward) -> ModuleType:
-    _on_path(Path.cwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _not_imported(entry, error) from error
-        raise Ar2DiffError(
-            f"reward {entry.name!r}: there is no module {name!r}",
-            "install it, run ar2diff from its folder, or write path/to/file.py:function",
-        ) from None
-    except Exception as error:
-        raise _not_imported(entry, error) from error
-
-
-def _file(name: str, entry: Reward) -> ModuleType:
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        raise Ar2DiffError(f"reward {entry.name!r}: there is no file {name}", "correct the path")
-    _on_path(path.parent)  # so that it can import its neighbours, like a script
-    key = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # cannot shadow a module of this name
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module  # dataclasses and pickle look it up there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[key]
-            if isinstance(error, Exception):
-                raise _not_imported(entry, error) from error
-            raise
-    return sys.modules[key]
-
-
-def _on_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def _not_imported(entry: Reward, error: Exception) -> Ar2DiffError:
-    return Ar2DiffError(
-        f"reward {entry.name!r} cannot be imported: {type(error).__name__}: {first_line(error)}",
-        "correct the module; 'python -m pdb FILE' shows where it fails",
-    )
 
 
 # Built-in rewards
@@ -325,7 +256,7 @@ def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
             has = ", ".join(fields) or "none"
             raise Ar2DiffError(
                 f"reward {entry.name} has no argument {name!r}",
-                _near(name, list(fields), f"its args: {has}"),
+                near(name, list(fields), f"its args: {has}"),
             ) from None
         raise Ar2DiffError(
             f"reward {entry.name}: args.{name}: {first['msg']}",
