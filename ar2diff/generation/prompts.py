@@ -113,16 +113,25 @@ def constraints_of(
     """
     given = {"regex": regex, "choice": choices or None}
     if schema is not None:
-        name = f"{option('json_schema')} {schema}"
-        try:
-            given["json_schema"] = parse_json(schema.read_bytes())
-        except OSError as error:
-            raise Ar2DiffError(
-                f"{name} cannot be read: {error.strerror or error}", "check the path"
-            ) from None
-        except ValueError as error:
-            raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
+        given["json_schema"] = read_schema(schema)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def read_schema(path: Path) -> Any:
+    """What a file of a JSON schema holds.
+
+    Raises:
+        Ar2DiffError: it cannot be read.
+    """
+    name = f"{option('json_schema')} {path}"
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise Ar2DiffError(
+            f"{name} cannot be read: {error.strerror or error}", "check the path"
+        ) from None
+    except ValueError as error:
+        raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
 
 
 def lengths_of(texts: Sequence[str]) -> list[int]:
