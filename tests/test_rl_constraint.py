@@ -1,10 +1,11 @@
-"""Rollouts of rl that are held to a constraint: they match, what cannot be held to is refused before
-the model is loaded, and the AR mode is scored as it was drawn."""
+"""Rollouts of rl that are held to a constraint: they match, what cannot be held to is refused
+before the model is loaded, and the AR mode is scored as it was drawn."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,8 +42,10 @@ def tuned(convert_tiny, tmp_path, write_jsonl):
     return run
 
 
-def rewards(result):
-    return [row["reward"] for row in read_metrics(result.output_dir) if "reward" in row]
+def logged(result, name):
+    """What each step logged."""
+    rows = read_metrics(Path(result.output_dir))
+    return [row[name] for row in rows if "reward" in row]
 
 
 DIGITS = "[0-9]{2,5}(!|\\?)"
@@ -57,23 +60,24 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_every_rollout_matches_its_constraint_and_without_one_none_does(tuned, name):
     pattern, sampler = FORMS[name]
-    assert rewards(tuned(pattern, sampler)) == [1, 1]
-    assert max(rewards(tuned(pattern, {}))) < 0.5
+    assert logged(tuned(pattern, sampler), "reward") == [1, 1]
+    assert max(logged(tuned(pattern, {}), "reward")) < 0.5
 
 
 @pytest.mark.parametrize(
     "of, estimator", [(BLOCKS, "elbo"), (BLOCKS, "ar"), (FULL, "trajectory"), (FULL, "one_step")]
 )
 def test_rollouts_match_whatever_scores_them(tuned, of, estimator):
-    assert rewards(tuned(DIGITS, {"regex": DIGITS}, of, estimator=estimator)) == [1, 1]
+    result = tuned(DIGITS, {"regex": DIGITS}, of, estimator=estimator)
+    assert logged(result, "reward") == [1, 1]
 
 
 def test_a_schema_is_read_from_its_file_and_kept_in_the_record(tuned, tmp_path):
     file = tmp_path / "schema.json"
     file.write_text(json.dumps({"enum": ["x", "yz"]}))
     result = tuned('"(x|yz)"', {"json_schema": str(file)})
-    assert rewards(result) == [1, 1]
-    record = json.loads((result.output_dir / "ar2diff.json").read_text())
+    assert logged(result, "reward") == [1, 1]
+    record = json.loads((Path(result.output_dir) / "ar2diff.json").read_text())
     assert record["recipe"]["rl"]["sampler"]["json_schema"] == {"enum": ["x", "yz"]}
 
 
@@ -81,7 +85,7 @@ BAD = {
     "the regular expression '('": {"regex": "("},
     "the shortest text that matches has 9 tokens, but there is room for 8 "
     "(fix: set rl.max_completion_length to 9 or more)": {"regex": "x{9}"},
-    "no text that the tokenizer can write": {"regex": "x", "suppress_tokens": [91]},
+    "the regular expression 'x' cannot be used": {"regex": "x", "suppress_tokens": [90]},
     "rl.sampler.json_schema has, at #, the keyword 'minimum'": {
         "json_schema": {"type": "integer", "minimum": 2}
     },
@@ -129,7 +133,7 @@ def test_the_likelihood_of_the_ar_mode_is_that_of_the_allowed_texts(convert_tiny
         logps = score(checkpoint.model, rollouts, rl, checkpoint.spec, barred).per_token()
     assert logps.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert logps[3, 1:].tolist() == [0, 0, 0] and logps[:, 0].max() < -0.01
-    assert logps[1, :2].tolist() == [logps[2, 0], 0] and logps[1, 2] < -0.01
+    assert logps[1, 0] == logps[2, 0] and logps[1:3, 2].max() < -0.001
 
 
 def test_the_trainer_scores_the_ar_mode_so_and_the_diffusion_mode_by_its_own_likelihood(tuned):
@@ -137,7 +141,5 @@ def test_the_trainer_scores_the_ar_mode_so_and_the_diffusion_mode_by_its_own_lik
     entropy = {}
     for estimator in ("ar", "trajectory"):
         result = tuned("abc", {"choice": ["abc"]}, estimator=estimator)
-        entropy[estimator] = [
-            r["entropy"] for r in read_metrics(result.output_dir) if "reward" in r
-        ]
+        entropy[estimator] = logged(result, "entropy")
     assert entropy["ar"] == [0, 0] and min(entropy["trajectory"]) > 1
