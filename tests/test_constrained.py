@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import random
 import re
@@ -90,8 +91,33 @@ def test_a_text_that_is_stopped_is_not_presented_as_finished(model, converted, r
     assert result.matches is False and len(result.text) < 20
 
 
+ALTERNATIVES = [
+    "ab|abc",
+    "abc|ab",
+    "a|aa|aaa",
+    "a??",
+    "(a|ab)(c|bc1)?",
+    "a(|b|bc)",
+    "a*?b?",
+    "[^b]",
+]
+
+
+@pytest.mark.parametrize("pattern", ALTERNATIVES)
+def test_no_alternative_hides_a_longer_one(tiny_tokenizer, pattern):
+    """An automaton allows exactly the texts that the expression matches as a whole."""
+    own = index.automaton_of([pattern], tiny_tokenizer, len(tiny_tokenizer), (2,), ())
+    for length in range(4):
+        for letters in itertools.product("abc1", repeat=length):
+            text = "".join(letters)
+            state = own.walk(tiny_tokenizer(text, add_special_tokens=False).input_ids, *own.starts)
+            matches = state >= 0 and bool(own.accepting[state])
+            assert matches == bool(re.fullmatch(pattern, text)), text
+
+
 BAD = {
     "the regular expression '('": {"regex": "("},
+    "the regular expression 'a)|(b'": {"regex": "a)|(b"},
     "more than 10 states": {"regex": "[ab]{20}", "states": 10},
     "more than 0 seconds": {"regex": "(ab|c)*", "seconds": 0},
     "the shortest text that matches has 9 tokens": {"regex": "x{9}", "max_new_tokens": 8},

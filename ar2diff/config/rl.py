@@ -54,7 +54,11 @@ class Rl(Section):
     )
     num_generations: int = Field(8, gt=1, description="completions per prompt")
     max_completion_length: int = Field(64, gt=0, description="maximum tokens in a completion")
-    sampler: dict[str, Any] = Field({}, description="generate options for the rollouts")
+    sampler: dict[str, Any] = Field(
+        {},
+        description="generate options for the rollouts; regex, json_schema (a mapping or a file) "
+        "or choice holds them to a form",
+    )
     estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
         "trajectory", description="how to estimate the log-likelihood of a completion"
     )

@@ -327,7 +327,11 @@ class Constraint:
     def masked(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Logits [N, V] without the tokens that are not allowed [N, C]."""
         (fits,) = upload(logits.device, allowed)
-        return logits.masked_fill(~fits[:, self._index(logits.device)], HIDDEN)
+        return logits.masked_fill(~self.tokens(fits), HIDDEN)
+
+    def tokens(self, allowed: Tensor) -> Tensor:
+        """[N, V] bool, the tokens of the classes [N, C]."""
+        return allowed[:, self._index(allowed.device)]
 
     def whole(self, row: int, end: int) -> bool:
         """Whether what stands in a row up to a position is all that has to match, and does."""

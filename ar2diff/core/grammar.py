@@ -122,6 +122,10 @@ class Grammar:
         (fits,) = upload(logits.device, allowed)
         return logits.masked_fill(~fits, HIDDEN)
 
+    def tokens(self, allowed: Tensor) -> Tensor:
+        """The same, [N, V]: what `allowed` gives are tokens."""
+        return allowed
+
     def whole(self, row: int, end: int) -> bool:
         """Whether what stands in a row up to a position matches."""
         state = self.state(row, end)

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -25,6 +26,10 @@ MOST_STATES = 50_000
 SECONDS = 60
 MEMORY = 8 << 30  # bytes
 TOO_MANY = "too many states"
+# What ends a text while an index is made: a character that is none. The library stops reading where
+# the first of several alternatives matches, so that "a|ab" would never be "ab"; with something to
+# follow, it has to go on.
+TERMINATOR = "\U0010ffff"
 FOUND: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
@@ -143,14 +148,19 @@ def _make() -> None:
 def _answer(
     pattern: str, tokens: dict[bytes, list[int]], beyond: int, most: int = MOST_STATES
 ) -> Any:
-    library = importlib.import_module("outlines_core")
+    library, last, end = importlib.import_module("outlines_core"), beyond + 1, TERMINATOR.encode()
+    vocabulary = library.Vocabulary(beyond, {**tokens, end: [*tokens.get(end, ()), last]})
     try:
-        index = library.Index(pattern, library.Vocabulary(beyond, tokens))
+        if _closes_early(pattern):
+            library.Index(pattern, vocabulary)  # which has to be an expression by itself
+        index = library.Index(f"(?:{pattern}){TERMINATOR}", vocabulary)
     except ValueError as error:
-        return " ".join(str(error).split())[:200]
+        return " ".join(str(error).split()).replace(TERMINATOR, "")[:200]
     found = index.get_transitions()
     if len(found) > most:
         return TOO_MANY
+    final = index.get_final_states()
+    accepting = sorted(state for state, after in found.items() if after.get(last) in final)
     count = [len(after) for after in found.values()]
     source = np.repeat(np.fromiter(found, np.int64, len(found)), count)
     token, target = (
@@ -159,9 +169,19 @@ def _answer(
         )
         for of in (dict.keys, dict.values)
     )
-    text = token != beyond  # a final state leads to itself by the token that ends a text
+    text = token < beyond  # a final state leads to itself by the token that ends a text
     edges = tuple(values[text] for values in (source, token, target))
-    return index.get_initial_state(), sorted(index.get_final_states()), edges
+    return index.get_initial_state(), accepting, edges
+
+
+def _closes_early(pattern: str) -> bool:
+    """Whether an expression may close a bracket that it has not opened, as "a)|(b" does."""
+    depth = 0
+    for mark in re.findall(r"\\.|[()]", pattern, re.DOTALL):
+        depth += (mark == "(") - (mark == ")")
+        if depth < 0:
+            return True
+    return False
 
 
 if __name__ == "__main__":

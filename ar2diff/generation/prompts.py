@@ -126,12 +126,21 @@ def constraints_of(
     if grammar is not None:
         given["grammar"] = _read(grammar, "grammar").decode(errors="replace")
     if schema is not None:
-        try:
-            given["json_schema"] = parse_json(_read(schema, "json_schema"))
-        except ValueError as error:
-            name = f"{option('json_schema')} {schema}"
-            raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
+        given["json_schema"] = read_schema(schema)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def read_schema(path: Path) -> Any:
+    """What a file of a JSON schema holds.
+
+    Raises:
+        Ar2DiffError: it cannot be read.
+    """
+    try:
+        return parse_json(_read(path, "json_schema"))
+    except ValueError as error:
+        name = f"{option('json_schema')} {path}"
+        raise Ar2DiffError(f"{name} is not JSON: {error}", "correct the file") from None
 
 
 def _read(file: Path, asked: str) -> bytes:

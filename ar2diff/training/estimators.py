@@ -212,7 +212,8 @@ def score(
 
     Args:
         model: the causal LM, or a wrapper around it. inner: the causal LM, if `model` is a wrapper.
-        suppressed: [V] bool, ids that the sampler never writes.
+        suppressed: [V] bool, ids that the sampler never writes; [N, V] if they differ between the
+            N tokens that are scored.
         width: width of the result, if larger than the length of the longest answer.
     """
     inner, device = inner or model, suppressed.device

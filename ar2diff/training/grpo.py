@@ -22,7 +22,6 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
-from ..config.rl import Rl
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError
 from ..core.seeds import content_key, keyed_generator
@@ -30,9 +29,10 @@ from ..data.rows import as_dataset
 from ..distributed.sharding import join_deepspeed
 from ..generation.tokens import prompt_ids
 from .base import Running
+from .constraint import barred_tokens
 from .estimators import score
 from .modules import unwrapped
-from .rollouts import Rollout, sample
+from .rollouts import Rollout, sample, sampler_settings
 from .wording import WIDTH
 
 PROMPT = 24  # characters of a prompt's end beside a sample
@@ -98,14 +98,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         key = (self.args.seed, self._step, int(self.model.training))
         # Keyed by the place in the global batch, so neither ranks nor shuffling change the noise.
         seeds = [content_key([*key, first + n]) % 2**62 for n in range(len(prompt_ids))]
-        rl = self.recipe.rl
-        settings = {
-            "temperature": 1.0, "max_new_tokens": rl.max_completion_length,
-            "mode": default_mode(rl), **rl.sampler,
-        }  # fmt: skip
-        writer = self.checkpoint
-        if self.draft is not None:
-            writer = replace(writer, model=unwrapped(writer.model), draft=self.draft)
+        rl, settings = self.recipe.rl, sampler_settings(self.recipe.rl)
         training = self.model.training
         with (
             unwrap_model_for_generation(
@@ -120,11 +113,20 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ):
             self.checkpoint.model.eval()
             try:
-                self._rollouts = sample(writer, prompt_ids, seeds, settings, rl.rollout_batch_size)
+                self._rollouts = sample(
+                    self._writer, prompt_ids, seeds, settings, rl.rollout_batch_size
+                )
             finally:
                 self.checkpoint.model.train(training)
         self._note_rollouts(time.perf_counter() - start)
         return [rollout.answer_ids for rollout in self._rollouts], None
+
+    @property
+    def _writer(self) -> Checkpoint:
+        """What writes completions: the model, with a draft adapter beside it if there is one."""
+        if self.draft is None:
+            return self.checkpoint
+        return replace(self.checkpoint, model=unwrapped(self.checkpoint.model), draft=self.draft)
 
     def _note_rollouts(self, seconds: float) -> None:
         metrics = self._metrics[self._mode]
@@ -160,10 +162,12 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
         for rows in numbers.split(batch_size or len(input_ids)):
+            rollouts, rl = [self._rollouts[row] for row in rows], self.recipe.rl
+            barred = barred_tokens(self._writer, rl, rollouts, self.suppressed)
             with self.accelerator.autocast():
                 scores = score(
-                    model, [self._rollouts[row] for row in rows], self.recipe.rl, self.spec,
-                    self.suppressed, self.accelerator.unwrap_model(model), logits_to_keep,
+                    model, rollouts, rl, self.spec, barred,
+                    self.accelerator.unwrap_model(model), logits_to_keep,
                 )  # fmt: skip
             logps.append(scores.per_token(None if self._good is None else self._good[rows]))
             entropies.append(scores.entropies())
@@ -396,13 +400,6 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             number, _, key = name.partition(".")
             batches[int(number)][key] = value.to(self.args.device)
         self._buffered_inputs = batches or None
-
-
-def default_mode(rl: Rl) -> str:
-    """How completions are written unless `rl.sampler.mode` says it."""
-    if rl.estimator != "ar":
-        return "diffusion"
-    return "ar" if rl.draft is None else "speculative"
 
 
 def rollouts_of(canvas: Tensor, numbers: Tensor) -> list[Rollout]:

@@ -16,7 +16,7 @@ from ..config.recipe import Recipe, with_values
 from ..core.draft import Draft, DraftSpec, load_draft, read_draft_spec
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
-from ..core.options import resolve
+from ..core.options import Options, resolve
 from ..core.spec import CAUSAL, Spec
 from ..data.chat_template import chat_template
 from ..data.columns import likely_prompt
@@ -27,11 +27,13 @@ from ..distributed.ranks import check_rows, chosen, world_size
 from ..generation.tokens import prompt_ids
 from ..rewards.loading import PASSED, make_rewards
 from .arguments import training_arguments
-from .grpo import DiffusionGRPOTrainer, default_mode
+from .constraint import as_in_recipe, check_constraint, with_schema
+from .grpo import DiffusionGRPOTrainer
 from .modules import unwrapped
 from .plan import Plan, Verb, check_kind
 from .request import requested
 from .results import DataSize, Prompt, RlPlan, RunPlan, RunResult
+from .rollouts import sampler_settings
 from .run import run
 
 RESERVED = (*PASSED, "image", "images", "environments")  # names that a column must not have
@@ -84,7 +86,8 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"model {path} has a diffusion head, which the estimators of rl do not know",
             f"use a model that was converted without {option('convert.head_rank')}",
         )
-    check_settings(recipe, spec)
+    recipe = with_schema(recipe)
+    check_constraint(path, spec, check_settings(recipe, spec))
     return recipe
 
 
@@ -171,8 +174,11 @@ def make_trainer(
     )  # fmt: skip
 
 
-def check_settings(recipe: Recipe, spec: Any) -> None:
+def check_settings(recipe: Recipe, spec: Any) -> Options:
     """Refuse settings that would make a run wrong, before anything is loaded.
+
+    Returns:
+        The options with which completions are written.
 
     Raises:
         Ar2DiffError: naming the setting.
@@ -184,7 +190,8 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "add a reward, for example {name: exact}; see 'ar2diff config schema rl'",
         )
     modes = ("ar", "speculative") if rl.estimator == "ar" else ("diffusion",)
-    mode = rl.sampler.get("mode", default_mode(rl))
+    settings = sampler_settings(rl)
+    mode = settings["mode"]
     if mode not in modes:
         raise Ar2DiffError(
             f"completions written with {option('rl.sampler.mode')} {shortened(mode)} cannot be "
@@ -242,11 +249,8 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
     drafts = rl.draft is not None
     if drafts:
         spec = replace(spec, block_length=_draft_spec(rl.draft).block_length)
-    settings = {**rl.sampler, "mode": mode, "max_new_tokens": rl.max_completion_length}
-    try:
-        resolve(spec, settings, drafts=drafts)
-    except Ar2DiffError as error:
-        raise error.within("rl.sampler") from None
+    with as_in_recipe():
+        options = resolve(spec, settings, drafts=drafts)
     train = recipe.train
     steps = rl.steps_per_generation or train.gradient_accumulation_steps
     completions = train.per_device_train_batch_size * steps * world_size()
@@ -272,6 +276,7 @@ def check_settings(recipe: Recipe, spec: Any) -> None:
             "several iterations would fall into one update",
             f"set {option('rl.steps_per_generation')} to a multiple of it, or leave it out",
         )
+    return options
 
 
 def _draft_spec(reference: str) -> DraftSpec:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.model import Checkpoint
+from ..config.rl import Rl
 from ..core.canvas import Canvas
 from ..core.seeds import content_key
 from ..core.spec import Spec
@@ -38,6 +39,16 @@ class Rollout:
     def answer_ids(self) -> list[int]:
         """The token ids of the completion."""
         return self.ids[self.prompt : self.prompt + self.answer].tolist()
+
+
+def sampler_settings(rl: Rl) -> dict[str, Any]:
+    """The options for `generate` with which completions are written."""
+    mode = "diffusion"
+    if rl.estimator == "ar":
+        mode = "ar" if rl.draft is None else "speculative"
+    return {
+        "temperature": 1.0, "max_new_tokens": rl.max_completion_length, "mode": mode, **rl.sampler,
+    }  # fmt: skip
 
 
 def sample(
