@@ -1,8 +1,8 @@
 """A schema's `pattern`, as a regular expression for the inside of a JSON text.
 
-Python parses it, as `jsonschema` will; what is written matches whole texts and fewer of them: no
-quote, backslash or control character, and where \\d, \\w and \\s of ECMAScript and of Python differ,
-what both mean.
+Python parses it, as `jsonschema` will. What is written matches whole texts and fewer of them: no
+quote, backslash or control character; and where ECMAScript and Python differ about digits, words
+and spaces, what both allow.
 This file is copied into converted folders: it imports the standard library alone.
 """
 
