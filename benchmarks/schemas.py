@@ -50,7 +50,7 @@ from ar2diff.demo.corpus import PRETRAIN_LEVELS, corpus, text
 from ar2diff.generation.complete import settings_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from schemas import accepts, byte_automaton, generated
+from drawn_schemas import accepts, byte_automaton, generated
 
 RESULTS = Path(__file__).parent / "results" / "schemas.jsonl"
 PROMPTS = ("The answer as JSON: ", "Once upon a time")
@@ -59,6 +59,7 @@ RULES = ({"threshold": 0.5}, {"steps_per_block": 2})
 DRAFTS = {  # the dialects of the suite's folders whose schemas do not name theirs
     f"draft{n}": f"http://json-schema.org/draft-0{n}/schema#" for n in (3, 4, 6, 7)
 }
+SUITE, WRITTEN = "jsonschema suite", ("accepted", "not written")
 Case = tuple[str, dict[str, Any], list[dict[str, Any]]]  # name, schema, instances
 
 
@@ -202,7 +203,7 @@ def instances(pattern: str, tests: list[dict[str, Any]]) -> collections.Counter:
         ]
         kind = "valid" if test["valid"] else "invalid"
         written = any(accepts(own, text) for text in texts)
-        found[f"{kind} instances {'accepted' if written else 'not written'}"] += 1
+        found[f"{kind} instances {WRITTEN[not written]}"] += 1
     return found
 
 
@@ -221,7 +222,7 @@ def judge(source: str, cases: Iterator[Case], every: dict[str, DiffusionModel]) 
             about["refused"] += 1
             reason = _reason(error.what)
             reasons[reason] += 1
-            if not tests and source != "drawn":
+            if not tests:
                 rows.append({"schema": name, "refused": reason})
             continue
         about["carried"] += 1
@@ -264,10 +265,13 @@ def _models(source: str, counts: dict[str, dict[str, Any]]) -> Iterator[dict[str
 def table() -> None:
     """Print the committed rows."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print("| schemas of | in all | refused by name | carried |\n|---|---|---|---|")
+    kinds = [f"{kind} instances {what}" for kind in ("valid", "invalid") for what in WRITTEN]
+    print(f"| schemas of | in all | refused by name | carried | {' | '.join(kinds)} |")
+    print(f"|---|---|---|---|{'---|' * len(kinds)}")
     for row in (row for row in rows if "reasons" in row):
-        print(f"| {row['source']} | {row['schemas']} | {row.get('refused', 0)} ", end="")
-        print(f"| {row.get('carried', 0)} |")
+        counts = [row.get(name, 0) for name in ("schemas", "refused", "carried")]
+        counts += [row.get(kind, 0) for kind in kinds] if row["source"] == SUITE else [""] * 4
+        print(f"| {row['source']} | {' | '.join(map(str, counts))} |")
     names = {
         "schemas": "schemas", "not made": "too large", "too long": "too long",
         "texts": "texts", "violations": "not finished or not valid",
@@ -295,7 +299,7 @@ def main() -> None:
         (wheel,) = given.packages.glob("check_jsonschema-*.whl")
         (sdist,) = given.packages.glob("jsonschema-*.tar.gz")
         sources = {
-            "check-jsonschema": lambda: real(wheel), "jsonschema suite": lambda: suite(sdist),
+            "check-jsonschema": lambda: real(wheel), SUITE: lambda: suite(sdist),
         } | sources  # fmt: skip
     rows = [row for name, cases in sources.items() for row in judge(name, cases(), every)]
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))

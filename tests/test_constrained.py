@@ -8,7 +8,7 @@ import random
 import re
 
 import pytest
-from schemas import generated
+from drawn_schemas import generated
 
 import ar2diff
 from ar2diff.core import index

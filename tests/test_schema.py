@@ -7,7 +7,7 @@ import random
 import tracemalloc
 
 import pytest
-from schemas import accepts, byte_automaton, generated, instances
+from drawn_schemas import accepts, byte_automaton, generated, instances
 
 from ar2diff.core import expression
 from ar2diff.core.errors import Ar2DiffError
