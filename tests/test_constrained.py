@@ -9,7 +9,7 @@ import random
 import re
 
 import pytest
-from test_schema import generated
+from drawn_schemas import generated
 
 import ar2diff
 from ar2diff.core import index
@@ -120,6 +120,8 @@ BAD = {
     "the regular expression 'a)|(b'": {"regex": "a)|(b"},
     "more than 10 states": {"regex": "[ab]{20}", "states": 10},
     "more than 0 seconds": {"regex": "(ab|c)*", "seconds": 0},
+    "more than 200 MB of memory": {"regex": "(a|b)*a(a|b){30}", "memory": 200 << 20},
+    "more than 50,000 states": {"regex": "(a|b)*a(a|b){15}"},
     "the shortest text that matches has 9 tokens": {"regex": "x{9}", "max_new_tokens": 8},
     "no text that matches has from 5 to 8": {
         "regex": "x",
@@ -138,12 +140,26 @@ BAD = {
 def test_a_constraint_that_cannot_be_held_to_is_refused_before_a_forward(model, says, monkeypatch):
     settings = dict(BAD[says])
     monkeypatch.setattr(index, "SECONDS", settings.pop("seconds", index.SECONDS))
+    monkeypatch.setattr(index, "MEMORY", settings.pop("memory", index.MEMORY))
     if "states" in settings:
         monkeypatch.setattr(index, "MOST_STATES", settings.pop("states"))
     monkeypatch.setattr("ar2diff.generation.complete.denoise", None)
     with pytest.raises(Ar2DiffError) as error:
         model.generate("ab", **settings)
     assert says in error.value.what
+
+
+def test_an_automaton_that_cannot_be_made_says_why(model, monkeypatch):
+    monkeypatch.setattr(index, "MOST_STATES", None)  # a fault in the other process
+    with pytest.raises(Ar2DiffError, match=r"cannot be made .*TypeError"):
+        model.generate("ab", regex="w{3}")
+
+
+def test_only_the_last_automata_are_kept(model, monkeypatch):
+    monkeypatch.setattr(index, "KEPT", 2)
+    for letter in "cde":
+        assert model.generate("ab", choice=[letter]).text == letter
+    assert [*(key[0] for key in index.FOUND[model.tokenizer])] == [("d",), ("e",)]
 
 
 def test_a_missing_library_is_named_with_its_extra(model, monkeypatch):

@@ -72,6 +72,11 @@ def test_rollouts_match_whatever_scores_them(tuned, of, estimator):
     assert logged(result, "reward") == [1, 1]
 
 
+def test_a_grammar_holds_rollouts_of_the_ar_mode(tuned):
+    sampler = {"grammar": 'start: "(" ("x" | "yz") ")"', "mode": "ar"}
+    assert logged(tuned("[(](x|yz)[)]", sampler, estimator="ar"), "reward") == [1, 1]
+
+
 def test_a_schema_is_read_from_its_file_and_kept_in_the_record(tuned, tmp_path):
     file = tmp_path / "schema.json"
     file.write_text(json.dumps({"enum": ["x", "yz"]}))

@@ -30,6 +30,7 @@ TOO_MANY = "too many states"
 # the first of several alternatives matches, so that "a|ab" would never be "ab"; with something to
 # follow, it has to go on.
 TERMINATOR = "\U0010ffff"
+KEPT = 64  # automata of a tokenizer that are kept, the last ones made
 FOUND: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
@@ -40,8 +41,8 @@ def automaton_of(
     end_ids: Collection[int],
     impossible: Collection[int],
 ) -> Any:
-    """The automaton of regular expressions, one start for each, which a whole text has to match. It
-    is kept for as long as the tokenizer is.
+    """The automaton of regular expressions, one start for each, which a whole text has to match. As
+    long as the tokenizer is kept, so are the last ones made.
 
     Args:
         vocabulary, end_ids, impossible: as of `Automaton.of_edges`.
@@ -69,6 +70,8 @@ def automaton_of(
         known[key] = Automaton.of_edges(
             joined, starts, accepting, vocabulary, end_ids=end_ids, impossible=impossible
         )
+        while len(known) > KEPT:
+            del known[next(iter(known))]
     if known[key] is None:
         raise Ar2DiffError(
             "no text that the tokenizer can write matches the constraint",
@@ -107,15 +110,20 @@ def _made(pattern: str, tokenizer: Any, vocabulary: int, barred: Collection[int]
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).resolve())],
-            input=pickle.dumps((pattern, tokens, vocabulary, MOST_STATES)),
+            input=pickle.dumps((MEMORY, pattern, tokens, vocabulary, MOST_STATES)),
             capture_output=True,
             timeout=SECONDS,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
         raise _too_large(f"{SECONDS} seconds") from None
+    if done.returncode < 0 or b"MemoryError" in done.stderr:
+        raise _too_large(f"{MEMORY >> 20:,} MB of memory")
     if done.returncode:
-        raise _too_large(f"{MEMORY >> 30} GB of memory")
+        raise Ar2DiffError(
+            f"the automaton cannot be made ({done.stderr.decode(errors='replace').strip()[-200:]})",
+            "install numpy and outlines-core again: pip install 'ar2diff[constraints]'",
+        )
     found = pickle.loads(done.stdout)
     if found == TOO_MANY:
         raise _too_large(f"{MOST_STATES:,} states")
@@ -140,9 +148,10 @@ def _make() -> None:
     """What the other process does: read an expression and tokens, write edges or what is wrong."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pattern, tokens, beyond, most = pickle.load(sys.stdin.buffer)
-    sys.stdout.buffer.write(pickle.dumps(_answer(pattern, tokens, beyond, most)))
+    memory, *asked = pickle.load(sys.stdin.buffer)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what is out of memory aborts
+    sys.stdout.buffer.write(pickle.dumps(_answer(*asked)))
 
 
 def _answer(

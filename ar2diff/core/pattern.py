@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from .canvas import Canvas
 from .constraint import Constraint
-from .errors import Ar2DiffError, first_line, option
+from .errors import Ar2DiffError, option
+from .expression import escaped, expression_of
 from .grammar import Grammar, check_grammar
 from .index import automaton_of, check_installed
 from .options import Options
 from .schema import carried
-
-SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$]")
 
 
 def check_constraint(options: Options) -> None:
@@ -45,21 +43,18 @@ def pattern_of(options: Options) -> str | None:
         Ar2DiffError: as `check_constraint`.
     """
     if options.choice:
-        return "|".join(SPECIAL.sub(r"\\\g<0>", choice) for choice in options.choice)
+        return "|".join(map(escaped, options.choice))
     return options.regex if options.json_schema is None else _of_schema(options.json_schema)
 
 
 @lru_cache(16)
 def _of_schema(text: str) -> str:
     check_installed("outlines_core", "jsonschema")
-    schema = json.dumps(carried(json.loads(text)))
-    library = importlib.import_module("outlines_core.json_schema")
     try:
-        return library.build_regex_from_schema(schema)
-    except ValueError as error:
+        return expression_of(carried(json.loads(text)))
+    except RecursionError:
         raise Ar2DiffError(
-            f"{option('json_schema')} cannot be held to ({first_line(error)})",
-            "change the schema",
+            f"{option('json_schema')} has schemas too deep within one another", "nest fewer"
         ) from None
 
 

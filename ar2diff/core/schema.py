@@ -1,29 +1,42 @@
-"""Which JSON schemas are carried, and how they are written for outlines-core.
+"""Which JSON schemas are carried, and what they come down to.
 
-outlines-core looks at one keyword of a schema that says what its values are like, and ignores those
-beside it that it does not know. So each schema is walked first, and whatever would be ignored is
-refused by name. What is carried may be narrower than the schema, never wider: objects have only the
-properties that are named, in that order.
+One keyword of a schema says what its values are like, and a few may stand beside it. Each schema is
+walked, and whatever would not be held to is refused by name. What is carried may be narrower than
+the schema, never wider: objects have only the properties that are named, in that order.
 This file is copied into converted folders: it imports the standard library and its neighbours
 alone.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from .errors import Ar2DiffError, nearest, option, shortened
+from .expression import FORMATS
+from .inside import inside
 
 DEPTH = 3  # times that a schema may stand within itself
 MOST = 10_000  # schemas of a schema
+LONGEST = 1_000_000  # of a text or a list that a schema may ask for
 # Keywords that restrict nothing.
 SILENT = {
     "$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated",
     "readOnly", "writeOnly",
 }  # fmt: skip
 PLACES = {"$defs", "definitions"}  # of schemas that others refer to
+# Keywords that the standard has, or had, and that are not carried: none is a slip of the pen.
+OTHERS = {
+    "$anchor", "$dynamicRef", "$recursiveRef", "additionalItems", "contains", "dependencies",
+    "dependentRequired", "dependentSchemas", "else", "exclusiveMaximum", "exclusiveMinimum", "if",
+    "maxContains", "maximum", "maxProperties", "minContains", "minimum", "minProperties",
+    "multipleOf", "not", "patternProperties", "propertyNames", "then", "unevaluatedItems",
+    "unevaluatedProperties", "uniqueItems",
+}  # fmt: skip
+OLDER = re.compile(r"/draft-0[3467]/|/draft/2019-09/")  # dialects without prefixItems
 # What decides, the first that a schema has, and what may stand beside it.
 SHAPES = {
     "properties": {"type", "required", "additionalProperties"},
@@ -37,23 +50,24 @@ TYPES = {
     "object": {"additionalProperties"},
     "integer": set(), "number": set(), "boolean": set(), "null": set(),
 }  # fmt: skip
-FORMATS = ("date", "date-time", "time", "uuid", "uri", "email")
 # Where a schema says nothing, values are texts, numbers, true, false and null, or lists and objects
-# of those: outlines-core would nest them so deeply that an automaton takes a minute.
+# of those: nested more deeply, an automaton would take a minute.
 PLAIN = {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]}
 ANYTHING = {"array": {"items": PLAIN}, "object": {"additionalProperties": PLAIN}}
 ANY = {"anyOf": [PLAIN, *({"type": kind, **own} for kind, own in ANYTHING.items())]}
-QUOTED = r'"\\\x00-\x1f\x7f-\x9f'  # characters that stand for themselves in no JSON text
 
 
 def carried(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema as outlines-core carries it: without what restricts nothing, and with what it refers
+    """A schema as it is written: without what restricts nothing, and with what it refers
     to in its place, a schema within itself at most `DEPTH` times.
 
     Raises:
         Ar2DiffError: it has a keyword, or a combination of keywords, that is not carried; or no
             value so deep satisfies it.
     """
+    dialect = schema.get("$schema", "")
+    if not isinstance(dialect, str):
+        raise _refused("#", f"$schema {shortened(dialect)}", "a text")
     found = _Walk(schema).of(schema, "#", ())
     if found is None:
         raise _refused("#", f"no value of at most {DEPTH} schemas within themselves", None)
@@ -80,11 +94,13 @@ class _Walk:
             return ANY if schema else None
         if not isinstance(schema, Mapping):
             raise _refused(at, f"{shortened(schema)} where a schema is expected", "an object")
+        if "$id" in schema and schema is not self.schema:
+            raise _refused(at, "'$id' within a schema", None)  # it changes what references mean
         known = {name: value for name, value in schema.items() if name not in SILENT | PLACES}
         shape = next((name for name in SHAPES if name in known), None)
         kinds = known.get("type", [])
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or any(kind not in TYPES for kind in kinds):
+        if not isinstance(kinds, list) or any(kind not in [*TYPES] for kind in kinds):
             raise _refused(at, f"type {shortened(known['type'])}", "the types of JSON")
         if shape is None:
             beside = {"type"}.union(*(TYPES[kind] for kind in kinds))
@@ -103,7 +119,8 @@ class _Walk:
             *(word for words in (*TYPES.values(), *SHAPES.values()) for word in words),
         }
         if name not in every:
-            raise _refused(at, f"the keyword {name!r}{nearest(name, every)}", None)
+            meant = "" if name in OTHERS else nearest(name, every)
+            raise _refused(at, f"the keyword {name!r}{meant}", None)
         beside = repr(shape) if shape else f"type {shortened(kinds)}" if kinds else "no 'type'"
         raise _refused(at, f"{name!r} beside {beside}", None)
 
@@ -137,7 +154,7 @@ class _Walk:
             raise _refused(at, f"{shaping[1]!r} beside {shaping[0]!r}", None)
         if "pattern" in found:
             found["pattern"] = _pattern(found["pattern"], at)
-        if found.get("format", FORMATS[0]) not in FORMATS:
+        if "format" in found and found["format"] not in FORMATS:
             formats = f"one of {', '.join(FORMATS)}"
             raise _refused(at, f"format {shortened(found['format'])}", formats)
 
@@ -156,7 +173,10 @@ class _Walk:
                 raise _refused(
                     at, f"the required property {shortened(name)} without a schema", None
                 )
-        found = {n: self.of(s, f"{at}/properties/{n}", refs) for n, s in names.items()}
+        found = {}
+        for name, schema in names.items():
+            _check_value(name, at)
+            found[name] = self.of(schema, f"{at}/properties/{name}", refs)
         if any(found[name] is None for name in required):
             return None
         return {
@@ -198,6 +218,8 @@ class _Walk:
     def _prefixItems(
         self, known: dict[str, Any], kinds: list[str], at: str, refs: tuple[str, ...]
     ) -> dict[str, Any] | None:
+        if OLDER.search(self.schema.get("$schema", "")):
+            raise _refused(at, "'prefixItems' in a dialect that ignores it", "draft 2020-12")
         schemas = self._several("prefixItems", known, at, refs)
         count = len(schemas)
         _check_bounds(known, at)
@@ -224,6 +246,7 @@ class _Walk:
 
     def _check_values(self, values: list[Any], kinds: list[str], at: str) -> None:
         for value in values:
+            _check_value(value, at)
             kind = _kind(value)
             if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
                 raise _refused(at, f"the value {shortened(value)} beside type {kinds}", None)
@@ -232,7 +255,7 @@ class _Walk:
         self, known: dict[str, Any], _: list[str], at: str, refs: tuple[str, ...]
     ) -> dict[str, Any] | None:
         there = known["$ref"]
-        if not isinstance(there, str) or not there.startswith("#"):
+        if not isinstance(there, str) or not (there == "#" or there.startswith("#/")):
             raise _refused(at, f"the reference {shortened(there)}", "one within the schema (#/...)")
         if refs.count(there) >= DEPTH:
             return None
@@ -245,6 +268,8 @@ class _Walk:
                 found = found[part]
             else:
                 raise _refused(at, f"the reference {shortened(there)}", "one that exists")
+            if isinstance(found, Mapping) and isinstance(found.get("$id"), str):
+                raise _refused(at, f"{shortened(there)} across an '$id'", None)
         return self.of(found, there, (*refs, there))
 
 
@@ -254,37 +279,19 @@ def _one(schemas: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _pattern(pattern: Any, at: str) -> str:
-    """A pattern for the inside of a JSON text: what could match a quote, a backslash or a control
-    character matches fewer characters, or is refused; \\d and \\w are those of ASCII."""
     if not isinstance(pattern, str):
         raise _refused(at, f"pattern {shortened(pattern)}", "a text")
-    body = pattern.removeprefix("^")
-    body = body[:-1] if body.endswith("$") and not body.endswith("\\$") else body
-    found, place, group = [], 0, False
-    while place < len(body):
-        letter = body[place]
-        size = 1
-        if letter == "\\":
-            size, letter = 2, body[place : place + 2]
-            classes = {"\\d": "0-9", "\\w": "A-Za-z0-9_", "\\s": " ", "\\/": "/"}
-            if letter in classes:
-                own = classes[letter]
-                letter = own if group or len(own) == 1 else f"[{own}]"
-            elif len(letter) < 2 or letter[1].isalnum() or letter[1] in '\\"':
-                raise _refused(at, f"pattern {shortened(pattern)} with {letter}", None)
-        elif letter == "[" and not group:
-            group = True
-            if body[place : place + 2] == "[^":
-                size, letter = 2, "[^" + QUOTED
-        elif letter == "]":
-            group = False
-        elif letter == "." and not group:
-            letter = f"[^{QUOTED}]"
-        elif letter == '"' or not letter.isprintable():
-            raise _refused(at, f"pattern {shortened(pattern)} with {letter!r}", None)
-        found.append(letter)
-        place += size
-    return f"^(?:{''.join(found)})$"
+    try:
+        return inside(pattern)
+    except ValueError as error:
+        raise _refused(at, f"pattern {shortened(pattern)} {error}", None) from None
+
+
+def _check_value(value: Any, at: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise _refused(at, f"{shortened(value)}, which JSON cannot write", None) from None
 
 
 def _check_bounds(found: dict[str, Any], at: str) -> None:
@@ -292,8 +299,10 @@ def _check_bounds(found: dict[str, Any], at: str) -> None:
         low, high = found.get(least, 0), found.get(most)
         for name in (least, most):
             value = found.get(name, 0)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise _refused(at, f"{name} {shortened(value)}", "an integer of at least 0")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 0 <= value <= LONGEST:
+                wanted = f"an integer from 0 to {LONGEST:,}"
+                raise _refused(at, f"{name} {shortened(value)}", wanted)
         if high is not None and low > high:
             raise _refused(at, f"{least} {low} above {most} {high}", None)
 
