@@ -26,7 +26,6 @@ from .samplers import HIDDEN, Choice, Chooser, Context, draw, log_prob
 from .transfer import download, upload
 
 LOWEST = -1e30  # the logit of a token that a filter has taken away, where it is needed
-DISTRIBUTIONS = ("margin", "entropy")  # orders that look at more than the chosen token
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,12 @@ class Constraint:
         u: Tensor | None,
     ) -> tuple[Choice, Choice]:
         """Tokens for the undecided positions of blocks, those of one path for each row; and the
-        same tokens with how sure the model is of them *given* that the text matches, which is what
-        decides between them. Both are on the CPU.
+        same tokens with how sure the model is of each *among those that can stand there*, which is
+        what decides between them. Both are on the CPU.
+
+        (The probability of a token given that the whole text matches would be another measure. It
+        counts the product of the positions' distributions as if they were independent, and is too
+        sure of where a form continues: texts get worse.)
 
         Args:
             row, position: [R, W] of the tokens of the blocks. masked: [R, W] bool, N undecided.
@@ -120,17 +123,16 @@ class Constraint:
         """
         best, undecided = u is None, masked.numpy()
         lattice = self._lattice(row, position, undecided)
-        filtered = bool(chooser.options.filters)  # which choose among what can stand there
-        possible = self.masked(logits, _possible(lattice, undecided)) if filtered else logits
-        scores = chooser.warp(possible, context)
-        own, drawn = self._tables(logits, scores, best)
+        there = lattice.filled(undecided, 0.0).possible()[undecided]
+        possible = self.masked(logits, torch.from_numpy(there))
+        scores = chooser.warp(possible, context)  # filters choose among what can stand there
+        drawn = self._drawn(scores, best)
         lattice = lattice.filled(undecided, drawn)
         behind = lattice.behind(best)
         lost = (lattice.total(behind) == NEVER) & undecided.any(1)
         if lost.any():  # no path is left of what filters leave, but one of what they take
             again = lost[undecided.nonzero()[0]]
-            (table,) = download(self._table(logits, best))
-            drawn = np.where(again[:, None], table.double().clamp(min=LOWEST).numpy(), drawn)
+            drawn = np.where(again[:, None], self._drawn(logits, best).clip(LOWEST), drawn)
             lattice = lattice.filled(undecided, drawn)
             behind = lattice.behind(best)
             (again,) = upload(logits.device, torch.from_numpy(again))
@@ -143,21 +145,16 @@ class Constraint:
         other = (self._index(logits.device) != label[:, None]) & (label >= 0)[:, None]
         scores = scores.masked_fill(other, HIDDEN)
         tokens = scores.argmax(-1) if best else draw(scores.softmax(-1), rest)
-        if drawn is not own:
-            lattice = lattice.filled(undecided, own)
-            behind = lattice.behind(False)
-        with np.errstate(invalid="ignore"):  # a row that a stop string has finished has no paths
-            return self._measured(chooser, lattice, behind, undecided, labels, logits, tokens)
+        sure = chooser.measured(possible, tokens)
+        known = {name: value for name, value in vars(sure).items() if value is not None}
+        own, *values = download(log_prob(logits, tokens), *known.values())
+        sure = Choice(**dict(zip(known, values, strict=True)))
+        return Choice(sure.tokens, own), sure
 
-    def _tables(self, logits: Tensor, scores: Tensor, best: bool) -> tuple[Array, Array]:
-        """[N, C] log-probabilities of the classes in the model's own distribution, and what the
-        scores of each class weigh in a path."""
-        tables = [self._table(logits, False)]
-        if best or scores is not logits:
-            tables.append(self._table(scores, best))
-        own, *drawn = (table.double().numpy() for table in download(*tables))
-        own = own - np.logaddexp.reduce(own, 1, keepdims=True)
-        return own, drawn[0] if drawn else own
+    def _drawn(self, scores: Tensor, best: bool) -> Array:
+        """[N, C] what the scores of each class weigh in a path."""
+        (table,) = download(self._table(scores, best))
+        return table.double().numpy()
 
     def _table(self, scores: Tensor, best: bool) -> Tensor:
         """[N, C] of scores [N, V]: the largest of each class, or the logarithm of the sum of
@@ -180,45 +177,6 @@ class Constraint:
         found = np.full((len(scores), self.automaton.classes), NEVER, scores.dtype)
         found[:, labels] = log_sum(scores.take(order, 1), first, place)
         return torch.from_numpy(found)
-
-    def _measured(
-        self,
-        chooser: Chooser,
-        lattice: Lattice,
-        behind: list[Array],
-        undecided: Array,
-        labels: Array,
-        logits: Tensor,
-        tokens: Tensor,
-    ) -> tuple[Choice, Choice]:
-        """The choice of tokens [N] with their own log-probabilities, and with those that they have
-        given that the text matches.
-
-        Args:
-            lattice, behind: with the model's own weights, and their sums.
-            labels: [R, W] classes of the path.
-        """
-        ahead, options = lattice.ahead(), chooser.options
-        total = lattice.total(behind)
-        if options.order in DISTRIBUTIONS or options.entropy_bound is not None:
-            around = np.zeros((*undecided.shape, self.automaton.classes))
-            for column in lattice.inside.any(0).nonzero()[0]:
-                found = lattice.marginals(column, ahead[column], behind[column]) - total[:, None]
-                around[:, column] = np.where(lattice.inside[:, column, None], found, 0.0)
-            (bias,) = upload(logits.device, torch.from_numpy(around[undecided]).to(logits.dtype))
-            given = logits + bias[:, self._index(logits.device)]
-            given = chooser.measured(given, tokens)
-            there = {name: value for name, value in vars(given).items() if value is not None}
-            logprob, *values = download(log_prob(logits, tokens), *there.values())
-            given = Choice(**dict(zip(there, values, strict=True)))
-            return Choice(given.tokens, logprob), given
-        tokens, logprob = download(tokens, log_prob(logits, tokens))
-        around = np.zeros(undecided.shape)
-        for column in (lattice.inside & undecided).any(0).nonzero()[0]:
-            found = lattice.marginal(column, labels[:, column], ahead[column], behind[column])
-            around[:, column] = np.where(lattice.inside[:, column], found - total, 0.0)
-        sure = logprob + torch.from_numpy(around[undecided]).to(logprob)
-        return Choice(tokens, logprob), Choice(tokens, sure)
 
     def _index(self, device: Any) -> Tensor:
         """[V] the class of each token, on a device."""
@@ -340,18 +298,6 @@ class Constraint:
             and self.automaton.accepting[self._state(row, span, min(span.end, end))]
             for span in self.spans[row]
         )
-
-
-def _possible(lattice: Lattice, undecided: Array) -> Tensor:
-    """[N, C] bool, the classes that are on any path in the undecided columns; all of them outside
-    of spans."""
-    even = lattice.filled(undecided, 0.0)
-    ahead, behind = even.ahead(), even.behind(True)
-    found = np.ones(even.weights.shape, bool)
-    for column in (lattice.inside & undecided).any(0).nonzero()[0]:
-        ways = even.marginals(column, ahead[column], behind[column]) > NEVER
-        found[:, column] = ways | ~lattice.inside[:, column, None]
-    return torch.from_numpy(found[undecided])
 
 
 def _spread(values: Array, where: Array) -> Array:

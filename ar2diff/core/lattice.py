@@ -3,8 +3,8 @@
 A row's block is a row of columns. In a span of columns the automaton reads one token in each, and
 must be accepting where the span closes; if the span goes on behind the block, its state there must
 be one from which the rest can be completed. A column has a log weight for each class of tokens, and
-a path the product of its weights. All of it is exact, by dynamic programming over states x columns
-in both directions, in logarithms: no weight is so small that a path could get lost.
+a path the product of its weights. All of it is exact, by dynamic programming over states x columns,
+in logarithms: no weight is so small that a path could get lost.
 This file is copied into converted folders: it imports numpy and its neighbours alone.
 """
 
@@ -49,10 +49,20 @@ class Layer:
         return cls(source, own.label[edges], own.target[edges], *groups_of(source))
 
     @cached_property
-    def by_target(self) -> tuple[Array, Array, Array, Array]:
-        """[E'] their order by their next states, and the same of those."""
-        order = np.argsort(self.target, kind="stable")
-        return order, *groups_of(self.target[order])
+    def by_target(self) -> tuple[Array, Array, Array]:
+        """[E'] their order by their next states, those, and where the edges of each begin."""
+        return self._sorted(self.target)
+
+    @cached_property
+    def by_label(self) -> tuple[Array, Array, Array]:
+        """The same by their classes."""
+        return self._sorted(self.label)
+
+    @staticmethod
+    def _sorted(values: Array) -> tuple[Array, Array, Array]:
+        order = np.argsort(values, kind="stable")
+        found, first, _ = groups_of(values[order])
+        return order, found, first
 
 
 @dataclass(frozen=True)
@@ -115,26 +125,31 @@ class Lattice:
                 value = before if full else np.where(self.inside[:, column, None], before, value)
         return [*found[::-1], value]
 
-    def ahead(self) -> list[Array]:
-        """For each column, [R, S] what the columns before it weigh in all, by the state there."""
-        own, rows = self.automaton, np.arange(len(self.begin))
-        value = np.full((len(rows), own.states), NEVER)
-        value[rows, self.begin] = 0.0
-        found = [value]
-        for column, layer, closes, full in self._columns()[:-1]:
+    def possible(self) -> Array:
+        """[R, W, C] bool, the classes that a column has on any path, whatever it weighs; all of
+        them outside of spans."""
+        own, rows, fits = self.automaton, np.arange(len(self.begin)), self.weights > NEVER
+        even = replace(self, weights=np.where(fits, 0.0, NEVER))
+        behind = [value > NEVER for value in even.behind(best=True)]
+        found, value = np.ones(fits.shape, bool), np.zeros((len(rows), own.states), bool)
+        value[rows, self.begin] = True
+        for column, layer, closes, full in self._columns():
             if layer is not None:
-                order, targets, first, place = layer.by_target
-                edges = self.weights[:, column].take(layer.label[order], 1)
-                edges += value.take(layer.source[order], 1)
-                after = np.full_like(value, NEVER)
-                after[:, targets] = log_sum(edges, first, place)
-                value = after if full else np.where(self.inside[:, column, None], after, value)
+                ways = value.take(layer.source, 1) & fits[:, column].take(layer.label, 1)
+                ways &= behind[column].take(layer.target, 1)
+                here, after = np.zeros((len(rows), own.classes), bool), np.zeros_like(value)
+                for side, (order, names, first) in (
+                    (here, layer.by_label),
+                    (after, layer.by_target),
+                ):
+                    side[:, names] = np.logical_or.reduceat(ways[:, order], first, axis=1)
+                inside = self.inside[:, column, None]
+                found[:, column] = np.where(inside, here, True)
+                value = after if full else np.where(inside, after, value)
             if closes is not None:
-                ended, every = np.full_like(value, NEVER), np.zeros(own.states, int)
-                accepted = np.where(own.accepting, value, NEVER)
-                ended[rows, self.resume[:, column]] = log_sum(accepted, every[:1], every)[:, 0]
+                ended = np.zeros_like(value)
+                ended[rows, self.resume[:, column]] = (value & own.accepting).any(1)
                 value = np.where(closes, ended, value)
-            found.append(value)
         return found
 
     def _columns(self) -> list[tuple[int, Layer | None, Array | None, bool]]:
@@ -169,37 +184,6 @@ class Lattice:
             state = np.where(inside, target[rows, chosen], state)
             state = np.where(closes, self.resume[:, column], state)
         return labels, rest if u is None else np.where(self.inside, rest, u)
-
-    def marginal(self, column: int, labels: Array, ahead: Array, behind: Array) -> Array:
-        """[R] the sum over all paths of what they weigh without a column, of those that have the
-        class there that `labels` [R] says; 0 where it is -1.
-
-        Args:
-            ahead, behind: [R, S] of the column.
-        """
-        found, layer = np.zeros(len(labels)), self.layers[column]
-        for label in {*labels.tolist()} - {-1}:
-            if len(labels) == 1:  # the same with fewer calls
-                edges = np.flatnonzero(layer.label == label)
-                ways = ahead[0].take(layer.source[edges]) + behind[0].take(layer.target[edges])
-                found[0] = np.logaddexp.reduce(ways)
-                continue
-            edges, rows = np.flatnonzero(layer.label == label), np.flatnonzero(labels == label)
-            ways = ahead[rows[:, None], layer.source[edges]]
-            ways = ways + behind[rows[:, None], layer.target[edges]]
-            every = np.zeros(len(edges), int)
-            found[rows] = log_sum(ways, every[:1], every)[:, 0]
-        return found
-
-    def marginals(self, column: int, ahead: Array, behind: Array) -> Array:
-        """[R, C] the same of all classes; `NEVER` of a class that is on no path."""
-        layer = self.layers[column]
-        order = np.argsort(layer.label, kind="stable")
-        labels, first, place = groups_of(layer.label[order])
-        ways = (ahead.take(layer.source, 1) + behind.take(layer.target, 1))[:, order]
-        found = np.full((len(ahead), self.automaton.classes), NEVER)
-        found[:, labels] = log_sum(ways, first, place)
-        return found
 
 
 def layers_of(
