@@ -202,7 +202,7 @@ def one_by_one(monkeypatch):
     """Positions are masked each by itself, by what paths through it there are."""
 
     def paths(lattice, behind, u):
-        labels = np.where(lattice.possible(), lattice.weights, -np.inf).argmax(2)
+        labels = np.where(lattice.possible(behind), lattice.weights, -np.inf).argmax(2)
         return labels, np.zeros(lattice.inside.shape)
 
     monkeypatch.setattr(Lattice, "paths", paths)

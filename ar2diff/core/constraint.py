@@ -121,11 +121,12 @@ class Constraint:
             context: as of `Chooser.warp`.
             u: [N] numbers in [0, 1) that decide the draws; None: the likeliest path is taken.
         """
-        best, undecided = u is None, masked.numpy()
+        best, undecided, possible = u is None, masked.numpy(), None
         lattice = self._lattice(row, position, undecided)
-        there = lattice.filled(undecided, 0.0).possible()[undecided]
-        possible = self.masked(logits, torch.from_numpy(there))
-        scores = chooser.warp(possible, context)  # filters choose among what can stand there
+        if chooser.options.filters:  # which choose among what can stand there
+            even = lattice.filled(undecided, 0.0)
+            possible = self._possible(logits, even, even.behind(True), undecided)
+        scores = chooser.warp(logits if possible is None else possible, context)
         drawn = self._drawn(scores, best)
         lattice = lattice.filled(undecided, drawn)
         behind = lattice.behind(best)
@@ -137,6 +138,8 @@ class Constraint:
             behind = lattice.behind(best)
             (again,) = upload(logits.device, torch.from_numpy(again))
             scores = torch.where(again[:, None], logits.clamp(min=LOWEST), scores)
+        if possible is None:
+            possible = self._possible(logits, lattice, behind, undecided)
         numbers = None if best else _spread(u.numpy(), undecided)
         labels, rest = lattice.paths(behind, numbers)
         label, rest = upload(
@@ -150,6 +153,12 @@ class Constraint:
         own, *values = download(log_prob(logits, tokens), *known.values())
         sure = Choice(**dict(zip(known, values, strict=True)))
         return Choice(sure.tokens, own), sure
+
+    def _possible(
+        self, logits: Tensor, lattice: Lattice, behind: list[Array], undecided: Array
+    ) -> Tensor:
+        """Logits [N, V] without the tokens that are on no path."""
+        return self.masked(logits, torch.from_numpy(lattice.possible(behind)[undecided]))
 
     def _drawn(self, scores: Tensor, best: bool) -> Array:
         """[N, C] what the scores of each class weigh in a path."""

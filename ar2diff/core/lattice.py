@@ -125,18 +125,20 @@ class Lattice:
                 value = before if full else np.where(self.inside[:, column, None], before, value)
         return [*found[::-1], value]
 
-    def possible(self) -> Array:
+    def possible(self, behind: Sequence[Array]) -> Array:
         """[R, W, C] bool, the classes that a column has on any path, whatever it weighs; all of
-        them outside of spans."""
+        them outside of spans.
+
+        Args:
+            behind: of `behind`.
+        """
         own, rows, fits = self.automaton, np.arange(len(self.begin)), self.weights > NEVER
-        even = replace(self, weights=np.where(fits, 0.0, NEVER))
-        behind = [value > NEVER for value in even.behind(best=True)]
         found, value = np.ones(fits.shape, bool), np.zeros((len(rows), own.states), bool)
         value[rows, self.begin] = True
         for column, layer, closes, full in self._columns():
             if layer is not None:
                 ways = value.take(layer.source, 1) & fits[:, column].take(layer.label, 1)
-                ways &= behind[column].take(layer.target, 1)
+                ways &= behind[column].take(layer.target, 1) > NEVER
                 here, after = np.zeros((len(rows), own.classes), bool), np.zeros_like(value)
                 for side, (order, names, first) in (
                     (here, layer.by_label),
