@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 
 from .claim import Claim, named
+from .control_sentences import control_claim
 from .figures import QUESTIONS, Figure, Missing, Report
 from .pairs import (
     SURE,
@@ -23,13 +24,11 @@ from .pairs import (
 from .quality_sentences import quality_claim
 from .words import SPACE, capital, joined, name_of, quantity, with_error
 
-FILLING = "infill_exact_match"
-
 
 def claims(report: Report) -> dict[str, Claim]:
     """What a report says, by question."""
     makers: dict[str, Callable[[Report], Claim]] = {
-        "speed": _speed, "quality": quality_claim, "length": _length, "control": _control,
+        "speed": _speed, "quality": quality_claim, "length": _length, "control": control_claim,
     }  # fmt: skip
     made = {}
     for question in QUESTIONS:
@@ -294,48 +293,3 @@ def _mean(figures: list[Figure]) -> tuple[float, float]:
     count = len(figures)
     error = math.sqrt(sum((f.error or 0) ** 2 for f in figures)) / count
     return sum(f.value for f in figures) / count, error
-
-
-# Control ------------------------------------------------------------------------------------------
-
-
-def _control(report: Report) -> Claim:
-    mine = max(report.of("control", FILLING, subject="model"), key=_value, default=None)
-    theirs = report.of("control", FILLING, subject="base")
-    more = _kept(report)
-    if mine is None:
-        return Claim("control", "How well it fills gaps was not measured.", more)
-    share = quantity(mine.value, mine.error, mine.unit)
-    fills = f"{named(report)} fills {share} of the gaps exactly"
-    if not theirs:
-        return Claim("control", f"{fills}; there is no base to compare it with.", more)
-    ways = sorted(theirs, key=_value, reverse=True)
-    verdicts = [apart(mine, other).verdict for other in ways]
-    found = {"better": "more than", "worse": "fewer than", "none": "no difference from"}
-    clauses: list[str] = []
-    for other, verdict, last in zip(ways, verdicts, [None, *verdicts], strict=False):
-        way = f"with {other.setting} " if other.setting else ""
-        told = f"{way}({quantity(other.value, other.error, other.unit)})"
-        who = "it" if clauses else named(report, "base")
-        clauses.append(told if verdict == last else f"{found[verdict]} {who} {told}")
-    return Claim(
-        "control", f"Given both sides, {fills}: {joined(clauses)}.", more, {FILLING: verdicts[0]}
-    )
-
-
-def _kept(report: Report) -> list[str]:
-    said = []
-    for figure in report.of("control", "forced_kept", subject="model")[:1]:
-        said.append(f"It keeps {quantity(figure.value, figure.error, '%')} of forced tokens.")
-    for figure in report.of("control", "revision_exact_match", subject="model")[:1]:
-        cost = next(iter(report.of("control", "revision_forwards", subject="model")), None)
-        took = f", in {quantity(cost.value, cost.error, 'forwards')}" if cost else ""
-        said.append(
-            f"After an edit it restores {quantity(figure.value, figure.error, '%')} of the texts "
-            f"exactly{took}."
-        )
-    return said
-
-
-def _value(figure: Figure) -> float:
-    return figure.value

@@ -34,9 +34,15 @@ NAMES = {
     "forced_kept": "forced tokens kept",
     "revision_exact_match": "exact match after an edit",
     "revision_forwards": "forwards for a revision",
+    "constrained_matches": "gaps that match",
+    "constrained_exact_match": "gaps with the right content",
+    "constrained_base_nll": "NLL of the filled text under the base",
+    "constrained_forwards": "forwards for a gap",
+    "constrained_seconds": "time for a gap",
 }
 AXES = {"batch": "batch", "slot": "slot", "prompt": "prompt", "answer": "answer",
-        "temperature": "temperature", "position": "position"}  # fmt: skip
+        "temperature": "temperature", "position": "position",
+        "constraint": "constraint"}  # fmt: skip
 UNITS = {
     "batch": "rows",
     "slot": "draft",
