@@ -8,7 +8,7 @@ from .claim import Claim, named
 from .figures import Figure, Report
 from .pairs import Verdict, apart
 from .subjects import AR
-from .words import joined, quantity
+from .words import in_turn, joined, quantity
 
 FILLING = "infill_exact_match"
 THAN = {"better": "more than", "worse": "fewer than", "none": "no difference from"}
@@ -33,15 +33,19 @@ def _against(report: Report, mine: Figure, theirs: Sequence[Figure]) -> tuple[st
     """How a figure compares with those of others, the best of them first."""
     ways = sorted(theirs, key=_value, reverse=True)
     verdicts = [apart(mine, other).verdict for other in ways]
-    clauses: list[str] = []
-    said: tuple[str | None, Verdict | None] = None, None
+    runs: list[list[str]] = []
+    subject, said = None, None
     for other, verdict in zip(ways, verdicts, strict=True):
-        who = "it" if other.subject == said[0] else named(report, other.subject)
-        way = f"with {other.setting}" if other.setting else ""
-        words = [THAN[verdict], who] if verdict != said[1] else [who] if who != "it" else []
-        clauses.append(" ".join([*words, *([way] if way else []), f"({_shown(other)})"]))
-        said = other.subject, verdict
-    return joined(clauses), verdicts
+        who = "it" if other.subject == subject else named(report, other.subject)
+        words = [who] if who != "it" or verdict != said else []
+        words += [f"with {other.setting}"] if other.setting else []
+        told = " ".join([*words, f"({_shown(other)})"])
+        if verdict == said:
+            runs[-1].append(told)
+        else:
+            runs.append([f"{THAN[verdict]} {told}"])
+        subject, said = other.subject, verdict
+    return in_turn([joined(run) for run in runs]), verdicts
 
 
 def _kept(report: Report) -> list[str]:

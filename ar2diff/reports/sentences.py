@@ -22,7 +22,7 @@ from .pairs import (
     written,
 )
 from .quality_sentences import quality_claim
-from .words import SPACE, capital, joined, name_of, quantity, with_error
+from .words import SPACE, capital, in_turn, joined, name_of, quantity, with_error
 
 
 def claims(report: Report) -> dict[str, Claim]:
@@ -108,7 +108,7 @@ def _pace_sentence(report: Report, found: dict[float, tuple[str, Pair]], to: str
             runs.append(_pace_run(verdict, list(run), than, axis))
             than = axis = ""
         who = "it" if clauses else named(report)
-        clauses.append(f"{_condition(report, kind)}, {who} is {_in_turn(runs)}")
+        clauses.append(f"{_condition(report, kind)}, {who} is {in_turn(runs)}")
     return f"{capital('; '.join(clauses))}."
 
 
@@ -127,13 +127,6 @@ def _pace_run(verdict: Verdict, places: list[tuple[str, Apart]], than: str, axis
     if verdict == "none":
         return f"no faster{than} at {joined(named)}"
     return f"slower{than} at " + joined([f"{p} ({t})" for t, p in zip(times, named, strict=True)])
-
-
-def _in_turn(runs: list[str]) -> str:
-    """Runs one after the other; a comma keeps apart those that are lists themselves."""
-    if len(runs) == 2 and " and " not in "".join(runs):
-        return " and ".join(runs)
-    return ", ".join([*runs[:-1], f"and {runs[-1]}"]) if runs[1:] else runs[0]
 
 
 def _times(ratio: float) -> str:

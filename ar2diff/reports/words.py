@@ -107,6 +107,13 @@ def joined(parts: Sequence[str], word: str = "and") -> str:
     return f"{', '.join(most)} {word} {last}" if most else last
 
 
+def in_turn(runs: list[str]) -> str:
+    """Runs one after the other; a comma keeps apart those that are lists themselves."""
+    if len(runs) == 2 and " and " not in "".join(runs):
+        return " and ".join(runs)
+    return ", ".join([*runs[:-1], f"and {runs[-1]}"]) if runs[1:] else runs[0]
+
+
 def label(subject: str, setting: str | None, metric: str | None = None) -> str:
     """The name of a curve or row: the setting for the model itself, and whose it is for others."""
     parts = [None if subject == "model" and (setting or metric) else subject, setting, metric]
