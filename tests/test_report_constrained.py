@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +27,6 @@ STORIES = [
 
 
 def only_control(asked, folder):  # noqa: F811
-    from dataclasses import replace
-
     found = measure(replace(asked, only=("control",)), folder)
     lines = (folder / "rows" / "control.jsonl").read_text().splitlines()
     return found, [row for row in map(json.loads, lines) if "constraint" in row]
@@ -87,12 +86,15 @@ def test_everybody_is_held_to_the_same_form_and_room(asked, tmp_path):  # noqa: 
             assert row["right"] == (form.read(row["text"]) == form.read(true))
             if row["subject"] == "base":  # one token a forward, and one forward that ranks
                 assert row["forwards"] == row["tokens"] + (row["setting"] == "ranked ar")
-        for figure in found.of("control", "constrained_matches", constraint=name):
+        assert found.of("control", "constrained_matches", constraint=form.label)
+        for figure in found.of("control", "constrained_matches", constraint=form.label):
             assert (figure.value, figure.n) == (100.0, len(mine) / 3) and figure.error > 0
-    (told, *_) = [text for text in claims(found)["control"].more if "Held to a regex" in text]
+    (told, *_) = [
+        text for text in claims(found)["control"].more if "Held to a regex for a word" in text
+    ]
     assert "with ar (" in told and "with ranked ar (" in told
     assert {text.setting for text in found.texts} == {"diffusion 0.9", "ar", "ranked ar"}
-    assert found.protocol["constraint"]["regex"] == '{"regex": "[a-z]+"}'
+    assert found.protocol["constraint"]["regex for a word"] == '{"regex": "[a-z]+"}'
 
 
 def test_without_the_library_the_rest_is_measured(asked, tmp_path, monkeypatch):  # noqa: F811

@@ -184,7 +184,7 @@ def _add(
             evidence[f"tokens_{name}"] = mean([row[name] for row in cell]).value
     add = partial(
         found.add, QUESTION, subject=way.held.key, setting=way.setting, evidence=evidence,
-        at={"constraint": form.name},
+        at={"constraint": form.label},
     )  # fmt: skip
 
     def beside(difference: Callable[[Sequence[Row], Sequence[Row]], Value]) -> Difference | None:

@@ -22,7 +22,7 @@ class Form:
     """What gaps have to match.
 
     Attributes:
-        name: in the report. kind: a key of `KINDS`.
+        name: `regex` or `JSON schema`. kind: a key of `KINDS`.
         arguments: of `generate`.
     """
 
@@ -40,6 +40,11 @@ class Form:
             value = {"type": "string", "pattern": KINDS[kind]}
         schema = {"type": "object", "properties": {kind: value}, "required": [kind]}
         return cls(name, kind, {"json_schema": schema})
+
+    @property
+    def label(self) -> str:
+        """What the report calls it."""
+        return f"{self.name} for a {self.kind}"
 
     def written(self, value: str) -> str:
         """How a number or a word is written in this form."""
