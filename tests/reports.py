@@ -13,6 +13,7 @@ from typing import Any
 
 from ar2diff.reports.figures import (
     BASELINE,
+    EXACT,
     LOOKUP,
     METRICS,
     OWN,
@@ -40,7 +41,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diffusion 0.9": {"mode": "diffusion", "threshold": 0.9, "temperature": 0},
     "diffusion 0.7": {"mode": "diffusion", "threshold": 0.7, "temperature": 0},
     TOKEN_BY_TOKEN: {"mode": "diffusion", "threshold": 1.0, "temperature": 0},
+    "ranked ar": {"mode": "ar", "temperature": 1, "num_return_sequences": 8},
 }
+HELD: dict[Any, dict[str, Any]] = {
+    "regex": {"regex": "[a-z]+"}, "JSON schema": {"json_schema": {"type": "integer"}},
+}  # fmt: skip
 WORDS = "Once upon a time there was a little dog named Max . He liked to run in the park".split()
 
 
@@ -58,14 +63,14 @@ def figure(
     setting: str | None = None,
     n: int = 5,
     difference: Difference | None = None,
-    **at: float,
+    **at: float | str,
 ) -> Figure:
     """A figure with the unit and the evidence that it needs."""
     unit, better = METRICS[question].get(metric, ("%", "high"))
     evidence: dict[str, Any] = {}
     if "bound" in metric:
         evidence["estimator"] = "bound"
-    elif metric in ("ar_nll", "bits_per_byte", "base_nll", "infill_ar_nll", "infill_base_nll"):
+    elif metric in EXACT:
         evidence["estimator"] = "exact"
     if setting is not None:
         stock = setting in (BASELINE, LOOKUP)
@@ -73,6 +78,7 @@ def figure(
             "callable": STOCK if stock else OWN, "arguments": SETTINGS[setting] | at,
             "dtype": "float32", "threads": 2, "forwards": 320, "tokens": 320, "steps": 320,
         }  # fmt: skip
+        evidence["arguments"] |= HELD.get(at.get("constraint"), {})
     return Figure(
         question=question, metric=metric, unit=unit, subject=subject, setting=setting, at=at,
         value=value, error=error, n=n, difference=difference, better=better, evidence=evidence,
@@ -129,7 +135,8 @@ def realistic() -> Report:
         texts=[Text(question="quality", prompt=prompt, subject=s, setting=k, text=t)
                for s, k, t in texts],
         missing=[Missing(question="speed", what="batch 32 and 64", why="no GPU on this machine"),
-                 Missing(question="control", what="constraints", why="they cannot be given yet")],
+                 Missing(question="control", what="gaps held to a JSON schema",
+                         why="a constraint needs jsonschema, which is not installed")],
     )  # fmt: skip
 
 
@@ -241,7 +248,19 @@ def _length() -> list[Figure]:
 
 
 def _control() -> list[Figure]:
+    found = []
+    for who, setting, right, forwards in (
+        ("model", "diffusion 0.9", 38.0, 1.6), ("base", "ar", 31.0, 2.4),
+        ("base", "ranked ar", 37.0, 3.4), ("control", "ar", 33.0, 2.4),
+    ):  # fmt: skip
+        rows = {"matches": (100.0, 0.7), "exact_match": (right, 2.4), "base_nll": (2.1, 0.05),
+                "forwards": (forwards, 0.1), "seconds": (0.004 * forwards, 0.0002)}  # fmt: skip
+        found += [
+            figure("control", f"constrained_{name}", *row, who, setting, 200, constraint="regex")
+            for name, row in rows.items()
+        ]
     return [
+        *found,
         figure("control", "infill_exact_match", 41.5, 2.1, "model", "diffusion 0.9", 400,
                apart(12.3, 1.9)),
         figure("control", "infill_exact_match", 11.2, 1.4, "base", BASELINE, 400),

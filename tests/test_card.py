@@ -178,7 +178,9 @@ def test_a_report_in_the_folder_is_shown(convert_tiny, tmp_path):
     assert "* At equal exact match, model is 1.8x as fast as its base at batch 1" in section
     assert "\n\n| setting | tokens/s at batch 1 |" in section
     assert "\n\nMeasured 2026-11-26 with ar2diff 0.1.0 on x86-64. ± is one standard" in section
-    assert section.endswith("Not measured: speed: batch 32 and 64; control: constraints.\n")
+    assert section.endswith(
+        "Not measured: speed: batch 32 and 64; control: gaps held to a JSON schema.\n"
+    )
     file.write_text("{}")
     with pytest.raises(Ar2DiffError, match=r"report\.json: title: Field required"):
         preview(folder, license="mit")

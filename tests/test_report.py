@@ -115,6 +115,7 @@ LIES = {
             "evidence": {"estimator": "bound"},
         },
     ),
+    "what it was held to is not what it says": (2, lambda figure: {"at": {"constraint": "regex"}}),
     "does not say that it is exact": (
         2, lambda figure: {
             "metric": "ar_nll", "unit": "nats/token", "better": "low", "setting": None,
@@ -152,6 +153,23 @@ def test_token_by_token_decides_no_more_than_one_token_in_a_forward():
     faster = [f.model_copy(update={"value": 1.2}) if f is slow else f for f in given.figures]
     (told,) = lies(given.model_copy(update={"figures": faster}))
     assert "more than one token is decided in a forward" in told
+
+
+def test_all_that_is_compared_under_a_constraint_is_held_to_the_same_one():
+    given = realistic()
+    (ours,) = given.of("control", "constrained_exact_match", subject="model")
+
+    def told(**changes):
+        arguments = {**ours.evidence["arguments"], **changes}
+        lying = ours.model_copy(update={"evidence": ours.evidence | {"arguments": arguments}})
+        figures = [lying if figure is ours else figure for figure in given.figures]
+        return [
+            lie.partition(": ")[2] for lie in lies(given.model_copy(update={"figures": figures}))
+        ]
+
+    assert not told()
+    assert "held to another constraint" in " ".join(told(regex="[a-z]*"))
+    assert "held to another constraint" in " ".join(told(json_schema={"type": "integer"}))
 
 
 def test_errors_are_those_of_shares_quotients_and_pairs():

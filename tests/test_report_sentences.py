@@ -8,6 +8,7 @@ import pytest
 from reports import (
     BASE,
     BASELINE,
+    CONTROL,
     LOOKUP,
     MODEL,
     apart,
@@ -184,7 +185,9 @@ def test_what_was_not_measured_is_listed_and_said():
     assert "the base" in [item.what for item in not_measured(without)]
     alone = speeds(("model", "ar", 900))
     assert "there is no base to compare it with" in claims(alone)["speed"].first
-    assert [m.what for m in not_measured(realistic())] == ["batch 32 and 64", "constraints"]
+    assert [m.what for m in not_measured(realistic())] == [
+        "batch 32 and 64", "gaps held to a JSON schema",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "error", "shown"), [
@@ -280,3 +283,45 @@ def test_another_conversion_is_compared_setting_by_setting():
     subjects = {"model": given.subjects["model"], "against 1": given.subjects["model"]}
     (said,) = claims(report(rows, subjects=subjects))["quality"].more
     assert "no difference with ar and diffusion 0.7" in said and "worse" not in said
+
+
+def held(*rows, matches=100.0):
+    """What is said of gaps held to a regex: (subject, setting, right, its error, difference)."""
+    figures = [figure("control", "constrained_exact_match", right, error, who, setting, 200,
+                      difference, constraint="regex")
+               for who, setting, right, error, difference in rows]  # fmt: skip
+    figures += [figure("control", "constrained_matches", matches if who == "base" else 100.0, 0.7,
+                       who, setting, 200, constraint="regex")
+                for who, setting, *_ in rows]  # fmt: skip
+    check(report(figures), "it")
+    return [plain(text) for text in claims(report(figures))["control"].more]
+
+
+def test_gaps_that_must_match_are_told_beside_the_base_and_the_control():
+    said = [plain(text) for text in claims(realistic())["control"].more if "eld to" in text]
+    assert said == [
+        "Held to a regex, it finds the right content of 38.0 ± 2.4 % of the gaps: no difference "
+        f"from {BASE} with ranked ar (37.0 ± 2.4 %) and {CONTROL} with ar (33.0 ± 2.4 %), and more "
+        f"than {BASE} with ar (31.0 ± 2.4 %). It takes 1.60 ± 0.10 forwards and 6.40 ± 0.20 ms for "
+        f"a gap with diffusion 0.9; {BASE} takes 2.40 ± 0.10 forwards and 9.60 ± 0.20 ms for a gap "
+        "with ar."
+    ]
+
+
+def test_a_gap_s_content_is_called_better_only_beyond_its_errors():
+    theirs = ("base", "ar", 30.0, 3.0, None)
+    for right, error, difference, words in (
+        (40.0, 3.0, None, "more than"), (34.0, 3.0, None, "no difference from"),
+        (20.0, 3.0, None, "fewer than"), (34.0, 3.0, apart(4.0, 1.0, "ar"), "more than"),
+        (40.0, 3.0, apart(10.0, 6.0, "ar"), "no difference from"),
+    ):  # fmt: skip
+        (told, _) = held(("model", "diffusion 0.9", right, error, difference), theirs)
+        assert f": {words} {BASE} with ar" in told, told
+
+
+def test_gaps_that_do_not_match_are_told():
+    rows = [("model", "diffusion 0.9", 40.0, 3.0, None), ("base", "ar", 30.0, 3.0, None)]
+    assert held(*rows)[-1] == "All of these gaps match, whoever filled them."
+    assert held(*rows, matches=99.0)[-1] == (
+        f"Of the gaps that {BASE} filled with ar, held to a regex, only 99.0 ± 0.7 % match."
+    )

@@ -1,7 +1,8 @@
 """Control: what a model that sees both sides of a gap can do and an autoregressive one cannot.
 
-Gaps are filled (see `gaps`). An answer is revised after an edit of its question: the diffusion mode
-fills its numbers anew, the base writes it again. And the order in which tokens are decided.
+Gaps are filled (see `gaps`), and held to a constraint (see `constrained`). An answer is revised
+after an edit of its question: the diffusion mode fills its numbers anew, the base writes it again.
+And the order in which tokens are decided.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
+from . import constrained
 from .estimates import mean, share, share_difference
-from .figures import BASELINE, RANKED, STOCK, Order
+from .figures import BASELINE, OWN, RANKED, STOCK, Order
 from .gaps import (
     GAP,
     QUESTION,
@@ -35,7 +37,8 @@ SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.")
 
 
 def parts(session: Session) -> list[Part]:
-    """What is measured: gaps, revisions and orders of commits, for each subject that can."""
+    """What is measured: gaps, revisions and orders of commits, for each subject that can; and gaps
+    under constraints."""
     found, cost = [], session.sizes.infills * GAP / 4
     for way in fillers(session):
         gaps = partial(gaps_of, session, way)
@@ -50,14 +53,17 @@ def parts(session: Session) -> list[Part]:
         run = partial(true_middles, session, held)
         name = f"likelihood of the middle, {held.key}"
         found.append(Part(QUESTION, name, cost * 2, run))
-    return found
+    return [*found, *constrained.parts(session)]
 
 
 def settings(session: Session) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The settings that this question has of its own, and their callables."""
-    if session.base is None:
-        return {}, {}
-    return {RANKED: ranked(session.base).arguments}, {RANKED: STOCK}
+    own = [] if session.base is None else [ranked(session.base)]
+    own += [way for way in constrained.ways(session) if not way.held.denoises]
+    return (
+        {way.setting: way.arguments for way in own},
+        {way.setting: STOCK if way.stock else OWN for way in own},
+    )
 
 
 # Revision after an edit
@@ -173,6 +179,7 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     gap_figures(session, found, rows)
     middle_figures(session, found, rows)
     _edit_figures(session, found, rows)
+    constrained.figures(session, found, rows)
     for row in rows:
         if "ordered" in row and row["subject"] == "model":
             found.orders.append(

@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from ..checkpoint.output import write_json
 from ..config.safe_json import parse_json
 from ..core.errors import Ar2DiffError, first_line
+from ..core.options import CONSTRAINTS
 
 FORMAT = 1
 FILE = "report.json"
 STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
 # Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
-BASELINE, LOOKUP, RANKED = "transformers", "prompt lookup", "ranked draws"
+BASELINE, LOOKUP, RANKED = STOCK_SETTINGS = "transformers", "prompt lookup", "ranked draws"
 # The diffusion mode that decides the surest token of each forward alone: the setting at which
 # papers like to quote quality, beside the speed of another one.
 TOKEN_BY_TOKEN = "diffusion token by token"
@@ -72,10 +73,19 @@ METRICS: dict[str, dict[str, tuple[str, Better | None]]] = {
         "forced_kept": ("%", "high"),
         "revision_exact_match": ("%", "high"),
         "revision_forwards": ("forwards", "low"),
+        # of gaps that must match a constraint, and of the texts around them
+        "constrained_matches": ("%", "high"),
+        "constrained_exact_match": ("%", "high"),
+        "constrained_base_nll": ("nats/token", "low"),  # of the gap and what follows
+        "constrained_forwards": ("forwards", "low"),  # for a gap
+        "constrained_seconds": ("s", "low"),
     },
 }  # fmt: skip
 NO_ERROR = ("peak_bytes",)  # metrics that are counted, not sampled
-EXACT = ("ar_nll", "bits_per_byte", "base_nll", "infill_ar_nll", "infill_base_nll")
+EXACT = (
+    "ar_nll", "bits_per_byte", "base_nll", "infill_ar_nll", "infill_base_nll",
+    "constrained_base_nll",
+)  # fmt: skip
 # Arguments that say how long an answer may be. All others make up a setting.
 SAMPLING = ("do_sample", "top_k", "seed")  # that go with the temperature in `at`
 LENGTHS = ("max_new_tokens", "min_new_tokens", "eos_token_id", "stop_strings", "suppress_tokens")
@@ -126,7 +136,7 @@ class Figure(Row):
         subject: a key of the report's subjects. setting: one of its settings; None if the model
             was scored and did not write.
         at: where on the axes: `{"batch": 8}`, `{"prompt": 64, "answer": 128}`,
-            `{"temperature": 0.8}`, `{"position": 96}`, `{"slot": 3}`.
+            `{"temperature": 0.8}`, `{"position": 96}`, `{"slot": 3}`, `{"constraint": "regex"}`.
         error: standard error; None for what is counted.
         n: rows, questions or repeats behind the value.
         evidence: what a reader needs to repeat it; of text that was written, `callable`,
@@ -261,18 +271,30 @@ def check(report: Report, name: str) -> None:
 
 def lies(report: Report) -> Iterator[str]:
     """What is wrong with the figures of a report: a value without an error, a baseline that is not
-    what users run, a bound that passes for a likelihood, or a setting that means one thing where
-    speed is measured and another where quality is."""
+    what users run, a bound that passes for a likelihood, a setting that means one thing where
+    speed is measured and another where quality is, or a constraint that not all were held to."""
     dtypes: dict[tuple[str, str], Any] = {}
+    held: dict[Any, Any] = {}
     for figure in report.figures:
         yield from (f"{figure}: {what}" for what in _wrong(figure, report))
         if figure.setting is not None and "dtype" in figure.evidence:
             dtype = figure.evidence["dtype"]
             if dtypes.setdefault((figure.subject, figure.setting), dtype) != dtype:
                 yield f"{figure}: the number type is not that of the other figures of the setting"
+        name, own = figure.at.get("constraint"), _constraint(figure)
+        said = name is not None, figure.metric.startswith("constrained_")
+        if said != (bool(own), bool(own)):
+            yield f"{figure}: what it was held to is not what it says"
+        elif own and held.setdefault(name, own) != own:
+            yield f"{figure}: it was held to another constraint than the other figures"
     for text in report.texts:
         if text.subject not in report.subjects or text.setting not in report.settings:
             yield f"a text of {text.subject}, {text.setting}, which the report does not describe"
+
+
+def _constraint(figure: Figure) -> dict[str, Any]:
+    arguments = figure.evidence.get("arguments", {})
+    return {name: arguments[name] for name in CONSTRAINTS if name in arguments}
 
 
 def _wrong(figure: Figure, report: Report) -> Iterator[str]:
@@ -313,11 +335,11 @@ def _wrong_setting(figure: Figure, report: Report) -> Iterator[str]:
         return
     used, stated = figure.evidence["arguments"], report.settings[figure.setting]
     free = {*LENGTHS, *figure.at, *(SAMPLING if "temperature" in figure.at else ())}
+    free |= {*CONSTRAINTS} if "constraint" in figure.at else set()
     for name in sorted((used.keys() | stated.keys()) - free):
         if used.get(name) != stated.get(name):
             yield f"{name} is {used.get(name)}, but {stated.get(name)} in its setting"
-    stock = figure.setting in (BASELINE, LOOKUP, RANKED)
-    if figure.evidence["callable"] != (STOCK if stock else OWN):
+    if figure.evidence["callable"] != (STOCK if figure.setting in STOCK_SETTINGS else OWN):
         yield f"it was measured with {figure.evidence['callable']}"
     if figure.setting == BASELINE:
         yield from _wrong_baseline(figure.evidence)

@@ -22,13 +22,13 @@ import torch
 
 from ..checkpoint.files import find_checkpoint
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
-from . import control, length, quality, speed, tasks
+from . import constrained, control, length, quality, speed, tasks
 from .figures import OWN, QUESTIONS, STOCK, Missing, Report, write_report
 from .journal import PLAN, ROWS, Journal, Part, Row, check_plan
 from .material import material_for
 from .page import write as write_page
 from .session import QUICK, Found, Session, Sizes
-from .subjects import AR, base_of, identity_of, load_subjects
+from .subjects import base_of, identity_of, load_subjects
 from .writing import Clock
 
 PAGE = "report.html"
@@ -265,7 +265,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
     written = [*session.ways(), *(tasks.ways(session) if asked.tasks else ())]
     for way in written:
         settings[way.setting] = way.arguments
-        callables[way.setting] = STOCK if way.stock and way.setting != AR else OWN
+        callables[way.setting] = STOCK if way.stock else OWN
     more, called = control.settings(session)
     return Report(
         title=asked.model,
@@ -276,7 +276,9 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         orders=found.orders,
         missing=[miss for n, miss in enumerate(missing) if miss not in missing[:n]],
         settings=settings | more,
-        protocol=_protocol(session, asked) | {"callable": callables | called},
+        protocol=_protocol(session, asked)
+        | constrained.protocol(found.figures)
+        | {"callable": callables | called},
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 
 from .claim import Claim, named
+from .control_sentences import control_claim
 from .figures import QUESTIONS, Figure, Missing, Report
 from .pairs import (
     SURE,
@@ -21,15 +22,13 @@ from .pairs import (
     written,
 )
 from .quality_sentences import quality_claim
-from .words import SPACE, capital, joined, name_of, quantity, with_error
-
-FILLING = "infill_exact_match"
+from .words import SPACE, capital, in_turn, joined, name_of, quantity, with_error
 
 
 def claims(report: Report) -> dict[str, Claim]:
     """What a report says, by question."""
     makers: dict[str, Callable[[Report], Claim]] = {
-        "speed": _speed, "quality": quality_claim, "length": _length, "control": _control,
+        "speed": _speed, "quality": quality_claim, "length": _length, "control": control_claim,
     }  # fmt: skip
     made = {}
     for question in QUESTIONS:
@@ -109,7 +108,7 @@ def _pace_sentence(report: Report, found: dict[float, tuple[str, Pair]], to: str
             runs.append(_pace_run(verdict, list(run), than, axis))
             than = axis = ""
         who = "it" if clauses else named(report)
-        clauses.append(f"{_condition(report, kind)}, {who} is {_in_turn(runs)}")
+        clauses.append(f"{_condition(report, kind)}, {who} is {in_turn(runs)}")
     return f"{capital('; '.join(clauses))}."
 
 
@@ -128,13 +127,6 @@ def _pace_run(verdict: Verdict, places: list[tuple[str, Apart]], than: str, axis
     if verdict == "none":
         return f"no faster{than} at {joined(named)}"
     return f"slower{than} at " + joined([f"{p} ({t})" for t, p in zip(times, named, strict=True)])
-
-
-def _in_turn(runs: list[str]) -> str:
-    """Runs one after the other; a comma keeps apart those that are lists themselves."""
-    if len(runs) == 2 and " and " not in "".join(runs):
-        return " and ".join(runs)
-    return ", ".join([*runs[:-1], f"and {runs[-1]}"]) if runs[1:] else runs[0]
 
 
 def _times(ratio: float) -> str:
@@ -294,48 +286,3 @@ def _mean(figures: list[Figure]) -> tuple[float, float]:
     count = len(figures)
     error = math.sqrt(sum((f.error or 0) ** 2 for f in figures)) / count
     return sum(f.value for f in figures) / count, error
-
-
-# Control ------------------------------------------------------------------------------------------
-
-
-def _control(report: Report) -> Claim:
-    mine = max(report.of("control", FILLING, subject="model"), key=_value, default=None)
-    theirs = report.of("control", FILLING, subject="base")
-    more = _kept(report)
-    if mine is None:
-        return Claim("control", "How well it fills gaps was not measured.", more)
-    share = quantity(mine.value, mine.error, mine.unit)
-    fills = f"{named(report)} fills {share} of the gaps exactly"
-    if not theirs:
-        return Claim("control", f"{fills}; there is no base to compare it with.", more)
-    ways = sorted(theirs, key=_value, reverse=True)
-    verdicts = [apart(mine, other).verdict for other in ways]
-    found = {"better": "more than", "worse": "fewer than", "none": "no difference from"}
-    clauses: list[str] = []
-    for other, verdict, last in zip(ways, verdicts, [None, *verdicts], strict=False):
-        way = f"with {other.setting} " if other.setting else ""
-        told = f"{way}({quantity(other.value, other.error, other.unit)})"
-        who = "it" if clauses else named(report, "base")
-        clauses.append(told if verdict == last else f"{found[verdict]} {who} {told}")
-    return Claim(
-        "control", f"Given both sides, {fills}: {joined(clauses)}.", more, {FILLING: verdicts[0]}
-    )
-
-
-def _kept(report: Report) -> list[str]:
-    said = []
-    for figure in report.of("control", "forced_kept", subject="model")[:1]:
-        said.append(f"It keeps {quantity(figure.value, figure.error, '%')} of forced tokens.")
-    for figure in report.of("control", "revision_exact_match", subject="model")[:1]:
-        cost = next(iter(report.of("control", "revision_forwards", subject="model")), None)
-        took = f", in {quantity(cost.value, cost.error, 'forwards')}" if cost else ""
-        said.append(
-            f"After an edit it restores {quantity(figure.value, figure.error, '%')} of the texts "
-            f"exactly{took}."
-        )
-    return said
-
-
-def _value(figure: Figure) -> float:
-    return figure.value

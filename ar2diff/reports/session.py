@@ -13,7 +13,7 @@ from .estimates import Value
 from .figures import BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Text
 from .journal import Row
 from .material import Material
-from .subjects import USUAL, Held
+from .subjects import AR, USUAL, Held
 from .writing import Clock, Way, Written
 
 
@@ -87,6 +87,11 @@ class Session:
             for name, arguments in held.settings().items()
             if not settings or name in settings
         ]
+
+    def left_to_right(self) -> list[Way]:
+        """The autoregressive subjects, decoded by us instead of by transformers."""
+        plain = {"do_sample": False, "mode": "ar"}
+        return [Way(held, AR, plain) for held in self.subjects.values() if held.kind == "ar"]
 
     def main_ways(self) -> list[Way]:
         """Every subject at the settings that users would choose: one of each mode."""

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import Ar2DiffError, option
 from .estimates import Value, mean, share, share_difference
-from .figures import OWN, Difference, Figure
+from .figures import Difference, Figure
 from .journal import Part, Row
 from .session import Found, Session, apart
 from .subjects import AR
@@ -52,10 +52,7 @@ def parts(session: Session, names: Sequence[str]) -> list[Part]:
 def ways(session: Session) -> list[Way]:
     """The settings of all subjects; what is not converted is read by our AR decoding, as the
     harness does not call the `generate` of transformers."""
-    plain = {"do_sample": False, "mode": "ar"}
-    own = [way for way in session.ways() if not way.stock]
-    stock = [held for held in session.subjects.values() if held.kind == "ar"]
-    return [*own, *(Way(held, AR, plain) for held in stock)]
+    return [*(way for way in session.ways() if not way.stock), *session.left_to_right()]
 
 
 def measured(session: Session, way: Way, name: str) -> list[Row]:
@@ -126,7 +123,7 @@ def _mean(values: Sequence[float], scale: float) -> Value:
 def _evidence(way: Way, cell: Sequence[Row]) -> dict[str, Any]:
     estimator = {"estimator": "bound"} if cell[0]["bound"] else {}
     threads = torch.get_num_threads()
-    return {**way.evidence(cell), "callable": OWN, "threads": threads, **estimator}
+    return {**way.evidence(cell), "threads": threads, **estimator}
 
 
 def _difference(cell: Sequence[Row], base: Sequence[Row] | None, scale: float) -> Difference | None:

@@ -34,9 +34,15 @@ NAMES = {
     "forced_kept": "forced tokens kept",
     "revision_exact_match": "exact match after an edit",
     "revision_forwards": "forwards for a revision",
+    "constrained_matches": "match",
+    "constrained_exact_match": "right content",
+    "constrained_base_nll": "NLL of the filled text under the base",
+    "constrained_forwards": "forwards a gap",
+    "constrained_seconds": "time a gap",
 }
 AXES = {"batch": "batch", "slot": "slot", "prompt": "prompt", "answer": "answer",
-        "temperature": "temperature", "position": "position"}  # fmt: skip
+        "temperature": "temperature", "position": "position",
+        "constraint": "constraint"}  # fmt: skip
 UNITS = {
     "batch": "rows",
     "slot": "draft",
@@ -99,6 +105,13 @@ def joined(parts: Sequence[str], word: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`."""
     *most, last = parts
     return f"{', '.join(most)} {word} {last}" if most else last
+
+
+def in_turn(runs: list[str]) -> str:
+    """Runs one after the other; a comma keeps apart those that are lists themselves."""
+    if len(runs) == 2 and " and " not in "".join(runs):
+        return " and ".join(runs)
+    return ", ".join([*runs[:-1], f"and {runs[-1]}"]) if runs[1:] else runs[0]
 
 
 def label(subject: str, setting: str | None, metric: str | None = None) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.generate import generate
-from .figures import OWN, STOCK
+from .figures import OWN, STOCK, STOCK_SETTINGS
 from .subjects import Held
 
 Clock = Callable[[], float]  # seconds
@@ -117,7 +117,7 @@ class Way:
     @property
     def stock(self) -> bool:
         """Whether it writes with `generate` of transformers."""
-        return self.held.kind == "ar"
+        return self.setting in STOCK_SETTINGS
 
     def write(
         self, prompts: Sequence[Sequence[int]], clock: Clock = time.perf_counter, **more: Any
