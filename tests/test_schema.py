@@ -160,6 +160,15 @@ def test_values_names_formats_and_patterns_are_written_as_the_validator_reads_th
     check_schemas([*EXACT, *({"type": "string", "pattern": pattern} for pattern in PATTERNS)])
 
 
+def test_an_object_has_as_many_states_as_its_properties_need():
+    pytest.importorskip("outlines_core")
+    sizes = [
+        byte_automaton(pattern_of(Options(json_schema=json.dumps({"properties": names})))).states
+        for names in (dict.fromkeys(letters, TEXT) for letters in ("abcdef", "abc"))
+    ]
+    assert sizes[0] < 2.5 * sizes[1]
+
+
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
