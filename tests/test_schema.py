@@ -192,6 +192,14 @@ def test_texts_are_accepted_and_refused(schema, good, bad):
             assert accepts(own, f'"{text}"') is wanted, text
 
 
+def test_a_text_may_go_on_behind_a_place_where_it_may_end():
+    pytest.importorskip("outlines_core")
+    own = byte_automaton("( a){1,3}")
+    assert [accepts(own, " a" * n) for n in range(5)] == [False, True, True, True, False]
+    number = byte_automaton(pattern_of(Options(json_schema='{"type": "number"}')))
+    assert accepts(number, "1") and accepts(number, "-1.5e+30") and not accepts(number, "1.")
+
+
 def test_every_text_of_a_schema_that_is_carried_validates():
     draw = random.Random(0)
     check_schemas([RECURSIVE, {}, {"type": "object"}, *(generated(draw) for _ in range(40))])
