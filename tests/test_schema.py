@@ -160,6 +160,15 @@ def test_values_names_formats_and_patterns_are_written_as_the_validator_reads_th
     check_schemas([*EXACT, *({"type": "string", "pattern": pattern} for pattern in PATTERNS)])
 
 
+def test_an_object_has_as_many_states_as_its_properties_need():
+    pytest.importorskip("outlines_core")
+    sizes = [
+        byte_automaton(pattern_of(Options(json_schema=json.dumps({"properties": names})))).states
+        for names in (dict.fromkeys(letters, TEXT) for letters in ("abcdef", "abc"))
+    ]
+    assert sizes[0] < 2.5 * sizes[1]
+
+
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
@@ -181,6 +190,14 @@ def test_texts_are_accepted_and_refused(schema, good, bad):
     for texts, wanted in ((good, True), (bad, False)):
         for text in texts.split():
             assert accepts(own, f'"{text}"') is wanted, text
+
+
+def test_a_text_may_go_on_behind_a_place_where_it_may_end():
+    pytest.importorskip("outlines_core")
+    own = byte_automaton("( a){1,3}")
+    assert [accepts(own, " a" * n) for n in range(5)] == [False, True, True, True, False]
+    number = byte_automaton(pattern_of(Options(json_schema='{"type": "number"}')))
+    assert accepts(number, "1") and accepts(number, "-1.5e+30") and not accepts(number, "1.")
 
 
 def test_every_text_of_a_schema_that_is_carried_validates():

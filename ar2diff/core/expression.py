@@ -136,11 +136,11 @@ def _object(schema: dict[str, Any]) -> str:
     if required:
         return _between(r"\{", _with_required(pairs, required), r"\}")
     _check_size(len(pairs) * sum(map(len, pairs.values())))
-    rest, ways = "", []
-    for pair in reversed(pairs.values()):
-        ways.append(pair + rest)
-        rest = f"(?:{COMMA}{pair})?{rest}"
-    return _between(r"\{", _any(ways[::-1]) if ways else "", r"\}", optional=True)
+    before, ways = "", []
+    for pair in pairs.values():  # by the last that is there: what may stand before it is shared
+        ways.append(before + pair)
+        before += f"(?:{pair}{COMMA})?"
+    return _between(r"\{", _any(ways) if ways else "", r"\}", optional=True)
 
 
 def _with_required(pairs: dict[str, str], required: Collection[str]) -> str:

@@ -27,8 +27,9 @@ SECONDS = 60
 MEMORY = 8 << 30  # bytes
 TOO_MANY = "too many states"
 # What ends a text while an index is made: a character that is none. The library stops reading where
-# the first of several alternatives matches, so that "a|ab" would never be "ab"; with something to
-# follow, it has to go on.
+# the first of several alternatives matches, so that "a|ab" would never be "ab", and drops a token
+# that ends one byte behind a place where a text may end, such as `1.` on the way from 1 to 1.5.
+# With something to follow, it has to go on.
 TERMINATOR = "\U0010ffff"
 KEPT = 64  # automata of a tokenizer that are kept, the last ones made
 FOUND: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
