@@ -1,7 +1,9 @@
-"""What a constraint costs: CPU time of a forward beside one without it, and of making automata.
+"""What a constraint costs: CPU time of a forward beside one without it, and of making automata; and
+whether answers that have its form anyway stay as good.
 
 python benchmarks/constraints.py forwards stories3M-hf   (a folder, converted without training)
 python benchmarks/constraints.py automata                (synthetic byte-level vocabularies)
+python benchmarks/constraints.py answers runs/demo       (the folder that `make demo` converts)
 
 One thread. The vocabularies of `automata` hold all bytes, the commonest words of TinyStories with
 and without the space before them, what JSON is written with, and random pairs of those; they
@@ -16,6 +18,7 @@ import gzip
 import json
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -27,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+import ar2diff
 from ar2diff.core import index
 from ar2diff.core.automaton import Automaton
 from ar2diff.core.canvas import Canvas
@@ -34,6 +38,7 @@ from ar2diff.core.constraint import Constraint
 from ar2diff.core.options import Options
 from ar2diff.core.pattern import pattern_of
 from ar2diff.core.samplers import Chooser
+from ar2diff.demo.corpus import corpus, prompt, score
 
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -128,6 +133,31 @@ def _pattern(constraint: dict[str, Any]) -> str:
     return pattern_of(Options(**given))
 
 
+def answers(folder: str, count: int = 200) -> None:
+    """Right answers of the demo model to held-out questions, in mode diffusion, with and without
+    the form that they have."""
+    form = r"( [0-9]+ [+-] [0-9]+ = [0-9]+\.)+ The answer is [0-9]+\."
+    model, rows = ar2diff.load(folder), [*corpus(count, 7, (1, 2), "valid")]
+    print("| a forward decides | constraint | right | tokens a forward | match |")
+    print("|---|---|---|---|---|")
+    for rule in ({"threshold": 0.9}, {"threshold": 0.7}, {"steps_per_block": 4}):
+        for held in ({}, {"regex": form}):
+            results = model.generate(
+                [*map(prompt, rows)], batch_size=32, mode="diffusion", max_new_tokens=48,
+                **rule, **held,
+            )  # fmt: skip
+            right = statistics.mean(score(e, r.text) for e, r in zip(rows, results, strict=True))
+            error = (right * (1 - right) / count) ** 0.5
+            speed = sum(r.new_tokens for r in results) / sum(r.forwards for r in results)
+            fits = sum(re.fullmatch(form, r.text) is not None for r in results) / count
+            (name, value), kind = *rule.items(), "regex" if held else "none"
+            print(
+                f"| `{name}={value}` | {kind} | {100 * right:.1f} ± {100 * error:.1f} % | "
+                f"{speed:.2f} | {100 * fits:.1f} % |",
+                flush=True,
+            )
+
+
 def automata() -> None:
     """Seconds and memory of making each automaton, its size, and milliseconds of a block of 32."""
     print(
@@ -209,13 +239,16 @@ def _vocabulary(size: int) -> dict[bytes, list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("forwards", "automata"))
+    parser.add_argument("what", choices=("forwards", "automata", "answers"))
     parser.add_argument("model", nargs="?", default="stories3M-hf")
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     np.seterr(all="ignore")
-    forwards(given.model, given.runs) if given.what == "forwards" else automata()
+    if given.what == "automata":
+        automata()
+    else:
+        forwards(given.model, given.runs) if given.what == "forwards" else answers(given.model)
 
 
 if __name__ == "__main__":
