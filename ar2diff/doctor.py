@@ -129,7 +129,10 @@ def examine() -> Machine:
 
 
 def find_packages() -> dict[str, Package]:
-    """The libraries that ar2diff uses, as it requires them and as they are installed."""
+    """The libraries that ar2diff uses, as its installation requires them and as they are installed.
+
+    A clone that was updated after it was installed may use more than its installation knows of.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -144,12 +147,18 @@ def find_packages() -> dict[str, Package]:
     return {
         name: Package(_version(name), specifier, newest, extra)
         for name, newest in NEWEST.items()
-        for specifier, extra in [found[canonicalize_name(name)]]
+        if (known := found.get(canonicalize_name(name)))
+        for specifier, extra in [known]
     }
 
 
 def _mismatches(packages: dict[str, Package]) -> list[str]:
     found = []
+    if unknown := [name for name in NEWEST if name not in packages]:
+        found.append(
+            f"the clone was updated after it was installed, and uses {', '.join(unknown)} since "
+            "then; install it again"
+        )
     for name, package in packages.items():
         if package.state == "unsupported" or (package.version is None and not package.extra):
             found.append(

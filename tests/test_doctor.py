@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -63,3 +63,12 @@ def test_doctor_says_which_versions_lie_outside_of_the_tested_range(run_both, mo
     assert "transformers is 6.0, but ar2diff needs >=5.20,<6" in out
     assert "trl is not installed, but ar2diff needs ==1.16.*" in out
     assert "newer than any version that was tested: torch 2.99" in out
+
+
+def test_doctor_says_that_an_updated_clone_has_to_be_installed_again(run_both, monkeypatch):
+    before = [line for line in requires("ar2diff") if not line.startswith("llguidance")]
+    monkeypatch.setattr(doctor, "requires", lambda name: before)
+    code, out, _ = run_both("doctor")
+    assert code == 0
+    assert "llguidance:" not in out and "outlines-core: " in out
+    assert "uses llguidance since then; install it again" in out
