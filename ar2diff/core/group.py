@@ -111,7 +111,7 @@ class Group:
     def _tokens(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The AR mode's tokens [R, N + 1] after the newest token and each candidate, and the logits
         [R * (N + 1), V] of possible tokens from which they were drawn."""
-        count, size = target.shape[:2]
+        canvas, (count, size) = self.own.canvas, target.shape[:2]
         rows = [row for row in self.rows for _ in range(size)]
         position = [
             front + depth
@@ -121,8 +121,16 @@ class Group:
         logits = self._possible(target.flatten(0, 1), self._held(rows, position))
         noise = self._noise(rows, position, logits.device)
         fitting = self._fitting(logits, rows, position, size)
-        scores = self._scores(fitting, noise, self._contexts(size, position))
-        return scores.argmax(-1).view(count, size), logits
+        context = self._contexts(size, position)
+        if context is None or not any(canvas.over[row] for row in self.rows):
+            return self._scores(fitting, noise, context).argmax(-1).view(count, size), logits
+        # Of a row that is over there is no context, and nobody reads its tokens.
+        (live,) = torch.tensor([not canvas.over[row] for row in rows]).nonzero(as_tuple=True)
+        (at,) = upload(logits.device, live)
+        noise = None if noise is None else noise[at]
+        scores = self._scores(fitting[at], noise, context.at(live))
+        tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+        return tokens.index_copy(0, at, scores.argmax(-1)).view(count, size), logits
 
     def _found(
         self, tokens: Tensor, logits: Tensor, ahead: Tensor | None, hidden: Tensor | None
