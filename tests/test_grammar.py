@@ -155,11 +155,21 @@ def test_what_no_token_spells_ends_a_text_that_does_not_match():
     assert grammar.step(after, EOS) == DEAD
 
 
+def test_an_end_token_that_is_suppressed_ends_no_text():
+    canvas = Canvas.of_prompts([[X]], MASK, max_new_tokens=8, end_ids=[EOS, C])
+    grammar = Grammar('start: "a"', canvas, Letters(), VOCABULARY, {MASK, EOS})
+    after = grammar.step(grammar.state(0, 1), A)
+    assert grammar.allowed([0], [0], [after])[0].nonzero()[:, 0].tolist() == [C]
+    with pytest.raises(Ar2DiffError, match="none that can be written"):
+        Grammar('start: "a"', canvas, Letters(), VOCABULARY, {MASK, EOS, C})
+
+
 # The command line and Python
 
 SUM = 'start: sum "."\nsum: term (" + " term)*\nterm: /[0-9]/ | "(" sum ")"\n'
 BAD = {
     "unknown name": {"grammar": "start: word"},
+    "cannot be used (": {"grammar": "start: <|nothing|>"},
     "is 3": {"grammar": 3},
     "does not work with mode=diffusion": {"grammar": SUM, "mode": "diffusion"},
     "regex cannot be combined with grammar": {"grammar": SUM, "regex": "a"},

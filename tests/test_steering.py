@@ -6,9 +6,14 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import ar2diff
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.tree import Tree
 from ar2diff.generation.prompts import split_gaps
+from ar2diff.generation.steering import steered
 from ar2diff.generation.tokens import encode, opened
 
 MODES = ("ar", "speculative", "diffusion")
@@ -58,6 +63,57 @@ def test_a_guide_sees_what_stands_before_a_token_in_every_mode(model, settings):
     for mode in ("ar", "speculative"):
         before = [*prompt, *texts[mode]][len(prompt) - 2 :]
         assert all(a != b for a, b in zip(texts[mode], before, strict=False))
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_a_guide_is_not_asked_about_rows_that_are_over(model, mode):
+    """Nothing stands in their contexts, and their positions may lie beyond them."""
+
+    def guide(logprob, ids, position):
+        lines = torch.arange(len(ids))
+        assert (ids[lines, position - 1] != model.spec.mask_token_id).all()
+        return torch.zeros_like(logprob)
+
+    prompts = ["ab", "abcd ab ab", "b", "c"]
+    settings = {"mode": mode, "max_new_tokens": 12, "cache_implementation": "static"}
+    settings |= {"draft_length": 3} if mode == "speculative" else {}
+    settings |= {"choice": ["b", "cdefgh", "d", "efgh"], "temperature": 100.0, "seed": 1}
+    alone = model.generate(prompts, **settings)
+    assert len({result.text for result in alone}) > 1
+    guided = model.generate(prompts, guide=guide, **settings)
+    assert [result.text for result in guided] == [result.text for result in alone]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_a_guide_that_allows_one_text_is_asked_for_no_other(model, settings, monkeypatch):
+    """Behind a candidate off that text, and behind its end, it leaves no token."""
+    only = [40, 41, 42, 43, 40, 41, 44, 45, 46, 40]
+    start = len(model.tokenizer("ab").input_ids)
+
+    def guide(logprob, ids, position):
+        added = torch.full_like(logprob, -torch.inf)
+        for line, (row, place) in enumerate(zip(ids.tolist(), position.tolist(), strict=True)):
+            if row[start:place] == only[: place - start] and place - start < len(only):
+                added[line, only[place - start]] = 0.0
+        return added
+
+    own = {"max_new_tokens": len(only), "guide": guide, "mode": "speculative"}
+    for size in (1, 3, 7):
+        text = model.generate("ab", draft_length=size, **own, **settings)
+        assert text.token_ids == only
+
+    def draft(group, ends, found):
+        group.trees = [Tree() for _ in group.rows]
+        for tree, front in zip(group.trees, group.front, strict=True):
+            for depth, token in enumerate([*only, 40, 40][front - start :][:3], 1):
+                tree.add(token, depth - 2, depth, 1.0)
+        group.pace.plan(group.trees, group.drafts)
+
+    monkeypatch.setattr("ar2diff.core.group.Group._draft", draft)
+    result = model.generate("ab", draft_length=3, **own, **settings)
+    assert result.token_ids == only and result.forwards < len(only)
+    with pytest.raises(Ar2DiffError, match="leave no token"):
+        model.generate("ab", draft_length=3, **own | {"max_new_tokens": 11}, **settings)
 
 
 def test_a_guide_by_name_steers_the_command_line(converted, run_both, tmp_path, model):
@@ -112,6 +168,27 @@ def test_a_part_of_a_text_becomes_a_gap_of_as_many_tokens(model):
     assert opened(model.tokenizer, text, ["cd ", "ab e"]).count("{mask") == 1
     result = model.revise(text, "cd")
     assert result.text.startswith("ab ") and result.text.endswith(" ab ef")
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """A tokenizer that puts a space before a text, as SentencePiece does."""
+    words = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "▁b": 5, "\n": 6, "▁ab": 7}
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
+    raw = Tokenizer(models.BPE(vocab=words, merges=merges, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def test_a_part_at_the_beginning_has_the_space_that_a_tokenizer_puts_there(sentences):
+    assert opened(sentences, "ab b", ["ab"]) == "{mask:1} b"
+    assert opened(sentences, "ab b a", ["ab b"]) == "{mask:2} a"
+
+
+def test_a_token_of_a_bias_is_named_as_it_stands_in_a_text(sentences):
+    biases = steered({"logit_bias": {" a": 1.0, "a": 2.0}}, sentences)["sequence_bias"]
+    assert biases == {(4,): 1.0, (2,): 2.0}
 
 
 def test_a_part_is_written_anew_from_the_command_line(converted, run_both):

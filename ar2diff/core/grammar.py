@@ -45,10 +45,14 @@ def check_grammar(text: str) -> None:
     matcher = importlib.import_module("llguidance").LLMatcher
     wrong = matcher.validate_grammar(matcher.grammar_from_lark(HEADER + text))
     if wrong:
-        raise Ar2DiffError(
-            f"{option('grammar')} cannot be used ({first_line(wrong)})",
-            "correct it: rules in Lark's form, of which one is 'start'",
-        )
+        raise _unusable(wrong)
+
+
+def _unusable(wrong: str) -> Ar2DiffError:
+    return Ar2DiffError(
+        f"{option('grammar')} cannot be used ({first_line(wrong)})",
+        "correct it: rules in Lark's form, of which one is 'start'",
+    )
 
 
 class Grammar:
@@ -59,7 +63,7 @@ class Grammar:
         vocabulary: number of ids of the model. impossible: ids that cannot be written.
 
     Raises:
-        Ar2DiffError: no token ends a text.
+        Ar2DiffError: no token ends a text, or the grammar names what the tokenizer does not have.
     """
 
     def __init__(
@@ -70,15 +74,19 @@ class Grammar:
         vocabulary: int,
         impossible: Collection[int],
     ):
-        if not canvas.ends:
+        ends = canvas.ends - {*impossible}
+        if not ends:
             raise Ar2DiffError(
-                f"{option('grammar')} needs a token that ends a text, and the model has none",
-                f"set {option('eos_token_id')}",
+                f"{option('grammar')} needs a token that ends a text, and the model has none that "
+                "can be written",
+                f"set {option('eos_token_id')}, or take it out of {option('suppress_tokens')}",
             )
         self.canvas, self.vocabulary = canvas, vocabulary
-        words = _words(tokenizer, vocabulary, canvas.ends, impossible)
+        words = _words(tokenizer, vocabulary, ends, impossible)
         matcher = importlib.import_module("llguidance").LLMatcher
         self.start = matcher(words, matcher.grammar_from_lark(HEADER + text), log_level=0)
+        if self.start.is_error():  # what `check_grammar`, without a tokenizer, cannot see
+            raise _unusable(self.start.get_error())
         self.known: dict[int, tuple[int, Any]] = {}  # by row: a position, and the state before it
 
     def state(self, row: int, front: int) -> Any:

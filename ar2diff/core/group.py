@@ -111,7 +111,7 @@ class Group:
     def _tokens(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The AR mode's tokens [R, N + 1] after the newest token and each candidate, and the logits
         [R * (N + 1), V] of possible tokens from which they were drawn."""
-        count, size = target.shape[:2]
+        canvas, (count, size) = self.own.canvas, target.shape[:2]
         rows = [row for row in self.rows for _ in range(size)]
         position = [
             front + depth
@@ -121,8 +121,31 @@ class Group:
         logits = self._possible(target.flatten(0, 1), self._held(rows, position))
         noise = self._noise(rows, position, logits.device)
         fitting = self._fitting(logits, rows, position, size)
-        scores = self._scores(fitting, noise, self._contexts(size, position))
-        return scores.argmax(-1).view(count, size), logits
+        context = self._contexts(size, position)
+        if context is None:
+            return self._scores(fitting, noise, None).argmax(-1).view(count, size), logits
+        # Of a row that is over there is no context, and nobody reads its tokens.
+        (live,) = torch.tensor([not canvas.over[row] for row in rows]).nonzero(as_tuple=True)
+        (at,) = upload(logits.device, live)
+        noise = None if noise is None else noise[at]
+        best = self._scores(fitting[at], noise, context.at(live)).max(-1)
+        if self.own.chooser.options.guide is not None:
+            self._forbid(live, best.values, size)
+        tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+        return tokens.index_copy(0, at, best.indices).view(count, size), logits
+
+    def _forbid(self, places: Tensor, scores: Tensor, size: int) -> None:
+        """No walk goes to a candidate behind which the guide leaves no token: if the AR mode writes
+        it all the same, the next forward says so.
+
+        Args:
+            places: of the R * size tokens. scores: the best of each.
+        """
+        (left,) = download(scores > float("-inf"))
+        for place in places[~left].tolist():
+            line, node = divmod(place, size)
+            if 0 < node <= len(self.trees[line]):
+                self.trees[line].tokens[node - 1] = -1
 
     def _found(
         self, tokens: Tensor, logits: Tensor, ahead: Tensor | None, hidden: Tensor | None
@@ -316,7 +339,8 @@ class Group:
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
                 ids[line, node + 1, front:] = ids[line, parent + 1, front:]
                 ids[line, node + 1, front + tree.depths[node] - 1] = token
-        return Context(ids.flatten(0, 1), torch.tensor(position))
+        tentative = (torch.arange(size) > 0).repeat(len(self.rows))
+        return Context(ids.flatten(0, 1), torch.tensor(position), tentative)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ def guided(
             f"{option('guide')} returned {got}", f"return a tensor {[*scores.shape]} of scores"
         )
     found = scores + added
-    if not bool((added < torch.inf).all() & found.isfinite().any(-1).all()):  # NaN is not below it
+    left = found.isfinite().any(-1)
+    if context.tentative is not None:
+        left = left | context.tentative
+    if not bool((added < torch.inf).all() & left.all()):  # NaN is not below it
         raise Ar2DiffError(
             f"{option('guide')} returned scores that are no numbers or infinite, or that leave no "
             "token",

@@ -61,14 +61,21 @@ class Context:
     Attributes:
         ids: [N, L] the tokens of each one's row, the mask where undecided.
         position: [N] where in it.
+        tentative: [N] bool, those behind candidates, which may not be accepted; None: none are.
     """
 
     ids: Tensor
     position: Tensor
+    tentative: Tensor | None = None
 
     def at(self, places: Tensor) -> Context:
         """What stands around some of the positions."""
-        return Context(self.ids[places], self.position[places])
+        return Context(*(None if x is None else x[places] for x in vars(self).values()))
+
+    def to(self, device: Any) -> Context:
+        """The same on a device."""
+        there = {name: x for name, x in vars(self).items() if x is not None}
+        return Context(**dict(zip(there, upload(device, *there.values()), strict=True)))
 
 
 class Chooser:
@@ -114,7 +121,7 @@ class Chooser:
         """
         scores = logits
         if context is not None:
-            context = Context(*upload(scores.device, context.ids, context.position))
+            context = context.to(scores.device)
         for warper in self.warpers:
             if warper not in self.readers:
                 scores = warper(None, scores)

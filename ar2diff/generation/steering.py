@@ -8,6 +8,7 @@ from typing import Any
 from ..config.functions import function_of
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.values import bad, token_bias
+from .tokens import ids_after_text
 
 
 def steered(settings: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _id(token: Any, tokenizer: Any) -> Any:
         return int(token)
     if tokenizer is None:
         return 0
-    ids = tokenizer(token, add_special_tokens=False).input_ids
+    ids = ids_after_text(tokenizer, token)  # " yes" is one token for SentencePiece, too
     if len(ids) != 1:
         pieces = ", ".join(map(repr, map(tokenizer.decode, ids)))
         raise Ar2DiffError(

@@ -57,7 +57,7 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
             ids += [spec.mask_token_id] * segment
             continue
         check_text(segment, "the prompt")
-        ids_of = _ids_after_text if number else prompt_ids
+        ids_of = ids_after_text if number else prompt_ids
         new = ids_of(tokenizer, segment)
         if number + 1 < len(segments) and _leaves_space(tokenizer, segment, ids_of):
             new = ids_of(tokenizer, segment[:-1])
@@ -74,7 +74,7 @@ def encode(tokenizer: Any, spec: Spec, segments: Segments) -> list[int]:
 def spaced_gaps(tokenizer: Any, segments: Segments) -> list[bool]:
     """Which gaps of a prompt begin with a space that the text before them has, as in `encode`."""
     return [
-        _leaves_space(tokenizer, segment, _ids_after_text if number else prompt_ids)
+        _leaves_space(tokenizer, segment, ids_after_text if number else prompt_ids)
         for number, segment in enumerate(segments[:-1])
         if isinstance(segment, str)
     ]
@@ -94,9 +94,12 @@ def opened(tokenizer: Any, text: str, parts: Sequence[str]) -> str:
     for begin, end in places_of(text, parts):
         before = text[at:begin]
         space = " " * _leaves_space(tokenizer, before, ids_of)
-        count = len(_ids_after_text(tokenizer, space + text[begin:end]))
+        if begin:
+            count = len(ids_after_text(tokenizer, space + text[begin:end]))
+        else:  # some tokenizers put a space before a whole text
+            count = len(prompt_ids(tokenizer, text[:end])) - len(prompt_ids(tokenizer, ""))
         found += f"{before}{{mask:{count}}}"
-        at, ids_of = end, _ids_after_text
+        at, ids_of = end, ids_after_text
     return found + text[at:]
 
 
@@ -216,7 +219,7 @@ def _text_of(tokenizer: Any, ids: tuple[int, ...]) -> str:
     return decode(tokenizer, [*anchor, *ids], False)[skip:]
 
 
-def _ids_after_text(tokenizer: Any, text: str) -> list[int]:
+def ids_after_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text in the middle of another: some tokenizers put a space before a text that stands
     alone. If the newline put before it merges with the text, the ids are those of the text alone.
     """
