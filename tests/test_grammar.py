@@ -159,7 +159,7 @@ def test_what_no_token_spells_ends_a_text_that_does_not_match():
 
 SUM = 'start: sum "."\nsum: term (" + " term)*\nterm: /[0-9]/ | "(" sum ")"\n'
 BAD = {
-    "unknown name": {"grammar": "start: word"},
+    'at 1(8): unknown name: "word"': {"grammar": "start: word"},
     "is 3": {"grammar": 3},
     "does not work with mode=diffusion": {"grammar": SUM, "mode": "diffusion"},
     "regex cannot be combined with grammar": {"grammar": SUM, "regex": "a"},
