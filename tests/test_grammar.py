@@ -168,7 +168,7 @@ def test_an_end_token_that_is_suppressed_ends_no_text():
 
 SUM = 'start: sum "."\nsum: term (" + " term)*\nterm: /[0-9]/ | "(" sum ")"\n'
 BAD = {
-    "unknown name": {"grammar": "start: word"},
+    'at 1(8): unknown name: "word"': {"grammar": "start: word"},
     "cannot be used (": {"grammar": "start: <|nothing|>"},
     "is 3": {"grammar": 3},
     "does not work with mode=diffusion": {"grammar": SUM, "mode": "diffusion"},

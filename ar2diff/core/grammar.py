@@ -43,7 +43,7 @@ def check_grammar(text: str) -> None:
     """
     check_installed("llguidance")
     matcher = importlib.import_module("llguidance").LLMatcher
-    wrong = matcher.validate_grammar(matcher.grammar_from_lark(HEADER + text))
+    wrong = matcher.validate_grammar(matcher.grammar_from_lark(text))  # it names the lines as given
     if wrong:
         raise _unusable(wrong)
 

@@ -309,7 +309,8 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
         raise Ar2DiffError(
             f"{option('grammar')} does not work with {mode}: whether undecided positions can still "
             "be filled in the room that is left is not known token by token",
-            f"use {option('mode', 'speculative')}, or {option('regex')} or {option('json_schema')}",
+            f"use {option('regex')} or {option('json_schema')}; or, without gaps, "
+            f"{option('mode', 'speculative')}",
         )
     if options.mode != "diffusion":
         if not spec.lossless:

@@ -24,12 +24,12 @@ from ..generation.complete import begin, settings_of
 from ..generation.tokens import text_after
 from .constrained_gaps import Case, Form, cases_of
 from .estimates import Value, mean, ratio, ratio_difference, share, share_difference
-from .figures import Difference, Figure, Text
+from .figures import AR, Difference, Figure, Text
 from .gaps import CANDIDATES, QUESTION
 from .journal import Part, Row
 from .quality import continued_nats
 from .session import Found, Session, apart, cells_of
-from .subjects import AR, USUAL, Held
+from .subjects import USUAL, Held
 from .writing import Counter, Way, wait
 
 SHOWN = 5  # gaps under each constraint whose fillings are shown

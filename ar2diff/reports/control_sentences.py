@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .claim import Claim, named
-from .figures import Figure, Report
+from .figures import AR, Figure, Report
 from .pairs import Verdict, apart
-from .subjects import AR
 from .words import in_turn, joined, quantity
 
 FILLING = "infill_exact_match"

@@ -22,6 +22,7 @@ FILE = "report.json"
 STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
 # Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
+AR = "ar"
 BASELINE, LOOKUP, RANKED = STOCK_SETTINGS = "transformers", "prompt lookup", "ranked draws"
 # The diffusion mode that decides the surest token of each forward alone: the setting at which
 # papers like to quote quality, beside the speed of another one.

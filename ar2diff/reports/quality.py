@@ -16,10 +16,10 @@ import torch
 
 from ..diffusion.likelihood import ar_nll, bound, scored
 from .estimates import mean, ratio, ratio_difference, share, share_difference
-from .figures import BASELINE, TOKEN_BY_TOKEN, Difference, Text
+from .figures import AR, BASELINE, TOKEN_BY_TOKEN, Difference, Text
 from .journal import Part, Row
 from .session import Found, Session, apart, cells_of
-from .subjects import AR, Held
+from .subjects import Held
 from .writing import Way, batches
 
 QUESTION = "quality"

@@ -10,10 +10,10 @@ from typing import Any
 from ..core.errors import first_line
 from ..generation.tokens import prompt_ids
 from .estimates import Value
-from .figures import BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Text
+from .figures import AR, BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Text
 from .journal import Row
 from .material import Material
-from .subjects import AR, USUAL, Held
+from .subjects import USUAL, Held
 from .writing import Clock, Way, Written
 
 

@@ -14,11 +14,11 @@ from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
 from ..core.options import THRESHOLD
 from ..generation.complete import load
-from .figures import BASELINE, LOOKUP, TOKEN_BY_TOKEN, Subject
+from .figures import AR, BASELINE, LOOKUP, TOKEN_BY_TOKEN, Subject
 
 THRESHOLDS = (0.98, THRESHOLD, 0.7)  # of the diffusion mode: careful, usual, fast
 CHAIN, NODES = 7, 15  # drafts in a chain, and candidates of a tree, at most
-AR, LOSSLESS, LOSSLESS_CHAIN, LOSSLESS_TREE = "ar", "lossless", "lossless chain", "lossless tree"
+LOSSLESS, LOSSLESS_CHAIN, LOSSLESS_TREE = "lossless", "lossless chain", "lossless tree"
 USUAL = f"diffusion {THRESHOLD}"
 Settings = dict[str, dict[str, Any]]
 # One token a forward, with the cache, whatever the generation config says.

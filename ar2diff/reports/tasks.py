@@ -12,10 +12,9 @@ import torch
 
 from ..core.errors import Ar2DiffError, option
 from .estimates import Value, mean, share, share_difference
-from .figures import Difference, Figure
+from .figures import AR, Difference, Figure
 from .journal import Part, Row
 from .session import Found, Session, apart
-from .subjects import AR
 from .writing import Counter, Way
 
 QUESTION = "quality"
