@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,7 @@ UNSPELT = "NoExtensionBias"  # what llguidance says where no token spells what h
 KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
+@lru_cache(16)
 def check_grammar(text: str) -> None:
     """Refuse a grammar before a model is there.
 

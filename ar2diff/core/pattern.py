@@ -73,7 +73,6 @@ def constraint_of(
     Raises:
         Ar2DiffError: as `check_constraint`; or no text that matches fits the room.
     """
-    check_constraint(options)
     pattern = pattern_of(options)
     if pattern is None and options.grammar is None:
         return None
@@ -83,6 +82,7 @@ def constraint_of(
     barred = (canvas.mask_token_id, *options.suppress_tokens)
     impossible = {token for token in barred if 0 <= token < vocabulary}
     if pattern is None:
+        check_grammar(options.grammar)
         return Grammar(options.grammar, canvas, tokenizer, vocabulary, impossible)
     patterns = [pattern, f" (?:{pattern})"] if any(map(any, spaced or ())) else [pattern]
     automaton = automaton_of(patterns, tokenizer, vocabulary, canvas.ends - impossible, impossible)
