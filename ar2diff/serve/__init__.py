@@ -1,0 +1,1 @@
+"""A server with OpenAI's interface: an engine that batches rows, HTTP around it, and a page."""

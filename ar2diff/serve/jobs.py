@@ -1,0 +1,67 @@
+"""A row that is to be written, checked before the engine sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint.model import Checkpoint
+from ..core.canvas import Canvas, Finished
+from ..core.generate import canvas_of
+from ..core.options import Options
+from ..core.spec import Spec
+from ..core.stopping import finished_of
+from ..generation.complete import constrained, settings_of
+from ..generation.prompts import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A row for the engine. Nothing that is wrong with its request is left to be found.
+
+    Attributes:
+        canvas: of one row, with its constraint.
+        spec, options: of `settings_of`.
+        segments: the prompt that the row holds, if it has gaps.
+        number: how many earlier rows of its request have the same prompt, which its draws depend
+            on: row `number` is what `generate` writes into it for `num_return_sequences` rows.
+        drafts: whether its reader wants drafts.
+        stops: says of a row and its ids whether a stop string ends them; None: there is none.
+    """
+
+    canvas: Canvas
+    spec: Spec
+    options: Options
+    segments: Segments = field(default_factory=list)
+    number: int = 0
+    drafts: bool = False
+    stops: Finished | None = None
+
+
+def job_of(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    settings: dict[str, Any],
+    *,
+    segments: Segments | None = None,
+    number: int = 0,
+    drafts: bool = False,
+) -> Job:
+    """A job, from token ids and the options of `generate`. It may take seconds, while the automaton
+    of a constraint is made; called by any thread.
+
+    Args:
+        segments: what the ids encode, if they have gaps.
+
+    Raises:
+        Ar2DiffError: an option is wrong, the prompt does not fit, or no text that matches the
+            constraint does.
+    """
+    segments = segments or []
+    gaps = len(segments) > 1
+    spec, options = settings_of(checkpoint, settings, gaps)
+    canvas = canvas_of(checkpoint.model, spec, [ids], options)
+    constrained(checkpoint, options, canvas, [segments] if gaps else None)
+    stops = finished_of(checkpoint.model, options, None, checkpoint.tokenizer)
+    return Job(canvas, spec, options, segments, number, drafts, stops)
