@@ -120,12 +120,51 @@ class ContextCache:
         """Continue with some of the rows."""
         layers = self._layers()  # the stock method skips layers that hold nothing yet
         at = {device: upload(device, rows)[0] for device in _devices(layers)}
+        self.begin, self.length, self._masks = self.begin[rows], self.length[rows], {}
+        unused = 0 if self.static is not None else int(self.begin.min())
         for layer in layers:
             here = at[layer.keys.device]
-            layer.keys, layer.values = layer.keys[here], layer.values[here]
-        self.begin, self.length, self._masks = self.begin[rows], self.length[rows], {}
-        width, self.width = self.width, int((self.begin + self.length).max())
+            layer.keys, layer.values = (x[here, :, unused:] for x in (layer.keys, layer.values))
+        self.begin = self.begin - unused
+        width, self.width = self.width - unused, int((self.begin + self.length).max())
         self._drop(width - self.width)
+
+    def join(self, other: ContextCache) -> None:
+        """Take the rows of another cache, not a static one either, behind one's own. The contexts
+        of both end with the last column, so that rows that advance together need no moves."""
+        wide = max(self.width, other.width)
+        for own in (self, other):
+            own.begin = own.begin + (wide - own.width)
+        for layer, more in zip(self._layers(), other._layers(), strict=True):
+            for name in ("keys", "values"):
+                parts = [
+                    torch.nn.functional.pad(
+                        getattr(held, name), (0, 0, wide - getattr(held, name).shape[2], 0)
+                    )
+                    for held in (layer, more)
+                ]
+                setattr(layer, name, torch.cat(parts))
+        self.begin = torch.cat([self.begin, other.begin])
+        self.length = torch.cat([self.length, other.length])
+        self.width, self._masks = wide, {}
+        self._drop(0)
+
+    def context(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [1, heads, length, dim] of a row's context, by layer, as views."""
+        begin = int(self.begin[row])
+        place = slice(begin, begin + int(self.length[row]))
+        return [
+            (layer.keys[row : row + 1, :, place], layer.values[row : row + 1, :, place])
+            for layer in self._layers()
+        ]
+
+    def fill(self, context: list[tuple[Tensor, Tensor]]) -> None:
+        """Begin, in a cache of one row that is still empty, with a context that was read before."""
+        for number, (keys, values) in enumerate(context):
+            self.stock.update(keys, values, number)
+        self.width = context[0][0].shape[2]
+        self.length = torch.full_like(self.length, self.width)
+        self._drop(0)
 
     def _lent(self, model: Any, rows: int, static: int) -> Cache:
         free, key = FREE.setdefault(model, {}), (rows, static, torch.is_inference_mode_enabled())

@@ -247,6 +247,13 @@ class CandidateReader:
         if self.cache:
             self.cache.select(torch.tensor(rows))
 
+    def join(self, other: CandidateReader) -> None:
+        """Take the rows of another reader behind one's own; both have read before, and neither has
+        a static cache."""
+        self.length = self.length + other.length
+        if self.cache:
+            self.cache.join(other.cache)
+
     def _plain(self, front: list[int], trees: list[Tree]) -> bool:
         """Whether a forward only reads the newest token of each row, after a context that fills
         the cache: then it needs no mask."""

@@ -6,7 +6,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -208,6 +208,71 @@ class Canvas:
             self.forwards += 1
         else:
             self.forwards[torch.tensor(rows, dtype=torch.long)] += 1
+
+    def close(self, row: int) -> None:
+        """Finish a row where it is, whatever stands there."""
+        if not self.over[row]:
+            self.end[row], self.over[row] = self.front[row], True
+            self.unfinished -= 1
+
+    def joined(self, other: Canvas) -> Canvas:
+        """The rows of both, those of the other last, with what their texts have to match."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+
+        def cat(first: Any, second: Any, name: str) -> Any:
+            if isinstance(first, list):
+                return first + second
+            if first.dim() == 1:
+                return torch.cat([first, second])
+            fill = self.mask_token_id if name == "ids" else 0
+            return torch.cat(
+                [
+                    torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+                    for x in (first, second)
+                ]
+            )
+
+        rows = {
+            name: cat(getattr(self, name), getattr(other, name), name) for name in self._by_row()
+        }
+        both = Canvas(
+            mask_token_id=self.mask_token_id,
+            end_ids=self.end_ids,
+            unfinished=self.unfinished + other.unfinished,
+            drift=[*self.drift, *other.drift],
+            **rows,
+        )
+        if self.constraint is not None:
+            both.constraint = self.constraint.joined(other.constraint, both)
+        return both
+
+    def selected(self, rows: Sequence[int]) -> Canvas:
+        """Some of the rows, in this order, with what their texts have to match."""
+        at = torch.tensor(rows, dtype=torch.long)
+        width = int(self.length[at].max())
+
+        def pick(values: Any) -> Any:
+            if isinstance(values, list):
+                return [values[row] for row in rows]
+            return values[at] if values.dim() == 1 else values[at, :width]
+
+        picked = {name: pick(getattr(self, name)) for name in self._by_row()}
+        some = Canvas(
+            mask_token_id=self.mask_token_id,
+            end_ids=self.end_ids,
+            unfinished=picked["over"].count(False),
+            drift=self.drift,
+            **picked,
+        )
+        if self.constraint is not None:
+            some.constraint = self.constraint.selected(rows, some)
+        return some
+
+    @staticmethod
+    def _by_row() -> list[str]:
+        """The attributes that hold something for each row."""
+        shared = ("mask_token_id", "end_ids", "unfinished", "drift", "constraint")
+        return [f.name for f in fields(Canvas) if f.name not in shared]
 
     def erase(self, rows: Tensor, positions: Tensor) -> None:
         """Mask decided tokens again."""

@@ -11,6 +11,7 @@ This file is copied into converted folders: it imports numpy, torch and its neig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,16 +85,34 @@ class Constraint:
         for span in (span for row in self.spans for span in row):
             if not self.left[span.room, span.held][span.room][span.start]:
                 raise _no_room(automaton, span)
-        most = max(map(len, self.spans))
-        none = Span(0, 0, 0, 0)
-        self.places = np.array(  # [R, K, 4] of the spans, and empty ones
-            [
-                [(s.begin, s.end, s.held, s.start) for s in (*row, *[none] * (most - len(row)))]
-                for row in self.spans
-            ]
-        )
+        self.places = _places(self.spans)
         self.laid: tuple[tuple[int, ...], Lattice] | None = None
         self.known: dict[Span, dict[int, tuple[int, int]]] = {}  # by row: (position, state)
+
+    def joins(self, other: Any) -> bool:
+        """Whether rows of the other one can be read beside these."""
+        return isinstance(other, Constraint) and other.automaton is self.automaton
+
+    def joined(self, other: Constraint, canvas: Canvas) -> Constraint:
+        """The constraint of the rows of both, on a canvas that holds them."""
+        return self._on(canvas, [*self.spans, *other.spans], self.left | other.left)
+
+    def selected(self, rows: Sequence[int], canvas: Canvas) -> Constraint:
+        """The constraint of some of the rows, on a canvas that holds them."""
+        return self._on(canvas, [self.spans[row] for row in rows], self.left)
+
+    def _on(
+        self,
+        canvas: Canvas,
+        spans: Sequence[Sequence[Span]],
+        left: dict[tuple[int, int], list[Array]],
+    ) -> Constraint:
+        shapes = {(span.room, span.held) for row in spans for span in row}
+        own = copy(self)
+        own.canvas, own.spans, own.places = canvas, spans, _places(spans)
+        own.left = {shape: left[shape] for shape in shapes}
+        own.laid, own.known = None, {}
+        return own
 
     # mode diffusion
 
@@ -307,6 +326,17 @@ class Constraint:
             and self.automaton.accepting[self._state(row, span, min(span.end, end))]
             for span in self.spans[row]
         )
+
+
+def _places(spans: Sequence[Sequence[Span]]) -> Array:
+    """[R, K, 4] of spans, and empty ones."""
+    most, none = max(map(len, spans)), Span(0, 0, 0, 0)
+    return np.array(
+        [
+            [(s.begin, s.end, s.held, s.start) for s in (*row, *[none] * (most - len(row)))]
+            for row in spans
+        ]
+    )
 
 
 def _spread(values: Array, where: Array) -> Array:

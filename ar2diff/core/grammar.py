@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,6 +91,20 @@ class Grammar:
         if self.start.is_error():  # what `check_grammar`, without a tokenizer, cannot see
             raise _unusable(self.start.get_error())
         self.known: dict[int, tuple[int, Any]] = {}  # by row: a position, and the state before it
+
+    def joins(self, other: Any) -> bool:
+        """Whether rows of the other one can be read beside these; both are of the same options."""
+        return isinstance(other, Grammar)
+
+    def joined(self, _other: Grammar, canvas: Canvas) -> Grammar:
+        """The grammar on a canvas that holds the rows of both."""
+        own = copy(self)
+        own.canvas, own.known = canvas, {}
+        return own
+
+    def selected(self, _rows: Sequence[int], canvas: Canvas) -> Grammar:
+        """The grammar on a canvas that holds some of the rows."""
+        return self.joined(self, canvas)
 
     def state(self, row: int, front: int) -> Any:
         """The parser after the first tokens of a row, as many as `front`; `DEAD` if they are not

@@ -108,6 +108,30 @@ class Group:
             for values in (self.rows, self.front, self.newest, self.trees)
         )
 
+    def join(self, other: Group, first: int) -> None:
+        """Take the rows of another group of this zone behind one's own; both have made a forward.
+
+        Args:
+            first: number of the first row of the other group's canvas on one's own.
+        """
+        self.reader.join(other.reader)
+        self.rows = self.rows + [first + row for row in other.rows]
+        self.front, self.newest = self.front + other.front, self._newest_with(other)
+        self.trees = self.trees + other.trees
+        self.pace.plan(self.trees, self.drafts)
+
+    def follow(self, pace: Pace) -> None:
+        """Draft at another pace from the next forward on."""
+        if self.zone % 2 == 0:
+            self.pace, self.drafts = pace, pace.drafts()
+            pace.plan(self.trees, self.drafts)
+
+    def settle(self) -> None:
+        """Write the tokens of a forward that was launched and not read; here there is none."""
+
+    def _newest_with(self, other: Group) -> list[int]:
+        return self.newest + other.newest
+
     def _tokens(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The AR mode's tokens [R, N + 1] after the newest token and each candidate, and the logits
         [R * (N + 1), V] of possible tokens from which they were drawn."""
@@ -374,6 +398,15 @@ class LateGroup(Group):
         newest, self.newest = self.newest[lines], [0] * len(self.rows)
         super().select(keep)
         self.newest = newest
+
+    def settle(self) -> None:
+        """Write the tokens of the forward that was launched last."""
+        last, self.launched = self.launched, None
+        if last is not None:
+            self._settle(last)
+
+    def _newest_with(self, other: LateGroup) -> Tensor:
+        return torch.cat([self.newest, other.newest])
 
     def _launch(self) -> Launched | None:
         canvas = self.own.canvas

@@ -45,6 +45,15 @@ class GumbelNoise:
         """Drop the noise of positions that are decided."""
         self.held[row] = {p: noise for p, noise in self.held[row].items() if p >= before}
 
+    def join(self, other: GumbelNoise) -> None:
+        """Take the rows of another noise behind one's own."""
+        self.keys, self.held = self.keys + other.keys, self.held + other.held
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Continue with some of the rows."""
+        self.keys = [self.keys[row] for row in rows]
+        self.held = [self.held[row] for row in rows]
+
     def _draw(self, row: int, position: int) -> Tensor:
         drawn = torch.empty(self.vocabulary)
         drawn.exponential_(generator=keyed_generator(self.keys[row], position))

@@ -44,6 +44,10 @@ class Pace:
     def __init__(self, length: int, nodes: int | None = None):
         self.length, self.nodes = length, nodes
 
+    def of(self, _canvas: object) -> Pace:
+        """The pace of any canvas: this one."""
+        return self
+
     @property
     def reach(self) -> int:
         """The most positions beyond a row's front that a forward reads."""

@@ -132,6 +132,17 @@ class BlockReader:
             self.boundary = self.boundary[upload(self.boundary.device, rows)[0]]
         self._layout = None
 
+    def join(self, other: BlockReader) -> None:
+        """Take the rows of another reader behind one's own; both have read before, and neither has
+        a static cache."""
+        if self.boundary is not None:
+            self.boundary = torch.cat([self.boundary, other.boundary])
+        if self.cache:
+            self.cache.join(other.cache)
+        self.rows, self.size = self.rows + other.rows, max(self.size, other.size)
+        self._layout = None
+        self._masks.clear()
+
     def _boundaries(self, layout: _StepSlots, masked: Tensor) -> tuple[Tensor, ...]:
         """Of a forward, for `_across`: the rows whose context ends in it, the rows whose first
         token is wanted, and which of the wanted tokens these are."""
@@ -260,6 +271,11 @@ class FullReader:
         if self.cache:
             self.cache.select(rows)
             self.since = self.since[rows]
+
+    def join(self, other: FullReader) -> None:
+        """Take the rows of another reader behind one's own; neither has a cache."""
+        self.length = torch.cat([self.length, other.length])
+        self.size = max(self.size, other.size)
 
     def _slot(self, position: Tensor) -> Tensor:
         """Position at which the tokens of positions [N] are read."""

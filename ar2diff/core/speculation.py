@@ -17,7 +17,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,7 +48,8 @@ class Speculation:
 
     Args:
         canvas: prompts without masks.
-        pace: how many candidates and masks a forward holds.
+        paced: says for a canvas how many candidates and masks a forward holds; asked again when it
+            has other rows.
         draft: the draft adapter, if the model has one.
         cache: `dynamic`, `static` or `none`.
     """
@@ -59,30 +60,91 @@ class Speculation:
         spec: Spec,
         canvas: Canvas,
         chooser: Chooser,
-        pace: Pace,
+        paced: Callable[[Canvas], Pace],
         *,
         draft: Draft | None = None,
         cache: str = "dynamic",
         finished: Finished | None = None,
     ):
         self.model, self.spec, self.canvas, self.chooser = model, spec, canvas, chooser
-        self.pace, self.draft, self.cache, self.finished = pace, draft, cache, finished
+        self.paced, self.draft, self.cache, self.finished = paced, draft, cache, finished
+        self.pace = paced(canvas)
         self.switches = rope_switches(model.config)
         vocabulary = model.config.get_text_config().vocab_size
         self.without_gradients = without_gradients(model, chooser.options.compile)
         greedy = chooser.options.greedy
         self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
 
+        self.groups: list[Group] | None = None
+
     def run(self) -> Iterator[Canvas]:
         """Decode, yielding the canvas after every forward."""
-        canvas = self.canvas
-        groups = self._found(list(range(len(canvas.front))))
-        while canvas.unfinished:
-            for group in groups:
-                with self.without_gradients():
-                    group.step()
-            yield canvas
-            groups = self._regrouped(groups)
+        while self.canvas.unfinished:
+            self.step()
+            yield self.canvas
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Forward all rows once, and write what is accepted."""
+        if self.groups is None:
+            self.groups = self._found([*range(len(self.canvas.front))])
+        else:
+            self.groups = self._regrouped(self.groups)
+        for group in self.groups:
+            with self.without_gradients():
+                group.step()
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows can join: the cache of those that are there grows."""
+        return self.cache != "static"
+
+    def join(self, other: Speculation) -> None:
+        """Take the rows of another decoder with the same options behind one's own; both have made
+        a forward."""
+        first = len(self.canvas.front)
+        for group in (*self.groups, *other.groups):
+            group.settle()
+        self.canvas = self.canvas.joined(other.canvas)
+        self.chooser.generators = [*self.chooser.generators, *other.chooser.generators]
+        if self.noise is not None:
+            self.noise.join(other.noise)
+        for group in other.groups:
+            zone = [own for own in self.groups if own.zone == group.zone]
+            if zone:
+                zone[0].join(group, first)
+            else:
+                group.own, group.rows = self, [first + row for row in group.rows]
+                self.groups.append(group)
+        self._repace()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Continue with some of the canvas's rows, which are not finished."""
+        number = {row: place for place, row in enumerate(rows)}
+        kept = []
+        for group in self.groups:
+            group.settle()
+            lines = [line for line, row in enumerate(group.rows) if row in number]
+            if not lines:
+                continue
+            if len(lines) < len(group.rows):
+                group.select(lines)
+            group.rows = [number[row] for row in group.rows]
+            kept.append(group)
+        self.groups, self.canvas = kept, self.canvas.selected(rows)
+        if self.chooser.generators:
+            self.chooser.generators = [self.chooser.generators[row] for row in rows]
+        if self.noise is not None:
+            self.noise.select(rows)
+        self._repace()
+
+    def _repace(self) -> None:
+        """Draft as many tokens as pay for so many rows."""
+        pace = self.paced(self.canvas)
+        if pace is not self.pace:
+            self.pace = pace
+            for group in self.groups:
+                group.follow(pace)
 
     def _found(self, rows: list[int]) -> list[Group]:
         """New groups of rows, one for each zone."""
@@ -160,7 +222,7 @@ def measured_pace(
         paces = Pace(0), Pace(small), Pace(large), LeanPace(large), Pace(large, BRANCHES)
         plain, few, many, lean, tree = _seconds(
             [
-                Speculation(model, spec, _blank(spec, prompt, rows), chooser, pace, draft=draft)
+                Speculation(model, spec, _blank(spec, prompt, rows), chooser, pace.of, draft=draft)
                 for pace in paces
             ]
         )

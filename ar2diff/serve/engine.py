@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
@@ -182,8 +182,10 @@ class Engine:
         if certain > begin + ticket.sent:
             ticket.deliver(
                 Committed(
-                    canvas.ids[0, fresh].tolist(), canvas.logprob[0, fresh].tolist(),
-                    canvas.step[0, fresh].tolist(), int(canvas.forwards[0]),
+                    canvas.ids[0, fresh].tolist(),
+                    canvas.logprob[0, fresh].tolist(),
+                    canvas.step[0, fresh].tolist(),
+                    int(canvas.forwards[0]),
                 )
             )
         if job.drafts:
@@ -199,9 +201,17 @@ class Engine:
             steps = canvas.step[0, s].tolist()
             ticket.deliver(
                 Draft(
-                    ticket.sent, canvas.ids[0, s].tolist(), canvas.logprob[0, s].tolist(), steps,
-                    [job.options.mode == "speculative" and steps[n + 1:n + 2] == [x] for n, x in enumerate(steps)],
-                    [], int(canvas.forwards[0]), time.monotonic() - ticket.started,
+                    ticket.sent,
+                    canvas.ids[0, s].tolist(),
+                    canvas.logprob[0, s].tolist(),
+                    steps,
+                    [
+                        job.options.mode == "speculative" and steps[n + 1 : n + 2] == [x]
+                        for n, x in enumerate(steps)
+                    ],
+                    [],
+                    int(canvas.forwards[0]),
+                    time.monotonic() - ticket.started,
                 )
             )
         ticket.sent = certain - begin
@@ -211,8 +221,13 @@ class Engine:
         stopped = end < int(canvas.total[0]) or int(canvas.ids[0, end - 1]) in canvas.ends
         stopped |= bool(job.stops and job.stops(0, canvas.ids[0, :end]))
         result = result_of(
-            self.checkpoint, job.spec, job.options, canvas, 0,
-            time.monotonic() - ticket.started, job.segments,
+            self.checkpoint,
+            job.spec,
+            job.options,
+            canvas,
+            0,
+            time.monotonic() - ticket.started,
+            job.segments,
         )
         ticket.deliver(Done("stop" if stopped else "length", result))
         return False
