@@ -247,6 +247,11 @@ class CandidateReader:
         if self.cache:
             self.cache.select(torch.tensor(rows))
 
+    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
+        """Begin the only row with keys and values that were read before."""
+        self.cache.fill(context)
+        self.length = self.cache.length.tolist()
+
     def join(self, other: CandidateReader) -> None:
         """Take the rows of another reader behind one's own; both have read before, and neither has
         a static cache."""

@@ -38,6 +38,8 @@ class Canvas:
         forwards: [R] forwards that a row took part in.
         front: for each row, the number of tokens up to `total` that are decided without a gap.
         over: for each row, whether its answer is finished.
+        refused: for each row, the tokens that its last forward drafted and the AR mode refused, for
+            a screen.
         unfinished: number of rows without a finished answer.
         drift: with `check_cache`, for each step the largest error of a cached logit, relative to
             the largest logit, and the share of positions with the same likeliest token.
@@ -59,6 +61,7 @@ class Canvas:
     forwards: Tensor
     front: list[int]
     over: list[bool]
+    refused: list[list[int]]
     unfinished: int
     drift: list[tuple[float, float]] = field(default_factory=list)
     constraint: Any = field(default=None, repr=False)
@@ -110,6 +113,7 @@ class Canvas:
             forwards=torch.zeros_like(prompt),
             front=[0] * len(prompts),
             over=[False] * len(prompts),
+            refused=[[] for _ in prompts],
             unfinished=len(prompts),
         )
         for row in range(len(prompts)):

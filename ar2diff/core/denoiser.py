@@ -103,6 +103,23 @@ class Denoiser:
         alone = self.together or self.fixed_shape or self.guided > 1 or self.checker is not None
         return isinstance(self.reader, kinds) and not alone
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a row can begin with a context that was read before: its keys depend on the
+        context alone."""
+        return self.joins and isinstance(self.reader, BlockReader) and bool(self.reader.cache)
+
+    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
+        """Begin the only row with keys and values, by layer, of some of its tokens before the
+        block, not of all."""
+        self.reader.cache.fill(context)
+
+    def context(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of what has been read of a row for good, by layer; none of a row that is
+        not read any more."""
+        rows = self.rows.tolist()
+        return self.reader.cache.context(rows.index(row)) if row in rows else []
+
     def join(self, other: Denoiser) -> None:
         """Take the rows of another decoder with the same options behind one's own; both have made
         a forward."""

@@ -87,6 +87,8 @@ class Group:
             for tree, line, live in zip(self.trees, own, alive, strict=True)
         ]
         paths = [tree.path(end) for tree, end in zip(self.trees, ends, strict=True)]
+        for row, tree, end in zip(self.rows, self.trees, ends, strict=True):
+            canvas.refused[row] = tree.refused(end)
         self.reader.keep(paths, alive)
         judged = [line for line, live in enumerate(alive) if live]
         self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])

@@ -99,6 +99,25 @@ class Speculation:
         """Whether rows can join: the cache of those that are there grows."""
         return self.cache != "static"
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a row can begin with a context that was read before: its keys depend on the
+        context alone."""
+        return self.cache == "dynamic" and not self.switches
+
+    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
+        """Begin the only row with keys and values, by layer, of its first tokens, not all."""
+        self.groups = self._found([0])
+        self.groups[0].reader.resume(context)
+
+    def context(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of what has been read of a row for good, by layer; none of a row that is
+        not read any more."""
+        for group in self.groups:
+            if row in group.rows:
+                return group.reader.cache.context(group.rows.index(row))
+        return []
+
     def join(self, other: Speculation) -> None:
         """Take the rows of another decoder with the same options behind one's own; both have made
         a forward."""

@@ -120,6 +120,15 @@ class Tree:
             if node in found
         ]
 
+    def refused(self, node: int) -> list[int]:
+        """The likeliest tokens that were to follow the node at which a walk has ended."""
+        tokens = []
+        for place, parent in enumerate(self.parents):  # siblings are in descending order
+            if parent == node:
+                tokens.append(self.tokens[place])
+                node = place
+        return tokens
+
     def ends(self) -> list[float]:
         """How likely it is that a walk ends at the newest token, and at each node."""
         left = [1.0, *self.chances]

@@ -1,22 +1,29 @@
-"""The engine: one thread owns the model, and rows join and leave between its forwards."""
+"""The engine: one thread owns the model, and rows join and leave between its forwards.
+
+A turn of the thread takes new rows, reads each one's prompt in a forward of its own, joins it to
+the rows with the same options, and forwards all of them once. So a row's first text never waits for
+another row's last, and what a row writes is what it would write alone: the decoders keep rows apart
+(see core), up to near-ties that rounding, which differs with the shape of a batch, may turn.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
 from ..checkpoint.model import Checkpoint
-from ..core.denoise import denoise
-from ..generation.complete import result_of
-from .events import Committed, Done, Draft, Event, Failed
-from .jobs import Job
+from ..generation.tokens import encode
+from .batch import Batch, Deliver, Ticket
+from .events import Failed
+from .jobs import Job, job_of
+from .prefix import PrefixCache
 
-Deliver = Callable[[Event], None]
+WARMED = 10.0  # seconds after which no more numbers of rows are tried before the first request
 
 
 class EngineBusy(Exception):
@@ -27,15 +34,23 @@ class EngineGone(Exception):
     """The engine has died, or is closed."""
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A job in the engine."""
+@dataclass
+class Stats:
+    """What the engine has done, and does now.
 
-    job: Job
-    deliver: Deliver
-    cancelled: bool = False
-    sent: int = 0
-    started: float = 0.0
+    Attributes:
+        forwards: of batches and of prompts. tokens: that were decided. rows: that were finished.
+        reused: tokens of prompts that were read before. prompts: tokens of prompts that were read.
+        running, waiting: rows now.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    rows: int = 0
+    reused: int = 0
+    prompts: int = 0
+    running: int = 0
+    waiting: int = 0
 
 
 class Engine:
@@ -55,25 +70,28 @@ class Engine:
         prefix_bytes: int = 256 << 20,
     ):
         self.checkpoint, self.max_batch, self.max_waiting = checkpoint, max_batch, max_waiting
-        self.waiting: deque[Ticket] = deque()
-        self.calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self.running: list[tuple[Ticket, Iterator[Any], Any]] = []
-        self.changed = Condition()
-        self.closing = False
+        self.stats = Stats()
+        spec = checkpoint.read_as
+        grain = 1 if spec.attention == "causal_context" else spec.block_length or 1
+        self.prefixes = PrefixCache(prefix_bytes, grain)
+        self.batches: list[Batch] = []
+        self._waiting: deque[Ticket] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed = Condition()
+        self._closing = False
         self.dead: BaseException | None = None
-        self.forwards = 0
-        self.thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
-        self.thread.start()
+        self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are written."""
-        return self.dead is None and self.thread.is_alive()
+        """Whether rows are written."""
+        return self.dead is None and self._thread.is_alive()
 
-    def submit(self, jobs: list[Job], deliver: list[Deliver]) -> list[Ticket]:
+    def submit(self, jobs: Sequence[Job], deliver: Sequence[Deliver]) -> list[Ticket]:
         """Have rows written, all or none; called by any thread.
 
         Args:
@@ -82,14 +100,12 @@ class Engine:
         Raises:
             EngineBusy, EngineGone.
         """
-        with self.changed:
-            if not self.alive or self.closing:
-                raise EngineGone
-            if len(self.waiting) + len(jobs) > self.max_waiting:
-                raise EngineBusy
+        with self._changed:
+            self._check(len(self._waiting) + len(jobs))
             tickets = [Ticket(job, to) for job, to in zip(jobs, deliver, strict=True)]
-            self.waiting += tickets
-            self.changed.notify()
+            self._waiting += tickets
+            self.stats.waiting = len(self._waiting)
+            self._changed.notify()
         return tickets
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
@@ -98,142 +114,176 @@ class Engine:
         Raises:
             EngineBusy, EngineGone.
         """
-        with self.changed:
-            if not self.alive or self.closing:
-                raise EngineGone
-            if len(self.calls) >= self.max_waiting:
-                raise EngineBusy
-            future: Future[Any] = Future()
-            self.calls.append((function, future))
-            self.changed.notify()
+        future: Future[Any] = Future()
+        with self._changed:
+            self._check(len(self._calls) + 1)
+            self._calls.append((function, future))
+            self._changed.notify()
         return future
 
     def cancel(self, ticket: Ticket) -> None:
-        """Have a row dropped before the next forward; called by any thread."""
+        """Have a row dropped before the next forward; called by any thread. Its events end."""
         ticket.cancelled = True
 
     def close(self, drain: bool = True) -> None:
-        """Take no more jobs; with `drain`, after those that there are have been written."""
-        with self.changed:
-            self.closing = True
+        """Take no more rows, and wait until the thread has ended: with `drain`, when all that were
+        taken are finished."""
+        with self._changed:
+            self._closing = True
             if not drain:
-                for ticket in [*self.waiting, *(t for t, _, _ in self.running)]:
+                for ticket in self._tickets():
                     ticket.cancelled = True
-            self.changed.notify()
-        if self.thread.is_alive():
-            self.thread.join()
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def warm(self, settings: dict[str, Any]) -> None:
+        """Make the first forwards before the first request: those that are timed to find out how
+        many drafts pay for so many rows take a moment. Called before `start`."""
+        checkpoint, began, rows = self.checkpoint, time.monotonic(), 1
+        ids = encode(checkpoint.tokenizer, checkpoint.read_as, ["a"])
+        while rows <= self.max_batch and time.monotonic() - began < WARMED:
+            jobs = [job_of(checkpoint, ids, {**settings, "max_new_tokens": 8}) for _ in range(rows)]
+            batches = [Batch(checkpoint, Ticket(job, lambda _: None)) for job in jobs]
+            for batch in batches:
+                batch.step()
+            for batch in batches[1:]:
+                if batches[0].takes(batch) and len(batches[0]) and len(batch):
+                    batches[0].join(batch)
+            batches[0].step()
+            rows *= 2
+
+    def _check(self, waiting: int) -> None:
+        if self._closing:
+            raise EngineGone
+        if waiting > self.max_waiting:
+            raise EngineBusy
+
+    def _tickets(self) -> Iterator[Ticket]:
+        yield from self._waiting
+        for batch in self.batches:
+            yield from (ticket for ticket in batch.rows if ticket is not None)
+
+    # The thread
 
     def _run(self) -> None:
         try:
-            while self._turn():
+            while self.turn():
                 pass
         except BaseException as error:
             self.dead = error
-        finally:
-            with self.changed:
-                gone = self.dead or EngineGone()
-                left = [*self.waiting, *(t for t, _, _ in self.running)]
-                calls = [*self.calls]
-            for ticket in left:
-                ticket.deliver(Failed(EngineGone()))
-            for _, future in calls:
-                future.set_exception(EngineGone())
-            del gone
+        with self._changed:
+            self._closing = True
+            left, calls = [*self._tickets()], [*self._calls]
+        for ticket in left:
+            ticket.deliver(Failed(EngineGone()))
+        for _, future in calls:
+            future.set_exception(EngineGone())
 
-    def _turn(self) -> bool:
-        with self.changed:
-            while not (self.waiting or self.running or self.calls):
-                if self.closing:
+    def turn(self) -> bool:
+        """Make a forward of each batch; what the thread does over and over. Returns False when the
+        engine is closed and there is nothing left to do."""
+        with self._changed:
+            while not (self._waiting or self.batches or self._calls):
+                if self._closing:
                     return False
-                self.changed.wait()
-            calls, self.calls = self.calls, deque()
-            new = []
-            while self.waiting and len(self.running) + len(new) < self.max_batch:
-                new.append(self.waiting.popleft())
+                self._changed.wait()
+            calls, self._calls = self._calls, deque()
         for function, future in calls:
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-        for ticket in new:
-            job = ticket.job
-            ticket.started = time.monotonic()
-            states = denoise(
-                self.checkpoint.model, job.spec, job.canvas, job.options,
-                finished=job.stops, draft=self.checkpoint.draft,
-            )  # fmt: skip
-            self.running.append((ticket, states, job.canvas))
-        self.running = [r for r in self.running if self._step(*r)]
+            _answer(function, future)
+        self._drop_cancelled()
+        standing = [*self.batches]
+        for ticket in self._admitted():
+            self._begin(ticket)
+        for batch in standing:
+            self._step(batch)
+        self.batches = [batch for batch in self.batches if len(batch)]
+        self.stats.running = sum(map(len, self.batches))
         return True
 
-    def _step(self, ticket: Ticket, states: Iterator[Any], canvas: Any) -> bool:
-        if ticket.cancelled:
-            return False
+    def _admitted(self) -> list[Ticket]:
+        """Rows that have waited and for which there is room now."""
+        room = self.max_batch - sum(map(len, self.batches))
+        new: list[Ticket] = []
+        with self._changed:
+            while self._waiting and len(new) < room:
+                ticket = self._waiting.popleft()
+                if not ticket.cancelled:
+                    new.append(ticket)
+            self.stats.waiting = len(self._waiting)
+        return new
+
+    def _begin(self, ticket: Ticket) -> None:
+        """Read a row's prompt, in its first forward, and join it to others."""
         try:
-            next(states, None)
+            batch = Batch(self.checkpoint, ticket)
+            self._resume(batch, ticket)
         except Exception as error:
             ticket.deliver(Failed(error))
-            return False
-        self.forwards += 1
-        job = ticket.job
-        begin = begin_of(job)
-        certain = max(begin, canvas.certain(0, bool(job.options.remask)))
-        fresh = slice(begin + ticket.sent, certain)
-        if certain > begin + ticket.sent:
-            ticket.deliver(
-                Committed(
-                    canvas.ids[0, fresh].tolist(),
-                    canvas.logprob[0, fresh].tolist(),
-                    canvas.step[0, fresh].tolist(),
-                    int(canvas.forwards[0]),
-                )
-            )
-        if job.drafts:
-            start, end = begin + ticket.sent, int(canvas.total[0])
-            if job.options.block_length and job.options.mode == "diffusion":
-                end = min(end, int(canvas.start[0]) + job.options.block_length)
-            if job.options.mode != "diffusion":
-                end = certain
-            if canvas.over[0]:
-                end = int(canvas.end[0])
-            end = max(end, certain)
-            s = slice(start, end)
-            steps = canvas.step[0, s].tolist()
-            ticket.deliver(
-                Draft(
-                    ticket.sent,
-                    canvas.ids[0, s].tolist(),
-                    canvas.logprob[0, s].tolist(),
-                    steps,
-                    [
-                        job.options.mode == "speculative" and steps[n + 1 : n + 2] == [x]
-                        for n, x in enumerate(steps)
-                    ],
-                    [],
-                    int(canvas.forwards[0]),
-                    time.monotonic() - ticket.started,
-                )
-            )
-        ticket.sent = certain - begin
-        if not canvas.over[0]:
-            return True
-        end = int(canvas.end[0])
-        stopped = end < int(canvas.total[0]) or int(canvas.ids[0, end - 1]) in canvas.ends
-        stopped |= bool(job.stops and job.stops(0, canvas.ids[0, :end]))
-        result = result_of(
-            self.checkpoint,
-            job.spec,
-            job.options,
-            canvas,
-            0,
-            time.monotonic() - ticket.started,
-            job.segments,
-        )
-        ticket.deliver(Done("stop" if stopped else "length", result))
-        return False
+            return
+        self.batches.append(batch)
+        self._step(batch)
+        if not len(batch):
+            return
+        self._keep(batch, 0)
+        host = next((b for b in self.batches if b is not batch and b.takes(batch)), None)
+        if host is not None:
+            host.join(batch)
+            self.batches.remove(batch)
+
+    def _step(self, batch: Batch) -> None:
+        """Make a forward of a batch. One that fails takes its rows with it, and no others."""
+        try:
+            over = batch.step()
+        except Exception as error:
+            for ticket in filter(None, batch.rows):
+                ticket.deliver(Failed(error))
+            batch.drop([row for row, ticket in enumerate(batch.rows) if ticket is not None])
+            return
+        self.stats.forwards += 1
+        for ticket, row in over:
+            self.stats.rows += 1
+            self.stats.tokens += ticket.sent
+            self._keep(batch, row)
+        batch.drop([row for _, row in over])
+
+    def _drop_cancelled(self) -> None:
+        for batch in self.batches:
+            batch.drop([r for r, t in enumerate(batch.rows) if t is not None and t.cancelled])
+        self.batches = [batch for batch in self.batches if len(batch)]
+
+    # Beginnings
+
+    def _reuses(self, batch: Batch) -> bool:
+        """Whether the keys and values of a batch's contexts are those of any text that begins so:
+        blocks of another length than the model's are read otherwise."""
+        grain, mode = self.prefixes.grain, batch.options.mode
+        even = grain == 1 or mode != "diffusion" or batch.options.block_length == grain
+        return bool(self.prefixes.budget) and batch.decoder.resumes and even
+
+    def _resume(self, batch: Batch, ticket: Ticket) -> None:
+        """Give a row's decoder what is known of its prompt."""
+        canvas, end = ticket.job.canvas, ticket.begin
+        self.stats.prompts += end
+        if not self._reuses(batch):
+            return
+        if batch.options.mode == "diffusion":
+            end = int(canvas.start[0])
+        context = self.prefixes.get(canvas.ids[0, :end].tolist(), max(0, end - 1))
+        if context:
+            self.stats.reused += context[0][0].shape[2]
+            batch.decoder.resume(context)
+
+    def _keep(self, batch: Batch, row: int) -> None:
+        """Keep what has been read of a row."""
+        context = batch.decoder.context(row) if self._reuses(batch) else []
+        if context:
+            count = context[0][0].shape[2]
+            self.prefixes.put(batch.decoder.canvas.ids[row, :count].tolist(), context)
 
 
-def begin_of(job: Job) -> int:
-    """First position that is written: the first gap, or the end of the prompt."""
-    given = job.canvas.given[0, : int(job.canvas.prompt[0])]
-    return len(given) if bool(given.all()) else int((~given).nonzero()[0])
+def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
