@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from conftest import MASK, build_model, tiny_spec, with_head
 from test_draft import draft_of
+from test_joining import MODES, alone, together
 
 from ar2diff.core.automaton import Automaton
 from ar2diff.core.canvas import Canvas
@@ -168,6 +169,9 @@ SETTINGS = SIX | {
 }  # fmt: skip
 
 
+JOINING = {f"joining {name}": name for name in MODES}  # of test_joining.py
+
+
 def models(setting: Setting, device: torch.device) -> Iterator[tuple[Any, Any, Any]]:
     """The model, its spec and its draft adapter, on the CPU and on the device."""
     attention = "eager" if setting.kind == "gemma2" else "sdpa"
@@ -243,12 +247,33 @@ def compare(name: str, device: torch.device, module: Any, verbose: bool = False)
     }  # fmt: skip
 
 
+def compare_joining(name: str, device: torch.device) -> dict[str, Any]:
+    """Write rows that join others between two forwards on the device, and each alone on the CPU."""
+    model, settings = build_model("llama", dtype=torch.float32), MODES[name]
+    moved, spec = copy.deepcopy(model).to(device), tiny_spec()
+    texts = [
+        [ids for ids, *_ in found(on, spec, settings)]
+        for found, on in ((alone, model), (together, moved))
+    ]
+    return {
+        "name": f"joining {name}",
+        "same": texts[0] == texts[1],
+        "forwards": 1,
+        "waits": 0,
+        "uploads": 0,
+    }
+
+
 def main() -> None:
     asked = [name for name in sys.argv[1:] if name != "-v"]
     device, module = install()
-    for name in asked or SETTINGS:
+    for name in asked or [*SETTINGS, *JOINING]:
         try:
-            found = compare(name, device, module, "-v" in sys.argv)
+            found = (
+                compare_joining(JOINING[name], device)
+                if name in JOINING
+                else compare(name, device, module, "-v" in sys.argv)
+            )
         except RuntimeError as error:
             found = {"name": name, "error": str(error)}
         print(json.dumps(found), flush=True)

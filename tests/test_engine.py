@@ -1,0 +1,313 @@
+"""The engine: rows come and go between forwards, and each writes what it writes alone."""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+
+import ar2diff
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.generation.complete import decode_rows, settings_of
+from ar2diff.generation.prompts import split_gaps
+from ar2diff.generation.tokens import encode
+from ar2diff.serve.engine import Engine, EngineBusy, EngineGone
+from ar2diff.serve.events import Committed, Done, Draft, Failed, Mailbox
+from ar2diff.serve.jobs import job_of
+from ar2diff.serve.prefix import PrefixCache
+
+AR, LOSSLESS = {"mode": "ar"}, {"mode": "speculative", "draft_length": 3}
+DIFFUSION = {"mode": "diffusion", "threshold": 0.1}
+DRAWN = {"temperature": 1.0, "seed": 7}
+ASKED = [
+    ("ab", {**AR, "max_new_tokens": 30}),
+    ("Once upon a time", {**LOSSLESS, "max_new_tokens": 25}),
+    ("Once upon a time", {**DIFFUSION, "max_new_tokens": 20}),
+    ("x{mask:5}y{mask:9}z", {**DIFFUSION, "max_new_tokens": 0}),
+    ("ab", {**LOSSLESS, "max_new_tokens": 9}),
+    ("Once upon", {**AR, **DRAWN, "max_new_tokens": 17}),
+    ("b", {**LOSSLESS, **DRAWN, "max_new_tokens": 12}),
+    ("hello", {**DIFFUSION, **DRAWN, "max_new_tokens": 33}),
+    ("hello hello", {**DIFFUSION, **DRAWN, "max_new_tokens": 5}),
+    ("abc", {**AR, "max_new_tokens": 11, "min_new_tokens": 6}),
+    ("stop here", {**AR, "max_new_tokens": 40, "stop_strings": ["e", "a", "t", "i"]}),
+    ("", {**LOSSLESS, "max_new_tokens": 14}),
+]
+CONSTRAINED = [
+    ("ab", {**mode, "max_new_tokens": 24, **constraint})
+    for constraint in ({"regex": "[0-9]{2,9}(!|\\?)"}, {"choice": ["(yes)", "no", "perhaps not"]})
+    for mode in (AR, LOSSLESS, DIFFUSION)
+    for _ in range(2)
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(converted):
+    return ar2diff.load(converted).checkpoint
+
+
+class Reader:
+    """What an engine tells of a row."""
+
+    def __init__(self):
+        self.events, self.over = [], threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        if isinstance(event, Done | Failed):
+            self.over.set()
+
+    @property
+    def ids(self):
+        return [token for e in self.events if isinstance(e, Committed) for token in e.ids]
+
+    @property
+    def result(self):
+        (end,) = [event for event in self.events if isinstance(event, Done | Failed)]
+        assert isinstance(end, Done), end.error
+        return end.result
+
+
+def asked(checkpoint, prompt, settings, **more):
+    segments = split_gaps(prompt)
+    ids = encode(checkpoint.tokenizer, checkpoint.read_as, segments)
+    return job_of(checkpoint, ids, settings, segments=segments, **more)
+
+
+def alone(checkpoint, prompt, settings):
+    segments = split_gaps(prompt)
+    gaps = len(segments) > 1
+    spec, options = settings_of(checkpoint, settings, gaps)
+    ids = encode(checkpoint.tokenizer, spec, segments)
+    return decode_rows(checkpoint, spec, options, [ids], [segments] if gaps else None)[0]
+
+
+def finish(engine):
+    while engine.batches or engine.stats.waiting:
+        engine.turn()
+
+
+def same(result, lone):
+    assert (result.text, result.token_ids, result.matches, result.filled) == (
+        lone.text, lone.token_ids, lone.matches, lone.filled,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [3, 32])
+def test_rows_write_what_they_write_alone_whatever_their_company(checkpoint, most):
+    pytest.importorskip("outlines_core")
+    engine = Engine(checkpoint, max_batch=most)
+    every = [*ASKED, *CONSTRAINED]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(most)).tolist()
+    readers = {}
+    for number in order:
+        readers[number] = Reader()
+        engine.submit([asked(checkpoint, *every[number])], [readers[number]])
+        engine.turn()
+    finish(engine)
+    assert engine.stats.rows == len(every) and engine.stats.running == 0
+    for number, reader in readers.items():
+        lone = alone(checkpoint, *every[number])
+        same(reader.result, lone)
+        if lone.filled is None:
+            assert reader.ids == lone.token_ids
+        if every[number][1]["mode"] == "diffusion":
+            assert reader.result.forwards == lone.forwards
+
+
+def test_the_choices_of_a_request_are_the_rows_that_generate_writes(checkpoint):
+    settings = {**AR, **DRAWN, "max_new_tokens": 12}
+    engine, readers = Engine(checkpoint), [Reader() for _ in range(4)]
+    jobs = [asked(checkpoint, "ab", settings, number=number) for number in range(4)]
+    engine.submit(jobs, readers)
+    finish(engine)
+    spec, options = settings_of(checkpoint, settings)
+    ids = encode(checkpoint.tokenizer, spec, ["ab"])
+    texts = [result.text for result in decode_rows(checkpoint, spec, options, [ids] * 4)]
+    assert [reader.result.text for reader in readers] == texts and len(set(texts)) == 4
+
+
+def test_a_newcomer_has_its_first_text_within_three_forwards_of_a_long_answer(checkpoint):
+    for settings in (AR, LOSSLESS, {**DIFFUSION, "threshold": 0.0}):
+        engine, long, short = Engine(checkpoint), Reader(), Reader()
+        engine.submit([asked(checkpoint, "ab", {**settings, "max_new_tokens": 500})], [long])
+        for _ in range(5):
+            engine.turn()
+        before = engine.stats.forwards
+        engine.submit([asked(checkpoint, "Once", {**settings, "max_new_tokens": 8})], [short])
+        while not short.ids:
+            engine.turn()
+        assert engine.stats.forwards - before <= 3
+        assert not long.over.is_set()
+
+
+def test_rows_with_equal_options_share_their_forwards(checkpoint):
+    engine = Engine(checkpoint)
+    for _ in range(8):
+        engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 40})], [Reader()])
+    finish(engine)
+    assert engine.stats.forwards <= 8 + 40 and engine.stats.tokens == 320
+
+
+def test_a_cancelled_row_is_written_no_further_and_the_others_are(checkpoint):
+    engine, readers = Engine(checkpoint), [Reader() for _ in range(3)]
+    prompts = ["ab", "Once", "hello"]
+    tickets = [
+        engine.submit([asked(checkpoint, p, {**LOSSLESS, "max_new_tokens": 40})], [r])[0]
+        for p, r in zip(prompts, readers, strict=True)
+    ]
+    engine.turn()
+    engine.turn()
+    engine.cancel(tickets[1])
+    told = len(readers[1].events)
+    finish(engine)
+    assert len(readers[1].events) == told and not readers[1].over.is_set()
+    for place in (0, 2):
+        lone = alone(checkpoint, prompts[place], {**LOSSLESS, "max_new_tokens": 40})
+        same(readers[place].result, lone)
+
+
+def test_a_batch_that_fails_takes_its_own_rows_with_it(checkpoint):
+    engine, one, other = Engine(checkpoint), Reader(), Reader()
+    engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 20})], [one])
+    engine.submit([asked(checkpoint, "ab", {**DIFFUSION, "max_new_tokens": 20})], [other])
+    engine.turn()
+    (batch,) = [batch for batch in engine.batches if batch.options.mode == "ar"]
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    batch.decoder.step = broken
+    finish(engine)
+    assert isinstance(one.events[-1], Failed)
+    same(other.result, alone(checkpoint, "ab", {**DIFFUSION, "max_new_tokens": 20}))
+
+
+def test_more_than_may_wait_are_turned_away_whole(checkpoint):
+    engine = Engine(checkpoint, max_batch=1, max_waiting=3)
+    job = asked(checkpoint, "ab", {**AR, "max_new_tokens": 2})
+    engine.submit([job], [Reader()])
+    with pytest.raises(EngineBusy):
+        engine.submit([job] * 3, [Reader()] * 3)
+    assert engine.stats.waiting == 1
+
+
+def test_a_closed_engine_finishes_what_it_has_and_takes_no_more(checkpoint):
+    engine, reader = Engine(checkpoint), Reader()
+    engine.start()
+    engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 60})], [reader])
+    assert engine.call(lambda: 7).result(60) == 7
+    engine.close()
+    same(reader.result, alone(checkpoint, "ab", {**AR, "max_new_tokens": 60}))
+    assert not engine.alive
+    with pytest.raises(EngineGone):
+        engine.submit([], [])
+
+
+def test_when_the_thread_dies_every_row_is_told(checkpoint):
+    engine, reader = Engine(checkpoint), Reader()
+    engine.start()
+    engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 500})], [reader])
+    thread = ctypes.c_ulong(engine._thread.ident)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SystemExit))
+    assert reader.over.wait(60)
+    assert isinstance(reader.events[-1].error, EngineGone)
+    engine._thread.join(60)
+    assert not engine.alive
+    with pytest.raises(EngineGone):
+        engine.call(lambda: 7)
+
+
+def test_what_is_wrong_with_a_request_is_found_before_the_engine_sees_it(checkpoint):
+    for settings in ({"mode": "ar", "threshold": -1}, {"max_new_tokens": 10**6}, {"modes": "ar"}):
+        with pytest.raises(Ar2DiffError):
+            asked(checkpoint, "ab", settings)
+
+
+# What a reader sees
+
+
+@pytest.mark.parametrize("settings", [AR, LOSSLESS, DIFFUSION, {**DIFFUSION, "threshold": 0.9}])
+@pytest.mark.parametrize("every", [1, 5])
+def test_drafts_make_up_the_answer_for_slow_readers_too(checkpoint, settings, every):
+    engine, tokens, number = Engine(checkpoint), [], 0
+    box = Mailbox(lambda: None)
+    job = asked(checkpoint, "Once", {**settings, "max_new_tokens": 30}, drafts=True)
+    engine.submit([job], [box.put])
+    committed, end = [], None
+    while end is None:
+        for _ in range(every):
+            engine.turn() if engine.batches or engine.stats.waiting else None
+        for event in box.take():
+            if isinstance(event, Committed):
+                committed += event.ids
+            elif isinstance(event, Draft):
+                assert event.start <= len(tokens) and event.forwards >= number
+                number = event.forwards
+                columns = event.ids, event.logprobs, event.steps
+                tokens[event.start :] = zip(*columns, strict=True)
+            else:
+                end = event
+    lone = alone(checkpoint, "Once", {**settings, "max_new_tokens": 30})
+    assert committed == lone.token_ids
+    assert [token for token, *_ in tokens] == lone.token_ids
+    assert all(step and logprob <= 0 for _, logprob, step in tokens)
+
+
+# Beginnings
+
+
+def kept(*counts):
+    """Keys and values of two layers, whose first feature counts the tokens."""
+    return [
+        (torch.arange(n, dtype=torch.float32).view(1, 1, n, 1) + layer,) * 2
+        for layer, n in enumerate(counts)
+    ]
+
+
+def test_a_beginning_is_found_by_any_text_that_shares_it():
+    cache = PrefixCache(1 << 20)
+    text = list(range(100, 150))
+    cache.put(text, kept(50, 50))  # three whole blocks of 16
+    assert cache.get(text, 50)[0][0].flatten().tolist() == list(range(48))
+    assert cache.get([*text[:20], 1, 2, 3], 23)[1][1].flatten().tolist() == list(range(1, 21))
+    assert cache.get(text, 7)[0][0].shape[2] == 7
+    assert cache.get([5, *text], 50) == []
+    assert cache.hits == 48 + 20 + 7
+
+
+def test_whole_blocks_alone_are_reused_where_tokens_read_their_block():
+    cache = PrefixCache(1 << 20, grain=12)
+    assert cache.size == 24
+    cache.put(list(range(50)), kept(50))
+    assert cache.get(list(range(50)), 47)[0][0].shape[2] == 36
+
+
+def test_what_was_used_last_is_kept_within_the_budget():
+    block = 2 * 16 * 4  # bytes of keys and values of a block
+    cache = PrefixCache(3 * block)
+    first, second = list(range(32)), list(range(500, 532))
+    cache.put(first, kept(32))
+    cache.put(second, kept(32))
+    assert cache.used <= cache.budget
+    assert len(cache.get(second, 32)[0][0].flatten()) == 32
+    assert len(cache.get(first, 32)[0][0].flatten()) == 16  # its end was dropped, not its beginning
+    cache.put(list(range(900, 1000)), kept(100))
+    assert cache.used <= cache.budget
+
+
+def test_shared_beginnings_are_read_once_and_change_no_text(checkpoint):
+    system = "A long beginning that all of these prompts share, word for word. "
+    for settings in (AR, LOSSLESS, DIFFUSION):
+        settings = {**settings, "max_new_tokens": 12}
+        texts, reused = [], []
+        for budget in (0, 1 << 24):
+            engine, readers = Engine(checkpoint, prefix_bytes=budget), []
+            for end in ("one", "two", "three", "one"):
+                readers.append(Reader())
+                engine.submit([asked(checkpoint, system + end, settings)], readers[-1:])
+                finish(engine)
+            texts.append([reader.result.text for reader in readers])
+            reused.append(engine.stats.reused)
+        assert texts[0] == texts[1]
+        assert reused[0] == 0 and reused[1] >= 3 * (len(system) - 4)
