@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Ticket:
     asked: float = field(default_factory=time.monotonic)
     started: float = 0.0
 
-    @property
+    @cached_property
     def begin(self) -> int:
         """First position that is written: the first gap, or the end of the prompt."""
         given = self.job.canvas.given[0, : int(self.job.canvas.prompt[0])]

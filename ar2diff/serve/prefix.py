@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +18,11 @@ Context = list[tuple[Tensor, Tensor]]  # keys and values [1, heads, tokens, dim]
 
 @dataclass(eq=False)
 class _Block:
-    """Tokens behind a beginning, and their keys and values."""
+    """Tokens behind a beginning, and their keys and values [2 * layers, 1, heads, tokens, dim]."""
 
     ids: tuple[int, ...]
     parent: int
-    context: Context
+    states: Tensor
     children: list[int] = field(default_factory=list)
 
 
@@ -50,45 +50,40 @@ class PrefixCache:
         """Keys and values of as many of the first tokens as are known, up to `most`; none if
         there are none."""
         path, count = self._known(ids[:most])
-        parts = [(self.blocks[key].context, self.size) for key in path]
         last, more = self._longest(path, ids[count:most])
         if more:
             path.append(last)
-            parts.append((self.blocks[last].context, more))
         self._touch(path)
         count += more
         self.hits += count
         if not count:
             return []
-        return [
-            tuple(
-                torch.cat([part[layer][kind][:, :, :size] for part, size in parts], 2)
-                for kind in (0, 1)
-            )
-            for layer in range(len(parts[0][0]))
-        ]
+        states = torch.cat([self.blocks[key].states for key in path], 3)[:, :, :, :count].unbind()
+        return [*zip(states[::2], states[1::2], strict=True)]
 
     def put(self, ids: Sequence[int], context: Context) -> None:
-        """Keep the keys and values of the first tokens of a text, in whole blocks.
+        """Keep the keys and values of a text's first tokens, in whole blocks. Those of a model
+        whose layers are not alike, or lie on several devices, are not kept.
 
         Args:
-            context: of as many tokens as it has.
+            context: of all tokens, or of the first ones.
         """
-        have = min(len(ids), context[0][0].shape[2]) if context else 0
-        path, count = self._known(ids[:have])
-        while count + self.size <= have:
-            place = slice(count, count + self.size)
-            held = [(k[:, :, place].clone(), v[:, :, place].clone()) for k, v in context]
-            cost = _bytes(held)
+        path, first = self._known(ids[: context[0][0].shape[2]])
+        states = [x[:, :, first:] for pair in context for x in pair]
+        if len({(x.shape, x.device) for x in states}) > 1:
+            return
+        count = states[0].shape[2] // self.size
+        for place, part in enumerate(_blocks(states, count, self.size)):
+            cost = part.numel() * part.element_size()
             if cost * (len(path) + 1) > self.budget:
                 break
-            parent, new = path[-1] if path else 0, tuple(ids[place])
+            start = first + place * self.size
+            parent, new = path[-1] if path else 0, tuple(ids[start : start + self.size])
             key = _key(parent, new)
-            self.blocks[key] = _Block(new, parent, held)
+            self.blocks[key] = _Block(new, parent, part)
             self._children(parent).append(key)
             self.used += cost
             path.append(key)
-            count += self.size
         self._touch(path)
         while self.used > self.budget:
             self._drop(next(iter(self.blocks)))
@@ -129,12 +124,15 @@ class PrefixCache:
     def _drop(self, key: int) -> None:
         block = self.blocks.pop(key)
         self._children(block.parent).remove(key)
-        self.used -= _bytes(block.context)
+        self.used -= block.states.numel() * block.states.element_size()
 
 
 def _key(parent: int, ids: tuple[int, ...]) -> int:
     return content_key([parent - (1 << 63), *ids])
 
 
-def _bytes(context: Context) -> int:
-    return sum(x.numel() * x.element_size() for pair in context for x in pair)
+def _blocks(states: list[Tensor], count: int, size: int) -> Iterator[Tensor]:
+    """So many blocks of keys and values, each in memory of its own."""
+    if count:
+        together = torch.stack(states)[:, :, :, : count * size]
+        yield from (part.clone() for part in together.split(size, 3))
