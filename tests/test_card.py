@@ -170,6 +170,11 @@ def test_it_says_what_happens_without_trust(convert_tiny, attention, trust, bloc
     assert ("speculative" in said) == (attention == "causal_context")
 
 
+def test_it_names_the_command_that_serves_it(card):
+    name = re.search(r'name = "([^"]*)"', card)[1]
+    assert f"```sh\npip install 'ar2diff[serve]'\nar2diff serve {name}\n```" in card
+
+
 def test_a_report_in_the_folder_is_shown(convert_tiny, tmp_path):
     folder = Path(shutil.copytree(convert_tiny(), tmp_path / "model"))
     file = write_report(realistic(), folder / "report")

@@ -24,6 +24,7 @@ from ar2diff.reports.figures import Missing, Order, Subject, Text
 from ar2diff.reports.page import write
 from ar2diff.reports.plots import by_report, dominated, plots
 from ar2diff.reports.sentences import claims
+from ar2diff.reports.serving import serve_command
 from ar2diff.reports.summary import markdown, renamed
 from ar2diff.reports.svg import DARK, LIGHT
 
@@ -105,7 +106,7 @@ def test_readers_of_any_kind_find_their_way(page):
     seen = Seen(page.read_text(encoding="utf-8"))
     ids = seen.attributes("id")
     assert len(ids) == len(set(ids))
-    assert {"speed", "quality", "length", "control", "missing", "protocol"} <= set(ids)
+    assert {"speed", "quality", "length", "control", "serve", "missing", "protocol"} <= set(ids)
     for name in itertools.chain(*(v.split() for v in seen.attributes("aria-labelledby"))):
         assert name in ids, name
     for link in seen.attributes("href"):
@@ -263,6 +264,17 @@ def test_pictures_of_several_reports_show_the_leading_setting_of_each(pictures):
     (speed,) = by_report(leading, ["a", "b"])["speed"]
     assert speed.title == "Speed at batch 1 by report"
     assert all(f">{words}<" in speed.svg for words in ("a", "b", "speed at batch 1 (tokens/s)"))
+
+
+def test_a_report_names_the_command_that_serves_its_model(page):
+    own = [figure("speed", "tokens_per_second", 800.0, 9.0, setting="lossless", batch=16)]
+    faster = [figure("speed", "tokens_per_second", 900.0, 9.0, setting="lossless chain", batch=16)]
+    alike = [figure("speed", "tokens_per_second", 820.0, 9.0, setting="ar", batch=16)]
+    assert serve_command(report([*own, *alike]), "a b") == "ar2diff serve 'a b'"
+    assert serve_command(None, "a/b") == "ar2diff serve a/b"
+    chain = "ar2diff serve a/b --mode speculative --draft-length 7"
+    assert serve_command(report([*own, *faster]), "a/b") == chain
+    assert "ar2diff serve " in Seen(page.read_text(encoding="utf-8")).text
 
 
 def test_a_card_shows_the_table_under_names_that_others_know():

@@ -22,6 +22,7 @@ from ..evaluation.check import ELSEWHERE
 from ..generation.chat import Chat
 from ..generation.events import Answer, Problem
 from ..reports.figures import Report
+from ..reports.serving import serve_command
 from ..reports.summary import markdown, renamed
 from .origin import Origin
 
@@ -140,9 +141,8 @@ def make_card(
             texts that the run held out.
         report: what was measured of the model.
     """
-    measured = _measured(report, name, origin)
     if checkpoint.draft is not None:
-        return _make_draft_card(name, checkpoint, record, origin, answers, held_out, measured)
+        return _make_draft_card(name, checkpoint, record, origin, answers, held_out, report)
     spec, model = checkpoint.spec, checkpoint.model
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
@@ -166,7 +166,8 @@ def make_card(
         adapter=adapter,
         architecture=_class_name(model),
         **_shown(checkpoint, answers, held_out),
-        report=measured,
+        report=_measured(report, name, origin),
+        serve=serve_command(report, name),
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
@@ -194,7 +195,7 @@ def _make_draft_card(
     origin: Origin,
     answers: dict[str, list[Sample]],
     held_out: bool,
-    measured: dict[str, Any] | None,
+    report: Report | None,
 ) -> str:
     """The card of a draft adapter; arguments as for `make_card`."""
     model = checkpoint.model
@@ -212,7 +213,8 @@ def _make_draft_card(
         name=name,
         title=name.split("/")[-1],
         **_shown(checkpoint, answers, held_out),
-        report=measured,
+        report=_measured(report, name, origin),
+        serve=serve_command(report, name),
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,

@@ -18,6 +18,7 @@ from .figures import QUESTIONS, Difference, Figure, Order, Report, check
 from .pairs import SURE
 from .plots import plots, with_unit
 from .sentences import claims, not_measured
+from .serving import serve_command
 from .svg import DARK, INSTALL, LIGHT, can_draw, css
 from .words import AXES, UNITS, label, name_of, scale_of, with_error
 
@@ -82,6 +83,7 @@ def write(report: Report, path: Path) -> Path:
         texts=_side_by_side(report),
         orders=[_tokens_of(order) for order in report.orders],
         missing=not_measured(report),
+        serve=serve_command(report, report.subjects["model"].name),
     )
 
 
