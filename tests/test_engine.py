@@ -34,10 +34,10 @@ ASKED = [
     ("", {**LOSSLESS, "max_new_tokens": 14}),
 ]
 CONSTRAINED = [
-    ("ab", {**mode, "max_new_tokens": 24, **constraint})
-    for constraint in ({"regex": "[0-9]{2,9}(!|\\?)"}, {"choice": ["(yes)", "no", "perhaps not"]})
+    ("ab" * number, {**mode, "max_new_tokens": 9 + 6 * number, **constraint})
+    for constraint in ({"regex": "[0-9]{2,90}(!|\\?)"}, {"choice": ["(yes)", "no", "perhaps not"]})
     for mode in (AR, LOSSLESS, DIFFUSION)
-    for _ in range(2)
+    for number in (1, 2, 3)
 ]
 
 
@@ -113,6 +113,24 @@ def test_rows_write_what_they_write_alone_whatever_their_company(checkpoint, mos
             assert reader.ids == lone.token_ids
         if every[number][1]["mode"] == "diffusion":
             assert reader.result.forwards == lone.forwards
+
+
+@pytest.mark.parametrize("mode", [AR, LOSSLESS, DIFFUSION])
+def test_constrained_rows_come_and_go(checkpoint, mode):
+    pytest.importorskip("outlines_core")
+    every = [
+        ("ab" * size, {**mode, "max_new_tokens": new, "regex": "[0-9]{2,90}(!|\\?)"})
+        for size, new in ((1, 6), (6, 30), (3, 9), (1, 25), (8, 7), (2, 20))
+    ]
+    engine, readers = Engine(checkpoint), [Reader() for _ in every]
+    for row, reader in zip(every, readers, strict=True):
+        engine.submit([asked(checkpoint, *row)], [reader])
+        for _ in range(7):
+            engine.turn() if engine.batches or engine.stats.waiting else None
+    finish(engine)
+    for row, reader in zip(every, readers, strict=True):
+        same(reader.result, alone(checkpoint, *row))
+        assert reader.result.matches
 
 
 def test_the_choices_of_a_request_are_the_rows_that_generate_writes(checkpoint):
