@@ -164,10 +164,20 @@ def test_a_newcomer_has_its_first_text_within_three_forwards_of_a_long_answer(ch
 
 def test_rows_with_equal_options_share_their_forwards(checkpoint):
     engine = Engine(checkpoint)
-    for _ in range(8):
-        engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 40})], [Reader()])
+    for prompt in ("ab", "c", "hello", "what", "d", "e", "f", "g"):
+        engine.submit([asked(checkpoint, prompt, {**AR, "max_new_tokens": 40})], [Reader()])
     finish(engine)
-    assert engine.stats.forwards <= 8 + 40 and engine.stats.tokens == 320
+    assert engine.stats.forwards == 40 and engine.stats.tokens == 320
+
+
+def test_a_prompt_that_is_asked_for_several_times_is_read_once(checkpoint):
+    engine, readers = Engine(checkpoint), [Reader() for _ in range(5)]
+    prompt = "A prompt of several blocks, which is read before all of its answers."
+    jobs = [asked(checkpoint, prompt, {**AR, **DRAWN, "max_new_tokens": 9}) for _ in readers]
+    engine.submit(jobs, readers)
+    finish(engine)
+    assert engine.stats.forwards <= 10
+    assert engine.stats.prompts - engine.stats.reused < len(prompt) + 5 * 16
 
 
 def test_a_cancelled_row_is_written_no_further_and_the_others_are(checkpoint):
@@ -324,11 +334,13 @@ def test_shared_beginnings_are_read_once_and_change_no_text(checkpoint):
         texts, reused = [], []
         for budget in (0, 1 << 24):
             engine, readers = Engine(checkpoint, prefix_bytes=budget), []
-            for end in ("one", "two", "three", "one"):
-                readers.append(Reader())
-                engine.submit([asked(checkpoint, system + end, settings)], readers[-1:])
+            for prompts in (["one"], ["two"], ["one", "three", "five", "four"]):
+                new = [Reader() for _ in prompts]
+                jobs = [asked(checkpoint, system + prompt, settings) for prompt in prompts]
+                engine.submit([*jobs, asked(checkpoint, "x", settings)], [*new, Reader()])
                 finish(engine)
+                readers += new
             texts.append([reader.result.text for reader in readers])
             reused.append(engine.stats.reused)
         assert texts[0] == texts[1]
-        assert reused[0] == 0 and reused[1] >= 3 * (len(system) - 4)
+        assert reused[0] == 0 and reused[1] >= 5 * (len(system) - 4)

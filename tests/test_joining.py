@@ -153,7 +153,7 @@ def test_a_row_that_resumes_from_a_known_context_writes_the_same(kind, attention
     for count in range(grain, 12, grain):
         again = begun(model, spec, 0, settings, ())
         assert again.resumes
-        again.resume([(keys[:, :, :count], values[:, :, :count]) for keys, values in context])
+        again.resume([[(keys[:, :, :count], values[:, :, :count]) for keys, values in context]])
         for _ in again.run():
             pass
         assert written(again, 0) == written(whole, 0)

@@ -74,6 +74,7 @@ class Checkpoint:
     draft: Draft | None = None
     notes: list[str] = field(default_factory=list)
     _token_ids: frozenset[int] = field(default=frozenset(), repr=False)
+    _suppressed: tuple[Any, Tensor | None] = field(default=(None, None), repr=False)
 
     @property
     def end_ids(self) -> list[int]:
@@ -93,10 +94,13 @@ class Checkpoint:
 
     @property
     def suppressed(self) -> Tensor:
-        """[V] bool: ids that the model can never mean."""
+        """[V] bool: ids that the model can never mean. It is kept, and must not be written to."""
         mask_token_id = self.spec.mask_token_id if self.spec else None
         rows = self.model.config.get_text_config().vocab_size  # weights may be cut to shards
-        return suppressed_ids(mask_token_id, self.token_ids, rows)
+        key = mask_token_id, rows, len(self.tokenizer)
+        if self._suppressed[0] != key:
+            self._suppressed = key, suppressed_ids(mask_token_id, self.token_ids, rows)
+        return self._suppressed[1]
 
     @property
     def spec_or_causal(self) -> Spec:

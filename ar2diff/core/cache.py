@@ -10,6 +10,7 @@ This file is copied into converted folders: it imports torch, transformers and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -137,12 +138,7 @@ class ContextCache:
             own.begin = own.begin + (wide - own.width)
         for layer, more in zip(self._layers(), other._layers(), strict=True):
             for name in ("keys", "values"):
-                parts = [
-                    torch.nn.functional.pad(
-                        getattr(held, name), (0, 0, wide - getattr(held, name).shape[2], 0)
-                    )
-                    for held in (layer, more)
-                ]
+                parts = [_padded(getattr(held, name), wide) for held in (layer, more)]
                 setattr(layer, name, torch.cat(parts))
         self.begin = torch.cat([self.begin, other.begin])
         self.length = torch.cat([self.length, other.length])
@@ -158,12 +154,19 @@ class ContextCache:
             for layer in self._layers()
         ]
 
-    def fill(self, context: list[tuple[Tensor, Tensor]]) -> None:
-        """Begin, in a cache of one row that is still empty, with a context that was read before."""
-        for number, (keys, values) in enumerate(context):
-            self.stock.update(keys, values, number)
-        self.width = context[0][0].shape[2]
-        self.length = torch.full_like(self.length, self.width)
+    def fill(self, contexts: Sequence[list[tuple[Tensor, Tensor]]]) -> None:
+        """Begin, in a cache that is still empty, with contexts that were read before, one for each
+        row; not all are empty."""
+        self.length = torch.tensor([c[0][0].shape[2] if c else 0 for c in contexts])
+        self.width = int(self.length.max())
+        self.begin = self.width - self.length
+        (some,) = [context for context in contexts if context][:1]
+        for number, pair in enumerate(some):
+            states = []
+            for kind, held in enumerate(pair):
+                rows = [c[number][kind] if c else held[:, :, :0] for c in contexts]
+                states.append(torch.cat([_padded(row, self.width) for row in rows]))
+            self.stock.update(*states, number)
         self._drop(0)
 
     def _lent(self, model: Any, rows: int, static: int) -> Cache:
@@ -208,6 +211,11 @@ class ContextCache:
 
     def _layers(self) -> list[Any]:
         return [layer for layer in self.stock.layers if getattr(layer, "is_initialized", False)]
+
+
+def _padded(states: Tensor, width: int) -> Tensor:
+    """Keys or values with empty columns before them, `width` in all."""
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
 
 
 def _flat(columns: Tensor, heads: int, width: int) -> Tensor:

@@ -5,6 +5,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -247,9 +248,9 @@ class CandidateReader:
         if self.cache:
             self.cache.select(torch.tensor(rows))
 
-    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
-        """Begin the only row with keys and values that were read before."""
-        self.cache.fill(context)
+    def resume(self, contexts: Sequence[list[tuple[Tensor, Tensor]]]) -> None:
+        """Begin with keys and values that were read before, of each row."""
+        self.cache.fill(contexts)
         self.length = self.cache.length.tolist()
 
     def join(self, other: CandidateReader) -> None:

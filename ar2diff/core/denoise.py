@@ -76,12 +76,12 @@ def decoder_of(
     processors: Sequence[Any] = (),
     finished: Finished | None = None,
     draft: Draft | None = None,
-    number: int = 0,
+    generators: list[torch.Generator] | None = None,
 ) -> Speculation | Denoiser:
     """What decides the tokens of a canvas, a forward at each `step`; arguments as of `denoise`.
 
     Args:
-        number: how many rows of the same call have the prompts of the canvas already.
+        generators: of the rows; None: those of `generators_of`.
     """
     check_decodes(model, spec, canvas, options)
     vocabulary = model.config.get_text_config().vocab_size
@@ -90,7 +90,7 @@ def decoder_of(
     chooser = Chooser(
         options,
         *upload(model.device, suppressed),
-        _generators(canvas, options, number),
+        generators_of(canvas, options) if generators is None else generators,
         [*_warpers(options, readers, model.device), *processors],
         readers,
     )
@@ -144,9 +144,13 @@ def _pace(model: Any, spec: Spec, chooser: Chooser, draft: Draft | None, canvas:
     return Pace(options.draft_length or spec.block_length - 1, options.draft_nodes)
 
 
-def _generators(canvas: Canvas, options: Options, number: int) -> list[torch.Generator]:
+def generators_of(canvas: Canvas, options: Options, number: int = 0) -> list[torch.Generator]:
     """One for each row, keyed by the seed, the prompt, and the number of earlier rows with the same
-    prompt: a row's draws do not depend on its batch, and equal prompts get different ones."""
+    prompt: a row's draws do not depend on its batch, and equal prompts get different ones.
+
+    Args:
+        number: how many rows of the same call have the prompts of the canvas already.
+    """
     rows = len(canvas.ids)
     if options.greedy and options.order != "random":
         return []

@@ -109,10 +109,10 @@ class Denoiser:
         context alone."""
         return self.joins and isinstance(self.reader, BlockReader) and bool(self.reader.cache)
 
-    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
-        """Begin the only row with keys and values, by layer, of some of its tokens before the
-        block, not of all."""
-        self.reader.cache.fill(context)
+    def resume(self, contexts: Sequence[list[tuple[Tensor, Tensor]]]) -> None:
+        """Begin with keys and values, by layer, of the first tokens of each row: of none, or of
+        some before its block, but not of all; and of none in not every row."""
+        self.reader.cache.fill(contexts)
 
     def context(self, row: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what has been read of a row for good, by layer; none of a row that is

@@ -105,10 +105,11 @@ class Speculation:
         context alone."""
         return self.cache == "dynamic" and not self.switches
 
-    def resume(self, context: list[tuple[Tensor, Tensor]]) -> None:
-        """Begin the only row with keys and values, by layer, of its first tokens, not all."""
-        self.groups = self._found([0])
-        self.groups[0].reader.resume(context)
+    def resume(self, contexts: Sequence[list[tuple[Tensor, Tensor]]]) -> None:
+        """Begin with keys and values, by layer, of the first tokens of each row: of none, or of
+        some, but not of all that are known; and of none in not every row."""
+        (group,) = self.groups = self._found([*range(len(contexts))])
+        group.reader.resume(contexts)
 
     def context(self, row: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what has been read of a row for good, by layer; none of a row that is

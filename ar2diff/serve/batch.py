@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 
 from torch import Tensor
 
 from ..checkpoint.model import Checkpoint
-from ..core.denoise import decoder_of
-from ..core.options import Options
+from ..core.canvas import Canvas
+from ..core.denoise import decoder_of, generators_of
 from ..generation.complete import result_of
 from .events import Committed, Done, Draft, Event
 from .jobs import Job
@@ -48,20 +48,26 @@ class Batch:
     """Rows with the same options, in one decoder.
 
     Args:
-        ticket: of the first row.
+        tickets: of the first rows.
 
     Attributes:
         rows: of the decoder's canvas, the tickets; None where a row has been dropped.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ticket: Ticket):
-        job = ticket.job
-        self.checkpoint, self.options = checkpoint, shared(job.options)
-        self.rows: list[Ticket | None] = [ticket]
-        ticket.started = time.monotonic()
+    def __init__(self, checkpoint: Checkpoint, tickets: Sequence[Ticket]):
+        jobs, now = [ticket.job for ticket in tickets], time.monotonic()
+        self.checkpoint, self.options = checkpoint, jobs[0].shared
+        self.rows: list[Ticket | None] = [*tickets]
+        for ticket in tickets:
+            ticket.started = now
         self.decoder = decoder_of(
-            checkpoint.model, job.spec, job.canvas, job.options,
-            finished=self._finished, draft=checkpoint.draft, number=job.number,
+            checkpoint.model, jobs[0].spec, reduce(Canvas.joined, (job.canvas for job in jobs)),
+            self.options, finished=self._finished, draft=checkpoint.draft,
+            generators=[
+                generator
+                for job in jobs
+                for generator in generators_of(job.canvas, job.options, job.number)
+            ],
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -69,12 +75,11 @@ class Batch:
 
     def takes(self, other: Batch) -> bool:
         """Whether the rows of another batch can be written with these."""
-        own, new = self.decoder.canvas.constraint, other.decoder.canvas.constraint
         return (
             self.options == other.options
             and self.decoder.joins
             and other.decoder.joins
-            and (own.joins(new) if own is not None else new is None)
+            and joins(self.decoder.canvas, other.decoder.canvas)
         )
 
     def join(self, other: Batch) -> None:
@@ -119,7 +124,7 @@ class Batch:
         canvas, job, begin = self.decoder.canvas, ticket.job, ticket.begin
         certain = max(begin, canvas.certain(row, bool(job.options.remask)))
         new, forwards = slice(begin + ticket.sent, certain), int(canvas.forwards[row])
-        if certain > new.start:
+        if certain > new.start and job.streams:
             told = (x[row, new].tolist() for x in (canvas.ids, canvas.logprob, canvas.step))
             ticket.deliver(Committed(*told, forwards))
         if job.drafts:
@@ -167,13 +172,7 @@ class Batch:
         )
 
 
-def shared(options: Options) -> Options:
-    """What rows must have in common to be written together: all but what is a row's own."""
-    return replace(
-        options,
-        max_new_tokens=0,
-        min_new_tokens=0,
-        stop_strings=(),
-        seed=None,
-        num_return_sequences=1,
-    )
+def joins(first: Canvas, second: Canvas) -> bool:
+    """Whether rows of two canvases can be on one: they have to match the same, or nothing."""
+    own, new = first.constraint, second.constraint
+    return own.joins(new) if own is not None else new is None

@@ -18,11 +18,12 @@ from typing import Any
 
 from ..checkpoint.model import Checkpoint
 from ..generation.tokens import encode
-from .batch import Batch, Deliver, Ticket
+from .batch import Batch, Deliver, Ticket, joins
 from .events import Failed
 from .jobs import Job, job_of
 from .prefix import PrefixCache
 
+WIDER, ROOM = 2, 32  # prompts are read together up to this many times as long, and tokens more
 WARMED = 10.0  # seconds after which no more numbers of rows are tried before the first request
 
 
@@ -144,7 +145,7 @@ class Engine:
         ids = encode(checkpoint.tokenizer, checkpoint.read_as, ["a"])
         while rows <= self.max_batch and time.monotonic() - began < WARMED:
             jobs = [job_of(checkpoint, ids, {**settings, "max_new_tokens": 8}) for _ in range(rows)]
-            batches = [Batch(checkpoint, Ticket(job, lambda _: None)) for job in jobs]
+            batches = [Batch(checkpoint, [Ticket(job, lambda _: None)]) for job in jobs]
             for batch in batches:
                 batch.step()
             for batch in batches[1:]:
@@ -193,8 +194,8 @@ class Engine:
             _answer(function, future)
         self._drop_cancelled()
         standing = [*self.batches]
-        for ticket in self._admitted():
-            self._begin(ticket)
+        for group in alike(self._admitted()):
+            self._begin(group)
         for batch in standing:
             self._step(batch)
         self.batches = [batch for batch in self.batches if len(batch)]
@@ -202,30 +203,40 @@ class Engine:
         return True
 
     def _admitted(self) -> list[Ticket]:
-        """Rows that have waited and for which there is room now."""
+        """Rows that have waited and for which there is room now. One that begins like another one
+        waits for a forward more, after which that beginning is known."""
         room = self.max_batch - sum(map(len, self.batches))
         new: list[Ticket] = []
+        later: list[Ticket] = []
+        read: set[int] = set()
         with self._changed:
             while self._waiting and len(new) < room:
                 ticket = self._waiting.popleft()
-                if not ticket.cancelled:
-                    new.append(ticket)
+                if ticket.cancelled:
+                    continue
+                key = self.prefixes.unknown(*self._beginning(ticket))
+                (later if key in read else new).append(ticket)
+                read |= {key} - {None}
+            self._waiting.extendleft(reversed(later))
             self.stats.waiting = len(self._waiting)
         return new
 
-    def _begin(self, ticket: Ticket) -> None:
-        """Read a row's prompt, in its first forward, and join it to others."""
+    def _begin(self, tickets: list[Ticket]) -> None:
+        """Read the prompts of rows, in their first forward, and join them to others."""
         try:
-            batch = Batch(self.checkpoint, ticket)
-            self._resume(batch, ticket)
+            batch = Batch(self.checkpoint, tickets)
+            self._resume(batch)
         except Exception as error:
-            ticket.deliver(Failed(error))
+            for ticket in tickets:
+                ticket.deliver(Failed(error))
             return
         self.batches.append(batch)
         self._step(batch)
+        for row, ticket in enumerate(batch.rows):
+            if ticket is not None:
+                self._keep(batch, row)
         if not len(batch):
             return
-        self._keep(batch, 0)
         host = next((b for b in self.batches if b is not batch and b.takes(batch)), None)
         if host is not None:
             host.join(batch)
@@ -257,22 +268,29 @@ class Engine:
     def _reuses(self, batch: Batch) -> bool:
         """Whether the keys and values of a batch's contexts are those of any text that begins so:
         blocks of another length than the model's are read otherwise."""
-        grain, mode = self.prefixes.grain, batch.options.mode
-        even = grain == 1 or mode != "diffusion" or batch.options.block_length == grain
+        grain, options = self.prefixes.grain, batch.options
+        even = grain == 1 or options.mode != "diffusion" or options.block_length == grain
         return bool(self.prefixes.budget) and batch.decoder.resumes and even
 
-    def _resume(self, batch: Batch, ticket: Ticket) -> None:
-        """Give a row's decoder what is known of its prompt."""
+    def _beginning(self, ticket: Ticket) -> tuple[list[int], int]:
+        """The tokens before what a row writes first, and how many of them may be known: not all,
+        since the last one says what follows."""
         canvas, end = ticket.job.canvas, ticket.begin
-        self.stats.prompts += end
+        if ticket.job.options.mode == "diffusion":
+            size = ticket.job.options.block_length or end + 1
+            end = end // size * size
+        return canvas.ids[0, :end].tolist(), max(0, end - 1)
+
+    def _resume(self, batch: Batch) -> None:
+        """Give a decoder what is known of its rows' prompts."""
+        tickets = [ticket for ticket in batch.rows if ticket is not None]
+        self.stats.prompts += sum(ticket.begin for ticket in tickets)
         if not self._reuses(batch):
             return
-        if batch.options.mode == "diffusion":
-            end = int(canvas.start[0])
-        context = self.prefixes.get(canvas.ids[0, :end].tolist(), max(0, end - 1))
-        if context:
-            self.stats.reused += context[0][0].shape[2]
-            batch.decoder.resume(context)
+        contexts = [self.prefixes.get(*self._beginning(ticket)) for ticket in tickets]
+        if any(contexts):
+            self.stats.reused += sum(c[0][0].shape[2] for c in contexts if c)
+            batch.decoder.resume(contexts)
 
     def _keep(self, batch: Batch, row: int) -> None:
         """Keep what has been read of a row."""
@@ -287,3 +305,23 @@ def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
+
+
+def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
+    """Tickets by what their rows have in common, and by the length of their prompts: a forward
+    takes as long as if all prompts had that of the longest."""
+    groups: list[list[Ticket]] = []
+    for ticket in sorted(tickets, key=lambda ticket: ticket.begin):
+        job = ticket.job
+        for group in groups:
+            first = group[0].job
+            if (
+                job.shared == first.shared
+                and joins(first.canvas, job.canvas)
+                and ticket.begin <= WIDER * group[0].begin + ROOM
+            ):
+                group.append(ticket)
+                break
+        else:
+            groups.append([ticket])
+    return groups

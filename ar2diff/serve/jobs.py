@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint.model import Checkpoint
@@ -26,7 +27,7 @@ class Job:
         segments: the prompt that the row holds, if it has gaps.
         number: how many earlier rows of its request have the same prompt, which its draws depend
             on: row `number` is what `generate` writes into it for `num_return_sequences` rows.
-        drafts: whether its reader wants drafts.
+        streams: whether its reader wants text before all of it is written. drafts: and drafts.
         stops: says of a row and its ids whether a stop string ends them; None: there is none.
     """
 
@@ -35,8 +36,21 @@ class Job:
     options: Options
     segments: Segments = field(default_factory=list)
     number: int = 0
+    streams: bool = True
     drafts: bool = False
     stops: Finished | None = None
+
+    @cached_property
+    def shared(self) -> Options:
+        """What rows must have in common to be written together: all but what is a row's own."""
+        return replace(
+            self.options,
+            max_new_tokens=0,
+            min_new_tokens=0,
+            stop_strings=(),
+            seed=None,
+            num_return_sequences=1,
+        )
 
 
 def job_of(
@@ -46,6 +60,7 @@ def job_of(
     *,
     segments: Segments | None = None,
     number: int = 0,
+    streams: bool = True,
     drafts: bool = False,
 ) -> Job:
     """A job, from token ids and the options of `generate`. It may take seconds, while the automaton
@@ -64,4 +79,4 @@ def job_of(
     canvas = canvas_of(checkpoint.model, spec, [ids], options)
     constrained(checkpoint, options, canvas, [segments] if gaps else None)
     stops = finished_of(checkpoint.model, options, None, checkpoint.tokenizer)
-    return Job(canvas, spec, options, segments, number, drafts, stops)
+    return Job(canvas, spec, options, segments, number, streams, drafts, stops)

@@ -61,6 +61,15 @@ class PrefixCache:
         states = torch.cat([self.blocks[key].states for key in path], 3)[:, :, :, :count].unbind()
         return [*zip(states[::2], states[1::2], strict=True)]
 
+    def unknown(self, ids: Sequence[int], most: int) -> int | None:
+        """A key of the first whole block of a text, of its first `most` tokens, that is not held;
+        None if there is none."""
+        path, count = self._known(ids[:most])
+        new = tuple(ids[count : min(count + self.size, most)])
+        if not self.budget or len(new) < self.size:
+            return None
+        return _key(path[-1] if path else 0, new)
+
     def put(self, ids: Sequence[int], context: Context) -> None:
         """Keep the keys and values of a text's first tokens, in whole blocks. Those of a model
         whose layers are not alike, or lie on several devices, are not kept.
