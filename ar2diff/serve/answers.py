@@ -1,25 +1,32 @@
-"""The answers to a request: their rows are prepared, written by the engine, and read here."""
+"""The answers to a request: rows that the engine writes, and their text as it comes in."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..core.canvas import Canvas
 from ..core.errors import Ar2DiffError
 from ..generation.results import Completion
-from ..generation.tokens import draw_tokens
-from .engine import EngineBusy, EngineGone, Ticket, begin_of
-from .events import Committed, Done, Draft, Event, Failed, Mailbox
+from .engine import EngineBusy, EngineGone
+from .events import Committed, Done, Event, Failed, Mailbox
 from .jobs import Job
+from .log import Account
 from .protocol import field_of
 from .refusal import Refusal, busy, gone, refused
 from .service import Service
-from .text import Filling, Text
+from .text import Filling, Text, Token
+
+LEAST = -9999.0  # JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Told(Token):
+    """A token with its log-probability."""
+
+    logprob: float
 
 
 @dataclass(eq=False)
@@ -27,21 +34,27 @@ class Row:
     """An answer.
 
     Attributes:
-        index: of the choice.
+        index: of the choice. before: ids of its prompt.
         text: as far as it has come in.
-        ids, logprobs: of its tokens.
-        result: once it is finished, and why it is: `stop`, `length` or `time`.
+        begin: first position that is written.
+        ids, logprobs: of its tokens, from there on.
+        told, offset: tokens and characters of which log-probabilities were sent.
+        result: once it is finished.
+        reason: why it has ended: `stop`, `length` or `time`; None: it has not.
     """
 
     index: int
     job: Job
+    before: list[int]
     text: Text | Filling
     begin: int
     box: Mailbox
-    ticket: Ticket | None = None
+    ticket: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     forwards: int = 0
+    told: int = 0
+    offset: int = 0
     result: Completion | None = None
     reason: str | None = None
 
@@ -55,7 +68,8 @@ class Row:
             raise _failed(event.error)
         if isinstance(event, Done):
             self.result, self.reason = event.result, event.reason
-            return self.text.end(self.whole(event.result), event.reason == "stop")
+            self.forwards = event.result.forwards
+            return self.text.end(event.result, event.reason == "stop")
         if isinstance(event, Committed):
             self.ids += event.ids
             self.logprobs += event.logprobs
@@ -63,22 +77,24 @@ class Row:
             return self.text.add(event.ids)
         return ""
 
-    def whole(self, result: Completion) -> str:
-        """The text of a result that the client has asked for."""
-        if isinstance(self.text, Filling) and not self.text.whole:
-            return (result.filled or ("",))[0]
-        return result.text
+    def fresh(self) -> list[Told]:
+        """The tokens that were shown since the last call."""
+        shown = self.text.ready(self.told, self.reason is not None)
+        logprobs = self.logprobs[self.told :]
+        self.told += len(shown)
+        return [
+            Told(token.text, token.name, finite(logprob))
+            for token, logprob in zip(shown, logprobs, strict=False)
+        ]
 
     def cut(self) -> str:
         """End the row where it is, because its time is over; returns the rest of its text."""
         self.reason = "time"
-        return self.text.end(self.text.text, False)
+        return self.text.cut()
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended, in OpenAI's words."""
-        if isinstance(self.text, Filling) and self.reason != "time":
-            return "stop"  # a gap that is filled is not cut off
+        """Why it has ended, in OpenAI's words."""
         return "stop" if self.reason == "stop" else "length"
 
     @property
@@ -87,47 +103,14 @@ class Row:
         return self.result.new_tokens if self.result else len(self.ids)
 
     def described(self) -> dict[str, Any]:
-        """What only this server tells of an answer."""
+        """What this server tells of an answer besides."""
         found = self.result
-        forwards = found.forwards if found else self.forwards
         return {
             "mode": self.job.options.mode,
-            "forwards": forwards,
-            "tokens_per_forward": round(self.tokens / forwards, 3) if forwards else 0.0,
+            "forwards": self.forwards,
+            "tokens_per_forward": round(self.tokens / self.forwards, 3) if self.forwards else 0.0,
             "seconds": round(found.seconds, 4) if found else None,
             "matches": found.matches if found else None,
-        }
-
-    def draft(self, draft: Draft, tokenizer: Any) -> dict[str, Any]:
-        """A draft as clients get it."""
-        mask, options = self.job.spec.mask_token_id, self.job.options
-        size = options.block_length if options.mode == "diffusion" else None
-        texts = draw_tokens(tokenizer, draft.ids, mask)
-        tokens = []
-        for n, text in enumerate(texts):
-            place, step = draft.start + n, draft.steps[n]
-            if draft.ids[n] == mask:
-                state = "open"
-            elif draft.drafted[n]:
-                state = "drafted"
-            else:
-                state = "decided" if step else "given"
-            tokens.append(
-                {
-                    "text": text,
-                    "step": step,
-                    "p": round(math.exp(min(draft.logprobs[n], 0.0)), 4) if step else 0.0,
-                    "state": state,
-                    "opens": bool(size and place and (self.begin + place) % size == 0),
-                }
-            )
-        return {
-            "index": self.index,
-            "start": draft.start,
-            "forward": draft.forwards,
-            "seconds": round(draft.seconds, 4),
-            "tokens": tokens,
-            "refused": draw_tokens(tokenizer, draft.refused, mask),
         }
 
 
@@ -136,23 +119,28 @@ class Answers:
 
     Args:
         jobs: in the order of the choices.
-        whole: the text of rows with gaps is the whole prompt.
+        account: gets what they cost.
+        whole: the text of rows with gaps is the whole prompt, not its first gap.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], whole: bool = False):
-        self.service = service
+    def __init__(
+        self, service: Service, jobs: Sequence[Job], account: Account, whole: bool = False
+    ):
+        self.service, self.account = service, account
         self.ring = asyncio.Event()
         self.rows = [self._row(index, job, whole) for index, job in enumerate(jobs)]
 
     def _row(self, index: int, job: Job, whole: bool) -> Row:
-        tokenizer, canvas = self.service.checkpoint.tokenizer, job.canvas
-        before = canvas.ids[0, : int(canvas.prompt[0])].tolist()
+        tokenizer, prompt = self.service.checkpoint.tokenizer, int(job.canvas.prompt[0])
+        before = job.canvas.ids[0, :prompt].tolist()
+        gaps = (~job.canvas.given[0, :prompt]).nonzero()[:, 0].tolist()
         text: Text | Filling
-        if gaps := _gaps(canvas):
+        if gaps:
             text = Filling(tokenizer, before, job.segments, gaps, whole)
         else:
             text = Text(tokenizer, before, job.options.stop_strings)
-        return Row(index, job, text, begin_of(job), Mailbox(self.ring.set))
+        begin = gaps[0] if gaps else prompt
+        return Row(index, job, before, text, begin, Mailbox(self.ring.set))
 
     def submit(self) -> None:
         """Have the rows written.
@@ -160,60 +148,64 @@ class Answers:
         Raises:
             Refusal: too many wait, or the engine has stopped.
         """
-        loop = asyncio.get_running_loop()
+        loop, rows = asyncio.get_running_loop(), [row for row in self.rows if not row.reason]
         try:
             tickets = self.service.engine.submit(
-                [row.job for row in self.rows],
-                [partial(_deliver, loop, row.box) for row in self.rows],
+                [row.job for row in rows], [partial(_deliver, loop, row.box) for row in rows]
             )
         except EngineBusy:
             raise busy() from None
         except EngineGone:
             raise gone() from None
-        for row, ticket in zip(self.rows, tickets, strict=True):
+        for row, ticket in zip(rows, tickets, strict=True):
             row.ticket = ticket
 
     def cancel(self) -> None:
-        """Drop the rows that are not finished; nobody waits for them."""
+        """Drop the rows that are not finished: nobody waits for them."""
         for row in self.rows:
             if row.ticket is not None and row.reason is None:
                 self.service.engine.cancel(row.ticket)
+        self.account.tokens = sum(row.tokens for row in self.rows)
+        self.account.forwards = sum(row.forwards for row in self.rows)
 
-    async def events(self) -> AsyncIterator[tuple[Row, Event | None]]:
-        """What the engine tells of each row, in turn. None: the time of the request is over, and
-        the row ends where it is."""
-        deadline = asyncio.get_running_loop().time() + self.service.limits.seconds
+    async def news(self) -> AsyncIterator[tuple[Row, Event | None, str]]:
+        """What the engine tells of each row, with the text that may be shown since. None instead of
+        an event: the time of the request is over, and the row ends where it is.
+
+        Raises:
+            Refusal: a row cannot be finished; or the time is over, and nothing was written.
+        """
+        limit = self.service.limits.seconds
+        deadline = asyncio.get_running_loop().time() + limit - self.account.seconds
         while left := [row for row in self.rows if row.reason is None]:
             try:
                 async with asyncio.timeout_at(deadline):
                     await self.ring.wait()
             except TimeoutError:
+                if not any(row.ids for row in self.rows):
+                    raise out_of_time(limit) from None
+                self.cancel()
                 for row in left:
-                    self.service.engine.cancel(row.ticket)
-                    yield row, None
+                    yield row, None, row.cut()
                 return
             self.ring.clear()
             for row in left:
                 for event in row.box.take():
-                    yield row, event
-
-    async def finished(self) -> None:
-        """Wait for all rows.
-
-        Raises:
-            Refusal: one of them cannot be finished, or the time was over before anything was
-                written.
-        """
-        async for row, event in self.events():
-            if event is None:
-                row.cut()
-            else:
-                row.take(event)
+                    text = row.take(event)
+                    if text:
+                        self.account.wrote()
+                    yield row, event, text
 
 
-def _gaps(canvas: Canvas) -> list[int]:
-    """The places of a prompt's masks."""
-    return (~canvas.given[0, : int(canvas.prompt[0])]).nonzero()[:, 0].tolist()
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LEAST) if logprob == logprob else LEAST
+
+
+def out_of_time(limit: float) -> Refusal:
+    """A 503: nothing was written in the time that a request may take."""
+    told = f"nothing was written within the {limit:g} seconds that a request may take"
+    return Refusal(503, f"{told}; try again later", None, "timeout", {"retry-after": "10"})
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, box: Mailbox, event: Event) -> None:
@@ -227,4 +219,6 @@ def _deliver(loop: asyncio.AbstractEventLoop, box: Mailbox, event: Event) -> Non
 def _failed(error: BaseException) -> Refusal:
     if isinstance(error, Ar2DiffError):
         return refused(error, field_of)
-    return gone()
+    if isinstance(error, EngineGone):
+        return gone()
+    raise error

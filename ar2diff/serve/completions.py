@@ -2,132 +2,216 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from ..core.errors import Ar2DiffError
-from ..core.generate import room_of
+from ..core.options import CONSTRAINTS
 from ..generation.complete import settings_of
 from ..generation.prompts import Segments
-from ..generation.tokens import encode
+from ..generation.tokens import encode, opened_at
 from .answers import Answers, Row
-from .events import Draft
-from .jobs import Job, job_of
+from .echo import Echo, read_prompts
+from .jobs import Job
+from .log import Account
 from .protocol import CompletionRequest, field_of
 from .refusal import Refusal, refused
+from .replies import Reply
+from .rows import SUFFIX, Names, Prompt, ask, check_count, check_tokens, jobs_of
 from .service import Service
 
+NAMES = Names("prompt", field_of)
 
-async def completed(service: Service, request: CompletionRequest) -> Completions:
+
+async def complete(service: Service, request: CompletionRequest, account: Account) -> Completions:
     """The answers to a request, which are being written.
 
     Raises:
-        Refusal: the request cannot be answered.
+        Refusal: the request cannot be answered, or not now.
     """
+    _check(service, request)
     settings = request.settings()
-    jobs = await service.lane(settings).run(_jobs, service, request, settings)
-    answers = Answers(service, jobs, whole=request.revise is not None)
-    answers.submit()
-    return Completions(service, request, answers)
+    if request.echo:
+        settings = _of_ar_mode(service, settings)
+    prepare = partial(_jobs, service, request, settings)
+    held = any(name in settings for name in CONSTRAINTS)
+    answers = await ask(service, request, account, prepare, held, request.revise is not None)
+    try:
+        echoes = await read_prompts(service, request, answers) if request.echo else []
+    except BaseException:
+        answers.cancel()
+        raise
+    return Completions(service, request, answers, echoes)
+
+
+def _check(service: Service, request: CompletionRequest) -> None:
+    """Refuse what contradicts itself, or is too much.
+
+    Raises:
+        Refusal: it does, or is.
+    """
+    service.check_model(request.model)
+    check_count(service, request, len(request.prompt))
+    check_tokens(service, request.max_tokens, "max_tokens", 0 if request.echo else 1)
+    if request.logprobs is not None and request.logprobs > 1:
+        raise Refusal(
+            400, "logprobs is above 1: only the chosen token's log-probability is known; set it to "
+            "1", "logprobs",
+        )  # fmt: skip
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise Refusal(400, "best_of is not n; leave it out", "best_of")
+    gaps = "revise" if request.revise is not None else "suffix" if request.suffix else None
+    against = ["stop", "echo", "min_tokens"] if gaps else []
+    against += ["suffix", "max_tokens", "logprobs"] if gaps == "revise" else []
+    for name in against:
+        if getattr(request, name):
+            raise Refusal(400, f"{name} cannot be combined with {gaps}; leave it out", name)
+    if gaps and not all(isinstance(prompt, str) for prompt in request.prompt):
+        raise Refusal(400, f"{gaps} needs a prompt that is a text, not token ids", "prompt")
+    if gaps == "revise" and len(request.prompt) > 1:
+        raise Refusal(400, "revise needs a single prompt; send several requests", "revise")
+
+
+def _of_ar_mode(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an answer that begins with its prompt's log-probabilities.
+
+    Raises:
+        Refusal: the model has no AR mode, or the request asks for another one.
+    """
+    if not service.lossless:
+        told = "echo needs a model with an AR mode, which this one does not have"
+        raise Refusal(400, f"{told}; leave it out", "echo")
+    try:
+        mode = settings_of(service.checkpoint, {**service.base, **settings})[1].mode
+    except Ar2DiffError as error:
+        raise refused(error, field_of) from None
+    if mode != "diffusion":
+        return settings
+    if settings.get("mode"):
+        told = "echo is answered by the AR mode, not by mode diffusion"
+        raise Refusal(400, f"{told}; leave out mode", "mode")
+    return {**settings, "mode": "ar"}
 
 
 def _jobs(service: Service, request: CompletionRequest, settings: dict[str, Any]) -> list[Job]:
+    prompts = [_prompt(service, request, given) for given in request.prompt]
+    tokens = None if request.suffix else request.max_tokens
+    return jobs_of(service, request, prompts, settings, tokens, None, NAMES)
+
+
+def _prompt(service: Service, request: CompletionRequest, given: str | list[int]) -> Prompt:
+    """A prompt's tokens.
+
+    Raises:
+        Refusal: it has none, or some that the model does not know.
+    """
+    checkpoint = service.checkpoint
+    if not isinstance(given, str):
+        spec = checkpoint.read_as
+        if any(token not in checkpoint.token_ids for token in given):
+            raise Refusal(400, "prompt has ids that the tokenizer has no token for", "prompt")
+        if spec.mask_token_id in given:
+            raise Refusal(400, "prompt has the mask token; use suffix for a gap", "prompt")
+        return Prompt(given)
+    segments: Segments = [given]
     try:
-        return [
-            job_of(service.checkpoint, ids, own, segments=segments, number=number,
-                   drafts=bool(request.drafts and request.stream))
-            for ids, own, segments in _rows(service, request, settings)
-            for number in range(request.n or 1)
-        ]  # fmt: skip
+        with service.encoding:
+            if request.revise is not None:
+                segments = opened_at(checkpoint.tokenizer, given, _spans(request, given))
+            elif request.suffix:
+                segments = [given, request.max_tokens or SUFFIX, request.suffix]
+            ids = encode(checkpoint.tokenizer, checkpoint.read_as, segments)
     except Ar2DiffError as error:
-        raise refused(error, field_of) from None
+        told = refused(error, field_of)
+        raise Refusal(400, told.message, "prompt") from None
+    return Prompt(ids, segments if len(segments) > 1 else None)
 
 
-def _rows(
-    service: Service, request: CompletionRequest, settings: dict[str, Any]
-) -> list[tuple[list[int], dict[str, Any], Segments | None]]:
-    """Ids, settings and segments of each prompt."""
-    checkpoint, rows = service.checkpoint, []
-    base = {**service.base(), **settings}
-    for prompt in request.prompt:
-        segments: Segments = [prompt] if isinstance(prompt, str) else []
-        if request.suffix is not None:
-            segments = [prompt, request.max_tokens or 16, request.suffix]
-        elif request.revise is not None:
-            raise Refusal(400, "revise is not there yet", "revise")
-        gaps = len(segments) > 1
-        if gaps:
-            own = {**base, "max_new_tokens": 0}
-            spec, options = settings_of(checkpoint, own, True)
+def _spans(request: CompletionRequest, text: str) -> list[tuple[int, int]]:
+    """What is to be written anew, in order; parts that touch are one.
+
+    Raises:
+        Refusal: a span is empty, or reaches beyond the text.
+    """
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted((begin, end) for begin, end in request.revise or ()):
+        if not begin < end <= len(text):
+            told = (
+                f"revise has [{begin}, {end}], which is no part of a text of {len(text)} characters"
+            )
+            raise Refusal(400, f"{told}; count code points from 0", "revise")
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
-            spec, options = settings_of(checkpoint, base)
-        if isinstance(prompt, str):
-            with service.encoding:
-                ids = encode(checkpoint.tokenizer, spec, segments)
-        else:
-            ids = prompt
-        if not gaps:
-            room = room_of(checkpoint.model, spec, options)
-            new = request.max_tokens
-            if new is None:
-                new = (
-                    options.max_new_tokens
-                    if room is None
-                    else max(1, min(options.max_new_tokens, room - len(ids)))
-                )
-            own = {**base, "max_new_tokens": new}
-        rows.append((ids, own, segments if gaps else None))
-    return rows
+            merged.append((begin, end))
+    if not merged:
+        raise Refusal(400, "revise is empty; give spans as [start, end]", "revise")
+    return merged
 
 
-class Completions:
-    """The answers to a request, as JSON or as a stream."""
+class Completions(Reply):
+    """Answers of /v1/completions.
 
-    def __init__(self, service: Service, request: CompletionRequest, answers: Answers):
-        self.service, self.request, self.answers = service, request, answers
-        self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.name,
+    Args:
+        echoes: what stands before the answers to each prompt, if it is to be repeated.
+    """
+
+    kind = part = "text_completion"
+    prefix = "cmpl"
+    request: CompletionRequest
+
+    def __init__(
+        self,
+        service: Service,
+        request: CompletionRequest,
+        answers: Answers,
+        echoes: Sequence[Echo] = (),
+    ):
+        super().__init__(service, request, answers)
+        self.echoes = echoes
+
+    def choice(self, row: Row) -> dict[str, Any]:
+        """See `Reply`."""
+        echo = self._echo(row)
+        logprobs = self._logprobs(row)
+        if echo and echo.logprobs and logprobs:
+            logprobs = {name: echo.logprobs[name] + logprobs[name] for name in logprobs}
+        text = (echo.text if echo else "") + row.text.shown
+        return {**self.empty(row), "text": text, "logprobs": logprobs,
+                "finish_reason": row.finish_reason}  # fmt: skip
+
+    def opening(self, row: Row) -> list[dict[str, Any]]:
+        """See `Reply`."""
+        echo = self._echo(row)
+        return [{**self.empty(row), "text": echo.text, "logprobs": echo.logprobs}] if echo else []
+
+    def parts(self, row: Row, text: str) -> list[dict[str, Any]]:
+        """See `Reply`."""
+        logprobs = self._logprobs(row)
+        if not text and not (logprobs and logprobs["tokens"]):
+            return []
+        return [{**self.empty(row), "text": text, "logprobs": logprobs}]
+
+    def empty(self, row: Row) -> dict[str, Any]:
+        """See `Reply`."""
+        return {"index": row.index, "text": "", "logprobs": None, "finish_reason": None}
+
+    def _echo(self, row: Row) -> Echo | None:
+        return self.echoes[row.index // (self.request.n or 1)] if self.echoes else None
+
+    def _logprobs(self, row: Row) -> dict[str, list[Any]] | None:
+        """Of the tokens that were shown since the last call."""
+        if self.request.logprobs is None:
+            return None
+        echo, new = self._echo(row), row.fresh()
+        start = row.offset + (len(echo.text) if echo else 0)
+        row.offset += sum(len(token.text) for token in new)
+        lengths = [0, *(len(token.text) for token in new)][: len(new)]
+        return {
+            "tokens": [token.name for token in new],
+            "token_logprobs": [token.logprob for token in new],
+            "top_logprobs": [{token.name: token.logprob} for token in new],
+            "text_offset": [start + end for end in accumulate(lengths)],
         }
-
-    async def whole(self) -> dict[str, Any]:
-        """The answer, once all of it is there."""
-        await self.answers.finished()
-        choices = [
-            self._choice(row, row.text.shown, row.finish_reason) for row in self.answers.rows
-        ]
-        for row, choice in zip(self.answers.rows, choices, strict=True):
-            choice["ar2diff"] = row.described()
-        return {**self.head, "choices": choices, "usage": self._usage()}
-
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer in parts."""
-        async for row, event in self.answers.events():
-            if isinstance(event, Draft):
-                drawn = row.draft(event, self.service.checkpoint.tokenizer)
-                yield {**self.head, "choices": [self._choice(row, "", None)], "draft": drawn}
-                continue
-            text = row.cut() if event is None else row.take(event)
-            if row.reason is not None:
-                choice = self._choice(row, text, row.finish_reason)
-                yield {**self.head, "choices": [{**choice, "ar2diff": row.described()}]}
-            elif text:
-                yield {**self.head, "choices": [self._choice(row, text, None)]}
-        if self.request.usage:
-            yield {**self.head, "choices": [], "usage": self._usage()}
-
-    def _choice(self, row: Row, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": row.index, "text": text, "logprobs": None, "finish_reason": reason}
-
-    def _usage(self) -> dict[str, int]:
-        rows = self.answers.rows
-        prompt = sum(
-            len(row.job.canvas.given[0, : int(row.job.canvas.prompt[0])])
-            for row in rows[:: self.request.n or 1]
-        )
-        new = sum(row.tokens for row in rows)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -10,25 +10,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core.errors import nearest
 from .refusal import Refusal
 
-MOST_CHOICES = 128  # answers to a prompt
+MOST_STOPS, LONGEST_STOP = 16, 128  # texts, and characters of one
+MOST = 2**31 - 1
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Natural = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
-# Fields of OpenAI's interface that are not honoured, and the values at which they ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "modalities": (["text"],),
-    "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": ("none",),
-    "verbosity": ("medium",), "functions": (), "function_call": (), "service_tier": (
-    "auto", "default"),
-}  # fmt: skip
-ADVICE = {
-    "presence_penalty": "use repetition_penalty",
-    "frequency_penalty": "use repetition_penalty",
-    "functions": "use tools",
-    "function_call": "use tool_choice",
+# Fields of OpenAI's interface that are not honoured: the values at which they ask for nothing, and
+# what to do instead of others.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "presence_penalty": ((0,), "use repetition_penalty"),
+    "frequency_penalty": ((0,), "use repetition_penalty"),
+    "service_tier": (("auto", "default"), "leave it out"),
+    "modalities": ((["text"],), "leave it out"),
+    "audio": ((), "leave it out"),
+    "prediction": ((), "leave it out"),
+    "web_search_options": ((), "leave it out"),
+    "reasoning_effort": (("none",), "leave it out"),
+    "verbosity": (("medium",), "leave it out"),
+    "functions": ((), "use tools"),
+    "function_call": ((), "use tool_choice"),
 }
-# Fields of requests, by the option of `generate` that they set.
+# Fields of requests, by the option of `generate` that they set, where the names differ.
 FIELDS = {
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
     "sequence_bias": "logit_bias",
@@ -38,7 +42,7 @@ SETTINGS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "regex",
     "choice", "grammar",
 )  # fmt: skip
-OFF = {"top_p": 1, "top_k": 0, "min_p": 0}  # a filter that lets everything pass is no sampling
+OFF = {"top_p": 1, "top_k": 0, "min_p": 0}  # a filter that lets everything pass asks for nothing
 
 
 class Strict(BaseModel):
@@ -60,16 +64,16 @@ class Request(Strict):
     model: str | None = None
     max_tokens: Natural | None = None
     min_tokens: Natural | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Positive | None = None
     stop: Any = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     drafts: bool | None = None
     # sampling
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST)] | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
@@ -82,7 +86,7 @@ class Request(Strict):
     draft_length: Positive | None = None
     # constraints
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
     # what means nothing here
     user: str | None = None
@@ -97,23 +101,23 @@ class Request(Strict):
 
     @field_validator(*NEUTRAL, check_fields=False)
     @classmethod
-    def _is_neutral(cls, value: Any, info: Any) -> Any:
-        allowed = NEUTRAL[info.field_name]
-        if value is None or (not isinstance(value, bool) and value in allowed):
-            return None
-        advice = ADVICE.get(info.field_name, "leave it out")
-        raise ValueError(f"is not supported; {advice}")
+    def _is_neutral(cls, value: Any, info: Any) -> None:
+        allowed, advice = NEUTRAL[info.field_name]
+        if value is not None and (isinstance(value, bool) or value not in allowed):
+            raise ValueError(f"is not supported; {advice}")
 
     @field_validator("stop")
     @classmethod
-    def _texts(cls, value: Any) -> list[str]:
+    def _stops(cls, value: Any) -> list[str]:
         texts = [value] if isinstance(value, str) else value or []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("is not a text or a list of texts")
         if not all(texts):
-            raise ValueError("has an empty text")
-        if len(texts) > 16 or any(len(text) > 64 for text in texts):
-            raise ValueError("has more than 16 texts, or one of more than 64 characters")
+            raise ValueError("holds an empty text; leave it out")
+        if len(texts) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in texts):
+            raise ValueError(
+                f"holds more than {MOST_STOPS} texts, or one of more than {LONGEST_STOP} characters"
+            )
         return texts
 
     def settings(self) -> dict[str, Any]:
@@ -137,9 +141,10 @@ class CompletionRequest(Request):
 
     prompt: Any
     suffix: str | None = None
-    revise: list[list[Natural]] | None = None
+    revise: Annotated[list[Annotated[list[Natural], Field(min_length=2, max_length=2)]],
+                      Field(fail_fast=True)] | None = None  # fmt: skip
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Natural | None = None
     best_of: Positive | None = None
     json_schema: dict[str, Any] | None = None
 
@@ -149,14 +154,11 @@ class CompletionRequest(Request):
         given = value if isinstance(value, list) else [value]
         if given and all(type(part) is int for part in given):
             given = [given]
-        for part in given:
-            whole = isinstance(part, list) and all(type(token) is int for token in part)
-            if not isinstance(part, str) and not (whole and part):
-                break
-        else:
-            if given:
-                return given
-        raise ValueError("is not a text, a list of texts, a list of ids, or a list of such lists")
+        if not given or not all(isinstance(part, str) or _is_ids(part) for part in given):
+            raise ValueError(
+                "is not a text, a list of texts, a list of token ids, or a list of such lists"
+            )
+        return given
 
     def settings(self) -> dict[str, Any]:
         """See `Request`."""
@@ -164,11 +166,15 @@ class CompletionRequest(Request):
         return {**super().settings(), **schema}
 
 
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
 Kind = TypeVar("Kind", bound=Request)
 
 
 def read_request(kind: type[Kind], value: Any) -> Kind:
-    """A request from what its JSON holds.
+    """A request, from what its JSON holds.
 
     Raises:
         Refusal: a field has the wrong type or value, or is not known.
@@ -183,11 +189,9 @@ def read_request(kind: type[Kind], value: Any) -> Kind:
 
 def _refusal(kind: type[Request], error: ValidationError) -> Refusal:
     first = error.errors(include_url=False, include_input=False)[0]
-    where = first["loc"]
-    name = str(where[0]) if where else ""
-    for part in where[1:]:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}"
-    name = name[:200]
+    where = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    name = name.removeprefix(".")[:200]
     if first["type"] == "extra_forbidden":
         near = nearest(name, kind.model_fields) if len(where) == 1 else ""
         told = f"{name!r} is not a field that this server knows{near}"

@@ -42,18 +42,21 @@ class Refusal(Exception):
         return {"error": inner}
 
 
-def refused(error: Ar2DiffError, field_of: Callable[[str], str]) -> Refusal:
+def refused(
+    error: Ar2DiffError, field_of: Callable[[str], str], subject: str | None = None
+) -> Refusal:
     """A 400 that says what an error of the sampler says.
 
     Args:
         field_of: the request's field for an option of `generate`.
+        subject: the field that an error is about which names no option.
     """
 
     def written(name: str, value: str | None) -> str:
         return field_of(name) if value is None else f"{field_of(name)}={value}"
 
     told = error.named(written)
-    param = field_of(error.option) if error.option else None
+    param = field_of(error.option) if error.option else subject
     return Refusal(400, f"{told.what}; {told.fix}", param)
 
 

@@ -4,10 +4,26 @@ string."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..generation.prompts import Segments
-from ..generation.tokens import UNKNOWN, decode, with_gaps_filled
+from ..generation.results import Completion
+from ..generation.tokens import UNKNOWN, decode, draw_tokens, with_gaps_filled
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, to be told with its log-probability.
+
+    Attributes:
+        text: what it adds to the answer: "" for the first bytes of a character, and for special
+            tokens.
+        name: of a special token its name, else the text.
+    """
+
+    text: str
+    name: str
 
 
 class Decoder:
@@ -32,7 +48,25 @@ class Decoder:
         return text[len(before) :]
 
 
-class Text:
+class Shown:
+    """A text that grows, and how much of it was shown."""
+
+    def __init__(self) -> None:
+        self.text, self.shown = "", ""
+
+    def show(self, text: str) -> str:
+        """Show a text; returns what is new in it."""
+        while not text.startswith(self.shown):  # a tokenizer that tidies up may take a space back
+            self.shown = self.shown[:-1]
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+    def cut(self) -> str:
+        """Show all that there is."""
+        return self.show(self.text)
+
+
+class Text(Shown):
     """The text of an answer, token by token.
 
     Args:
@@ -41,65 +75,83 @@ class Text:
 
     Attributes:
         text: all that has come in, with what is held back.
-        offsets: where the text of each token begins in it.
+        shown: what may be seen; of a finished answer, all of it.
+        offsets: where the text of each token begins.
+        stopped: whether a stop string has ended it.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = ()):
+        super().__init__()
         self.decoder, self.stops = Decoder(tokenizer, before), stops
-        self.text, self.shown, self.last = "", "", 0
         self.offsets: list[int] = []
+        self.stopped = False
         longest = max(map(len, stops), default=0)
-        # a stop string may begin in the prompt
+        # A stop string may begin in the prompt.
         self.prompt = decode(tokenizer, before)[1 - longest :] if longest > 1 else ""
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that may be shown since the last call."""
         for token in ids:
-            self.last = len(self.text)
-            self.offsets.append(self.last)
+            self.offsets.append(len(self.text))
             self.text += self.decoder.add([token])
-        return self._show(self.text[: self._held()])
+        return self.show(self.text[: self._certain()])
 
-    def end(self, text: str, stopped: bool) -> str:
-        """The rest of the text, once it is finished.
+    def end(self, result: Completion, stops: bool) -> str:
+        """The rest of the text.
 
         Args:
-            text: all of it, as `generate` returns it.
-            stopped: something has ended it, perhaps a stop string within its last token.
+            stops: something has ended it, perhaps a stop string within its last token.
         """
-        found = self._stop_in(text) if stopped else None
-        return self._show(text if found is None else text[:found])
+        self.text = result.text
+        place = self._stop() if stops else None
+        self.stopped = place is not None
+        return self.show(self.text[:place])
 
-    def _show(self, text: str) -> str:
-        while not text.startswith(self.shown):  # a tokenizer that tidies up may take a space back
-            self.shown = self.shown[:-1]
-        new, self.shown = text[len(self.shown) :], text
-        return new
-
-    def _stop_in(self, text: str) -> int | None:
+    def _stop(self) -> int | None:
         """Where a stop string begins that ends within the last token."""
-        whole, found = self.prompt + text, []
+        whole, before = self.prompt + self.text, len(self.prompt)
+        last = self.offsets[-1] if self.offsets else 0
+        found = []
         for stop in self.stops:
-            first = max(0, len(self.prompt) + self.last - len(stop) + 1)
-            place = whole.find(stop, first)
+            place = whole.find(stop, max(0, before + last - len(stop) + 1))
             if place >= 0:
-                found.append(max(0, place - len(self.prompt)))
+                found.append(max(0, place - before))
         return min(found, default=None)
 
-    def _held(self) -> int:
+    def _certain(self) -> int:
         """How much of the text can be no part of a stop string."""
-        found = self._stop_in(self.text)
-        places = [len(self.text) if found is None else found]
-        whole = self.prompt + self.text
+        if not self.stops:
+            return len(self.text)
+        place, whole = self._stop(), self.prompt + self.text
+        certain = len(self.text) if place is None else place
         for stop in self.stops:
             for size in range(min(len(stop) - 1, len(whole)), 0, -1):
                 if whole.endswith(stop[:size]):
-                    places.append(max(0, len(self.text) - size))
+                    certain = min(certain, max(0, len(self.text) - size))
                     break
-        return min(places)
+        return certain
+
+    def ready(self, first: int, over: bool) -> list[Token]:
+        """The tokens whose text is shown, from one on.
+
+        Args:
+            over: no more will come.
+        """
+        tokenizer, found = self.decoder.tokenizer, []
+        begins = self.offsets[first:]
+        ends = [*begins[1:], len(self.text)][: len(begins)]
+        ids = self.decoder.ids[len(self.decoder.ids) - len(begins) :]
+        for token, begin, end in zip(ids, begins, ends, strict=True):
+            if begin >= len(self.shown) if self.stopped else end > len(self.shown) and not over:
+                break
+            text = name = self.text[begin:end]
+            if not text and token in tokenizer.all_special_ids:
+                name = tokenizer.decode([token])
+            found.append(Token(text, name))
+        return found
 
 
-class Filling:
+class Filling(Shown):
     """The text of a prompt whose gaps are being filled.
 
     Args:
@@ -117,25 +169,28 @@ class Filling:
         gaps: Sequence[int],
         whole: bool,
     ):
+        super().__init__()
         self.tokenizer, self.segments, self.gaps, self.whole = tokenizer, segments, gaps, whole
-        self.ids, self.size = list(before[: gaps[0]]), len(before)
-        self.text, self.shown = "", ""
+        self.ids = list(before[: gaps[0]])
+        self.gap = gaps[0], gaps[0] + segments[1]
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that may be shown since the last call."""
         self.ids += ids
-        texts = with_gaps_filled(self.tokenizer, self.segments, self.ids[: self.size], self.gaps)
-        self.text = "".join(texts if self.whole else texts[1:2])
-        if self.text.endswith(UNKNOWN) or not self.text.startswith(self.shown):
+        texts = with_gaps_filled(self.tokenizer, self.segments, self.ids, self.gaps)
+        text = "".join(texts if self.whole else texts[1:2])
+        if text.endswith(UNKNOWN) or not text.startswith(self.shown):
             return ""
-        return self._show(self.text)
+        self.text = text
+        return self.show(text)
 
-    def end(self, text: str, stopped: bool) -> str:
-        """The rest of the text, once it is finished."""
-        while not text.startswith(self.shown):
-            self.shown = self.shown[:-1]
-        return self._show(text)
+    def end(self, result: Completion, stops: bool) -> str:
+        """The rest of the text."""
+        self.text = result.text if self.whole else (result.filled or ("",))[0]
+        return self.show(self.text)
 
-    def _show(self, text: str) -> str:
-        new, self.shown = text[len(self.shown) :], text
-        return new
+    def ready(self, first: int, over: bool) -> list[Token]:
+        """The tokens of the first gap, from one on, as far as they are known."""
+        begin, end = self.gap
+        texts = draw_tokens(self.tokenizer, self.ids[begin:end], -1)
+        return [Token(text, text) for text in texts[first:]]
