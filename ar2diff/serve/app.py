@@ -18,7 +18,7 @@ from ..config.safe_json import parse_json
 from .chat import chat
 from .completions import complete
 from .conversation import ChatRequest
-from .gate import LOOPBACK, Gate
+from .gate import KNOWN, LOOPBACK, Gate
 from .limits import Limits, read_body
 from .protocol import CompletionRequest, Kind, read_request
 from .refusal import Refusal
@@ -81,6 +81,8 @@ class Page(StaticFiles):
 
     async def get_response(self, path: str, scope: Any) -> Response:
         """A file."""
+        if scope["path"] in KNOWN and path != ".":
+            raise HTTPException(405)
         if scope["path"].startswith("/v1"):
             raise HTTPException(404)
         response = await super().get_response(path, scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,11 @@ from .log import Account
 from .protocol import FIELDS
 from .refusal import Refusal, refused
 from .replies import Reply
-from .rows import Names, Prompt, ask, check_count, check_tokens, jobs_of
+from .rows import Names, Prompt, ask, check_count, check_length, check_tokens, jobs_of
 from .service import Service
 from .tools import Call, Layout
 
+MOST_TOOLS = 1 << 18  # characters of tools: a template may indent them
 USUAL = 1024  # tokens of an answer unless a request says how many
 
 
@@ -60,6 +62,7 @@ def _check(service: Service, request: ChatRequest) -> None:
             "only the chosen token's log-probability is known; set logprobs to true and this to 1"
         )
         raise Refusal(400, f"top_logprobs is {request.top_logprobs}: {told}", "top_logprobs")
+    check_length(service, (text for m in request.messages for text in m.texts()), "messages")
     _check_tools(service, request)
 
 
@@ -71,6 +74,10 @@ def _check_tools(service: Service, request: ChatRequest) -> None:
                       "tool_choice")  # fmt: skip
     if not request.offered:
         return
+    size = len(json.dumps([tool.rendered() for tool in request.offered]))
+    if size > MOST_TOOLS:
+        told = f"tools has {size:,} characters, of which a request may have {MOST_TOOLS:,}"
+        raise Refusal(400, f"{told}; describe fewer functions", "tools")
     if service.layout is None:
         raise Refusal(
             400, "the model's chat template does not render tools, or not in a layout that can be "

@@ -19,7 +19,7 @@ from .log import Account
 from .protocol import CompletionRequest, field_of
 from .refusal import Refusal, refused
 from .replies import Reply
-from .rows import SUFFIX, Names, Prompt, ask, check_count, check_tokens, jobs_of
+from .rows import SUFFIX, Names, Prompt, ask, check_count, check_length, check_tokens, jobs_of
 from .service import Service
 
 NAMES = Names("prompt", field_of)
@@ -62,13 +62,16 @@ def _check(service: Service, request: CompletionRequest) -> None:
         )  # fmt: skip
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise Refusal(400, "best_of is not n; leave it out", "best_of")
+    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+    for text in texts:
+        check_length(service, [text, request.suffix or ""], "prompt")
     gaps = "revise" if request.revise is not None else "suffix" if request.suffix else None
     against = ["stop", "echo", "min_tokens"] if gaps else []
     against += ["suffix", "max_tokens", "logprobs"] if gaps == "revise" else []
     for name in against:
         if getattr(request, name):
             raise Refusal(400, f"{name} cannot be combined with {gaps}; leave it out", name)
-    if gaps and not all(isinstance(prompt, str) for prompt in request.prompt):
+    if gaps and len(texts) < len(request.prompt):
         raise Refusal(400, f"{gaps} needs a prompt that is a text, not token ids", "prompt")
     if gaps == "revise" and len(request.prompt) > 1:
         raise Refusal(400, "revise needs a single prompt; send several requests", "revise")
@@ -124,8 +127,8 @@ def _prompt(service: Service, request: CompletionRequest, given: str | list[int]
                 segments = [given, request.max_tokens or SUFFIX, request.suffix]
             ids = encode(checkpoint.tokenizer, checkpoint.read_as, segments)
     except Ar2DiffError as error:
-        told = refused(error, field_of)
-        raise Refusal(400, told.message, "prompt") from None
+        fix = "use suffix or revise for gaps" if "mask" in error.what else error.fix
+        raise Refusal(400, f"{error.what}; {fix}", "prompt") from None
     return Prompt(ids, segments if len(segments) > 1 else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -63,9 +64,9 @@ class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     # What answers have that clients send back.
     refusal: None = None
@@ -80,6 +81,14 @@ class Message(Strict):
         if self.content is None and not self.tool_calls:
             raise ValueError("has no content")
         return self
+
+    def texts(self) -> Iterator[str]:
+        """All texts of the message."""
+        content = self.content or ""
+        yield from (
+            [content] if isinstance(content, str) else (part.text or "" for part in content)
+        )
+        yield from (call.function.arguments for call in self.tool_calls or ())
 
     def rendered(self, as_text: bool) -> dict[str, Any]:
         """The message as chat templates read it.
@@ -183,10 +192,10 @@ class Format(Strict):
 class ChatRequest(Request):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Natural | None = None
     response_format: Format | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None

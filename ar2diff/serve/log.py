@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +80,9 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.captureWarnings(True)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it tells of every bad request
     LOG.setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_, **__: LOG.warning(str(message))
 
 
 def log_bug(error: BaseException, account: Account) -> None:

@@ -3,11 +3,21 @@ Whatever else a request holds is refused by name."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ..core.errors import nearest
+from ..core.values import LARGE
 from .refusal import Refusal
 
 MOST_STOPS, LONGEST_STOP = 16, 128  # texts, and characters of one
@@ -46,9 +56,19 @@ OFF = {"top_p": 1, "top_k": 0, "min_p": 0}  # a filter that lets everything pass
 
 
 class Strict(BaseModel):
-    """A part of a request: no other fields, and no conversions between types."""
+    """A part of a request: no other fields, and no conversions between types. Checks end at the
+    first fault, since a hostile body may have millions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in value if isinstance(value, dict) else ():
+            if name not in known:
+                raise PydanticCustomError("unknown", "unknown", {"name": name})
+        return value
 
 
 class StreamOptions(Strict):
@@ -76,7 +96,7 @@ class Request(Strict):
     top_k: Annotated[int, Field(ge=0, le=MOST)] | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Any = None
     # decoding
     mode: str | None = None
     threshold: Number | None = None
@@ -105,6 +125,14 @@ class Request(Strict):
         allowed, advice = NEUTRAL[info.field_name]
         if value is not None and (isinstance(value, bool) or value not in allowed):
             raise ValueError(f"is not supported; {advice}")
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases(cls, value: Any) -> dict[str, float] | None:
+        biases = value.values() if isinstance(value, dict) else [] if value is None else [None]
+        if not all(type(bias) in (int, float) and abs(bias) <= LARGE for bias in biases):
+            raise ValueError(f"is not an object of numbers, from {-LARGE:g} to {LARGE:g}, by token")
+        return value
 
     @field_validator("stop")
     @classmethod
@@ -152,8 +180,8 @@ class CompletionRequest(Request):
     @classmethod
     def _prompts(cls, value: Any) -> list[str | list[int]]:
         given = value if isinstance(value, list) else [value]
-        if given and all(type(part) is int for part in given):
-            given = [given]
+        if _is_ids(value):
+            given = [value]
         if not given or not all(isinstance(part, str) or _is_ids(part) for part in given):
             raise ValueError(
                 "is not a text, a list of texts, a list of token ids, or a list of such lists"
@@ -188,11 +216,13 @@ def read_request(kind: type[Kind], value: Any) -> Kind:
 
 
 def _refusal(kind: type[Request], error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    found = error.errors(include_url=False, include_input=False)
+    first = max(found, key=lambda one: len(one["loc"]))  # of alternatives, the one that was meant
+    where = [part for part in first["loc"] if not _names_type(part)]
+    where += [first["ctx"]["name"]] if first["type"] == "unknown" else []
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
     name = name.removeprefix(".")[:200]
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "unknown":
         near = nearest(name, kind.model_fields) if len(where) == 1 else ""
         told = f"{name!r} is not a field that this server knows{near}"
     elif first["type"] == "value_error":
@@ -200,8 +230,14 @@ def _refusal(kind: type[Request], error: ValidationError) -> Refusal:
     elif first["type"] == "missing":
         told = f"{name} is missing"
     else:
-        told = f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        what = re.sub(r" or instance of \w+", "", first["msg"])
+        told = f"{name}: {what[:1].lower()}{what[1:]}"
     return Refusal(400, told, name)
+
+
+def _names_type(part: str | int) -> bool:
+    """Whether a part of a place is the name of an alternative, as pydantic gives it."""
+    return isinstance(part, str) and (part in ("str", "NamedTool") or "[" in part)
 
 
 def field_of(option: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ def jobs_of(
     Raises:
         Refusal: one of them cannot be written.
     """
+    _check_bias(service, request)
     settings = {**service.base, **settings}
     drafts, found = bool(request.drafts and request.stream), []
     seen: dict[tuple[int, ...], int] = {}
@@ -147,6 +148,31 @@ def _tokens(
     told = f"{count} tokens of {names.prompt} and {tokens} new ones exceed the context of {room}"
     name = names.field_of("max_new_tokens")
     raise Refusal(400, f"{told}; lower {name} to {room - count}", name, TOO_LONG)
+
+
+def check_length(service: Service, texts: Iterable[str], name: str) -> None:
+    """Refuse a text that cannot fit into the context, before it takes long to find that out.
+
+    Raises:
+        Refusal: it cannot.
+    """
+    size, most = sum(map(len, texts)), service.longest
+    if most is not None and size > most:
+        told = f"{name} has {size:,} characters, far more than the model's context has room for"
+        raise Refusal(400, f"{told}; shorten it", name, TOO_LONG)
+
+
+def _check_bias(service: Service, request: Request) -> None:
+    """Refuse biases of tokens that there are not.
+
+    Raises:
+        Refusal: there is one.
+    """
+    known = service.checkpoint.token_ids
+    for token in request.logit_bias or ():
+        if token.isdecimal() and (len(token) > 9 or int(token) not in known):
+            told = f"logit_bias names the token {token[:20]}, which the tokenizer does not have"
+            raise Refusal(400, told, "logit_bias")
 
 
 def check_count(service: Service, request: Request, prompts: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError
+from ..core.forward import context_length
 from ..core.generate import room_of
 from ..core.options import FILTERS, MODES
 from ..generation.complete import settings_of
@@ -23,6 +24,7 @@ from .metrics import Metrics
 from .refusal import Refusal, busy
 from .tools import Layout, layout_of
 
+SLACK = 4  # times that a tokenizer may shorten a text before it cuts it into tokens
 Found = TypeVar("Found")
 
 
@@ -90,6 +92,15 @@ class Service:
         """Settings that every call needs: an unconverted model has its AR mode alone."""
         converted = self.checkpoint.spec is not None or self.checkpoint.draft is not None
         return {} if converted else {"mode": "ar"}
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Characters that no text has which fits into the context; None if there is no limit."""
+        context = context_length(self.checkpoint.model.config)
+        if context is None:
+            return None
+        token = max(map(len, self.checkpoint.tokenizer.get_vocab()))
+        return SLACK * context * token
 
     @cached_property
     def layout(self) -> Layout | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..generation.prompts import Segments
 from ..generation.results import Completion
 from ..generation.tokens import UNKNOWN, decode, draw_tokens, with_gaps_filled
@@ -85,9 +87,6 @@ class Text(Shown):
         self.decoder, self.stops = Decoder(tokenizer, before), stops
         self.offsets: list[int] = []
         self.stopped = False
-        longest = max(map(len, stops), default=0)
-        # A stop string may begin in the prompt.
-        self.prompt = decode(tokenizer, before)[1 - longest :] if longest > 1 else ""
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that may be shown since the last call."""
@@ -109,25 +108,18 @@ class Text(Shown):
 
     def _stop(self) -> int | None:
         """Where a stop string begins that ends within the last token."""
-        whole, before = self.prompt + self.text, len(self.prompt)
         last = self.offsets[-1] if self.offsets else 0
-        found = []
-        for stop in self.stops:
-            place = whole.find(stop, max(0, before + last - len(stop) + 1))
-            if place >= 0:
-                found.append(max(0, place - before))
-        return min(found, default=None)
+        found = (self.text.find(stop, max(0, last - len(stop) + 1)) for stop in self.stops)
+        return min((place for place in found if place >= 0), default=None)
 
     def _certain(self) -> int:
         """How much of the text can be no part of a stop string."""
-        if not self.stops:
-            return len(self.text)
-        place, whole = self._stop(), self.prompt + self.text
-        certain = len(self.text) if place is None else place
+        place, size = self._stop(), len(self.text)
+        certain = size if place is None else place
         for stop in self.stops:
-            for size in range(min(len(stop) - 1, len(whole)), 0, -1):
-                if whole.endswith(stop[:size]):
-                    certain = min(certain, max(0, len(self.text) - size))
+            for begun in range(min(len(stop) - 1, size), 0, -1):
+                if self.text.endswith(stop[:begun]):
+                    certain = min(certain, size - begun)
                     break
         return certain
 
@@ -149,6 +141,38 @@ class Text(Shown):
                 name = tokenizer.decode([token])
             found.append(Token(text, name))
         return found
+
+
+class Stops:
+    """Says of ids whether their last token ends a stop string. Unlike the criterion of transformers
+    it need not know the whole vocabulary, which takes seconds for each new string.
+
+    Args:
+        stops: at least one text.
+        begin: ids of the prompt, in which no stop string begins.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], begin: int):
+        self.tokenizer, self.stops, self.begin = tokenizer, stops, begin
+        # A character has four bytes at most, and a token one at least; the last token may be long.
+        self.reach = 4 * max(map(len, stops)) + 8
+
+    def __call__(self, row: int, ids: Tensor) -> bool:
+        """Whether a row is to end here.
+
+        Args:
+            ids: of the row, up to a new token.
+        """
+        start = max(0, len(ids) - self.reach)
+        tail = ids[start:].tolist()
+        text, before = self._text(tail), self._text(tail[:-1])
+        first = len(self._text(tail[: self.begin - start])) if start < self.begin else 0
+        pairs = enumerate(zip(text, before, strict=False))
+        new = next((n for n, (a, b) in pairs if a != b), min(len(text), len(before)))
+        return any(text.find(stop, max(first, new - len(stop) + 1)) >= 0 for stop in self.stops)
+
+    def _text(self, ids: list[int]) -> str:
+        return decode(self.tokenizer, ids)
 
 
 class Filling(Shown):
