@@ -30,6 +30,7 @@ from .recipes import recipes_app
 from .report import compare_command, report_command
 from .rl import rl
 from .runs import runs
+from .serve import serve
 from .sft import sft
 from .usage import USAGE, Group, Verb
 
@@ -52,6 +53,7 @@ app.command("rl", cls=Verb, rich_help_panel=TRAIN)(rl)
 app.command("draft", cls=Verb, rich_help_panel=TRAIN)(draft)
 app.command("generate", cls=Verb, rich_help_panel=GENERATE)(generate)
 app.command("chat", cls=Verb, rich_help_panel=GENERATE)(chat)
+app.command("serve", cls=Verb, rich_help_panel=GENERATE)(serve)
 app.command("runs", cls=Verb, rich_help_panel=TRAIN)(runs)
 app.command("plot", cls=Verb, rich_help_panel=TRAIN)(plot)
 app.command("eval", cls=Verb, rich_help_panel=GENERATE)(evaluate_command)

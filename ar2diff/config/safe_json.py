@@ -4,6 +4,7 @@ values, fail in an unexpected way."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -13,19 +14,25 @@ LONGEST_INTEGER = 40  # digits; tokenizers write "no limit" as 10^30
 
 
 def parse_json(
-    text: str | bytes, *, longest_integer: int = LONGEST_INTEGER, constants: bool = True
+    text: str | bytes,
+    *,
+    longest_integer: int = LONGEST_INTEGER,
+    constants: bool = True,
+    twice: bool = True,
 ) -> Any:
     """The value of a JSON text.
 
     Args:
         text: bytes are read as UTF-8, the only encoding that JSON files may have.
         longest_integer: digits that an integer may have.
-        constants: accept NaN and Infinity, which Python writes, and configs of some models contain.
+        constants: accept NaN and Infinity, which Python writes, and configs of some models contain;
+            and numbers that are too large for a float.
+        twice: accept objects that have a name twice; the last value counts.
 
     Raises:
         ValueError: it is not JSON, not UTF-8, nested deeper than `DEEPEST`, or contains an integer
-            that is too long, a constant that is not accepted, or half a surrogate pair. The message
-            is one line, to follow "the file is not JSON: ".
+            that is too long, what is not accepted, or half a surrogate pair. The message is one
+            line, to follow "the file is not JSON: ".
     """
     if isinstance(text, bytes):
         if text.startswith(b"\xef\xbb\xbf"):
@@ -40,6 +47,8 @@ def parse_json(
             text,
             parse_int=partial(_integer, longest=longest_integer),
             parse_constant=None if constants else _constant,
+            parse_float=None if constants else _float,
+            object_pairs_hook=None if twice else _object,
         )
     except RecursionError:
         raise too_deep from None
@@ -60,6 +69,22 @@ def _integer(digits: str, longest: int) -> int:
     if len(digits) > longest:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number that is too large")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {double[:80]!r} stands twice in an object")
+    return found
 
 
 def _constant(name: str) -> Any:

@@ -16,10 +16,15 @@ UNKNOWN = "\ufffd"  # what bytes that are no character decode to
 DRAWN: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, prompt: str | Sequence[dict[str, Any]], tools: Sequence[Any] | None = None
+) -> list[int]:
     """Ids of a prompt that is to be continued: a text, with the tokenizer's BOS but without the EOS
     or SEP that some tokenizers append; or messages, as the chat template renders them before an
     answer.
+
+    Args:
+        tools: descriptions of functions that the answer may call.
 
     Raises:
         Exception: whatever a chat template raises.
@@ -28,7 +33,7 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[dict[str, Any]]) -> list[i
         ids = tokenizer(prompt, verbose=False).input_ids
         return ids[: len(ids) - closing_tokens(tokenizer)]
     rendered = tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=True, return_dict=True
+        list(prompt), tools=tools, add_generation_prompt=True, return_dict=True
     )
     return rendered["input_ids"]
 
@@ -90,17 +95,28 @@ def opened(tokenizer: Any, text: str, parts: Sequence[str]) -> str:
     Raises:
         Ar2DiffError: as `places_of`.
     """
-    found, at, ids_of = "", 0, prompt_ids
-    for begin, end in places_of(text, parts):
+    segments = opened_at(tokenizer, text, places_of(text, parts))
+    return "".join(s if isinstance(s, str) else f"{{mask:{s}}}" for s in segments)
+
+
+def opened_at(tokenizer: Any, text: str, places: Sequence[tuple[int, int]]) -> Segments:
+    """The text with gaps in place of some parts, as `opened`.
+
+    Args:
+        places: where the parts begin and end, in order; no two touch.
+    """
+    segments: Segments = []
+    at, ids_of = 0, prompt_ids
+    for begin, end in places:
         before = text[at:begin]
         space = " " * _leaves_space(tokenizer, before, ids_of)
         if begin:
             count = len(ids_after_text(tokenizer, space + text[begin:end]))
         else:  # some tokenizers put a space before a whole text
             count = len(prompt_ids(tokenizer, text[:end])) - len(prompt_ids(tokenizer, ""))
-        found += f"{before}{{mask:{count}}}"
+        segments += [before, count]
         at, ids_of = end, ids_after_text
-    return found + text[at:]
+    return [*segments, text[at:]]
 
 
 def _leaves_space(tokenizer: Any, text: str, ids_of: Callable[[Any, str], list[int]]) -> bool:
@@ -110,8 +126,16 @@ def _leaves_space(tokenizer: Any, text: str, ids_of: Callable[[Any, str], list[i
     return ids_of(tokenizer, text + "a")[:-1] == ids_of(tokenizer, text[:-1])
 
 
-def encode_messages(tokenizer: Any, spec: Spec, messages: Sequence[dict[str, Any]]) -> list[int]:
+def encode_messages(
+    tokenizer: Any,
+    spec: Spec,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[Any] | None = None,
+) -> list[int]:
     """Ids of a conversation up to the answer that is to be written.
+
+    Args:
+        tools: as of `prompt_ids`.
 
     Raises:
         Ar2DiffError: the tokenizer has no chat template, the template refuses the messages, or they
@@ -123,7 +147,7 @@ def encode_messages(tokenizer: Any, spec: Spec, messages: Sequence[dict[str, Any
             "pass the conversation as one text",
         )
     try:
-        ids = prompt_ids(tokenizer, messages)
+        ids = prompt_ids(tokenizer, messages, tools)
     except Exception as error:  # a template may raise anything
         raise Ar2DiffError(
             f"the chat template rejects the conversation ({first_line(error)})",

@@ -12,9 +12,9 @@ from ..core.canvas import Canvas, Finished
 from ..core.generate import canvas_of
 from ..core.options import Options
 from ..core.spec import Spec
-from ..core.stopping import finished_of
 from ..generation.complete import constrained, settings_of
 from ..generation.prompts import Segments
+from .text import Stops
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,5 +78,6 @@ def job_of(
     spec, options = settings_of(checkpoint, settings, gaps)
     canvas = canvas_of(checkpoint.model, spec, [ids], options)
     constrained(checkpoint, options, canvas, [segments] if gaps else None)
-    stops = finished_of(checkpoint.model, options, None, checkpoint.tokenizer)
+    texts = options.stop_strings
+    stops = Stops(checkpoint.tokenizer, texts, len(ids)) if texts else None
     return Job(canvas, spec, options, segments, number, streams, drafts, stops)
