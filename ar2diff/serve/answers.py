@@ -87,11 +87,6 @@ class Row:
             for token, logprob in zip(shown, logprobs, strict=False)
         ]
 
-    def cut(self) -> str:
-        """End the row where it is, because its time is over; returns the rest of its text."""
-        self.reason = "time"
-        return self.text.cut()
-
     @property
     def finish_reason(self) -> str:
         """Why it has ended, in OpenAI's words."""
@@ -148,10 +143,10 @@ class Answers:
         Raises:
             Refusal: too many wait, or the engine has stopped.
         """
-        loop, rows = asyncio.get_running_loop(), [row for row in self.rows if not row.reason]
+        post, rows = self.service.post, [row for row in self.rows if not row.reason]
         try:
             tickets = self.service.engine.submit(
-                [row.job for row in rows], [partial(_deliver, loop, row.box) for row in rows]
+                [row.job for row in rows], [partial(post.put, row.box) for row in rows]
             )
         except EngineBusy:
             raise busy() from None
@@ -168,29 +163,32 @@ class Answers:
         self.account.tokens = sum(row.tokens for row in self.rows)
         self.account.forwards = sum(row.forwards for row in self.rows)
 
-    async def news(self) -> AsyncIterator[tuple[Row, Event | None, str]]:
-        """What the engine tells of each row, with the text that may be shown since. None instead of
-        an event: the time of the request is over, and the row ends where it is.
+    async def news(self) -> AsyncIterator[tuple[Row, Event, str]]:
+        """What the engine tells of each row, with the text that may be shown since. When the time
+        of the request is over, rows end where they are.
 
         Raises:
             Refusal: a row cannot be finished; or the time is over, and nothing was written.
         """
-        limit = self.service.limits.seconds
-        deadline = asyncio.get_running_loop().time() + limit - self.account.seconds
+        limits, loop = self.service.limits, asyncio.get_running_loop()
+        deadline = loop.time() + limits.seconds - self.account.seconds
+        cut = False
         while left := [row for row in self.rows if row.reason is None]:
             try:
                 async with asyncio.timeout_at(deadline):
                     await self.ring.wait()
             except TimeoutError:
-                if not any(row.ids for row in self.rows):
-                    raise out_of_time(limit) from None
-                self.cancel()
+                if cut:  # a forward takes that long
+                    raise out_of_time(limits.seconds) from None
+                cut, deadline = True, deadline + limits.leave
                 for row in left:
-                    yield row, None, row.cut()
-                return
+                    self.service.engine.cut(row.ticket)
+                continue
             self.ring.clear()
             for row in left:
                 for event in row.box.take():
+                    if isinstance(event, Failed) and isinstance(event.error, TimeoutError):
+                        raise out_of_time(limits.seconds)
                     text = row.take(event)
                     if text:
                         self.account.wrote()
@@ -206,14 +204,6 @@ def out_of_time(limit: float) -> Refusal:
     """A 503: nothing was written in the time that a request may take."""
     told = f"nothing was written within the {limit:g} seconds that a request may take"
     return Refusal(503, f"{told}; try again later", None, "timeout", {"retry-after": "10"})
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, box: Mailbox, event: Event) -> None:
-    """Put an event into a mailbox, from the engine's thread."""
-    try:
-        loop.call_soon_threadsafe(box.put, event)
-    except RuntimeError:  # the loop is closed: nobody reads any more
-        pass
 
 
 def _failed(error: BaseException) -> Refusal:

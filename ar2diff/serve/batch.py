@@ -130,6 +130,8 @@ class Batch:
     def _tell(self, row: int, ticket: Ticket) -> None:
         """Deliver what is new in a row."""
         canvas, job, begin = self.decoder.canvas, ticket.job, ticket.begin
+        if not (job.streams or canvas.over[row]):
+            return
         certain = max(begin, canvas.certain(row, bool(job.options.remask)))
         new, forwards = slice(begin + ticket.sent, certain), int(canvas.forwards[row])
         if certain > new.start and job.streams:

@@ -127,7 +127,8 @@ class Engine:
         ticket.cancelled = True
 
     def cut(self, ticket: Ticket) -> None:
-        """Have a row end where it is before the next forward; called by any thread."""
+        """Have a row end where it is before the next forward; called by any thread. If its first
+        forward was not made yet, it fails by a `TimeoutError`."""
         ticket.cut = True
 
     def close(self, drain: bool = True) -> None:
@@ -264,6 +265,12 @@ class Engine:
 
     def _drop(self) -> None:
         """End rows that are cut, and drop those that nobody waits for."""
+        with self._changed:
+            late = [ticket for ticket in self._waiting if ticket.cut and not ticket.cancelled]
+            for ticket in late:
+                self._waiting.remove(ticket)
+        for ticket in late:
+            ticket.deliver(Failed(TimeoutError()))
         for batch in self.batches:
             held = [(row, ticket) for row, ticket in enumerate(batch.rows) if ticket is not None]
             batch.drop([row for row, ticket in held if ticket.cancelled])

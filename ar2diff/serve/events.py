@@ -3,7 +3,9 @@ somebody reads it."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..generation.results import Completion
@@ -87,6 +89,34 @@ class Failed:
 
 
 Event = Committed | Draft | Done | Failed
+
+
+class Post:
+    """Carries events from the engine's thread to the thread of a loop: all that have come since
+    the loop last looked, in one call.
+
+    Args:
+        call: has a function called by the loop's thread; a `RuntimeError` says that it is closed.
+    """
+
+    def __init__(self, call: Callable[[Callable[[], None]], object]):
+        self.call, self.called = call, False
+        self.held: deque[tuple[Mailbox, Event]] = deque()
+
+    def put(self, box: Mailbox, event: Event) -> None:
+        """Send an event; called by the engine's thread."""
+        self.held.append((box, event))
+        if not self.called:
+            self.called = True
+            with suppress(RuntimeError):
+                self.call(self.deliver)
+
+    def deliver(self) -> None:
+        """Put what has come into the mailboxes; called by the loop's thread."""
+        self.called = False
+        while self.held:
+            box, event = self.held.popleft()
+            box.put(event)
 
 
 class Mailbox:

@@ -27,7 +27,8 @@ class Job:
         segments: the prompt that the row holds, if it has gaps.
         number: how many earlier rows of its request have the same prompt, which its draws depend
             on: row `number` is what `generate` writes into it for `num_return_sequences` rows.
-        streams: whether its reader wants text before all of it is written. drafts: and drafts.
+        streams: whether its reader wants tokens as they are decided, not only the text in the end.
+        drafts: whether it wants drafts, too.
         stops: says of a row and its ids whether a stop string ends them; None: there is none.
     """
 

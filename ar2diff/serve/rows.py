@@ -102,6 +102,9 @@ def jobs_of(
     _check_bias(service, request)
     settings = {**service.base, **settings}
     drafts, found = bool(request.drafts and request.stream), []
+    # Else the text that the engine tells at the end is all that is asked for.
+    named = request.logprobs is not None and request.logprobs is not False
+    streams = bool(request.stream or request.stop or named)
     seen: dict[tuple[int, ...], int] = {}
     try:
         for prompt in prompts:
@@ -113,7 +116,7 @@ def jobs_of(
                 seen[key] = number + 1
                 found.append(
                     job_of(service.checkpoint, prompt.ids, own, segments=prompt.segments,
-                           number=number, drafts=drafts)
+                           number=number, streams=streams, drafts=drafts)
                 )  # fmt: skip
     except Ar2DiffError as error:
         constraint = next((name for name in CONSTRAINTS if settings.get(name)), None)

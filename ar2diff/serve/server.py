@@ -7,6 +7,7 @@ import importlib.util
 import ipaddress
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")  # of the extra
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SWITCH = 0.0003  # seconds after which a thread lets another one run; five thousandths by default
 
 
 def serve(
@@ -168,6 +170,8 @@ def _service(
     service = Service(checkpoint, engine, name or Path(model).name or model, limits)
     service.metrics.watch(engine)
     engine.warm(service.base)
+    # The engine's thread lets others run at every operation on tensors, and has to be let in again.
+    sys.setswitchinterval(SWITCH)
     engine.start()
     return service
 

@@ -19,6 +19,7 @@ from ..core.options import FILTERS, MODES
 from ..generation.complete import settings_of
 from ..generation.steering import steered
 from .engine import Engine
+from .events import Post
 from .limits import Limits
 from .metrics import Metrics
 from .refusal import Refusal, busy
@@ -86,6 +87,11 @@ class Service:
         if name is not None and name != self.name:
             told = f"the model {name[:100]!r} is not here; this server has {self.name!r}"
             raise Refusal(404, told, "model", "model_not_found")
+
+    @cached_property
+    def post(self) -> Post:
+        """The way of events from the engine to the loop that runs now."""
+        return Post(asyncio.get_running_loop().call_soon_threadsafe)
 
     @cached_property
     def base(self) -> dict[str, Any]:
