@@ -58,13 +58,17 @@ async function ask(path, options) {
   throw new Refused(message, { status: answer.status, param: error?.param });
 }
 
+function broken(error) {
+  throw error.name === "AbortError" ? error : new Refused("The connection to the server broke.");
+}
+
 /** The data of server-sent events. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(broken);
       if (done) return;
       const parts = (rest + value.replaceAll("\r", "")).split("\n\n");
       rest = parts.pop();

@@ -32,7 +32,8 @@ async function meet() {
   say($("outage"), "");
   $("run").disabled = false;
   $("key-field").hidden = true;
-  model.modes = ["diffusion", "speculative", "ar"].filter((mode) => model.modes?.includes(mode));
+  const known = ["diffusion", "speculative", "ar"].filter((mode) => model.modes?.includes(mode));
+  model.modes = known.length ? known : ["ar"];
   const blocks = model.block_length ? `blocks of ${model.block_length}` : "no blocks";
   $("facts").textContent = [model.id, model.attention, blocks].filter(Boolean).join(" · ");
   for (const label of $("modes").querySelectorAll("[data-mode]"))
@@ -43,7 +44,7 @@ async function meet() {
   const chat = Boolean(model.chat);
   $("kinds").dataset.lacking = chat ? "" : "yes";
   document.querySelector(`[name=kind][value=${chat ? "chat" : "text"}]`).checked = true;
-  if (chat) $("prompt").value = "Tell me about the sea.";
+  if (chat) $("prompt").value = "Zoe had 3 pencils and found 5 more. She gave 4 to Finn. How many are left?";
   for (const name of ["max_tokens", "length"]) {
     if (model.max_tokens) $(name).max = model.max_tokens;
     if (model.max_tokens < $(name).value) $(name).value = model.max_tokens;
@@ -121,30 +122,37 @@ async function run() {
     if (!(error instanceof Wrong)) throw error;
     return showProblem(error.message, error.param);
   }
+  const recordings = plans.map(({ recording }) => recording);
   running = new AbortController();
   busy(true);
-  announcer.begin();
-  theatre.open(plans.map(({ recording }) => recording), true);
   const together = document.querySelector("[name=order]:checked").value === "together";
   try {
-    if (together) await Promise.all(plans.map(fill));
-    else for (const plan of plans) await fill(plan);
+    if (together) await Promise.all(plans.map((plan) => fill(plan, recordings)));
+    else for (const plan of plans) await fill(plan, recordings);
     if (plans[0].recording.chat) remember(plans[0].recording);
   } catch (error) {
     running.abort(); // the others, too
+    for (const recording of recordings) recording.reason ??= "stopped";
     if (error.name !== "AbortError") complain(error);
   }
   running = null;
   busy(false);
+  if (theatre.recordings !== recordings) return; // it was refused
   announcer.end();
   const chat = plans[0].recording.chat;
   theatre.ended({ rewrite: offered("rewrite") && !chat, go: !chat });
 }
 
-async function fill({ path, body, recording }) {
+/** Fill the recording of a plan. What was shown before stays until the server answers. */
+async function fill({ path, body, recording }, recordings) {
   for await (const chunk of chunks(path, body, running.signal)) {
+    if (theatre.recordings !== recordings) {
+      announcer.begin();
+      theatre.open(recordings, true);
+      theatre.appear();
+    }
     const text = recording.take(chunk);
-    if (theatre.recordings[0] === recording) announcer.add(text);
+    if (recording === recordings[0]) announcer.add(text);
     theatre.grew();
   }
 }
@@ -157,7 +165,7 @@ function remember({ messages, text }) {
 }
 
 function complain(error) {
-  if (!(error instanceof Refused)) throw error;
+  if (!(error instanceof Refused)) console.error(error);
   if (error.status === 401) return askForKey(error.message);
   showProblem(error.message, error.param);
 }

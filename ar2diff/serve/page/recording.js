@@ -43,6 +43,8 @@ export class Recording {
 
   /** The tokens after the first `count` frames. */
   tokensAfter(count) {
+    if (!count && this.frames.length && this.mode === "diffusion")
+      return asOf(this.frames[0].tokens, 0, true); // blanks
     if (count < this._place) [this._place, this._tokens] = [0, []];
     for (; this._place < count; this._place++) {
       const { start, tokens } = this.frames[this._place];

@@ -9,7 +9,8 @@ const SURE = [0.5, 0.7, 0.9, 0.99]; // where the shades of confidence begin
 export const shade = (p) => SURE.filter((bound) => p >= bound).length;
 
 export class Stage {
-  constructor(recording) {
+  /** `apart`: what was asked is shown elsewhere. */
+  constructor(recording, apart) {
     this.recording = recording;
     this.drawn = []; // tokens, and their elements
     this.pieces = [];
@@ -17,7 +18,7 @@ export class Stage {
     this.tokens = element("span", { className: "tokens" });
     this.rest = element("span", { className: "rest" });
     this.text = element("p", { className: "text" });
-    this.text.append(...this._before(), this.tokens, this.rest);
+    this.text.append(...(apart ? [] : this._before()), this.tokens, this.rest);
     this.clock = element("dl", { className: "clock" });
     this.note = element("p", { className: "hint note" });
     const name = element("h3", {}, MODES[recording.mode] ?? recording.mode);
@@ -25,7 +26,7 @@ export class Stage {
       element("p", { className: "turn", data: { role } }, element("b", {}, role), content),
     );
     this.node = element("article", { className: "run", data: { mode: recording.mode } });
-    this.node.append(name, ...turns, this.text, this.clock, this.note);
+    this.node.append(name, ...turns, this.text, this.note, this.clock);
   }
 
   _before() {
@@ -84,15 +85,16 @@ export class Stage {
         element("div", {}, element("dt", {}, name), element("dd", {}, String(value))),
       ),
     );
-    const over = recording.summary && count === recording.frames.length;
+    const over = recording.reason && count === recording.frames.length;
     this.note.textContent = over ? this._ending() : "";
   }
 
   _ending() {
     const { fills, reason, summary } = this.recording;
-    const held = summary.matches === true ? "It has the form that was asked for. " : "";
-    const broken = summary.matches === false ? "It does not have the form that was asked for. " : "";
-    return held + broken + (reason === "length" && !fills ? "It was cut at its last token." : "");
+    const ends = { length: fills ? "" : "It stopped at the limit of tokens.", stopped: "Stopped." };
+    const held = summary?.matches === true ? "It has the form that was asked for. " : "";
+    const broken = summary?.matches === false ? "It does not have the form that was asked for. " : "";
+    return held + broken + (ends[reason] ?? "");
   }
 }
 

@@ -1,7 +1,7 @@
 // The right half of the page: recordings, the player, the legend, and what can be done with a run.
 
 import { $, element, say } from "./elements.js";
-import { Player } from "./player.js";
+import { Player, still } from "./player.js";
 import { Stage } from "./stage.js";
 import { tableOf } from "./table.js";
 
@@ -21,10 +21,14 @@ export class Theatre {
   open(recordings, live) {
     this.recordings = recordings;
     this.chosen = null;
-    this.stages = recordings.map((recording) => new Stage(recording));
+    const several = recordings.length > 1;
+    const asked = recordings.map(({ segments }) => segments[0]?.text ?? "");
+    const apart = several && asked.every((text) => text === asked[0]);
+    say($("asked"), apart ? asked[0] : "");
+    this.stages = recordings.map((recording) => new Stage(recording, apart));
     $("sketch").hidden = true;
     $("runs").replaceChildren(...this.stages.map(({ node }) => node));
-    $("runs").classList.toggle("several", recordings.length > 1);
+    $("runs").classList.toggle("several", several);
     const modes = recordings.map(({ mode }) => mode);
     for (const item of $("legend").querySelectorAll("[data-modes]"))
       item.hidden = !modes.some((mode) => item.dataset.modes.split(" ").includes(mode));
@@ -33,6 +37,13 @@ export class Theatre {
     say($("show-problem"), "");
     this.player.load(recordings, live);
     if (!live) this.ended();
+  }
+
+  /** Bring the texts into view on a narrow screen, where they stand below the form. */
+  appear() {
+    const { top } = $("runs").getBoundingClientRect();
+    const behavior = still.matches ? "auto" : "smooth";
+    if (top > innerHeight * 0.7) $("runs").scrollIntoView({ behavior, block: "start" });
   }
 
   /** Show what has been added. */
@@ -99,6 +110,5 @@ export class Theatre {
 
   _number() {
     $("runs").classList.toggle("numbered", $("numbers").checked);
-    $("legend").classList.toggle("numbered", $("numbers").checked);
   }
 }
