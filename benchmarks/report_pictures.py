@@ -37,21 +37,24 @@ def photograph(page: Path, width: int, shade: str) -> bytes:
              f"--window-size={width},{SIZES[width]}", page.resolve().as_uri()],
             check=True, capture_output=True,
         )  # fmt: skip
-        few = reduced(Image.open(file).convert("RGB"))
-    small = io.BytesIO()
-    few.save(small, "PNG", optimize=True)
-    return small.getvalue()
+        return reduced(file.read_bytes())
 
 
-def reduced(picture: Image.Image) -> Image.Image:
-    """A picture in `COLOURS` colours: the commonest, of areas and lines, are exact; the others, of
-    the edges of letters, are near."""
+def reduced(png: bytes) -> bytes:
+    """A PNG in `COLOURS` colours: the commonest, of areas and lines, are exact; the others, of the
+    edges of letters, are near."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
     counted = sorted(picture.getcolors(picture.width * picture.height), reverse=True)
-    common = [part for _, color in counted[: COLOURS // 2] for part in color]
-    near = picture.quantize(COLOURS // 2, Image.Quantize.MEDIANCUT).getpalette()
+    colors = [color for _, color in counted]
+    common = [part for color in colors[: COLOURS // 4] for part in color]
+    each = Image.new("RGB", (len(colors), 1))
+    each.putdata(colors)  # each counts once, so that a small area keeps its hue
+    near = each.quantize(COLOURS - COLOURS // 4, Image.Quantize.MEDIANCUT).getpalette()
     palette = Image.new("P", (1, 1))
     palette.putpalette(common + near)
-    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def main() -> None:

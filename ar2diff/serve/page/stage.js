@@ -20,13 +20,14 @@ export class Stage {
     this.text = element("p", { className: "text" });
     this.text.append(...(apart ? [] : this._before()), this.tokens, this.rest);
     this.clock = element("dl", { className: "clock" });
+    this.bar = element("progress", { max: 1, ariaHidden: "true" }); // the clock tells it in words
     this.note = element("p", { className: "hint note" });
     const name = element("h3", {}, MODES[recording.mode] ?? recording.mode);
     const turns = recording.messages.map(({ role, content }) =>
       element("p", { className: "turn", data: { role } }, element("b", {}, role), content),
     );
     this.node = element("article", { className: "run", data: { mode: recording.mode } });
-    this.node.append(name, ...turns, this.text, this.note, this.clock);
+    this.node.append(this.bar, name, ...turns, this.text, this.note, this.clock);
   }
 
   _before() {
@@ -85,6 +86,8 @@ export class Stage {
         element("div", {}, element("dt", {}, name), element("dd", {}, String(value))),
       ),
     );
+    const last = recording.frames.at(-1);
+    this.bar.value = last ? tokens / (last.start + last.tokens.length || 1) : 0;
     const over = recording.reason && count === recording.frames.length;
     this.note.textContent = over ? this._ending() : "";
   }
