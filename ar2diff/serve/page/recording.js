@@ -36,7 +36,7 @@ export class Recording {
     // A reader that lags gets the newest draft only. Its tokens tell what the earlier ones were.
     for (let k = (last?.forward ?? 0) + 1; k < frame.forward; k++) {
       const tokens = asOf(frame.tokens, k, this.mode === "diffusion");
-      this.frames.push({ ...frame, tokens, refused: [], forward: k, seconds: last?.seconds ?? 0 });
+      this.frames.push({ ...frame, tokens, refused: [], forward: k }); // their time is not known
     }
     this.frames.push(frame);
   }

@@ -3,6 +3,7 @@
 import { duration, element } from "./elements.js";
 
 export const MODES = { diffusion: "Diffusion", speculative: "Lossless", ar: "AR" };
+const SPEAKERS = { user: "You", assistant: "The model" };
 const SURE = [0.5, 0.7, 0.9, 0.99]; // where the shades of confidence begin
 
 /** The shade of a probability, from 0 to 4. */
@@ -23,9 +24,10 @@ export class Stage {
     this.bar = element("progress", { max: 1, ariaHidden: "true" }); // the clock tells it in words
     this.note = element("p", { className: "hint note" });
     const name = element("h3", {}, MODES[recording.mode] ?? recording.mode);
-    const turns = recording.messages.map(({ role, content }) =>
-      element("p", { className: "turn", data: { role } }, element("b", {}, role), content),
-    );
+    const said = ({ role, content }) =>
+      element("p", { className: "turn" }, element("b", {}, SPEAKERS[role] ?? role), content);
+    const turns = recording.messages.map(said);
+    if (recording.chat) turns.push(element("p", { className: "speaker" }, SPEAKERS.assistant));
     this.node = element("article", { className: "run", data: { mode: recording.mode } });
     this.node.append(this.bar, name, ...turns, this.text, this.note, this.clock);
   }
@@ -49,8 +51,9 @@ export class Stage {
     this.pieces.push(...added);
     this.tokens.querySelectorAll("del").forEach((refused) => refused.remove());
     this.tokens.append(...added);
-    for (const text of frame?.refused ?? [])
-      this.tokens.append(element("del", { className: "refused" }, text));
+    // Of a text that is finished, what the last forward drafted behind its end is of no interest.
+    const refused = this._over(count) ? [] : (frame?.refused ?? []);
+    for (const text of refused) this.tokens.append(element("del", { className: "refused" }, text));
     this._mark(tokens, frame?.forward);
     this.rest.replaceChildren(...recording.rest(tokens).map(restOf));
     this._tell(count);
@@ -88,8 +91,12 @@ export class Stage {
     );
     const last = recording.frames.at(-1);
     this.bar.value = last ? tokens / (last.start + last.tokens.length || 1) : 0;
-    const over = recording.reason && count === recording.frames.length;
-    this.note.textContent = over ? this._ending() : "";
+    this.note.textContent = this._over(count) ? this._ending() : "";
+  }
+
+  /** Whether all frames are shown, and no more will come. */
+  _over(count) {
+    return Boolean(this.recording.reason) && count === this.recording.frames.length;
   }
 
   _ending() {

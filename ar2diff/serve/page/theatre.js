@@ -5,6 +5,8 @@ import { Player, still } from "./player.js";
 import { Stage } from "./stage.js";
 import { tableOf } from "./table.js";
 
+const AGAIN = "Rewrite parts of it";
+
 export class Theatre {
   constructor() {
     this.stages = [];
@@ -21,6 +23,7 @@ export class Theatre {
   open(recordings, live) {
     this.recordings = recordings;
     this.chosen = null;
+    $("again").textContent = AGAIN;
     const several = recordings.length > 1;
     const asked = recordings.map(({ segments }) => segments[0]?.text ?? "");
     const apart = several && asked.every((text) => text === asked[0]);
@@ -94,6 +97,7 @@ export class Theatre {
     before.setStart(text, 0);
     before.setEnd(range.startContainer, range.startOffset);
     this.chosen = { words: range.toString(), before: before.toString().length };
+    $("again").textContent = this.chosen.words.trim() ? "Rewrite the selected words" : AGAIN;
   }
 
   _draw(counts) {
