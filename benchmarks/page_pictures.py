@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -37,18 +38,20 @@ def served(model: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "ar2diff", "serve", model, "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT)
     address = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + STARTED
-        while not answers(address):
-            if server.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"error: {model} is not served\n  fix: read what stands above")
-            time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + STARTED
+            while not answers(address):
+                if server.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    raise SystemExit(f"{log.read()}\nerror: {model} is not served")
+                time.sleep(0.2)
+            yield address
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def answers(address: str) -> bool:
