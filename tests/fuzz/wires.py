@@ -78,7 +78,8 @@ CLOSE = "Connection: close"
 
 
 def plain(draw: random.Random, case: Case, heavy: bool) -> None:
-    case.steps, case.answers = [sent(*request(draw, case, heavy), CLOSE)], 1
+    path, data = request(draw, case, heavy, spoilt=draw.random() < 0.85)
+    case.steps, case.answers = [sent(path, data, CLOSE)], 1
 
 
 def chunked(draw: random.Random, case: Case, heavy: bool) -> None:
