@@ -198,6 +198,26 @@ def test_a_cancelled_row_is_written_no_further_and_the_others_are(checkpoint):
         same(readers[place].result, lone)
 
 
+def test_a_row_that_is_cut_ends_with_what_it_has(checkpoint):
+    for settings in (AR, LOSSLESS, DIFFUSION):
+        engine, reader, late = Engine(checkpoint, max_batch=1), Reader(), Reader()
+        jobs = [
+            asked(checkpoint, "ab", {**settings, "max_new_tokens": 40}, streams=False)
+            for _ in range(2)
+        ]
+        tickets = engine.submit(jobs, [reader, late])
+        for _ in range(4):
+            engine.turn()
+        for ticket in tickets:
+            engine.cut(ticket)
+        finish(engine)
+        lone = alone(checkpoint, "ab", {**settings, "max_new_tokens": 40})
+        for found, least in ((reader, 1), (late, 0)):
+            (end,) = found.events
+            assert end.reason == "time" and least <= len(end.result.token_ids) < 40
+            assert lone.token_ids[: len(end.result.token_ids)] == end.result.token_ids
+
+
 def test_a_batch_that_fails_takes_its_own_rows_with_it(checkpoint):
     engine, one, other = Engine(checkpoint), Reader(), Reader()
     engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 20})], [one])

@@ -25,7 +25,7 @@ class Ticket:
 
     Attributes:
         deliver: called with its events.
-        cancelled: nobody waits for it any more.
+        cancelled: nobody waits for it any more. cut: its answer is to end where it is.
         sent: tokens that were told, from `begin` on.
         asked, started: when it was submitted, and when its first forward began.
     """
@@ -33,6 +33,7 @@ class Ticket:
     job: Job
     deliver: Deliver
     cancelled: bool = False
+    cut: bool = False
     sent: int = 0
     asked: float = field(default_factory=time.monotonic)
     started: float = 0.0
@@ -112,6 +113,13 @@ class Batch:
             self.decoder.canvas.close(row)
             self.rows[row] = None
 
+    def cut(self, row: int) -> None:
+        """End a row where it is, and tell what it has."""
+        ticket = self.rows[row]
+        self.decoder.canvas.close(row)
+        self._tell(row, ticket)
+        self.rows[row] = None
+
     def _finished(self, row: int, ids: Tensor) -> bool:
         ticket, constraint = self.rows[row], self.decoder.canvas.constraint
         if ticket is None or ticket.job.stops is None:
@@ -131,7 +139,7 @@ class Batch:
             ticket.deliver(self._draft(row, ticket, new.start, certain))
         ticket.sent = certain - begin
         if canvas.over[row]:
-            ticket.deliver(Done(self._reason(row, job), self._result(row, ticket)))
+            ticket.deliver(Done(self._reason(row, ticket), self._result(row, ticket)))
 
     def _draft(self, row: int, ticket: Ticket, start: int, certain: int) -> Draft:
         canvas, options = self.decoder.canvas, ticket.job.options
@@ -157,9 +165,10 @@ class Batch:
             seconds=time.monotonic() - ticket.started,
         )
 
-    def _reason(self, row: int, job: Job) -> str:
-        canvas = self.decoder.canvas
-        end = int(canvas.end[row])
+    def _reason(self, row: int, ticket: Ticket) -> str:
+        if ticket.cut:
+            return "time"
+        canvas, end = self.decoder.canvas, int(self.decoder.canvas.end[row])
         ids = canvas.ids[row, :end]
         stops = int(ids[-1]) in canvas.ends or self._finished(row, ids)
         gaps = not bool(canvas.given[row, : int(canvas.prompt[row])].all())

@@ -126,6 +126,10 @@ class Engine:
         """Have a row dropped before the next forward; called by any thread. Its events end."""
         ticket.cancelled = True
 
+    def cut(self, ticket: Ticket) -> None:
+        """Have a row end where it is before the next forward; called by any thread."""
+        ticket.cut = True
+
     def close(self, drain: bool = True) -> None:
         """Take no more rows, and wait until the thread has ended: with `drain`, when all that were
         taken are finished."""
@@ -192,7 +196,7 @@ class Engine:
             calls, self._calls = self._calls, deque()
         for function, future in calls:
             _answer(function, future)
-        self._drop_cancelled()
+        self._drop()
         standing = [*self.batches]
         for group in alike(self._admitted()):
             self._begin(group)
@@ -258,9 +262,14 @@ class Engine:
             self._keep(batch, row)
         batch.drop([row for _, row in over])
 
-    def _drop_cancelled(self) -> None:
+    def _drop(self) -> None:
+        """End rows that are cut, and drop those that nobody waits for."""
         for batch in self.batches:
-            batch.drop([r for r, t in enumerate(batch.rows) if t is not None and t.cancelled])
+            held = [(row, ticket) for row, ticket in enumerate(batch.rows) if ticket is not None]
+            batch.drop([row for row, ticket in held if ticket.cancelled])
+            for row, ticket in held:
+                if ticket.cut and not ticket.cancelled:
+                    batch.cut(row)
         self.batches = [batch for batch in self.batches if len(batch)]
 
     # Beginnings

@@ -66,7 +66,8 @@ class Done:
     """A row is finished.
 
     Attributes:
-        reason: `stop` (an end token, a stop string or a constraint) or `length`.
+        reason: `stop` (an end token, a stop string or a constraint), `length`, or `time` if it was
+            cut.
         result: as `generate` would return it.
     """
 
