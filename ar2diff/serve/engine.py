@@ -241,7 +241,8 @@ class Engine:
                 self._keep(batch, row)
         if not len(batch):
             return
-        host = next((b for b in self.batches if b is not batch and b.takes(batch)), None)
+        others = (b for b in self.batches if b is not batch and len(b))
+        host = next((b for b in others if b.takes(batch)), None)
         if host is not None:
             host.join(batch)
             self.batches.remove(batch)
