@@ -21,6 +21,7 @@ from ..generation.tokens import encode
 from .batch import Batch, Deliver, Ticket, joins
 from .events import Failed
 from .jobs import Job, job_of
+from .log import log_bug
 from .prefix import PrefixCache
 
 WIDER, ROOM = 2, 32  # prompts are read together up to this many times as long, and tokens more
@@ -177,6 +178,7 @@ class Engine:
                 pass
         except BaseException as error:
             self.dead = error
+            log_bug(error)
         with self._changed:
             self._closing = True
             left, calls = [*self._tickets()], [*self._calls]

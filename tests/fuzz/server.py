@@ -74,6 +74,12 @@ class Server:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def bugs(self) -> list[str]:
+        """What its log holds that nobody has foreseen, each once."""
+        lines = self.log.read_text().splitlines()
+        told = [line for line in lines if line[:1] != "{" or '"level": "error"' in line]
+        return sorted({line[line.find('"error": "') :] for line in told[1:]})
+
     def ask(self, body: Any = NORMAL, path: str = "/v1/completions") -> Any:
         """The JSON that a sound request is answered with."""
         data = wires.sent(path, json.dumps(body).encode(), "Connection: close")
@@ -359,8 +365,7 @@ def main() -> int:
         for finding, numbers in sorted(found.items(), key=lambda f: -len(f[1])):
             print(f"{len(numbers)} x {finding}  (cases {numbers[:5]})")
         print(f"{given.count} cases in {time.monotonic() - began:.0f} s: {dict(statuses)}")
-        lines = server.log.read_text().splitlines()
-        print(*[line for line in lines if '"level": "error"' in line or line[0] != "{"], sep="\n")
+        print(*server.bugs(), sep="\n")
         print(f"memory: {server.rss() >> 20} MB; the server runs: {server.process.poll() is None}")
     return bool(found)
 
