@@ -170,6 +170,15 @@ def test_rows_with_equal_options_share_their_forwards(checkpoint):
     assert engine.stats.forwards == 40 and engine.stats.tokens == 320
 
 
+def test_newcomers_do_not_join_rows_that_ended_in_their_first_forward(checkpoint):
+    engine, readers = Engine(checkpoint), [Reader(), Reader()]
+    rows = [("ab", {**AR, "max_new_tokens": 1}), ("a longer one " * 9, {**AR, "max_new_tokens": 4})]
+    engine.submit([asked(checkpoint, *row) for row in rows], readers)
+    finish(engine)
+    for row, reader in zip(rows, readers, strict=True):
+        same(reader.result, alone(checkpoint, *row))
+
+
 def test_a_prompt_that_is_asked_for_several_times_is_read_once(checkpoint):
     engine, readers = Engine(checkpoint), [Reader() for _ in range(5)]
     prompt = "A prompt of several blocks, which is read before all of its answers."

@@ -20,6 +20,7 @@ from .expression import FORMATS
 from .inside import inside
 
 DEPTH = 3  # times that a schema may stand within itself
+PART = ""  # in place of a reference, where a walk goes on to a part of the value
 MOST = 10_000  # schemas of a schema
 LONGEST = 1_000_000  # of a text or a list that a schema may ask for
 # Keywords that restrict nothing.
@@ -85,7 +86,8 @@ class _Walk:
         """A schema within the whole.
 
         Args:
-            at: where it is. refs: the references that led there.
+            at: where it is. refs: the references that led there, and `PART` between those that
+                are about a value and those that are about a part of it.
         """
         self.seen += 1
         if self.seen > MOST:
@@ -137,11 +139,12 @@ class _Walk:
             if kind == "string":
                 self._check_string(own, at)
             if "items" in own:
-                own["items"] = self.of(own["items"], f"{at}/items", refs)
+                own["items"] = self.of(own["items"], f"{at}/items", (*refs, PART))
                 if own["items"] is None:
                     own = {"maxItems": 0} if not own.get("minItems") else None
             elif "additionalProperties" in own:
-                values = self.of(own["additionalProperties"], f"{at}/additionalProperties", refs)
+                values, there = own["additionalProperties"], f"{at}/additionalProperties"
+                values = self.of(values, there, (*refs, PART))
                 own = {"properties": {}} if values is None else {"additionalProperties": values}
             if own is not None:
                 found.append({"type": kind, **own})
@@ -176,7 +179,7 @@ class _Walk:
         found = {}
         for name, schema in names.items():
             _check_value(name, at)
-            found[name] = self.of(schema, f"{at}/properties/{name}", refs)
+            found[name] = self.of(schema, f"{at}/properties/{name}", (*refs, PART))
         if any(found[name] is None for name in required):
             return None
         return {
@@ -220,7 +223,7 @@ class _Walk:
     ) -> dict[str, Any] | None:
         if OLDER.search(self.schema.get("$schema", "")):
             raise _refused(at, "'prefixItems' in a dialect that ignores it", "draft 2020-12")
-        schemas = self._several("prefixItems", known, at, refs)
+        schemas = self._several("prefixItems", known, at, (*refs, PART))
         count = len(schemas)
         _check_bounds(known, at)
         if kinds and "array" not in kinds:
@@ -257,6 +260,8 @@ class _Walk:
         there = known["$ref"]
         if not isinstance(there, str) or not (there == "#" or there.startswith("#/")):
             raise _refused(at, f"the reference {shortened(there)}", "one within the schema (#/...)")
+        if there in refs[_last(refs, PART) + 1 :]:
+            raise _refused(at, f"the reference {shortened(there)} back to itself", None)
         if refs.count(there) >= DEPTH:
             return None
         found: Any = self.schema
@@ -271,6 +276,11 @@ class _Walk:
             if isinstance(found, Mapping) and isinstance(found.get("$id"), str):
                 raise _refused(at, f"{shortened(there)} across an '$id'", None)
         return self.of(found, there, (*refs, there))
+
+
+def _last(values: tuple[str, ...], value: str) -> int:
+    """The last place of a value; -1 without one."""
+    return max((place for place, other in enumerate(values) if other == value), default=-1)
 
 
 def _one(schemas: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ from ..config.safe_json import parse_json
 from .chat import chat
 from .completions import complete
 from .conversation import ChatRequest
-from .gate import KNOWN, LOOPBACK, Gate
+from .gate import BUG, KNOWN, LOOPBACK, Gate
 from .limits import Limits, read_body
 from .protocol import CompletionRequest, Kind, read_request
-from .refusal import Refusal
+from .refusal import NO_RETRY, Refusal
 from .replies import Reply
 from .service import Service
 
@@ -42,6 +42,7 @@ def create_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refusal, _refusal)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
     about = {"id": service.name, "object": "model", "created": 0, "owned_by": "ar2diff"}
     about["ar2diff"] = service.described
 
@@ -190,6 +191,12 @@ async def _left(receive: Any) -> None:
 async def _refusal(_: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, Refusal)
     return JSONResponse(refusal.body(), refusal.status, refusal.headers)
+
+
+async def _bug(_: Request, __: Exception) -> Response:
+    """The answer to an error that nobody has foreseen, which goes on to the gate and its log."""
+    refusal = Refusal(500, BUG, headers=NO_RETRY)
+    return JSONResponse(refusal.body(), 500, refusal.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from ..generation.tokens import encode
 from .batch import Batch, Deliver, Ticket, joins
 from .events import Failed
 from .jobs import Job, job_of
+from .log import log_bug
 from .prefix import PrefixCache
 
 WIDER, ROOM = 2, 32  # prompts are read together up to this many times as long, and tokens more
@@ -178,6 +179,7 @@ class Engine:
                 pass
         except BaseException as error:
             self.dead = error
+            log_bug(error)
         with self._changed:
             self._closing = True
             left, calls = [*self._tickets()], [*self._calls]
@@ -242,7 +244,8 @@ class Engine:
                 self._keep(batch, row)
         if not len(batch):
             return
-        host = next((b for b in self.batches if b is not batch and b.takes(batch)), None)
+        others = (b for b in self.batches if b is not batch and len(b))
+        host = next((b for b in others if b.takes(batch)), None)
         if host is not None:
             host.join(batch)
             self.batches.remove(batch)

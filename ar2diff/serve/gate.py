@@ -21,6 +21,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+BUG = "something went wrong in the server; its log says where"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GUARDED = ("/v1/", "/metrics")  # the page, and whether there is a server, are no secrets
 KNOWN = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
@@ -74,8 +75,7 @@ class Gate:
         except Exception as error:
             log_bug(error, account)
             if not began:
-                told = "something went wrong in the server; its log says where"
-                await _refuse(sent, Refusal(500, told, headers=NO_RETRY))
+                await _refuse(sent, Refusal(500, BUG, headers=NO_RETRY))
         finally:
             account.tell()
             self._count(account)

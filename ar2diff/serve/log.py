@@ -85,10 +85,15 @@ def log_to_stderr() -> None:
     warnings.showwarning = lambda message, *_, **__: LOG.warning(str(message))
 
 
-def log_bug(error: BaseException, account: Account) -> None:
-    """Log where an error came from that nobody has foreseen; its message may quote a prompt."""
+def log_bug(error: BaseException, account: Account | None = None) -> None:
+    """Log where an error came from that nobody has foreseen; its message may quote a prompt.
+
+    Args:
+        account: of the request; None: the error has ended the engine.
+    """
     frames = [
         f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
     ]
-    told = {"id": account.id, "error": type(error).__name__, "at": frames[-8:]}
-    LOG.error("bug", extra={"told": told})
+    told = {"id": account.id} if account else {}
+    told |= {"error": type(error).__name__, "at": frames[-8:]}
+    LOG.error("bug" if account else "the engine has stopped", extra={"told": told})
