@@ -108,6 +108,8 @@ class Request(Strict):
     regex: str | None = None
     choice: Texts | None = None
     grammar: str | None = None
+    # of each kind of request, in its own form
+    logprobs: Any = None
     # what means nothing here
     user: str | None = None
     store: bool | None = None

@@ -56,6 +56,8 @@ class Reply:
             if row.reason is not None:
                 yield self._last(row)
         async for row, event, text in self.answers.news():
+            if text:
+                self.answers.account.wrote()
             if isinstance(event, Draft):
                 drawn = drawn_draft(row, event, self.service.checkpoint.tokenizer)
                 yield {**self._chunk(self.empty(row)), "draft": drawn}

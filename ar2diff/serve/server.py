@@ -8,7 +8,7 @@ import ipaddress
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,29 +183,9 @@ async def _run(
     host: str,
     ready: Callable[[str], None],
 ) -> None:
-    import uvicorn
-
-    from .app import create_app
-    from .connections import Connection
-    from .gate import LOOPBACK
     from .log import LOG
 
-    limits, engine = service.limits, service.engine
-    config = uvicorn.Config(
-        create_app(service, keys, {*LOOPBACK, host}),
-        http=type("Timed", (Connection,), {"headers_within": limits.headers}),
-        ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=int(limits.seconds + limits.leave),
-    )  # fmt: skip
-
-    class Server(uvicorn.Server):
-        """A server that leaves signals to this function."""
-
-        def capture_signals(self) -> Any:
-            return nullcontext()
-
-    server = Server(config)
-    loop = asyncio.get_running_loop()
+    server, loop = http_server(service, keys, host), asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, _leave, server)
     address = listener.getsockname()
@@ -215,9 +195,36 @@ async def _run(
     LOG.info("ready", extra={"told": {"url": url, "model": service.name}})
     await server.serve([listener])
     LOG.info("closed")
-    await asyncio.to_thread(engine.close, not server.force_exit)
+    await asyncio.to_thread(service.engine.close, not server.force_exit)
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+def http_server(service: Service, keys: Sequence[str] = (), host: str = "127.0.0.1") -> Any:
+    """A server of uvicorn, which leaves signals to its caller.
+
+    Args:
+        keys: that clients may use; none: they need none.
+        host: a name under which it may be asked, besides those of the loopback.
+    """
+    import uvicorn
+
+    from .app import create_app
+    from .connections import Connection
+    from .gate import LOOPBACK
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> Any:
+            return nullcontext()
+
+    limits = service.limits
+    config = uvicorn.Config(
+        create_app(service, keys, {*LOOPBACK, host}),
+        http=type("Timed", (Connection,), {"headers_within": limits.headers}),
+        ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=int(limits.seconds + limits.leave),
+    )  # fmt: skip
+    return Server(config)
 
 
 def _leave(server: Any) -> None:

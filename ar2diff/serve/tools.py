@@ -131,10 +131,12 @@ class Layout:
         found = self._expression(self.head).search(text)
         if found:
             return len(text[: found.start()].rstrip())
-        head = _visible(self.head, self.special).strip()
-        for size in range(min(len(head) - 1, len(text)), 0, -1):
-            if text.endswith(head[:size]):
-                return len(text[:-size].rstrip())
+        head = "".join(_visible(self.head, self.special).split())
+        places = [place for place, letter in enumerate(text) if not letter.isspace()]
+        letters = "".join(text[place] for place in places[-len(head) :])
+        for size in range(min(len(head) - 1, len(letters)), 0, -1):
+            if letters.endswith(head[:size]):
+                return len(text[: places[-size]].rstrip())
         return len(text.rstrip())
 
     def _read(self, text: str, place: int, names: Sequence[str]) -> tuple[Call, int] | None:
