@@ -44,7 +44,7 @@ def _check(service: Service, request: ChatRequest) -> None:
     Raises:
         Refusal: it does, or is.
     """
-    service.check_model(request.model)
+    service.check_model(request.model, request.mode)
     if not service.checkpoint.tokenizer.chat_template:
         raise Refusal(
             400, "the model has no chat template, so it takes no messages; send the text to "

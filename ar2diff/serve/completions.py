@@ -52,7 +52,7 @@ def _check(service: Service, request: CompletionRequest) -> None:
     Raises:
         Refusal: it does, or is.
     """
-    service.check_model(request.model)
+    service.check_model(request.model, request.mode)
     check_count(service, request, len(request.prompt))
     check_tokens(service, request.max_tokens, "max_tokens", 0 if request.echo else 1)
     if request.logprobs is not None and request.logprobs > 1:
@@ -114,7 +114,9 @@ def _prompt(service: Service, request: CompletionRequest, given: str | list[int]
     if not isinstance(given, str):
         spec = checkpoint.read_as
         if any(token not in checkpoint.token_ids for token in given):
-            raise Refusal(400, "prompt has ids that the tokenizer has no token for", "prompt")
+            raise Refusal(
+                400, "prompt has ids that are no token; use those of the tokenizer", "prompt"
+            )
         if spec.mask_token_id in given:
             raise Refusal(400, "prompt has the mask token; use suffix for a gap", "prompt")
         return Prompt(given)

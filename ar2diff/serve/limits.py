@@ -59,8 +59,9 @@ async def read_body(receive: Any, headers: dict[str, str], limits: Limits) -> by
             408, f"the body did not arrive within {limits.patience:g} seconds; send it faster",
             None, "slow_body", {**NO_RETRY, "connection": "close"},
         ) from None  # fmt: skip
-    if more:
-        await _discard(receive, limits, size)
+    if size > limits.body:
+        if more:
+            await _discard(receive, limits, size)
         raise _too_large(limits)
     return b"".join(parts)
 

@@ -174,7 +174,7 @@ def _check_bias(service: Service, request: Request) -> None:
     known = service.checkpoint.token_ids
     for token in request.logit_bias or ():
         if token.isdecimal() and (len(token) > 9 or int(token) not in known):
-            told = f"logit_bias names the token {token[:20]}, which the tokenizer does not have"
+            told = f"logit_bias names {token[:20]}, which is no token; use ids of the tokenizer"
             raise Refusal(400, told, "logit_bias")
 
 

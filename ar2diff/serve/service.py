@@ -78,15 +78,18 @@ class Service:
     plain: Lane = field(default_factory=lambda: Lane("rows", 1, 256))
     constrained: Lane = field(default_factory=lambda: Lane("constraints", 2, 32))
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model.
+    def check_model(self, name: str | None, mode: str | None = None) -> None:
+        """Refuse a request for another model, or for a mode that the model lacks.
 
         Raises:
-            Refusal: it is for another model.
+            Refusal: it is for one.
         """
         if name is not None and name != self.name:
             told = f"the model {name[:100]!r} is not here; this server has {self.name!r}"
             raise Refusal(404, told, "model", "model_not_found")
+        if mode is not None and mode not in self.described["modes"]:
+            modes = ", ".join(self.described["modes"])
+            raise Refusal(400, f"mode is {mode[:40]!r}; this model has {modes}", "mode")
 
     @cached_property
     def post(self) -> Post:
