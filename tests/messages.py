@@ -60,7 +60,9 @@ def messages(file: Path) -> Iterator[tuple[int, list[str]]]:
             continue
         name = name_of(node)
         raised = name == "ValueError" and "config" in file.parts  # pydantic makes errors of them
-        if name in SPEC_ERRORS or name in SPOKEN or raised:
+        if name == "Refusal" and len(node.args) > 1:  # a status, a message, a field
+            yield node.lineno, [text_of(node.args[1]) or "{...}"]
+        elif name in SPEC_ERRORS or name in SPOKEN or raised:
             texts = [text for argument in node.args if (text := text_of(argument))]
             if texts:
                 yield node.lineno, texts

@@ -402,14 +402,14 @@ def test_every_answer_tells_browsers_to_be_careful(server):
 def test_logs_and_metrics_tell_numbers_and_no_texts(server, complete):
     said = "A secret word"
     complete(said, max_tokens=5, user="someone")
+    until(lambda: server.told("request")[-1]["path"] == "/v1/completions", "a line of the log")
     last = server.told("request")[-1]
-    assert last["path"] == "/v1/completions" and last["status"] == 200
-    assert last["tokens"] == 5 and last["forwards"] > 0
+    assert (last["status"], last["tokens"]) == (200, 5) and last["forwards"] > 0
     everything = "".join(server.raw)
     assert not any(word in everything for word in (said, "secret", KEY, "someone"))
     numbers = metrics(server)
-    assert numbers['ar2diff_requests_total{path="/v1/completions",status="200"}'] > 1
-    assert numbers["ar2diff_tokens_total"] > 5 and numbers["ar2diff_engine_alive"] == 1
+    assert numbers['ar2diff_requests_total{path="/v1/completions",status="200"}'] >= 1
+    assert numbers["ar2diff_tokens_total"] >= 5 and numbers["ar2diff_engine_alive"] == 1
 
 
 def metrics(server):

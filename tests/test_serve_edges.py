@@ -36,8 +36,8 @@ def service(checkpoint):
     """Factory: a server of the tiny model; its engine stands still unless it is started."""
     engines = []
 
-    def of(own=checkpoint, start=False, max_waiting=256, **limits):
-        engines.append(Engine(own, max_waiting=max_waiting))
+    def of(own=checkpoint, start=False, max_batch=32, max_waiting=256, **limits):
+        engines.append(Engine(own, max_batch=max_batch, max_waiting=max_waiting))
         if start:
             engines[-1].start()
         return Service(own, engines[-1], "tiny", Limits(**limits))
@@ -140,9 +140,10 @@ def test_an_answer_ends_where_it_is_when_its_time_is_over(service, checkpoint, s
         until(lambda: not own.engine.batches, "an engine that has dropped them")
 
 
-def test_what_was_never_begun_is_told_to_come_later(service):
-    with in_process(service(seconds=0.2)) as url:
-        status, headers, body = post(url, LONG_ONE)
+def test_what_was_never_begun_is_told_to_come_later(service, slow):
+    own = service(start=True, max_batch=1, seconds=0.5)
+    with in_process(own) as url:
+        status, headers, body = post(url, {**LONG_ONE, "max_tokens": 60, "n": 2})
         assert (status, body["error"]["code"]) == (503, "timeout") and headers["retry-after"]
 
 

@@ -188,11 +188,8 @@ class Answers:
             for row in left:
                 for event in row.box.take():
                     if isinstance(event, Failed) and isinstance(event.error, TimeoutError):
-                        raise out_of_time(limits.seconds)
-                    text = row.take(event)
-                    if text:
-                        self.account.wrote()
-                    yield row, event, text
+                        raise out_of_time(limits.seconds)  # another row may have some text
+                    yield row, event, row.take(event)
 
 
 def finite(logprob: float) -> float:
