@@ -55,13 +55,19 @@ def name_of(call: ast.Call) -> str:
 
 def messages(file: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, texts) of every message in a file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    told: list[tuple[int, str]] = []  # beginnings of messages that have a line of their own
+    for node in sorted(
+        ast.walk(ast.parse(file.read_text())), key=lambda n: getattr(n, "lineno", 0)
+    ):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "told":
+            told.append((node.lineno, text_of(node.value) or "{...}"))
         if not isinstance(node, ast.Call):
             continue
         name = name_of(node)
         raised = name == "ValueError" and "config" in file.parts  # pydantic makes errors of them
         if name == "Refusal" and len(node.args) > 1:  # a status, a message, a field
-            yield node.lineno, [text_of(node.args[1]) or "{...}"]
+            text = text_of(node.args[1]) or f"{{{ast.unparse(node.args[1])}}}"
+            yield node.lineno, [text.replace("{told}", told[-1][1]) if told else text]
         elif name in SPEC_ERRORS or name in SPOKEN or raised:
             texts = [text for argument in node.args if (text := text_of(argument))]
             if texts:

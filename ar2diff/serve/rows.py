@@ -146,7 +146,7 @@ def _tokens(
     if room is None or count + tokens <= room:
         return tokens
     if count + min(tokens, 1) > room:
-        told = f"{names.prompt} has {count} tokens, but the model's context is of {room}"
+        told = f"{names.prompt} has {count} tokens, but the model's context has only {room}"
         raise Refusal(400, f"{told}; shorten it", names.prompt, TOO_LONG)
     told = f"{count} tokens of {names.prompt} and {tokens} new ones exceed the context of {room}"
     name = names.field_of("max_new_tokens")
