@@ -179,6 +179,19 @@ def test_newcomers_do_not_join_rows_that_ended_in_their_first_forward(checkpoint
         same(reader.result, alone(checkpoint, *row))
 
 
+def test_a_gap_in_a_block_that_is_not_whole_outlives_its_company(checkpoint):
+    slow = {"mode": "diffusion", "threshold": 1.0, "block_length": 4, "max_new_tokens": 2}
+    rows = [("a", slow), ("ab{mask:3}cd{mask:2}", {**slow, "max_new_tokens": 0}), ("b", slow)]
+    engine, readers = Engine(checkpoint), [Reader() for _ in rows]
+    for row, reader in zip(rows, readers, strict=True):
+        engine.submit([asked(checkpoint, *row)], [reader])
+        engine.turn()
+    assert readers[0].over.is_set() and not readers[1].over.is_set()
+    finish(engine)
+    for row, reader in zip(rows, readers, strict=True):
+        same(reader.result, alone(checkpoint, *row))
+
+
 def test_a_prompt_that_is_asked_for_several_times_is_read_once(checkpoint):
     engine, readers = Engine(checkpoint), [Reader() for _ in range(5)]
     prompt = "A prompt of several blocks, which is read before all of its answers."

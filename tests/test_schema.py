@@ -36,6 +36,7 @@ IGNORED = {  # what would not be held to, and what the refusal names
     "minLength": {"type": "string", "minLength": 2, "pattern": "a"},
     "format": {"type": "string", "format": "ipv4"},
     "'b'": {"properties": {"a": WHOLE}, "required": ["b"]},
+    "['a']": {"properties": {"a": WHOLE}, "required": [["a"]]},
     "1.5": {"type": "integer", "enum": [1.5]},
     "pattern": {"type": "string", "pattern": '"'},
     "http": {"$ref": "http://example.org/schema"},

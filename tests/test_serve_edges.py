@@ -197,6 +197,22 @@ def test_an_engine_that_dies_is_told_to_all_who_wait(service, slow):
         assert ask(url, "/v1/models")[0] == 200
 
 
+def test_what_nobody_has_foreseen_is_told_in_the_form_of_other_errors(service, monkeypatch):
+    def broken(self):
+        raise ZeroDivisionError("a path, a prompt")
+
+    monkeypatch.setattr("ar2diff.serve.batch.Batch.step", broken)
+    with in_process(service(start=True)) as url:
+        status, _, body = ask(url, PATH, "POST", LONG_ONE)
+        *_, error, done, end = (
+            ask(url, PATH, "POST", {**LONG_ONE, "stream": True})[2].decode().split("\n\n")
+        )
+        assert (status, done, end) == (500, "data: [DONE]", "")
+        for told in (json.loads(body)["error"], json.loads(error[6:])["error"]):
+            assert told["type"] == "server_error" and "a path" not in told["message"]
+        assert ask(url, "/health")[0] == 200
+
+
 # Who may ask
 
 

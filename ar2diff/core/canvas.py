@@ -250,10 +250,14 @@ class Canvas:
             both.constraint = self.constraint.joined(other.constraint, both)
         return both
 
-    def selected(self, rows: Sequence[int]) -> Canvas:
-        """Some of the rows, in this order, with what their texts have to match."""
+    def selected(self, rows: Sequence[int], grid: int = 1) -> Canvas:
+        """Some of the rows, in this order, with what their texts have to match.
+
+        Args:
+            grid: block length; whole blocks are kept, also of rows that end within one.
+        """
         at = torch.tensor(rows, dtype=torch.long)
-        width = int(self.length[at].max())
+        width = -(-int(self.length[at].max()) // grid) * grid
 
         def pick(values: Any) -> Any:
             if isinstance(values, list):

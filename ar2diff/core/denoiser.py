@@ -138,7 +138,7 @@ class Denoiser:
         """Continue with some of the canvas's rows, which are not finished."""
         kept = torch.isin(self.rows, torch.tensor(rows)).nonzero()[:, 0]
         self._keep(kept)
-        self.canvas = self.canvas.selected(rows)
+        self.canvas = self.canvas.selected(rows, self.size)
         if self.chooser.generators:
             self.chooser.generators = [self.chooser.generators[row] for row in rows]
         self.began, self.to_decide = self.began[rows], self.to_decide[rows]

@@ -172,7 +172,7 @@ class _Walk:
         if not isinstance(required, list):
             raise _refused(at, f"'required' {shortened(required)}", "a list of names")
         for name in required:
-            if name not in names:
+            if not isinstance(name, str) or name not in names:
                 raise _refused(
                     at, f"the required property {shortened(name)} without a schema", None
                 )

@@ -20,6 +20,7 @@ from .completions import complete
 from .conversation import ChatRequest
 from .gate import BUG, KNOWN, LOOPBACK, Gate
 from .limits import Limits, read_body
+from .log import Account, log_bug
 from .protocol import CompletionRequest, Kind, read_request
 from .refusal import NO_RETRY, Refusal
 from .replies import Reply
@@ -139,13 +140,13 @@ class Stream(Response):
         """Send them."""
         try:
             async with asyncio.timeout(self.limits.seconds + self.limits.leave):
-                await unless_gone(receive, self._send(send))
+                await unless_gone(receive, self._send(send, scope["state"]["account"]))
         except Gone:
             scope["state"]["account"].status = 499
         finally:
             self.reply.answers.cancel()
 
-    async def _send(self, send: Any) -> None:
+    async def _send(self, send: Any, account: Account) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.reply.chunks()) as chunks:
             try:
@@ -153,6 +154,9 @@ class Stream(Response):
                     await self._event(send, chunk)
             except Refusal as refusal:
                 await self._event(send, refusal.body())
+            except Exception as error:
+                log_bug(error, account)
+                await self._event(send, Refusal(500, BUG).body())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _event(self, send: Any, value: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from typing import Any
 
 import hostile
@@ -128,7 +129,7 @@ def sound(draw: random.Random, chat: bool) -> dict[str, Any]:
         body["prompt"] = text
     own = {**FIELDS, **(OF_CHATS if chat else OF_TEXTS)}
     for name in draw.sample(sorted(own), draw.randrange(4)):
-        body[name] = draw.choice(own[name])
+        body[name] = deepcopy(draw.choice(own[name]))
     return body
 
 
@@ -172,7 +173,7 @@ def spoil(draw: random.Random, body: dict[str, Any], chat: bool, heavy: bool) ->
     way = draw.random()
     if way < 0.75:
         name, values = draw.choice(kinds)
-        body[name] = draw.choice(values)
+        body[name] = deepcopy(draw.choice(values))
         return f"{name} = {hostile.shown(body[name])}"
     if way < 0.9:
         _, told = hostile.mutate_tree(draw, body)
