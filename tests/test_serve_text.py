@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from served import ROOT, TEMPLATE
 from transformers import AutoTokenizer
 
@@ -270,11 +270,10 @@ def test_a_hostile_body_is_refused_at_its_first_fault():
         (ChatRequest, {str(n): 1 for n in range(300_000)}),
         (CompletionRequest, {"prompt": "a", "choice": [1] * 300_000}),
     ]
-    start = time.process_time()
     for kind, value in bodies:
-        with pytest.raises(Refusal):
-            read_request(kind, value)
-    assert time.process_time() - start < 5
+        with pytest.raises(ValidationError) as error:
+            kind.model_validate(value)
+        assert error.value.error_count() == 1
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": 1e999}', '{"a": NaN}'])
