@@ -283,7 +283,7 @@ def test_an_unconverted_model_is_served_by_its_ar_mode(service, tiny_checkpoint)
 
 
 def test_settings_of_the_server_hold_where_a_request_has_none(service, checkpoint):
-    set_defaults(checkpoint, {"mode": "diffusion", "threshold": 0.5, "max_new_tokens": 5})
+    set_defaults(checkpoint, {"threshold": 0.5, "max_new_tokens": 5})
     with in_process(service(start=True)) as url:
         body = post(url, {"prompt": "ab"})[2]
         assert body["choices"][0]["ar2diff"]["mode"] == "diffusion"

@@ -245,7 +245,7 @@ def _call(count: int, as_text: bool) -> dict[str, Any]:
 
 
 def _parts(text: str) -> tuple[str, str, str]:
-    """What stands before the name of the first call, between it and the arguments, and behind these.
+    """What stands before the name of the first call, between it and the arguments, and behind.
 
     Raises:
         ValueError: the arguments are not there as JSON, behind the name.
