@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -143,11 +143,18 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
 }  # fmt: skip
 
 
-def with_sampler(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the sampler options; those that the user set are passed as `settings`."""
+def with_sampler(
+    function: Callable[..., None], without: Collection[str] = ()
+) -> Callable[..., None]:
+    """Give a verb the sampler options; those that the user set are passed as `settings`.
+
+    Args:
+        without: options that mean nothing to it.
+    """
     own = inspect.signature(function, eval_str=True)
+    options = {name: option for name, option in OPTIONS.items() if name not in without}
     parameters = [p for p in own.parameters.values() if p.name != "settings"]
-    for name, (kind, flag, default, text) in OPTIONS.items():
+    for name, (kind, flag, default, text) in options.items():
         shown = default or False
         info = typer.Option(flag, help=text, show_default=shown, rich_help_panel="Sampler")
         parameters.append(
@@ -161,7 +168,7 @@ def with_sampler(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def verb(**values: Any) -> None:
-        given = {name: values.pop(name) for name in OPTIONS}
+        given = {name: values.pop(name) for name in options}
         settings = {
             name: value.value if isinstance(value, StrEnum) else value
             for name, value in given.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from .output import Dtype, quiet
 from .sampler import with_sampler
 
 
-@with_sampler
+@partial(with_sampler, without=("check_cache",))  # which only reports
 def serve(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     host: Annotated[

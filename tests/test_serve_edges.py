@@ -241,6 +241,10 @@ def test_another_host_needs_a_key_before_the_model_is_loaded(run_both):
     assert code == 2 and "--api-key-file" in said and "no-such-model" not in said
 
 
+def test_a_key_lets_other_hosts_in():
+    serving.listen("0.0.0.0", 0, has_keys=True).close()
+
+
 def test_a_port_that_is_taken_is_told(run_both):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -295,7 +299,7 @@ def test_an_unconverted_model_is_served_by_its_ar_mode(service, tiny_checkpoint)
 
 
 def test_settings_of_the_server_hold_where_a_request_has_none(service, checkpoint):
-    set_defaults(checkpoint, {"mode": "diffusion", "threshold": 0.5, "max_new_tokens": 5})
+    set_defaults(checkpoint, {"threshold": 0.5, "max_new_tokens": 5})
     with in_process(service(start=True)) as url:
         body = post(url, {"prompt": "ab"})[2]
         assert body["choices"][0]["ar2diff"]["mode"] == "diffusion"
@@ -304,6 +308,14 @@ def test_settings_of_the_server_hold_where_a_request_has_none(service, checkpoin
         assert body["choices"][0]["ar2diff"]["mode"] == "ar"
         assert body["usage"]["completion_tokens"] == 3
         assert post(url, {"prompt": "ab", "steps_per_block": 2})[0] == 200
+    drawn = {"mode": "ar", "temperature": 1.5, "seed": 5}
+    whole = complete(checkpoint, "ab", max_new_tokens=20, **drawn).text
+    set_defaults(checkpoint, {**drawn, "max_new_tokens": 20})
+    with in_process(service(start=True)) as url:
+        assert post(url, {"prompt": "ab"})[2]["choices"][0]["text"] == whole
+        greedy = complete(checkpoint, "ab", max_new_tokens=20, mode="ar", temperature=0).text
+        body = post(url, {"prompt": "ab", "temperature": 0})[2]
+        assert body["choices"][0]["text"] == greedy != whole
     with pytest.raises(Ar2DiffError, match="threshold"):
         set_defaults(checkpoint, {"threshold": -1})
 

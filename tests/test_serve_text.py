@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from served import ROOT, TEMPLATE
 from transformers import AutoTokenizer
 
@@ -193,6 +193,28 @@ def test_special_tokens_and_ids_of_a_layout_are_no_text_of_the_model(layouts):
     ]  # fmt: skip
 
 
+def test_what_stands_before_every_answer_is_no_part_of_a_call(layouts):
+    thinking = TEMPLATE.read_text().replace(
+        "{%- if message.content %}",
+        "{%- if message.role == 'assistant' %}{{ '\n<think>\n</think>' }}{% endif %}"
+        "{%- if message.content %}",
+    )
+    layout = layouts(thinking)
+    assert layout.lead == layout.opening()[0] == "<think>\n</think>\n"
+    assert layout.head == '<tool_call>\n{"name": "'
+
+
+def test_a_template_may_want_arguments_as_a_text(layouts):
+    text = TEMPLATE.read_text().replace("arguments | tojson", "arguments + ''")
+    layout = layouts(text)
+    assert layout.as_text and layout.head == layouts(TEMPLATE.read_text()).head
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = read_request(ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    for as_text, wanted in ((True, '{"a": 1}'), (False, {"a": 1})):
+        rendered = message.messages[0].rendered(as_text)
+        assert rendered["tool_calls"][0]["function"]["arguments"] == wanted
+
+
 def test_a_template_that_renders_no_tools_has_no_layout(layouts):
     assert layouts((ROOT / "ar2diff/data/templates/chatml.jinja").read_text()) is None
     shouts = "{% if tools %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
@@ -270,11 +292,10 @@ def test_a_hostile_body_is_refused_at_its_first_fault():
         (ChatRequest, {str(n): 1 for n in range(300_000)}),
         (CompletionRequest, {"prompt": "a", "choice": [1] * 300_000}),
     ]
-    start = time.process_time()
     for kind, value in bodies:
-        with pytest.raises(Refusal):
-            read_request(kind, value)
-    assert time.process_time() - start < 5
+        with pytest.raises(ValidationError) as error:
+            kind.model_validate(value)
+        assert error.value.error_count() == 1
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": 1e999}', '{"a": NaN}'])

@@ -155,8 +155,8 @@ def set_defaults(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     Raises:
         Ar2DiffError: an option is wrong.
     """
-    settings_of(checkpoint, settings)
     found = steered(settings, checkpoint.tokenizer)
+    found["mode"] = settings_of(checkpoint, settings)[1].mode  # some options ask for one
     if any(name in found for name in ("temperature", *FILTERS)):
         found["do_sample"] = True
     for name, value in found.items():

@@ -216,7 +216,7 @@ def _layout(tokenizer: Any, as_text: bool) -> Layout | None:
     if not (plain.startswith(prompt) and one.startswith(prompt)):
         return None
     lead, closing = plain[len(prompt) :].split(CONTENT)
-    head, middle, tail = _parts(one[len(prompt) :], 0)
+    head, middle, tail = _parts(one[len(prompt) :])
     if lead and head.startswith(lead):
         head = head[len(lead) :]
     else:
@@ -225,7 +225,7 @@ def _layout(tokenizer: Any, as_text: bool) -> Layout | None:
         tail = tail[: -len(closing)]
     try:
         both = render(_call(2, as_text))
-        join = _parts(both.removeprefix(prompt), 0)[2].split(NAMES[1])[0]
+        join = _parts(both.removeprefix(prompt))[2].split(NAMES[1])[0]
     except Exception:  # one call in an answer is all that it takes
         join = None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -244,17 +244,17 @@ def _call(count: int, as_text: bool) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
-def _parts(text: str, number: int) -> tuple[str, str, str]:
-    """What stands before the name of a call, between it and the arguments, and behind these.
+def _parts(text: str) -> tuple[str, str, str]:
+    """What stands before the name of the first call, between it and the arguments, and behind.
 
     Raises:
         ValueError: the arguments are not there as JSON, behind the name.
     """
-    place = text.index(NAMES[number])
-    after = place + len(NAMES[number])
-    key = text.index(f'"{KEYS[number]}"', after)
+    place = text.index(NAMES[0])
+    after = place + len(NAMES[0])
+    key = text.index(f'"{KEYS[0]}"', after)
     begin = text.rindex("{", after, key)
     value, end = json.JSONDecoder().raw_decode(text, begin)
-    if value != {KEYS[number]: "x"}:
+    if value != {KEYS[0]: "x"}:
         raise ValueError
     return text[:place], text[after:begin], text[end:]
