@@ -1,6 +1,7 @@
 """The engine: rows come and go between forwards, and each writes what it writes alone."""
 
 import ctypes
+import math
 import threading
 
 import pytest
@@ -326,6 +327,25 @@ def test_drafts_make_up_the_answer_for_slow_readers_too(checkpoint, settings, ev
     assert committed == lone.token_ids
     assert [token for token, *_ in tokens] == lone.token_ids
     assert all(step and logprob <= 0 for _, logprob, step in tokens)
+
+
+@pytest.mark.parametrize("settings", [AR, LOSSLESS, DIFFUSION, {**DIFFUSION, **DRAWN}])
+def test_the_likeliest_tokens_are_those_of_the_forward_that_decided(checkpoint, settings):
+    vocabulary, engine, readers = 259, Engine(checkpoint), [Reader() for _ in range(3)]
+    settings = {**settings, "max_new_tokens": 9}
+    for count, reader in zip((0, vocabulary, 4), readers, strict=True):
+        job = asked(checkpoint, "ab" * (1 + count % 5), settings, alternatives=count)
+        engine.submit([job], [reader])
+        engine.turn()
+    finish(engine)
+    told = [[x for e in r.events if isinstance(e, Committed) for x in e.likeliest] for r in readers]
+    assert not any(told[0]) and [len(told[1]), len(told[2])] == [9, 9]
+    logprobs = [v for e in readers[1].events if isinstance(e, Committed) for v in e.logprobs]
+    for token, value, every in zip(readers[1].ids, logprobs, told[1], strict=True):
+        assert sum(math.exp(v) for _, v in every) == pytest.approx(1, abs=1e-4)
+        assert dict(every)[token] == pytest.approx(value, abs=1e-4)
+        assert [v for _, v in every] == sorted((v for _, v in every), reverse=True)
+    assert readers[2].ids == alone(checkpoint, "ab" * 5, settings).token_ids
 
 
 def test_events_cross_to_a_loop_in_one_call_and_in_their_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,10 +163,23 @@ def test_log_probabilities_are_those_of_the_tokens(complete, stream):
         (choice,) = complete(logprobs=1).choices
         text, found = choice.text, choice.logprobs
         tokens, values, offsets = found.tokens, found.token_logprobs, found.text_offset
-        assert found.top_logprobs == [{t: v} for t, v in zip(tokens, values, strict=True)]
+        assert found.top_logprobs == [
+            {t: pytest.approx(v, abs=1e-5)} for t, v in zip(tokens, values, strict=True)
+        ]
     assert len(tokens) == 12 and "".join(tokens) == text
     assert all(text[at:].startswith(t) for at, t in zip(offsets, tokens, strict=True))
     assert all(value <= 0 for value in values)
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative", "diffusion"])
+def test_alternatives_are_the_likeliest_tokens(complete, mode):
+    (choice,) = complete(logprobs=3, extra_body={"mode": mode}).choices
+    found = choice.logprobs
+    for token, value, top in zip(
+        found.tokens, found.token_logprobs, found.top_logprobs, strict=True
+    ):
+        assert 1 <= len(top) <= 3 and max(top, key=top.get) == token  # greedy
+        assert top[token] == value and sum(map(math.exp, top.values())) < 1.001
 
 
 def test_an_echo_has_the_log_probabilities_of_the_ar_mode(complete, model):
@@ -264,13 +278,17 @@ def test_an_answer_is_as_long_as_the_context_allows_unless_told(client):
 
 def test_a_chat_is_held_to_a_schema(chat):
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    answer = chat(response_format=form, logprobs=True, top_logprobs=1)
+    answer = chat(response_format=form, logprobs=True, top_logprobs=2)
     (choice,) = answer.choices
     assert json.loads(choice.message.content)["a"] in (1, 2)
     tokens = choice.logprobs.content
     assert "".join(token.token for token in tokens).startswith(choice.message.content)
     assert bytes(b for token in tokens for b in token.bytes).decode().startswith("{")
-    assert tokens[0].top_logprobs[0].token == tokens[0].token
+    for (
+        token
+    ) in tokens:  # the model's own distribution, which would rather have said something else
+        first, second = token.top_logprobs
+        assert token.logprob <= first.logprob and second.logprob <= first.logprob
 
 
 @pytest.mark.parametrize(
@@ -318,7 +336,7 @@ def test_tools_are_optional_and_their_results_are_read(chat):
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": "a " * 3000}, "prompt"),
-        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": 6}, "logprobs"),
         ({"best_of": 4}, "best_of"),
         ({"suffix": "a", "stop": "b"}, "stop"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
@@ -346,7 +364,8 @@ def test_a_wrong_completion_names_its_field(complete, fields, param):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "response_format": {"type": "json_schema", "json_schema":
           {"name": "a", "schema": SCHEMA}}}, "response_format"),
-        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_completion_tokens": 3}, "max_tokens"),
         ({"tools": TOOLS, "tool_choice": "required", "max_tokens": 5}, "tools"),
     ],

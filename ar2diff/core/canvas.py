@@ -40,10 +40,13 @@ class Canvas:
         over: for each row, whether its answer is finished.
         refused: for each row, the tokens that its last forward drafted and the AR mode refused, for
             a screen.
+        likeliest: for each row, by position, the likeliest tokens and their log-probabilities in
+            the forward that decided it, in the model's own distribution.
         unfinished: number of rows without a finished answer.
         drift: with `check_cache`, for each step the largest error of a cached logit, relative to
             the largest logit, and the share of positions with the same likeliest token.
         constraint: a `Constraint` on this canvas, which the text has to match; None: anything goes.
+        alternatives: how many tokens `likeliest` notes.
     """
 
     ids: Tensor
@@ -62,9 +65,11 @@ class Canvas:
     front: list[int]
     over: list[bool]
     refused: list[list[int]]
+    likeliest: list[dict[int, list[tuple[int, float]]]]
     unfinished: int
     drift: list[tuple[float, float]] = field(default_factory=list)
     constraint: Any = field(default=None, repr=False)
+    alternatives: int = 0
 
     @classmethod
     def of_prompts(
@@ -114,6 +119,7 @@ class Canvas:
             front=[0] * len(prompts),
             over=[False] * len(prompts),
             refused=[[] for _ in prompts],
+            likeliest=[{} for _ in prompts],
             unfinished=len(prompts),
         )
         for row in range(len(prompts)):
@@ -206,6 +212,18 @@ class Canvas:
         for row in set(rows.tolist()):
             self._settle(row, finished)
 
+    def note(self, rows: Tensor, positions: Tensor, likeliest: Sequence[Tensor]) -> None:
+        """Note the likeliest tokens in the places of decided ones.
+
+        Args:
+            rows, positions: [N]. likeliest: [N, A] ids, and their log-probabilities.
+        """
+        ids, logprobs = (x.tolist() for x in likeliest)
+        for row, position, *pair in zip(
+            rows.tolist(), positions.tolist(), ids, logprobs, strict=True
+        ):
+            self.likeliest[row][position] = [*zip(*pair, strict=True)]
+
     def count(self, rows: list[int]) -> None:
         """Count a forward for each of some rows."""
         if len(rows) == len(self.over):
@@ -244,6 +262,7 @@ class Canvas:
             end_ids=self.end_ids,
             unfinished=self.unfinished + other.unfinished,
             drift=[*self.drift, *other.drift],
+            alternatives=max(self.alternatives, other.alternatives),
             **rows,
         )
         if self.constraint is not None:
@@ -270,6 +289,7 @@ class Canvas:
             end_ids=self.end_ids,
             unfinished=picked["over"].count(False),
             drift=self.drift,
+            alternatives=self.alternatives,
             **picked,
         )
         if self.constraint is not None:
@@ -279,7 +299,7 @@ class Canvas:
     @staticmethod
     def _by_row() -> list[str]:
         """The attributes that hold something for each row."""
-        shared = ("mask_token_id", "end_ids", "unfinished", "drift", "constraint")
+        shared = ("mask_token_id", "end_ids", "unfinished", "drift", "constraint", "alternatives")
         return [f.name for f in fields(Canvas) if f.name not in shared]
 
     def erase(self, rows: Tensor, positions: Tensor) -> None:

@@ -17,7 +17,7 @@ from .forward import rope_switches, without_gradients
 from .head import UNKNOWN, head_of
 from .options import Options
 from .readers import BlockReader, FullReader
-from .samplers import Chooser, Context, commits, left_to_right, quota_of, top
+from .samplers import Chooser, Context, commits, left_to_right, likeliest, quota_of, top
 from .spec import Spec
 from .switching import SwitchingReader
 from .transfer import download, upload
@@ -194,7 +194,7 @@ class Denoiser:
         u = given.get("u", drawn)
         context = Context(given["ids"], given["position"]) if self.chooser.readers else None
         no_end = position < canvas.end_from[row] if canvas.held else None
-        logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        plain = logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if self.head is not None:
             logits = logits + self.head(given["before"]).to(logits)
         if canvas.constraint is not None:
@@ -221,7 +221,23 @@ class Denoiser:
         canvas.write(
             row[now], position[now], choice.tokens[now], choice.logprob[now], self.finished
         )
+        if canvas.alternatives:
+            self._note(plain, row, position, now)
         return commit
+
+    def _note(self, logits: Tensor, row: Tensor, position: Tensor, now: Tensor) -> None:
+        """Note the likeliest tokens at the positions decided now, after what was decided there.
+
+        Args:
+            logits: [N, V] without a head's bias. now: [N] bool.
+        """
+        row, position = row[now], position[now]
+        (at,) = upload(logits.device, now.nonzero()[:, 0])
+        logits = logits[at]
+        if self.head is not None:
+            (before,) = upload(logits.device, self._before(row, position))
+            logits = logits + self.head(before).to(logits)
+        self.canvas.note(row, position, download(*likeliest(logits, self.canvas.alternatives)))
 
     def _before(self, row: Tensor, position: Tensor) -> Tensor:
         """[N] the tokens to the left of positions, `UNKNOWN` where undecided."""

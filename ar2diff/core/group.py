@@ -17,7 +17,7 @@ from .automaton import DEAD
 from .candidates import CandidateReader
 from .forward import context_length
 from .pace import Pace
-from .samplers import Context, log_prob
+from .samplers import Context, likeliest, log_prob
 from .transfer import download, downloading, upload
 from .tree import Guesses, Reached, Tree
 
@@ -31,6 +31,8 @@ class Found:
         logits: [R * (N + 1), V] of possible tokens, from which they were drawn.
         ahead: [R, M, K, V] draft logits behind the candidates with masks. hidden: [R, M, K, H].
         logprob: [R * (N + 1)] of the tokens, if a device worked it out. guesses, worked: likewise.
+        likeliest: [R * (N + 1), A] the likeliest tokens and their log-probabilities, if they are
+            to be noted.
     """
 
     tokens: Tensor
@@ -40,6 +42,7 @@ class Found:
     logprob: Tensor | None = None
     guesses: Guesses | None = None
     worked: list[Tensor] = field(default_factory=list)
+    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 class Group:
@@ -181,15 +184,18 @@ class Group:
         A device works out everything before it is asked, so that the host waits for it once: it
         drafts behind the end of each row's walk, which it finds for itself.
         """
+        best, count = None, self.own.canvas.alternatives
+        if count:
+            best = tuple(download(*likeliest(logits, count)))
         if tokens.is_cpu:
-            return Found(tokens, logits, ahead, hidden)
+            return Found(tokens, logits, ahead, hidden, likeliest=best)
         logprob, guesses, worked = log_prob(logits, tokens.flatten()), None, []
         if ahead is not None:
             chains, nodes, trust = self.pace.asks()
             guesses = replace(self._guesses_everywhere(tokens, ahead, hidden), trust=trust)
             worked = guesses.worked_out(chains, nodes)
         tokens, logprob, *worked = download(tokens, logprob, *worked)
-        return Found(tokens, logprob=logprob, guesses=guesses, worked=worked)
+        return Found(tokens, logprob=logprob, guesses=guesses, worked=worked, likeliest=best)
 
     def _possible(self, logits: Tensor, no_end: Tensor | None) -> Tensor:
         """Logits [N, V] with impossible tokens at -inf."""
@@ -245,7 +251,10 @@ class Group:
         at = torch.tensor(chosen) if len(chosen) < len(tokens) else slice(None)
         tokens = tokens[at]
         logprob = log_prob(found.logits[at], tokens) if found.logprob is None else found.logprob[at]
-        self._put(torch.tensor(rows), torch.tensor(positions), tokens, logprob)
+        rows, positions = torch.tensor(rows), torch.tensor(positions)
+        if found.likeliest is not None:
+            canvas.note(rows, positions, [x[at] for x in found.likeliest])
+        self._put(rows, positions, tokens, logprob)
 
     def _put(self, rows: Tensor, positions: Tensor, tokens: Tensor, logprob: Tensor) -> None:
         """Write tokens [N], and drop the noise of what is decided."""

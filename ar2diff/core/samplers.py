@@ -172,6 +172,12 @@ def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[N, count] the likeliest tokens under logits [N, V], and their log-probabilities."""
+    best = logits.log_softmax(-1).topk(min(count, logits.shape[-1]), -1)
+    return best.indices, best.values
+
+
 def draw(probability: Tensor, u: Tensor) -> Tensor:
     """[N] tokens by inversion: the first whose cumulative probability exceeds u.
 

@@ -182,6 +182,7 @@ class Speculation:
             and not self.pace.most
             and not self.chooser.readers
             and self.canvas.constraint is None
+            and not self.canvas.alternatives
             and self.cache != "none"
             and not self.switches
         )

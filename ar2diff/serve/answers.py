@@ -17,16 +17,21 @@ from .log import Account
 from .protocol import field_of
 from .refusal import Refusal, busy, gone, refused
 from .service import Service
-from .text import Filling, Text, Token
+from .text import Filling, Text, Token, name_of
 
 LEAST = -9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Told(Token):
-    """A token with its log-probability."""
+    """A token with its log-probability.
+
+    Attributes:
+        likeliest: names and log-probabilities of the likeliest tokens in its place.
+    """
 
     logprob: float
+    likeliest: list[tuple[str, float]]
 
 
 @dataclass(eq=False)
@@ -37,7 +42,7 @@ class Row:
         index: of the choice. before: ids of its prompt.
         text: as far as it has come in.
         begin: first position that is written.
-        ids, logprobs: of its tokens, from there on.
+        ids, logprobs, likeliest: of its tokens, from there on.
         told, offset: tokens and characters of which log-probabilities were sent.
         result: once it is finished.
         reason: why it has ended: `stop`, `length` or `time`; None: it has not.
@@ -52,6 +57,7 @@ class Row:
     ticket: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     forwards: int = 0
     told: int = 0
     offset: int = 0
@@ -73,6 +79,7 @@ class Row:
         if isinstance(event, Committed):
             self.ids += event.ids
             self.logprobs += event.logprobs
+            self.likeliest += event.likeliest or [[] for _ in event.ids]
             self.forwards = event.forwards
             return self.text.add(event.ids)
         return ""
@@ -80,12 +87,16 @@ class Row:
     def fresh(self) -> list[Told]:
         """The tokens that were shown since the last call."""
         shown = self.text.ready(self.told, self.reason is not None)
-        logprobs = self.logprobs[self.told :]
+        place = slice(self.told, self.told + len(shown))
         self.told += len(shown)
+        tokenizer = self.text.tokenizer
         return [
-            Told(token.text, token.name, finite(logprob))
-            for token, logprob in zip(shown, logprobs, strict=False)
-        ]
+            Told(token.text, token.name, finite(logprob),
+                 [(name_of(tokenizer, other), finite(value)) for other, value in likeliest])
+            for token, logprob, likeliest in zip(
+                shown, self.logprobs[place], self.likeliest[place], strict=False
+            )
+        ]  # fmt: skip
 
     @property
     def finish_reason(self) -> str:

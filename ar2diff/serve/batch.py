@@ -57,7 +57,8 @@ class Batch:
 
     def __init__(self, checkpoint: Checkpoint, tickets: Sequence[Ticket]):
         jobs, now = [ticket.job for ticket in tickets], time.monotonic()
-        self.checkpoint, self.options = checkpoint, jobs[0].shared
+        self.checkpoint, self.shared = checkpoint, jobs[0].shared
+        self.options = self.shared[0]
         self.rows: list[Ticket | None] = [*tickets]
         for ticket in tickets:
             ticket.started = now
@@ -77,7 +78,7 @@ class Batch:
     def takes(self, other: Batch) -> bool:
         """Whether the rows of another batch can be written with these."""
         return (
-            self.options == other.options
+            self.shared == other.shared
             and self.decoder.joins
             and other.decoder.joins
             and joins(self.decoder.canvas, other.decoder.canvas)
@@ -136,7 +137,9 @@ class Batch:
         new, forwards = slice(begin + ticket.sent, certain), int(canvas.forwards[row])
         if certain > new.start and job.streams:
             told = (x[row, new].tolist() for x in (canvas.ids, canvas.logprob, canvas.step))
-            ticket.deliver(Committed(*told, forwards))
+            noted, places = canvas.likeliest[row], range(new.start, new.stop)
+            others = [noted.pop(place, []) for place in places] if canvas.alternatives else []
+            ticket.deliver(Committed(*told, forwards, others))
         if job.drafts:
             ticket.deliver(self._draft(row, ticket, new.start, certain))
         ticket.sent = certain - begin

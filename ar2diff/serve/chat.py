@@ -16,10 +16,20 @@ from .log import Account
 from .protocol import FIELDS
 from .refusal import Refusal, refused
 from .replies import Reply
-from .rows import Names, Prompt, ask, check_count, check_length, check_tokens, jobs_of
+from .rows import (
+    Names,
+    Prompt,
+    ask,
+    check_alternatives,
+    check_count,
+    check_length,
+    check_tokens,
+    jobs_of,
+)
 from .service import Service
 from .tools import Call, Layout
 
+MOST_ALTERNATIVES = 20  # of each token, in OpenAI's interface
 MOST_TOOLS = 1 << 18  # characters of tools: a template may indent them
 USUAL = 1024  # tokens of an answer unless a request says how many
 
@@ -57,11 +67,9 @@ def _check(service: Service, request: ChatRequest) -> None:
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise Refusal(400, "max_tokens is set beside max_completion_tokens; leave it out",
                       "max_tokens")  # fmt: skip
-    if request.top_logprobs and (request.top_logprobs > 1 or not request.logprobs):
-        told = (
-            "only the chosen token's log-probability is known; set logprobs to true and this to 1"
-        )
-        raise Refusal(400, f"top_logprobs is {request.top_logprobs}: {told}", "top_logprobs")
+    check_alternatives(request.alternatives, MOST_ALTERNATIVES, "top_logprobs")
+    if request.top_logprobs and not request.logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs; set it to true", "top_logprobs")
     check_length(service, (text for m in request.messages for text in m.texts()), "messages")
     _check_tools(service, request)
 
@@ -180,9 +188,14 @@ class ChatReply(Reply):
             return None
         found = []
         for token in row.fresh():
-            own = {"token": token.name, "logprob": token.logprob, "bytes": [*token.name.encode()]}
-            found.append({**own, "top_logprobs": [own] if self.request.top_logprobs else []})
+            likeliest = token.likeliest[: self.request.alternatives]
+            top = [_told(name, value) for name, value in likeliest]
+            found.append({**_told(token.name, token.logprob), "top_logprobs": top})
         return {"content": found, "refusal": None}
+
+
+def _told(name: str, logprob: float) -> dict[str, Any]:
+    return {"token": name, "logprob": logprob, "bytes": [*name.encode()]}
 
 
 class _Calling:

@@ -19,10 +19,21 @@ from .log import Account
 from .protocol import CompletionRequest, field_of
 from .refusal import Refusal, refused
 from .replies import Reply
-from .rows import SUFFIX, Names, Prompt, ask, check_count, check_length, check_tokens, jobs_of
+from .rows import (
+    SUFFIX,
+    Names,
+    Prompt,
+    ask,
+    check_alternatives,
+    check_count,
+    check_length,
+    check_tokens,
+    jobs_of,
+)
 from .service import Service
 
 NAMES = Names("prompt", field_of)
+MOST_ALTERNATIVES = 5  # of each token, in OpenAI's interface
 
 
 async def complete(service: Service, request: CompletionRequest, account: Account) -> Completions:
@@ -55,11 +66,7 @@ def _check(service: Service, request: CompletionRequest) -> None:
     service.check_model(request.model, request.mode)
     check_count(service, request, len(request.prompt))
     check_tokens(service, request.max_tokens, "max_tokens", 0 if request.echo else 1)
-    if request.logprobs is not None and request.logprobs > 1:
-        raise Refusal(
-            400, "logprobs is above 1: only the chosen token's log-probability is known; set it to "
-            "1", "logprobs",
-        )  # fmt: skip
+    check_alternatives(request.alternatives, MOST_ALTERNATIVES, "logprobs")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise Refusal(400, "best_of is not n; leave it out", "best_of")
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
@@ -217,6 +224,9 @@ class Completions(Reply):
         return {
             "tokens": [token.name for token in new],
             "token_logprobs": [token.logprob for token in new],
-            "top_logprobs": [{token.name: token.logprob} for token in new],
+            "top_logprobs": [
+                {**dict(token.likeliest[: self.request.logprobs]), token.name: token.logprob}
+                for token in new
+            ],
             "text_offset": [start + end for end in accumulate(lengths)],
         }

@@ -231,6 +231,11 @@ class ChatRequest(Request):
             return [tool for tool in self.offered if tool.function.name == wanted]
         return self.offered if self.tool_choice == "required" else None
 
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens are told with each."""
+        return self.top_logprobs or 0
+
     def settings(self) -> dict[str, Any]:
         """See `Request`."""
         found, format_ = super().settings(), self.response_format

@@ -15,13 +15,13 @@ from transformers import DynamicCache
 from ..checkpoint.model import Checkpoint
 from ..core.attention import Slots, model_mask
 from ..core.forward import logits_at
-from ..generation.tokens import draw_tokens
+from ..core.samplers import likeliest
 from .answers import Answers, Row, finite
 from .engine import EngineBusy, EngineGone
 from .protocol import CompletionRequest
 from .refusal import busy, gone
 from .service import Service
-from .text import Text
+from .text import Text, name_of
 
 CHUNK = 1024  # tokens that are read between two forwards of others
 
@@ -49,7 +49,7 @@ async def read_prompts(
     found = []
     rows = answers.rows[:: request.n or 1]
     for row, given in zip(rows, request.prompt, strict=True):
-        reading = Reading(service.checkpoint, row.before)
+        reading = Reading(service.checkpoint, row.before, request.alternatives)
         try:
             while request.logprobs is not None and not reading.done:
                 # Shielded: the engine answers a call whether somebody waits for it or not.
@@ -67,13 +67,14 @@ class Reading:
 
     Attributes:
         logprobs: of its tokens from the second on. best: the likeliest ones in their places, and
-            the log-probabilities of these.
+            the log-probabilities of these; as many as `alternatives`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ids: Sequence[int]):
+    def __init__(self, checkpoint: Checkpoint, ids: Sequence[int], alternatives: int):
+        self.alternatives = alternatives
         self.checkpoint, self.ids = checkpoint, torch.tensor([ids])
         self.logprobs: list[float] = []
-        self.best: list[tuple[int, float]] = []
+        self.best: list[list[tuple[int, float]]] = []
         self.at, self.cache = 0, DynamicCache()
 
     @property
@@ -91,8 +92,8 @@ class Reading:
         logprobs = logits.log_softmax(-1)
         target = self.ids[0, begin + 1 : end + 1, None].to(logits.device)
         self.logprobs += logprobs.gather(1, target)[:, 0].tolist()
-        best = logprobs.max(-1)
-        self.best += zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for pair in zip(*(x.tolist() for x in likeliest(logits, self.alternatives)), strict=True):
+            self.best.append([*zip(*pair, strict=True)])
 
     def _logits(self, begin: int, end: int) -> Tensor:
         model, spec = self.checkpoint.model, self.checkpoint.spec_or_causal
@@ -118,14 +119,8 @@ def _echo(
         return Echo(shown, None)
     tokens = text.ready(0, True)
     tops: list[dict[str, float] | None] = [None]
-    for token, logprob, (likely, value) in zip(
-        tokens[1:], reading.logprobs, reading.best, strict=True
-    ):
-        top = (
-            {}
-            if likely == row.before[len(tops)] or not asked
-            else {draw_tokens(tokenizer, [likely], -1)[0]: finite(value)}
-        )
+    for token, logprob, best in zip(tokens[1:], reading.logprobs, reading.best, strict=True):
+        top = {name_of(tokenizer, other): finite(value) for other, value in best}
         tops.append({**top, token.name: finite(logprob)})
     offsets = [0, *accumulate(len(token.text) for token in tokens)][: len(tokens)]
     return Echo(

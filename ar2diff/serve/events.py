@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..generation.results import Completion
 
@@ -21,12 +21,15 @@ class Committed:
         logprobs: of each in the forward that decided it, in the model's own distribution.
         steps: the row's forward that decided each, from 1; 0 for what is given.
         forwards: of the row until now.
+        likeliest: of each, the likeliest tokens in its place and their log-probabilities, none for
+            what is given; empty if no alternatives are asked for.
     """
 
     ids: list[int]
     logprobs: list[float]
     steps: list[int]
     forwards: int
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ class Job:
     stops: Finished | None = None
 
     @cached_property
-    def shared(self) -> Options:
-        """What rows must have in common to be written together: all but what is a row's own."""
-        return replace(
+    def shared(self) -> tuple[Options, bool]:
+        """What rows must have in common to be written together: all options but what is a row's
+        own, and whether alternatives are noted."""
+        options = replace(
             self.options,
             max_new_tokens=0,
             min_new_tokens=0,
@@ -52,6 +53,7 @@ class Job:
             seed=None,
             num_return_sequences=1,
         )
+        return options, bool(self.canvas.alternatives)
 
 
 def job_of(
@@ -63,12 +65,14 @@ def job_of(
     number: int = 0,
     streams: bool = True,
     drafts: bool = False,
+    alternatives: int = 0,
 ) -> Job:
     """A job, from token ids and the options of `generate`. It may take seconds, while the automaton
     of a constraint is made; called by any thread.
 
     Args:
         segments: what the ids encode, if they have gaps.
+        alternatives: how many of the likeliest tokens are told with each.
 
     Raises:
         Ar2DiffError: an option is wrong, the prompt does not fit, or no text that matches the
@@ -78,6 +82,7 @@ def job_of(
     gaps = len(segments) > 1
     spec, options = settings_of(checkpoint, settings, gaps)
     canvas = canvas_of(checkpoint.model, spec, [ids], options)
+    canvas.alternatives = alternatives
     constrained(checkpoint, options, canvas, [segments] if gaps else None)
     texts = options.stop_strings
     stops = Stops(checkpoint.tokenizer, texts, len(ids)) if texts else None

@@ -190,6 +190,11 @@ class CompletionRequest(Request):
             )
         return given
 
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens are told with each."""
+        return self.logprobs or 0
+
     def settings(self) -> dict[str, Any]:
         """See `Request`."""
         schema = {} if self.json_schema is None else {"json_schema": self.json_schema}

@@ -116,7 +116,8 @@ def jobs_of(
                 seen[key] = number + 1
                 found.append(
                     job_of(service.checkpoint, prompt.ids, own, segments=prompt.segments,
-                           number=number, streams=streams, drafts=drafts)
+                           number=number, streams=streams, drafts=drafts,
+                           alternatives=request.alternatives)
                 )  # fmt: skip
     except Ar2DiffError as error:
         constraint = next((name for name in CONSTRAINTS if settings.get(name)), None)
@@ -189,6 +190,16 @@ def check_count(service: Service, request: Request, prompts: int) -> None:
         param = "n" if prompts <= most else "prompt"
         told = f"{rows} answers are asked for, but a request may have {most} at most"
         raise Refusal(400, f"{told}; send several requests", param)
+
+
+def check_alternatives(count: int, most: int, name: str) -> None:
+    """Refuse more alternatives of each token than OpenAI's interface has.
+
+    Raises:
+        Refusal: it is more.
+    """
+    if count > most:
+        raise Refusal(400, f"{name} is {count}; set it to a number from 0 to {most}", name)
 
 
 def check_tokens(service: Service, tokens: int | None, name: str, least: int = 1) -> None:

@@ -28,6 +28,13 @@ class Token:
     name: str
 
 
+def name_of(tokenizer: Any, token: int) -> str:
+    """How a token is called: by its text, or, if it is special, by its name."""
+    if token in tokenizer.all_special_ids:
+        return tokenizer.decode([token])
+    return draw_tokens(tokenizer, [token], -1)[0]
+
+
 class Decoder:
     """Decodes tokens as they come, reading no more than the last of them again.
 
@@ -84,7 +91,8 @@ class Text(Shown):
 
     def __init__(self, tokenizer: Any, before: Sequence[int], stops: Sequence[str] = ()):
         super().__init__()
-        self.decoder, self.stops = Decoder(tokenizer, before), stops
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = Decoder(tokenizer, before)
         self.offsets: list[int] = []
         self.stopped = False
 
@@ -129,17 +137,16 @@ class Text(Shown):
         Args:
             over: no more will come.
         """
-        tokenizer, found = self.decoder.tokenizer, []
+        found = []
         begins = self.offsets[first:]
         ends = [*begins[1:], len(self.text)][: len(begins)]
         ids = self.decoder.ids[len(self.decoder.ids) - len(begins) :]
         for token, begin, end in zip(ids, begins, ends, strict=True):
             if begin >= len(self.shown) if self.stopped else end > len(self.shown) and not over:
                 break
-            text = name = self.text[begin:end]
-            if not text and token in tokenizer.all_special_ids:
-                name = tokenizer.decode([token])
-            found.append(Token(text, name))
+            text = self.text[begin:end]
+            special = not text and token in self.tokenizer.all_special_ids
+            found.append(Token(text, name_of(self.tokenizer, token) if special else text))
         return found
 
 
