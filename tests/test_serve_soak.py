@@ -1,5 +1,5 @@
-"""A server that is asked 10,000 times holds no more memory, threads or files in the end than when it
-has got into its stride."""
+"""A server that is asked 10,000 times holds no more memory, threads or files in the end than
+when it has got into its stride."""
 
 from __future__ import annotations
 
