@@ -21,6 +21,7 @@ Using a model:
     check               what a checkpoint is, and whether it does what its config says
     report              speed, quality, length and control beside the base, as a page
     compare             several reports as one page
+    serve               answers clients of OpenAI's interface, and shows a page
 
 Moving models:
     merge               merges an adapter into its base
@@ -52,6 +53,7 @@ _HOMES = {
     "check": "evaluation.check",
     "report": "reports.run",
     "compare": "reports.compare",
+    "serve": "serving.server",
     "merge": "checkpoint.merge",
     "import_checkpoint": "conversion.imports",
     "export": "conversion.exports",

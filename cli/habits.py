@@ -53,8 +53,6 @@ NO_VERB = {
     "train": TRAIN,
     "run": TRAIN,
     "dpo": "use 'ar2diff sft' to tune a model on examples, or 'ar2diff rl' to train it on rewards",
-    "serve": "use 'transformers serve FOLDER --trust-remote-code', which serves what ar2diff "
-    "writes, or 'ar2diff chat FOLDER' in a terminal",
     "login": "use 'hf auth login'",
     "download": "give the Hub id instead of a folder; every verb downloads what it needs",
     "preprocess": "no preparation is needed; 'ar2diff adapt MODEL --data FILE --dry-run' checks "

@@ -59,7 +59,7 @@ def serve(
     Example: ar2diff serve runs/demo --port 8000
     """
     quiet()
-    from ..serve.server import serve as run
+    from .. import serve as run
 
     run(
         model, host=host, port=port, api_key_file=api_key_file, model_name=model_name,

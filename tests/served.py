@@ -109,7 +109,7 @@ def ask(url, path, method="GET", body=None, **headers):
 @contextmanager
 def in_process(service, **options):
     """The URL of a server in this process, while the context lasts."""
-    from ar2diff.serve.server import http_server
+    from ar2diff.serving.server import http_server
 
     server = http_server(service, **options)
     listener = socket.create_server(("127.0.0.1", 0))

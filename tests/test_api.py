@@ -21,6 +21,7 @@ VERBS = {
     "generate": "load", "chat": "load",
     "eval": "evaluate", "check": "check", "merge": "merge", "push": "push", "export": "export",
     "import": "import_checkpoint", "report": "report", "compare": "compare",
+    "serve": "serve",
 }  # fmt: skip
 TRAINING = ("adapt", "sft", "rl", "draft")
 # They print; there is nothing to call in Python.

@@ -327,7 +327,7 @@ def test_speculation_writes_the_text_of_constrained_ar_mode(temperature, drafted
     alone = written(write(prompts, mode="ar", **settings))
     if drafted == "by a fool":
 
-        def draft(group, ends, found):
+        def draft(group, ends, found, after):
             group.trees = [Tree() for _ in group.rows]
             for tree in group.trees:
                 for depth, token in enumerate((A, B, C)):

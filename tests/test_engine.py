@@ -1,8 +1,10 @@
 """The engine: rows come and go between forwards, and each writes what it writes alone."""
 
 import ctypes
+import gc
 import math
 import threading
+import weakref
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.complete import decode_rows, settings_of
 from ar2diff.generation.prompts import split_gaps
 from ar2diff.generation.tokens import encode
-from ar2diff.serve.engine import Engine, EngineBusy, EngineGone
-from ar2diff.serve.events import Committed, Done, Draft, Failed, Mailbox, Post
-from ar2diff.serve.jobs import job_of
-from ar2diff.serve.prefix import PrefixCache
+from ar2diff.serving.engine import Engine, EngineBusy, EngineGone
+from ar2diff.serving.events import Committed, Done, Draft, Failed, Mailbox, Post
+from ar2diff.serving.jobs import job_of
+from ar2diff.serving.prefix import PrefixCache
 
 AR, LOSSLESS = {"mode": "ar"}, {"mode": "speculative", "draft_length": 3}
 DIFFUSION = {"mode": "diffusion", "threshold": 0.1}
@@ -81,6 +83,11 @@ def alone(checkpoint, prompt, settings):
     spec, options = settings_of(checkpoint, settings, gaps)
     ids = encode(checkpoint.tokenizer, spec, segments)
     return decode_rows(checkpoint, spec, options, [ids], [segments] if gaps else None)[0]
+
+
+def cache_of(decoder):
+    reader = decoder.reader if hasattr(decoder, "reader") else decoder.groups[0].reader
+    return reader.cache
 
 
 def finish(engine):
@@ -242,6 +249,25 @@ def test_a_row_that_is_cut_ends_with_what_it_has(checkpoint):
         assert isinstance(end.error, TimeoutError) and not engine.stats.waiting
 
 
+def test_a_batch_that_is_over_lets_go_of_its_keys_and_values(checkpoint):
+    gc.collect()
+    gc.disable()
+    try:
+        for settings in (AR, LOSSLESS, DIFFUSION):
+            engine = Engine(checkpoint, prefix_bytes=0)
+            for _ in range(2):
+                job = asked(checkpoint, "ab", {**settings, "max_new_tokens": 6})
+                engine.submit([job], [Reader()])
+                engine.turn()
+            (batch,) = engine.batches
+            cache = weakref.ref(cache_of(batch.decoder))
+            del batch
+            finish(engine)
+            assert cache() is None
+    finally:
+        gc.enable()
+
+
 def test_a_batch_that_fails_takes_its_own_rows_with_it(checkpoint):
     engine, one, other = Engine(checkpoint), Reader(), Reader()
     engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 20})], [one])
@@ -271,6 +297,7 @@ def test_a_closed_engine_finishes_what_it_has_and_takes_no_more(checkpoint):
     engine, reader = Engine(checkpoint), Reader()
     engine.start()
     engine.submit([asked(checkpoint, "ab", {**AR, "max_new_tokens": 60})], [reader])
+    engine.call(lambda: 8).cancel()
     assert engine.call(lambda: 7).result(60) == 7
     engine.close()
     same(reader.result, alone(checkpoint, "ab", {**AR, "max_new_tokens": 60}))

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "core", "diffusion", "config", "distributed", "data", "demo", "checkpoint", "rewards",
-    "conversion", "generation", "evaluation", "reports", "training", "hub", "api", "serve", "cli",
+    "conversion", "generation", "evaluation", "reports", "training", "hub", "api", "serving", "cli",
 )  # fmt: skip
 FLAT = {"__init__.py", "__main__.py", "doctor.py", "lm_eval.py"}  # what lies beside the folders
 SOURCES = [*(ROOT / "ar2diff").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]

@@ -17,10 +17,10 @@ pytest.importorskip("fastapi")
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.complete import complete
-from ar2diff.serve import server as serving
-from ar2diff.serve.engine import Engine
-from ar2diff.serve.limits import Limits
-from ar2diff.serve.service import Service, set_defaults
+from ar2diff.serving import server as serving
+from ar2diff.serving.engine import Engine
+from ar2diff.serving.limits import Limits
+from ar2diff.serving.service import Service, set_defaults
 
 PATH = "/v1/completions"
 LONG_ONE = {"prompt": "ab", "max_tokens": 40, "mode": "ar"}
@@ -201,7 +201,7 @@ def test_what_nobody_has_foreseen_is_told_in_the_form_of_other_errors(service, m
     def broken(self):
         raise ZeroDivisionError("a path, a prompt")
 
-    monkeypatch.setattr("ar2diff.serve.batch.Batch.step", broken)
+    monkeypatch.setattr("ar2diff.serving.batch.Batch.step", broken)
     with in_process(service(start=True)) as url:
         status, _, body = ask(url, PATH, "POST", LONG_ONE)
         *_, error, done, end = (
@@ -321,7 +321,7 @@ def test_settings_of_the_server_hold_where_a_request_has_none(service, checkpoin
 
 
 def test_the_page_is_served(service):
-    page = (ROOT / "ar2diff" / "serve" / "page" / "index.html").read_bytes()
+    page = (ROOT / "ar2diff" / "serving" / "page" / "index.html").read_bytes()
     with in_process(service(start=True)) as url:
         status, headers, body = ask(url, "/")
         assert (status, body) == (200, page) and headers["cache-control"] == "no-cache"

@@ -37,8 +37,8 @@ SCHEMA = {"type": "object", "properties": {"happy": {"type": "boolean"}}, "requi
 
 def service_of(checkpoint):
     """A service with its engine, which is stopped afterwards."""
-    from ar2diff.serve.engine import Engine
-    from ar2diff.serve.service import Service
+    from ar2diff.serving.engine import Engine
+    from ar2diff.serving.service import Service
 
     engine = Engine(checkpoint)
     engine.start()
@@ -50,7 +50,7 @@ def address_of(service):
     """Where a server serves it."""
     import uvicorn
 
-    from ar2diff.serve.app import create_app
+    from ar2diff.serving.app import create_app
 
     config = uvicorn.Config(create_app(service), port=0, log_config=None, lifespan="off")
     server = uvicorn.Server(config)

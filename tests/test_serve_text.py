@@ -18,12 +18,12 @@ pytest.importorskip("fastapi")
 from ar2diff.config.safe_json import parse_json
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.tokens import text_after
-from ar2diff.serve.conversation import ChatRequest
-from ar2diff.serve.events import Committed, Draft, Mailbox
-from ar2diff.serve.protocol import CompletionRequest, read_request
-from ar2diff.serve.refusal import Refusal
-from ar2diff.serve.text import Stops, Text
-from ar2diff.serve.tools import layout_of
+from ar2diff.serving.conversation import ChatRequest
+from ar2diff.serving.events import Committed, Draft, Mailbox
+from ar2diff.serving.protocol import CompletionRequest, read_request
+from ar2diff.serving.refusal import Refusal
+from ar2diff.serving.text import Stops, Text
+from ar2diff.serving.tools import layout_of
 
 WEATHER = {
     "name": "weather",

@@ -130,7 +130,7 @@ def drafted(monkeypatch):
     `wrong(position)`; a random model would hardly ever be right."""
 
     def plant(rows, wrong):
-        def draft(group, ends, found):
+        def draft(group, ends, found, after):
             group.trees = [Tree() for _ in group.rows]
             for tree, row, front in zip(group.trees, group.rows, group.front, strict=True):
                 for depth in range(1, group.drafts + 1):

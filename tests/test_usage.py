@@ -67,7 +67,6 @@ RETYPED = [
 ]  # fmt: skip
 TOLD = [
     ("train m", "use 'ar2diff adapt' to convert a model, 'ar2diff sft' to tune it"),
-    ("serve m", "use 'transformers serve FOLDER --trust-remote-code'"),
     ("translate", "use one of adapt, sft, rl"),
     ("Qwen/Qwen3-0.6B", "put a verb before it"),
     ("--model m adapt", "put the verb first"),

@@ -80,9 +80,16 @@ class Denoiser:
 
     def run(self) -> Iterator[Canvas]:
         """Decode, yielding the canvas after every forward."""
-        while self.canvas.unfinished:
-            self.step()
-            yield self.canvas
+        try:
+            while self.canvas.unfinished:
+                self.step()
+                yield self.canvas
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the caches at once: what refers to itself is collected late."""
+        self.reader = self.checker = None
 
     @torch.no_grad()
     def step(self) -> None:

@@ -66,7 +66,7 @@ class Group:
         self.newest = [int(canvas.ids[row, canvas.front[row] - 1]) for row in rows]
         self.pace = own.pace if zone % 2 == 0 else Pace(0)
         self.trees = [Tree() for _ in rows]
-        self.drafts = self.pace.drafts()
+        self.drafts = self.pace.planned
         self.pace.plan(self.trees, self.drafts)
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
@@ -94,15 +94,17 @@ class Group:
             canvas.refused[row] = tree.refused(end)
         self.reader.keep(paths, alive)
         judged = [line for line, live in enumerate(alive) if live]
-        self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])
+        prompts = max(self.reader.certain) > 1
+        if not prompts or any(map(len, self.trees)):  # behind a prompt nothing was drafted yet
+            self.pace.saw([self.trees[n] for n in judged], [paths[n] for n in judged])
         self._write(paths, found, alive)
         self.newest = [line[end + 1] for line, end in zip(own, ends, strict=True)]
         self.front = [
             front + (len(path) + 1 if live else 0)
             for front, path, live in zip(self.front, paths, alive, strict=True)
         ]
-        self._draft(ends, found)
-        if max(self.reader.certain) == 1:  # else it read a prompt too
+        self._draft(ends, found, self.pace.planned if prompts else self.pace.drafts())
+        if not prompts:
             self.pace.took(time.perf_counter() - start, self.reader.slots, drafts)
 
     def select(self, keep: list[int]) -> None:
@@ -128,7 +130,7 @@ class Group:
     def follow(self, pace: Pace) -> None:
         """Draft at another pace from the next forward on."""
         if self.zone % 2 == 0:
-            self.pace, self.drafts = pace, pace.drafts()
+            self.pace, self.drafts = pace, pace.planned
             pace.plan(self.trees, self.drafts)
 
     def settle(self) -> None:
@@ -264,13 +266,14 @@ class Group:
             for row in self.rows:
                 noise.forget(row, canvas.front[row])
 
-    def _draft(self, ends: list[int], found: Found) -> None:
+    def _draft(self, ends: list[int], found: Found, after: int) -> None:
         """New candidates for what follows the newest token of each row.
 
         Args:
             ends: the node at which each row's walk ended.
+            after: how many tokens the next forward drafts.
         """
-        drafts, self.drafts = self.drafts, self.pace.drafts()
+        drafts, self.drafts = self.drafts, after
         if not drafts and not self.drafts and not any(map(len, self.trees)):
             return
         blocks = [

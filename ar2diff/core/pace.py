@@ -62,6 +62,12 @@ class Pace:
         """Tokens to draft in the next forward, behind each candidate that has masks."""
         return self.length
 
+    @property
+    def planned(self) -> int:
+        """Tokens to draft beside a prompt, or behind one: that of a forward which is no measure of
+        what drafts are worth."""
+        return self.length
+
     def asks(self) -> tuple[bool, int, float]:
         """What the next call of `grown` asks of guesses: chains, trees of so many nodes (0: none),
         and the trust in them."""
@@ -198,6 +204,12 @@ class MeasuredPace(Pace):
         else:
             self.rest = REST
         return self.length
+
+    @property
+    def planned(self) -> int:
+        """Tokens to draft beside a prompt, or behind one: that of a forward which is no measure of
+        what drafts are worth."""
+        return 0 if self.resting else self.length
 
     def _longest_rest(self) -> int:
         """Plain forwards beside which a try costs a small share of time."""

@@ -48,7 +48,7 @@ LAUNCHER = """
 from dataclasses import dataclass
 from ar2diff.cli.main import main
 from ar2diff.core import index
-from ar2diff.serve import limits
+from ar2diff.serving import limits
 
 @dataclass(frozen=True)
 class Impatient(limits.Limits):

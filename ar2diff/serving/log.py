@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-LOG = logging.getLogger("ar2diff.serve")
+LOG = logging.getLogger("ar2diff.serving")
 
 
 @dataclass

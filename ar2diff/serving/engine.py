@@ -186,7 +186,8 @@ class Engine:
         for ticket in left:
             ticket.deliver(Failed(EngineGone()))
         for _, future in calls:
-            future.set_exception(EngineGone())
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineGone())
 
     def turn(self) -> bool:
         """Make a forward of each batch; what the thread does over and over. Returns False when the
@@ -205,7 +206,7 @@ class Engine:
             self._begin(group)
         for batch in standing:
             self._step(batch)
-        self.batches = [batch for batch in self.batches if len(batch)]
+        self._forget()
         self.stats.running = sum(map(len, self.batches))
         return True
 
@@ -280,6 +281,13 @@ class Engine:
             for row, ticket in held:
                 if ticket.cut and not ticket.cancelled:
                     batch.cut(row)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of batches all of whose rows are over."""
+        for batch in self.batches:
+            if not len(batch):
+                batch.decoder.close()
         self.batches = [batch for batch in self.batches if len(batch)]
 
     # Beginnings
@@ -320,10 +328,14 @@ class Engine:
 
 
 def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():  # nobody waits any more
+        return
     try:
-        future.set_result(function())
+        found = function()
     except Exception as error:
         future.set_exception(error)
+    else:
+        future.set_result(found)
 
 
 def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:

@@ -90,6 +90,7 @@ class Batch:
             batch.compact()
         self.decoder.join(other.decoder)
         self.rows += other.rows
+        other.decoder.close()
 
     def compact(self) -> None:
         """Drop rows that are over from the decoder."""
