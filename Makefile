@@ -1,4 +1,4 @@
-# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
+# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make fuzz-server | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow sandbox-test fuzz fuzz-long elsewhere lint messages golden cpus stories3m clean
+.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow sandbox-test fuzz fuzz-long fuzz-server elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -65,6 +65,10 @@ fuzz: $(STAMP)
 
 fuzz-long: $(STAMP)
 	$(BIN)/python tests/fuzz --count 2000 --seed $(or $(SEED),1)
+
+# Hostile clients against a server; any finding fails. SEED=1 makes other ones.
+fuzz-server: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/server.py --count 10000 --heavy --seed $(or $(SEED),0)
 
 # Losses, likelihoods and tokens of fixed seeds, to compare two commits by: see the script.
 GOLDEN ?= runs/golden.json

@@ -30,7 +30,7 @@ PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "messages.
 FOLDERS = ("benchmarks", "docs", "recipes", "tests", "ar2diff", "cli", "results")
 OTHERS = {"--nnodes", "--node-rank", "--master-addr", "--rdzv-id", "--rdzv-backend"}  # torchrun's
 OTHERS |= {"--rdzv-endpoint", "--no-deps", "--directory", "--continuous-batching"}
-OTHERS |= {"--model"}  # of lm-eval
+OTHERS |= {"--model", "--dllm-algorithm-config"}  # of lm-eval, and of SGLang
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shlex
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import ROOT
 from served import LONG, Process, ask, chat_model, until
 
 import ar2diff
@@ -435,6 +439,32 @@ def metrics(server):
     text = server.get("/metrics", authorization=f"Bearer {KEY}")[2].decode()
     pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
     return {name: float(value) for name, value in pairs}
+
+
+# The guide
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydantic, about fields that are ours
+def test_the_snippets_of_the_guide_run(server, tmp_path, capsys):
+    """In the order of the page, since later ones use what earlier ones have made."""
+    page = (ROOT / "docs" / "guides" / "serve.md").read_text(encoding="utf-8")
+    page = page.replace("http://127.0.0.1:8000", server.url).replace(
+        'api_key="none"', f'api_key="{KEY}"'
+    )
+    names: dict[str, object] = {}
+    for language, code in re.findall(r"^```(python|console)\n(.*?)^```", page, re.M | re.S):
+        if language == "python":
+            exec(code, names)
+            assert capsys.readouterr().out.strip(), code
+        for command in re.findall(r"^\$ (curl .*)$", code, re.M):
+            words = [*shlex.split(command), "--fail", "-H", f"Authorization: Bearer {KEY}"]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=LONG)
+            assert done.returncode == 0 and done.stdout, (command, done.stderr)
+    assert names["filled"].choices[0].finish_reason == "stop"
+    assert names["revised"].choices[0].text.endswith(" It is good to share.")
+    assert len(names["tokens"]) == 24 and names["chosen"].choices[0].text in ("yes", "no")
+    assert json.loads(names["call"].function.arguments)["place"] in ("home", "school")
+    assert names["scored"].usage.completion_tokens == 0
 
 
 # Many at once

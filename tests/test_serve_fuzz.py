@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from served import chat_model
 
 sys.path.append(str(Path(__file__).parent / "fuzz"))
 
@@ -20,7 +21,7 @@ MEMORY = 2 << 30  # bytes that the server may have taken in the end
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     work = tmp_path_factory.mktemp("served")
-    with fuzz.serving(fuzz.converted(work), work) as server:
+    with fuzz.serving(chat_model(work / "model"), work) as server:
         yield server
 
 

@@ -1,5 +1,4 @@
-"""A server that is asked 10,000 times holds no more memory, threads or files in the end than
-when it has got into its stride."""
+"""A server that is asked 10,000 times holds in the end what it held when it was warm."""
 
 from __future__ import annotations
 

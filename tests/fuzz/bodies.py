@@ -7,6 +7,7 @@ import random
 from copy import deepcopy
 from typing import Any
 
+import drawn_schemas
 import hostile
 
 WORDS = "Tom Mia had 3 4 apples stickers and gave to the cat . He picked up".split()
@@ -152,11 +153,13 @@ def spoil(draw: random.Random, body: dict[str, Any], chat: bool, heavy: bool) ->
         10**9]),
         ("draft_length", [0, 10**9]), ("entropy_bound", [-1, 1e308]), ("min_tokens", COUNTS),
     ]  # fmt: skip
+    drawn = [drawn_schemas.generated(draw)] if heavy else []
     if heavy:
         kinds += [("regex", EXPLODE)]
     if chat:
         formats = [
-            {"type": "json_schema", "json_schema": {"name": "a", "schema": s}} for s in SCHEMAS
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": s}}
+            for s in (*SCHEMAS, *drawn * 30)
         ]
         kinds += [("messages", MESSAGES)] * 6 + [("tools", TOOLS)] * 4
         kinds += [("response_format", formats)] * 3 + [("max_completion_tokens", COUNTS)]
@@ -167,7 +170,7 @@ def spoil(draw: random.Random, body: dict[str, Any], chat: bool, heavy: bool) ->
             )
         ]
     else:
-        kinds += [("prompt", PROMPTS)] * 6 + [("json_schema", SCHEMAS)] * 3
+        kinds += [("prompt", PROMPTS)] * 6 + [("json_schema", [*SCHEMAS, *drawn * 30])] * 3
         kinds += [("suffix", hostile.TEXTS), ("revise", [*hostile.TREES, [[0, 1]] * 99, [[5, 3]]])]
         kinds += [("suffix", [PROMPTS[20], " Tom."])]
     way = draw.random()

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -31,9 +30,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE)]
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # its own modules, and those of the tests
 
 import wires  # noqa: E402
+from served import chat_model  # noqa: E402
 
 LIMIT = 90.0  # seconds after which a client has been left hanging
 FLOOD = 64 << 20  # bytes of an answer
@@ -91,19 +91,6 @@ class Server:
     def text(self) -> str:
         """What the normal request is answered with."""
         return self.ask()["choices"][0]["text"]
-
-
-def converted(work: Path) -> Path:
-    """The embedded model, converted without training, with a chat template that takes tools."""
-    from ar2diff.config.recipe import load_recipe
-    from ar2diff.demo.__main__ import MODEL
-    from ar2diff.training.adapt import adapt
-
-    base, model = work / "base", work / "model"
-    shutil.copytree(MODEL, base)
-    shutil.copy(HERE.parent / "tools.jinja", base / "chat_template.jinja")
-    adapt(str(base), load_recipe(None, ["train.max_steps=0"]), model)
-    return model
 
 
 @contextlib.contextmanager
@@ -349,7 +336,7 @@ def main() -> int:
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(serving(given.model or converted(work), work))
+        server = stack.enter_context(serving(given.model or chat_model(work / "model"), work))
         if given.case is not None:
             case = wires.make(given.seed, given.case, given.heavy)
             print(*case.notes, sep="\n")
