@@ -137,15 +137,15 @@ class Answers:
         self.rows = [self._row(index, job, whole) for index, job in enumerate(jobs)]
 
     def _row(self, index: int, job: Job, whole: bool) -> Row:
-        tokenizer, prompt = self.service.checkpoint.tokenizer, int(job.canvas.prompt[0])
-        before = job.canvas.ids[0, :prompt].tolist()
-        gaps = (~job.canvas.given[0, :prompt]).nonzero()[:, 0].tolist()
+        tokenizer, before = self.service.checkpoint.tokenizer, list(job.ids)
+        mask = job.spec.mask_token_id
+        gaps = [place for place, token in enumerate(before) if token == mask and job.segments]
         text: Text | Filling
         if gaps:
             text = Filling(tokenizer, before, job.segments, gaps, whole)
         else:
             text = Text(tokenizer, before, job.options.stop_strings)
-        begin = gaps[0] if gaps else prompt
+        begin = gaps[0] if gaps else len(before)
         return Row(index, job, before, text, begin, Mailbox(self.ring.set))
 
     def submit(self) -> None:

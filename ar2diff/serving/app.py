@@ -19,7 +19,7 @@ from .chat import chat
 from .completions import complete
 from .conversation import ChatRequest
 from .gate import BUG, KNOWN, LOOPBACK, Gate
-from .limits import Limits, read_body
+from .limits import SMALL, Limits, read_body
 from .log import Account, log_bug
 from .protocol import CompletionRequest, Kind, read_request
 from .refusal import NO_RETRY, Refusal
@@ -27,7 +27,6 @@ from .replies import Reply
 from .service import Service
 
 PAGE = Path(__file__).parent / "page"
-SMALL = 1 << 16  # bytes of a body that is read in no time
 Found = TypeVar("Found")
 
 
@@ -99,6 +98,7 @@ async def _answer(service: Service, request: Request, kind: type[Kind], ask: Any
         ask: begins the answers, as `complete`.
     """
     body = await read_body(request.receive, dict(request.headers), service.limits)
+    request.state.account.size = len(body)
     if len(body) < SMALL:
         asked = _read(kind, body)
     else:

@@ -41,8 +41,8 @@ class Ticket:
     @cached_property
     def begin(self) -> int:
         """First position that is written: the first gap, or the end of the prompt."""
-        given = self.job.canvas.given[0, : int(self.job.canvas.prompt[0])]
-        return len(given) if bool(given.all()) else int(given.int().argmin())
+        ids, mask = self.job.ids, self.job.spec.mask_token_id
+        return ids.index(mask) if self.job.segments else len(ids)
 
 
 class Batch:

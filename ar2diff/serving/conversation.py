@@ -232,6 +232,11 @@ class ChatRequest(Request):
         return self.offered if self.tool_choice == "required" else None
 
     @property
+    def rows(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
+
+    @property
     def alternatives(self) -> int:
         """How many of the likeliest tokens are told with each."""
         return self.top_logprobs or 0

@@ -22,6 +22,7 @@ class Job:
     """A row for the engine. Nothing that is wrong with its request is left to be found.
 
     Attributes:
+        ids: of the prompt, with masks in its gaps.
         canvas: of one row, with its constraint.
         spec, options: of `settings_of`.
         segments: the prompt that the row holds, if it has gaps.
@@ -32,6 +33,7 @@ class Job:
         stops: says of a row and its ids whether a stop string ends them; None: there is none.
     """
 
+    ids: Sequence[int]
     canvas: Canvas
     spec: Spec
     options: Options
@@ -78,12 +80,12 @@ def job_of(
         Ar2DiffError: an option is wrong, the prompt does not fit, or no text that matches the
             constraint does.
     """
-    segments = segments or []
-    gaps = len(segments) > 1
+    segments = segments if segments and len(segments) > 1 else []
+    gaps = bool(segments)
     spec, options = settings_of(checkpoint, settings, gaps)
     canvas = canvas_of(checkpoint.model, spec, [ids], options)
     canvas.alternatives = alternatives
     constrained(checkpoint, options, canvas, [segments] if gaps else None)
     texts = options.stop_strings
     stops = Stops(checkpoint.tokenizer, texts, len(ids)) if texts else None
-    return Job(canvas, spec, options, segments, number, streams, drafts, stops)
+    return Job(ids, canvas, spec, options, segments, number, streams, drafts, stops)

@@ -9,6 +9,7 @@ from typing import Any
 from .refusal import NO_RETRY, Refusal
 
 EXCESS = 4  # times the limit that is read of a body that is too large, so that its sender listens
+SMALL = 1 << 16  # bytes of a body that is read in no time
 
 
 @dataclass(frozen=True)

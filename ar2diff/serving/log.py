@@ -22,7 +22,7 @@ class Account:
     Attributes:
         path: one of the server's own, or `other`.
         status: of the answer; 499 if the client went before it was complete.
-        prompt_tokens, tokens, forwards: of its rows.
+        size: bytes of its body. prompt_tokens, tokens, forwards: of its rows.
         first: seconds until the first text.
     """
 
@@ -30,6 +30,7 @@ class Account:
     path: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     status: int = 499
+    size: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     forwards: int = 0

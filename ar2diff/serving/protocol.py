@@ -191,6 +191,11 @@ class CompletionRequest(Request):
         return given
 
     @property
+    def rows(self) -> int:
+        """How many answers are asked for."""
+        return len(self.prompt) * (self.n or 1)
+
+    @property
     def alternatives(self) -> int:
         """How many of the likeliest tokens are told with each."""
         return self.logprobs or 0
