@@ -320,6 +320,25 @@ def test_when_the_thread_dies_every_row_is_told(checkpoint):
         engine.call(lambda: 7)
 
 
+@pytest.mark.parametrize("place", ["batch.Batch.__init__", "engine.Engine._keep", "engine._answer"])
+def test_nobody_is_forgotten_wherever_it_dies(checkpoint, monkeypatch, place):
+    engine, readers = Engine(checkpoint), [Reader() for _ in range(3)]
+
+    def dies(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(f"ar2diff.serving.{place}", dies)
+    jobs = [asked(checkpoint, "a" * n, {**AR, "max_new_tokens": 500}) for n in (1, 2, 99)]
+    engine.submit(jobs, readers)
+    future = engine.call(lambda: 7)
+    engine.start()
+    assert all(reader.over.wait(60) for reader in readers)
+    assert all(isinstance(reader.events[-1].error, EngineGone) for reader in readers)
+    if place == "engine._answer":  # the call dies with it
+        return
+    assert future.result(60) == 7
+
+
 def test_what_is_wrong_with_a_request_is_found_before_the_engine_sees_it(checkpoint):
     for settings in ({"mode": "ar", "threshold": -1}, {"max_new_tokens": 10**6}, {"modes": "ar"}):
         with pytest.raises(Ar2DiffError):

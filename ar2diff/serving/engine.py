@@ -78,6 +78,7 @@ class Engine:
         self.prefixes = PrefixCache(prefix_bytes, grain)
         self.batches: list[Batch] = []
         self._waiting: deque[Ticket] = deque()
+        self._new: list[Ticket] = []  # which wait no more, and are in no batch yet
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = Condition()
         self._closing = False
@@ -168,6 +169,7 @@ class Engine:
 
     def _tickets(self) -> Iterator[Ticket]:
         yield from self._waiting
+        yield from self._new
         for batch in self.batches:
             yield from (ticket for ticket in batch.rows if ticket is not None)
 
@@ -182,7 +184,7 @@ class Engine:
             log_bug(error)
         with self._changed:
             self._closing = True
-            left, calls = [*self._tickets()], [*self._calls]
+            left, calls = {*self._tickets()}, [*self._calls]
         for ticket in left:
             ticket.deliver(Failed(EngineGone()))
         for _, future in calls:
@@ -197,13 +199,14 @@ class Engine:
                 if self._closing:
                     return False
                 self._changed.wait()
-            calls, self._calls = self._calls, deque()
-        for function, future in calls:
-            _answer(function, future)
+        for _ in range(len(self._calls)):
+            _answer(*self._calls.popleft())
         self._drop()
         standing = [*self.batches]
-        for group in alike(self._admitted()):
+        self._new = self._admitted()
+        for group in alike(self._new):
             self._begin(group)
+            self._new = [ticket for ticket in self._new if ticket not in group]
         for batch in standing:
             self._step(batch)
         self._forget()
@@ -334,6 +337,9 @@ def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
         found = function()
     except Exception as error:
         future.set_exception(error)
+    except BaseException:  # the thread is told to end
+        future.set_exception(EngineGone())
+        raise
     else:
         future.set_result(found)
 
