@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ar2diff
+from ar2diff.core.candidates import CandidateReader
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.generation.complete import decode_rows, settings_of
 from ar2diff.generation.prompts import split_gaps
@@ -249,6 +250,30 @@ def test_a_row_that_is_cut_ends_with_what_it_has(checkpoint):
         assert isinstance(end.error, TimeoutError) and not engine.stats.waiting
 
 
+def test_newcomers_draft_nothing_while_the_rows_that_take_them_rest(checkpoint, monkeypatch):
+    engine, drafted = Engine(checkpoint), []
+    read = CandidateReader.read
+
+    def noting(reader, ids, rows, front, newest, trees, drafts):
+        drafted.append(drafts)
+        return read(reader, ids, rows, front, newest, trees, drafts)
+
+    monkeypatch.setattr(CandidateReader, "read", noting)
+    settings = {"mode": "speculative", "max_new_tokens": 60}
+    engine.warm({})
+    engine.submit([asked(checkpoint, p, settings) for p in ("ab", "c", "de")], [Reader()] * 3)
+    engine.turn()
+    assert drafted[-1] > 0  # behind the first prompts
+    decoder = engine.batches[0].decoder
+    decoder.pace.resting, decoder.groups[0].drafts = 1000, 0
+    decoder.paced = lambda _: decoder.pace
+    drafted.clear()
+    engine.submit([asked(checkpoint, "Once", settings)], [Reader()])
+    engine.turn()
+    engine.turn()
+    assert drafted == [0, 0, 0]
+
+
 def test_a_batch_that_is_over_lets_go_of_its_keys_and_values(checkpoint):
     gc.collect()
     gc.disable()
@@ -328,7 +353,7 @@ def test_nobody_is_forgotten_wherever_it_dies(checkpoint, monkeypatch, place):
         raise SystemExit
 
     monkeypatch.setattr(f"ar2diff.serving.{place}", dies)
-    jobs = [asked(checkpoint, "a" * n, {**AR, "max_new_tokens": 500}) for n in (1, 2, 99)]
+    jobs = [asked(checkpoint, "a" * n, {**AR, "max_new_tokens": 400}) for n in (1, 2, 99)]
     engine.submit(jobs, readers)
     future = engine.call(lambda: 7)
     engine.start()

@@ -134,7 +134,7 @@ def test_speculation_writes_the_text_of_the_ar_mode(temperature, drafted, monkey
     alone = written(write(prompts, 11, mode="ar", **settings))
     if drafted == "by a fool":
 
-        def draft(group, ends, found):
+        def draft(group, ends, found, after):
             group.trees = [Tree() for _ in group.rows]
             for tree in group.trees:
                 for depth, token in enumerate((B, C, A)):

@@ -102,7 +102,7 @@ def test_a_guide_that_allows_one_text_is_asked_for_no_other(model, settings, mon
         text = model.generate("ab", draft_length=size, **own, **settings)
         assert text.token_ids == only
 
-    def draft(group, ends, found):
+    def draft(group, ends, found, after):
         group.trees = [Tree() for _ in group.rows]
         for tree, front in zip(group.trees, group.front, strict=True):
             for depth, token in enumerate([*only, 40, 40][front - start :][:3], 1):

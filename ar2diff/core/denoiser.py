@@ -141,6 +141,9 @@ class Denoiser:
         self.row, self.position = self._window()
         self.masked = self._masked()
 
+    def expect(self, other: Denoiser) -> None:
+        """Get ready, before the first forward, for the decoder that will take these rows."""
+
     def select(self, rows: Sequence[int]) -> None:
         """Continue with some of the canvas's rows, which are not finished."""
         kept = torch.isin(self.rows, torch.tensor(rows)).nonzero()[:, 0]

@@ -145,6 +145,11 @@ class Speculation:
                 self.groups.append(group)
         self._repace()
 
+    def expect(self, other: Speculation) -> None:
+        """Draft behind the prompts, before the first forward, as the decoder does that will take
+        these rows: while it rests, nothing."""
+        self.pace = other.pace
+
     def select(self, rows: Sequence[int]) -> None:
         """Continue with some of the canvas's rows, which are not finished."""
         number = {row: place for place, row in enumerate(rows)}

@@ -236,6 +236,9 @@ class Engine:
         """Read the prompts of rows, in their first forward, and join them to others."""
         try:
             batch = Batch(self.checkpoint, tickets)
+            host = self._host(batch)
+            if host is not None:
+                batch.decoder.expect(host.decoder)
             self._resume(batch)
         except Exception as error:
             for ticket in tickets:
@@ -248,11 +251,15 @@ class Engine:
                 self._keep(batch, row)
         if not len(batch):
             return
-        others = (b for b in self.batches if b is not batch and len(b))
-        host = next((b for b in others if b.takes(batch)), None)
+        host = self._host(batch)
         if host is not None:
             host.join(batch)
             self.batches.remove(batch)
+
+    def _host(self, batch: Batch) -> Batch | None:
+        """The batch that takes the rows of a new one."""
+        others = (other for other in self.batches if other is not batch and len(other))
+        return next((other for other in others if other.takes(batch)), None)
 
     def _step(self, batch: Batch) -> None:
         """Make a forward of a batch. One that fails takes its rows with it, and no others."""
