@@ -455,11 +455,12 @@ def test_hostile_texts_are_shown_as_texts(page, saved, tmp_path):
     whole = json.loads(saved[0].read_text())
     for run in whole["runs"]:
         run["messages"] = [{"role": evil, "content": evil}]
-        run["frames"][0]["refused"] = [evil]
-        run["frames"][0]["tokens"] = [
-            {**token, "text": evil, "state": "decided", "step": 1, "p": 1}
-            for token in run["frames"][0]["tokens"]
-        ]
+        for frame in run["frames"]:  # whichever is shown
+            frame["refused"] = [evil]
+            frame["tokens"] = [
+                {**token, "text": evil, "state": "decided", "step": 1, "p": 1}
+                for token in frame["tokens"]
+            ]
     bad = tmp_path / "evil.json"
     bad.write_text(json.dumps(whole))
     page.set_input_files("#file", bad)
