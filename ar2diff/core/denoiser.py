@@ -5,7 +5,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .canvas import Canvas, Finished
+from .decoder import Decoder
 from .forward import rope_switches, without_gradients
 from .head import UNKNOWN, head_of
 from .options import Options
@@ -23,7 +24,7 @@ from .switching import SwitchingReader
 from .transfer import download, upload
 
 
-class Denoiser:
+class Denoiser(Decoder):
     """Decodes the blocks of rows.
 
     Args:
@@ -78,17 +79,8 @@ class Denoiser:
             return SwitchingReader(make, switches, self.size, length if full else None)
         return make(torch.arange(len(length)))
 
-    def run(self) -> Iterator[Canvas]:
-        """Decode, yielding the canvas after every forward."""
-        try:
-            while self.canvas.unfinished:
-                self.step()
-                yield self.canvas
-        finally:
-            self.close()
-
     def close(self) -> None:
-        """Let go of the caches at once: what refers to itself is collected late."""
+        """See `Decoder`."""
         self.reader = self.checker = None
 
     @torch.no_grad()
@@ -130,9 +122,7 @@ class Denoiser:
     def join(self, other: Denoiser) -> None:
         """Take the rows of another decoder with the same options behind one's own; both have made
         a forward."""
-        first = len(self.canvas.front)
-        self.canvas = self.canvas.joined(other.canvas)
-        self.chooser.generators = [*self.chooser.generators, *other.chooser.generators]
+        first = self._extend(other)
         self.reader.join(other.reader)
         self.size = max(self.size, other.size)
         self.rows = torch.cat([self.rows, other.rows + first])
@@ -141,16 +131,11 @@ class Denoiser:
         self.row, self.position = self._window()
         self.masked = self._masked()
 
-    def expect(self, other: Denoiser) -> None:
-        """Get ready, before the first forward, for the decoder that will take these rows."""
-
     def select(self, rows: Sequence[int]) -> None:
         """Continue with some of the canvas's rows, which are not finished."""
         kept = torch.isin(self.rows, torch.tensor(rows)).nonzero()[:, 0]
         self._keep(kept)
-        self.canvas = self.canvas.selected(rows, self.size)
-        if self.chooser.generators:
-            self.chooser.generators = [self.chooser.generators[row] for row in rows]
+        self._reduce(rows, self.size)
         self.began, self.to_decide = self.began[rows], self.to_decide[rows]
         self.rows = torch.arange(len(rows))
         self.row, self.position = self._window()

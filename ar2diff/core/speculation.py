@@ -17,7 +17,7 @@ This file is copied into converted folders: it imports torch and its neighbours 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .canvas import Canvas, Finished
+from .decoder import Decoder
 from .draft import Draft
 from .forward import rope_regime, rope_switches, without_gradients
 from .group import Group, LateGroup
@@ -43,7 +44,7 @@ MOST_TIMED = 12  # forwards of each kind
 WAITING = ("cpu",)  # devices on which the host does nothing else while they compute
 
 
-class Speculation:
+class Speculation(Decoder):
     """Decodes rows from left to right.
 
     Args:
@@ -74,20 +75,10 @@ class Speculation:
         self.without_gradients = without_gradients(model, chooser.options.compile)
         greedy = chooser.options.greedy
         self.noise = None if greedy else GumbelNoise(chooser.generators, vocabulary)
-
         self.groups: list[Group] | None = None
 
-    def run(self) -> Iterator[Canvas]:
-        """Decode, yielding the canvas after every forward."""
-        try:
-            while self.canvas.unfinished:
-                self.step()
-                yield self.canvas
-        finally:
-            self.close()
-
     def close(self) -> None:
-        """Let go of the caches at once: what refers to itself is collected late."""
+        """See `Decoder`."""
         self.groups = []
 
     @torch.no_grad()
@@ -129,11 +120,9 @@ class Speculation:
     def join(self, other: Speculation) -> None:
         """Take the rows of another decoder with the same options behind one's own; both have made
         a forward."""
-        first = len(self.canvas.front)
         for group in (*self.groups, *other.groups):
             group.settle()
-        self.canvas = self.canvas.joined(other.canvas)
-        self.chooser.generators = [*self.chooser.generators, *other.chooser.generators]
+        first = self._extend(other)
         if self.noise is not None:
             self.noise.join(other.noise)
         for group in other.groups:
@@ -163,9 +152,8 @@ class Speculation:
                 group.select(lines)
             group.rows = [number[row] for row in group.rows]
             kept.append(group)
-        self.groups, self.canvas = kept, self.canvas.selected(rows)
-        if self.chooser.generators:
-            self.chooser.generators = [self.chooser.generators[row] for row in rows]
+        self.groups = kept
+        self._reduce(rows)
         if self.noise is not None:
             self.noise.select(rows)
         self._repace()

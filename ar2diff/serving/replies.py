@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from .protocol import Request
 from .service import Service
 
 
-class Reply:
+class Reply(ABC):
     """The answers to a request, as JSON or as a stream.
 
     Args:
@@ -76,21 +77,21 @@ class Reply:
         choice = {**self.empty(row), "finish_reason": self.finish_reason(row)}
         return self._chunk({**choice, "ar2diff": row.described()})
 
+    @abstractmethod
     def choice(self, row: Row) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
     def opening(self, row: Row) -> list[dict[str, Any]]:
         """What a stream begins with."""
         return []
 
+    @abstractmethod
     def parts(self, row: Row, text: str) -> list[dict[str, Any]]:
         """What there is to send of a row whose text has grown."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, row: Row) -> dict[str, Any]:
         """A part without anything in it."""
-        raise NotImplementedError
 
     def finish_reason(self, row: Row) -> str:
         """Why a row has ended."""
