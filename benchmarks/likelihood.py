@@ -35,9 +35,9 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import Checkpoint
 from ar2diff.core.seeds import keyed_generator
 from ar2diff.data.sources import read_texts
+from ar2diff.diffusion.corruption import draw_times, open_slots
 from ar2diff.diffusion.estimate import Estimate, total_of
 from ar2diff.diffusion.likelihood import bound, masked_nll
-from ar2diff.diffusion.noise import corrupt, draw_times
 from ar2diff.evaluation.documents import documents
 from ar2diff.evaluation.score import windows
 from ar2diff.generation.tokens import prompt_ids
@@ -64,7 +64,9 @@ def of_counts(
     times = torch.rand(samples, blocks, generator=generator)
     if stratified:
         times = draw_times(samples, blocks, generator)
-    masks, shares = zip(*[corrupt(maskable, block, row, generator) for row in times], strict=True)
+    masks, shares = zip(
+        *[open_slots(maskable, block, row, generator) for row in times], strict=True
+    )
     return torch.stack(masks), 1 / torch.stack(shares)
 
 

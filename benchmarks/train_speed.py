@@ -203,7 +203,7 @@ class Bench:
         step = batch.pop("step")
         self.batch = {name: value.to(job.device) for name, value in batch.items()}
         self.batch["step"] = step
-        self.logits = int(batch["masked"].sum() + (ar_weight > 0) * batch["ar"].sum())
+        self.logits = int(batch["scored"].sum() + (ar_weight > 0) * batch["ar"].sum())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)  # every step is alike
 
     def step(self, way: str) -> tuple[float, Tensor]:

@@ -65,6 +65,19 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "0",
         "With --steps-per-block: share of the decided tokens that each forward pass masks again.",
     ),
+    "edit_threshold": (
+        float,
+        "--edit-threshold",
+        None,
+        "Replace decided tokens of a block, as long as it is denoised, where another token's "
+        "probability is above this.",
+    ),
+    "corrector_steps": (
+        int,
+        "--corrector-steps",
+        "0",
+        "With --edit-threshold: forward passes for a block after it is decided.",
+    ),
     "cfg_scale": (float, "--cfg-scale", "0", "Strength of classifier-free guidance."),
     "draft_length": (
         int,

@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
 from ar2diff.core.head import BigramHead
+from ar2diff.core.noise import Mask
 from ar2diff.core.spec import HEAD_FORMAT, Spec
 from ar2diff.distributed import precision
 
@@ -27,7 +28,8 @@ settings.register_profile("any speed", deadline=None)
 settings.load_profile("any speed")
 
 ROOT = Path(__file__).resolve().parents[1]
-MASK = 63  # mask token of the tiny models: the last of their 64 rows
+MASKS = Mask(mask=63)  # the noise of the tiny models
+MASK = MASKS.mask  # mask token of the tiny models: the last of their 64 rows
 CLASSES = ("llama", "qwen3", "gpt2", "mistral", "mistral_window")  # what the tests go over
 WINDOW = 3  # sliding window of `mistral_window`
 SWITCH = 14  # tokens at which `phi3_longrope` changes its rotary factors

@@ -198,7 +198,7 @@ def draws(stream, collator, turns):
     for _ in range(EPOCHS * (len(turns) if collator.recipe.convert.block_length is None else 1)):
         _, parts = next(rows)
         batch = {name: x[0] for name, x in collator([(0, parts)]).items() if x.ndim == 2}
-        noisy, masked = batch["noisy"], batch["masked"]
+        noisy, masked = batch["noisy"], batch["scored"]
         covered = set(batch["pos"][batch["ar"]].tolist())
         starts = [turn.start for part in parts for turn in part.turns]
         for n, start in enumerate(starts):

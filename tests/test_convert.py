@@ -274,7 +274,7 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"format": 3}, "format is 3"),
+        ({"format": 4}, "format is 4"),
         ({"noise": "uniform"}, "noise"),
         ({"attention": "causal"}, "attention"),
         ({"block_length": None}, "block_length"),

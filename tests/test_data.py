@@ -5,7 +5,7 @@ from itertools import accumulate, islice
 
 import pytest
 import torch
-from conftest import MASK
+from conftest import MASK, MASKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +48,7 @@ def cut(ids, recipe, epoch=0, seed=0):
 
 
 def collate(recipe, *rows):
-    return Collator(recipe, MASK)(list(enumerate(rows)))
+    return Collator(recipe, MASKS)(list(enumerate(rows)))
 
 
 # The canvas: nothing visible tells where the answer ends
@@ -80,7 +80,7 @@ def test_documents_that_end_anywhere_in_a_block_are_the_same_canvas(
                 batch["xt"],
                 batch["doc"],
                 batch["pos"],
-                batch["masked"],
+                batch["scored"],
                 mask,
                 ids * queries.any(2)[:, 0],
             )
@@ -95,7 +95,7 @@ def test_documents_that_end_anywhere_in_a_full_canvas_are_the_same_canvas(make_r
         for epoch in range(40):  # tails have random lengths: take those that fill 12 slots
             batch = collate(recipe, cut(PREFIX + ending, recipe, epoch))
             if batch["xt"].shape[1] == 12:
-                seen[len(ending)] = [batch[name] for name in ("xt", "doc", "pos", "masked")]
+                seen[len(ending)] = [batch[name] for name in ("xt", "doc", "pos", "scored")]
     assert len(seen) == 4
     for other in seen.values():
         assert all(torch.equal(a, b) for a, b in zip(seen[1], other, strict=True))
@@ -124,10 +124,10 @@ def test_no_logit_of_a_masked_last_block_tells_where_it_ends(
 def test_the_noise_of_a_last_block_does_not_tell_where_it_ends(make_recipe, attention):
     recipe, epochs = make_recipe(attention), 1000
     for ending in ENDINGS:
-        collator, ks, places = Collator(recipe, MASK), Counter(), torch.zeros(4)
+        collator, ks, places = Collator(recipe, MASKS), Counter(), torch.zeros(4)
         for epoch in range(epochs):
             (piece,) = cut(PREFIX + ending, recipe, epoch)
-            masked = collator.noise(piece, 4)[0][0, 8:]
+            masked = collator.noised(piece, 4)[1][0, 8:]
             ks[int(masked.sum())] += 1
             places += masked
         assert all(abs(ks[k] / epochs - 0.25) < 4 * (0.1875 / epochs) ** 0.5 for k in range(1, 5))
@@ -146,7 +146,7 @@ def test_the_last_block_is_filled_to_the_grid_with_eos_and_no_further(make_recip
 def test_the_fill_is_masked_and_supervised(make_recipe, all_masked):
     recipe = make_recipe("causal_context")
     batch = collate(recipe, cut([*PREFIX, EOS], recipe))
-    assert batch["masked"][0, 8:].all() and (batch["coef"][0, 8:] > 0).all()
+    assert batch["scored"][0, 8:].all() and (batch["coef"][0, 8:] > 0).all()
     assert (batch["x0"][0, 8:] == EOS).all()
     assert batch["eos"][0].tolist() == [False] * 8 + [True] * 4
 
@@ -208,7 +208,7 @@ def test_padding_beyond_is_hidden_and_unsupervised(make_recipe):
     batch = collate(recipe, long, short)
     pad = torch.arange(16) >= 8
     assert (batch["doc"][1, pad] == PADDING).all()
-    for name in ("masked", "coef", "ar", "eos"):
+    for name in ("scored", "coef", "ar", "eos"):
         assert not batch[name][1, pad].any(), name
     _, slots = lay_out(batch["xt"], batch["x0"], batch["doc"], batch["pos"], "causal_context")
     mask = dense_mask(allowed_edges(slots, "causal_context", 4), slots)[1, 0]
@@ -396,10 +396,10 @@ def test_the_block_grows_with_the_step_and_the_step_is_that_of_the_row(make_reci
     assert [block_length_at(recipe, s) for s in range(8)] == [1, 1, 1, 2, 2, 2, 4, 4]
     (piece,) = cut([*words(15), EOS], recipe)
     for ordinal, step in ((0, 0), (11, 2), (12, 3), (23, 5), (24, 6)):
-        batch = Collator(recipe, MASK, rows_per_step=4)([(ordinal, [piece])])
+        batch = Collator(recipe, MASKS, rows_per_step=4)([(ordinal, [piece])])
         assert int(batch["step"]) == step
         size = block_length_at(recipe, step)
-        assert batch["masked"].view(-1, size)[1:].any(1).all()  # a mask in every block of that size
+        assert batch["scored"].view(-1, size)[1:].any(1).all()  # a mask in every block of that size
 
 
 # Mixtures and epochs

@@ -237,7 +237,7 @@ def trainer_of(convert_tiny, tmp_path):
         checkpoint.model.double()
         trainer = AdaptTrainer(
             checkpoint, recipe, training_arguments(recipe, tmp_path),
-            data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
+            data_collator=make_collator(recipe, checkpoint.noise),
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -285,13 +285,13 @@ def by_document(trainer, batch):
     distil = trainer.recipe.objective.distil
     size, suppressed = trainer.spec.block_length, trainer.suppressed
     ar_model = trainer.teacher if distil.target == "teacher" else trainer.model
-    for row, column in batch["masked"].nonzero().tolist():
+    for row, column in batch["scored"].nonzero().tolist():
         place = int(batch["pos"][row, column])
         begin = column - place  # of the document
         same = (batch["doc"][row] == batch["doc"][row, begin]).nonzero()[:, 0]
         first = place // size * size if size else 0
         last = min(first + size, len(same)) if size else len(same)
-        x0, xt, masked = (batch[name][row, same] for name in ("x0", "xt", "masked"))
+        x0, xt, masked = (batch[name][row, same] for name in ("x0", "xt", "scored"))
         q = denoiser_logits(trainer, x0[:first], xt[first:last], place - first)
         with torch.no_grad():
             p = ar_logits(ar_model, x0[:place])
@@ -346,14 +346,14 @@ def test_only_a_token_that_no_later_one_moves_is_distilled(trainer_of, predictio
     trainer = trainer_of(prediction=prediction, target="teacher", visible="left", move=0.0)
     batch, model = packed(trainer), trainer.model.eval()
     wanted = trainer.task_of(batch)
-    places, read = batch["masked"].nonzero().tolist(), []
+    places, read = batch["scored"].nonzero().tolist(), []
     for number, (row, column) in enumerate(places):
         changed = dict(batch)
-        later = torch.zeros_like(batch["masked"])
+        later = torch.zeros_like(batch["scored"])
         later[row, column + 1 :] = batch["doc"][row, column + 1 :] == batch["doc"][row, column]
         other = torch.where(later, (batch["x0"] + 7) % 200 + 3, batch["x0"])
         changed["x0"] = other
-        changed["xt"] = torch.where(batch["masked"], batch["xt"], other)
+        changed["xt"] = torch.where(batch["scored"], batch["xt"], other)
         rows = []
         for inputs in (batch, changed):
             task = trainer.task_of(inputs)
@@ -443,13 +443,13 @@ def test_sft_distils_the_answers_own_tokens(convert_tiny, tmp_path):
     with torch.no_grad():
         found = logits_at(model, wanted.source.index, **wanted.source.inputs(model, None))
     size, number, kept = 4, 0, []
-    for n, (row, slot) in enumerate(batch["masked"].nonzero().tolist()):
+    for n, (row, slot) in enumerate(batch["scored"].nonzero().tolist()):
         place, block = int(batch["pos"][row, slot]), batch["block"][row, slot]
         clean = (~batch["noisy"][row] & (batch["doc"][row] == 0)).nonzero()[:, 0]
         ids = batch["target"][row, clean]
         block = (batch["noisy"][row] & (batch["block"][row] == block)).nonzero()[:, 0]
         later = block[batch["pos"][row, block] > place]
-        valid = place < len(ids) and not (~batch["masked"][row, later]).any() and place % size
+        valid = place < len(ids) and not (~batch["scored"][row, later]).any() and place % size
         assert bool(wanted.distilled[n]) == bool(valid) and len(block) == size
         kept.append(bool(valid))
         if valid:

@@ -22,6 +22,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.forward import logits_at
 from ar2diff.core.generate import generate
 from ar2diff.core.head import UNKNOWN, BigramHead
+from ar2diff.core.noise import Mask
 from ar2diff.core.samplers import draw
 from ar2diff.core.seeds import keyed_generator
 from ar2diff.core.spec import HEAD_FILE, Spec
@@ -157,10 +158,12 @@ def test_a_token_knows_the_one_before_where_that_is_visible_or_taken_as_drawn():
 def test_half_of_the_tokens_are_taken_as_drawn_whatever_the_batch(make_recipe):
     recipe = make_recipe(convert={"head_rank": 2}, data={"max_length": 400})
     parts = [DocumentPart([1, *range(40 + n, 239 + n)], 200, 0, 0, n) for n in (0, 1)]
-    both, alone = (Collator(recipe, 63)([(0, rows)])["drawn"][0] for rows in (parts, parts[1:]))
+    both, alone = (
+        Collator(recipe, Mask(mask=63))([(0, rows)])["drawn"][0] for rows in (parts, parts[1:])
+    )
     assert torch.equal(both[200:], alone)
     assert 160 < int(both.sum()) < 240
-    other = Collator(make_recipe(data={"max_length": 400}), 63)([(0, parts)])
+    other = Collator(make_recipe(data={"max_length": 400}), Mask(mask=63))([(0, parts)])
     assert not other["drawn"].any()
 
 

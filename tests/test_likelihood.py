@@ -6,17 +6,17 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from conftest import CLASSES, MASK, WINDOW, build_model, tiny_spec, with_head
+from conftest import CLASSES, MASK, MASKS, WINDOW, build_model, tiny_spec, with_head
 from numpy.polynomial.legendre import leggauss
 
 from ar2diff.core.attention import lay_out, model_mask, reading_slot, reveal_edges
 from ar2diff.core.forward import logits_at
 from ar2diff.core.seeds import keyed_generator
+from ar2diff.diffusion.corruption import open_slots
 from ar2diff.diffusion.cross_entropy import cross_entropy
 from ar2diff.diffusion.draws import draw
 from ar2diff.diffusion.estimate import difference_of, total_of
 from ar2diff.diffusion.likelihood import ar_nll, bound, masked_nll, scored
-from ar2diff.diffusion.noise import corrupt
 from ar2diff.diffusion.objective import suppressed_ids, time_weights
 
 BLOCK = 4
@@ -231,7 +231,7 @@ def test_the_bound_of_one_token_is_its_cross_entropy():
 def test_the_weights_of_the_bound_are_exact():
     maskable, block = torch.ones(5).bool(), torch.zeros(5, dtype=torch.long)
     for k in range(1, 6):
-        masked, t = corrupt(maskable, block, torch.tensor([(k - 0.5) / 5]), keyed_generator(0))
+        masked, t = open_slots(maskable, block, torch.tensor([(k - 0.5) / 5]), keyed_generator(0))
         assert float(time_weights(t, "1/t")[0]) == pytest.approx(5 / int(masked.sum()), rel=1e-12)
 
 
@@ -527,7 +527,7 @@ def test_the_monte_carlo_mean_and_its_error_are_right(every_draw, attention, sam
 
 def test_continuations_of_one_context_share_their_draws():
     def masks(row):
-        return draw(row, 4, scored(row, SUPPRESSED, start), 4, 0, start).masked
+        return draw(MASKS, row, 4, scored(row, SUPPRESSED, start), 4, 0, start).masked
 
     model, contract, start = build_model("llama"), spec("causal_context"), 6  # within a block
     long = [*LONG, *LONG[1:5]]

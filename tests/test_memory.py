@@ -139,7 +139,7 @@ def test_activations_and_logits_are_near_the_measured_peak(
     trainer, plan, recipe = trainer_of(
         tiny_checkpoint, tmp_path, f"convert.attention={attention}", *BLOCKS[attention], *more
     )
-    collate = make_collator(recipe, plan.checkpoint.spec.mask_token_id)
+    collate = make_collator(recipe, plan.checkpoint.noise)
     rows = [row for row, _ in zip(plan.rows, range(4), strict=False)]
     batch = collate(rows)
     divisors, train = torch.ones(2), recipe.train

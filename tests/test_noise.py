@@ -5,12 +5,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import MASK
+from conftest import MASK, MASKS
 
 from ar2diff.core.attention import PADDING
 from ar2diff.core.seeds import content_key, keyed_generator
 from ar2diff.data.documents import Collator, DocumentPart, document_parts
-from ar2diff.diffusion.noise import Law, block_times, corrupt, draw_times, importance
+from ar2diff.diffusion.corruption import Law, block_times, draw_times, importance, open_slots
 from ar2diff.diffusion.objective import time_weights
 
 EOS = 2
@@ -41,7 +41,7 @@ def test_exactly_k_tokens_are_masked_for_any_time():
     generator = torch.Generator().manual_seed(0)
     for k in range(1, 8):
         for t in ((k - 1 + 0.01) / 7, (k - 0.5) / 7, (k - 0.01) / 7):
-            masked, time = corrupt(maskable, block, torch.tensor([t]), generator)
+            masked, time = open_slots(maskable, block, torch.tensor([t]), generator)
             assert masked.sum() == k
             assert torch.allclose(time.double(), torch.tensor(k / 7, dtype=torch.double))
 
@@ -50,7 +50,7 @@ def test_k_is_uniform_on_1_to_n():
     maskable, block = single_block(7)
     generator = torch.Generator().manual_seed(0)
     times = (torch.arange(700) + 0.5) / 700  # uniform times, enumerated
-    counts = Counter(int(corrupt(maskable, block, t[None], generator)[0].sum()) for t in times)
+    counts = Counter(int(open_slots(maskable, block, t[None], generator)[0].sum()) for t in times)
     assert counts == dict.fromkeys(range(1, 8), 100)
 
 
@@ -59,7 +59,7 @@ def test_k_of_a_complementary_view_is_uniform_on_0_to_n():
     generator = torch.Generator().manual_seed(0)
     times = (torch.arange(800) + 0.5) / 800
     counts = Counter(
-        int(corrupt(maskable, block, t[None], generator, True)[0].sum()) for t in times
+        int(open_slots(maskable, block, t[None], generator, True)[0].sum()) for t in times
     )
     assert counts == dict.fromkeys(range(8), 100)
 
@@ -67,7 +67,7 @@ def test_k_of_a_complementary_view_is_uniform_on_0_to_n():
 @pytest.mark.parametrize("t", [0.0, 1e-9, 1.0])
 def test_a_time_at_the_edge_masks_one_token_or_all(t):
     maskable, block = single_block(5)
-    masked, time = corrupt(maskable, block, torch.tensor([t]), torch.Generator().manual_seed(0))
+    masked, time = open_slots(maskable, block, torch.tensor([t]), torch.Generator().manual_seed(0))
     assert masked.sum() == (5 if t == 1 else 1)
     assert time[0] == masked.double().mean()
 
@@ -78,7 +78,7 @@ def test_every_subset_of_k_tokens_is_as_likely():
     for k in (1, 2, 4):
         counts = Counter()
         for seed in range(draws):
-            masked, _ = corrupt(
+            masked, _ = open_slots(
                 maskable, block, torch.tensor([(k - 0.5) / 5]), keyed_generator(seed)
             )
             counts[tuple(masked.nonzero()[:, 0].tolist())] += 1
@@ -94,7 +94,7 @@ def test_every_block_has_a_mask():
     maskable = torch.arange(26) > 0
     for seed in range(300):
         times = block_times(7, "block", seed, 0, 1, 1)
-        masked, _ = corrupt(maskable, block, times, keyed_generator(seed))
+        masked, _ = open_slots(maskable, block, times, keyed_generator(seed))
         assert masked.view(-1)[:4].any()
         assert all(masked[block == b].any() for b in range(7))
 
@@ -102,7 +102,7 @@ def test_every_block_has_a_mask():
 def test_each_block_has_its_own_k_and_t():
     block, maskable = torch.arange(12) // 4, torch.arange(12) > 0
     times = torch.tensor([0.1, 0.6, 1.0])
-    masked, t = corrupt(maskable, block, times, torch.Generator().manual_seed(0))
+    masked, t = open_slots(maskable, block, times, torch.Generator().manual_seed(0))
     assert masked.view(3, 4).sum(1).tolist() == [1, 3, 4]
     assert torch.allclose(t.view(3, 4).double()[:, 1], torch.tensor([1 / 3, 3 / 4, 1.0]).double())
 
@@ -113,9 +113,9 @@ def test_what_is_not_maskable_is_never_masked():
     for seed in range(100):
         times = torch.rand(3, generator=keyed_generator(seed, 1))
         for complementary in (False, True):
-            masked, _ = corrupt(maskable, block, times, keyed_generator(seed), complementary)
+            masked, _ = open_slots(maskable, block, times, keyed_generator(seed), complementary)
             assert not (masked & ~maskable).any()
-    masked, t = corrupt(maskable, block, torch.ones(3), keyed_generator(0))
+    masked, t = open_slots(maskable, block, torch.ones(3), keyed_generator(0))
     assert torch.equal(masked, maskable)
     assert t.isfinite().all()  # a block with nothing to mask has no division by zero
 
@@ -219,7 +219,7 @@ def test_with_weight_1_over_t_the_loss_is_the_bound_under_any_law(law, complemen
     bound = sum(mean[k] * n / k for k in range(1, n + 1)) / n
     total = 0.0
     for t in law.times(uniform):
-        masked, time = corrupt(
+        masked, time = open_slots(
             maskable, block, t[None], torch.Generator().manual_seed(0), complementary
         )
         ratio = importance(maskable, block, time, law, complementary)
@@ -231,7 +231,7 @@ def test_with_weight_1_over_t_the_loss_is_the_bound_under_any_law(law, complemen
 def test_a_block_with_nothing_to_mask_has_no_importance():
     block = torch.arange(8) // 4
     maskable = torch.arange(8) > 3
-    _, t = corrupt(maskable, block, torch.full((2,), 0.5), torch.Generator().manual_seed(0))
+    _, t = open_slots(maskable, block, torch.full((2,), 0.5), torch.Generator().manual_seed(0))
     found = importance(maskable, block, t, Law("bell"))
     assert not found[:4].any() and (found[4:] > 0).all()
 
@@ -246,7 +246,7 @@ def test_the_collator_draws_by_the_law_and_weighs_by_it(make_recipe, weight):
     for epoch in range(20):
         parts = [piece(64, epoch=epoch)]
         batch, uniform = (collate(r, [parts]) for r in (recipe, plain))
-        ks = batch["masked"].view(8, 8).sum(1)[1:]
+        ks = batch["scored"].view(8, 8).sum(1)[1:]
         whole += int((ks == 8).sum())
         if weight == "uniform":
             assert torch.equal(batch["coef"].unique(), torch.tensor([0.0, 1.0]))
@@ -256,7 +256,7 @@ def test_the_collator_draws_by_the_law_and_weighs_by_it(make_recipe, weight):
             assert torch.allclose(
                 coef[ks < 8].amax(1), 2 * 8 / ks[ks < 8].float()
             )  # half as likely as under the uniform law
-        assert not torch.equal(batch["masked"], uniform["masked"])
+        assert not torch.equal(batch["scored"], uniform["scored"])
     assert 0.5 <= whole / 140 < 0.7  # half of them, and one in eight of the others
 
 
@@ -267,19 +267,19 @@ def test_the_collator_draws_by_the_law_and_weighs_by_it(make_recipe, weight):
 def test_noise_is_a_function_of_seed_epoch_and_ids_alone(make_recipe, attention, noise):
     def drawn(seed=0, **changes):
         recipe = make_recipe(attention, noise=noise, train={"seed": seed}, data={"max_length": 64})
-        return Collator(recipe, MASK).noise(piece(**changes), recipe.convert.block_length)
+        return Collator(recipe, MASKS).noised(piece(**changes), recipe.convert.block_length)
 
-    masked, t = drawn()
+    xt, masked, t = drawn()
     before = torch.get_rng_state()
     torch.manual_seed(5)
-    for again, same in zip(drawn(), (masked, t), strict=True):
+    for again, same in zip(drawn(), (xt, masked, t), strict=True):
         assert torch.equal(again, same)
     torch.set_rng_state(before)
     for changes in ({"epoch": 1}, {"seed": 1}):
-        assert not torch.equal(drawn(**changes)[0], masked)
+        assert not torch.equal(drawn(**changes)[1], masked)
     recipe = make_recipe(attention, noise=noise, train={"seed": 1}, data={"max_length": 64})
     assert not torch.equal(
-        Collator(recipe, MASK).noise(piece(), recipe.convert.block_length)[0], masked
+        Collator(recipe, MASKS).noised(piece(), recipe.convert.block_length)[1], masked
     )
 
 
@@ -290,7 +290,7 @@ def test_which_tokens_are_masked_changes_with_epoch_seed_and_ids(make_recipe, at
     def first_alone(seed, epoch, other):
         recipe = make_recipe(attention, noise=noise, train={"seed": seed})
         ids = [1, 9, other]
-        masked, _ = Collator(recipe, MASK).noise(
+        _, masked, _ = Collator(recipe, MASKS).noised(
             DocumentPart(ids, 3, 0, epoch, content_key(ids)), recipe.convert.block_length
         )
         return bool(masked[0, 1]) if masked.sum() == 1 else None
@@ -301,7 +301,7 @@ def test_which_tokens_are_masked_changes_with_epoch_seed_and_ids(make_recipe, at
 
 
 def collate(recipe, rows, start=0):
-    return Collator(recipe, MASK)([(start + i, row) for i, row in enumerate(rows)])
+    return Collator(recipe, MASKS)([(start + i, row) for i, row in enumerate(rows)])
 
 
 @pytest.mark.parametrize("complementary", [False, True])
@@ -316,7 +316,7 @@ def test_noise_does_not_depend_on_batch_split(make_recipe, attention, noise, com
     for size in (1, 2, 3):
         for start in range(0, 6, size):
             part = collate(recipe, rows[start : start + size], start)
-            for name in ("x0", "xt", "masked", "t", "coef"):
+            for name in ("x0", "xt", "scored", "t", "coef"):
                 whole = together[name].unflatten(0, (views, 6))[:, start : start + size]
                 got = part[name].unflatten(0, (views, size))
                 length = got.shape[-1]
@@ -332,7 +332,7 @@ def test_noise_does_not_depend_on_packing(make_recipe, attention, noise, complem
     )
     parts = [piece(12, seed=1), piece(8, seed=2), piece(20, seed=3)]
     packed, alone = collate(recipe, [parts]), [collate(recipe, [[p]]) for p in parts]
-    for name in ("x0", "xt", "masked", "t", "coef", "pos"):
+    for name in ("x0", "xt", "scored", "t", "coef", "pos"):
         assert torch.equal(packed[name], torch.cat([a[name] for a in alone], 1)), name
     assert packed["divisor"] == sum(a["divisor"] for a in alone)
 
@@ -342,9 +342,9 @@ def test_the_fill_of_the_last_block_does_not_change_the_noise_before_it(make_rec
     ids = piece(9).ids
     (filled,) = document_parts(ids, 0, EOS, recipe, 0)
     assert len(filled.ids) == 12 and filled.real == 9
-    masked, _ = Collator(recipe, MASK).noise(filled, 4)
+    _, masked, _ = Collator(recipe, MASKS).noised(filled, 4)
     other = DocumentPart(filled.ids[:9] + [7] * 3, 9, 0, 0, filled.document)
-    assert torch.equal(Collator(recipe, MASK).noise(other, 4)[0], masked)
+    assert torch.equal(Collator(recipe, MASKS).noised(other, 4)[1], masked)
 
 
 # At the collator
@@ -363,14 +363,14 @@ def test_position_0_and_padding_are_never_masked(make_recipe, attention, noise, 
         ]
         batch = collate(recipe, rows)
         never = (batch["pos"] == 0) | (batch["doc"] == PADDING)
-        assert never.any() and not (batch["masked"] & never).any()
+        assert never.any() and not (batch["scored"] & never).any()
         assert not batch["coef"][never].any()
 
 
 def test_masked_tokens_become_the_mask_and_the_others_stay(make_recipe):
     batch = collate(make_recipe("block_causal"), [[piece(16)], [piece(8, seed=1)]])
-    assert (batch["xt"][batch["masked"]] == MASK).all()
-    assert torch.equal(batch["xt"][~batch["masked"]], batch["x0"][~batch["masked"]])
+    assert (batch["xt"][batch["scored"]] == MASK).all()
+    assert torch.equal(batch["xt"][~batch["scored"]], batch["x0"][~batch["scored"]])
 
 
 @pytest.mark.parametrize(("attention", "noise"), CASES)
@@ -384,7 +384,7 @@ def test_complementary_views_mask_every_token_exactly_once(make_recipe, attentio
                 [piece(24, seed=3, epoch=epoch)],
             ],
         )
-        first, second = batch["masked"].chunk(2)
+        first, second = batch["scored"].chunk(2)
         maskable = (batch["pos"] > 0) & (batch["doc"] != PADDING)
         assert torch.equal(first.int() + second.int(), maskable[:2].int())
         assert torch.equal(*batch["x0"].chunk(2))
@@ -395,7 +395,7 @@ def test_the_weights_of_complementary_views_are_unbiased(make_recipe):
     recipe = make_recipe("full", noise={"complementary": True}, data={"max_length": 40})
     n, weights = 5, [Counter(), Counter()]
     for epoch in range(6000):
-        masked, t = Collator(recipe, MASK).noise(piece(n + 1, epoch=epoch), None)
+        _, masked, t = Collator(recipe, MASKS).noised(piece(n + 1, epoch=epoch), None)
         for view in (0, 1):
             k = int(masked[view].sum())
             weights[view][k] += 1
@@ -410,6 +410,6 @@ def test_blocks_of_a_document_have_different_k(make_recipe, attention):
     """Seven full blocks of eight tokens and stratified times: k goes over 1..8 without repeats."""
     recipe = make_recipe(attention, block_length=8, data={"max_length": 64})
     for epoch in range(20):
-        masked, _ = Collator(recipe, MASK).noise(piece(64, epoch=epoch), 8)
+        _, masked, _ = Collator(recipe, MASKS).noised(piece(64, epoch=epoch), 8)
         ks = masked.view(8, 8).sum(1)[1:].tolist()
         assert len(set(ks)) == 7

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CLASSES, MASK, tiny_spec
+from conftest import CLASSES, MASK, MASKS, tiny_spec
 
 from ar2diff.core.attention import PADDING, lay_out, model_mask, reading_slot
 from ar2diff.core.forward import logits_at
@@ -119,12 +119,12 @@ def test_the_gradient_does_not_depend_on_the_batch_split(
     contract = tiny_spec(attention, recipe.convert.block_length)
 
     def gradient(parts):
-        batches = [Collator(recipe, MASK, rows_per_step=4)(part) for part in parts]
+        batches = [Collator(recipe, MASKS, rows_per_step=4)(part) for part in parts]
         divisor = sum(batch["divisor"] for batch in batches)
         model.zero_grad()
         for batch in batches:
             nll = nll_of(model, contract, batch)
-            ((batch["coef"][batch["masked"]] * nll).sum() / divisor).backward()
+            ((batch["coef"][batch["scored"]] * nll).sum() / divisor).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     whole = gradient([rows])
@@ -139,7 +139,7 @@ def nll_of(model, contract, batch):
         model,
         contract,
         batch["x0"],
-        batch["masked"],
+        batch["scored"],
         batch["doc"],
         batch["pos"],
         suppressed_ids(MASK, range(64), 64),
@@ -202,12 +202,12 @@ def test_cart_counts_earlier_blocks_as_clean_and_later_ones_not_at_all():
 def test_the_collator_gives_cart_the_real_tokens_alone(make_recipe):
     recipe = make_recipe("full", objective={"weight": "cart", "cart_p": 0.5})
     ids = words(8).tolist()
-    batch = Collator(recipe, MASK)([(0, [DocumentPart(ids, 5, 4, 0, content_key(ids))])])
+    batch = Collator(recipe, MASKS)([(0, [DocumentPart(ids, 5, 4, 0, content_key(ids))])])
     real = torch.arange(8)[None] < 5
     zero = torch.zeros(1, 8, dtype=torch.long)
-    want = cart_weights(batch["masked"], real, zero, zero, 0.5)[0]
+    want = cart_weights(batch["scored"], real, zero, zero, 0.5)[0]
     want[-4:] /= 4  # an EOS run of four
-    assert torch.allclose(batch["coef"][0], want * batch["masked"][0])
+    assert torch.allclose(batch["coef"][0], want * batch["scored"][0])
 
 
 # Logits
@@ -340,12 +340,14 @@ def test_the_gradient_reaches_the_head_only_where_a_masked_token_is_read(
 
 def test_the_gradient_of_an_unmasked_tokens_logits_is_zero(make_recipe):
     """The whole [B, L, V] logits, the loss as the collator weighs it."""
-    batch = Collator(make_recipe("block_causal"), MASK)([(0, [piece(16)]), (1, [piece(8, seed=1)])])
+    batch = Collator(make_recipe("block_causal"), MASKS)(
+        [(0, [piece(16)]), (1, [piece(8, seed=1)])]
+    )
     logits = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     ce = cross_entropy(logits.flatten(0, 1), batch["x0"].flatten()).view(2, 16)
     ((batch["coef"] * ce).sum() / batch["divisor"]).backward()
     moved = logits.grad.abs().amax(-1) > 0
-    assert torch.equal(moved, batch["masked"])
+    assert torch.equal(moved, batch["scored"])
 
 
 def test_a_token_of_weight_0_leaves_no_gradient():

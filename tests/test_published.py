@@ -169,14 +169,14 @@ class Setting:
     def documents(self, batch: dict) -> list[Document]:
         """The documents of the rows, and their second views, with the noise of the batch."""
         read = self._turns if "noisy" in batch else self._pieces
-        count = len(batch["masked"])
+        count = len(batch["scored"])
         return [d for r in range(count) for d in read(batch, r, self.rows[r % ROWS][1])]
 
     def _pieces(self, batch: dict, r: int, row: list) -> Iterator[Document]:
         start = 0
         for piece in row:
             n = len(piece.ids)
-            masked = batch["masked"][r, start : start + n].tolist()
+            masked = batch["scored"][r, start : start + n].tolist()
             share = [1 / piece.run if n - i <= piece.run else 1.0 for i in range(n)]
             yield Document(piece.ids, masked, list(range(1, n)), share, piece.real)
             start += n
@@ -187,7 +187,7 @@ class Setting:
             fill = turn.stop - turn.end
             ids = [*part.ids[: turn.end], *[part.ids[turn.end - 1]] * fill]
             noisy = batch["noisy"][r] & (batch["doc"][r] == doc)
-            hidden = set(batch["pos"][r][noisy & batch["masked"][r]].tolist())
+            hidden = set(batch["pos"][r][noisy & batch["scored"][r]].tolist())
             share = [1 / (fill + 1) if i >= turn.end - 1 else 1.0 for i in range(turn.stop)]
             scored = list(range(turn.start, turn.stop))
             masked = [i in hidden for i in range(turn.stop)]

@@ -57,7 +57,7 @@ def trainer_of(convert_tiny, tmp_path):
             recipe = recipe_of(batch, convert=convert, **sections)
             return AdaptTrainer(
                 checkpoint, recipe, training_arguments(recipe, tmp_path),
-                data_collator=make_collator(recipe, checkpoint.spec.mask_token_id),
+                data_collator=make_collator(recipe, checkpoint.noise),
             )  # fmt: skip
         if verb == "sft":
             recipe = recipe_of(batch, convert=convert, **sections)
@@ -273,7 +273,7 @@ def test_return_outputs_gives_logits_predictions_and_labels(trainer_of, verb):
     alone = trainer.compute_loss(trainer.model, batch)
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     torch.testing.assert_close(loss, alone)
-    labels, masked = outputs["labels"], batch["masked"]
+    labels, masked = outputs["labels"], batch["scored"]
     target = batch["x0" if verb == "adapt" else "target"]
     assert torch.equal(labels, torch.where(masked, target, -100))
     assert outputs["logits"].shape == (int(masked.sum()), trainer.model.config.vocab_size)

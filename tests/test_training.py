@@ -21,6 +21,7 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.noise import Mask
 from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
 from ar2diff.distributed import precision
@@ -98,7 +99,7 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
                 Documents(recipe.data.sources, "text", 0), checkpoint.tokenizer, 2, recipe
             )
         )
-        collate, seen = Collator(recipe, 5), {}
+        collate, seen = Collator(recipe, Mask(mask=5)), {}
         while len(seen) < 80:
             numbered = [next(rows) for _ in range(batch)]
             made = collate(numbered)
@@ -106,7 +107,7 @@ def test_noise_does_not_depend_on_batch_split_packing_or_epoch_order(tiny_checkp
                 start = 0
                 for piece in row:
                     end = start + len(piece.ids)
-                    seen[piece.epoch, tuple(piece.ids)] = made["masked"][r, start:end].tolist()
+                    seen[piece.epoch, tuple(piece.ids)] = made["scored"][r, start:end].tolist()
                     start = end
         return seen
 
@@ -185,7 +186,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(
         "two micro-batches": [[(40, parts[:half])], [(41, [piece]) for piece in parts[half:]]],
     }
     collate = Collator(
-        recipe, checkpoint.spec.mask_token_id, rows_per_step=8
+        recipe, checkpoint.noise, rows_per_step=8
     )  # row 40 is of step 5: half the edges
     losses, gradients = [], []
     for batches in layouts.values():
@@ -406,7 +407,7 @@ def test_ranks_take_turns_in_one_stream(tiny_checkpoint, text_file):
     ]
     one = first(rows, 16)
     assert [*both[0][:4], *both[1][:4], *both[0][4:], *both[1][4:]] == one
-    collate = Collator(recipe, 5, rows_per_step=8)
+    collate = Collator(recipe, Mask(mask=5), rows_per_step=8)
     assert [int(collate(part)["step"]) for part in (one[:4], one[4:8], one[8:12])] == [0, 0, 1]
 
 

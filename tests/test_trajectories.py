@@ -32,7 +32,7 @@ def recipe_of(**sections):
 
 def batch_of(checkpoint, recipe, texts, step=3):
     """The collator and its batch of rows, of which each holds some texts."""
-    collate, rows = make_collator(recipe, checkpoint.spec.mask_token_id), []
+    collate, rows = make_collator(recipe, checkpoint.noise), []
     for row in texts:
         parts = [
             next(document_parts(tokenize(checkpoint.tokenizer, t, EOS), 0, EOS, recipe, 0))
@@ -88,11 +88,11 @@ def test_each_block_is_as_the_sampler_met_it(checkpoint, end):
                 block = slice(first, first + SIZE)
                 met = [s for s in read if (s[:first] != spec.mask_token_id).all()]
                 assert any(torch.equal(xt[block], s[block]) for s in met)
-                assert made["masked"][row, kept[block]].any()
+                assert made["scored"][row, kept[block]].any()
             scored = torch.arange(len(kept))
             scored = (scored >= prompt) & (scored < end_of)
             assert torch.equal(made["written"][row, kept], scored)
-            coef, masked = made["coef"][row, kept], made["masked"][row, kept]
+            coef, masked = made["coef"][row, kept], made["scored"][row, kept]
             assert torch.equal(coef > 0, masked & scored)
             assert torch.equal(masked, xt == spec.mask_token_id)
             ar = made["ar"][row, kept]
@@ -124,7 +124,7 @@ def test_a_documents_text_and_noise_do_not_depend_on_the_batch(checkpoint):
     for row, texts in enumerate((TEXTS[:2], TEXTS[2:])):
         alone = states_of(checkpoint, recipe, [texts])[1]
         length = alone["x0"].shape[1]
-        for name in ("x0", "xt", "masked", "coef", "doc", "pos", "ar", "written"):
+        for name in ("x0", "xt", "scored", "coef", "doc", "pos", "ar", "written"):
             assert torch.equal(together[name][row, :length], alone[name][0]), name
         assert (together["doc"][row, length:] == PADDING).all()
     again = states_of(checkpoint, recipe, [TEXTS[:2], TEXTS[2:]])[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MASK, build_model, tiny_spec
+from conftest import MASK, MASKS, build_model, tiny_spec
 
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.forward import logits_at
@@ -90,14 +90,14 @@ def test_a_cut_answer_teaches_no_stopping(sft_recipe, attention):
 def test_the_prompt_is_never_corrupted(sft_recipe, attention, complementary):
     """10,000 draws."""
     recipe = sft_recipe(attention, noise={"complementary": complementary})
-    collator, seen = TurnCollator(recipe, MASK), torch.zeros(64)
+    collator, seen = TurnCollator(recipe, MASKS), torch.zeros(64)
     views = 2 if complementary else 1
     for epoch in range(10_000 // 50 // views):
         rows = [
             (n, conversation_parts(IDS, LABELS, 50 * epoch + n, ENDS, recipe)) for n in range(50)
         ]
         batch = collator(rows)
-        masked = batch["masked"]
+        masked = batch["scored"]
         assert len(masked) == 50 * views
         assert (batch["input_ids"][masked] == MASK).all()
         assert torch.equal(batch["input_ids"][~masked], batch["target"][~masked])
@@ -109,7 +109,7 @@ def test_the_prompt_is_never_corrupted(sft_recipe, attention, complementary):
 
 def test_a_run_of_end_tokens_weighs_as_one(sft_recipe):
     recipe = sft_recipe(objective={"ar_weight": 0.3})
-    batch = TurnCollator(recipe, MASK)([(0, conversation_parts(IDS, LABELS, 0, ENDS, recipe))])
+    batch = TurnCollator(recipe, MASKS)([(0, conversation_parts(IDS, LABELS, 0, ENDS, recipe))])
     assert float(batch["divisor"]) == pytest.approx(7.0)  # 20 21 END, 22 23 24 END
     assert int(batch["ar_divisor"]) == 7
     filled = batch["eos"].sum()
@@ -120,10 +120,10 @@ def test_a_run_of_end_tokens_weighs_as_one(sft_recipe):
 def test_a_diffusion_head_knows_the_token_before_where_the_sampler_does(sft_recipe, attention):
     """It is visible, ends a block before, or counts as drawn just before in half of the cases."""
     recipe = sft_recipe(attention, convert={"head_rank": 4})
-    grid, collator, shares = recipe.convert.block_length, TurnCollator(recipe, MASK), []
+    grid, collator, shares = recipe.convert.block_length, TurnCollator(recipe, MASKS), []
     for epoch in range(40):
         batch = collator([(0, conversation_parts(IDS, LABELS, epoch, ENDS, recipe))])
-        names = ("masked", "pos", "target", "previous")
+        names = ("scored", "pos", "target", "previous")
         masked, pos, target, previous = (batch[name][0] for name in names)
         again = collator([(0, conversation_parts(IDS, LABELS, epoch, ENDS, recipe))])
         assert torch.equal(again["previous"], batch["previous"])
@@ -141,8 +141,8 @@ def test_a_diffusion_head_knows_the_token_before_where_the_sampler_does(sft_reci
 @pytest.mark.parametrize("complementary", [False, True])
 def test_complementary_views_mask_every_supervised_token_once(sft_recipe, complementary):
     recipe = sft_recipe(noise={"complementary": True})
-    batch = TurnCollator(recipe, MASK)([(0, conversation_parts(IDS, LABELS, 3, ENDS, recipe))])
-    one, two = batch["masked"]
+    batch = TurnCollator(recipe, MASKS)([(0, conversation_parts(IDS, LABELS, 3, ENDS, recipe))])
+    one, two = batch["scored"]
     assert not (one & two).any()
     assert int((one | two).sum()) == 4 + 7  # positions 4..7, and 9..15
 
@@ -155,7 +155,7 @@ def logits_of(model, spec, batch):
     with torch.no_grad():
         return logits_at(
             model,
-            (row + batch["reads"])[batch["masked"]],
+            (row + batch["reads"])[batch["scored"]],
             input_ids=batch["input_ids"],
             attention_mask=mask,
             position_ids=slots.pos,
@@ -173,11 +173,11 @@ def test_what_a_turn_reads_in_training_is_what_decoding_reads(
     recipe = sft_recipe(attention, prediction)
     for epoch in range(3):
         parts = conversation_parts(IDS, LABELS, epoch, ENDS, recipe)
-        batch = TurnCollator(recipe, MASK)([(n, [part]) for n, part in enumerate(parts)])
+        batch = TurnCollator(recipe, MASKS)([(n, [part]) for n, part in enumerate(parts)])
         got = iter(logits_of(model, spec, batch))
         compared = 0
         for row in range(len(parts)):
-            masked = batch["masked"][row].nonzero()[:, 0].tolist()
+            masked = batch["scored"][row].nonzero()[:, 0].tolist()
             for block in dict.fromkeys(batch["block"][row, masked].tolist()):
                 own = batch["noisy"][row] & (batch["block"][row] == block)
                 pos, ids = batch["pos"][row, own], batch["input_ids"][row, own]
@@ -193,7 +193,7 @@ def test_what_a_turn_reads_in_training_is_what_decoding_reads(
                 for logits in want:
                     torch.testing.assert_close(next(got), logits, rtol=0, atol=1e-9)
                     compared += 1
-        assert compared == int(batch["masked"].sum()) > 2
+        assert compared == int(batch["scored"].sum()) > 2
 
 
 @pytest.mark.parametrize("attention", [*BLOCKWISE, "full"])
@@ -202,18 +202,18 @@ def test_no_answer_leaks_into_its_own_prediction(sft_recipe, attention):
     model, spec, recipe = build_model("llama"), tiny_spec(attention, 4), sft_recipe(attention)
     other = [*IDS[:9], 30, 31, 32, END]
     labels = [*LABELS[:9], 30, 31, 32, END]
-    collator = TurnCollator(recipe, MASK)
+    collator = TurnCollator(recipe, MASKS)
     batch = collator([(0, [conversation_parts(IDS, LABELS, 0, ENDS, recipe)[0]])])
     changed = collator([(0, [conversation_parts(other, labels, 0, ENDS, recipe)[0]])])
-    first = batch["masked"] & (batch["pos"] < 8)  # of the first turn
-    assert torch.equal(first, changed["masked"] & (changed["pos"] < 8))
-    wanted = first[batch["masked"]]
+    first = batch["scored"] & (batch["pos"] < 8)  # of the first turn
+    assert torch.equal(first, changed["scored"] & (changed["pos"] < 8))
+    wanted = first[batch["scored"]]
     one = logits_of(model, spec, batch)[wanted]
     two = logits_of(model, spec, changed)[
-        (changed["masked"] & (changed["pos"] < 8))[changed["masked"]]
+        (changed["scored"] & (changed["pos"] < 8))[changed["scored"]]
     ]
     torch.testing.assert_close(one, two, rtol=0, atol=0)
-    hidden = dict(batch, target=torch.where(batch["masked"], 40, batch["target"]))
+    hidden = dict(batch, target=torch.where(batch["scored"], 40, batch["target"]))
     torch.testing.assert_close(logits_of(model, spec, hidden)[wanted], one, rtol=0, atol=0)
 
 
@@ -228,10 +228,10 @@ def test_packed_conversations_have_the_loss_of_each_alone(sft_recipe, attention)
     parts = [
         p for ids, labels in conversations for p in conversation_parts(ids, labels, 1, ENDS, recipe)
     ]
-    collator = TurnCollator(recipe, MASK)
+    collator = TurnCollator(recipe, MASKS)
 
     def loss(batch):
-        masked = batch["masked"]
+        masked = batch["scored"]
         ce = cross_entropy(logits_of(model, spec, batch), batch["target"][masked])
         return float((batch["coef"][masked] * ce).sum()), float(batch["divisor"])
 
@@ -246,9 +246,9 @@ def test_padding_is_read_by_nobody(sft_recipe):
         conversation_parts(IDS, LABELS, 0, ENDS, recipe),
         [ConversationPart([1, 10, 20, END], (Turn(2, 4, 4, True),), 0)],
     )
-    batch = TurnCollator(recipe, MASK)([(0, long), (1, short)])
+    batch = TurnCollator(recipe, MASKS)([(0, long), (1, short)])
     padding = batch["doc"] == PADDING
-    assert padding.any() and not batch["masked"][padding].any() and not batch["ar"][padding].any()
+    assert padding.any() and not batch["scored"][padding].any() and not batch["ar"][padding].any()
 
 
 def test_the_stream_of_rows_is_a_function_of_the_data_alone(sft_recipe):

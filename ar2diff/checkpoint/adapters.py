@@ -8,7 +8,7 @@ a logit of the adapted model means, and how the base is recognized.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from .model import Checkpoint, load_model, load_tokenizer, write_spec
 from .output import Output, write_json
 from .stored import file_tensors, fingerprint
 
-MAY_DIFFER = ("block_length", "ar_mode", "max_length")  # keys of the spec that training may change
+# Keys of the spec that training may change; `format` follows from others.
+MAY_DIFFER = ("format", "block_length", "ar_mode", "max_length")
 RETRAIN = "train the adapter again"
 
 
@@ -82,7 +83,13 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
     spec = read_spec(checkpoint.path)
     check_base(checkpoint.path, spec)
     if name := _changed(spec, checkpoint.spec):
-        before, after = getattr(spec, name), getattr(checkpoint.spec, name)
+        before, after = spec.to_dict()[name], checkpoint.spec.to_dict()[name]
+        if name == "noise":
+            raise Ar2DiffError(
+                f"an adapter cannot change the noise of its base from {before} to {after}",
+                f"convert the base with this {option('noise.kind')} and {option('max_steps', 0)} "
+                "first, or remove the peft section from the recipe",
+            )
         raise Ar2DiffError(
             f"an adapter cannot change {name} from {before} to {after}",
             f"set {option(f'convert.{name}', before)}, or remove the peft section from the recipe",
@@ -160,7 +167,7 @@ def load_adapter(
     fix = "set base_model_name_or_path in its adapter_config.json to the model it was trained on"
     if is_adapter(folder) or is_draft(folder) or found is None:
         raise Ar2DiffError(f"adapter {path}: its base {folder} is not a converted model", fix)
-    for name, value in asdict(found).items():
+    for name, value in found.to_dict().items():
         trained_on = known["diffusion"].get(name)
         if value != trained_on:
             raise Ar2DiffError(

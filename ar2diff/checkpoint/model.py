@@ -30,6 +30,7 @@ from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead, read_head
+from ..core.noise import Noise
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.spec import CAUSAL, HEAD_FILE, Spec
 from ..data.template_trial import check_cost, templates_of
@@ -101,6 +102,12 @@ class Checkpoint:
         if self._suppressed[0] != key:
             self._suppressed = key, suppressed_ids(mask_token_id, self.token_ids, rows)
         return self._suppressed[1]
+
+    @property
+    def noise(self) -> Noise:
+        """The noise of the spec, over the model's vocabulary."""
+        spec = self.spec_or_causal
+        return spec.noise.on(spec.mask_token_id, self.suppressed)
 
     @property
     def spec_or_causal(self) -> Spec:
@@ -484,6 +491,9 @@ def _choose_mode(generation: Any, spec: Spec, old: Spec | None) -> None:
     """
     if not spec.lossless or getattr(generation, "mode", None) not in MODES:
         generation.mode = "speculative" if spec.lossless else "diffusion"
+    if spec.noise.free:  # which has steps alone
+        generation.threshold = generation.entropy_bound = None
+        return
     rule = {name: getattr(generation, name, None) for name in RULE}
     rule = {name: value for name, value in rule.items() if value is not None}
     lost = old is not None and old.lossless and not spec.lossless

@@ -15,6 +15,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
+from ..core.noise import Mask
+from ..core.noise import Noise as Process
 from .draft import Draft
 from .rl import Rl
 from .schema import field_names, keys_of
@@ -33,6 +35,7 @@ from .sections import (
 from .strict_yaml import parse_yaml
 from .synonyms import key_meant, key_named
 
+FREE_ESTIMATORS = ("one_step", "elbo", "ar")  # of rl, in the free form of a noise
 LARGEST = 1_000_000  # bytes of a recipe file; those that ship have two thousand
 
 
@@ -82,6 +85,9 @@ class Recipe(Section):
             raise ValueError("objective.ar_weight must be 0 unless the attention is causal_context")
         for problem in _contradictions(self.objective, self.noise, self.convert, self.rl):
             raise ValueError(problem)
+        if (process := self.noise.process) is not None:
+            for problem in contradictions_of(process, self):
+                raise ValueError(problem)
         shared = [*self.data.sources, *([self.data.self] if self.data.self else [])]
         weighted = [source.weight is not None for source in shared]
         if any(weighted) and not all(weighted):
@@ -117,6 +123,39 @@ class Recipe(Section):
                 "cut between blocks"
             )
         return self
+
+
+def contradictions_of(process: Process, recipe: Recipe) -> Iterator[str]:
+    """What a recipe asks for that a noise cannot do."""
+    convert, objective, noise, rl = recipe.convert, recipe.objective, recipe.noise, recipe.rl
+    named = f"noise.kind {process.kind}"
+    if convert.head_rank is not None and process != Mask():
+        yield f"convert.head_rank cannot be combined with {named}: the head reads masks"
+    if noise.on_policy and process.random:
+        yield f"noise.on_policy cannot be used with {named}, whose states it does not keep"
+    if noise.complementary and process.guesses:
+        yield f"noise.complementary cannot be used with {named}, which changes visible tokens too"
+    if not process.free:
+        return
+    free = f"{named} in the free form"
+    if process.logits == "posterior" and (
+        convert.prediction == "shift" and convert.attention != "full"
+    ):
+        yield (
+            "noise.parameters.logits posterior cannot be combined with convert.prediction shift in "
+            "blocks: the first token of a block is read at a slot that does not see it"
+        )
+    if noise.complementary:
+        yield f"noise.complementary cannot be used with {free}, where all tokens are scored"
+    if objective.weight != "uniform":
+        yield f"objective.weight must be uniform with {free}, where no slot is known to be open"
+    if objective.distil is not None:
+        yield f"objective.distil cannot be used with {free}, where no slot is known to be open"
+    if rl is not None and rl.estimator not in FREE_ESTIMATORS:
+        yield (
+            f"rl.estimator {rl.estimator} cannot be used with {free}; "
+            f"{', '.join(FREE_ESTIMATORS)} can"
+        )
 
 
 def _contradictions(

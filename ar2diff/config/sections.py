@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..core.errors import Ar2DiffError
+from ..core.noise import Noise as Process
+from ..core.noise import noise_of
 from .section import MOST_ROWS, MOST_SAMPLES, Section
 
 
@@ -78,8 +81,24 @@ class Anneal(Section):
 
 
 class Noise(Section):
-    """The forward process: how tokens are masked."""
+    """The forward process: what tokens are replaced by, and how many of them."""
 
+    kind: str | None = Field(
+        None,
+        description="what open slots show: mask; uniform, any token; mask_uniform, a mask or, "
+        "halfway, any token (GIDD); or self, the model's own guesses. null: mask, or that of a "
+        "converted model",
+    )
+    form: Literal["tracked", "free"] | None = Field(
+        None,
+        description="whether the sampler knows which slots are open (tracked) or any token may "
+        "still change (free); null: the first that the kind has",
+    )
+    parameters: dict[str, float | str] = Field(
+        {},
+        description="of the kind. uniform: schedule (linear, cosine); mask_uniform: p_u, gamma; "
+        "self: guessed; in the free form also logits (others, posterior)",
+    )
     time: Literal["block", "document", "sequence"] = Field(
         "block",
         description="which tokens share a noise level; document or sequence with attention full",
@@ -103,6 +122,26 @@ class Noise(Section):
         False,
         description="add a second view of each row, in which exactly the other tokens are masked",
     )
+
+    @property
+    def process(self) -> Process | None:
+        """The noise that is named; None if none is."""
+        if self.kind is None:
+            return None
+        form = {} if self.form is None else {"form": self.form}
+        return noise_of({"kind": self.kind, **form, **self.parameters})
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Noise:
+        if self.kind is None and (self.form is not None or self.parameters):
+            raise ValueError("form and parameters belong to a kind, which is not set")
+        try:
+            self.process  # noqa: B018
+        except Ar2DiffError as error:
+            raise ValueError(
+                error.what.replace("diffusion.noise.", "").replace("diffusion.noise", "noise")
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _complements_have_the_same_law(self) -> Noise:

@@ -17,8 +17,9 @@ from ..core.attention import layer_windows
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead
+from ..core.noise import Mask, Noise
 from ..core.options import FILTERS, IGNORED, REFUSED
-from ..core.spec import FORMAT, HEAD_FORMAT, Head, Spec
+from ..core.spec import Head, Spec, format_of
 
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
@@ -26,7 +27,12 @@ ROW_NOISE = 0.02  # of the spread of the embeddings: equal rows would stay equal
 
 
 def convert(
-    checkpoint: Checkpoint, wanted: Convert, max_length: int, ar_mode: bool, seed: int
+    checkpoint: Checkpoint,
+    wanted: Convert,
+    max_length: int,
+    ar_mode: bool,
+    seed: int,
+    noise: Noise | None = None,
 ) -> Spec:
     """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place. What
     cannot be kept is noted in `checkpoint.notes`.
@@ -37,6 +43,7 @@ def convert(
         max_length: longest row that will be trained on, in tokens.
         ar_mode: whether the AR mode is alive at the end (trained along, or nothing trained).
         seed: of the noise in the mask token's row.
+        noise: the forward process; None: that of a converted model, else the mask.
 
     Raises:
         Ar2DiffError: a length exceeds the model's context; a converted model has another attention
@@ -56,9 +63,10 @@ def convert(
         ar_mode = ar_mode and old.ar_mode
     local_window = _local_window(config.get_text_config(), old, wanted, max_length)
     head = _make_head(model, old, wanted.head_rank, seed)
+    noise = noise or (old.noise if old else Mask())
     spec = Spec(
-        format=FORMAT if head is None else HEAD_FORMAT,
-        noise="mask",
+        format=format_of(noise, head),
+        noise=noise,
         mask_token_id=mask_token_id,
         attention=wanted.attention,
         block_length=wanted.block_length,

@@ -36,6 +36,7 @@ from ..checkpoint.output import check_output, claimed, write_json
 from ..checkpoint.stored import stored_dtypes, stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
+from ..core.noise import Mask
 from ..core.spec import FORMAT, Spec
 from .convert import MASK_TOKEN, set_pad
 from .families import Family, family_of
@@ -314,7 +315,7 @@ def _spec(
     context = context_length(config)
     return Spec(
         format=FORMAT,
-        noise="mask",
+        noise=Mask(),
         mask_token_id=mask_token_id,
         attention=attention,
         block_length=block_length,

@@ -22,8 +22,8 @@ class Canvas:
     """A batch of rows on the CPU, each from its own position 0; the state that a screen can draw.
 
     Attributes:
-        ids: [R, T]; undecided tokens hold the mask id.
-        mask_token_id: the mask id.
+        ids: [R, T]; undecided tokens hold the mask id, whatever the model is shown there.
+        mask_token_id: the mask id, which no decided token has.
         given: [R, T] bool, tokens of the prompt, including fixed tokens between masks.
         prompt: [R] length of the prompt, including its masks.
         total: [R] the last possible end of the answer.
@@ -47,6 +47,9 @@ class Canvas:
             the largest logit, and the share of positions with the same likeliest token.
         constraint: a `Constraint` on this canvas, which the text has to match; None: anything goes.
         alternatives: how many tokens `likeliest` notes.
+        shown: [R, T] the ids that the model reads, where a noise shows others than the mask in open
+            slots; None: `ids`.
+        edits: [R] decided tokens that were replaced.
     """
 
     ids: Tensor
@@ -70,6 +73,8 @@ class Canvas:
     drift: list[tuple[float, float]] = field(default_factory=list)
     constraint: Any = field(default=None, repr=False)
     alternatives: int = 0
+    shown: Tensor | None = None
+    edits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     @classmethod
     def of_prompts(
@@ -121,6 +126,7 @@ class Canvas:
             refused=[[] for _ in prompts],
             likeliest=[{} for _ in prompts],
             unfinished=len(prompts),
+            edits=torch.zeros_like(prompt),
         )
         for row in range(len(prompts)):
             canvas._settle(row, None)
@@ -148,6 +154,17 @@ class Canvas:
         return self.end_from.tolist()
 
     @property
+    def open(self) -> Tensor:
+        """[R, T] bool, which tokens are undecided."""
+        return self.ids == self.mask_token_id
+
+    @property
+    def read(self) -> Tensor:
+        """[R, T] the ids that the model reads: decided tokens, and what the noise shows in open
+        slots."""
+        return self.ids if self.shown is None else torch.where(self.open, self.shown, self.ids)
+
+    @property
     def done(self) -> Tensor:
         """[R] bool, which rows have a finished answer."""
         return self.end >= 0
@@ -157,11 +174,11 @@ class Canvas:
         end = int(self.end[row])
         return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
-    def certain(self, row: int, remask: bool) -> int:
-        """How many tokens of a row are decided for good, without a gap: remasking may mask tokens
-        of its block again."""
+    def certain(self, row: int, revises: bool) -> int:
+        """How many tokens of a row are decided for good, without a gap: tokens of its block may be
+        masked again or replaced if the options ask for it (`Options.revises`)."""
         done, start = bool(self.end[row] >= 0), int(self.start[row])
-        return min(self.front[row], start) if remask and not done else self.front[row]
+        return min(self.front[row], start) if revises and not done else self.front[row]
 
     def unread(self, size: int) -> Tensor:
         """[R] given tokens after a row's last gap that lie in later blocks, which a model with
@@ -174,7 +191,7 @@ class Canvas:
 
     def leap(self, size: int) -> int:
         """The most tokens from a block with a mask in it to its row's next one."""
-        masked = self.ids == self.mask_token_id
+        masked = self.open
         masked &= torch.arange(self.ids.shape[1]) < self.length[:, None]
         starts = [row.nonzero()[:, 0] // size * size for row in masked]
         return max([size, *(int(s.diff().max()) for s in starts if len(s) > 1)])
@@ -186,7 +203,7 @@ class Canvas:
             rows: [K] int, which rows.
             size: block length.
         """
-        masked = self.ids[rows] == self.mask_token_id
+        masked = self.open[rows]
         masked &= torch.arange(self.ids.shape[1]) < self.length[rows, None]
         first = masked.int().argmax(1) // size * size
         self.start[rows] = torch.where(masked.any(1), first, self.start[rows])
@@ -244,9 +261,11 @@ class Canvas:
         def cat(first: Any, second: Any, name: str) -> Any:
             if isinstance(first, list):
                 return first + second
+            if first is None:
+                return None
             if first.dim() == 1:
                 return torch.cat([first, second])
-            fill = self.mask_token_id if name == "ids" else 0
+            fill = self.mask_token_id if name in ("ids", "shown") else 0
             return torch.cat(
                 [
                     torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
@@ -281,6 +300,8 @@ class Canvas:
         def pick(values: Any) -> Any:
             if isinstance(values, list):
                 return [values[row] for row in rows]
+            if values is None:
+                return None
             return values[at] if values.dim() == 1 else values[at, :width]
 
         picked = {name: pick(getattr(self, name)) for name in self._by_row()}
@@ -301,6 +322,19 @@ class Canvas:
         """The attributes that hold something for each row."""
         shared = ("mask_token_id", "end_ids", "unfinished", "drift", "constraint", "alternatives")
         return [f.name for f in fields(Canvas) if f.name not in shared]
+
+    def edit(
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        logprob: Tensor,
+        finished: Finished | None = None,
+    ) -> None:
+        """Replace decided tokens; arguments as of `write`."""
+        self.erase(rows, positions)
+        self.edits.index_add_(0, rows, torch.ones_like(rows))
+        self.write(rows, positions, tokens, logprob, finished)
 
     def erase(self, rows: Tensor, positions: Tensor) -> None:
         """Mask decided tokens again."""

@@ -90,7 +90,7 @@ def decoder_of(
     chooser = Chooser(
         options,
         *upload(model.device, suppressed),
-        generators_of(canvas, options) if generators is None else generators,
+        generators_of(spec, canvas, options) if generators is None else generators,
         [*_warpers(options, readers, model.device), *processors],
         readers,
     )
@@ -144,7 +144,9 @@ def _pace(model: Any, spec: Spec, chooser: Chooser, draft: Draft | None, canvas:
     return Pace(options.draft_length or spec.block_length - 1, options.draft_nodes)
 
 
-def generators_of(canvas: Canvas, options: Options, number: int = 0) -> list[torch.Generator]:
+def generators_of(
+    spec: Spec, canvas: Canvas, options: Options, number: int = 0
+) -> list[torch.Generator]:
     """One for each row, keyed by the seed, the prompt, and the number of earlier rows with the same
     prompt: a row's draws do not depend on its batch, and equal prompts get different ones.
 
@@ -152,7 +154,7 @@ def generators_of(canvas: Canvas, options: Options, number: int = 0) -> list[tor
         number: how many rows of the same call have the prompts of the canvas already.
     """
     rows = len(canvas.ids)
-    if options.greedy and options.order != "random":
+    if options.greedy and options.order != "random" and not spec.noise.random:
         return []
     seed = options.seed
     if seed is None:

@@ -18,7 +18,19 @@ from .forward import rope_switches, without_gradients
 from .head import UNKNOWN, head_of
 from .options import Options
 from .readers import BlockReader, FullReader
-from .samplers import Chooser, Context, commits, left_to_right, likeliest, quota_of, top
+from .samplers import (
+    Choice,
+    Chooser,
+    Context,
+    commits,
+    left_to_right,
+    likeliest,
+    log_prob,
+    quota_of,
+    spread,
+    surer,
+    top,
+)
 from .spec import Spec
 from .switching import SwitchingReader
 from .transfer import download, upload
@@ -47,6 +59,11 @@ class Denoiser(Decoder):
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
         self.rows = torch.arange(len(canvas.ids))
+        suppressed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
+        suppressed[chooser.suppressed.cpu()] = True
+        self.noise = spec.noise.on(spec.mask_token_id, suppressed)
+        if self.noise.visible and canvas.shown is None:
+            canvas.shown = canvas.ids.clone()
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
         cache = options.cache_implementation
         self.reader = self._reader_for(model, spec, cache)
@@ -57,8 +74,11 @@ class Denoiser(Decoder):
         canvas.advance(self.rows, self.size)
         self.row, self.position = self._window()
         self.began = torch.zeros_like(canvas.prompt)  # forwards before the block
+        self.corrected = torch.zeros_like(canvas.prompt)  # forwards since it was decided
+        self.edited = torch.zeros(len(self.rows), dtype=torch.bool)  # rows, at the last forward
         self.masked = self._masked()  # [R, W] bool, what its forwards read
         self.to_decide = self.masked.sum(1)  # tokens that the block had to decide
+        self._begin(self.masked)
 
     def _reader_for(
         self, model: Any, spec: Spec, cache: str
@@ -87,10 +107,15 @@ class Denoiser(Decoder):
     def step(self) -> None:
         """Forward all rows once, and decide tokens."""
         canvas, masked, count = self.canvas, self.masked, self.canvas.unfinished
+        revised = self._revisable() if self.options.edit_threshold is not None else None
+        wanted = masked if revised is None else masked | revised
         with self.without_gradients():
-            logits = self._read(masked)
-        canvas.forwards[self.rows] += masked.any(1)
-        masked = masked ^ self._decide(logits, masked)
+            logits = self._read(wanted)
+        canvas.forwards[self.rows] += wanted.any(1)
+        if revised is not None:
+            logits = self._edit(logits, wanted, revised)
+        if len(logits):
+            masked = masked ^ self._decide(logits, masked)
         if self.options.remask or canvas.unfinished < count or not masked.any(1).all():
             masked = self._next(masked)
         self.masked = masked
@@ -127,6 +152,7 @@ class Denoiser(Decoder):
         self.size = max(self.size, other.size)
         self.rows = torch.cat([self.rows, other.rows + first])
         self.began = torch.cat([self.began, other.began])
+        self.corrected = torch.cat([self.corrected, other.corrected])
         self.to_decide = torch.cat([self.to_decide, other.to_decide])
         self.row, self.position = self._window()
         self.masked = self._masked()
@@ -137,6 +163,7 @@ class Denoiser(Decoder):
         self._keep(kept)
         self._reduce(rows, self.size)
         self.began, self.to_decide = self.began[rows], self.to_decide[rows]
+        self.corrected = self.corrected[rows]
         self.rows = torch.arange(len(rows))
         self.row, self.position = self._window()
         self.masked = self._masked()
@@ -151,11 +178,11 @@ class Denoiser(Decoder):
         canvas = self.canvas
         inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
         position = self.position.clamp(max=canvas.ids.shape[1] - 1)
-        return inside & (canvas.ids[self.row, position] == canvas.mask_token_id)
+        return inside & canvas.open[self.row, position]
 
     def _read(self, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, with guidance if the options ask for it."""
-        canvas, ids = self.canvas, self.canvas.ids[self.rows]
+        canvas, ids = self.canvas, self.canvas.read[self.rows]
         start = canvas.start[self.rows]
         if self.guided == 2:
             prompt = canvas.given[self.rows] & (torch.arange(ids.shape[1]) > 0)
@@ -174,13 +201,18 @@ class Denoiser(Decoder):
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""
-        canvas, options, rows = self.canvas, self.options, self.rows
+        canvas, options = self.canvas, self.options
         row, position = self.row[masked], self.position[masked]
         given = {}  # what the device has to know of the canvas
         if self.head is not None:
             given["before"] = self._before(row, position)
         if self.chooser.readers:
             given["ids"], given["position"] = canvas.ids[row], position
+        shown = canvas.shown[row, position] if self.noise.visible else None
+        t, s = self._times(row)
+        evidence = self.noise.added(shown, t) if self.noise.visible else None
+        if evidence is not None:
+            given["shown"], given["evidence"] = shown, evidence
         drawn = None if options.greedy else self.chooser.uniform(row)
         if drawn is not None and canvas.constraint is None:  # which draws on the host
             given["u"] = drawn
@@ -189,7 +221,11 @@ class Denoiser(Decoder):
         u = given.get("u", drawn)
         context = Context(given["ids"], given["position"]) if self.chooser.readers else None
         no_end = position < canvas.end_from[row] if canvas.held else None
-        plain = logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        if evidence is not None:
+            gain = given["evidence"].to(logits)
+            logits = logits.scatter_add(1, given["shown"][:, None], gain[:, None])
+        plain = logits
         if self.head is not None:
             logits = logits + self.head(given["before"]).to(logits)
         if canvas.constraint is not None:
@@ -200,12 +236,7 @@ class Denoiser(Decoder):
             choice = given_fit = self.chooser.pick(logits, u, context)
             if self.head is None:
                 choice = given_fit = choice.on_host()
-        quota = None
-        if options.steps_per_block is not None:
-            left = masked.sum(1)
-            taken = canvas.forwards[rows] - self.began[rows] - 1
-            quota = quota_of(self.to_decide[rows], options.steps_per_block, taken, left)
-        commit = commits(options, given_fit, masked, quota, self.chooser, rows)
+        commit = self._commits(given_fit, masked)
         if self.head is not None and canvas.constraint is None:  # else tokens are those of a path
             choice, commit = left_to_right(
                 self.head, self.chooser, logits, u, context, choice, masked, commit
@@ -218,7 +249,67 @@ class Denoiser(Decoder):
         )
         if canvas.alternatives:
             self._note(plain, row, position, now)
+        if self.noise.visible:
+            u = self.chooser.uniform(row) if self.noise.random else t
+            canvas.shown[row, position] = self.noise.step(shown, choice.tokens, t, s, u)
         return commit
+
+    def _commits(self, choice: Choice, masked: Tensor) -> Tensor:
+        """The positions to decide now, [R, W] bool: those that the options choose, or, in a noise
+        of which nobody knows the right tokens, all of them at a block's last step."""
+        canvas, rows, steps = self.canvas, self.rows, self.options.steps_per_block
+        taken = canvas.forwards[rows] - self.began[rows] - 1
+        if self.noise.free:
+            return masked & (taken + 1 >= steps)[:, None]
+        quota = None
+        if steps is not None:
+            quota = quota_of(self.to_decide[rows], steps, taken, masked.sum(1))
+        return commits(self.options, choice, masked, quota, self.chooser, rows)
+
+    def _times(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] double, the times of the state that was read in rows of the canvas and of the next
+        one: a free noise takes equal steps from 1 to 0."""
+        if not self.noise.free:
+            return torch.ones(len(row), dtype=torch.double), torch.ones(len(row))
+        taken = (self.canvas.forwards - self.began)[row].double() - 1
+        steps = self.options.steps_per_block
+        return 1 - taken / steps, (1 - (taken + 1) / steps).clamp(min=0)
+
+    def _begin(self, masked: Tensor) -> None:
+        """Show the prior in the open slots [R, W] of blocks that begin."""
+        if self.noise.visible and masked.any():
+            row, position = self.row[masked], self.position[masked]
+            u = self.chooser.uniform(row) if self.noise.random else row.double()
+            self.canvas.shown[row, position] = self.noise.prior(u)
+
+    def _revisable(self) -> Tensor:
+        """[R, W] tokens of the blocks of unfinished rows that were decided and may be replaced."""
+        canvas = self.canvas
+        inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
+        at = self.row, self.position.clamp(max=canvas.ids.shape[1] - 1)
+        return inside & ~canvas.open[at] & ~canvas.given[at]
+
+    def _edit(self, logits: Tensor, wanted: Tensor, revised: Tensor) -> Tensor:
+        """Replace decided tokens of which another is surer than the threshold (LLaDA 2.1), and
+        return the logits [N, V] of the masked ones.
+
+        Args:
+            logits: of the `wanted` [R, W]; of those, the `revised` are decided.
+        """
+        canvas, threshold = self.canvas, self.options.edit_threshold
+        decided = revised[wanted]
+        row, position = self.row[revised], self.position[revised]
+        here, rest = upload(logits.device, decided.nonzero()[:, 0], (~decided).nonzero()[:, 0])
+        self.edited = torch.zeros(len(self.rows), dtype=torch.bool)
+        if len(row):
+            no_end = position < canvas.end_from[row] if canvas.held else None
+            own = self.chooser.possible(logits[here], no_end, canvas.end_ids)
+            tokens = own.argmax(-1)
+            tokens, logprob = download(tokens, log_prob(own, tokens))
+            now = (tokens != canvas.ids[row, position]) & surer(logprob, threshold)
+            self.edited = spread(now, revised).any(1)
+            canvas.edit(row[now], position[now], tokens[now], logprob[now], self.finished)
+        return logits[rest]
 
     def _note(self, logits: Tensor, row: Tensor, position: Tensor, now: Tensor) -> None:
         """Note the likeliest tokens at the positions decided now, after what was decided there.
@@ -250,6 +341,8 @@ class Denoiser(Decoder):
             masked = masked | self._give_back(left & ~ready)
         if self.together and masked.any():
             ready = torch.zeros_like(ready)
+        if options.corrector_steps:
+            ready &= ~self._corrects(ready)
         if ready.any():
             rows = self.rows[ready]
             canvas.advance(rows, self.size)
@@ -257,6 +350,7 @@ class Denoiser(Decoder):
             self.began[rows] = canvas.forwards[rows]
             masked[ready] = self._masked()[ready]
             self.to_decide[rows] = masked[ready].sum(1)
+            self._begin(masked & ready[:, None])
         count, keep = len(left), left.nonzero()[:, 0]
         if not self.fixed_shape and 0 < 2 * len(keep) <= count:
             self._keep(keep)
@@ -274,6 +368,14 @@ class Denoiser(Decoder):
         self.rows = self.rows[lines]
         self.row, self.position = self._window()
 
+    def _corrects(self, ready: Tensor) -> Tensor:
+        """[R] bool, which of the rows whose block is decided have it read again: up to
+        `corrector_steps` times, as long as that replaces tokens."""
+        done = self.corrected[self.rows]
+        again = ready & (done < self.options.corrector_steps) & ((done == 0) | self.edited)
+        self.corrected[self.rows] = torch.where(again, done + 1, 0 * done)
+        return again
+
     def _give_back(self, open_: Tensor) -> Tensor:
         """Mask a share of the block's decided tokens again, the least sure ones, at every step but
         the last (ReMDM, Wang et al. 2025, confidence-based).
@@ -286,7 +388,7 @@ class Denoiser(Decoder):
         """
         canvas, rows = self.canvas, self.rows
         at = (self.row, self.position.clamp(max=canvas.ids.shape[1] - 1))
-        decided = (canvas.ids[at] != canvas.mask_token_id) & ~canvas.given[at]
+        decided = ~canvas.open[at] & ~canvas.given[at]
         decided &= self.position < canvas.length[rows, None]
         taken = canvas.forwards[rows] - self.began[rows]
         decided &= (open_ & (taken < self.options.steps_per_block))[:, None]

@@ -107,6 +107,12 @@ def canvas_of(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
         )
+    if not spec.noise.starts_masked and any(spec.mask_token_id in prompt for prompt in prompts):
+        raise Ar2DiffError(
+            f"this model cannot fill gaps: its noise, {spec.noise.kind}, looks like text, so the "
+            "tokens after a gap cannot be told from it",
+            "continue a prompt instead, or convert the base with another noise.kind",
+        )
     room = new if most is None else most - longest
     if room < min(new, 1):
         raise Ar2DiffError(
@@ -221,7 +227,7 @@ def generate(
             for _ in states:
                 pass
         else:
-            _stream(states, canvas, prompts[0], streamer, bool(options.remask))
+            _stream(states, canvas, prompts[0], streamer, options.revises)
     return _output(canvas, given, real, options)
 
 
@@ -311,14 +317,14 @@ def _processors(given: Any) -> list[Any]:
 
 
 def _stream(
-    states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any, remask: bool
+    states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any, revises: bool
 ) -> None:
     streamer.put(torch.tensor(prompt))
     sent = len(prompt)
     for _ in states:
         if hasattr(streamer, "put_draft") and not canvas.done[0]:
             streamer.put_draft(canvas.ids[0, sent : int(canvas.total[0])])
-        certain = canvas.certain(0, remask)
+        certain = canvas.certain(0, revises)
         if certain > sent:
             streamer.put(canvas.ids[0, sent:certain].clone())
             sent = certain

@@ -36,11 +36,13 @@ SAFE_THRESHOLD = 0.99  # of a model without AR mode whose text at 0.9 is worse, 
 RULE = ("threshold", "steps_per_block", "entropy_bound")  # which tokens a forward decides
 CONSTRAINTS = ("regex", "json_schema", "choice", "grammar")
 MAX_NEW_TOKENS = 128
+STEPS = 64  # of a noise in the free form with full attention
 
 # Options that only mode diffusion uses, with the values at which they ask for nothing.
 DENOISING: dict[str, Any] = {
     "threshold": None, "steps_per_block": None, "entropy_bound": None, "block_length": None,
-    "order": "prob", "remask": 0, "cfg_scale": 0, "check_cache": False,
+    "order": "prob", "remask": 0, "edit_threshold": None, "corrector_steps": 0, "cfg_scale": 0,
+    "check_cache": False,
 }  # fmt: skip
 # Options of transformers that need the text to the left of a token, or several beams: a denoiser
 # has neither. Their neutral values pass.
@@ -92,6 +94,10 @@ class Options:
             no more than this, in nats.
         remask: share of a block's decided tokens that each of its `steps_per_block` forwards masks
             again.
+        edit_threshold: replace decided tokens of the block being denoised where another token's
+            probability exceeds it; None: never.
+        corrector_steps: with `edit_threshold`, forwards that a block may have after it is decided,
+            as long as they replace tokens.
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
         draft_length: in mode speculative, tokens drafted behind each candidate; fewer than a block.
         draft_nodes: in mode speculative, verify a tree of so many candidates instead of a chain.
@@ -124,6 +130,8 @@ class Options:
     entropy_bound: float | None = None
     order: str = "prob"
     remask: float = 0.0
+    edit_threshold: float | None = None
+    corrector_steps: int = 0
     cfg_scale: float = 0.0
     draft_length: int | None = None
     draft_nodes: int | None = None
@@ -155,6 +163,11 @@ class Options:
         if self.pad_token_id is not None:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
+
+    @property
+    def revises(self) -> bool:
+        """Whether a token may change after it was decided, until its block is left."""
+        return bool(self.remask) or self.edit_threshold is not None
 
     @property
     def greedy(self) -> bool:
@@ -208,9 +221,11 @@ def resolve(
         min_new_tokens=integer(get, "min_new_tokens", 0, 0),
         mode=_mode(get, drafts, gaps),
         block_length=_block_length(get, spec),
-        **_rule(get),
+        **_rule(get, spec),
         order=one_of(get, "order", ORDERS, "prob"),
         remask=number(get, "remask", 0.0, 0, 1),
+        edit_threshold=number(get, "edit_threshold", None, 0),
+        corrector_steps=integer(get, "corrector_steps", 0, 0),
         cfg_scale=number(get, "cfg_scale", 0.0, 0, LARGE),
         draft_length=integer(get, "draft_length", None, 1),
         draft_nodes=integer(get, "draft_nodes", None, 1),
@@ -242,6 +257,8 @@ def resolve(
     )  # fmt: skip
     _check_constraints(options)
     _check_rule(options)
+    _check_edits(options)
+    _check_noise(options, spec, get.places[0])
     _check_mode(options, spec, get.places[0])
     return options
 
@@ -301,6 +318,55 @@ def _check_rule(options: Options) -> None:
         )
 
 
+def _check_edits(options: Options) -> None:
+    """Refuse edits together with what relies on decided tokens."""
+    edits = option("edit_threshold")
+    if options.corrector_steps and options.edit_threshold is None:
+        raise Ar2DiffError(
+            f"{option('corrector_steps')} needs to know which tokens to replace", f"set {edits} too"
+        )
+    if options.edit_threshold is None:
+        return
+    given = [name for name in CONSTRAINTS if getattr(options, name) not in (None, ())]
+    for name in (*given, *(["remask"] if options.remask else [])):
+        raise Ar2DiffError(
+            f"{edits} cannot be combined with {option(name)}", "use only one of them"
+        )
+
+
+def _check_noise(options: Options, spec: Spec, called: Mapping[str, Any]) -> None:
+    """Refuse what the noise of the model cannot do."""
+    noise = spec.noise
+    kind = f"this model's noise, {noise.kind} in the {noise.form} form,"
+    if options.mode == "speculative" and not noise.starts_masked:
+        raise Ar2DiffError(
+            f"{option('mode', 'speculative')} drafts in masks, which {kind} does not have",
+            f"use {option('mode', 'diffusion')} or {option('mode', 'ar')}",
+        )
+    if options.mode != "diffusion":
+        return
+    if options.cache_implementation in ("prefix", "dual") and noise.visible:
+        raise Ar2DiffError(
+            f"{option('cache_implementation', options.cache_implementation)} keeps what open slots "
+            f"showed, but {kind} changes it at every step",
+            f"use {option('cache_implementation', 'none')}",
+        )
+    if options.cfg_scale and not noise.starts_masked:
+        raise Ar2DiffError(
+            f"{option('cfg_scale')} masks the prompt, but {kind} has no mask",
+            f"leave out {option('cfg_scale')}",
+        )
+    if not noise.free:
+        return
+    for name in ("threshold", "entropy_bound", "remask", "edit_threshold", "order"):
+        if called.get(name) not in (None, DENOISING[name]):
+            raise Ar2DiffError(
+                f"{option(name)} needs to know which tokens are decided, but {kind} decides a "
+                "block at its last step",
+                f"leave it out, and set {option('steps_per_block')}",
+            )
+
+
 def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None:
     """Refuse a mode that the model lacks, and options of another mode in a call. (A generation
     config may hold settings for several modes.)"""
@@ -313,7 +379,7 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
             f"{option('mode', 'speculative')}",
         )
     if options.mode != "diffusion":
-        if not spec.lossless:
+        if not spec.writes_ar:
             raise Ar2DiffError(
                 f"{mode} needs an AR mode, which this model ({spec.attention} attention) does not "
                 "have",
@@ -355,9 +421,12 @@ def _measures(options: Options) -> bool:
     return options.mode == "speculative" and not fixed
 
 
-def _rule(get: Source) -> dict[str, Any]:
+def _rule(get: Source, spec: Spec) -> dict[str, Any]:
     """The options of `RULE` belong together: the nearest place that sets one of them decides, so
-    that a call's `steps_per_block` is not combined with the threshold of a config."""
+    that a call's `steps_per_block` is not combined with the threshold of a config. A noise in the
+    free form has steps alone, by default one for each token of a block."""
+    if spec.noise.free:
+        return {"steps_per_block": integer(get, "steps_per_block", spec.block_length or STEPS, 1)}
     for place in get.places:
         if any(place.get(name) is not None for name in RULE):
             near = Source(place)

@@ -1,7 +1,8 @@
 """The contract of a converted checkpoint: what one of its logits means. It is written into
 `config.json` and read from there.
 
-This file is copied into converted folders, so it imports the standard library alone.
+This file is copied into converted folders. It imports the standard library and its neighbours
+alone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import Ar2DiffError, shortened
+from .noise import Mask, Noise, noise_of
 
-FORMAT, HEAD_FORMAT = 1, 2  # without and with a diffusion head
+FORMAT, HEAD_FORMAT, NOISE_FORMAT = 1, 2, 3  # masks; with a diffusion head; another noise
 HEAD_FILE = "diffusion_head.safetensors"
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
-NOISES = ("mask",)
 LOCAL_WINDOWS = (None, "kept", "dropped")
 AGAIN = "upgrade ar2diff, or convert the base model again"
 
@@ -54,9 +55,10 @@ class Spec:
     alone.
 
     Attributes:
-        format: version of the block, 1, or 2 with a head; a reader refuses a higher one.
-        noise: forward process; `mask` is absorbing.
-        mask_token_id: id of the absorbing state.
+        format: version of the block: 1; 2 with a head; 3 with another noise than the mask. A reader
+            refuses a higher one.
+        noise: forward process: `mask`, or, in format 3, an object with a kind and its parameters.
+        mask_token_id: id of the absorbing state; of noises without one, a token that nothing shows.
         attention: `causal_context`, `block_causal` or `full`.
         block_length: number of tokens denoised together; `None` for `full`.
         prediction: whether the logits of token i are read at slot i (`same`) or i - 1 (`shift`).
@@ -71,7 +73,7 @@ class Spec:
     """
 
     format: int
-    noise: str
+    noise: Noise
     mask_token_id: int
     attention: str
     block_length: int | None
@@ -82,14 +84,14 @@ class Spec:
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        if type(self.format) is int and self.format > HEAD_FORMAT:
+        if type(self.format) is int and self.format > NOISE_FORMAT:
             raise Ar2DiffError(
                 f"diffusion.format is {shortened(self.format)}; this version of ar2diff reads "
-                f"formats up to {HEAD_FORMAT}",
+                f"formats up to {NOISE_FORMAT}",
                 "upgrade ar2diff to the version that wrote the checkpoint",
             )
+        object.__setattr__(self, "noise", noise_of(self.noise))
         for name, allowed in (
-            ("noise", NOISES),
             ("attention", ATTENTIONS),
             ("prediction", PREDICTIONS),
             ("local_window", LOCAL_WINDOWS),
@@ -102,8 +104,9 @@ class Spec:
         for name in ("format", "mask_token_id", "max_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "an integer of at least 0")
-        if (self.format == HEAD_FORMAT) != (self.head is not None):
-            raise ValueError(f"format {self.format} with head {self.head}")
+        if self.format != format_of(self.noise, self.head):
+            raise ValueError(f"format {self.format} with {self.noise} and head {self.head}")
+        check_reads(self.noise, self.attention, self.prediction)
         if self.attention == "full":
             if self.block_length is not None:
                 raise _bad("block_length", self.block_length, "null, because attention is full")
@@ -130,7 +133,7 @@ class Spec:
         version = block.get("format", 0)
         with_head = version == HEAD_FORMAT
         names = [f.name for f in fields(cls) if f.name != "head" or with_head]
-        if type(version) is int and version > HEAD_FORMAT:  # its keys may be unknown here
+        if type(version) is int and version > NOISE_FORMAT:  # its keys may be unknown here
             cls(**{name: block.get(name) for name in names})
         for key in block:
             if key not in names:
@@ -141,6 +144,10 @@ class Spec:
         for name in names:
             if name not in block:
                 raise Ar2DiffError(f"diffusion.{name} is missing", "convert the base model again")
+        named = block["noise"]
+        if not (isinstance(named, Mapping) if version == NOISE_FORMAT else named == Mask.kind):
+            wanted = "an object with a kind" if version == NOISE_FORMAT else Mask.kind
+            raise _bad("noise", named, f"{wanted} in format {shortened(version)}")
         head = {"head": Head.of(block["head"])} if with_head else {}
         spec = cls(**{**block, **head})
         beside = config.get("mask_token_id")
@@ -153,16 +160,47 @@ class Spec:
         return spec
 
     @property
-    def lossless(self) -> bool:
-        """Whether drafts can be verified: by an AR mode that reads text as its base does."""
+    def writes_ar(self) -> bool:
+        """Whether there is an AR mode that reads text as its base does."""
         return self.ar_mode and self.attention == "causal_context"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the AR mode can verify drafts: tokens that the model reads in masks."""
+        return self.writes_ar and self.noise.starts_masked
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written in `config.json`."""
-        block = asdict(self)
+        noise = self.noise.to_dict() if self.format == NOISE_FORMAT else self.noise.kind
+        block = {f.name: getattr(self, f.name) for f in fields(self)} | {"noise": noise}
         if self.head is None:
             del block["head"]
+        else:
+            block["head"] = asdict(self.head)
         return block
+
+
+def format_of(noise: Noise, head: Head | None) -> int:
+    """The version of a block with this noise and head.
+
+    Raises:
+        Ar2DiffError: no version has both another noise than the mask and a head.
+    """
+    if noise == Mask():
+        return FORMAT if head is None else HEAD_FORMAT
+    if head is not None:
+        raise _bad("noise", noise.kind, "mask where there is a diffusion head")
+    return NOISE_FORMAT
+
+
+def check_reads(noise: Noise, attention: str, prediction: str) -> None:
+    """Refuse logits that cannot mean what the noise says they mean."""
+    if noise.logits == "posterior" and prediction == "shift" and attention != "full":
+        raise _bad(
+            "noise.logits", "posterior",
+            "others with prediction shift in blocks: the first token of a block is read at a slot "
+            "that does not see it",
+        )  # fmt: skip
 
 
 def _bad(name: str, value: Any, wanted: str) -> Ar2DiffError:
@@ -172,7 +210,7 @@ def _bad(name: str, value: Any, wanted: str) -> Ar2DiffError:
 # An unconverted model as a spec: its AR mode alone, with no token as the mask.
 CAUSAL = Spec(
     format=FORMAT,
-    noise="mask",
+    noise=Mask(),
     mask_token_id=0,
     attention="causal_context",
     block_length=1,

@@ -18,10 +18,11 @@ from torch.utils.data import IterableDataset
 from ..config.recipe import Recipe
 from ..core.attention import PADDING, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
+from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import Law, block_times, complement, corrupt, importance
+from ..diffusion.corruption import Law, block_times, corrupt, importance
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
-from .places import chosen_places, distilled_tokens
+from .places import chosen_places, distilled_tokens, evidence_at, guesses_at
 from .sources import Document, Documents
 
 DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
@@ -219,11 +220,11 @@ class Collator:
     the loss is known before the first micro-step. A complementary view doubles the batch."""
 
     recipe: Recipe
-    mask_token_id: int
+    noise: Noise  # over the model's vocabulary
     rows_per_step: int = 1  # over all ranks and gradient accumulation steps
 
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
-        """[B, L] tensors: x0, xt, masked, t, coef, doc, pos, ar, written (see `finish`), eos, drawn
+        """[B, L] tensors: x0, xt, scored, t, coef, doc, pos, ar, written (see `finish`), eos, drawn
         (tokens that a diffusion head corrects although the one before is masked); those of
         `chosen_places`; reveal, as `reveal_edges` has it, while an anneal reveals; scalars:
         divisor, ar_divisor, tokens; and an int: step (the optimizer step that these rows belong to,
@@ -235,7 +236,8 @@ class Collator:
         views = 2 if self.recipe.noise.complementary else 1
         size = (len(rows), length)
         batch = blank_batch(size)
-        masked = torch.zeros(views, *size, dtype=torch.bool)
+        scored = torch.zeros(views, *size, dtype=torch.bool)
+        xt = torch.zeros(views, *size, dtype=torch.long)
         t, ratio = torch.zeros(2, views, *size, dtype=torch.double)
         for r, row in enumerate(rows):
             start = 0
@@ -243,11 +245,12 @@ class Collator:
                 end = start + len(part.ids)
                 place = (r, slice(start, end))
                 self._place(batch, place, number, part)
-                masked[:, r, start:end], t[:, r, start:end] = self.noise(part, size_of_block)
+                here = (slice(None), r, slice(start, end))
+                xt[here], scored[here], t[here] = self.noised(part, size_of_block)
                 ratio[:, r, start:end] = self._ratio(part, size_of_block, t[:, r, start:end])
                 start = end
         batch["ratio"] = ratio.flatten(0, 1)
-        made = self.finish(batch, masked, t, size_of_block) | {"step": step}
+        made = self.finish(batch, xt, scored, t, size_of_block) | {"step": step}
         if (reveal := self._reveal(step, size_of_block)) is not None:
             made["reveal"] = reveal
         return made
@@ -277,19 +280,16 @@ class Collator:
             seed = self.recipe.train.seed
             batch["drawn"][place] = drawn_before(seed, part.epoch, key, n)
 
-    def noise(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
-        """[views, n] masked and t of a part: a function of (seed, epoch, the part's ids)."""
+    def noised(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[views, n] xt, scored and t of a part: a function of (seed, epoch, the part's ids)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
         key = content_key(part.ids[: part.real])
         maskable, block = self._blocks(part, block_length)
         times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, part.document)
         times = law_of(self.recipe).times(times)
         generator = keyed_generator(seed, part.epoch, key)
-        masked, t = corrupt(maskable, block, times, generator, noise.complementary)
-        if not noise.complementary:
-            return masked[None], t[None]
-        other, other_t = complement(maskable, block, masked, t)
-        return torch.stack([masked, other]), torch.stack([t, other_t])
+        ids = torch.tensor(part.ids)
+        return corrupt(self.noise, ids, maskable, block, times, generator, noise.complementary)
 
     def _ratio(self, part: DocumentPart, block_length: int | None, t: Tensor) -> Tensor:
         """[views, n] factors that keep the weight 1/t that of the bound under any law."""
@@ -309,10 +309,15 @@ class Collator:
         control masks nothing."""
         if self.recipe.objective.kind == "ar":
             return torch.zeros(len(ids), dtype=torch.bool)
-        return (torch.arange(len(ids)) > 0) & (ids != self.mask_token_id)
+        return (torch.arange(len(ids)) > 0) & (ids != self.noise.mask)
 
     def finish(
-        self, batch: dict[str, Tensor], masked: Tensor, t: Tensor, block_length: int | None
+        self,
+        batch: dict[str, Tensor],
+        xt: Tensor,
+        scored: Tensor,
+        t: Tensor,
+        block_length: int | None,
     ) -> dict[str, Tensor]:
         """The batch with its noise, weights and divisors; see `__call__`.
 
@@ -321,30 +326,30 @@ class Collator:
                 loss), eos; ratio [views * B, L], factors on the weights; and written, the tokens
                 that an AR model writes, none beyond the end of a text, where they are not those
                 in the AR loss.
-            masked, t: [views, B, L].
+            xt, scored, t: [views, B, L].
         """
-        views, objective = len(masked), self.recipe.objective
+        views, objective = len(scored), self.recipe.objective
         ratio = batch.pop("ratio")
         batch = {name: x.repeat(views, 1) for name, x in batch.items()}
-        masked, t = masked.flatten(0, 1), t.flatten(0, 1)
+        xt, scored, t = (x.flatten(0, 1) for x in (xt, scored, t))
         if objective.weight == "cart":
             block = batch["pos"] // (block_length or batch["pos"].shape[1])
-            times = cart_weights(masked, batch["real"], batch["doc"], block, objective.cart_p)
+            times = cart_weights(scored, batch["real"], batch["doc"], block, objective.cart_p)
         else:
             times = time_weights(t, objective.weight) * ratio
         coef, divisor = coefficients(
-            masked, batch["weight"], batch["doc"], times, objective.normaliser
+            scored, batch["weight"], batch["doc"], times, objective.normaliser
         )
         # The AR mode stops at the first EOS.
-        ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.mask_token_id)
+        ar = batch["real"] & (batch["pos"] > 0) & (batch["x0"] != self.noise.mask)
         divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, ar.sum())
         distilled, written = None, batch.get("written", ar)
         if objective.distil is not None:
-            distilled = self._distilled(batch, masked, written, block_length)
+            distilled = self._distilled(batch, scored, written, block_length)
         return {
             "x0": batch["x0"],
-            "xt": torch.where(masked, self.mask_token_id, batch["x0"]),
-            "masked": masked,
+            "xt": xt,
+            "scored": scored,
             "t": t,
             "coef": coef.to(torch.get_default_dtype()),
             "doc": batch["doc"],
@@ -356,7 +361,9 @@ class Collator:
             "divisor": divisor,
             "ar_divisor": ar_divisor,
             "tokens": (batch["doc"] != PADDING).sum(),
-            **chosen_places(masked, ar, distilled),
+            **chosen_places(scored, ar, distilled),
+            **evidence_at(self.noise, xt, t, scored),
+            **guesses_at(self.noise, xt, scored, self.recipe.train.seed),
         }
 
     def _distilled(

@@ -3,29 +3,63 @@ by a boolean mask would make the host wait for the GPU in every micro-step."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..config.sections import Distil
+from ..core.noise import Noise
+from ..core.seeds import content_key, keyed_generator
 from ..diffusion.distillation import later_visible
 from ..diffusion.task import places_of
 
 
-def chosen_places(masked: Tensor, ar: Tensor, distilled: Tensor | None) -> dict[str, Tensor]:
+def chosen_places(scored: Tensor, ar: Tensor, distilled: Tensor | None) -> dict[str, Tensor]:
     """What a trainer needs of a batch to pick tokens from it without waiting for the device.
 
     Args:
-        masked, ar, distilled: [B, L] bool, the tokens with a diffusion loss, those with an AR loss,
-            and the masked tokens that are distilled; None: the recipe does not distil.
+        scored, ar, distilled: [B, L] bool, the tokens with a diffusion loss, those with an AR loss,
+            and the scored tokens that are distilled; None: the recipe does not distil.
 
     Returns:
-        masked_at, ar_at: [N], [M] their places in the flattened batch; and, if it distils,
-        distilled: [N] bool, which masked tokens are distilled; chosen: [D] their numbers.
+        scored_at, ar_at: [N], [M] their places in the flattened batch; and, if it distils,
+        distilled: [N] bool, which scored tokens are distilled; chosen: [D] their numbers.
     """
-    found = {"masked_at": places_of(masked), "ar_at": places_of(ar)}
+    found = {"scored_at": places_of(scored), "ar_at": places_of(ar)}
     if distilled is not None:
-        found["distilled"] = distilled[masked]
+        found["distilled"] = distilled[scored]
         found["chosen"] = places_of(found["distilled"])
     return found
+
+
+def evidence_at(noise: Noise, xt: Tensor, t: Tensor, scored: Tensor) -> dict[str, Tensor]:
+    """What scored tokens show and what that adds to its own logit, `shown` and `evidence` [N], in
+    row-major order; nothing if the noise adds nothing.
+
+    Args:
+        xt, t, scored: [B, L] ids, times and bool.
+    """
+    shown = xt[scored]
+    evidence = noise.added(shown, t[scored])
+    return {} if evidence is None else {"shown": shown, "evidence": evidence.float()}
+
+
+def guesses_at(noise: Noise, xt: Tensor, scored: Tensor, seed: int) -> dict[str, Tensor]:
+    """The draws of the model's guesses for scored tokens, `guess` [N] in row-major order, as
+    `Noise.guesses_for` has them; nothing if the noise has no guesses. They depend on the seed and
+    on what a row shows up to its last scored token, as the noise of the row does.
+
+    Args:
+        xt, scored: [B, L].
+    """
+    if not noise.guesses:
+        return {}
+    found = []
+    for row, here in zip(xt.tolist(), scored, strict=True):
+        places = places_of(here)
+        shown = row[: int(places[-1]) + 1] if len(places) else []
+        generator = keyed_generator(seed, 4, content_key(shown))
+        found.append(noise.guesses_for(len(places), generator))
+    return {"guess": torch.cat(found)}
 
 
 def distilled_tokens(

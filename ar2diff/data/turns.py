@@ -25,12 +25,13 @@ from torch.utils.data import IterableDataset
 from ..config.recipe import Recipe
 from ..core.attention import PADDING, reading_slot
 from ..core.head import UNKNOWN
+from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.noise import block_times, complement, corrupt, importance
+from ..diffusion.corruption import block_times, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
 from .documents import drawn_before, law_of, pack, weighs_law
-from .places import chosen_places, distilled_tokens
+from .places import chosen_places, distilled_tokens, evidence_at, guesses_at
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -235,13 +236,13 @@ class TurnCollator:
     loss's divisor is known before the first micro-step."""
 
     recipe: Recipe
-    mask_token_id: int
+    noise: Noise  # over the model's vocabulary
 
     def __call__(
         self, numbered: Sequence[tuple[int, Sequence[ConversationPart]]]
     ) -> dict[str, Tensor]:
-        """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, masked, reads
-        (slot at which a masked token is predicted), before (slot of the clean copy of the token
+        """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, scored, reads
+        (slot at which a scored token is predicted), before (slot of the clean copy of the token
         before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar, with a
         diffusion head also previous (the token before each one, as `previous_ids` has it); scalars:
         divisor, ar_divisor, tokens; and those of `chosen_places`."""
@@ -253,9 +254,9 @@ class TurnCollator:
             name: torch.stack([_padded(row[name], size, fill.get(name, 0)) for row in rows])
             for name in rows[0]
         }
-        masked, objective = batch["masked"], self.recipe.objective
+        scored, objective = batch["scored"], self.recipe.objective
         coef, divisor = coefficients(
-            masked,
+            scored,
             batch.pop("weight"),
             batch.pop("seq"),
             time_weights(batch["t"], objective.weight) * batch.pop("ratio"),
@@ -264,22 +265,23 @@ class TurnCollator:
         divisor, ar_divisor = joint_divisors(objective.normaliser, divisor, batch["ar"].sum())
         distilled = None
         if objective.distil is not None:
-            visible = batch["noisy"] & ~masked & (batch["doc"] != PADDING)
+            visible = batch["noisy"] & ~scored & (batch["doc"] != PADDING)
             distilled = distilled_tokens(
-                objective.distil, masked, batch["before"] >= 0, visible,
+                objective.distil, scored, batch["before"] >= 0, visible,
                 batch["block"] + 1,  # clean slots have -1
                 batch["reads"] == batch["before"],
             )  # fmt: skip
         return {
             **batch,
-            "input_ids": torch.where(masked, self.mask_token_id, batch["target"]),
             "coef": coef.to(torch.get_default_dtype()),
             "divisor": divisor,
             "ar_divisor": ar_divisor,
             "tokens": ((batch["doc"] != PADDING) & ~batch["noisy"]).sum()
             if self.recipe.convert.block_length
             else (batch["doc"] != PADDING).sum(),
-            **chosen_places(masked, batch["ar"], distilled),
+            **chosen_places(scored, batch["ar"], distilled),
+            **evidence_at(self.noise, batch["input_ids"], batch["t"], scored),
+            **guesses_at(self.noise, batch["input_ids"], scored, self.recipe.train.seed),
         }
 
     def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:
@@ -330,24 +332,25 @@ class TurnCollator:
         fill = turn.stop - turn.end
         ids = [*part.ids[first : turn.end], *[part.ids[turn.end - 1]] * fill]
         target = torch.tensor(ids)
-        maskable = (pos >= turn.start) & (target != self.mask_token_id)
+        maskable = (pos >= turn.start) & (target != self.noise.mask)
         eos = (pos >= turn.end - 1) & turn.ended
         # A run of end tokens counts as one.
         weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)
-        masked, t = self._noise(part, turn, maskable, pos, view)
+        xt, scored, t = self._noised(part, turn, target, maskable, pos, view)
         ratio = torch.ones_like(t)
         if weighs_law(self.recipe):
             block = (pos - first) // (grid or len(pos))
             both = self.recipe.noise.complementary
             ratio = importance(maskable, block, t, law_of(self.recipe), both)
         found = {
-            "target": target, "pos": pos, "noisy": torch.ones_like(maskable), "masked": masked,
+            "target": target, "pos": pos, "noisy": torch.ones_like(maskable),
+            "input_ids": xt, "scored": scored,
             "t": t, "ratio": ratio, "weight": weight, "eos": eos,
             "ar": torch.zeros_like(maskable),
             "start": pos // grid * grid if grid else torch.zeros_like(pos),
         }  # fmt: skip
         if self.recipe.convert.head_rank is not None:
-            found["previous"] = self._previous(part, turn, target, masked)
+            found["previous"] = self._previous(part, turn, target, scored)
         return found
 
     def _previous(
@@ -368,10 +371,16 @@ class TurnCollator:
         )
         return found[0, 1:]
 
-    def _noise(
-        self, part: ConversationPart, turn: Turn, maskable: Tensor, pos: Tensor, view: int
-    ) -> tuple[Tensor, Tensor]:
-        """Masked tokens and their t: a function of (seed, epoch, the ids up to the turn's end)."""
+    def _noised(
+        self,
+        part: ConversationPart,
+        turn: Turn,
+        x0: Tensor,
+        maskable: Tensor,
+        pos: Tensor,
+        view: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[n] xt, scored and t of a view: a function of (seed, epoch, ids up to the turn's end)."""
         noise, seed = self.recipe.noise, self.recipe.train.seed
         key = content_key(part.ids[: turn.end])
         size = self.recipe.convert.block_length or len(pos)
@@ -379,10 +388,9 @@ class TurnCollator:
         times = block_times(int(block[-1]) + 1, noise.time, seed, part.epoch, key, key)
         times = law_of(self.recipe).times(times)
         generator = keyed_generator(seed, part.epoch, key)
-        masked, t = corrupt(maskable, block, times, generator, noise.complementary)
-        if view:
-            return complement(maskable, block, masked, t)
-        return masked, t
+        both = noise.complementary
+        views = corrupt(self.noise, x0, maskable, block, times, generator, both)
+        return tuple(found[view] for found in views)
 
     def _clean(self, part: ConversationPart, doc: int) -> dict[str, Tensor]:
         """The clean copy, whose supervised tokens have an AR loss."""
@@ -393,9 +401,9 @@ class TurnCollator:
             ar[turn.start : turn.end] = True
         zeros = torch.zeros(len(ids))
         return {
-            "target": ids, "pos": pos, "noisy": none, "masked": none, "t": zeros.double(),
-            "ratio": zeros.double(), "before": torch.full_like(pos, -1),
-            "weight": zeros, "eos": none, "ar": ar & (ids != self.mask_token_id),
+            "target": ids, "input_ids": ids, "pos": pos, "noisy": none, "scored": none,
+            "t": zeros.double(), "ratio": zeros.double(), "before": torch.full_like(pos, -1),
+            "weight": zeros, "eos": none, "ar": ar & (ids != self.noise.mask),
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
             "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),

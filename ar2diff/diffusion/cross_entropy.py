@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..core.forward import quiet_routers
 
+Evidence = tuple[Tensor, Tensor]  # [M] one id of each of the first rows, and what its logit gains
 PART = 1 << 23  # logits processed at a time, which the caches of a CPU hold
 LEAST = 1024  # rows processed at a time on a GPU: fewer would leave most of it idle
 
@@ -34,7 +35,7 @@ def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = No
         suppressed: [V] bool, ids that no position can hold (the mask, rows without a token): their
             logit is -inf, as in the sampler.
     """
-    return _OfLogits.apply(logits, target, suppressed, len(logits))[0]
+    return _OfLogits.apply(logits, target, suppressed, len(logits), None, None)[0]
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,42 @@ class WeightedLoss:
 
 
 def loss_of_logits(
-    logits: Tensor, target: Tensor, coef: Tensor, suppressed: Tensor | None, first: int
-) -> WeightedLoss:
+    logits: Tensor, target: Tensor, coef: Tensor, suppressed: Tensor | None, first: int,
+    evidence: Evidence | None = None,
+) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given logits.
 
     Args:
         logits: [N, V]. target: [N] int. coef: [N] float.
         suppressed: as for `cross_entropy`. first: `suppressed` applies to this many leading
-            positions.
+            positions, and `evidence` has an id for each of them.
     """
-    ce, right = _OfLogits.apply(logits, target, suppressed, first)
+    ce, right = _OfLogits.apply(logits, target, suppressed, first, *(evidence or (None, None)))
     return WeightedLoss((coef * ce).sum(), ce.detach(), right)
 
 
 def loss_of_hidden(
     head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
     suppressed: Tensor | None, first: int, added: tuple[Tensor, Tensor] | None = None,
+    evidence: Evidence | None = None,
 ) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given the inputs of the output head, [N, H], without making the logits.
     For models that satisfy `has_plain_head`.
 
     Args:
         added: [N, r] and [r, V], whose product is added to the logits.
+        evidence: as for `loss_of_logits`.
     """
     weight = head.weight
     if added is not None:  # one linear layer with a longer input
         hidden = torch.cat([hidden, added[0].to(hidden.dtype)], 1)
         weight = torch.cat([weight, added[1].T.to(weight.dtype)], 1)
     hidden, weight, bias = cast_for_autocast(hidden, weight, head.bias)
-    return WeightedLoss(*_OfHidden.apply(hidden, weight, bias, coef, target, suppressed, first))
+    return WeightedLoss(
+        *_OfHidden.apply(
+            hidden, weight, bias, coef, target, suppressed, first, *(evidence or (None, None))
+        )
+    )
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -127,31 +135,33 @@ def has_plain_head(model: Any) -> bool:
 class _OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, suppressed: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, logits: Tensor, target: Tensor, suppressed: Tensor | None, first: int,
+        shown: Tensor | None, gain: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ce, total = logits.new_empty(2, len(logits), dtype=dtype)
         right = torch.empty_like(target, dtype=torch.bool)
         for rows, ids in _parts(logits.shape, logits.device, suppressed, first):
-            part = logits[rows].to(dtype, copy=True)
+            part = _gain_(logits[rows].to(dtype, copy=True), rows, shown, gain)
             ce[rows], total[rows], right[rows] = _exponentiate_(part, target[rows], ids)[:3]
-        ctx.save_for_backward(logits, target, suppressed, total)
+        ctx.save_for_backward(logits, target, suppressed, total, shown, gain)
         ctx.first = first
         ctx.mark_non_differentiable(right)
         return ce, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        logits, target, suppressed, total = ctx.saved_tensors
+    def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Any, ...]:
+        logits, target, suppressed, total, shown, gain = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows, ids in _parts(logits.shape, logits.device, suppressed, ctx.first):
             factor = given[rows, None]
-            part = (logits[rows] - total[rows, None]).exp_().mul_(factor)  # p(id)
+            part = _gain_(logits[rows] - total[rows, None], rows, shown, gain)
+            part = part.exp_().mul_(factor)  # p(id)
             if ids is not None:
                 part.masked_fill_(ids, 0)
             gradient[rows] = part.scatter_add_(1, target[rows, None], -factor)
-        return gradient, None, None, None
+        return gradient, *[None] * 5
 
 
 class _OfHidden(torch.autograd.Function):
@@ -162,6 +172,7 @@ class _OfHidden(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor,
         target: Tensor, suppressed: Tensor | None, first: int,
+        shown: Tensor | None, gain: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         shape = (len(hidden), len(weight))
@@ -178,6 +189,7 @@ class _OfHidden(torch.autograd.Function):
                 x = hidden[rows]
                 part = torch.mm(x, weight.T, out=logits[: len(x)])
                 part = (part if bias is None else part.add_(bias)).to(dtype)
+                part = _gain_(part, rows, shown, gain)
                 ce[rows], _, right[rows], total = _exponentiate_(part, target[rows], ids)
                 factor = coef[rows, None]
                 part.mul_(factor / total).scatter_add_(1, target[rows, None], -factor)
@@ -199,7 +211,14 @@ class _OfHidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, given: Tensor, *_: Any) -> tuple[Any, ...]:
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made), *[None] * 4
+        return *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made), *[None] * 6
+
+
+def _gain_(part: Tensor, rows: slice, shown: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Adds to logits of some rows what the ids shown there gain, in place."""
+    if shown is None or rows.start >= len(shown):
+        return part
+    return part.scatter_add_(1, shown[rows, None], gain[rows, None].to(part))
 
 
 def _exponentiate_(

@@ -1,5 +1,5 @@
-"""The noise draws of a likelihood estimate: which tokens of a row are masked, and what each of them
-counts."""
+"""The noise draws of a likelihood estimate: what a row shows in each, which of its tokens are
+scored, and what each of them counts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
-from .noise import draw_times
+from .corruption import bound_times, draw_times
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Masks of one row of L tokens in K blocks.
+    """Noisy copies of one row of L tokens in K blocks.
 
     Attributes:
-        masked: [D, L] bool. weight: [D, L] double, what the -log p of a masked token counts: the
-            sum over all draws is an unbiased estimate of the bound.
-        random: [K] bool, blocks whose masks were drawn; the others are enumerated.
+        xt: [D, L] ids.
+        masked: [D, L] bool, the open slots. weight: [D, L] double, what the cost of the token there
+            counts: the sum over all draws is an unbiased estimate of the bound.
+        random: [K] bool, blocks whose noise was drawn; the others are enumerated.
+        t: [D, L] double, the times of a free noise; else None.
     """
 
+    xt: Tensor
     masked: Tensor
     weight: Tensor
     random: Tensor
+    t: Tensor | None = None
 
     def sums(self, values: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """The sum over the enumerated blocks of weighted values, [D, L], and, for blocks that were
@@ -42,13 +47,14 @@ class Draws:
 
 
 def draw(
-    row: Sequence[int], block_length: int | None, maskable: Tensor, samples: int, seed: int,
-    start: int,
+    noise: Noise, row: Sequence[int], block_length: int | None, maskable: Tensor, samples: int,
+    seed: int, start: int,
 ) -> Draws:  # fmt: skip
-    """The masks of a row: `samples` for each block, stratified in their number of masked tokens,
-    or all there are if those are no more.
+    """The noise of a row: `samples` for each block, stratified in their number of masked tokens, or
+    all masks there are if those are no more; of a free noise, stratified in time.
 
     Args:
+        noise: over the vocabulary.
         maskable: [L] bool, none of them before `start`.
         seed: the draws depend on it and on the row, or on what stands before a start above 1.
     """
@@ -58,6 +64,9 @@ def draw(
     blocks = [maskable[first : first + size].nonzero()[:, 0] + first for first in firsts]
     begun = start // size  # continuations of one context share the draws of their common blocks
     times = draw_times(samples, len(blocks) - begun, keyed_generator(seed, key, 1))
+    ids, shows = torch.tensor(row), keyed_generator(seed, key, 3)
+    if noise.free:
+        return _drawn(noise, ids, maskable, size, times, begun, shows)
     order = torch.rand(len(row) - start, samples, generator=keyed_generator(seed, key, 2)).T
     subsets = [subsets_of(len(places), samples) for places in blocks]
     random = torch.tensor([bool(len(p)) and not s for p, s in zip(blocks, subsets, strict=True)])
@@ -74,7 +83,26 @@ def draw(
         for d, subset in enumerate(chosen):
             masked[d, places[list(subset)]] = True
             weight[d, places] = 1 / (len(subset) * math.comb(n, len(subset)))
-    return Draws(masked, weight, random)
+    xt = noise.hide(ids.expand_as(masked), masked, shows)
+    return Draws(xt, masked, weight, random)
+
+
+def _drawn(
+    noise: Noise, ids: Tensor, maskable: Tensor, size: int, times: Tensor, begun: int,
+    generator: torch.Generator,
+) -> Draws:  # fmt: skip
+    """The draws of a free noise, of which every maskable token counts.
+
+    Args:
+        times: [D, K - begun] in (0, 1), for the blocks from number `begun` on.
+    """
+    times, factors = bound_times(torch.cat([times.new_ones(len(times), begun), times], 1))
+    block = torch.arange(len(ids)) // size
+    t, weight = times[:, block], factors[:, block] / len(times)
+    none, copies = torch.zeros_like(maskable), range(len(times))
+    xt = [noise.draw(ids, maskable, none, t[d], t[d], generator)[0] for d in copies]
+    random = torch.zeros(times.shape[1]).index_add_(0, block, maskable.float()) > 0
+    return Draws(torch.stack(xt), maskable.expand_as(t), weight * maskable, random, t)
 
 
 def subsets_of(n: int, most: int) -> list[tuple[int, ...]]:

@@ -12,6 +12,9 @@ The clean context is read once for all draws, and what it predicts is a control 
 what a token costs the causal model, a draw only has to estimate the sum of
 -log p(x_i | x_notS) - b_i, which is 0 for the first token of a block that is read from the context.
 
+A noise in the free form has another bound, the integral over time of `Noise.nats`, in which every
+slot counts. Its draws are stratified in time.
+
 With a diffusion head, p(x_i | x_notS) is softmax(U_i + W1[x_{i-1}] W2) where x_{i-1} is visible,
 and softmax(U_i) where it is masked: what the sampler draws a token from that it decides alone. The
 bound is thus that of drawing one token at a step, in random order. It reads no masked token.
@@ -20,6 +23,7 @@ bound is thus that of drawing one token at a step, in random order. It reads no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +33,10 @@ from transformers import DynamicCache
 from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
+from ..core.noise import Noise
+from ..core.seeds import keyed_generator
 from ..core.spec import Spec
-from .cross_entropy import cross_entropy, loss_of_logits
+from .cross_entropy import PART, cross_entropy, loss_of_logits, rows_at_once
 from .draws import Draws, draw
 from .estimate import Estimate
 from .task import Task, masked_task, places_of, previous_ids, slots_at
@@ -60,15 +66,17 @@ def bound(
     """
     starts = starts or [1] * len(rows)
     judged = [scored(row, suppressed, start) for row, start in zip(rows, starts, strict=True)]
+    noise = spec.noise.on(spec.mask_token_id, suppressed)
+    read = partial(_read_free, noise) if noise.free else _read
     draws = [
-        draw(row, spec.block_length, maskable, samples, seed, start)
+        draw(noise, row, spec.block_length, maskable, samples, seed, start)
         for row, maskable, start in zip(rows, judged, starts, strict=True)
     ]
     exact, drawn = [], []
     per_forward = max(1, batch_size // samples)
     for first in range(0, len(rows), per_forward):
         part = slice(first, first + per_forward)
-        found = _read(model, spec, rows[part], judged[part], draws[part], suppressed)
+        found = read(model, spec, rows[part], judged[part], draws[part], suppressed)
         for row, (known, values) in zip(draws[part], found, strict=True):
             enumerated, estimates = row.sums(values, samples)
             exact.append(known.sum() + enumerated)
@@ -97,17 +105,21 @@ def _read(
     x0 = torch.zeros(len(rows), length, dtype=torch.long)
     doc, wanted = torch.full_like(x0, PADDING), torch.zeros_like(x0, dtype=torch.bool)
     masked = torch.zeros(len(rows), copies, length, dtype=torch.bool)
+    xt = torch.zeros(masked.shape, dtype=torch.long)
     for r, row in enumerate(rows):
         x0[r, : len(row)], doc[r, : len(row)] = torch.tensor(row), 0
         wanted[r, : len(row)] = judged[r]
         masked[r, : len(draws[r].masked), : len(row)] = draws[r].masked
+        xt[r, : len(draws[r].masked), : len(row)] = draws[r].xt
     pos = torch.arange(length).expand_as(x0)
     known = torch.zeros(x0.shape, dtype=torch.double)
     values = torch.zeros(masked.shape, dtype=torch.double)
     if spec.attention == "full":
         copied = (x.repeat_interleave(copies, 0) for x in (x0, masked[:, 0], doc, pos))
         x0, _, doc, pos = copied
-        nll = masked_nll(model, spec, x0, masked.flatten(0, 1), doc, pos, suppressed)
+        nll = masked_nll(
+            model, spec, x0, masked.flatten(0, 1), doc, pos, suppressed, xt.flatten(0, 1)
+        )
         values[masked] = nll.double()
     else:
         opens = (pos % spec.block_length == 0) & (pos > 0) & (spec.prediction == "shift")
@@ -115,12 +127,57 @@ def _read(
         cache, nll = _read_context(model, spec, x0, given, doc, pos, suppressed)
         known[given] = nll.double()
         hidden = masked & ~opens[:, None]  # the others are read in the context, and known
-        nll = _read_blocks(model, spec, cache, x0, masked, hidden, doc, pos, suppressed)
+        nll = _read_blocks(model, spec, cache, x0, xt, masked, hidden, doc, pos, suppressed)
         values[hidden] = nll.double() - known[:, None].expand_as(values)[hidden]
     return [
         (known[r, : len(row)], values[r, : len(draws[r].masked), : len(row)])
         for r, row in enumerate(rows)
     ]
+
+
+def _read_free(
+    noise: Noise,
+    model: Any,
+    spec: Spec,
+    rows: Sequence[Sequence[int]],
+    judged: Sequence[Tensor],
+    draws: Sequence[Draws],
+    suppressed: Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """As `_read`, of a noise in the free form: what each slot of each draw adds to the bound."""
+    length, copies = max(map(len, rows)), len(draws[0].xt)
+    x0, xt = torch.zeros(2, len(rows), copies, length, dtype=torch.long)
+    doc, wanted = torch.full_like(x0, PADDING), torch.zeros(x0.shape, dtype=torch.bool)
+    t = torch.ones(x0.shape, dtype=torch.double)
+    for r, row in enumerate(rows):
+        here = (r, slice(None), slice(len(row)))
+        x0[here], doc[here] = torch.tensor(row), 0
+        xt[here], wanted[here], t[here] = draws[r].xt, draws[r].masked, draws[r].t
+    pos = torch.arange(length).expand_as(x0)
+    task = masked_task(
+        *(x.flatten(0, 1).to(model.device) for x in (x0, xt, wanted, doc, pos)), spec
+    )
+    logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
+    values = torch.zeros(x0.shape, dtype=torch.double)
+    at = x0[wanted], xt[wanted], t[wanted]
+    values[wanted] = free_nats(noise, logits, *(x.to(model.device) for x in at), suppressed).cpu()
+    return [
+        (torch.zeros(len(row), dtype=torch.double), values[r, :, : len(row)])
+        for r, row in enumerate(rows)
+    ]
+
+
+def free_nats(
+    noise: Noise, logits: Tensor, x0: Tensor, x: Tensor, t: Tensor, suppressed: Tensor
+) -> Tensor:
+    """[N] double, `Noise.nats` given the model's logits [N, V], a few rows at a time."""
+    suppressed, size = suppressed.to(logits.device), rows_at_once(logits.shape[1], "cpu", PART)
+    found = []
+    for part in (slice(i, i + size) for i in range(0, len(logits), size)):
+        own = logits[part].double().masked_fill(suppressed, float("-inf"))
+        own = noise.others(own, x[part], t[part])
+        found.append(noise.nats(own, x0[part], x[part], t[part]))
+    return torch.cat(found) if found else logits.new_zeros(0, dtype=torch.double)
 
 
 def _read_context(
@@ -143,6 +200,7 @@ def _read_blocks(
     spec: Spec,
     cache: DynamicCache,
     x0: Tensor,
+    xt: Tensor,
     masked: Tensor,
     hidden: Tensor,
     doc: Tensor,
@@ -153,7 +211,7 @@ def _read_blocks(
 
     Args:
         cache: of the clean rows; it is used up.
-        x0, doc, pos: [R, L]. masked, hidden: [R, D, L] bool.
+        x0, doc, pos: [R, L]. xt: [R, D, L] ids. masked, hidden: [R, D, L] bool.
     """
     if not hidden.any():
         return torch.zeros(0)
@@ -165,7 +223,7 @@ def _read_blocks(
     masked, hidden = masked.flatten(0, 1), hidden.flatten(0, 1)
     previous = previous_ids(x0, masked, pos, size)[hidden].to(device)
     target = x0[hidden].to(device)
-    xt = torch.where(masked, spec.mask_token_id, x0)[:, first:].to(device)
+    xt = xt.flatten(0, 1)[:, first:].to(device)
     doc, pos = (torch.cat([x, x[:, first:]], 1).to(device) for x in (doc, pos))
     noisy = (torch.arange(doc.shape[1], device=device) >= length).expand_as(doc)
     read = range(length, doc.shape[1])
@@ -190,16 +248,20 @@ def _nll(model: Any, spec: Spec, logits: Tensor, task: Task, suppressed: Tensor)
 
 
 def masked_nll(
-    model: Any, spec: Spec, x0: Tensor, masked: Tensor, doc: Tensor, pos: Tensor, suppressed: Tensor
-) -> Tensor:
+    model: Any, spec: Spec, x0: Tensor, masked: Tensor, doc: Tensor, pos: Tensor,
+    suppressed: Tensor, xt: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """-log p(x0_i | xt) of every masked token, [N] in row-major order, on the CPU.
 
     Args:
         x0, doc, pos: [B, L]; masked: [B, L] bool (never position 0).
+        xt: [B, L] what is shown; None: what the noise shows at t = 1 in the masked slots.
     """
     device = model.device
-    x0, masked, doc, pos = (x.to(device) for x in (x0, masked, doc, pos))
-    xt = torch.where(masked, spec.mask_token_id, x0)
+    if xt is None:
+        noise = spec.noise.on(spec.mask_token_id, suppressed)
+        xt = noise.hide(x0.cpu(), masked.cpu(), keyed_generator(0))
+    x0, xt, masked, doc, pos = (x.to(device) for x in (x0, xt, masked, doc, pos))
     task = masked_task(x0, xt, masked, doc, pos, spec)
     return task_nll(model, spec, task, suppressed)
 

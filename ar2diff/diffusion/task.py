@@ -25,6 +25,8 @@ class Task:
         index: [N] slots, in the flattened [B * S], whose logits predict a token.
         target: [N] the tokens that are predicted there.
         previous: [N] for a diffusion head, the tokens before them, `UNKNOWN` where masked.
+        shown, evidence: [N] for a free noise, the ids shown in their own slots, and what each of
+            those adds to its own logit.
     """
 
     input_ids: Tensor
@@ -35,6 +37,8 @@ class Task:
     target: Tensor
     reveal: Tensor | None = None
     previous: Tensor | None = None
+    shown: Tensor | None = None
+    evidence: Tensor | None = None
 
     def inputs(self, model: Any, local_window: str | None) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
@@ -148,7 +152,7 @@ def previous_ids(
 
 def turn_task(batch: dict[str, Tensor], spec: Spec) -> Task:
     """The task of predicting the masked tokens of a batch from `TurnCollator`."""
-    places, target = batch["masked_at"], batch["target"]
+    places, target = batch["scored_at"], batch["target"]
     return Task(
         input_ids=batch["input_ids"],
         slots=Slots(*(batch[name] for name in ("doc", "pos", "noisy", "start", "block"))),

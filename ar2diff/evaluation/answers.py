@@ -44,7 +44,7 @@ class AnswerJudge:
         noise = Noise(time="block" if recipe.convert.block_length else "document")
         plain = with_values(recipe, noise=noise.model_dump(), objective={"distil": None})
         self.checkpoint, self.samples = checkpoint, samples
-        self.collate = TurnCollator(plain, checkpoint.spec_or_causal.mask_token_id)
+        self.collate = TurnCollator(plain, checkpoint.noise)
         rows, draws = list(numbers), range(samples)
         self.parts = [
             [_unfilled(part, plain) for n in rows for part in conversations.parts(n, draw)]
@@ -102,7 +102,7 @@ class AnswerJudge:
         bound = ar = 0.0
         task = turn_task(batch, spec)
         if self.checkpoint.spec is not None:
-            t = batch["t"].flatten()[batch["masked_at"]]
+            t = batch["t"].flatten()[batch["scored_at"]]
             nll = task_nll(model, spec, task, suppressed).double()
             bound = float((nll * time_weights(t.cpu(), "1/t")).sum())
         if first and self._reads_left_to_right:

@@ -196,6 +196,8 @@ def _default_mode(checkpoint: Checkpoint, path: Path) -> DefaultMode:
         if mode == "speculative":
             return DefaultMode(mode, "it has an AR mode, whose text is kept")
         return DefaultMode(mode, "generation_config.json says so, although it has an AR mode")
+    if spec.noise.free:
+        return DefaultMode(mode, "its noise has no masks to draft in, and decides whole blocks")
     rule = {name: getattr(generation, name, None) for name in RULE}
     rule = {name: value for name, value in rule.items() if value is not None}
     shown = ", ".join(f"{name}={value}" for name, value in rule.items())

@@ -121,7 +121,7 @@ def _nll(
 def _reason_not_to(base: Path, rows: Sequence[Any]) -> str | None:
     """Why the text cannot be measured; None if it can."""
     spec = read_spec(base)
-    if spec is not None and not spec.lossless:
+    if spec is not None and not spec.writes_ar:
         return "the model that was trained has no AR mode"
     if len(rows) < ROWS:
         return f"that takes eval.steps above 0 and {ROWS} evaluation rows (eval.rows)"

@@ -209,7 +209,7 @@ def check_compare(spec: Spec, options: Options, gaps: bool = False) -> None:
     if gaps:
         told = f"{compare} writes the text in the AR mode too, which cannot fill gaps"
         raise Ar2DiffError(told, f"leave out {compare}")
-    if not spec.lossless:
+    if not spec.writes_ar:
         raise Ar2DiffError(
             f"{compare} needs an AR mode, which this model ({spec.attention} attention) does not "
             "have",
@@ -297,7 +297,7 @@ def result_of(
     gaps = ~canvas.given[row, :prompt]
     forwards = int(canvas.forwards[row])
     whole = bool(gaps.any())
-    decided = len(new) + int((gaps & (canvas.ids[row, :prompt] != canvas.mask_token_id)).sum())
+    decided = len(new) + int((gaps & ~canvas.open[row, :prompt]).sum())
     places = gaps.nonzero()[:, 0].tolist()
     ids = ids[: canvas.front[row]]
     texts = with_gaps_filled(tokenizer, segments, ids, places) if whole else []

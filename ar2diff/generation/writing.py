@@ -106,13 +106,13 @@ class Writing:
 
     def step(self) -> bool:
         """Decide more of the text; returns whether there was anything to decide."""
-        canvas, remask = self.canvas, bool(self.options.remask)
-        known = canvas.ids[0] != canvas.mask_token_id if remask else None
+        canvas = self.canvas
+        known = ~canvas.open[0] if self.options.remask else None
         start = time.monotonic()
         going = next(self._states, None) is not None
         self.seconds += time.monotonic() - start
         if known is not None:
-            self.again |= known & (canvas.ids[0] == canvas.mask_token_id)
+            self.again |= known & canvas.open[0]
         return going
 
     @property
@@ -138,7 +138,7 @@ class Writing:
     def text(self) -> str:
         """As much of the text, from the prompt on, as is decided for good without a gap."""
         canvas, tokenizer = self.canvas, self.checkpoint.tokenizer
-        ids = canvas.ids[0, : canvas.certain(0, bool(self.options.remask))].tolist()
+        ids = canvas.ids[0, : canvas.certain(0, self.options.revises)].tolist()
         prompt, new = ids[: self.prompt], ids[self.prompt :]
         texts = with_gaps_filled(tokenizer, self.segments, prompt, self.gaps)
         return "".join(texts) + (text_after(tokenizer, prompt, new) if new else "")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..core.seeds import content_key, keyed_generator
+from ..diffusion.corruption import draw_times, open_slots
 from ..diffusion.likelihood import ar_nll, masked_nll, scored
-from ..diffusion.noise import corrupt, draw_times
 from .estimates import Value, mean, middle, ratio, ratio_difference, share
 from .figures import BASELINE
 from .journal import Part, Row
@@ -195,7 +195,7 @@ def stretch_bound(
             within = scored(row, suppressed)
             within[:first] = within[last:] = False
             for times in draw_times(draws, int(block[-1]) + 1, generator):
-                where, t = corrupt(within, block, times, generator)
+                where, t = open_slots(within, block, times, generator)
                 masked.append(where)
                 weight.append(1 / t.clamp(min=1 / length))
         x0 = torch.tensor([list(row) for row in group for _ in range(draws)])

@@ -57,7 +57,7 @@ class Held:
     @property
     def has_ar_mode(self) -> bool:
         """Whether it writes from left to right."""
-        return self.kind != "conversion" or self.checkpoint.spec.lossless
+        return self.kind != "conversion" or self.checkpoint.spec.writes_ar
 
     @property
     def context(self) -> int | None:

@@ -68,7 +68,7 @@ class Batch:
             generators=[
                 generator
                 for job in jobs
-                for generator in generators_of(job.canvas, job.options, job.number)
+                for generator in generators_of(job.spec, job.canvas, job.options, job.number)
             ],
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ class Batch:
         canvas, job, begin = self.decoder.canvas, ticket.job, ticket.begin
         if not (job.streams or canvas.over[row]):
             return
-        certain = max(begin, canvas.certain(row, bool(job.options.remask)))
+        certain = max(begin, canvas.certain(row, job.options.revises))
         new, forwards = slice(begin + ticket.sent, certain), int(canvas.forwards[row])
         if certain > new.start and job.streams:
             told = (x[row, new].tolist() for x in (canvas.ids, canvas.logprob, canvas.step))

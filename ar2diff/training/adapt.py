@@ -17,6 +17,7 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError, option
+from ..core.noise import Noise
 from ..core.spec import Spec
 from ..data.documents import (
     Collator,
@@ -155,7 +156,7 @@ def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     size = size_of(documents, checkpoint.tokenizer, len(held_out))
     rows = PackedDocuments(documents, checkpoint.tokenizer, eos, recipe, held_out)
-    collate = make_collator(recipe, checkpoint.spec_or_causal.mask_token_id)
+    collate = make_collator(recipe, checkpoint.noise)
     collate([next(iter(rows))])  # raises if no row is usable
     return Plan(
         checkpoint, recipe, rows, make_trainer, size, eval_rows, measure=measure,
@@ -189,7 +190,8 @@ def size_of(documents: Documents, tokenizer: Any, held_out: int) -> DataSize:
 def measure(plan: Plan) -> dict[str, Any]:
     """How good the text of a whole model without an AR mode is, which decides its threshold."""
     checkpoint = plan.checkpoint
-    if checkpoint.spec_or_causal.lossless or checkpoint.base is not None:
+    spec = checkpoint.spec_or_causal
+    if spec.lossless or spec.noise.free or checkpoint.base is not None:
         return {}
     rows = plan.eval_rows if plan.recipe.eval.steps else []  # where an evaluation was asked for
     return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
@@ -209,13 +211,13 @@ class AdaptTrainer(Denoising, Trainer):
 
     def task_of(self, inputs: dict[str, Tensor]) -> LossTask:
         """The loss task for a batch from the collator."""
-        x0, places = inputs["x0"], inputs["masked_at"]
+        x0, places = inputs["x0"], inputs["scored_at"]
         if self.recipe.objective.kind == "ar":
             task = clean_task(x0, inputs["doc"], inputs["pos"])
             return self.loss_task(task, inputs, x0, columns_before(x0))
         block_length = block_length_at(self.recipe, inputs["step"])
         task = masked_task(
-            x0, inputs["xt"], inputs["masked"], inputs["doc"], inputs["pos"], self.spec,
+            x0, inputs["xt"], inputs["scored"], inputs["doc"], inputs["pos"], self.spec,
             attention=attention_of(self.recipe, block_length), block_length=block_length,
             reveal=inputs.get("reveal"), drawn=inputs["drawn"], places=places,
         )  # fmt: skip
@@ -259,9 +261,9 @@ class AdaptTrainer(Denoising, Trainer):
         return rows
 
 
-def make_collator(recipe: Recipe, mask_token_id: int) -> Collator:
+def make_collator(recipe: Recipe, noise: Noise) -> Collator:
     """The collator for a run."""
-    return Collator(recipe, mask_token_id, rows_per_step(recipe.train))
+    return Collator(recipe, noise, rows_per_step(recipe.train))
 
 
 def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTrainer:
@@ -275,7 +277,7 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> AdaptTraine
         plan.recipe,
         training_arguments(plan.recipe, run_dir),
         train_dataset=plan.rows,
-        data_collator=make_collator(plan.recipe, plan.checkpoint.spec_or_causal.mask_token_id),
+        data_collator=make_collator(plan.recipe, plan.checkpoint.noise),
         callbacks=callbacks,
     )
     if plan.recipe.noise.on_policy and holds_shards(trainer):

@@ -8,7 +8,8 @@ the views are weighted. Takes `Rollout`s and returns log-probabilities per token
               under the mask that covers it, weighted by the inverse of the masked share
               (DiffuCoder, Gong et al. 2025, eq. 6).
 `elbo`        Complementary pairs with k of n tokens masked, k uniform on 0..n, weights (n+1) / k.
-              The expectation is the bound on log p (ESPO, Ou et al. 2025).
+              The expectation is the bound on log p (ESPO, Ou et al. 2025). Of a noise in the free
+              form, `samples` times, and what `Noise.nats` says each slot costs there.
 `spg`         The same pairs: the lower bound for good completions, and an equal mix of it and an
               evidence upper bound for bad ones (SPG, Wang et al. 2025, eq. 8).
 `trajectory`  Each token is scored in the state in which it was decided (TraceRL, Wang et al. 2025).
@@ -33,9 +34,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config.rl import Rl
 from ..core.attention import PADDING, Slots, reading_slot
 from ..core.forward import output_at
+from ..core.noise import Noise
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
-from ..diffusion.noise import complement, corrupt, draw_times
+from ..diffusion.corruption import bound_times, complement, draw_times, open_slots
+from ..diffusion.likelihood import free_nats
 from ..diffusion.task import Task
 from .rollouts import Rollout
 
@@ -113,14 +116,20 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
         prompt = torch.rand(count, generator=generator) < rl.prompt_mask
         prompt &= (torch.arange(count) > 0) & (torch.arange(count) < rollout.prompt)
         return (answer | prompt | after)[None], all_.double()
-    block = torch.zeros(count, dtype=torch.long)
-    if spec.attention != "full":
-        block = torch.arange(count) // spec.block_length
-        block = (block - block[rollout.prompt]).clamp(min=0)
+    block = _blocks(rollout, spec)
     if rl.estimator == "trajectory":
         return _trajectory(rollout, answer, block, rl.segments)
     masked, weight = zip(*_pairs(rollout, answer, block, rl), strict=True)
     return torch.stack(masked) | after, torch.stack(weight)
+
+
+def _blocks(rollout: Rollout, spec: Spec) -> Tensor:
+    """[T] the number of each token's block, from that of the first token of the answer on."""
+    block = torch.zeros(len(rollout.ids), dtype=torch.long)
+    if spec.attention != "full":
+        block = torch.arange(len(block)) // spec.block_length
+        block = (block - block[rollout.prompt]).clamp(min=0)
+    return block
 
 
 def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tuple[Tensor, Tensor]]:
@@ -131,10 +140,10 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
     found = [(answer, answer.double() / 2)] if coupled else []
     for time in times:
         if coupled:  # masks 20% to 80% of each block
-            masked, t = corrupt(answer, block, 0.2 + 0.6 * time, generator)
+            masked, t = open_slots(answer, block, 0.2 + 0.6 * time, generator)
             other, other_t = answer & ~masked, 1 - t
         else:
-            masked, t = corrupt(answer, block, time, generator, complementary=True)
+            masked, t = open_slots(answer, block, time, generator, complementary=True)
             other, other_t = complement(answer, block, masked, t)
         for mask, share in ((masked, t), (other, other_t)):
             weight = torch.where(mask, 1 / share.clamp(min=1e-9), 0.0) / (2 * rl.samples)
@@ -169,30 +178,48 @@ class _Row:
     block: Tensor
 
 
-def _lay_out(rollout: Rollout, masked: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
+def _shown(
+    rollout: Rollout, rl: Rl, spec: Spec, noise: Noise
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What each view of a rollout shows, [V, T] ids; the weights of its tokens, [V, T]; and, if
+    they are those of a bound over time, the times [V, T]. Both policies see the same draws."""
+    masked, weight = views(rollout, rl, spec)
+    generator, ids = keyed_generator(rollout.seed, 3), rollout.ids
+    if not (noise.free and rl.estimator == "elbo"):
+        return noise.hide(ids.expand_as(masked), masked, generator), weight, None
+    place = torch.arange(len(ids)) - rollout.prompt
+    answer, after = (place >= 0) & (place < rollout.answer), place >= rollout.answer
+    block = _blocks(rollout, spec)
+    times, factor = bound_times(draw_times(rl.samples, int(block.max()) + 1, generator))
+    t = times[:, block]
+    drawn = [noise.draw(ids, answer, answer, x, x, generator)[0] for x in t]
+    shown = noise.hide(torch.stack(drawn), after.expand_as(t), generator)
+    return shown, factor[:, block] * answer / len(t), t
+
+
+def _lay_out(rollout: Rollout, shown: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
     """Rows that hold the views of a rollout, and the slot [V, T, 2] (row, column) at which each
     token is read. With blocks, all views share one row, [view 1 | view 2 | ... | clean]; with
     `full` attention, each view has its own row."""
     ids, count = rollout.ids, len(rollout.ids)
     pos = torch.arange(count)
-    shown = torch.where(masked, spec.mask_token_id, ids)
     zero = torch.zeros_like(pos)
     if ar or spec.attention == "full":
         column = reading_slot(pos[None], "full", None, "shift" if ar else spec.prediction)
-        column = column.expand(len(masked), -1)
-        row = torch.arange(len(masked))[:, None].expand_as(column)
+        column = column.expand(len(shown), -1)
+        row = torch.arange(len(shown))[:, None].expand_as(column)
         noisy = torch.full((count,), not ar)
         return [_Row(view, pos, noisy, zero) for view in shown], torch.stack([row, column], -1)
     grid = spec.block_length
     first = rollout.prompt // grid * grid
-    size, clean = count - first, (count - first) * len(masked)
-    number = torch.arange(len(masked))[:, None]
+    size, clean = count - first, (count - first) * len(shown)
+    number = torch.arange(len(shown))[:, None]
     own = (number * size + pos - first).clamp(min=0)
     column = reading_slot(pos, spec.attention, grid, spec.prediction, own=own, clean=clean + pos)
     blocks = (pos[first:] // grid + number * count).flatten()
     row = _Row(
         ids=torch.cat([shown[:, first:].flatten(), ids]),
-        pos=torch.cat([pos[first:].repeat(len(masked)), pos]),
+        pos=torch.cat([pos[first:].repeat(len(shown)), pos]),
         noisy=torch.arange(clean + count) < clean,
         block=torch.cat([blocks, zero - 1]),
     )
@@ -218,15 +245,19 @@ def score(
     """
     inner, device = inner or model, suppressed.device
     rows: list[_Row] = []
-    slots_of, weights, found = [], [], []
+    slots_of, weights, found, states = [], [], [], []
+    barred = suppressed if suppressed.dim() == 1 else suppressed.all(0)
+    noise = spec.noise.on(spec.mask_token_id, barred)
     for number, rollout in enumerate(rollouts):
-        masked, weight = views(rollout, rl, spec)
-        own, slot = _lay_out(rollout, masked, spec, rl.estimator == "ar")
+        shown, weight, t = _shown(rollout, rl, spec, noise)
+        own, slot = _lay_out(rollout, shown, spec, rl.estimator == "ar")
         view, pos = (weight > 0).nonzero(as_tuple=True)
         place, target = pos - rollout.prompt, rollout.ids[pos]
         found.append(torch.stack([torch.full_like(view, number), view, place, target]))
         slots_of.append(slot[view, pos] + torch.tensor([len(rows), 0]))
         weights.append(weight[view, pos])
+        if t is not None:
+            states.append(torch.stack([shown[view, pos].double(), t[view, pos]]))
         rows += own
     numbers = torch.cat([torch.cat(found, 1), torch.cat(slots_of).T])
     last_view, last_place = numbers[1:3].amax(1).tolist()
@@ -248,8 +279,13 @@ def score(
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(suppressed, 0.0)).sum(-1)
+    if states:
+        shown, t = torch.cat(states, 1)
+        own = -free_nats(noise, logits, target, shown.long().to(device), t.to(device), barred)
+    else:
+        own = logp.gather(1, target[:, None])[:, 0]
     return Scores(
-        logp=logp.gather(1, task.target[:, None])[:, 0],
+        logp=own.to(logp),
         entropy=entropy.detach(),
         row=row,
         view=view,

@@ -17,6 +17,7 @@ from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
 from ..core.head import ATTRIBUTE, UNKNOWN
+from ..core.samplers import draw
 from ..diffusion.cross_entropy import (
     WeightedLoss,
     has_plain_head,
@@ -55,6 +56,8 @@ class LossTask:
         tokens: scalar, the number of real tokens in the batch.
         distilled: [N] bool, which masked tokens are distilled; None: none.
         chosen: [D] the numbers of these.
+        guess: [N] the draws of guesses that tokens show instead, as `Noise.guesses_for` has them;
+            None: none do.
         source: the forward pass, and the slots of it (`index` [D]), in which the AR model predicts
             these tokens: the teacher's, or that of `task`.
     """
@@ -71,6 +74,7 @@ class LossTask:
     distilled: Tensor | None = None
     chosen: Tensor | None = None
     source: Task | None = None
+    guess: Tensor | None = None
 
     def at_masked(self, values: Tensor) -> Tensor:
         """Scatter values [N] of the masked tokens to their places, [B, L], with `IGNORED`
@@ -146,11 +150,11 @@ class Denoising(Running):
                 from left to right.
             source: see `LossTask`.
         """
-        places, ar = batch["masked_at"], batch["ar_at"]
+        places, ar = batch["scored_at"], batch["ar_at"]
         ar = ar if self.recipe.objective.ar_weight > 0 else ar[:0]
         coef, t, eos = (batch[name].flatten()[places] for name in ("coef", "t", "eos"))
         return LossTask(
-            task=task,
+            task=replace(task, shown=batch.get("shown"), evidence=batch.get("evidence")),
             places=places,
             labels=labels,
             coef=coef,
@@ -162,6 +166,7 @@ class Denoising(Running):
             distilled=batch.get("distilled"),
             chosen=batch.get("chosen"),
             source=source,
+            guess=batch.get("guess"),
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,6 +195,8 @@ class Denoising(Running):
             first) and the terms; and the logits [N + M, V], if they were asked for.
         """
         inner = self.accelerator.unwrap_model(model)
+        if wanted.guess is not None:
+            wanted = self._with_guesses(model, inner, wanted)
         task, count, (divisor, ar_divisor) = wanted.task, len(wanted.coef), divisors
         own = wanted.coef / divisor
         if wanted.distilled is not None:
@@ -206,11 +213,12 @@ class Denoising(Running):
             bigram = getattr(inner, ATTRIBUTE)
             none = torch.full_like(wanted.ar_target, UNKNOWN)  # the AR mode has no bias
             added = bigram.vectors(torch.cat([task.previous, none])), bigram.after
+        evidence = None if task.evidence is None else (task.shown, task.evidence)
         fused: list[WeightedLoss] = []
         read: list[Readout] = []
 
         def fuse(head: Any, hidden: Tensor) -> Tensor:
-            fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added))
+            fused.append(loss_of_hidden(head, hidden[: len(target)], *asked, added, evidence))
             if wanted.distilled is not None:
                 read.append(Readout.of_head(head, hidden))
             return fused[0].total.view(1, 1, 1)
@@ -229,7 +237,7 @@ class Denoising(Running):
         if fused:  # through what the head returned, which sharded weights wait for
             summed = replace(fused[0], total=made[0, 0])
         else:
-            summed = loss_of_logits(made[: len(target)], *asked)
+            summed = loss_of_logits(made[: len(target)], *asked, evidence)
         if wanted.distilled is not None:
             readout = read[0] if read else Readout(made)
             summed = self._distilled(summed, readout, wanted, divisor)
@@ -237,6 +245,20 @@ class Denoising(Running):
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
         loss = summed.total * self.accelerator.num_processes + routers
         return loss, summed, made[: len(target)]
+
+    @torch.no_grad()
+    def _with_guesses(self, model: Any, inner: Any, wanted: LossTask) -> LossTask:
+        """The task with tokens that the model draws itself in some of the scored slots."""
+        task, (_, length) = wanted.task, wanted.labels.shape
+        inputs = task.inputs(inner, self.spec.local_window)
+        logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
+        guessed = wanted.guess >= 0
+        probability = logits.float().masked_fill(self.suppressed, float("-inf")).softmax(-1)
+        tokens = draw(probability, wanted.guess.clamp(min=0))
+        ids, width = task.input_ids.flatten().clone(), task.input_ids.shape[1]
+        own = wanted.places // length * width + wanted.places % length  # the noisy copy is first
+        ids[own] = torch.where(guessed, tokens, ids[own])
+        return replace(wanted, task=replace(task, input_ids=ids.view_as(task.input_ids)))
 
     def _distilled(
         self, summed: WeightedLoss, readout: Readout, wanted: LossTask, divisor: Tensor
@@ -364,7 +386,10 @@ class Denoising(Running):
         return self._fused
 
     def _outputs(self, wanted: LossTask, logits: Tensor) -> dict[str, Tensor]:
-        logits = logits[: len(wanted.coef)]
+        logits, task = logits[: len(wanted.coef)], wanted.task
+        if task.evidence is not None:
+            gain = task.evidence[:, None].to(logits)
+            logits = logits.scatter_add(1, task.shown[:, None], gain)
         likeliest = logits.detach().masked_fill(self.suppressed, float("-inf")).argmax(-1)
         return {
             "logits": logits,

@@ -322,7 +322,14 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
         return checkpoint
     recipe = fitted(recipe, checkpoint)
     if spec is not None or recipe.objective.kind == "diffusion":
-        convert(checkpoint, recipe.convert, recipe.data.max_length, False, recipe.train.seed)
+        convert(
+            checkpoint,
+            recipe.convert,
+            recipe.data.max_length,
+            False,
+            recipe.train.seed,
+            recipe.noise.process,
+        )
     if recipe.peft is not None:
         add_adapter(checkpoint, recipe)
     return checkpoint

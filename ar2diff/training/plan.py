@@ -14,13 +14,13 @@ from ..checkpoint.adapters import add_adapter, check_base
 from ..checkpoint.files import is_adapter, read_spec, refuse_draft
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint, count_parameters
-from ..config.recipe import Recipe, with_values
+from ..config.recipe import Recipe, contradictions_of, with_values
 from ..conversion.convert import convert
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE
 from ..core.probe import probe
-from ..core.spec import Spec
+from ..core.spec import CAUSAL, Spec
 from ..distributed.ranks import is_main
 from ..evaluation.score import score
 from .arguments import check_optimizer, rows_per_step
@@ -240,7 +240,15 @@ def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
-    spec = convert(checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed)
+    noise = recipe.noise.process or (checkpoint.spec or CAUSAL).noise
+    for problem in contradictions_of(noise, recipe):
+        raise Ar2DiffError(
+            f"model {checkpoint.path}: {problem}",
+            "change the recipe, or set noise.kind to one that can",
+        )
+    spec = convert(
+        checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed, noise
+    )
     problems = probed(checkpoint.model, spec)
     if problems:
         raise Ar2DiffError(

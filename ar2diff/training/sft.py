@@ -154,7 +154,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         held_out: frozenset[int] = frozenset(),
         **kwargs: Any,
     ):
-        collator = TurnCollator(recipe, checkpoint.spec_or_causal.mask_token_id)
+        collator = TurnCollator(recipe, checkpoint.noise)
         super().__init__(
             checkpoint, recipe, args, train_dataset=rows, processing_class=checkpoint.tokenizer,
             data_collator=collator, **kwargs,
@@ -193,7 +193,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         before = columns_before(target)
         if self.recipe.objective.distil is None:
             return self.loss_task(task, inputs, target, before)
-        chosen = inputs["masked_at"][inputs["chosen"]]
+        chosen = inputs["scored_at"][inputs["chosen"]]
         source = reading(task, inputs["before"], chosen, target)
         return self.loss_task(task, inputs, target, before, source)
 

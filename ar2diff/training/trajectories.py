@@ -64,7 +64,7 @@ def own_states(
         length = min(place.stop - place.start, len(rollout.ids))
         here = (place.row, slice(place.start, place.start + length))
         ids, at = rollout.ids[:length], torch.arange(length)
-        decided = ids != collate.mask_token_id
+        decided = ids != collate.noise.mask
         written = (at >= place.prompt) & (at < place.prompt + rollout.answer)
         made["x0"][here] = torch.where(decided, ids, eos)
         made["doc"][here] = batch["doc"][here]
@@ -75,7 +75,8 @@ def own_states(
             rollout.step[:length], decided, written, size, rollout.seed
         )
     made["written"] = made["weight"] > 0
-    states = collate.finish(made, masked[None], t[None], size)
+    xt = collate.noise.hide(made["x0"], masked)
+    states = collate.finish(made, xt[None], masked[None], t[None], size)
     return {name: x.to(device) for name, x in states.items()} | {"step": step}
 
 

@@ -1,10 +1,12 @@
-"""The forward process: which tokens are masked. The noise is MDLM's q(xt | x0, t), absorbing.
+"""The forward process of a sequence: its noise levels, which slots are open, and what they show.
 
 The noise depends only on the seed, the epoch and the document's ids, so batching, ranks, packing
-and resuming do not change it. Instead of drawing a Bernoulli(t) per token, we mask exactly k of the
-n tokens in a block, with k = ceil(t n) and t ~ U(0, 1). Then k is uniform on 1..n, no block is left
-unmasked, and the weight n / k makes the loss an unbiased estimate of the bound (LLaDA, Nie et al.
-2025, eq. 6). Other laws of t make other k more likely; their weight is n / k times 1 / (n P(k)).
+and resuming do not change it. Where the open slots are known, we do not draw a Bernoulli(t) per
+token, but open exactly k of the n slots in a block, with k = ceil(t n) and t ~ U(0, 1). Then k is
+uniform on 1..n, no block is left untouched, and the weight n / k makes the loss an unbiased
+estimate of the bound (LLaDA, Nie et al. 2025, eq. 6). Other laws of t make other k more likely;
+their weight is n / k times 1 / (n P(k)). What an open slot shows is up to the noise
+(core/noise.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.noise import EARLIEST, Noise
 from ..core.seeds import keyed_generator
 
 GOLDEN = 0.6180339887498949  # frac(n * GOLDEN) is a low-discrepancy sequence
@@ -66,7 +69,7 @@ def importance(
     is 0 for a block in which nothing can be masked.
 
     Args:
-        maskable, block, complementary: as passed to `corrupt` with times of the law. t: as it
+        maskable, block, complementary: as passed to `open_slots` with times of the law. t: as it
             returned it.
     """
     count = torch.zeros(int(block.max()) + 1, dtype=torch.long)
@@ -97,19 +100,57 @@ def draw_times(draws: int, blocks: int, generator: torch.Generator) -> Tensor:
     return torch.stack([_stratified(draws, generator) for _ in range(blocks)], 1)
 
 
+def bound_times(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Times in (0, 1) for uniform numbers in [0, 1), and their weights: an integral over time is
+    the mean of what it integrates times the weight. Both ends, where integrands of bounds grow, are
+    drawn more often than they are long."""
+    u = u.double()
+    t = torch.sin(math.pi / 2 * u) ** 2
+    return t.clamp(EARLIEST, 1 - EARLIEST), math.pi / 2 * torch.sin(math.pi * u)
+
+
 def _stratified(n: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(n, generator=generator)
     return (order + torch.rand(n, generator=generator)) / n
 
 
 def corrupt(
+    noise: Noise,
+    x0: Tensor,
+    maskable: Tensor,
+    block: Tensor,
+    times: Tensor,
+    generator: torch.Generator,
+    complementary: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put one sequence under noise.
+
+    Args:
+        noise: over its vocabulary. x0: [L] ids.
+        maskable, block, times, generator, complementary: as passed to `open_slots`.
+
+    Returns:
+        xt: [views, L] ids. scored: [views, L] bool, the slots in the loss. t: [views, L] double,
+        from which their weights are computed. There is a second view if complementary.
+    """
+    chosen, share = open_slots(maskable, block, times, generator, complementary)
+    views = [(chosen, share)]
+    if complementary:
+        views.append(complement(maskable, block, chosen, share))
+    t = times.double()[block]
+    drawn = [noise.draw(x0, maskable, *view, t, generator) for view in views]
+    xt, scored, weighed = zip(*drawn, strict=True)
+    return torch.stack(xt), torch.stack(scored), torch.stack(weighed)
+
+
+def open_slots(
     maskable: Tensor,
     block: Tensor,
     times: Tensor,
     generator: torch.Generator,
     complementary: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the masked positions of one sequence.
+    """Choose the open slots of one sequence, those that are masked.
 
     Args:
         maskable: [L] bool, positions that may be masked.
@@ -141,10 +182,10 @@ def corrupt(
 
 
 def complement(maskable: Tensor, block: Tensor, masked: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The complementary view of a sequence that `corrupt` masked with `complementary=True`.
+    """The complementary view of a sequence that `open_slots` masked with `complementary=True`.
 
     Args:
-        maskable, block: as passed to `corrupt`. masked, t: as it returned them.
+        maskable, block: as passed to `open_slots`. masked, t: as it returned them.
 
     Returns:
         masked: [L] bool, the maskable positions that the first view shows. t: [L] double,
