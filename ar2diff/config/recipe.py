@@ -131,11 +131,15 @@ def contradictions_of(process: Process, recipe: Recipe) -> Iterator[str]:
     named = f"noise.kind {process.kind}"
     if convert.head_rank is not None and process != Mask():
         yield f"convert.head_rank cannot be combined with {named}: the head reads masks"
+    if noise.edits is not None and (process.free or process.guesses):
+        yield f"noise.edits cannot be used with {named}, which corrects tokens anyway"
     if noise.on_policy and process.random:
         yield f"noise.on_policy cannot be used with {named}, whose states it does not keep"
     if noise.complementary and process.guesses:
         yield f"noise.complementary cannot be used with {named}, which changes visible tokens too"
     if not process.free:
+        if objective.weight == "bound":
+            yield f"objective.weight bound needs a noise in the free form; 1/t is that of {named}"
         return
     free = f"{named} in the free form"
     if process.logits == "posterior" and (
@@ -147,8 +151,11 @@ def contradictions_of(process: Process, recipe: Recipe) -> Iterator[str]:
         )
     if noise.complementary:
         yield f"noise.complementary cannot be used with {free}, where all tokens are scored"
-    if objective.weight != "uniform":
-        yield f"objective.weight must be uniform with {free}, where no slot is known to be open"
+    if objective.weight not in ("uniform", "bound"):
+        yield (
+            f"objective.weight must be uniform or bound with {free}, where no slot is known to be "
+            "open"
+        )
     if objective.distil is not None:
         yield f"objective.distil cannot be used with {free}, where no slot is known to be open"
     if rl is not None and rl.estimator not in FREE_ESTIMATORS:
@@ -165,6 +172,12 @@ def _contradictions(
     distil = objective.distil
     if noise.on_policy and rl is not None:
         yield "noise.on_policy cannot be used with rl, which trains on its own texts anyway"
+    if noise.edits is not None and rl is not None:
+        yield "noise.edits cannot be used with rl, whose estimators draw their own noise"
+    if noise.edits is not None and (distil is not None or objective.weight == "cart"):
+        yield "noise.edits cannot be used with objective.distil or objective.weight cart"
+    if noise.edits is not None and convert.head_rank is not None:
+        yield "noise.edits cannot be combined with convert.head_rank: the head reads masks"
     if noise.on_policy and convert.attention == "full":
         yield "noise.on_policy needs an attention with blocks, not full"
     if noise.on_policy and objective.weight == "cart":

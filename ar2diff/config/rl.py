@@ -79,6 +79,12 @@ class Rl(Section):
     prompt_mask: float = Field(
         0.0, ge=0, lt=1, description="one_step with attention full: share of prompt tokens to mask"
     )
+    fewer_forwards: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a further reward, 1 - forwards / tokens, for completions to which "
+        "every other reward gives at least 1",
+    )
     num_iterations: int = Field(1, gt=0, description="updates on each set of completions")
     steps_per_generation: int | None = Field(
         None, gt=0, description="micro-batches per generation step; null: as many as one update has"
@@ -127,6 +133,13 @@ class Rl(Section):
             )
         if self.segments is not None and self.estimator != "trajectory":
             raise ValueError("segments can only be set with estimator trajectory")
+        if self.fewer_forwards and (
+            self.estimator == "ar" or self.sampler.get("steps_per_block") is not None
+        ):
+            raise ValueError(
+                "fewer_forwards needs a sampler that takes as many forwards as the model needs: "
+                "another estimator than ar, and no sampler.steps_per_block"
+            )
         temperature = self.sampler.get("temperature", 1.0)
         if not isinstance(temperature, (int, float)) or temperature <= 0:
             raise ValueError(

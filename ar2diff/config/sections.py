@@ -80,6 +80,18 @@ class Anneal(Section):
         return self
 
 
+class Edits(Section):
+    """Correcting whole texts: beside the noise, a copy of each row in which a few tokens are
+    replaced by any others, and all tokens are scored (Seed Diffusion)."""
+
+    after: float = Field(
+        0.8, ge=0, lt=1, description="adapt: share of the steps after which this begins"
+    )
+    most: float = Field(
+        0.1, gt=0, le=1, description="the largest share of a text's tokens that is replaced"
+    )
+
+
 class Noise(Section):
     """The forward process: what tokens are replaced by, and how many of them."""
 
@@ -118,6 +130,14 @@ class Noise(Section):
         description="adapt: share of the steps that train on blocks as the sampler leaves them "
         "halfway, in texts that the model writes itself",
     )
+    best_of: int = Field(
+        1,
+        gt=0,
+        le=64,
+        description="with on_policy: texts that the model writes of each document, of which the "
+        "likeliest one, by its bound, is learned",
+    )
+    edits: Edits | None = None
     complementary: bool = Field(
         False,
         description="add a second view of each row, in which exactly the other tokens are masked",
@@ -145,6 +165,10 @@ class Noise(Section):
 
     @model_validator(mode="after")
     def _complements_have_the_same_law(self) -> Noise:
+        if self.best_of > 1 and not self.on_policy:
+            raise ValueError("best_of needs on_policy above 0")
+        if self.edits is not None and self.complementary:
+            raise ValueError("edits cannot be used with complementary: each adds a copy of a row")
         if self.complementary and self.on_policy:
             raise ValueError(
                 "complementary cannot be used with on_policy, whose states have no second view"
@@ -185,8 +209,10 @@ class Objective(Section):
     kind: Literal["diffusion", "ar"] = Field(
         "diffusion", description="ar trains an AR model without converting it, as a control"
     )
-    weight: Literal["uniform", "1/t", "cart"] = Field(
-        "uniform", description="how the noise level determines the weight of a masked token"
+    weight: Literal["uniform", "1/t", "cart", "bound"] = Field(
+        "uniform",
+        description="how the noise level determines the weight of a masked token; bound, of a free "
+        "noise: its bound in place of the cross-entropy",
     )
     cart_p: float = Field(0.3, gt=0, lt=1, description="cart: decay rate of the geometric weights")
     normaliser: Literal["tokens", "masked", "sequence", "masked+ar"] = Field(

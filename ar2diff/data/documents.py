@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..config.recipe import Recipe
+from ..config.sections import Edits
 from ..core.attention import PADDING, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.corruption import Law, block_times, corrupt, importance
+from ..diffusion.corruption import Law, block_times, corrupt, importance, replaced
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
 from .places import chosen_places, distilled_tokens, evidence_at, guesses_at
 from .sources import Document, Documents
@@ -183,6 +184,12 @@ def attention_of(recipe: Recipe, block_length: int | None) -> str:
     return attention
 
 
+def edits_at(recipe: Recipe, step: int) -> Edits | None:
+    """How tokens are replaced at an optimizer step; None: not at all."""
+    edits = recipe.noise.edits
+    return None if edits is None or step < edits.after * recipe.train.max_steps else edits
+
+
 def law_of(recipe: Recipe) -> Law:
     """The distribution of the noise level that a recipe asks for."""
     return Law(recipe.noise.law, recipe.noise.all_share)
@@ -233,7 +240,8 @@ class Collator:
         size_of_block = block_length_at(self.recipe, step)
         rows = [parts for _, parts in numbered]
         length = max(sum(len(p.ids) for p in row) for row in rows)
-        views = 2 if self.recipe.noise.complementary else 1
+        edits = edits_at(self.recipe, step)
+        views = 2 if self.recipe.noise.complementary or edits else 1
         size = (len(rows), length)
         batch = blank_batch(size)
         scored = torch.zeros(views, *size, dtype=torch.bool)
@@ -246,7 +254,7 @@ class Collator:
                 place = (r, slice(start, end))
                 self._place(batch, place, number, part)
                 here = (slice(None), r, slice(start, end))
-                xt[here], scored[here], t[here] = self.noised(part, size_of_block)
+                xt[here], scored[here], t[here] = self.noised(part, size_of_block, edits)
                 ratio[:, r, start:end] = self._ratio(part, size_of_block, t[:, r, start:end])
                 start = end
         batch["ratio"] = ratio.flatten(0, 1)
@@ -280,8 +288,14 @@ class Collator:
             seed = self.recipe.train.seed
             batch["drawn"][place] = drawn_before(seed, part.epoch, key, n)
 
-    def noised(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[views, n] xt, scored and t of a part: a function of (seed, epoch, the part's ids)."""
+    def noised(
+        self, part: DocumentPart, block_length: int | None, edits: Edits | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[views, n] xt, scored and t of a part: a function of (seed, epoch, the part's ids).
+
+        Args:
+            edits: adds a view in which some tokens are replaced; None: none.
+        """
         noise, seed = self.recipe.noise, self.recipe.train.seed
         key = content_key(part.ids[: part.real])
         maskable, block = self._blocks(part, block_length)
@@ -289,7 +303,11 @@ class Collator:
         times = law_of(self.recipe).times(times)
         generator = keyed_generator(seed, part.epoch, key)
         ids = torch.tensor(part.ids)
-        return corrupt(self.noise, ids, maskable, block, times, generator, noise.complementary)
+        views = corrupt(self.noise, ids, maskable, block, times, generator, noise.complementary)
+        if edits is None:
+            return views
+        edited = replaced(self.noise, ids, maskable, edits.most, generator)
+        return tuple(torch.cat([x, y[None]]) for x, y in zip(views, edited, strict=True))
 
     def _ratio(self, part: DocumentPart, block_length: int | None, t: Tensor) -> Tensor:
         """[views, n] factors that keep the weight 1/t that of the bound under any law."""
@@ -297,7 +315,9 @@ class Collator:
             return torch.ones_like(t)
         maskable, block = self._blocks(part, block_length)
         law, both = law_of(self.recipe), self.recipe.noise.complementary
-        return torch.stack([importance(maskable, block, view, law, both) for view in t])
+        noised = t if both else t[:1]  # not a view with tokens replaced
+        own = [importance(maskable, block, view, law, both) for view in noised]
+        return torch.cat([torch.stack(own), torch.ones_like(t[len(noised) :])])
 
     def _blocks(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
         """[n] which tokens of a part may be masked, and the block of each."""

@@ -32,15 +32,17 @@ def chosen_places(scored: Tensor, ar: Tensor, distilled: Tensor | None) -> dict[
 
 
 def evidence_at(noise: Noise, xt: Tensor, t: Tensor, scored: Tensor) -> dict[str, Tensor]:
-    """What scored tokens show and what that adds to its own logit, `shown` and `evidence` [N], in
-    row-major order; nothing if the noise adds nothing.
+    """What scored tokens show in the free form, `shown` [N], and what that adds to its own logit,
+    `evidence` [N] unless it adds nothing, in row-major order.
 
     Args:
         xt, t, scored: [B, L] ids, times and bool.
     """
+    if not noise.free:
+        return {}
     shown = xt[scored]
     evidence = noise.added(shown, t[scored])
-    return {} if evidence is None else {"shown": shown, "evidence": evidence.float()}
+    return {"shown": shown} | ({} if evidence is None else {"evidence": evidence.float()})
 
 
 def guesses_at(noise: Noise, xt: Tensor, scored: Tensor, seed: int) -> dict[str, Tensor]:

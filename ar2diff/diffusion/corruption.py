@@ -143,6 +143,28 @@ def corrupt(
     return torch.stack(xt), torch.stack(scored), torch.stack(weighed)
 
 
+def replaced(
+    noise: Noise, x0: Tensor, maskable: Tensor, most: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sequence with some of its tokens replaced by any others, of which the model is to say
+    what stood there: floor(a n) of n tokens, a uniform in [0, most] (the edit-based corruption of
+    Seed Diffusion, Song et al. 2025; it also inserts and deletes, but does not say how the text and
+    the targets are then aligned).
+
+    Args:
+        noise, x0, maskable: as passed to `corrupt`.
+
+    Returns:
+        xt, scored, t: [L], as those of a view of `corrupt`. All maskable tokens are scored, and
+        have the weight of t = 1.
+    """
+    share = most * torch.rand((), generator=generator).double()
+    count = int(share * int(maskable.sum()))
+    order = torch.rand(len(x0), generator=generator).masked_fill(~maskable, 2.0).argsort()
+    other = noise.drawn(torch.rand(count, generator=generator, dtype=torch.double))
+    return x0.index_copy(0, order[:count], other), maskable, torch.ones(len(x0)).double()
+
+
 def open_slots(
     maskable: Tensor,
     block: Tensor,

@@ -65,9 +65,9 @@ def joint_divisors(normaliser: str, divisor: Tensor, ar: Tensor) -> tuple[Tensor
 
 
 def time_weights(t: Tensor, kind: str) -> Tensor:
-    """w(t): 1 for `uniform`; 1/t for `1/t`, which makes the loss the bound (0 if nothing was
-    masked)."""
-    if kind == "uniform":
+    """w(t): 1 for `uniform` and `bound`; 1/t for `1/t`, which makes the loss the bound (0 if
+    nothing was masked)."""
+    if kind in ("uniform", "bound"):
         return torch.ones_like(t)
     return torch.where(t > 0, 1 / t.clamp(min=torch.finfo(t.dtype).tiny), 0)
 

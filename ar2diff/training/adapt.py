@@ -93,11 +93,12 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     of a control is all of its loss."""
     if recipe.objective.kind == "ar":
         check_kind(path, spec, recipe)
-        if recipe.noise.on_policy:
+        unknown = {"noise.on_policy": recipe.noise.on_policy, "noise.edits": recipe.noise.edits}
+        for name in (name for name, value in unknown.items() if value):
             raise Ar2DiffError(
-                f"{option('noise.on_policy')} cannot be used with {option('objective.kind', 'ar')},"
+                f"{option(name)} cannot be used with {option('objective.kind', 'ar')},"
                 " which masks no tokens",
-                f"leave out {option('noise.on_policy')}",
+                f"leave out {option(name)}",
             )
         recipe = with_values(recipe, objective={"ar_weight": 1.0})
     if recipe.data.self is not None and spec is not None and not spec.ar_mode:

@@ -17,6 +17,7 @@ from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
 from ..core.head import ATTRIBUTE, UNKNOWN
+from ..core.noise import EARLIEST
 from ..core.samplers import draw
 from ..diffusion.cross_entropy import (
     WeightedLoss,
@@ -101,6 +102,7 @@ class Denoising(Running):
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, args: Any, **kwargs: Any):
         self.suppressed = checkpoint.suppressed.to(args.device)
+        self.noise = checkpoint.noise
         self._seen = Meter(args.device)
         self._fused: bool | None = None  # unknown until the model is on its training device
         self.current_gradient_accumulation_steps = 1  # until `train` counts
@@ -184,7 +186,8 @@ class Denoising(Running):
             + the router loss of a mixture of experts, if its config asks for one
 
         The term of a masked token is -log p(token), or, where it is distilled with weight w,
-        (1 - w) * -log p(token) + w * D, with its divergence D from the AR prediction.
+        (1 - w) * -log p(token) + w * D, with its divergence D from the AR prediction; or, with
+        `objective.weight: bound`, what `Noise.nats` says of it.
 
         Args:
             divisors: [2] for the diffusion loss and the AR loss, over the global batch.
@@ -199,6 +202,9 @@ class Denoising(Running):
             wanted = self._with_guesses(model, inner, wanted)
         task, count, (divisor, ar_divisor) = wanted.task, len(wanted.coef), divisors
         own = wanted.coef / divisor
+        in_nats = self.recipe.objective.weight == "bound"
+        if in_nats:
+            own = own * 0
         if wanted.distilled is not None:
             own = own * (1 - self.recipe.objective.distil.weight * wanted.distilled)
         ar_coef = self.recipe.objective.ar_weight / ar_divisor
@@ -228,7 +234,7 @@ class Denoising(Running):
             torch.cat(index),
             inner=inner,
             real=task.slots.doc != PADDING,
-            instead=fuse if self._fuses(inner) and not logits else None,
+            instead=fuse if self._fuses(inner) and not logits and not in_nats else None,
             **task.inputs(inner, self.spec.local_window),
         )
         made = output.logits[0]
@@ -238,6 +244,8 @@ class Denoising(Running):
             summed = replace(fused[0], total=made[0, 0])
         else:
             summed = loss_of_logits(made[: len(target)], *asked, evidence)
+        if in_nats:
+            summed = self._in_nats(summed, made[:count], wanted, divisor)
         if wanted.distilled is not None:
             readout = read[0] if read else Readout(made)
             summed = self._distilled(summed, readout, wanted, divisor)
@@ -245,6 +253,18 @@ class Denoising(Running):
         routers = router_loss(inner, output) / self.current_gradient_accumulation_steps
         loss = summed.total * self.accelerator.num_processes + routers
         return loss, summed, made[: len(target)]
+
+    def _in_nats(
+        self, summed: WeightedLoss, logits: Tensor, wanted: LossTask, divisor: Tensor
+    ) -> WeightedLoss:
+        """The weighted loss with the bound of a free noise added to its sum, as its terms. Its
+        memory is several times that of the logits [N, V] in double precision."""
+        task, t = wanted.task, wanted.t.clamp(EARLIEST, 1 - EARLIEST)
+        own = logits.double().masked_fill(self.suppressed, float("-inf"))
+        own = self.noise.others(own, task.shown, t)
+        nats = self.noise.nats(own, task.target, task.shown, t).to(summed.total.dtype)
+        total = summed.total + (wanted.coef / divisor * nats).sum()
+        return replace(summed, total=total, terms=nats.detach())
 
     @torch.no_grad()
     def _with_guesses(self, model: Any, inner: Any, wanted: LossTask) -> LossTask:

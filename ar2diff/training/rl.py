@@ -165,7 +165,10 @@ def make_trainer(
         beta=rl.beta,
         use_bias_correction_kl=False,
         mask_truncated_completions=rl.mask_truncated_completions,
-        reward_weights=[reward.weight for reward in rl.rewards],
+        reward_weights=[
+            *(reward.weight for reward in rl.rewards),
+            *([rl.fewer_forwards] if rl.fewer_forwards else []),
+        ],
         disable_dropout=True,  # otherwise two scores of one policy differ, and ratios are noisy
     )
     return DiffusionGRPOTrainer(

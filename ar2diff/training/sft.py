@@ -92,10 +92,11 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             "tokens by their context",
             f"set {option('objective.weight')} to uniform or 1/t",
         )
-    if recipe.noise.on_policy:
+    unknown = {"noise.on_policy": recipe.noise.on_policy, "noise.edits": recipe.noise.edits}
+    for name in (name for name, value in unknown.items() if value):
         raise Ar2DiffError(
-            f"{option('noise.on_policy')} only works with adapt",
-            f"leave out {option('noise.on_policy')}",
+            f"{option(name)} only works with adapt",
+            f"leave out {option(name)}",
         )
     if recipe.data.overlong == "split":
         recipe = with_values(recipe, data={"overlong": "truncate"})

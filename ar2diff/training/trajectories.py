@@ -3,7 +3,9 @@ a text of its own, halfway through being decided (OPDLM, 2606.06712).
 
 In training the visible tokens of a block are a random subset; in decoding they are those that the
 model was sure of, and its own. Here the model continues the first half of each document, and each
-block contributes one state of its trajectory.
+block contributes one state of its trajectory. Of several texts the likeliest can be kept, which is
+the constrained order of Seed Diffusion (Song et al. 2025): trajectories of the model's own, chosen
+by their bound.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.attention import PADDING
 from ..core.seeds import content_key, keyed_generator
-from ..data.documents import Collator, blank_batch
+from ..data.documents import Collator, blank_batch, edits_at
+from ..diffusion.likelihood import bound
 from .rollouts import Rollout, sample
+
+DRAWS = 4  # of noise, for the bound of a text
 
 
 def is_on_policy(recipe: Recipe, step: int) -> bool:
@@ -55,12 +60,14 @@ def own_states(
         eos: what stands in the clean copy where the sampler decided nothing, behind an end token.
     """
     device, size, step = batch["x0"].device, collate.recipe.convert.block_length, batch["step"]
-    batch = {name: x.cpu() for name, x in batch.items() if name != "step"}
+    views = 2 if edits_at(collate.recipe, step) else 1  # of which the second repeats the texts
+    batch = {name: batch[name].chunk(views)[0].cpu() for name in ("x0", "doc", "ar")}
     seed = collate.recipe.train.seed
     shape = batch["x0"].shape
     made = blank_batch(shape) | {"ratio": torch.ones(shape, dtype=torch.double)}
     masked, t = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.double)
-    for place, rollout in _continued(checkpoint, batch, size, (seed, step)):
+    best_of = collate.recipe.noise.best_of
+    for place, rollout in _continued(checkpoint, batch, size, (seed, step), best_of):
         length = min(place.stop - place.start, len(rollout.ids))
         here = (place.row, slice(place.start, place.start + length))
         ids, at = rollout.ids[:length], torch.arange(length)
@@ -81,9 +88,14 @@ def own_states(
 
 
 def _continued(
-    checkpoint: Checkpoint, batch: dict[str, Tensor], size: int, key: tuple[int, int]
+    checkpoint: Checkpoint,
+    batch: dict[str, Tensor],
+    size: int,
+    key: tuple[int, int],
+    best_of: int,
 ) -> list[tuple[Place, Rollout]]:
-    """The documents of a batch, and the model's own continuations of their first halves."""
+    """The documents of a batch, and the model's own continuations of their first halves: of each,
+    the likeliest of `best_of`."""
     places: dict[int, list[Place]] = {}  # by the number of tokens to write
     for row in range(len(batch["doc"])):
         doc = batch["doc"][row]
@@ -99,16 +111,36 @@ def _continued(
     try:
         for new, group in places.items():
             prompts = [batch["x0"][p.row, p.start : p.start + p.prompt].tolist() for p in group]
-            seeds = [content_key([*key, *prompt]) % 2**62 for prompt in prompts]
             settings: dict[str, Any] = {
                 "mode": "diffusion", "temperature": 1.0, "max_new_tokens": new,
             }  # fmt: skip
-            with torch.no_grad():
-                texts = sample(checkpoint, prompts, seeds, settings, len(prompts))
-            found += zip(group, texts, strict=True)
+            tries = []
+            for number in range(best_of):
+                own = [number] if number else []
+                seeds = [content_key([*key, *own, *prompt]) % 2**62 for prompt in prompts]
+                with torch.no_grad():
+                    tries.append(sample(checkpoint, prompts, seeds, settings, len(prompts)))
+            found += zip(group, _likeliest(checkpoint, tries), strict=True)
     finally:
         checkpoint.model.train(training)
     return found
+
+
+def _likeliest(checkpoint: Checkpoint, tries: list[list[Rollout]]) -> list[Rollout]:
+    """Of several continuations of each prompt, [tries, prompts], those with the smallest bound on
+    -log p, in nats per token."""
+    if len(tries) == 1:
+        return tries[0]
+    nats = []
+    for texts in tries:
+        rows = [text.ids[: text.prompt + text.answer].tolist() for text in texts]
+        starts = [text.prompt for text in texts]
+        made = bound(
+            checkpoint.model, checkpoint.spec, rows, checkpoint.suppressed, DRAWS, starts=starts
+        )
+        nats.append(made.nats / torch.tensor([text.answer for text in texts]))
+    best = torch.stack(nats).argmin(0).tolist()
+    return [tries[number][place] for place, number in enumerate(best)]
 
 
 def drawn_state(
