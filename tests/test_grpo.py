@@ -442,6 +442,36 @@ def test_rollouts_are_written_in_eval_mode_and_scored_in_train_mode(trainer_of):
     assert trainer.model.training
 
 
+def test_only_right_completions_are_rewarded_for_the_forwards_they_save(trainer_of):
+    def right(completion_ids, **_):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    trainer = trainer_of("trajectory", reward=right, fewer_forwards=0.5, sampler={"threshold": 0.0})
+    rewarded, compute = [], trainer._calculate_rewards
+
+    def noted(*args):
+        rewarded.append((compute(*args), list(trainer._rollouts)))
+        return rewarded[-1][0]
+
+    trainer._calculate_rewards = noted
+    trainer.train()
+    assert trainer.reward_func_names[-1] == "fewer_forwards"
+    assert trainer.reward_weights.tolist() == [1.0, 0.5]
+    saved = 0
+    for rewards, rollouts in rewarded:
+        for (verified, extra), rollout in zip(rewards.tolist(), rollouts, strict=True):
+            share = 1 - rollout.forwards / rollout.answer
+            assert extra == pytest.approx(share if verified else 0.0)
+            saved += extra > 0
+    assert saved
+
+
+@pytest.mark.parametrize("rl", [{"estimator": "ar"}, {"sampler": {"steps_per_block": 2}}])
+def test_a_reward_for_fewer_forwards_needs_forwards_that_vary(rl):
+    with pytest.raises(Ar2DiffError, match="fewer_forwards needs"):
+        parse_recipe({"rl": RL | {"fewer_forwards": 0.5} | rl}, "test")
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """{seed: log-probabilities} that the sampler recorded of each rollout's answer."""

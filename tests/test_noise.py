@@ -10,7 +10,14 @@ from conftest import MASK, MASKS
 from ar2diff.core.attention import PADDING
 from ar2diff.core.seeds import content_key, keyed_generator
 from ar2diff.data.documents import Collator, DocumentPart, document_parts
-from ar2diff.diffusion.corruption import Law, block_times, draw_times, importance, open_slots
+from ar2diff.diffusion.corruption import (
+    Law,
+    block_times,
+    draw_times,
+    importance,
+    open_slots,
+    replaced,
+)
 from ar2diff.diffusion.objective import time_weights
 
 EOS = 2
@@ -298,6 +305,48 @@ def test_which_tokens_are_masked_changes_with_epoch_seed_and_ids(make_recipe, at
     assert {first_alone(0, epoch, 9) for epoch in range(40)} == {True, False, None}
     assert {first_alone(seed, 0, 9) for seed in range(40)} == {True, False, None}
     assert {first_alone(0, 0, other) for other in range(40)} == {True, False, None}
+
+
+# Texts in which tokens are replaced
+
+
+def test_up_to_a_share_of_the_tokens_is_replaced_and_all_are_scored():
+    x0, maskable = torch.arange(40), torch.arange(40) > 7
+    counts, seen = Counter(), set()
+    for seed in range(400):
+        xt, scored, t = replaced(MASKS, x0, maskable, 0.25, keyed_generator(seed))
+        changed = xt != x0
+        assert not (changed & ~maskable).any() and (xt != MASK).all()
+        assert torch.equal(scored, maskable) and (t == 1).all()
+        counts[int(changed.sum())] += 1
+        seen |= {*xt[changed].tolist()}
+    assert max(counts) <= 8 and set(counts) >= {*range(8)}  # floor(a n), a uniform in [0, 1/4]
+    assert seen == {*range(MASK)}  # any token
+
+
+def test_edits_begin_after_their_share_of_the_steps_and_leave_the_masks_as_they_were(make_recipe):
+    train, edits = {"max_steps": 10}, {"after": 0.8, "most": 0.5}
+    recipe = make_recipe(noise={"edits": edits}, train=train)
+    plain = make_recipe(train=train)
+    rows = [[piece(16)], [piece(16, seed=1)]]
+    for step, copies in ((7, 1), (8, 2), (9, 2)):
+        batch, without = collate(recipe, rows, step), collate(plain, rows, step)
+        assert len(batch["xt"]) == 2 * copies
+        for name in ("xt", "scored", "coef"):
+            assert torch.equal(batch[name][:2], without[name]), name
+        if copies == 2:  # all tokens but the first are scored, with the weight of a masked token
+            assert torch.equal(batch["x0"][2:], batch["x0"][:2])
+            assert batch["scored"][2:, 1:].all() and not batch["scored"][2:, 0].any()
+            assert (batch["coef"][2:, 1:] == 1).all() and (batch["xt"][2:] != MASK).all()
+
+
+def test_weights_of_the_bound_are_those_of_the_masks_alone_with_edits(make_recipe):
+    changes = {"objective": {"weight": "1/t"}, "train": {"max_steps": 1}}
+    noise = {"law": "bell", "edits": {"after": 0}}
+    batch = collate(make_recipe(noise=noise, **changes), [[piece(16)]])
+    without = collate(make_recipe(noise={"law": "bell"}, **changes), [[piece(16)]])
+    assert torch.equal(batch["coef"][:1], without["coef"])
+    assert (batch["coef"][1, 1:] == 1).all()
 
 
 def collate(recipe, rows, start=0):

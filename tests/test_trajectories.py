@@ -11,10 +11,11 @@ from ar2diff.core.attention import PADDING
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.seeds import content_key
 from ar2diff.data.documents import document_parts, tokenize
+from ar2diff.diffusion.likelihood import bound
 from ar2diff.generation.complete import begin, settings_of
 from ar2diff.training.adapt import make_collator
 from ar2diff.training.sft import SFT
-from ar2diff.training.trajectories import drawn_state, is_on_policy, own_states
+from ar2diff.training.trajectories import DRAWS, _continued, drawn_state, is_on_policy, own_states
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the old house by the sea", "one red mat", "so it"]
 SIZE, EOS = 4, 2
@@ -45,6 +46,36 @@ def batch_of(checkpoint, recipe, texts, step=3):
 def states_of(checkpoint, recipe, texts, **more):
     collate, batch = batch_of(checkpoint, recipe, texts, **more)
     return batch, own_states(checkpoint, collate, batch, EOS)
+
+
+def test_of_several_texts_the_likeliest_is_learned(checkpoint):
+    """Among texts of the same documents, those of one, two and four tries: the bound only falls."""
+    nats = []
+    for tries in (1, 2, 4):
+        recipe = recipe_of(noise={"on_policy": 1.0, "best_of": tries})
+        collate, batch = batch_of(checkpoint, recipe, [[text] for text in TEXTS])
+        found = _continued(checkpoint, batch, SIZE, (0, 3), tries)
+        rows = [(r.ids[: r.prompt + r.answer].tolist(), r.prompt) for _, r in found]
+        made = bound(
+            checkpoint.model, checkpoint.spec, [row for row, _ in rows], checkpoint.suppressed,
+            DRAWS, starts=[start for _, start in rows],
+        )  # fmt: skip
+        nats.append(made.nats / torch.tensor([r.answer for _, r in found]))
+        states = own_states(checkpoint, collate, batch, EOS)
+        for place, text in found:
+            written = text.ids[place.prompt : place.prompt + text.answer]
+            assert torch.equal(states["x0"][place.row, place.prompt :][: text.answer], written)
+    assert (nats[1] <= nats[0]).all() and (nats[2] <= nats[1]).all() and (nats[2] < nats[0]).any()
+
+
+def test_a_view_with_replaced_tokens_is_not_continued_twice(checkpoint):
+    plain, edited = (
+        recipe_of(noise={"on_policy": 1.0} | more, train={"max_steps": 4})
+        for more in ({}, {"edits": {"after": 0.5}})
+    )
+    (before, made), (doubled, same) = (states_of(checkpoint, r, [TEXTS]) for r in (plain, edited))
+    assert len(doubled["x0"]) == 2 * len(before["x0"])
+    assert torch.equal(made["x0"], same["x0"]) and torch.equal(made["xt"], same["xt"])
 
 
 def documents(batch):
