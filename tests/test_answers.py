@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, build_model, tiny_spec
+from conftest import MASK, MASKS, build_model, tiny_spec
 
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.data.conversations import Conversations, TokenRows
@@ -31,7 +31,7 @@ class Stub:
         self.spec = self.spec_or_causal if spec else None
         self.suppressed = torch.arange(self.model.config.vocab_size) == MASK
 
-    end_ids = ENDS
+    noise, end_ids = MASKS, ENDS
 
     def decode(self, ids):
         return "x"

@@ -33,7 +33,7 @@ from transformers import DynamicCache
 from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
-from ..core.noise import Noise
+from ..core.noise import EARLIEST, Noise
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
 from .cross_entropy import PART, cross_entropy, loss_of_logits, rows_at_once
@@ -175,8 +175,9 @@ def free_nats(
     found = []
     for part in (slice(i, i + size) for i in range(0, len(logits), size)):
         own = logits[part].double().masked_fill(suppressed, float("-inf"))
-        own = noise.others(own, x[part], t[part])
-        found.append(noise.nats(own, x0[part], x[part], t[part]))
+        at = t[part].double().clamp(EARLIEST, 1 - EARLIEST)
+        own = noise.others(own, x[part], at)
+        found.append(noise.nats(own, x0[part], x[part], at))
     return torch.cat(found) if found else logits.new_zeros(0, dtype=torch.double)
 
 

@@ -12,8 +12,9 @@ import torch
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..config.sections import Noise
+from ..core.forward import logits_at
 from ..data.turns import ConversationPart, PackedConversations, TurnCollator
-from ..diffusion.likelihood import task_nll
+from ..diffusion.likelihood import free_nats, task_nll
 from ..diffusion.objective import time_weights
 from ..diffusion.task import columns_before, reading, turn_task
 from .score import Bound, NegativeLogLikelihood, Score
@@ -103,8 +104,13 @@ class AnswerJudge:
         task = turn_task(batch, spec)
         if self.checkpoint.spec is not None:
             t = batch["t"].flatten()[batch["scored_at"]]
-            nll = task_nll(model, spec, task, suppressed).double()
-            bound = float((nll * time_weights(t.cpu(), "1/t")).sum())
+            if self.collate.noise.free:
+                logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
+                state = task.target, batch["shown"], t
+                bound = float(free_nats(self.collate.noise, logits, *state, suppressed).sum())
+            else:
+                nll = task_nll(model, spec, task, suppressed).double()
+                bound = float((nll * time_weights(t.cpu(), "1/t")).sum())
         if first and self._reads_left_to_right:
             target = batch["target"]
             task = reading(task, columns_before(target), batch["ar_at"], target)
