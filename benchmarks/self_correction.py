@@ -40,7 +40,7 @@ from ar2diff.reports.quality import shape_of
 DATA = Path(os.environ.get("AR2DIFF_DATA", ""))
 RESULTS = Path(__file__).parent / "results" / "self_correction.jsonl"
 NOISES = {"mask": [], "self": ["noise.kind=self"]}
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.97)
 EDITS: list[dict[str, Any]] = [
     {},
     *({"edit_threshold": edit, "corrector_steps": steps}
