@@ -82,7 +82,7 @@ def subset_logps(
     if spec.attention == "full":
         reader = FullReader(model, spec, torch.full_like(first, ids.shape[1]), size, "none")
     else:
-        reader = BlockReader(model, spec, len(hidden), ids.shape[1], size, "none")
+        reader = BlockReader(model, spec, len(hidden), ids.shape[1], size, size, "none")
     logits = reader.read(ids, first, masked)
     logp = logits.masked_fill(checkpoint.suppressed, -math.inf).log_softmax(-1)
     row, place = masked.nonzero(as_tuple=True)

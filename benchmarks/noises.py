@@ -18,7 +18,8 @@ temperatures from 0.3 to 1.3. With edits, three of them decide tokens and one ma
 is the base's, in nats per new token; entropy that of the tokens within a text (mean over texts);
 `NLL at equal entropy` interpolates the NLL linearly between the two temperatures around an entropy
 of 3.7 nats, which most kinds reach (`outside` marks an extrapolation; the stories' own
-continuations have 3.89, which few do). distinct-2 is the share of different pairs of neighbouring tokens in a text.
+continuations have 3.89, which few do). distinct-2 is the share of different pairs of neighbouring
+tokens in a text.
 Results are appended to benchmarks/results/noises.jsonl.
 
 --recipes runs 200 steps of each recipe of a noise, and compares its bound, on the same 64 stories,

@@ -78,6 +78,12 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         "0",
         "With --edit-threshold: forward passes for a block after it is decided.",
     ),
+    "edit_blocks": (
+        int,
+        "--edit-blocks",
+        "0",
+        "With --edit-threshold and a shorter --block-length: earlier blocks that may change too.",
+    ),
     "cfg_scale": (float, "--cfg-scale", "0", "Strength of classifier-free guidance."),
     "draft_length": (
         int,

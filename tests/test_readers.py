@@ -242,7 +242,7 @@ def test_decoding_logits_are_the_training_logits_of_the_same_state(kind, attenti
             got = reader.read(xt, torch.zeros(3, dtype=torch.long), masked)
         torch.testing.assert_close(got, trained, **EXACT)
         return
-    reader, start = BlockReader(model, spec, 3, 0, BLOCK, "dynamic"), torch.zeros(3).long()
+    reader, start = BlockReader(model, spec, 3, 0, BLOCK, BLOCK, "dynamic"), torch.zeros(3).long()
     for block in range(3):
         for line, length in enumerate(lengths):
             start[line] = min(block, length // BLOCK - 1) * BLOCK

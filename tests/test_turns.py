@@ -188,7 +188,7 @@ def test_what_a_turn_reads_in_training_is_what_decoding_reads(
                 if attention == "full":
                     reader = FullReader(model, spec, torch.tensor([len(pos)]), len(pos), "none")
                 else:
-                    reader = BlockReader(model, spec, 1, canvas.shape[1], 4, "dynamic")
+                    reader = BlockReader(model, spec, 1, canvas.shape[1], 4, 4, "dynamic")
                 want = reader.read(canvas, start, (ids == MASK)[None])
                 for logits in want:
                     torch.testing.assert_close(next(got), logits, rtol=0, atol=1e-9)

@@ -174,11 +174,16 @@ class Canvas:
         end = int(self.end[row])
         return self.ids[row, int(self.prompt[row]) : end if end >= 0 else self.front[row]].tolist()
 
-    def certain(self, row: int, revises: bool) -> int:
-        """How many tokens of a row are decided for good, without a gap: tokens of its block may be
-        masked again or replaced if the options ask for it (`Options.revises`)."""
-        done, start = bool(self.end[row] >= 0), int(self.start[row])
-        return min(self.front[row], start) if revises and not done else self.front[row]
+    def certain(self, row: int, revised: int | None) -> int:
+        """How many tokens of a row are decided for good, without a gap.
+
+        Args:
+            revised: how many tokens before its block may still be masked again or replaced, beside
+                those of the block (`Options.revised`); None: no token may.
+        """
+        if revised is None or self.end[row] >= 0:
+            return self.front[row]
+        return min(self.front[row], max(0, int(self.start[row]) - revised))
 
     def unread(self, size: int) -> Tensor:
         """[R] given tokens after a row's last gap that lie in later blocks, which a model with

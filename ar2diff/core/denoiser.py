@@ -58,6 +58,7 @@ class Denoiser(Decoder):
         self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
+        self.before = self.size * options.edit_blocks  # tokens before the block that are read anew
         self.rows = torch.arange(len(canvas.ids))
         suppressed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
         suppressed[chooser.suppressed.cpu()] = True
@@ -86,17 +87,18 @@ class Denoiser(Decoder):
         canvas, full = self.canvas, spec.attention == "full"
         length = canvas.length.repeat(self.guided)
         # A row may leap over blocks that are given, beside a far longer row.
-        columns = canvas.ids.shape[1] + canvas.leap(self.size)
+        columns = canvas.ids.shape[1] + canvas.leap(self.size) + self.before
+        reach = self.size + self.before
 
         def make(rows: Tensor) -> BlockReader | FullReader:
             if full:
                 return FullReader(model, spec, length[rows], self.size, cache)
             return BlockReader(
-                model, spec, len(rows), columns, self.size, cache, self.options.compile
+                model, spec, len(rows), columns, reach, self.size, cache, self.options.compile
             )
 
         if switches := rope_switches(model.config):
-            return SwitchingReader(make, switches, self.size, length if full else None)
+            return SwitchingReader(make, switches, reach, length if full else None)
         return make(torch.arange(len(length)))
 
     def close(self) -> None:
@@ -169,23 +171,32 @@ class Denoiser(Decoder):
         self.masked = self._masked()
 
     def _window(self) -> tuple[Tensor, Tensor]:
-        """[R, W] the row (of the canvas) and the position of each token of the blocks."""
-        position = self.canvas.start[self.rows, None] + torch.arange(self.size)
+        """[R, W] the row (of the canvas) and the position of each token of the blocks, and of those
+        before them that may be edited."""
+        position = self._first()[:, None] + torch.arange(self.before + self.size)
         return self.rows[:, None].expand_as(position), position
+
+    def _first(self) -> Tensor:
+        """[R] the first position that is read as noise, of each row."""
+        return (self.canvas.start[self.rows] - self.before).clamp(min=0)
 
     def _masked(self) -> Tensor:
         """[R, W] undecided tokens of the blocks of unfinished rows."""
         canvas = self.canvas
-        inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
+        end = torch.minimum(canvas.length, canvas.start + self.size)[self.rows, None]
+        inside = (self.position < end) & ~canvas.done[self.rows, None]
         position = self.position.clamp(max=canvas.ids.shape[1] - 1)
         return inside & canvas.open[self.row, position]
 
     def _read(self, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, with guidance if the options ask for it."""
         canvas, ids = self.canvas, self.canvas.read[self.rows]
-        start = canvas.start[self.rows]
+        start = self._first()
+        if self.before:  # at a row's beginning, the slots read end behind its first block
+            ids = torch.nn.functional.pad(ids, (0, self.before), value=canvas.mask_token_id)
         if self.guided == 2:
-            prompt = canvas.given[self.rows] & (torch.arange(ids.shape[1]) > 0)
+            prompt = canvas.given[self.rows] & (torch.arange(canvas.ids.shape[1]) > 0)
+            prompt = torch.nn.functional.pad(prompt, (0, self.before))
             ids = torch.cat([ids, ids.masked_fill(prompt, canvas.mask_token_id)])
             start, masked = start.repeat(2), masked.repeat(2, 1)
         logits = self.reader.read(ids, start, masked)
@@ -283,7 +294,7 @@ class Denoiser(Decoder):
             self.canvas.shown[row, position] = self.noise.prior(u)
 
     def _revisable(self) -> Tensor:
-        """[R, W] tokens of the blocks of unfinished rows that were decided and may be replaced."""
+        """[R, W] tokens that unfinished rows decided and may replace."""
         canvas = self.canvas
         inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
         at = self.row, self.position.clamp(max=canvas.ids.shape[1] - 1)

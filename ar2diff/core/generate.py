@@ -227,7 +227,7 @@ def generate(
             for _ in states:
                 pass
         else:
-            _stream(states, canvas, prompts[0], streamer, options.revises)
+            _stream(states, canvas, prompts[0], streamer, options.revised)
     return _output(canvas, given, real, options)
 
 
@@ -317,14 +317,14 @@ def _processors(given: Any) -> list[Any]:
 
 
 def _stream(
-    states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any, revises: bool
+    states: Iterator[Canvas], canvas: Canvas, prompt: list[int], streamer: Any, revised: int | None
 ) -> None:
     streamer.put(torch.tensor(prompt))
     sent = len(prompt)
     for _ in states:
         if hasattr(streamer, "put_draft") and not canvas.done[0]:
             streamer.put_draft(canvas.ids[0, sent : int(canvas.total[0])])
-        certain = canvas.certain(0, revises)
+        certain = canvas.certain(0, revised)
         if certain > sent:
             streamer.put(canvas.ids[0, sent:certain].clone())
             sent = certain

@@ -41,8 +41,8 @@ STEPS = 64  # of a noise in the free form with full attention
 # Options that only mode diffusion uses, with the values at which they ask for nothing.
 DENOISING: dict[str, Any] = {
     "threshold": None, "steps_per_block": None, "entropy_bound": None, "block_length": None,
-    "order": "prob", "remask": 0, "edit_threshold": None, "corrector_steps": 0, "cfg_scale": 0,
-    "check_cache": False,
+    "order": "prob", "remask": 0, "edit_threshold": None, "corrector_steps": 0, "edit_blocks": 0,
+    "cfg_scale": 0, "check_cache": False,
 }  # fmt: skip
 # Options of transformers that need the text to the left of a token, or several beams: a denoiser
 # has neither. Their neutral values pass.
@@ -98,6 +98,9 @@ class Options:
             probability exceeds it; None: never.
         corrector_steps: with `edit_threshold`, forwards that a block may have after it is decided,
             as long as they replace tokens.
+        edit_blocks: with `edit_threshold`, earlier blocks that are read anew along with the one
+            being denoised, and whose tokens may be replaced too; together they may have as many
+            tokens as a trained block.
         cfg_scale: classifier-free guidance, l_u + (1 + w)(l_c - l_u); 0 is none.
         draft_length: in mode speculative, tokens drafted behind each candidate; fewer than a block.
         draft_nodes: in mode speculative, verify a tree of so many candidates instead of a chain.
@@ -132,6 +135,7 @@ class Options:
     remask: float = 0.0
     edit_threshold: float | None = None
     corrector_steps: int = 0
+    edit_blocks: int = 0
     cfg_scale: float = 0.0
     draft_length: int | None = None
     draft_nodes: int | None = None
@@ -165,9 +169,12 @@ class Options:
         return self.eos_token_id[0] if self.eos_token_id else 0
 
     @property
-    def revises(self) -> bool:
-        """Whether a token may change after it was decided, until its block is left."""
-        return bool(self.remask) or self.edit_threshold is not None
+    def revised(self) -> int | None:
+        """How many tokens before the block being denoised may still change, beside those of the
+        block; None: what is decided stays."""
+        if not self.remask and self.edit_threshold is None:
+            return None
+        return self.edit_blocks * (self.block_length or 0)
 
     @property
     def greedy(self) -> bool:
@@ -226,6 +233,7 @@ def resolve(
         remask=number(get, "remask", 0.0, 0, 1),
         edit_threshold=number(get, "edit_threshold", None, 0),
         corrector_steps=integer(get, "corrector_steps", 0, 0),
+        edit_blocks=integer(get, "edit_blocks", 0, 0),
         cfg_scale=number(get, "cfg_scale", 0.0, 0, LARGE),
         draft_length=integer(get, "draft_length", None, 1),
         draft_nodes=integer(get, "draft_nodes", None, 1),
@@ -257,7 +265,7 @@ def resolve(
     )  # fmt: skip
     _check_constraints(options)
     _check_rule(options)
-    _check_edits(options)
+    _check_edits(options, spec)
     _check_noise(options, spec, get.places[0])
     _check_mode(options, spec, get.places[0])
     return options
@@ -318,12 +326,24 @@ def _check_rule(options: Options) -> None:
         )
 
 
-def _check_edits(options: Options) -> None:
+def _check_edits(options: Options, spec: Spec) -> None:
     """Refuse edits together with what relies on decided tokens."""
     edits = option("edit_threshold")
-    if options.corrector_steps and options.edit_threshold is None:
+    for name in ("corrector_steps", "edit_blocks"):
+        if getattr(options, name) and options.edit_threshold is None:
+            raise Ar2DiffError(
+                f"{option(name)} needs to know which tokens to replace", f"set {edits} too"
+            )
+    most = (spec.block_length or 0) // (options.block_length or 1) - 1
+    if options.edit_blocks > max(0, most):
         raise Ar2DiffError(
-            f"{option('corrector_steps')} needs to know which tokens to replace", f"set {edits} too"
+            f"{option('edit_blocks', options.edit_blocks)} and the block being denoised would be "
+            f"read together, which is more than this model was trained to read "
+            f"({spec.block_length or 'no blocks'})",
+            f"lower {option('block_length')}: {option('edit_blocks')} 1 takes half of the trained "
+            "length"
+            if spec.block_length
+            else f"leave it out: with full attention, use {option('corrector_steps')}",
         )
     if options.edit_threshold is None:
         return
@@ -459,7 +479,8 @@ def _block_length(get: Source, spec: Spec) -> int | None:
             f"{spec.block_length}",
             f"set it to {spec.block_length} or less",
         )
-    if spec.block_length is not None and size < spec.block_length:
+    blocks = 1 + integer(get, "edit_blocks", 0, 0)  # read together
+    if spec.block_length is not None and size * blocks < spec.block_length:
         warnings.warn(
             f"block_length {size} is below the {spec.block_length} that the model was trained "
             "with; it has never seen blocks of this length",

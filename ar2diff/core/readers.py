@@ -64,7 +64,8 @@ class BlockReader:
 
     Args:
         columns: how many a static cache has.
-        size: block length (at most the trained one).
+        size: tokens that are denoised together (at most the trained block length).
+        grid: block length, which divides it.
         cache: `dynamic`, `static`, or `none`: the context is read again at each step.
         fast: whether the forwards of fixed shape are compiled; the cache is static then.
     """
@@ -76,10 +77,12 @@ class BlockReader:
         rows: int,
         columns: int,
         size: int,
+        grid: int,
         cache: str,
         fast: bool = False,
     ):
         self.model, self.spec, self.size, self.fast = model, spec, size, fast
+        self.grid = grid
         static = (rounded(columns) if fast else columns) if cache == "static" else None
         self.cache = None if cache == "none" else ContextCache(model, rows, static, lent=fast)
         self.rows = rows
@@ -140,6 +143,7 @@ class BlockReader:
         if self.cache:
             self.cache.join(other.cache)
         self.rows, self.size = self.rows + other.rows, max(self.size, other.size)
+        self.grid = max(self.grid, other.grid)
         self._layout = None
         self._masks.clear()
 
@@ -197,6 +201,8 @@ class BlockReader:
             return self._after_context(self._masks[key], seen)
         columns = 0 if self.alike else seen.shape[1]
         cached = self.cache.position if columns else pos[:, :0]
+        # Blocks that are read together may begin anywhere on the grid.
+        own = torch.where(pos >= start[:, None], start[:, None], pos // self.grid * self.grid)
         layout = slots_of(
             columns + slots if self.alike or not self.cache else self.cache.columns(slots),
             seen[:, :columns],
@@ -205,9 +211,10 @@ class BlockReader:
             pos,
             pos >= start[:, None],
             self.model.device,
+            own if self.grid < self.size else None,
         )
         mask = model_mask(
-            self.model, layout, self.spec.attention, self.size, self.spec.local_window,
+            self.model, layout, self.spec.attention, self.grid, self.spec.local_window,
             queries=range(columns, columns + slots),
         )  # fmt: skip
         if not self.alike:

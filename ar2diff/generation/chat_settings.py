@@ -12,8 +12,8 @@ ALIASES = {"cache": "cache_implementation", "stop": "stop_strings"}
 SHORT = {name: alias for alias, name in ALIASES.items()}
 SETTINGS = (
     "mode", "max_new_tokens", "min_new_tokens", "block_length", "threshold", "steps_per_block",
-    "entropy_bound", "order", "remask", "edit_threshold", "corrector_steps", "cfg_scale",
-    "draft_length", "draft_nodes", "cache", "temperature",
+    "entropy_bound", "order", "remask", "edit_threshold", "corrector_steps", "edit_blocks",
+    "cfg_scale", "draft_length", "draft_nodes", "cache", "temperature",
     *FILTERS, "repetition_penalty", "stop", "max_time", "seed",
 )  # fmt: skip
 EXAMPLE = "type /set threshold=0.8, for example"

@@ -138,7 +138,7 @@ class Writing:
     def text(self) -> str:
         """As much of the text, from the prompt on, as is decided for good without a gap."""
         canvas, tokenizer = self.canvas, self.checkpoint.tokenizer
-        ids = canvas.ids[0, : canvas.certain(0, self.options.revises)].tolist()
+        ids = canvas.ids[0, : canvas.certain(0, self.options.revised)].tolist()
         prompt, new = ids[: self.prompt], ids[self.prompt :]
         texts = with_gaps_filled(tokenizer, self.segments, prompt, self.gaps)
         return "".join(texts) + (text_after(tokenizer, prompt, new) if new else "")

@@ -134,7 +134,7 @@ class Batch:
         canvas, job, begin = self.decoder.canvas, ticket.job, ticket.begin
         if not (job.streams or canvas.over[row]):
             return
-        certain = max(begin, canvas.certain(row, job.options.revises))
+        certain = max(begin, canvas.certain(row, job.options.revised))
         new, forwards = slice(begin + ticket.sent, certain), int(canvas.forwards[row])
         if certain > new.start and job.streams:
             told = (x[row, new].tolist() for x in (canvas.ids, canvas.logprob, canvas.step))
