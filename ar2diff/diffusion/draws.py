@@ -96,6 +96,7 @@ def _drawn(
     Args:
         times: [D, K - begun] in (0, 1), for the blocks from number `begun` on.
     """
+    times = times.sort(0).values  # in the order of their strata, as `Estimate` takes them
     times, factors = bound_times(torch.cat([times.new_ones(len(times), begun), times], 1))
     block = torch.arange(len(ids)) // size
     t, weight = times[:, block], factors[:, block] / len(times)
