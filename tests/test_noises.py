@@ -20,8 +20,9 @@ from ar2diff.core.forward import logits_at
 from ar2diff.core.noise import Mask, MaskUniform, SelfGuess, Uniform
 from ar2diff.core.options import Options
 from ar2diff.core.spec import Spec, format_of
-from ar2diff.diffusion import cross_entropy
+from ar2diff.diffusion import cross_entropy, likelihood
 from ar2diff.diffusion.corruption import bound_times, corrupt
+from ar2diff.diffusion.draws import Draws, draw
 from ar2diff.diffusion.likelihood import bound, masked_nll
 from ar2diff.diffusion.task import masked_task
 
@@ -313,6 +314,10 @@ def integral(noise, law, logits, text, points=1000):
     t, weight = bound_times((torch.arange(points) + 0.5) / points)
 
     def value(logits, x0, x, number):
+        if noise.logits == "posterior":  # a prediction from the others is what it has less
+            q = torch.stack([dense(law, float(time)) for time in t])[number]
+            own = q[range(len(x)), :, x].masked_fill(SUPPRESSED, 1.0)
+            logits = logits - own.clamp(min=1e-300).log()
         return noise.nats(logits, x0, x, t[number])
 
     return float((weight * expected(law, logits, text, t.tolist(), value)).mean())
@@ -328,9 +333,9 @@ def test_the_bound_of_t_steps_is_the_sum_over_paths_and_above_the_likelihood(noi
     times, logits = (1, 0.7, 0.3, 0), table()
     back = [reverse(law, logits, t, s) for t, s in pairwise(times)]
     prior = shown_at(law, (0, 0), 1)
-    likelihoods = written(law, logits, times)
-    assert sum(likelihoods.values()) == pytest.approx(1, rel=0, abs=1e-12)
-    for text, likelihood in likelihoods.items():
+    chances = written(law, logits, times)
+    assert sum(chances.values()) == pytest.approx(1, rel=0, abs=1e-12)
+    for text, chance in chances.items():
         end = states_of(2).tolist().index([*text])
         close(shown_at(law, text, 1), prior)  # nothing of the text is left at t = 1
         q = shown_at(law, text, 0.3)[:, None, None]  # axes: what is shown at 0.3, 0.7 and 1
@@ -340,7 +345,7 @@ def test_the_bound_of_t_steps_is_the_sum_over_paths_and_above_the_likelihood(noi
         paths = float((q * (q / p).log())[possible].sum())
         found = bound_of_steps(noise, law, logits, text, times)
         assert found == pytest.approx(paths, rel=0, abs=1e-9)
-        assert found >= -math.log(likelihood)
+        assert found >= -math.log(chance)
 
 
 @over(LAWFUL)
@@ -386,3 +391,228 @@ def test_without_any_ids_mask_uniform_is_the_mask():
             for state in ([MASK, MASK], [MASK, text[1]], [text[0], MASK])
         )
         assert exact == pytest.approx(float(both.sum() + first[0] + second[1]) / 2, abs=1e-5)
+
+
+# Through a model: blocks of one and of two open slots behind the first token
+
+
+def spec_of(noise, prediction="shift", attention="causal_context"):
+    return Spec(
+        format=format_of(noise, None), noise=noise, mask_token_id=MASK, attention=attention,
+        block_length=None if attention == "full" else 2, prediction=prediction,
+        ar_mode=attention == "causal_context", local_window=None, max_length=64,
+    )  # fmt: skip
+
+
+@cache
+def tiny():
+    shape = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "initializer_range": 1.0}
+    return build_model("llama", vocab_size=V, **shape, **heads)
+
+
+@cache
+def read(prefix, slots, prediction):
+    """[S, n, V] logits of the slots behind a text, in every state of theirs."""
+    states = states_of(slots)
+    ids = torch.cat([torch.tensor([prefix]).expand(len(states), -1), states], 1)
+    end = ids.shape[1]
+    logits = raw_logits(tiny(), ids, own_mask(end, end - 2, "causal_context", 2))
+    first = len(prefix) - (prediction == "shift")
+    return logits[:, first : first + slots].masked_fill(SUPPRESSED, NEVER)
+
+
+def blocks_of(text, prediction):
+    """The tokens of each block of a text of four tokens, and the logits there."""
+    for prefix, block in ((text[:1], text[1:2]), (text[:2], text[2:])):
+        yield block, read(tuple(prefix), len(block), prediction)
+
+
+def tokens_of(noise, logits):
+    """{text: probability} of a block of a tracked noise that decides its surer token first."""
+    p, states, slots = logits.softmax(-1), states_of(logits.shape[1]).tolist(), logits.shape[1]
+    fillers = [MASK] if noise.starts_masked else IDS
+    found = Counter()
+    for shown in product(fillers, repeat=slots):
+        chance, at = len(fillers) ** -slots, states.index([*shown])
+        for drawn in product(IDS, repeat=slots):
+            likely = [float(p[at, i, token]) for i, token in enumerate(drawn)]
+            if slots == 1:
+                found[drawn] += chance * likely[0]
+                continue
+            kept = int(likely[1] > likely[0])
+            again = drawn[1 - kept : 2 - kept] if noise.guesses else fillers
+            for filler, other in product(again, IDS):
+                state, text = [filler, filler], [other, other]
+                state[kept] = text[kept] = drawn[kept]
+                last = float(p[states.index(state), 1 - kept, other]) / len(again)
+                found[tuple(text)] += chance * likely[0] * likely[1] * last
+    return found
+
+
+@over(KINDS)
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+def test_the_sampler_writes_what_its_steps_say(noise, law, prediction):
+    """Three tokens in two blocks of two steps, ten thousand times."""
+    rows, generator = 10_000, torch.Generator().manual_seed(0)
+    canvas = Canvas.of_prompts([[0]] * rows, MASK, max_new_tokens=3, grid=2)
+    options = Options(
+        max_new_tokens=3, block_length=2, steps_per_block=2, temperature=1.0, suppress_tokens=(2,)
+    )
+    decoder = decoder_of(
+        tiny(), spec_of(noise, prediction), canvas, options, generators=[generator] * rows
+    )
+    with torch.no_grad():
+        for state in decoder.run():
+            assert (state.read[:, 0] == 0).all() and not (state.read == 2).any()
+    texts = Counter(map(tuple, canvas.ids.tolist()))
+    for text in product([0], IDS, IDS, IDS):
+        p = 1.0
+        for block, logits in blocks_of(text, prediction):
+            of = written(law, logits, (1, 0.5, 0)) if noise.free else tokens_of(noise, logits)
+            p *= of[block]
+        assert abs(texts[text] - rows * p) <= 5 * math.sqrt(rows * p * (1 - p)) + 1
+
+
+@over(FREE)
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+def test_the_bound_of_a_text_is_the_integral_and_above_the_likelihood(
+    monkeypatch, noise, law, prediction
+):
+    """Over all states of both blocks, at a few times, in place of the draws."""
+    text, points = (0, 1, 3, 0), 12
+    t, weight = bound_times((torch.arange(points) + 0.5) / points)
+    first, second = states_of(1).repeat(4, 1), states_of(2)
+    xt = torch.cat([torch.zeros(16, 1).long(), first, second], 1).repeat(points, 1)
+    chance = [dense(law, float(x))[text, xt[:16]] for x in t]
+    chance = torch.stack(
+        [torch.stack([0 * c[:, 0], c[:, 1] / 4, *2 * [c[:, 2] * c[:, 3]]], 1) for c in chance]
+    )
+    drawn = Draws(
+        xt.where(chance.flatten(0, 1) > 0, 0),
+        (torch.arange(4) > 0).expand_as(xt),
+        (weight[:, None, None] / points * chance).flatten(0, 1),
+        torch.ones(2).bool(),
+        2,
+        t.repeat_interleave(16)[:, None].expand(-1, 4),
+    )
+    monkeypatch.setattr(likelihood, "draw", lambda *_: drawn)
+    for reads in (noise, replace(noise, logits="posterior")):
+        if reads.logits == "posterior" and prediction == "shift":
+            continue
+        exact = sum(
+            integral(reads, law, x, block, points) for block, x in blocks_of(text, prediction)
+        )
+        found = bound(tiny(), spec_of(reads, prediction), [text], SUPPRESSED, len(xt))
+        assert float(found.nats) == pytest.approx(exact, rel=0, abs=1e-9)
+    exact, wrote = 0.0, 0.0
+    for block, logits in blocks_of(text, prediction):
+        exact += integral(noise, law, logits, block)
+        wrote += math.log(written(law, logits, edges(100))[block])
+    assert exact > -wrote
+
+
+@over(FREE)
+def test_draws_of_a_bound_are_integrals_over_time(noise, law):
+    text, count = (0, 1, 3, 0), 4000
+    drawn = draw(noise, text, 2, torch.arange(4) > 0, count, 0, 1)
+    assert (drawn.t[:, 1:].diff(dim=0) >= 0).all()  # in the order of their strata
+    assert (drawn.t[:, 1] != drawn.t[:, 2]).any() and (drawn.xt[:, 0] == 0).all()
+    for power in (0, 1, 3):
+        found = (drawn.weight * drawn.t**power).sum(0)
+        close(found, double(0, 1, 1, 1) / (power + 1), atol=1e-3)
+    u = (torch.arange(400).double() + 0.5) / 400
+    for i, x in product((1, 2, 3), range(V)):
+        wanted = sum(float(dense(law, float(t))[text[i], x]) for t in u) / 400
+        found = float((drawn.weight[:, i] * (drawn.xt[:, i] == x)).sum())
+        assert found == pytest.approx(wanted, abs=5 / count**0.5)
+
+
+@over([name for name in TRACKED if name != "mask"])
+def test_exp_of_minus_the_bound_of_what_is_open_sums_to_at_most_1(noise, law):
+    """Over all texts of three tokens, all subsets of them, and all that those may show."""
+    spec, total = spec_of(noise, attention="full"), 0.0
+    fillers = [MASK] if noise.starts_masked else IDS
+    shown = [
+        (subset, filler)
+        for k in (1, 2, 3)
+        for subset in combinations((1, 2, 3), k)
+        for filler in product(fillers, repeat=k)
+    ]
+    for text in product([0], IDS, IDS, IDS):
+        xt, masked = torch.tensor([text]).repeat(len(shown), 1), torch.zeros(len(shown), 4).bool()
+        for row, (subset, filler) in enumerate(shown):
+            masked[row, list(subset)] = True
+            xt[row, list(subset)] = torch.tensor(filler)
+        k = masked.sum(1)
+        weight = 1 / k.double() / double(3, 3, 1)[k - 1] / len(fillers) ** k.double()
+        x0, pos = torch.tensor([text]).expand_as(xt), torch.arange(4).expand_as(xt)
+        with torch.no_grad():
+            nll = masked_nll(tiny(), spec, x0, masked, 0 * pos, pos, SUPPRESSED, xt)
+        exact = float((weight[:, None].expand_as(masked)[masked] * nll).sum())
+        total += math.exp(-exact)
+        if text == (0, 1, 3, 0):
+            found = bound(tiny(), spec, [text], SUPPRESSED, samples=2000)
+            assert abs(float(found.nats) - exact) <= 5 * 3 * found.error + 1e-9
+    assert 0.2 < total <= 1
+
+
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+@pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
+def test_what_a_block_shows_moves_no_other_block_and_no_clean_token(attention, prediction):
+    """Rows of two texts, whose second has blocks of four tokens."""
+    spec = replace(spec_of(Uniform("free"), prediction, attention))
+    if attention != "full":
+        spec = replace(spec, block_length=4)
+    doc = torch.tensor([[0] * 4 + [1] * 12])
+    pos = torch.tensor([[*range(4), *range(12)]])
+    x0 = torch.randint(5, 60, doc.shape, generator=torch.Generator().manual_seed(0))
+    xt, scored = x0.clone(), (pos > 0) & (doc >= 0)
+    xt[0, 9:11] += 1  # in the second block of the second text
+    logits = []
+    for shown in (x0, xt):
+        task = masked_task(x0, shown, scored, doc, pos, spec)
+        inputs = task.inputs(build_model("llama"), None)
+        index = torch.arange(task.input_ids.numel())
+        with torch.no_grad():
+            slots = logits_at(build_model("llama"), index, **inputs)
+        logits.append((slots[task.index], slots[16:]))
+    (own, clean), (moved, still) = logits
+    changed = torch.zeros_like(scored)
+    changed[scored] = (own != moved).any(-1)
+    if attention == "full":
+        assert torch.equal(changed, scored & (doc == 1))
+        return
+    assert len(clean) == 16 and torch.equal(clean, still)
+    first = 8 + (prediction == "shift")  # the first token of a block is then read before it
+    assert changed.nonzero()[:, 1].tolist() == [*range(first, 12)]
+
+
+# The loss
+
+
+@pytest.mark.parametrize("way", ["hidden", "logits"])
+@pytest.mark.parametrize("part", PARTS)
+def test_the_loss_with_evidence_is_that_of_logits_with_it(monkeypatch, part, way):
+    monkeypatch.setattr(cross_entropy, "PART", part)
+    rows, first = 9, 6  # the first rows have evidence, the others are an AR model's
+    hidden, coef = random(rows, 8).requires_grad_(), random(rows, seed=1)
+    head = torch.nn.Linear(8, V, dtype=torch.double)
+    target = torch.tensor([0, 1, 3, 3, 1, 0, 2, 4, 0])
+    shown, gain = torch.tensor([0, 1, 1, 4, 0, 3]), double(3.0, 25.0, 1.0, 0.0, -0.5, 2.0)
+    inputs = [hidden, *head.parameters()]
+    logits = head(hidden)
+    bump = torch.zeros(rows, V, dtype=torch.double)
+    bump[range(first), shown] = gain
+    barred = SUPPRESSED & (torch.arange(rows) < first)[:, None]
+    wanted = torch.nn.functional.cross_entropy(
+        (logits + bump).masked_fill(barred, NEVER), target, reduction="none"
+    )
+    asked = target, coef, SUPPRESSED, first
+    if way == "hidden":
+        loss = cross_entropy.loss_of_hidden(head, hidden, *asked, evidence=(shown, gain))
+    else:
+        loss = cross_entropy.loss_of_logits(head(hidden), *asked, (shown, gain))
+    close(loss.ce, wanted.detach())
+    total = (coef * wanted).sum()
+    close(torch.autograd.grad(loss.total, inputs), torch.autograd.grad(total, inputs))

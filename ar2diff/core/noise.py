@@ -221,8 +221,8 @@ class Noise:
         return a * v + m * masks + u * noise
 
     def step_nats(self, logits: Tensor, x0: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """[N] KL(q(xs | xt, x0) || p(xs | xt)), what a step of the T-step bound costs; at s = 0, that
-        is -log p(x0 | xt).
+        """[N] KL(q(xs | xt, x0) || p(xs | xt)), what a step of the T-step bound costs: at s = 0,
+        -log p(x0 | xt).
 
         Args:
             logits: [N, V], a prediction from the others, with suppressed ids at -inf.
