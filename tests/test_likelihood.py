@@ -580,7 +580,7 @@ def test_a_mask_token_in_a_row_is_scored_by_neither_mode():
 
 
 def test_what_draws_give_is_split_where_the_blocks_are():
-    """A drawn block of seven tokens, and an enumerated one of one, which would be halves of nine."""
+    """A drawn block of seven tokens, and an enumerated one of one: no halves of nine."""
     row = torch.arange(1, 10).tolist()
     found = draw(MASKS, row, 8, torch.arange(9) > 0, 4, 0, 1)
     enumerated, drawn = found.sums(found.masked.double(), 4)
