@@ -21,6 +21,7 @@ from ar2diff.core.forward import logits_at
 from ar2diff.core.noise import LOGITS, Mask, MaskUniform, SelfGuess, Uniform
 from ar2diff.core.options import Options
 from ar2diff.core.spec import format_of
+from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion import cross_entropy, likelihood
 from ar2diff.diffusion.corruption import bound_times, corrupt
 from ar2diff.diffusion.draws import Draws, draw
@@ -395,9 +396,8 @@ def by_sureness(noise, logits):
         for filler, other in product(again, IDS) if slots == 2 else ():
             state, text = [filler, filler], [other, other]
             state[kept] = text[kept] = drawn[kept]
-            found[tuple(text)] += (
-                chance * float(p[states.index(state), 1 - kept, other]) / len(again)
-            )
+            last = float(p[states.index(state), 1 - kept, other]) / len(again)
+            found[tuple(text)] += chance * last
         if slots == 1:
             found[drawn] += chance
     return found
@@ -420,8 +420,8 @@ def test_the_sampler_writes_what_its_steps_say(noise, law, prediction):
     for text in product([0], IDS, IDS, IDS):
         p = 1.0
         for block, logits in blocks_of(text, prediction):
-            law_of_block = written(law, logits, (1, 0.5, 0)) if noise.free else None
-            p *= (law_of_block or by_sureness(noise, logits))[block]
+            free = noise.free and written(law, logits, (1, 0.5, 0))
+            p *= (free or by_sureness(noise, logits))[block]
         assert abs(texts[text] - rows * p) <= 5 * math.sqrt(rows * p * (1 - p)) + 1
 
 
@@ -516,12 +516,26 @@ def test_what_a_block_shows_moves_no_other_block_and_no_clean_token(attention, p
     changed[scored[0]] = moved[task.index]
     assert not moved[12:].any()
     first = 6 + (prediction == "shift")  # the first token of a block is then read before it
-    assert changed.nonzero()[:, 0].tolist() == (
-        [*range(5, 12)] if attention == "full" else [*range(first, 8)]
-    )
+    first, last = (5, 12) if attention == "full" else (first, 8)
+    assert changed.nonzero()[:, 0].tolist() == [*range(first, last)]
 
 
 # The loss
+
+
+@over(FREE)
+def test_a_batch_has_the_evidence_of_what_it_shows(make_recipe, noise, law):
+    recipe, ids = make_recipe(data={"max_length": 64}), [0, *IDS] * 16
+    row = [DocumentPart(ids, len(ids), 0, 0, 7)]
+    batch = Collator(recipe, noise)([(0, row)])
+    scored, x = batch["scored"], batch["xt"][batch["scored"]]
+    assert scored.sum() == 63 and torch.equal(batch["shown"], x)
+    likely = torch.stack([dense(law, float(t)) for t in batch["t"][scored]]).log()
+    own = x.where(x != MASK, 0)
+    lines, other = torch.arange(63), (own == 0).long()
+    wanted = likely[lines, own, x] - likely[lines, other, x]
+    close(batch["evidence"].double(), wanted, atol=1e-5)
+    assert "evidence" not in Collator(recipe, replace(noise, logits="posterior"))([(0, row)])
 
 
 @pytest.mark.parametrize("way", ["hidden", "logits"])
