@@ -138,6 +138,10 @@ def test_a_noise_is_a_markov_chain_with_the_marginals_of_its_law(noise, law):
         between = torch.linalg.solve(before, own)
         assert between.min() > -1e-12
         close(between.sum(1), EYE.sum(1))
+    t = double(*TIMES).requires_grad_()
+    a, *shares = noise.shares(t)
+    slopes = [torch.autograd.grad((y / a).sum(), t, retain_graph=True)[0] for y in shares]
+    close(torch.stack(noise.rates(t)), a * torch.stack(slopes))
     close(noise.marginal(EYE, double(0).expand(V)), EYE)
     shown = torch.bincount(noise.prior(GRID), minlength=V) / double(len(GRID))
     close(dense(law, 1), shown.expand(V, V), atol=1 / len(GRID))

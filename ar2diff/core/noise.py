@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
 FORMS = ("tracked", "free")
 LOGITS = ("others", "posterior")
-EARLIEST = (
-    1e-12  # times below it count as it: the evidence is infinite at 0. Noise that begins like
-)
-# sqrt(t), as GIDD's does, costs hundredths of a nat per token before a time of 1e-4.
+# Times below it count as it: the evidence is infinite at 0. Noise that begins like sqrt(t), as that
+# of GIDD does, costs hundredths of a nat per token before a time of 1e-4.
+EARLIEST = 1e-12
 UPGRADE = "upgrade ar2diff, or convert the base model again"
 
 
