@@ -579,6 +579,15 @@ def test_a_mask_token_in_a_row_is_scored_by_neither_mode():
     torch.testing.assert_close(estimate.nats, ar.nats, **EXACT)
 
 
+def test_what_draws_give_is_split_where_the_blocks_are():
+    """A drawn block of seven tokens, and an enumerated one of one: no halves of nine."""
+    row = torch.arange(1, 10).tolist()
+    found = draw(MASKS, row, 8, torch.arange(9) > 0, 4, 0, 1)
+    enumerated, drawn = found.sums(found.masked.double(), 4)
+    assert float(enumerated) == pytest.approx(1)
+    torch.testing.assert_close(drawn, torch.tensor([[7.0, 0.0]] * 4).double())
+
+
 def test_the_draws_are_a_function_of_the_seed():
     def run(seed):
         return bound(build_model("llama"), spec("full"), [ROW], SUPPRESSED, 2, seed).nats

@@ -25,6 +25,7 @@ class Draws:
         masked: [D, L] bool, the open slots. weight: [D, L] double, what the cost of the token there
             counts: the sum over all draws is an unbiased estimate of the bound.
         random: [K] bool, blocks whose noise was drawn; the others are enumerated.
+        size: of a block, in tokens.
         t: [D, L] double, the times of a free noise; else None.
     """
 
@@ -32,14 +33,14 @@ class Draws:
     masked: Tensor
     weight: Tensor
     random: Tensor
+    size: int
     t: Tensor | None = None
 
     def sums(self, values: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """The sum over the enumerated blocks of weighted values, [D, L], and, for blocks that were
         drawn, what each draw estimates, [samples, K]; 0 for the others."""
         blocks = torch.zeros(len(values), len(self.random), dtype=torch.double)
-        size = -(-values.shape[1] // len(self.random))
-        blocks.index_add_(1, torch.arange(values.shape[1]) // size, self.weight * values)
+        blocks.index_add_(1, torch.arange(values.shape[1]) // self.size, self.weight * values)
         drawn = torch.zeros(samples, len(self.random), dtype=torch.double)
         if self.random.any():
             drawn = blocks[:samples] * self.random * samples
@@ -51,7 +52,8 @@ def draw(
     seed: int, start: int,
 ) -> Draws:  # fmt: skip
     """The noise of a row: `samples` for each block, stratified in their number of masked tokens, or
-    all masks there are if those are no more; of a free noise, stratified in time.
+    all masks there are if those are no more and show nothing random; of a free noise, stratified in
+    time.
 
     Args:
         noise: over the vocabulary.
@@ -68,7 +70,8 @@ def draw(
     if noise.free:
         return _drawn(noise, ids, maskable, size, times, begun, shows)
     order = torch.rand(len(row) - start, samples, generator=keyed_generator(seed, key, 2)).T
-    subsets = [subsets_of(len(places), samples) for places in blocks]
+    most = 0 if noise.random else samples  # with what they show, they are too many to enumerate
+    subsets = [subsets_of(len(places), most) for places in blocks]
     random = torch.tensor([bool(len(p)) and not s for p, s in zip(blocks, subsets, strict=True)])
     copies = max(1, samples if random.any() else 0, *map(len, subsets))
     masked = torch.zeros(copies, len(row), dtype=torch.bool)
@@ -84,7 +87,7 @@ def draw(
             masked[d, places[list(subset)]] = True
             weight[d, places] = 1 / (len(subset) * math.comb(n, len(subset)))
     xt = noise.hide(ids.expand_as(masked), masked, shows)
-    return Draws(xt, masked, weight, random)
+    return Draws(xt, masked, weight, random, size)
 
 
 def _drawn(
@@ -96,18 +99,18 @@ def _drawn(
     Args:
         times: [D, K - begun] in (0, 1), for the blocks from number `begun` on.
     """
+    times = times.sort(0).values  # in the order of their strata, as `Estimate` takes them
     times, factors = bound_times(torch.cat([times.new_ones(len(times), begun), times], 1))
     block = torch.arange(len(ids)) // size
     t, weight = times[:, block], factors[:, block] / len(times)
     none, copies = torch.zeros_like(maskable), range(len(times))
     xt = [noise.draw(ids, maskable, none, t[d], t[d], generator)[0] for d in copies]
     random = torch.zeros(times.shape[1]).index_add_(0, block, maskable.float()) > 0
-    return Draws(torch.stack(xt), maskable.expand_as(t), weight * maskable, random, t)
+    return Draws(torch.stack(xt), maskable.expand_as(t), weight * maskable, random, size, t)
 
 
 def subsets_of(n: int, most: int) -> list[tuple[int, ...]]:
-    """All subsets of n tokens but the empty one; none of them if they are more than `most`, which a
-    single token never is."""
-    if n > 1 and (n > most or 2**n - 1 > most):
+    """All subsets of n tokens but the empty one; none of them if they are more than `most`."""
+    if n > most or 2**n - 1 > most:
         return []
     return [subset for k in range(1, n + 1) for subset in combinations(range(n), k)]

@@ -6,7 +6,7 @@ For a block of n tokens
 
 which averages the chain rule over all orders (LLaDA, Nie et al. 2025, eq. 6). The bound for a row
 is the sum over its blocks, each given the clean blocks before it. The draws of a block are
-stratified in k; a block with few tokens is enumerated.
+stratified in k; a block with few tokens is enumerated, if its open slots show masks.
 
 The clean context is read once for all draws, and what it predicts is a control variate: with b_i,
 what a token costs the causal model, a draw only has to estimate the sum of
