@@ -173,8 +173,8 @@ class Noise:
 
     def guesses_for(self, count: int, generator: torch.Generator) -> Tensor | None:
         """[N] double, the uniform numbers with which a trainer draws guesses of the model for the
-        `count` open slots of a row, to show them there; -1 where a slot keeps what it shows. None:
-        the noise has no guesses."""
+        `count` tokens of a text, to show them in its open slots; -1 where a slot keeps what it
+        shows. None: the noise has no guesses."""
         return None
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
@@ -370,7 +370,8 @@ class SelfGuess(Noise):
     training teaches the model to correct what it has decided (token-to-token editing, LLaDA 2.1).
 
     Attributes:
-        guessed: share of the rows in training whose open slots show guesses; the others show masks.
+        guessed: share of the texts in training whose open slots show guesses; in the others they
+            show masks.
     """
 
     guessed: float = 0.5
