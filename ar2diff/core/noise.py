@@ -248,7 +248,7 @@ class Noise:
         g, h = (y / y.gather(1, x[:, None]) for y in (g, h))
         masking, mixing = (y.to(v) for y in self.rates(t))
         into = (mixing / len(self.ids)).where(x != self.mask, masking)
-        ratio = (g / h).where(g > 0, 1.0)
+        ratio = g.where(g > 0, 1.0) / h.where(g > 0, 1.0)  # else a gradient would be 0 * inf
         others = (h - g + g * ratio.log()).scatter(1, x[:, None], 0.0)
         return into * others.sum(-1)
 
