@@ -3,25 +3,46 @@ kills, rows that come and go, folders without ar2diff, and edits of decided toke
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, tiny_spec
+from conftest import MASK, build_model, tiny_spec
 from safetensors.torch import load_file
+from test_custom_generate import BLOCKER
+from test_joining import alone, together
+from test_likelihood import own_mask, raw_logits
 from test_turns import END, ENDS, IDS, LABELS
 
+import ar2diff
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.merge import merge
 from ar2diff.config.recipe import load_recipe
+from ar2diff.config.rl import Rl
+from ar2diff.core.canvas import Canvas
+from ar2diff.core.denoise import decoder_of
+from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.generate import generate
 from ar2diff.core.noise import MaskUniform, Noise, SelfGuess, Uniform
+from ar2diff.core.options import resolve
 from ar2diff.core.spec import NOISE_FORMAT
 from ar2diff.data.conversations import TokenRows
 from ar2diff.data.turns import IGNORED, TurnCollator, conversation_parts
+from ar2diff.diffusion.likelihood import bound
+from ar2diff.training import estimators
+from ar2diff.training.adapt import adapt
+from ar2diff.training.estimators import score, views
 from ar2diff.training.journal import read_metrics
 from ar2diff.training.loss import divisors_of, totals_of
 from ar2diff.training.plan import Plan
+from ar2diff.training.rollouts import Rollout, of_canvas
 from ar2diff.training.sft import DiffusionSFTTrainer, make_trainer, sft
 
 NOISES = {
@@ -258,3 +279,237 @@ def test_sft_trains_and_goes_on_to_the_same_bits_after_a_kill(
     )
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert any(not torch.equal(whole[key], old[key]) for key in whole)
+
+
+# Rewards
+
+# Six tokens of prompt, seven of answer (2, 4 and 1 of their blocks), behind it one and two masks.
+ROLLOUT = [1, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24, 25, 2, 45, MASK, MASK]
+
+
+def rollout_of(seed=5, step=None):
+    ids = torch.tensor(ROLLOUT)
+    return Rollout(ids, 6, 7, torch.zeros_like(ids) if step is None else step, seed)
+
+
+def spans(spec):
+    size = spec.block_length or len(ROLLOUT)
+    return [(start, start + size) for start in range(0, len(ROLLOUT), size)]
+
+
+@torch.no_grad()
+def raw(model, spec, shown, start, end):
+    """Logits [end - start, V] of a block, given what it shows and the clean tokens before it."""
+    row = torch.tensor(ROLLOUT[:start] + shown[start:end].tolist())
+    if spec.attention == "full":
+        row = shown
+    logits = raw_logits(model, row[None], own_mask(end, start, spec.attention, BLOCK))[0]
+    logits = logits[torch.arange(start, end) - int(spec.prediction == "shift")]
+    return logits.masked_fill(SUPPRESSED, float("-inf"))
+
+
+POSTERIOR = Uniform("free", logits="posterior")
+
+
+@pytest.mark.parametrize(
+    ("noise", "attention", "prediction"),
+    [
+        (Uniform("free"), "causal_context", "shift"),
+        (Uniform("free", schedule="cosine"), "block_causal", "same"),
+        (MaskUniform(), "causal_context", "shift"),
+        (MaskUniform(), "full", "same"),
+        (POSTERIOR, "full", "shift"),
+        (POSTERIOR, "causal_context", "same"),
+    ],
+)
+def test_the_elbo_of_a_free_noise_is_the_nats_of_its_draws(noise, attention, prediction):
+    model, spec = build_model("llama"), spec_of(noise, attention, prediction)
+    rl, rollout, whole = Rl(estimator="elbo", samples=3), rollout_of(), on(noise)
+    shown, weight, t = estimators._shown(rollout, rl, spec, whole)
+    place = torch.arange(len(ROLLOUT))
+    answer = (place >= 6) & (place < 13)
+    assert torch.equal(shown[:, :6], rollout.ids[:6].expand(3, -1))
+    prior = {MASK} if noise.starts_masked else set(range(64)) - {MASK}
+    assert set(shown[:, 13:].flatten().tolist()) <= prior
+    assert (weight[:, answer] > 0).all() and not weight[:, ~answer].any()
+    want = torch.zeros(3, len(ROLLOUT), dtype=torch.double)
+    for view, (start, end) in ((v, s) for v in range(3) for s in spans(spec)):
+        at = (slice(start, end),)
+        if not answer[at].any():
+            continue
+        x0, x, times = rollout.ids[at].clamp(max=62), shown[view][at], t[view][at]
+        logits = raw(model, spec, shown[view], start, end)
+        want[view][at] = -whole.nats(whole.others(logits, x, times), x0, x, times)
+    want = (weight * want.masked_fill(~answer, 0.0)).sum(0)[answer]
+    with torch.no_grad():
+        found = [score(model, [rollout], rl, spec, SUPPRESSED) for _ in range(2)]
+        beside = score(model, [rollout_of(9), rollout], rl, spec, SUPPRESSED).per_token()[1]
+    torch.testing.assert_close(found[0].per_token()[0], want, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[0].logp, found[1].logp)  # the same draws for another policy
+    torch.testing.assert_close(beside, found[0].per_token()[0], rtol=1e-9, atol=1e-9)
+    assert not torch.equal(estimators._shown(rollout_of(6), rl, spec, whole)[0], shown)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", FREE)
+def test_the_elbo_of_a_free_noise_is_on_average_the_bound(name, attention):
+    model, spec = build_model("llama"), spec_of(NOISES[name], attention)
+    ids = ROLLOUT[:12] if attention != "full" else ROLLOUT[:13]
+    whole = Rollout(torch.tensor(ids), 6, len(ids) - 6, torch.zeros(len(ids)).long(), 0)
+    exact = bound(model, spec, [ids], SUPPRESSED, 200, starts=[6])
+    rl, found = Rl(estimator="elbo", samples=20), []
+    with torch.no_grad():
+        for seed in range(10):
+            scores = score(model, [replace(whole, seed=seed)], rl, spec, SUPPRESSED)
+            found.append(float(scores.per_token().sum()))
+    mean, error = sum(found) / 10, torch.tensor(found).std() / 10**0.5
+    error = float((error**2 + exact.variance[0]).sqrt())
+    assert abs(mean + float(exact.nats)) < 4 * error and error < 0.25 * abs(mean)
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "elbo", "ar"])
+@pytest.mark.parametrize("name", NOISES)
+def test_gradients_flow_through_every_estimate(name, estimator):
+    model, spec = copy.deepcopy(build_model("llama")), spec_of(NOISES[name])
+    rl = Rl(estimator=estimator)
+    per_token = score(model, [rollout_of(), rollout_of(3)], rl, spec, SUPPRESSED).per_token()
+    per_token.sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+    weight, total = model.lm_head.weight, 0.0
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    slope = float((weight.grad * direction).sum())
+    with torch.no_grad():
+        for sign in (1, -2):
+            weight += sign * 1e-5 * direction
+            value = score(model, [rollout_of(), rollout_of(3)], rl, spec, SUPPRESSED)
+            total += (1 if sign == 1 else -1) * float(value.per_token().sum())
+    assert slope == pytest.approx(total / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+@pytest.mark.parametrize("name", NOISES)
+def test_one_step_shows_what_the_sampler_begins_with(name, attention):
+    model, spec, noise = build_model("llama"), spec_of(NOISES[name], attention), on(NOISES[name])
+    rl, rollout = Rl(estimator="one_step"), rollout_of()
+    ((shown,), _, _) = estimators._shown(rollout, rl, spec, noise)
+    assert torch.equal(shown[:6], rollout.ids[:6])
+    assert ((shown[6:] == MASK) == noise.starts_masked).all()
+    want = torch.zeros(7, dtype=torch.double)
+    for start, end in spans(spec):
+        inside = range(max(start, 6), min(end, 13))
+        logp = raw(model, spec, shown, start, end).log_softmax(-1)
+        for i in inside:
+            want[i - 6] = logp[i - start, ROLLOUT[i]]
+    with torch.no_grad():
+        got = score(model, [rollout], rl, spec, SUPPRESSED).per_token()[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["coupled", "elbo", "spg", "trajectory"])
+def test_tracked_noises_are_scored_in_the_views_of_masks(estimator):
+    """The same tokens are open; a uniform noise shows fillers there, the guesses begin as masks."""
+    step = torch.tensor([0] * 6 + [1, 1, 2, 3, 3, 2, 4, 4, 0, 0])
+    rollout, rl = rollout_of(step=step), Rl(estimator=estimator)
+    masked, _ = views(rollout, rl, tiny_spec())
+    for name in TRACKED:
+        spec = spec_of(NOISES[name])
+        shown, weight, _ = estimators._shown(rollout, rl, spec, on(NOISES[name]))
+        same, (where, plain) = rollout.ids.expand_as(shown), views(rollout, rl, spec)
+        assert torch.equal(where, masked) and torch.equal(weight, plain)
+        assert torch.equal(shown[~masked], same[~masked])
+        assert ((shown[masked] == MASK) == (name == "self")).all()
+        with torch.no_grad():
+            first, second = (
+                score(build_model("llama"), [rollout], rl, spec, SUPPRESSED) for _ in "ab"
+            )
+        assert torch.equal(first.logp, second.logp) and first.logp.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+@pytest.mark.parametrize("name", NOISES)
+def test_a_rollout_says_when_its_tokens_were_decided(name, attention):
+    model, spec = build_model("llama"), spec_of(NOISES[name], attention)
+    options = resolve(
+        spec, {"temperature": 1.0, "steps_per_block": 3, "seed": 3, "max_new_tokens": 9}
+    )
+    prompts, grid = [[1, 17, 42], [1, 8, 9, 10, 11, 12]], spec.block_length or 1
+    canvas = Canvas.of_prompts(prompts, MASK, max_new_tokens=9, grid=grid, end_ids=[2, 3, 4])
+    for _ in decoder_of(model, spec, canvas, options).run():
+        pass
+    for row, prompt in enumerate(prompts):
+        rollout = of_canvas(canvas, row, spec, 0)
+        step, ids = rollout.step, rollout.ids
+        written = torch.arange(len(ids)) >= len(prompt)
+        assert torch.equal(step > 0, written & (ids != MASK)) and not step[: len(prompt)].any()
+        assert int(step.max()) <= rollout.forwards
+        size, last = spec.block_length or len(ids), 0
+        for start in range(len(prompt) // size * size, len(ids), size):
+            own = step[start : start + size]
+            own = own[own > 0]
+            assert (own > last).all() and len(own.unique()) <= 3
+            if spec.noise.free:  # the whole block at once, in the third of its steps
+                assert own.unique().tolist() == [last + 3]
+            last = int(own.max())
+
+
+REWARD = {"name": "regex", "args": {"pattern": "[0-9]{2,5}!"}}
+
+
+@pytest.fixture
+def rewarded(noisy_base, write_jsonl, tmp_path):
+    """Factory: an update of `rl` on a model with a noise."""
+
+    def run(name, **rl):
+        data = write_jsonl("prompts.jsonl", [{"prompt": f"say {n}"} for n in range(4)])
+        settings = {"rewards": [REWARD], "num_generations": 4, "max_completion_length": 8}
+        train = {"per_device_train_batch_size": 8, "logging_steps": 1, "max_steps": 1}
+        train |= {"learning_rate": 1e-3, "warmup_steps": 0}
+        ar2diff.rl(
+            noisy_base(name), output_dir=tmp_path / "out", data=data, overwrite=True,
+            overrides={"rl": settings | rl, "train": train},
+        )  # fmt: skip
+        return [row for row in read_metrics(tmp_path / "out") if "reward" in row]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("uniform free", "one_step"), ("uniform free", "elbo"), ("uniform free", "ar"),
+        ("mask_uniform", "elbo"), ("uniform", "trajectory"), ("self", "elbo"),
+    ],
+)  # fmt: skip
+def test_rl_runs_and_keeps_to_a_regex(rewarded, tmp_path, name, estimator):
+    """Under a noise of whose tokens none is decided before the last step, too."""
+    (row,) = rewarded(
+        name, estimator=estimator, sampler={"regex": REWARD["args"]["pattern"]}, beta=0.1
+    )
+    assert row["reward"] == 1
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_estimates_that_need_open_slots_are_refused_before_a_free_model_is_loaded(
+    noisy_base, run_both, write_jsonl, tmp_path, monkeypatch, name
+):
+    data = write_jsonl("prompts.jsonl", [{"prompt": "a"}])
+    model, line = noisy_base(name), ["--data", data, "--output-dir", tmp_path / "out"]
+    monkeypatch.setattr("ar2diff.training.plan.load_checkpoint", None)
+    reward = "rl.rewards=[{name: exact}]"
+    for estimator in ("coupled", "spg", "trajectory"):
+        code, out, said = run_both("rl", model, *line, reward, f"rl.estimator={estimator}")
+        first, second = said.splitlines()
+        assert (code, out) == (2, "") and second.startswith("  fix: ")
+        assert first.startswith("error: model ") and "in the free form" in first
+        assert f"rl.estimator {estimator} cannot be used with noise.kind" in first
+    refused = {
+        "rl": [reward, "rl.estimator=elbo", "noise.kind=self"],
+        "sft": ["objective.weight=1/t"],
+    }
+    for verb, overrides in refused.items():
+        code, _, said = run_both(verb, model, *line, *overrides)
+        assert code == 2 and len(said.splitlines()) == 2, said
+    assert not (tmp_path / "out").exists()
