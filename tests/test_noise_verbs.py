@@ -513,3 +513,252 @@ def test_estimates_that_need_open_slots_are_refused_before_a_free_model_is_loade
         code, _, said = run_both(verb, model, *line, *overrides)
         assert code == 2 and len(said.splitlines()) == 2, said
     assert not (tmp_path / "out").exists()
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("name", ["uniform free", "self"])
+def test_an_adapter_on_a_noisy_base_trains_loads_and_merges(
+    noisy_base, short, write_jsonl, tmp_path, name
+):
+    base = noisy_base(name)
+    texts = write_jsonl("texts.jsonl", [{"text": row["prompt"] * 3} for row in PAIRS])
+    lora = ["train.max_steps=3", "peft.r=2", "peft.alpha=4", "train.learning_rate=5e-2"]
+    adapt(str(base), load_recipe(None, [*SHORT, *lora, f"data.sources=[{texts}]"]), tmp_path / "a")
+    merge(str(tmp_path / "a"), tmp_path / "merged")
+    sft(str(tmp_path / "merged"), short(*lora), tmp_path / "s")
+    ids, plain = torch.tensor([[1, 40, 41, 42]]), load_checkpoint(str(base))
+    call = {"mode": "diffusion", "max_new_tokens": 12, "seed": 5, "temperature": 1.0}
+    call |= {"edit_threshold": 0.5} if name == "self" else {}
+    said = {}
+    for folder in ("a", "merged", "s"):
+        made = load_checkpoint(str(tmp_path / folder))
+        assert made.spec.noise == NOISES[name] == plain.spec.noise
+        logits, before = (x.model(ids).logits for x in (made, plain))
+        assert (logits - before).abs().max() > 1e-3
+        said[folder] = logits, generate(ids, model=made.model, **call).tolist()
+    (adapted, text), (merged, same) = said["a"], said["merged"]
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert text == same
+
+
+@pytest.mark.parametrize(("base", "other"), [("uniform", "uniform free"), ("self", "uniform")])
+def test_an_adapter_that_would_change_the_noise_is_refused(
+    noisy_base, short, tmp_path, base, other
+):
+    asked = "train.max_steps=1", "peft.r=2", *overrides_of(NOISES[other])
+    for verb, recipe in ((adapt, short(*asked, "data.text_field=prompt")), (sft, short(*asked))):
+        with pytest.raises(Ar2DiffError, match="cannot change the noise of its base") as error:
+            verb(str(noisy_base(base)), recipe, tmp_path / "out")
+        assert "max_steps" in error.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+# Rows that come and go, batches, streams
+
+CALLS = [  # noise, options
+    ("uniform", {"threshold": 0.2, "seed": 5}),
+    ("uniform", {"threshold": 0.1, "temperature": 1.2, "seed": 5}),
+    ("uniform", {"steps_per_block": 4, "remask": 0.4, "seed": 5}),
+    ("uniform", {"threshold": 0.3, "edit_threshold": 0.1, "corrector_steps": 2, "seed": 5}),
+    ("uniform free", {"steps_per_block": 3, "seed": 5}),
+    ("uniform free", {"temperature": 1.0, "seed": 5}),
+    ("mask_uniform", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
+    ("self", {"threshold": 0.2}),
+    ("self", {"steps_per_block": 3, "order": "random", "seed": 1}),
+    ("self", {"threshold": 0.1, "temperature": 1.2, "seed": 5, "edit_threshold": 0.2}),
+    (
+        "self",
+        {"steps_per_block": 2, "temperature": 1.5, "seed": 5, "edit_threshold": 0.1,
+         "corrector_steps": 2},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_rows_that_join_and_leave_write_what_they_write_alone(name, call, attention):
+    model, spec = build_model("llama"), spec_of(NOISES[name], attention)
+    call = {"mode": "diffusion", **call}
+    one = alone(model, spec, call, (7, 12, 25))
+    assert together(model, spec, call, (7, 12, 25)) == one
+    assert any(row[0] for row in one)
+
+
+@pytest.fixture
+def saying():
+    """Factory: a tiny model that says what it is in its config."""
+
+    def make(name, attention="causal_context"):
+        model, spec = copy.deepcopy(build_model("llama")), spec_of(NOISES[name], attention)
+        model.config.diffusion, model.config.mask_token_id = spec.to_dict(), MASK
+        return model
+
+    return make
+
+
+class Streamer:
+    """Keeps what it gets."""
+
+    def __init__(self):
+        self.ids, self.ended = [], False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_a_batch_is_each_row_alone_and_a_stream_is_the_text(saying, name, call):
+    model, call = saying(name), {"mode": "diffusion", "max_new_tokens": 13, **call}
+    call |= {"eos_token_id": [7, 12, 25], "pad_token_id": 0}
+    prompts = [[1, 17, 42, 5, 9, 60, 33], [1, 8], [1, 33, 21, 4]]
+    ids, mask = torch.zeros(2, len(prompts), 7, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, 7 - len(prompt) :], mask[row, 7 - len(prompt) :] = torch.tensor(prompt), 1
+    batch = generate(ids, attention_mask=mask, model=model, **call)[:, 7:].tolist()
+    for prompt, new in zip(prompts, batch, strict=True):
+        streamer = Streamer()
+        own = generate(torch.tensor([prompt]), model=model, streamer=streamer, **call)[0].tolist()
+        assert own[len(prompt) :] == new[: len(own) - len(prompt)]
+        assert not any(new[len(own) - len(prompt) :]) and MASK not in own
+        assert streamer.ids == own and streamer.ended
+
+
+# Edits
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", TRACKED)
+def test_edits_keep_the_canvas_consistent(name, attention):
+    """After every forward, against front and end that are found again from the ids alone."""
+    model, spec = build_model("llama"), spec_of(NOISES[name], attention)
+    prompts = [[1, *range(10, 10 + n % 6)] for n in range(12)]
+    ends, seen = range(2, 10), dict.fromkeys(("edits", "began", "dropped", "corrected"), 0)
+    call = {"temperature": 1.6, "threshold": 0.3, "edit_threshold": 0.15, "corrector_steps": 2}
+    call |= {"seed": 3, "max_new_tokens": 17, "min_new_tokens": 2, "mode": "diffusion"}
+    options = resolve(spec, call)
+    canvas = Canvas.of_prompts(
+        prompts, MASK, max_new_tokens=17, grid=spec.block_length or 1, end_ids=list(ends),
+        min_new_tokens=2,
+    )  # fmt: skip
+    canvas.alternatives = 1
+    given, corrections = canvas.ids.clone(), {}
+    decoder = decoder_of(model, spec, canvas, options)
+    before, over, counted = canvas.ids.clone(), [False] * len(prompts), [0] * len(prompts)
+    while canvas.unfinished:
+        start, length = canvas.start.tolist(), canvas.length.tolist()
+        for row in range(len(prompts)):
+            block = before[row, start[row] : min(start[row] + decoder.size, length[row])]
+            if not over[row] and not (block == MASK).any():
+                key = row, start[row]
+                corrections[key] = corrections.get(key, 0) + 1
+        decoder.step()
+        for row, prompt in enumerate(prompts):
+            old, new = before[row].tolist(), canvas.ids[row].tolist()
+            changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+            assert not over[row] or not changed
+            assert all(i >= len(prompt) for i in changed)
+            edited = [i for i in changed if old[i] != MASK]
+            assert MASK not in [new[i] for i in edited]
+            assert all(start[row] <= i < start[row] + decoder.size for i in changed)
+            for i in changed:
+                assert canvas.step[row, i] == canvas.forwards[row]
+            for i in edited:  # to what the model found likeliest there
+                assert canvas.likeliest[row][i][0] == (
+                    new[i],
+                    pytest.approx(float(canvas.logprob[row, i])),
+                )
+                seen["began"] += new[i] in ends
+                seen["dropped"] += old[i] in ends
+            counted[row] += len(edited)
+            front, end = 0, -1
+            for i in range(int(canvas.total[row])):
+                if new[i] == MASK:
+                    break
+                front = i + 1
+                if (front > len(prompt) + 2 and new[i] in ends) or front == canvas.total[row]:
+                    end = front
+                    break
+            assert (canvas.front[row], int(canvas.end[row])) == (front, end)
+            assert canvas.over[row] == (end >= 0)
+            assert not set(new[len(prompt) : len(prompt) + 2]) & set(ends)
+        before, over = canvas.ids.clone(), [*canvas.over]
+        assert canvas.unfinished == over.count(False)
+    assert torch.equal(canvas.ids[canvas.given], given[canvas.given])
+    assert canvas.edits.tolist() == counted
+    assert min(counted) < max(counted) and seen["began"] and seen["dropped"]
+    # The last block of an answer, here the only one of full attention, ends it.
+    assert set(corrections.values()) == (set() if attention == "full" else {1, 2})
+
+
+def test_an_edit_keeps_to_biases_and_penalties():
+    """A token that is biased away is not written by an edit, and a penalty that reads the row does
+    not count the token that is to be replaced."""
+    model, spec = build_model("llama"), spec_of(SelfGuess())
+
+    def written(**call):
+        call = {"temperature": 1.6, "threshold": 0.3, "edit_threshold": 0.05, "seed": 3, **call}
+        options = resolve(spec, {"mode": "diffusion", "max_new_tokens": 40, **call})
+        canvas = Canvas.of_prompts([[1, 17, 42]], MASK, max_new_tokens=40, grid=BLOCK)
+        for _ in decoder_of(model, spec, canvas, options).run():
+            pass
+        return canvas.new_ids(0), int(canvas.edits[0])
+
+    ids, edits = written()
+    assert edits > 5
+    common = max(set(ids), key=ids.count)
+    banned, edits = written(sequence_bias={(common,): -100.0})
+    assert edits > 5 and common not in banned
+    varied, edits = written(repetition_penalty=50.0)
+    assert edits and len(set(varied)) > len(set(ids))
+
+
+# Where ar2diff is not installed
+
+ELSEWHERE = """
+import json, sys
+try:
+    import ar2diff
+except ImportError:
+    from transformers import AutoModelForCausalLM
+    import torch
+torch.set_num_threads(1)
+found = {}
+for name, (folder, calls) in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[0, 0, 1, 40], [1, 50, 51, 52]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    found[name] = [model.generate(ids, attention_mask=mask, **call).tolist() for call in calls]
+    code = {"custom_generate": folder, "trust_remote_code": True}
+    found[name + " named"] = plain.generate(ids, attention_mask=mask, **code, **calls[0]).tolist()
+print(json.dumps(found))
+"""
+
+
+def test_a_folder_denoises_alike_where_ar2diff_is_not(noisy_base, tmp_path):
+    common = {"max_new_tokens": 12, "seed": 7, "mode": "diffusion"}
+    drawn = common | {"do_sample": True, "temperature": 0.8}
+    calls = {
+        "uniform free": [common, drawn, common | {"steps_per_block": 2}],
+        "self": [common, drawn, drawn | {"edit_threshold": 0.1, "corrector_steps": 1}],
+    }
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    asked = {name: [str(noisy_base(name)), own] for name, own in calls.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, json.dumps(asked)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    ids = torch.tensor([[0, 0, 1, 40], [1, 50, 51, 52]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    for name, own in calls.items():
+        model = load_checkpoint(str(noisy_base(name))).model
+        want = [generate(ids, attention_mask=mask, model=model, **call).tolist() for call in own]
+        assert found[name] == want and found[f"{name} named"] == want[0]
+        assert want[0] != want[1]
