@@ -762,3 +762,19 @@ def test_a_folder_denoises_alike_where_ar2diff_is_not(noisy_base, tmp_path):
         want = [generate(ids, attention_mask=mask, model=model, **call).tolist() for call in own]
         assert found[name] == want and found[f"{name} named"] == want[0]
         assert want[0] != want[1]
+
+
+@pytest.mark.parametrize("name", ["uniform", *FREE])
+def test_greedy_tokens_are_the_same_in_every_call_though_the_noise_is_drawn(saying, name):
+    model, ids = saying(name), torch.tensor([[1, 17, 42]])
+    call = {"max_new_tokens": 24, "mode": "diffusion"}
+    calls = [(call, call), (call, call | {"seed": 0}), (call, call | {"seed": 1})]
+    calls += [(call | {"temperature": 1.0},) * 2]
+    same = []
+    for pair in calls:
+        one, two = (generate(ids, model=model, **own).tolist() for own in pair)
+        same.append(one == two)
+    assert same == [True, True, False, False]
+    many = generate(ids, model=model, num_return_sequences=2, **call)
+    assert many[0].tolist() == generate(ids, model=model, **call)[0].tolist()
+    assert not torch.equal(many[0], many[1])
