@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, islice
 from math import comb
 
@@ -11,9 +12,11 @@ import torch
 from conftest import MASK, MASKS, build_model, tiny_spec
 
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.noise import MaskUniform, Noise, Uniform
+from ar2diff.core.spec import format_of
 from ar2diff.data.conversations import Conversations, TokenRows
 from ar2diff.data.turns import IGNORED, PackedConversations
-from ar2diff.diffusion.likelihood import ar_nll, masked_nll
+from ar2diff.diffusion.likelihood import ar_nll, bound, masked_nll
 from ar2diff.evaluation.answers import AnswerJudge
 from ar2diff.evaluation.held_out import judged_answers
 
@@ -25,11 +28,14 @@ IDS, LABELS = [*PROMPT, *ANSWER], [IGNORED] * 6 + ANSWER
 class Stub:
     """What a judge asks of a checkpoint."""
 
-    def __init__(self, attention: str, spec: bool = True):
+    def __init__(self, attention: str, spec: bool = True, noise: Noise = MASKS):
         self.model, self.tokenizer = build_model("llama").eval(), self
-        self.spec_or_causal = tiny_spec(attention)
+        self.spec_or_causal = replace(
+            tiny_spec(attention), noise=noise, format=format_of(noise, None)
+        )
         self.spec = self.spec_or_causal if spec else None
         self.suppressed = torch.arange(self.model.config.vocab_size) == MASK
+        self.noise = noise.on(MASK, self.suppressed)
 
     noise, end_ids = MASKS, ENDS
 
@@ -72,6 +78,20 @@ def test_the_bound_is_the_mean_over_all_masks_of_the_filled_answer(sft_recipe):
     assert found.tokens == len(ANSWER) and found.bytes == 2
     assert abs(found.bound.nats_per_token - exact / 3) < 3 * found.bound.standard_error
     assert found.bound.standard_error < 0.05 * exact / 3
+
+
+@pytest.mark.parametrize("noise", [Uniform("free"), MaskUniform()])
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+def test_a_free_noise_has_the_bound_of_its_own(sft_recipe, attention, noise):
+    checkpoint = Stub(attention, noise=noise)
+    filled = [*PROMPT, *ANSWER, *[END] * (3 if attention != "full" else 0)]
+    exact = bound(
+        checkpoint.model, checkpoint.spec, [filled], checkpoint.suppressed, 600, 9, starts=[6]
+    )
+    found = judge(checkpoint, sft_recipe(attention), 600)
+    error = 3 * (found.bound.standard_error + float(exact.variance.sqrt()) / 3)
+    assert abs(found.bound.nats_per_token - float(exact.nats) / 3) < error
+    assert error < 0.5 * found.bound.nats_per_token
 
 
 def test_full_attention_scores_the_answer_without_the_end_tokens_that_training_appends(sft_recipe):

@@ -259,8 +259,8 @@ def test_mask_id_that_differs_from_its_copy(fails, tmp_path, tiny_checkpoint):
 def test_spec_of_a_higher_format(fails, tmp_path, tiny_checkpoint):
     folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
-    change_json(folder / "config.json", diffusion={**block, "format": 3, "horizon": 3})
-    assert "diffusion.format is 3; this version of ar2diff reads formats up to 2" in fails(
+    change_json(folder / "config.json", diffusion={**block, "format": 4, "horizon": 3})
+    assert "diffusion.format is 4; this version of ar2diff reads formats up to 3" in fails(
         "generate", folder, "--prompt", "a"
     )
 

@@ -557,7 +557,7 @@ def test_a_base_on_the_hub_is_named_with_its_licence(hub, client, pushes, base, 
 # Where ar2diff is not installed
 
 
-REPOSITORIES = ("stories", "stories-lora", "stories-head", "draft")
+REPOSITORIES = ("stories", "stories-lora", "stories-head", "stories-free", "draft")
 
 
 @pytest.fixture(scope="module")
@@ -572,7 +572,20 @@ def published_head(hub, client, base, train):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(hub, published, published_adapter, published_head, published_draft, tmp_path_factory):
+def published_free(hub, client, base, train):
+    """The repository of a model whose noise is drawn, also where tokens are not."""
+    folder = train(base, "stories-free", "noise.kind=uniform", "noise.form=free")
+    done = client.run("push", folder, "ana/stories-free")
+    assert done.code == 0, done.err
+    assert "of the example are the same" in done.out
+    return hub.model("ana/stories-free")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(
+    hub, published, published_adapter, published_head, published_free, published_draft,
+    tmp_path_factory,
+):  # fmt: skip
     """What the first code block of each card prints in a process without ar2diff, as it stands and
     without its `trust_remote_code=True`."""
     home = tmp_path_factory.mktemp("elsewhere")

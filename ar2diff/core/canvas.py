@@ -350,7 +350,9 @@ class Canvas:
 
     def _settle(self, row: int, finished: Finished | None) -> None:
         """Move a row's front; the row is finished at the first end token that it passes, or where
-        `finished` says so, or at `total`."""
+        `finished` says so, or at `total`. The front of a finished row stays where it ends."""
+        if self.over[row]:
+            return
         front, total, first = self.front[row], self.last[row], self.first[row]
         over = False
         for token in self._known(row, front, total):
@@ -361,7 +363,7 @@ class Canvas:
                 token in self.ends or bool(finished and finished(row, self.ids[row, :front]))
             )
         self.front[row] = front
-        if (over or front == total) and not self.over[row]:
+        if over or front == total:
             self.end[row], self.over[row] = front, True
             self.unfinished -= 1
 

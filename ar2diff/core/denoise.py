@@ -148,15 +148,19 @@ def generators_of(
     spec: Spec, canvas: Canvas, options: Options, number: int = 0
 ) -> list[torch.Generator]:
     """One for each row, keyed by the seed, the prompt, and the number of earlier rows with the same
-    prompt: a row's draws do not depend on its batch, and equal prompts get different ones.
+    prompt: a row's draws do not depend on its batch, and equal prompts get different ones. Without
+    a seed, torch's draws it; but greedy tokens are the same in every call, also where a noise is
+    drawn.
 
     Args:
         number: how many rows of the same call have the prompts of the canvas already.
     """
     rows = len(canvas.ids)
-    if options.greedy and options.order != "random" and not spec.noise.random:
+    greedy, seed = options.greedy and options.order != "random", options.seed
+    if greedy and not spec.noise.random:
         return []
-    seed = options.seed
+    if greedy and seed is None:
+        seed = 0
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # torch.manual_seed governs it
     if isinstance(seed, tuple):

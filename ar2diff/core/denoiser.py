@@ -25,7 +25,6 @@ from .samplers import (
     commits,
     left_to_right,
     likeliest,
-    log_prob,
     quota_of,
     spread,
     surer,
@@ -314,12 +313,22 @@ class Denoiser(Decoder):
         self.edited = torch.zeros(len(self.rows), dtype=torch.bool)
         if len(row):
             no_end = position < canvas.end_from[row] if canvas.held else None
-            own = self.chooser.possible(logits[here], no_end, canvas.end_ids)
-            tokens = own.argmax(-1)
-            tokens, logprob = download(tokens, log_prob(own, tokens))
-            now = (tokens != canvas.ids[row, position]) & surer(logprob, threshold)
+            own = plain = self.chooser.possible(logits[here], no_end, canvas.end_ids)
+            if self.head is not None:
+                (before,) = upload(own.device, self._before(row, position))
+                own = own + self.head(before).to(own)
+            context = None
+            if self.chooser.readers:  # which read a position that is chosen as undecided
+                ids = canvas.ids[row].scatter(1, position[:, None], canvas.mask_token_id)
+                context = Context(ids, position)
+            choice = self.chooser.pick(own, None, context).on_host()
+            now = choice.tokens != canvas.ids[row, position]
+            now &= surer(choice.logprob, threshold)
             self.edited = spread(now, revised).any(1)
-            canvas.edit(row[now], position[now], tokens[now], logprob[now], self.finished)
+            found = choice.tokens[now], choice.logprob[now]
+            canvas.edit(row[now], position[now], *found, self.finished)
+            if canvas.alternatives:
+                self._note(plain, row, position, now)
         return logits[rest]
 
     def _note(self, logits: Tensor, row: Tensor, position: Tensor, now: Tensor) -> None:

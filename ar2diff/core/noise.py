@@ -175,8 +175,8 @@ class Noise:
 
     def guesses_for(self, count: int, generator: torch.Generator) -> Tensor | None:
         """[N] double, the uniform numbers with which a trainer draws guesses of the model for the
-        `count` open slots of a row, to show them there; -1 where a slot keeps what it shows. None:
-        the noise has no guesses."""
+        `count` tokens of a text, to show them in its open slots; -1 where a slot keeps what it
+        shows. None: the noise has no guesses."""
         return None
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class Noise:
         g, h = (y / y.gather(1, x[:, None]) for y in (g, h))
         masking, mixing = (y.to(v) for y in self.rates(t))
         into = (mixing / len(self.ids)).where(x != self.mask, masking)
-        ratio = g.where(g > 0, 1.0) / h.where(g > 0, 1.0)  # a gradient of 0 / 0 would be nan
+        ratio = g.where(g > 0, 1.0) / h.where(g > 0, 1.0)  # else a gradient would be 0 * inf
         others = (h - g + g * ratio.log()).scatter(1, x[:, None], 0.0)
         return into * others.sum(-1)
 
@@ -367,7 +367,8 @@ class SelfGuess(Noise):
     training teaches the model to correct what it has decided (token-to-token editing, LLaDA 2.1).
 
     Attributes:
-        guessed: share of the rows in training whose open slots show guesses; the others show masks.
+        guessed: share of the texts in training whose open slots show guesses; in the others they
+            show masks.
     """
 
     guessed: float = 0.5

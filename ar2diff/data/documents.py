@@ -23,7 +23,7 @@ from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.corruption import Law, block_times, corrupt, importance, replaced
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
-from .places import chosen_places, distilled_tokens, evidence_at, guesses_at
+from .places import chosen_places, distilled_tokens, evidence_at
 from .sources import Document, Documents
 
 DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
@@ -210,6 +210,7 @@ def blank_batch(size: tuple[int, ...]) -> dict[str, Tensor]:
         "real": torch.zeros(size, dtype=torch.bool),
         "eos": torch.zeros(size, dtype=torch.bool),
         "drawn": torch.zeros(size, dtype=torch.bool),
+        "guess": torch.full(size, -1.0, dtype=torch.double),
     }
 
 
@@ -233,7 +234,8 @@ class Collator:
     def __call__(self, numbered: Sequence[tuple[int, Sequence[DocumentPart]]]) -> dict[str, Tensor]:
         """[B, L] tensors: x0, xt, scored, t, coef, doc, pos, ar, written (see `finish`), eos, drawn
         (tokens that a diffusion head corrects although the one before is masked); those of
-        `chosen_places`; reveal, as `reveal_edges` has it, while an anneal reveals; scalars:
+        `chosen_places`; guess, the draws of the model's guesses, as `Noise.guesses_for` has them,
+        if the noise has any; reveal, as `reveal_edges` has it, while an anneal reveals; scalars:
         divisor, ar_divisor, tokens; and an int: step (the optimizer step that these rows belong to,
         on whichever rank)."""
         step = numbered[0][0] // self.rows_per_step
@@ -287,6 +289,10 @@ class Collator:
             key = content_key(part.ids[: part.real])
             seed = self.recipe.train.seed
             batch["drawn"][place] = drawn_before(seed, part.epoch, key, n)
+        if self.noise.guesses:
+            key = content_key(part.ids[: part.real])
+            generator = keyed_generator(self.recipe.train.seed, part.epoch, key, 4)
+            batch["guess"][place] = self.noise.guesses_for(n, generator)
 
     def noised(
         self, part: DocumentPart, block_length: int | None, edits: Edits | None = None
@@ -343,9 +349,9 @@ class Collator:
 
         Args:
             batch: [B, L] x0, doc, pos, weight (how much a token counts), real (tokens in the AR
-                loss), eos; ratio [views * B, L], factors on the weights; and written, the tokens
-                that an AR model writes, none beyond the end of a text, where they are not those
-                in the AR loss.
+                loss), eos, drawn, guess; ratio [views * B, L], factors on the weights; and written,
+                the tokens that an AR model writes, none beyond the end of a text, where they are
+                not those in the AR loss.
             xt, scored, t: [views, B, L].
         """
         views, objective = len(scored), self.recipe.objective
@@ -383,7 +389,7 @@ class Collator:
             "tokens": (batch["doc"] != PADDING).sum(),
             **chosen_places(scored, ar, distilled),
             **evidence_at(self.noise, xt, t, scored),
-            **guesses_at(self.noise, xt, scored, self.recipe.train.seed),
+            **({"guess": batch["guess"]} if self.noise.guesses else {}),
         }
 
     def _distilled(

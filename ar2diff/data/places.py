@@ -3,12 +3,10 @@ by a boolean mask would make the host wait for the GPU in every micro-step."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..config.sections import Distil
 from ..core.noise import Noise
-from ..core.seeds import content_key, keyed_generator
 from ..diffusion.distillation import later_visible
 from ..diffusion.task import places_of
 
@@ -43,25 +41,6 @@ def evidence_at(noise: Noise, xt: Tensor, t: Tensor, scored: Tensor) -> dict[str
     shown = xt[scored]
     evidence = noise.added(shown, t[scored])
     return {"shown": shown} | ({} if evidence is None else {"evidence": evidence.float()})
-
-
-def guesses_at(noise: Noise, xt: Tensor, scored: Tensor, seed: int) -> dict[str, Tensor]:
-    """The draws of the model's guesses for scored tokens, `guess` [N] in row-major order, as
-    `Noise.guesses_for` has them; nothing if the noise has no guesses. They depend on the seed and
-    on what a row shows up to its last scored token, as the noise of the row does.
-
-    Args:
-        xt, scored: [B, L].
-    """
-    if not noise.guesses:
-        return {}
-    found = []
-    for row, here in zip(xt.tolist(), scored, strict=True):
-        places = places_of(here)
-        shown = row[: int(places[-1]) + 1] if len(places) else []
-        generator = keyed_generator(seed, 4, content_key(shown))
-        found.append(noise.guesses_for(len(places), generator))
-    return {"guess": torch.cat(found)}
 
 
 def distilled_tokens(

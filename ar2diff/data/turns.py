@@ -31,7 +31,7 @@ from ..diffusion.corruption import block_times, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
 from .documents import drawn_before, law_of, pack, weighs_law
-from .places import chosen_places, distilled_tokens, evidence_at, guesses_at
+from .places import chosen_places, distilled_tokens, evidence_at
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -244,7 +244,8 @@ class TurnCollator:
         """[B, S] tensors: input_ids, doc, pos, noisy, start, block (`Slots`), target, scored, reads
         (slot at which a scored token is predicted), before (slot of the clean copy of the token
         before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar, with a
-        diffusion head also previous (the token before each one, as `previous_ids` has it); scalars:
+        diffusion head also previous (the token before each one, as `previous_ids` has it), with
+        guesses of the model also guess (their draws, as `Noise.guesses_for` has them); scalars:
         divisor, ar_divisor, tokens; and those of `chosen_places`."""
         views = 2 if self.recipe.noise.complementary else 1
         rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
@@ -281,7 +282,6 @@ class TurnCollator:
             else (batch["doc"] != PADDING).sum(),
             **chosen_places(scored, batch["ar"], distilled),
             **evidence_at(self.noise, batch["input_ids"], batch["t"], scored),
-            **guesses_at(self.noise, batch["input_ids"], scored, self.recipe.train.seed),
         }
 
     def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:
@@ -351,6 +351,10 @@ class TurnCollator:
         }  # fmt: skip
         if self.recipe.convert.head_rank is not None:
             found["previous"] = self._previous(part, turn, target, scored)
+        if self.noise.guesses:
+            key = content_key(part.ids[: turn.end])
+            generator = keyed_generator(self.recipe.train.seed, part.epoch, key, 4)
+            found["guess"] = self.noise.guesses_for(len(pos), generator)
         return found
 
     def _previous(
@@ -400,6 +404,7 @@ class TurnCollator:
         for turn in part.turns:
             ar[turn.start : turn.end] = True
         zeros = torch.zeros(len(ids))
+        guess = {"guess": zeros.double() - 1} if self.noise.guesses else {}
         return {
             "target": ids, "input_ids": ids, "pos": pos, "noisy": none, "scored": none,
             "t": zeros.double(), "ratio": zeros.double(), "before": torch.full_like(pos, -1),
@@ -407,7 +412,7 @@ class TurnCollator:
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
             "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),
-            "previous": torch.full_like(pos, UNKNOWN),
+            "previous": torch.full_like(pos, UNKNOWN), **guess,
         }  # fmt: skip
 
 

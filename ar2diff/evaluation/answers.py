@@ -12,9 +12,8 @@ import torch
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..config.sections import Noise
-from ..core.forward import logits_at
 from ..data.turns import ConversationPart, PackedConversations, TurnCollator
-from ..diffusion.likelihood import free_nats, task_nll
+from ..diffusion.likelihood import bound, task_nll
 from ..diffusion.objective import time_weights
 from ..diffusion.task import columns_before, reading, turn_task
 from .score import Bound, NegativeLogLikelihood, Score
@@ -66,8 +65,10 @@ class AnswerJudge:
             total, left_to_right = torch.tensor(sums, dtype=torch.double).sum(0).tolist()
             totals.append(total)
             ar = ar if draw else left_to_right
-            if spec is None:
+            if spec is None or spec.noise.free:
                 break
+        if spec is not None and spec.noise.free:
+            totals = self._free_totals()
         turns = [(part, turn) for part in self.parts[0] for turn in part.turns]
         tokens = sum(turn.end - turn.start for _, turn in turns)
         tokenizer = self.checkpoint.tokenizer
@@ -79,14 +80,14 @@ class AnswerJudge:
         def bits(nats: float) -> float:
             return nats / size / log(2) if size else nan
 
-        bound = nll = None
+        judged = nll = None
         if spec is not None:
             mean = sum(totals) / len(totals)
             error = stdev(totals) / len(totals) ** 0.5 / tokens if len(totals) > 1 else None
-            bound = Bound(mean / tokens, error, bits(mean))
+            judged = Bound(mean / tokens, error, bits(mean))
         if self._reads_left_to_right:
             nll = NegativeLogLikelihood(ar / tokens, bits(ar))
-        return Score(tokens, size, bound, nll)
+        return Score(tokens, size, judged, nll)
 
     @property
     def _reads_left_to_right(self) -> bool:
@@ -100,23 +101,32 @@ class AnswerJudge:
         batch = self.collate([(number, [part]) for number, part in enumerate(parts)])
         batch = {name: value.to(model.device) for name, value in batch.items()}
         suppressed = self.checkpoint.suppressed.to(model.device)
-        bound = ar = 0.0
+        nats = ar = 0.0
         task = turn_task(batch, spec)
-        if self.checkpoint.spec is not None:
+        if self.checkpoint.spec is not None and not spec.noise.free:
             t = batch["t"].flatten()[batch["scored_at"]]
-            if self.collate.noise.free:
-                logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
-                state = task.target, batch["shown"], t
-                bound = float(free_nats(self.collate.noise, logits, *state, suppressed).sum())
-            else:
-                nll = task_nll(model, spec, task, suppressed).double()
-                bound = float((nll * time_weights(t.cpu(), "1/t")).sum())
+            nll = task_nll(model, spec, task, suppressed).double()
+            nats = float((nll * time_weights(t.cpu(), "1/t")).sum())
         if first and self._reads_left_to_right:
             target = batch["target"]
             task = reading(task, columns_before(target), batch["ar_at"], target)
             task = replace(task, previous=None)  # the AR mode has no diffusion head
             ar = float(task_nll(model, spec, task, suppressed).double().sum())
-        return bound, ar
+        return nats, ar
+
+    def _free_totals(self) -> list[float]:
+        """Nats of all answers in each draw of the bound of a noise in the free form."""
+        rows, starts = [], []
+        for part in self.parts[0]:
+            for turn in part.turns:
+                fill = [part.ids[turn.end - 1]] * (turn.stop - turn.end)
+                rows.append([*part.ids[: turn.end], *fill])
+                starts.append(turn.start)
+        found = bound(
+            self.checkpoint.model, self.checkpoint.spec, rows, self.checkpoint.suppressed,
+            self.samples, self.collate.recipe.train.seed, ROWS, starts,
+        )  # fmt: skip
+        return sum(draws.sum(1) for draws in found.draws).tolist()
 
 
 def _unfilled(part: ConversationPart, recipe: Recipe) -> ConversationPart:

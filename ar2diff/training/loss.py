@@ -146,8 +146,8 @@ class Denoising(Running):
         weight.
 
         Args:
-            batch: from the collator: coef, t, eos [B, L], those of `chosen_places`, and tokens, a
-                scalar.
+            batch: from the collator: coef, t, eos and, with guesses, guess [B, L], those of
+                `chosen_places`, and tokens, a scalar.
             labels: [B, L] all tokens. ar_columns: [B, L] the slots in the row that predict them
                 from left to right.
             source: see `LossTask`.
@@ -168,7 +168,7 @@ class Denoising(Running):
             distilled=batch.get("distilled"),
             chosen=batch.get("chosen"),
             source=source,
-            guess=batch.get("guess"),
+            guess=batch["guess"].flatten()[places] if "guess" in batch else None,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -156,6 +156,7 @@ class Verb:
             check_base(path, spec)
         recipe = continued(self.check(path, spec, recipe), spec)
         check_target(path, spec, recipe)
+        check_noise(path, spec, recipe, self.converts)
         check_trackers(recipe.train.report_to)
         check_optimizer(recipe.train.optimizer)
         rows = self.read(recipe)
@@ -206,6 +207,28 @@ def check_target(path: Path, spec: Spec | None, recipe: Recipe) -> None:
         )
 
 
+def check_noise(path: Path, spec: Spec | None, recipe: Recipe, converts: bool) -> None:
+    """Refuse what the noise of a converted model, or the one that the recipe puts in its place,
+    cannot do.
+
+    Args:
+        converts: whether the run may put another in its place.
+    """
+    known = (spec or CAUSAL).noise
+    noise = recipe.noise.process or known
+    if noise != known and not converts:
+        raise Ar2DiffError(
+            f"{option('noise.kind')} is {noise.kind} in the {noise.form} form, but the noise of "
+            f"model {path} is {known.kind} in the {known.form} form, which the run does not change",
+            f"leave out {option('noise.kind')}, or convert the model with it first",
+        )
+    for problem in contradictions_of(noise, recipe):
+        raise Ar2DiffError(
+            f"model {path}: {problem}",
+            f"change the recipe, or convert the model with another {option('noise.kind')} first",
+        )
+
+
 def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
     """The recipe, with what it leaves open filled in from the spec of an already converted
     model."""
@@ -240,15 +263,10 @@ def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
     ar_mode = recipe.convert.attention == "causal_context" and (
         recipe.objective.ar_weight > 0 or not recipe.train.max_steps
     )
-    noise = recipe.noise.process or (checkpoint.spec or CAUSAL).noise
-    for problem in contradictions_of(noise, recipe):
-        raise Ar2DiffError(
-            f"model {checkpoint.path}: {problem}",
-            "change the recipe, or set noise.kind to one that can",
-        )
     spec = convert(
-        checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed, noise
-    )
+        checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed,
+        recipe.noise.process,
+    )  # fmt: skip
     problems = probed(checkpoint.model, spec)
     if problems:
         raise Ar2DiffError(

@@ -78,6 +78,9 @@ def own_states(
         made["pos"][here] = at
         made["weight"][here] = written.float()
         made["real"][here] = at < place.prompt
+        if collate.noise.guesses:
+            draws = collate.noise.guesses_for(length, keyed_generator(rollout.seed, 4))
+            made["guess"][here] = draws
         masked[here], t[here] = drawn_state(
             rollout.step[:length], decided, written, size, rollout.seed
         )
