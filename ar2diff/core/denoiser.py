@@ -185,7 +185,7 @@ class Denoiser(Decoder):
         end = torch.minimum(canvas.length, canvas.start + self.size)[self.rows, None]
         inside = (self.position < end) & ~canvas.done[self.rows, None]
         position = self.position.clamp(max=canvas.ids.shape[1] - 1)
-        return inside & canvas.open[self.row, position]
+        return inside & (canvas.ids[self.row, position] == canvas.mask_token_id)
 
     def _read(self, masked: Tensor) -> Tensor:
         """Logits [N, V] of the masked tokens, with guidance if the options ask for it."""
@@ -218,9 +218,10 @@ class Denoiser(Decoder):
             given["before"] = self._before(row, position)
         if self.chooser.readers:
             given["ids"], given["position"] = canvas.ids[row], position
-        shown = canvas.shown[row, position] if self.noise.visible else None
-        t, s = self._times(row)
-        evidence = self.noise.added(shown, t) if self.noise.visible else None
+        evidence = None
+        if self.noise.visible:
+            shown, (t, s) = canvas.shown[row, position], self._times(row)
+            evidence = self.noise.added(shown, t)
         if evidence is not None:
             given["shown"], given["evidence"] = shown, evidence
         drawn = None if options.greedy else self.chooser.uniform(row)
