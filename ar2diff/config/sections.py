@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..core.errors import Ar2DiffError
+from ..core.errors import Ar2DiffError, shortened
 from ..core.noise import Noise as Process
 from ..core.noise import noise_of
 from .section import MOST_ROWS, MOST_SAMPLES, Section
@@ -151,6 +151,24 @@ class Noise(Section):
         form = {} if self.form is None else {"form": self.form}
         return noise_of({"kind": self.kind, **form, **self.parameters})
 
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _are_numbers_or_words(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for name, given in value.items():
+            if name in ("kind", "form"):
+                raise ValueError(f"{name} is not a parameter; set noise.{name}")
+            if not isinstance(name, str) or type(given) not in (int, float, str):
+                shown = f"{shortened(name)} is {shortened(given)}"
+                raise ValueError(f"{shown}, but must be a number or a word")
+            try:
+                found[name] = float(given)  # YAML takes 1e-1 for a word
+            except (ValueError, OverflowError):
+                found[name] = given
+        return found
+
     @model_validator(mode="after")
     def _is_known(self) -> Noise:
         if self.kind is None and (self.form is not None or self.parameters):
@@ -158,9 +176,11 @@ class Noise(Section):
         try:
             self.process  # noqa: B018
         except Ar2DiffError as error:
-            raise ValueError(
-                error.what.replace("diffusion.noise.", "").replace("diffusion.noise", "noise")
-            ) from None
+            what = error.what.removeprefix("diffusion.noise").lstrip(".")
+            if what.startswith(" has a key"):
+                what = f"parameters have{what.removeprefix(' has')}"
+                what += "" if "did you mean" in what else f"; {error.fix}"
+            raise ValueError(what) from None
         return self
 
     @model_validator(mode="after")

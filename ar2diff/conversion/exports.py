@@ -30,6 +30,7 @@ from ..checkpoint.model import load_config, load_tokenizer, outline_of
 from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
+from ..core.noise import Mask
 from ..core.spec import Spec
 from .tensors import BELONG, check_tensors
 
@@ -203,6 +204,11 @@ def _check_sdar(path: Path, spec: Spec, config: Mapping[str, Any]) -> None:
             spec.head is not None,
             "it has a diffusion head, which the engines do not know",
             "convert the base again without convert.head_rank",
+        ),
+        (
+            spec.noise != Mask(),
+            f"its noise is {spec.noise.kind}, but the engines decode masks alone",
+            again("noise.kind=mask"),
         ),
         (
             spec.attention != "block_causal",

@@ -32,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import Ar2DiffError, first_line, shortened
 from .head import DraftHead
-from .spec import CAUSAL, Spec
+from .noise import Mask
+from .spec import CAUSAL, Spec, format_of
 
 CONFIG, WEIGHTS = "draft.json", "draft.safetensors"
 FORMAT = 1
@@ -113,6 +114,23 @@ class DraftSpec:
         """The content of `draft.json`."""
         return {**asdict(self), "targets": list(self.targets)}
 
+    def spec_for(self, base: Spec | None) -> Spec:
+        """How the model is read with this adapter: its AR mode, and blocks of the adapter's own masks
+        that start at any position, whatever the noise of the base.
+
+        Args:
+            base: the spec in the model's config, if it is a converted one.
+        """
+        base = base or CAUSAL
+        return replace(
+            base,
+            format=format_of(Mask(), base.head),
+            noise=Mask(),
+            mask_token_id=self.vocabulary,
+            block_length=self.block_length,
+            prediction="shift",
+        )
+
 
 class Draft(torch.nn.Module):
     """The weights of a draft adapter. It does not hold the model that it drafts for.
@@ -157,18 +175,8 @@ class Draft(torch.nn.Module):
         return self.spec.vocabulary
 
     def spec_for(self, base: Spec | None) -> Spec:
-        """How the model is read with this adapter: its AR mode, and blocks of masks that start at
-        any position.
-
-        Args:
-            base: the spec in the model's config, if it is a converted one.
-        """
-        return replace(
-            base or CAUSAL,
-            mask_token_id=self.mask_token_id,
-            block_length=self.spec.block_length,
-            prediction="shift",
-        )
+        """See `DraftSpec.spec_for`."""
+        return self.spec.spec_for(base)
 
     @contextmanager
     def applied(self, model: Any, noisy: slice) -> Iterator[None]:

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import Ar2DiffError, shortened
+from .errors import Ar2DiffError, nearest, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ class Noise:
 
     kind: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]
+    shows: ClassVar[str]  # what an open slot shows, in words
     starts_masked: ClassVar[bool] = True  # at t = 1, all open slots show the mask
     visible: ClassVar[bool] = True  # an open slot may look like a token
     guesses: ClassVar[bool] = False  # an open slot shows what the model guessed there
@@ -82,6 +83,17 @@ class Noise:
     def free(self) -> bool:
         """Whether no slot is known to be right before the last step."""
         return self.form == "free"
+
+    @property
+    def described(self) -> str:
+        """What an open slot shows, and what that means for decoding, as part of a sentence."""
+        how = (
+            "no slot is known to be right before the last step, so decoding takes a fixed number of "
+            "steps for each block, and no threshold"
+            if self.free
+            else "the sampler knows which slots are open, and decides them by a threshold or in steps"
+        )
+        return f"{self.shows} ({self.kind}, {self.form}): {how}"
 
     def on(self, mask_token_id: int, suppressed: Tensor) -> Noise:
         """This noise over a vocabulary.
@@ -159,7 +171,7 @@ class Noise:
         """[N] what the tokens x shown at times t add to the logits of those same tokens: log q(x |
         v) for v = x, less its value for any other v. It is 0 for a mask."""
         a, _, u = self.shares(t.clamp(min=EARLIEST))
-        return (a * len(self.ids) / u).log1p().masked_fill(x == self.mask, 0.0)
+        return (a * len(self.ids) / u.clamp(min=1e-300)).log1p().masked_fill(x == self.mask, 0.0)
 
     def added(self, x: Tensor, t: Tensor) -> Tensor | None:
         """[N] `evidence` where logits lack it; None where nothing is to be added: an open slot of
@@ -267,6 +279,7 @@ class Mask(Noise):
     process in both forms, and has no parameters."""
 
     kind = "mask"
+    shows = "an open slot shows the mask"
     forms = ("tracked",)
     visible = False
 
@@ -291,6 +304,7 @@ class Uniform(Noise):
     schedule: str = "linear"
 
     kind = "uniform"
+    shows = "an open slot shows any token, all as likely"
     forms = FORMS
     starts_masked = False
 
@@ -334,6 +348,7 @@ class MaskUniform(Noise):
     gamma: float = 1.0
 
     kind = "mask_uniform"
+    shows = "an open slot shows the mask or, halfway, any token"
     forms = ("free",)
 
     def __post_init__(self) -> None:
@@ -374,6 +389,7 @@ class SelfGuess(Noise):
     guessed: float = 0.5
 
     kind = "self"
+    shows = "an open slot shows the mask, and then what the model guessed there"
     forms = ("tracked",)
     guesses = True
 
@@ -409,11 +425,13 @@ def noise_of(value: Any) -> Noise:
         key = "kind" if isinstance(value, Mapping) else ""
         raise wrong(key, named.get("kind"), f"one of {', '.join(found)}")
     kind = found[named["kind"]]
+    known = [*kind().to_dict()]
     for name in named:
-        if name not in kind().to_dict():
+        if name not in known:
             raise Ar2DiffError(
-                f"diffusion.noise has a key that kind {kind.kind} lacks, {shortened(name)}",
-                f"its keys are {', '.join(kind().to_dict())}",
+                f"diffusion.noise has a key that kind {kind.kind} lacks, {shortened(name)}"
+                f"{nearest(str(name), known)}",
+                f"its keys are {', '.join(known)}",
             )
     return kind(**{name: v for name, v in named.items() if name != "kind"})
 

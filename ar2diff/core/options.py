@@ -44,6 +44,16 @@ DENOISING: dict[str, Any] = {
     "order": "prob", "remask": 0, "edit_threshold": None, "corrector_steps": 0, "edit_blocks": 0,
     "cfg_scale": 0, "check_cache": False,
 }  # fmt: skip
+# Those that a call in another mode must not set.
+DIFFUSION_ALONE = (
+    "steps_per_block", "entropy_bound", "edit_threshold", "corrector_steps", "edit_blocks",
+    "cfg_scale", "check_cache",
+)  # fmt: skip
+# Those that choose between tokens that are decided and others, which a noise in the free form lacks.
+DECIDING = (
+    "threshold", "entropy_bound", "remask", "edit_threshold", "corrector_steps", "edit_blocks",
+    "order",
+)  # fmt: skip
 # Options of transformers that need the text to the left of a token, or several beams: a denoiser
 # has neither. Their neutral values pass.
 REFUSED: dict[str, Any] = {
@@ -264,9 +274,9 @@ def resolve(
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
     _check_constraints(options)
+    _check_noise(options, spec, get.places[0])
     _check_rule(options)
     _check_edits(options, spec)
-    _check_noise(options, spec, get.places[0])
     _check_mode(options, spec, get.places[0])
     return options
 
@@ -378,7 +388,7 @@ def _check_noise(options: Options, spec: Spec, called: Mapping[str, Any]) -> Non
         )
     if not noise.free:
         return
-    for name in ("threshold", "entropy_bound", "remask", "edit_threshold", "order"):
+    for name in DECIDING:
         if called.get(name) not in (None, DENOISING[name]):
             raise Ar2DiffError(
                 f"{option(name)} needs to know which tokens are decided, but {kind} decides a "
@@ -406,7 +416,7 @@ def _check_mode(options: Options, spec: Spec, called: Mapping[str, Any]) -> None
                 f"use {option('mode', 'diffusion')}, or convert the base with causal_context "
                 f"attention and {option('objective.ar_weight')} above 0",
             )
-        for name in ("steps_per_block", "entropy_bound", "cfg_scale", "check_cache"):
+        for name in DIFFUSION_ALONE:
             if called.get(name):
                 raise Ar2DiffError(
                     f"{option(name)} only works with {option('mode', 'diffusion')}, not with "

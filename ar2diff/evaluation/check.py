@@ -17,6 +17,7 @@ from ..checkpoint.output import record_of
 from ..core.attention import lay_out, model_mask
 from ..core.draft import DraftSpec
 from ..core.forward import quiet_routers
+from ..core.noise import Mask
 from ..core.options import RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.probe import probe
 from ..core.spec import Spec
@@ -197,13 +198,23 @@ def _default_mode(checkpoint: Checkpoint, path: Path) -> DefaultMode:
             return DefaultMode(mode, "it has an AR mode, whose text is kept")
         return DefaultMode(mode, "generation_config.json says so, although it has an AR mode")
     if spec.noise.free:
-        return DefaultMode(mode, "its noise has no masks to draft in, and decides whole blocks")
+        why = "its noise, in the free form, decides a whole block at the last of its steps"
+        return DefaultMode(mode, f"{_drafts_no(spec)}; {why}")
     rule = {name: getattr(generation, name, None) for name in RULE}
     rule = {name: value for name, value in rule.items() if value is not None}
     shown = ", ".join(f"{name}={value}" for name, value in rule.items())
     ours = rule in ({"threshold": THRESHOLD}, {"threshold": SAFE_THRESHOLD})
     reason = f"because {_measured(path)}" if ours else "as generation_config.json says"
-    return DefaultMode(mode, f"it has no AR mode; {shown}, {reason}")
+    return DefaultMode(mode, f"{_drafts_no(spec)}; {shown}, {reason}")
+
+
+def _drafts_no(spec: Spec) -> str:
+    """Why a model has no lossless mode."""
+    if spec.writes_ar:
+        return (
+            f"it drafts nothing for its AR mode, because its noise, {spec.noise.kind}, has no masks"
+        )
+    return "it has no AR mode"
 
 
 def _measured(path: Path) -> str:
@@ -258,6 +269,7 @@ def _findings(checkpoint: Checkpoint, spec: Spec) -> list[Finding]:
     wanted = None if spec.attention == "causal_context" else False
     flag = "absent" if wanted is None else "false"
     findings = [
+        *([] if spec.noise == Mask() else [Finding(f"its noise: {spec.noise.described}", True)]),
         Finding(
             f"the probe agrees with the spec{': ' + problems[0] if problems else ''}", not problems
         ),

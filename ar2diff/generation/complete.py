@@ -182,8 +182,7 @@ def check_request(
     path = find_checkpoint(reference)
     spec, drafts = read_spec(path), is_draft(path)
     if drafts:
-        blocks = read_draft_spec(path / DRAFT_CONFIG).block_length
-        spec = replace(spec or CAUSAL, block_length=blocks)
+        spec = read_draft_spec(path / DRAFT_CONFIG).spec_for(spec)
     else:
         _check_converted(path, spec, settings)
     settings, gaps = steered(settings), request is not None and request.has_gap

@@ -16,7 +16,7 @@ from ..checkpoint.custom_generate import FOLDER, REQUIREMENTS, custom_generate, 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option, shortened
-from ..core.options import RULE
+from ..core.options import RULE, STEPS
 from ..core.spec import Spec
 from ..evaluation.check import ELSEWHERE
 from ..generation.chat import Chat
@@ -55,11 +55,14 @@ def shown_settings(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     if checkpoint.draft is not None:
         return [{"draft_length": longest}, {"mode": "ar"}]
     lossless = {"mode": "speculative", "draft_length": min(DRAFT_LENGTH, longest)}
+    fast: dict[str, Any] = {"threshold": 0.7}
+    if spec.noise.free:
+        fast = {"steps_per_block": max(1, (spec.block_length or STEPS) // 4)}
     if not spec.lossless or not longest:
-        return [{}, {"threshold": 0.7}]
+        return [{}, fast]
     if getattr(checkpoint.model.generation_config, "mode", None) == "speculative":
-        return [lossless, {"mode": "diffusion"}, {"threshold": 0.7}]
-    return [{}, {"threshold": 0.7}, lossless]
+        return [lossless, {"mode": "diffusion"}, fast]
+    return [{}, fast, lossless]
 
 
 def fitting_settings(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
@@ -72,7 +75,7 @@ def fitting_settings(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list
     refused: list[str] = []
     for settings in shown_settings(checkpoint):
         try:
-            Chat(checkpoint, settings | GREEDY)
+            Chat(checkpoint, settings | _greedy(checkpoint))
         except Ar2DiffError as error:
             if not fitting or checkpoint.draft is not None:
                 raise
@@ -80,6 +83,11 @@ def fitting_settings(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list
         else:
             fitting.append(settings)
     return fitting, refused
+
+
+def _greedy(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of all samples: a noise may be drawn at temperature 0 too."""
+    return GREEDY | ({"seed": 0} if checkpoint.read_as.noise.random else {})
 
 
 def measure_all(
@@ -108,7 +116,7 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     """
     samples: list[Sample] = []
     for settings in fitting_settings(checkpoint)[0][: None if every else 1]:
-        chat = Chat(checkpoint, settings | GREEDY)
+        chat = Chat(checkpoint, settings | _greedy(checkpoint))
         for event in chat.events(prompt):
             if isinstance(event, Problem):
                 raise Ar2DiffError(
@@ -147,7 +155,8 @@ def make_card(
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
     tags = ["ar2diff", "diffusion-lm", *([] if adapter else [FOLDER])]
-    tags += ["masked-diffusion" if spec.attention == "full" else "block-diffusion", model_type]
+    whole = "masked-diffusion" if spec.noise.starts_masked else "uniform-diffusion"
+    tags += [whole if spec.attention == "full" else "block-diffusion", model_type]
     relation = "adapter" if adapter else "finetune"
     data = ModelCardData(
         base_model=origin.name,
@@ -171,9 +180,10 @@ def make_card(
         templated=bool(checkpoint.tokenizer.chat_template),
         requirement=REQUIREMENTS.strip(),
         tokens=TOKENS,
-        own_rule=_own_rule(model.generation_config),
+        own_rule=_own_rule(model.generation_config, spec),
         own_mode=getattr(model.generation_config, "mode", None),
         spec=spec,
+        parameters=_parameters(spec),
         mask_token=checkpoint.tokenizer.mask_token,
         origin=origin,
         base_name=origin.name or record.get("base_model") or "unknown",
@@ -282,11 +292,20 @@ def _label(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
 
 
-def _own_rule(generation: Any) -> str:
-    """The settings in `generation_config.json` that determine which tokens a forward pass
-    decides."""
+def _own_rule(generation: Any, spec: Spec) -> str:
+    """The settings of the folder that determine which tokens a forward pass decides; of a noise in
+    the free form its steps, whether set or not."""
     own = {name: getattr(generation, name, None) for name in RULE}
-    return f"`{_label({name: value for name, value in own.items() if value is not None})}`"
+    own = {name: value for name, value in own.items() if value is not None}
+    if spec.noise.free:
+        own = {"steps_per_block": own.get("steps_per_block", spec.block_length or STEPS)}
+    return f"`{_label(own)}`"
+
+
+def _parameters(spec: Spec) -> str:
+    """The parameters of the noise."""
+    values = spec.noise.to_dict()
+    return _label({name: v for name, v in values.items() if name not in ("kind", "form")})
 
 
 def _class_name(model: Any) -> str:

@@ -43,7 +43,7 @@ HOW = (
 
 def parts(session: Session) -> list[Part]:
     """What is measured: gaps under each constraint, filled by all in turn."""
-    if not session.ways(USUAL):
+    if not any(way.held.fills for way in session.ways(USUAL)):
         return []
     return [
         Part(QUESTION, f"gaps held to a {name}", session.sizes.infills * 24, run)
@@ -55,7 +55,8 @@ def parts(session: Session) -> list[Part]:
 def ways(session: Session) -> list[Way]:
     """Who fills such gaps: diffusion modes, AR models from left to right, and draws of the base."""
     drawn = [] if session.base is None else [Way(session.base, RANKED_AR, DRAWN)]
-    return [*session.ways(USUAL), *session.left_to_right(), *drawn]
+    fill = [way for way in session.ways(USUAL) if way.held.fills]
+    return [*fill, *session.left_to_right(), *drawn]
 
 
 def protocol(figures: Iterable[Figure]) -> dict[str, Any]:

@@ -191,4 +191,7 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     if not session.model.denoises:
         why = "a draft adapter has no diffusion mode"
         session.miss(QUESTION, "filling and revising by the model", why)
+    elif not session.model.fills:
+        why = "its noise shows no masks, so it cannot fill gaps"
+        session.miss(QUESTION, "filling and revising by the model", why)
     return found

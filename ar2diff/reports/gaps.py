@@ -36,6 +36,7 @@ def ranked(base: Held) -> Way:
 def fillers(session: Session) -> list[Way]:
     """Ways that fill gaps or, in the base, stand in for it."""
     ways = [way for way in session.ways(USUAL, BASELINE) if way.held.key != "control"]
+    ways = [way for way in ways if way.held.fills or not way.held.denoises]
     return ways if session.base is None else [*ways, ranked(session.base)]
 
 
@@ -144,7 +145,7 @@ def true_middles(session: Session, held: Held) -> list[Row]:
         found = [
             r | {"ar_nats": v} for r, v in zip(found, (ends[1] - ends[0]).tolist(), strict=True)
         ]
-    if held.denoises:
+    if held.denoises and not held.free:
         nats = stretch_bound(held, rows, LEFT, LEFT + GAP, session.sizes.draws, session.seed)
         found = [r | {"bound_nats": v} for r, v in zip(found, nats, strict=True)]
     return found

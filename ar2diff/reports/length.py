@@ -169,7 +169,7 @@ def _positions(session: Session, held: Held) -> list[Row]:
             before = [row[:start] for row in cut]
             nats = nats - ar_nll(checkpoint.model, before, checkpoint.suppressed, window).nats
             ar = nats.tolist()
-        if held.denoises:
+        if held.denoises and not held.free:  # whose bound is one of whole blocks
             both = stretch_bound(held, cut, start, last, session.sizes.draws, session.seed)
         for number, (count, one, other) in enumerate(zip(tokens, ar, both, strict=True)):
             row = {"subject": held.key, "position": first, "row": number, "scored": count}

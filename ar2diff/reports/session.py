@@ -80,12 +80,13 @@ class Session:
         return self.subjects.get("base")
 
     def ways(self, *settings: str) -> list[Way]:
-        """Every subject at each of its settings, or at those that are named."""
+        """Every subject at each of its settings, or at those that are named, where the usual one of
+        the diffusion mode stands for that of each."""
         return [
             Way(held, name, arguments)
             for held in self.subjects.values()
             for name, arguments in held.settings().items()
-            if not settings or name in settings
+            if not settings or name in settings or (USUAL in settings and name == held.usual)
         ]
 
     def left_to_right(self) -> list[Way]:

@@ -12,7 +12,7 @@ from ..checkpoint.model import Checkpoint, load_tokenizer
 from ..checkpoint.output import record_of
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
-from ..core.options import THRESHOLD
+from ..core.options import STEPS, THRESHOLD
 from ..generation.complete import load
 from .figures import AR, BASELINE, LOOKUP, TOKEN_BY_TOKEN, Subject
 
@@ -55,6 +55,21 @@ class Held:
         return self.kind == "conversion"
 
     @property
+    def free(self) -> bool:
+        """Whether its diffusion mode has a noise in the free form: fixed steps, and no threshold."""
+        return self.denoises and self.checkpoint.spec.noise.free
+
+    @property
+    def fills(self) -> bool:
+        """Whether its diffusion mode fills gaps, which show masks."""
+        return self.denoises and self.checkpoint.spec.noise.starts_masked
+
+    @property
+    def usual(self) -> str:
+        """The name of the setting of the diffusion mode that users would choose."""
+        return _in_steps(self.checkpoint.spec.block_length or STEPS) if self.free else USUAL
+
+    @property
     def has_ar_mode(self) -> bool:
         """Whether it writes from left to right."""
         return self.kind != "conversion" or self.checkpoint.spec.writes_ar
@@ -86,17 +101,27 @@ class Held:
         block = self.checkpoint.read_as.block_length
         if self.has_ar_mode:
             found[AR] = {"mode": "ar"}
+        if self.checkpoint.read_as.lossless:
             found[LOSSLESS] = {"mode": "speculative"}
             if block is not None and block > 1:
                 chain = min(CHAIN, block - 1)
                 found[LOSSLESS_CHAIN] = {"mode": "speculative", "draft_length": chain}
         if self.kind == "draft":
             found[LOSSLESS_TREE] = {"mode": "speculative", "draft_nodes": NODES}
-        if self.denoises:
+        if self.free:
+            most = self.checkpoint.spec.block_length or STEPS
+            for steps in sorted({most, -(-most // 2), -(-most // 4)}, reverse=True):
+                found[_in_steps(steps)] = {"mode": "diffusion", "steps_per_block": steps}
+        elif self.denoises:
             for threshold in THRESHOLDS:
                 found[f"diffusion {threshold}"] = {"mode": "diffusion", "threshold": threshold}
             found[TOKEN_BY_TOKEN] = {"mode": "diffusion", "threshold": 1.0}
         return {name: {"do_sample": False, **arguments} for name, arguments in found.items()}
+
+
+def _in_steps(steps: int) -> str:
+    """The name of a setting of a noise in the free form."""
+    return f"diffusion in {steps} steps"
 
 
 def load_subjects(
