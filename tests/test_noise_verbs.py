@@ -664,18 +664,22 @@ def test_a_batch_is_each_row_alone_and_a_stream_is_the_text(saying, name, call):
 # Edits
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("attention", "blocks"), [*((a, 0) for a in ATTENTIONS), ("causal_context", 1)]
+)
 @pytest.mark.parametrize("name", TRACKED)
-def test_edits_keep_the_canvas_consistent(name, attention):
+def test_edits_keep_the_canvas_consistent(name, attention, blocks):
     """After every forward, against front and end that are found again from the ids alone."""
     model, spec = build_model("llama"), spec_of(NOISES[name], attention)
     prompts = [[1, *range(10, 10 + n % 6)] for n in range(12)]
-    ends, seen = range(2, 10), dict.fromkeys(("edits", "began", "dropped", "corrected"), 0)
+    ends, seen = range(2, 10), dict.fromkeys(("began", "dropped", "earlier"), 0)
     call = {"temperature": 1.6, "threshold": 0.3, "edit_threshold": 0.15, "corrector_steps": 2}
     call |= {"seed": 3, "max_new_tokens": 17, "min_new_tokens": 2, "mode": "diffusion"}
+    if blocks:
+        call |= {"block_length": BLOCK // 2, "edit_blocks": blocks}
     options = resolve(spec, call)
     canvas = Canvas.of_prompts(
-        prompts, MASK, max_new_tokens=17, grid=spec.block_length or 1, end_ids=list(ends),
+        prompts, MASK, max_new_tokens=17, grid=options.block_length or 1, end_ids=list(ends),
         min_new_tokens=2,
     )  # fmt: skip
     canvas.alternatives = 1
@@ -697,7 +701,9 @@ def test_edits_keep_the_canvas_consistent(name, attention):
             assert all(i >= len(prompt) for i in changed)
             edited = [i for i in changed if old[i] != MASK]
             assert MASK not in [new[i] for i in edited]
-            assert all(start[row] <= i < start[row] + decoder.size for i in changed)
+            reached = start[row] - blocks * decoder.size
+            assert all(reached <= i < start[row] + decoder.size for i in changed)
+            seen["earlier"] += sum(i < start[row] for i in changed)
             for i in changed:
                 assert canvas.step[row, i] == canvas.forwards[row]
             for i in edited:  # to what the model found likeliest there
@@ -722,8 +728,8 @@ def test_edits_keep_the_canvas_consistent(name, attention):
         before, over = canvas.ids.clone(), [*canvas.over]
         assert canvas.unfinished == over.count(False)
     assert torch.equal(canvas.ids[canvas.given], given[canvas.given])
-    assert canvas.edits.tolist() == counted
-    assert min(counted) < max(counted) and seen["began"] and seen["dropped"]
+    assert canvas.edits.tolist() == counted and bool(seen["earlier"]) == bool(blocks)
+    assert min(counted) < max(counted) and seen["began"] and (blocks or seen["dropped"])
     # The last block of an answer, here the only one of full attention, ends it.
     assert set(corrections.values()) == (set() if attention == "full" else {1, 2})
 

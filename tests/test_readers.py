@@ -57,23 +57,26 @@ def decode(model, spec, prompts, *, new=2 * BLOCK + 1, **settings):
     return canvas
 
 
-def own_logits(model, ids, start, masked, spec, window, size):
-    """Logits of a row's masked tokens: of one forward of [clean context | noisy block]."""
+def own_logits(model, ids, start, masked, spec, window, size, grid=None):
+    """Logits of a row's masked tokens: of one forward of [clean context | noisy block]; `grid` is
+    the block length of the context, if several blocks are read together."""
     full = spec.attention == "full"
     end = len(ids) if full else start + size
-    mask = mask_of(end, 0 if full else start, spec.attention, size, window)
+    mask = mask_of(end, 0 if full else start, spec.attention, grid or size, window)
     wanted = start + masked.nonzero()[:, 0] - int(spec.prediction == "shift")
     return raw_logits(model, ids[None, :end], mask)[0, wanted]
 
 
-def assert_exact(model, spec, reading, window=None, size=BLOCK, lengths=None, exact=EXACT):
+def assert_exact(
+    model, spec, reading, window=None, size=BLOCK, lengths=None, exact=EXACT, grid=None
+):
     """Each row of a reading against its own forward; how many it has compared."""
     ids, start, masked, logits = reading
     parts = logits.split(masked.sum(1).tolist())
     for row, part in enumerate(parts):
         if len(part):
             own = ids[row, : lengths[int(ids[row, 0])]] if lengths else ids[row]
-            args = (own, int(start[row]), masked[row], spec, window, size)
+            args = (own, int(start[row]), masked[row], spec, window, size, grid)
             torch.testing.assert_close(part, own_logits(model, *args), **exact)
     return len(logits)
 
@@ -108,6 +111,27 @@ def test_logits_are_exact_in_float32(readings, attention, prediction, cached):
     decode(model, spec, [prompt_of(n) for n in LENGTHS], cache_implementation=cached)
     for reading in readings:
         assert_exact(model, spec, reading, exact={"rtol": 0, "atol": 1e-5})
+
+
+@pytest.mark.parametrize("cached", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("attention", BLOCKWISE)
+def test_logits_are_exact_where_earlier_blocks_are_read_anew(
+    readings, attention, prediction, cached
+):
+    """Two blocks of 4 are read together, from the middle of a trained block of 8, too."""
+    model, spec = build_model("llama"), tiny_spec(attention, 8, prediction)
+    edits = {"edit_threshold": 0.0, "edit_blocks": 1, "corrector_steps": 1, "block_length": 4}
+    prompts = [prompt_of(length) for length in (2, 9, 5)]
+    canvas = decode(model, spec, prompts, new=13, cache_implementation=cached, **edits)
+    starts, again = set(), 0
+    for reading in readings:
+        ids, start, wanted, _ = reading
+        assert_exact(model, spec, reading, size=8, grid=4)
+        starts |= {*start.tolist()}
+        at = start[:, None] + torch.arange(4)
+        again += int((wanted[:, :4] & (ids.gather(1, at) != MASK)).sum())
+    assert starts >= {0, 4, 8, 12} and again and canvas.edits.sum() > 0
 
 
 @pytest.mark.parametrize("cached", ["dynamic", "static", "none"])
