@@ -211,7 +211,9 @@ def _default_mode(checkpoint: Checkpoint, path: Path) -> DefaultMode:
 def _drafts_no(spec: Spec) -> str:
     """Why a model has no lossless mode."""
     if spec.writes_ar:
-        return f"it drafts nothing for its AR mode, because its noise, {spec.noise.kind}, has no masks"
+        return (
+            f"it drafts nothing for its AR mode, because its noise, {spec.noise.kind}, has no masks"
+        )
     return "it has no AR mode"
 
 
