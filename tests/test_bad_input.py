@@ -15,7 +15,9 @@ from conftest import besides_progress
 from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.output import check_output
+from ar2diff.config.recipe import load_recipe
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.spec import Spec
 
 
 @pytest.fixture
@@ -263,6 +265,154 @@ def test_spec_of_a_higher_format(fails, tmp_path, tiny_checkpoint):
     assert "diffusion.format is 4; this version of ar2diff reads formats up to 3" in fails(
         "generate", folder, "--prompt", "a"
     )
+
+
+UNIFORM = {"kind": "uniform"}
+ODD_NOISES = [  # what is changed in a block of format 3, and what is said of it
+    ({"noise": "mask"}, "diffusion.noise is 'mask', but must be an object with a kind"),
+    ({"noise": {"kind": "mask"}}, "diffusion.noise.kind is 'mask', but must be another one"),
+    ({"noise": None}, "diffusion.noise is None"),
+    ({"noise": {}}, "diffusion.noise.kind is None, but must be one of mask, uniform"),
+    ({"noise": {"kind": ["uniform"]}}, "diffusion.noise.kind is ['uniform']"),
+    ({"noise": UNIFORM | {"schedul": "linear"}}, "lacks, 'schedul'; did you mean schedule?"),
+    ({"noise": UNIFORM | {"ids": [1]}}, "has a key that kind uniform lacks, 'ids'"),
+    ({"noise": UNIFORM | {"form": {"a": 1}}}, "diffusion.noise.form is {'a': 1}"),
+    ({"noise": UNIFORM | {"logits": "posterior"}}, "must be others in the tracked form"),
+    (
+        {"noise": UNIFORM | {"form": "free", "logits": "posterior"}},
+        "must be others with prediction shift in blocks",
+    ),
+    ({"noise": {"kind": "mask_uniform", "p_u": True}}, "diffusion.noise.p_u is True"),
+    ({"noise": {"kind": "mask_uniform", "p_u": float("nan")}}, "diffusion.noise.p_u is nan"),
+    ({"noise": {"kind": "mask_uniform", "p_u": 10**400}}, "p_u is an integer of 1329 bits"),
+    ({"noise": {"kind": "mask_uniform", "gamma": 3}}, "diffusion.noise.gamma is 3"),
+    ({"format": 1}, "diffusion.noise is {'kind': 'uniform'}, but must be mask in format 1"),
+    ({"format": 1, "noise": "uniform"}, "diffusion.noise is 'uniform', but must be mask"),
+    ({"head": {}}, "diffusion has an unknown key, 'head'"),
+]
+
+
+@pytest.mark.parametrize("changes,said", ODD_NOISES, ids=lambda value: str(value)[:60])
+def test_noises_that_a_spec_cannot_have(changes, said):
+    block = {
+        "format": 3, "noise": UNIFORM, "mask_token_id": 9, "attention": "causal_context",
+        "block_length": 8, "prediction": "shift", "ar_mode": True, "local_window": None,
+        "max_length": 64,
+    }  # fmt: skip
+    assert Spec.from_config({"mask_token_id": 9, "diffusion": block}).noise.kind == "uniform"
+    with pytest.raises(Ar2DiffError) as refused:
+        Spec.from_config({"mask_token_id": 9, "diffusion": block | changes})
+    assert said in refused.value.what
+
+
+def test_odd_noise_in_a_folder_names_the_file(fails, tmp_path, tiny_checkpoint):
+    folder = convert_to(tiny_checkpoint, tmp_path / "converted")
+    block = json.loads((folder / "config.json").read_text())["diffusion"]
+    change_json(folder / "config.json", diffusion={**block, "format": 3, "noise": {"kind": "x"}})
+    said = fails("generate", folder, "--prompt", "a")
+    assert "config.json" in said and "diffusion.noise.kind is 'x'" in said
+
+
+FREE = ["noise.kind=uniform", "noise.form=free"]
+GIDD = "noise.kind=mask_uniform"
+BAD_NOISES = [
+    (["noise.kind=maks"], "noise: kind is 'maks', but must be one of mask, uniform"),
+    (["noise.form=free"], "form and parameters belong to a kind"),
+    (["noise.kind=mask", "noise.form=free"], "form is 'free', but must be tracked"),
+    ([GIDD, "noise.form=tracked"], "form is 'tracked', but must be free"),
+    ([GIDD, "noise.parameters={pu: 0.1}"], "lacks, 'pu'; did you mean p_u?"),
+    ([GIDD, "noise.parameters={mask: 3}"], "its keys are kind, form, logits, p_u, gamma"),
+    ([GIDD, "noise.parameters={p_u: 1}"], "p_u is 1.0, but must be a number above 0"),
+    ([GIDD, "noise.parameters={p_u: .nan}"], "p_u is nan"),
+    ([GIDD, "noise.parameters={p_u: .inf}"], "p_u is inf"),
+    ([GIDD, "noise.parameters={p_u: true}"], "'p_u' is True, but must be a number or a word"),
+    ([GIDD, "noise.parameters={p_u: [1]}"], "'p_u' is [1], but must be a number or a word"),
+    ([GIDD, "noise.parameters={p_u: much}"], "p_u is 'much', but must be a number"),
+    ([GIDD, "noise.parameters={gamma: 3}"], "gamma is 3.0"),
+    (["noise.kind=uniform", "noise.parameters={kind: mask}"], "kind is not a parameter"),
+    (["noise.kind=uniform", "noise.parameters={schedule: cos}"], "schedule is 'cos'"),
+    (["noise.kind=self", "noise.parameters={guessed: true}"], "'guessed' is True"),
+    (["noise.kind=self", "noise.complementary=true"], "which changes visible tokens too"),
+    ([*FREE, "noise.parameters={logits: posterior}"], "cannot be combined with convert.prediction"),
+    ([*FREE, "noise.complementary=true"], "where all tokens are scored"),
+    ([*FREE, "objective.weight=1/t"], "objective.weight must be uniform"),
+    ([*FREE, "objective.weight=cart"], "objective.weight must be uniform"),
+    ([*FREE, "objective.distil.target=clean"], "objective.distil cannot be used"),
+    ([*FREE, "noise.on_policy=true"], "whose states it does not keep"),
+    ([*FREE, "rl.estimator=trajectory"], "one_step, elbo, ar can"),
+    (["noise.kind=uniform", "convert.head_rank=4"], "the head reads masks"),
+]
+
+
+@pytest.mark.parametrize("overrides,said", BAD_NOISES, ids=lambda value: str(value)[:70])
+def test_noises_that_a_recipe_cannot_have(overrides, said):
+    with pytest.raises(Ar2DiffError) as refused:
+        load_recipe(None, overrides)
+    assert said in refused.value.what
+
+
+def test_numbers_of_a_noise_in_any_notation():
+    recipe = load_recipe(None, [GIDD, "noise.parameters={p_u: 2e-1, gamma: 1}"])
+    assert recipe.noise.process.p_u == 0.2
+
+
+def test_what_a_free_noise_cannot_train_is_refused_for_a_converted_model_too(
+    adapts_not, convert_tiny
+):
+    folder = convert_tiny(*FREE)
+    for override in ("objective.weight=1/t", "noise.complementary=true", "convert.head_rank=4"):
+        assert override.split("=")[0] in adapts_not(folder, override)
+    said = adapts_not(folder, "noise.kind=mask", "peft.r=2")
+    assert "an adapter cannot change the noise of its base" in said
+
+
+DECIDES = "needs to know which tokens are decided, but this model's noise, uniform in the free form"
+MISTAKES_OF_NOISES = [
+    ("uniform", "free", ["--threshold", 0.5], DECIDES),
+    ("uniform", "free", ["--entropy-bound", 0.5], DECIDES),
+    ("uniform", "free", ["--order", "margin"], DECIDES),
+    ("uniform", "free", ["--remask", 0.2], DECIDES),
+    ("uniform", "free", ["--edit-threshold", 0.5], DECIDES),
+    ("uniform", "free", ["--corrector-steps", 2], DECIDES),
+    ("uniform", "free", ["--cfg-scale", 1], "--cfg-scale masks the prompt"),
+    ("uniform", "tracked", ["--mode", "speculative"], "drafts in masks, which this model's noise"),
+    ("uniform", "tracked", ["--prompt", "a {mask:3} b"], "this model cannot fill gaps"),
+    ("uniform", "tracked", ["--corrector-steps", 2], "set --edit-threshold too"),
+    ("uniform", "tracked", ["--edit-threshold", -1], "--edit-threshold is -1.0"),
+    ("uniform", "tracked", ["--edit-threshold", "nan"], "--edit-threshold is nan"),
+    (
+        "self", "tracked", ["--edit-threshold", 0.5, "--choice", "a"],
+        "--edit-threshold cannot be combined with --choice",
+    ),
+    (
+        "self", "tracked", ["--edit-threshold", 0.5, "--remask", 0.2, "--steps-per-block", 4],
+        "--edit-threshold cannot be combined with --remask",
+    ),
+    (
+        "self", "tracked", ["--mode", "ar", "--edit-threshold", 0.5],
+        "--edit-threshold only works with --mode diffusion, not with --mode ar",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,form,arguments,said", MISTAKES_OF_NOISES)
+def test_mistakes_of_generate_with_another_noise(fails, convert_tiny, kind, form, arguments, said):
+    folder = convert_tiny(f"noise.kind={kind}", f"noise.form={form}")
+    if "--prompt" not in arguments:
+        arguments = ["--prompt", "a", *arguments]
+    assert said in fails("generate", folder, *arguments)
+
+
+def test_caches_that_keep_what_open_slots_showed(fails, convert_tiny):
+    folder = convert_tiny("noise.kind=mask_uniform", "convert.attention=full")
+    said = fails("generate", folder, "--prompt", "a", "--cache", "dual")
+    assert "keeps what open slots showed" in said and "use --cache none" in said
+
+
+def test_export_of_a_noise_that_engines_cannot_decode(fails, convert_tiny, tmp_path):
+    folder = convert_tiny("noise.kind=mask_uniform", "convert.attention=block_causal")
+    said = fails("export", folder, "--to", "sdar", "--output-dir", tmp_path / "out")
+    assert "its noise is mask_uniform, but the engines decode masks alone" in said
 
 
 def test_tokenizer_that_does_not_match_the_weights(adapts_not, broken):

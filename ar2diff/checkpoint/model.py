@@ -489,7 +489,8 @@ def _choose_mode(generation: Any, spec: Spec, old: Spec | None) -> None:
     Args:
         old: the spec until now; None for a model that is being converted.
     """
-    if not spec.lossless or getattr(generation, "mode", None) not in MODES:
+    gained = old is not None and spec.lossless and not old.lossless  # by another noise
+    if not spec.lossless or gained or getattr(generation, "mode", None) not in MODES:
         generation.mode = "speculative" if spec.lossless else "diffusion"
     if spec.noise.free:  # which has steps alone
         generation.threshold = generation.entropy_bound = None

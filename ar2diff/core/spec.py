@@ -148,6 +148,10 @@ class Spec:
         if not (isinstance(named, Mapping) if version == NOISE_FORMAT else named == Mask.kind):
             wanted = "an object with a kind" if version == NOISE_FORMAT else Mask.kind
             raise _bad("noise", named, f"{wanted} in format {shortened(version)}")
+        if isinstance(named, Mapping) and noise_of(named) == Mask():
+            raise _bad(
+                "noise.kind", Mask.kind, f"another one in format {version}: masks are format 1"
+            )
         head = {"head": Head.of(block["head"])} if with_head else {}
         spec = cls(**{**block, **head})
         beside = config.get("mask_token_id")
