@@ -115,8 +115,8 @@ class DraftSpec:
         return {**asdict(self), "targets": list(self.targets)}
 
     def spec_for(self, base: Spec | None) -> Spec:
-        """How the model is read with this adapter: its AR mode, and blocks of the adapter's own masks
-        that start at any position, whatever the noise of the base.
+        """How the model is read with this adapter: its AR mode, and blocks of the adapter's own
+        masks that start at any position, whatever the noise of the base.
 
         Args:
             base: the spec in the model's config, if it is a converted one.

@@ -86,10 +86,11 @@ class Noise:
     def described(self) -> str:
         """What an open slot shows, and what that means for decoding, as part of a sentence."""
         how = (
-            "no slot is known to be right before the last step, so decoding takes a fixed number of "
-            "steps for each block, and no threshold"
+            "no slot is known to be right before the last step, so decoding takes a fixed number "
+            "of steps for each block, and no threshold"
             if self.free
-            else "the sampler knows which slots are open, and decides them by a threshold or in steps"
+            else "the sampler knows which slots are open, and decides them by a threshold or in "
+            "steps"
         )
         return f"{self.shows} ({self.kind}, {self.form}): {how}"
 

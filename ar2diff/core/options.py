@@ -49,7 +49,7 @@ DIFFUSION_ALONE = (
     "steps_per_block", "entropy_bound", "edit_threshold", "corrector_steps", "cfg_scale",
     "check_cache",
 )  # fmt: skip
-# Those that choose between tokens that are decided and others, which a noise in the free form lacks.
+# Those that tell decided tokens from others, which a noise in the free form cannot.
 DECIDING = (
     "threshold", "entropy_bound", "remask", "edit_threshold", "corrector_steps", "order",
 )  # fmt: skip
