@@ -231,6 +231,16 @@ def test_a_folder_without_an_ar_mode_shows_its_defaults(convert_tiny):
     assert "| the defaults: `threshold=0.99` |" in preview(folder, license="mit")
 
 
+def test_a_noise_in_the_free_form_is_named_and_has_steps(convert_tiny):
+    said = preview(convert_tiny("noise.kind=uniform", "noise.form=free"), license="mit")
+    assert "| noise | an open slot shows any token, all as likely (uniform, free): no slot" in said
+    assert "| the defaults: `steps_per_block=8` |" in said and "| `steps_per_block=2` |" in said
+    assert "with seed 0" in said and "threshold=" not in said and "lower threshold" not in said
+    assert "the text is that of the AR mode, not of the diffusion mode" in said
+    said = preview(convert_tiny("noise.kind=mask_uniform"), license="mit")
+    assert "such as `steps_per_block`, or has gaps" in said and "with seed 0" not in said
+
+
 def test_the_likelihood_is_the_records(card, trained):
     found = json.loads((trained / "ar2diff.json").read_text())["eval"]
     bound, ar = found["bound"], found["ar_nll"]

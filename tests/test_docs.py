@@ -21,10 +21,12 @@ from ar2diff.cli.main import app
 
 import ar2diff
 from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
+from ar2diff.core import noise
 from ar2diff.generation.chat import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+GUIDES = ROOT / "docs" / "guides"
 PAGES = [README, ROOT / "benchmarks" / "README.md"]
 PAGES += sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "messages.md")
 FOLDERS = ("benchmarks", "docs", "recipes", "tests", "ar2diff", "cli", "results")
@@ -208,6 +210,12 @@ def test_python_examples_use_public_names(page):
         ast.parse(code)
     for code in [*python, *(span for span in spans(text) if "(" in span)]:
         assert set(re.findall(r"\bar2diff\.(\w+)\(", code)) <= set(ar2diff.__all__)
+
+
+def test_every_noise_and_its_parameters_are_in_the_guide():
+    named = set(spans(read(GUIDES / "noises.md")))
+    for kind in noise.KINDS:
+        assert {kind.kind, *kind().to_dict()} - {"kind", "form", "logits"} <= named
 
 
 def test_every_recipe_is_in_the_guide():

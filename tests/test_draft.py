@@ -572,6 +572,15 @@ def test_a_converted_model_takes_a_draft_adapter(converted, texts, tmp_path):
     assert [name.rpartition(".")[2] for name in checkpoint.draft.spec.targets] == ["o_proj"] * 2
 
 
+def test_a_draft_adapter_has_masks_of_its_own_beside_a_base_without(convert_tiny, texts, tmp_path):
+    base = convert_tiny("noise.kind=uniform", "noise.form=free")
+    ar2diff.draft(base, None, tmp_path / "out", data=texts, overrides=recipe_of(texts))
+    settings = {"max_new_tokens": 12, "temperature": 0}
+    drafted = ar2diff.load(str(tmp_path / "out")).generate("the cat", **settings)
+    assert drafted.text == ar2diff.load(str(base)).generate("the cat", mode="ar", **settings).text
+    assert ar2diff.check(str(tmp_path / "out")).ok
+
+
 def test_the_other_verbs_do_not_take_the_section(tiny_checkpoint, texts, tmp_path):
     with pytest.raises(Ar2DiffError, match="draft"):
         ar2diff.adapt(

@@ -67,7 +67,7 @@ def cosine(t):
     return math.cos((t + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2), 0.0
 
 
-def late(t):
+def slow(t):
     return 1 - t**2, 0.0
 
 
@@ -76,7 +76,7 @@ def of_the_guide():
     code = (ROOT / "docs/guides/noises.md").read_text().split("```python\n")[1].split("```")[0]
     names = {"__name__": "guide"}
     exec(code, names)
-    return names["Late"]
+    return names["Slow"]
 
 
 def gidd(p_u, gamma):
@@ -97,7 +97,7 @@ KINDS = {
     "mask_uniform": (MaskUniform(p_u=0.3), gidd(0.3, 1.0)),
     "mask_uniform steep": (MaskUniform(p_u=0.15, gamma=1.6), gidd(0.15, 1.6)),
     "self": (SelfGuess(), None),
-    "late free": (of_the_guide()("free"), late),
+    "slow free": (of_the_guide()("free"), slow),
 }
 KINDS = {name: (noise.on(MASK, SUPPRESSED), law) for name, (noise, law) in KINDS.items()}
 FREE = [name for name, (noise, _) in KINDS.items() if noise.free]

@@ -10,9 +10,11 @@ from math import sqrt
 import pytest
 from reports import realistic
 
+from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.demo import corpus
+from ar2diff.generation.complete import settings_of
 from ar2diff.reports import quality, speed, subjects, tasks
 from ar2diff.reports.control import edit
 from ar2diff.reports.estimates import ratio, ratio_difference, share, share_difference
@@ -339,3 +341,20 @@ def test_requests_that_cannot_be_met_are_refused_in_two_lines(
         assert len(lines) == 2 and lines[0].startswith("error: ") and told in told_too, told_too
     assert not out.exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "noise,settings,fills",
+    [
+        (["uniform", "free"], ["ar", *(f"diffusion in {n} steps" for n in (8, 4, 2))], False),
+        (["uniform", "tracked"], ["ar", "diffusion 0.98", "diffusion 0.9"], False),
+        (["mask_uniform", "free"], ["ar", "lossless", "lossless chain"], True),
+    ],
+)
+def test_a_subject_is_measured_in_what_its_noise_can_do(convert_tiny, noise, settings, fills):
+    folder = convert_tiny(f"noise.kind={noise[0]}", f"noise.form={noise[1]}")
+    held = subjects.Held("model", "model", load_checkpoint(str(folder)), 259)
+    assert [*held.settings()][: len(settings)] == settings
+    assert held.fills is fills and held.usual in held.settings()
+    for arguments in held.settings().values():
+        settings_of(held.checkpoint, dict(arguments))

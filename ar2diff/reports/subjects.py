@@ -56,7 +56,7 @@ class Held:
 
     @property
     def free(self) -> bool:
-        """Whether its diffusion mode has a noise in the free form: fixed steps, no threshold."""
+        """Whether its noise is in the free form: fixed steps, and no threshold."""
         return self.denoises and self.checkpoint.spec.noise.free
 
     @property
