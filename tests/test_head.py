@@ -366,11 +366,12 @@ def test_a_head_that_is_not_the_folders_is_refused(copied, change, said):
         generate(torch.tensor([[1, 40]]), model=model, max_new_tokens=4, mode="diffusion")
 
 
-def test_format_1_has_no_head_and_format_2_has_one(headed):
+def test_format_2_alone_has_a_head(headed):
     config = json.loads((headed / "config.json").read_text())
     for change, said in (
         ({"format": 1}, "unknown key, 'head'"),
-        ({"format": 3}, "format is 3; this version of ar2diff reads formats up to 2"),
+        ({"format": 3}, "unknown key, 'head'"),
+        ({"format": 4}, "format is 4; this version of ar2diff reads formats up to 3"),
     ):
         with pytest.raises(Ar2DiffError, match=said):
             Spec.from_config(config | {"diffusion": config["diffusion"] | change})
