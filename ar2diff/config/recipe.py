@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
 from ..core.noise import Mask
 from ..core.noise import Noise as Process
+from ..core.spec import sees_itself
 from .draft import Draft
 from .rl import Rl
 from .schema import field_names, keys_of
@@ -142,9 +143,7 @@ def contradictions_of(process: Process, recipe: Recipe) -> Iterator[str]:
             yield f"objective.weight bound needs a noise in the free form; 1/t is that of {named}"
         return
     free = f"{named} in the free form"
-    if process.logits == "posterior" and (
-        convert.prediction == "shift" and convert.attention != "full"
-    ):
+    if process.logits == "posterior" and not sees_itself(convert.attention, convert.prediction):
         yield (
             "noise.parameters.logits posterior cannot be combined with convert.prediction shift in "
             "blocks: the first token of a block is read at a slot that does not see it"

@@ -59,11 +59,13 @@ class Denoiser(Decoder):
         self.size = min(options.block_length or total, total)
         self.before = self.size * options.edit_blocks  # tokens before the block that are read anew
         self.rows = torch.arange(len(canvas.ids))
-        suppressed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
-        suppressed[chooser.suppressed.cpu()] = True
-        self.noise = spec.noise.on(spec.mask_token_id, suppressed)
-        if self.noise.visible and canvas.shown is None:
-            canvas.shown = canvas.ids.clone()
+        self.noise = spec.noise
+        if self.noise.visible:
+            suppressed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
+            suppressed[chooser.suppressed.cpu()] = True
+            self.noise = self.noise.on(spec.mask_token_id, suppressed)
+            if canvas.shown is None:
+                canvas.shown = canvas.ids.clone()
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
         cache = options.cache_implementation
         self.reader = self._reader_for(model, spec, cache)
@@ -294,7 +296,7 @@ class Denoiser(Decoder):
             self.canvas.shown[row, position] = self.noise.prior(u)
 
     def _revisable(self) -> Tensor:
-        """[R, W] tokens that unfinished rows decided and may replace."""
+        """[R, W] tokens that unfinished rows decided, and may replace or mask again."""
         canvas = self.canvas
         inside = (self.position < canvas.length[self.rows, None]) & ~canvas.done[self.rows, None]
         at = self.row, self.position.clamp(max=canvas.ids.shape[1] - 1)
@@ -407,10 +409,8 @@ class Denoiser(Decoder):
         Returns:
             [R, W] bool, which tokens.
         """
-        canvas, rows = self.canvas, self.rows
+        canvas, rows, decided = self.canvas, self.rows, self._revisable()
         at = (self.row, self.position.clamp(max=canvas.ids.shape[1] - 1))
-        decided = ~canvas.open[at] & ~canvas.given[at]
-        decided &= self.position < canvas.length[rows, None]
         taken = canvas.forwards[rows] - self.began[rows]
         decided &= (open_ & (taken < self.options.steps_per_block))[:, None]
         back = top(-canvas.logprob[at], decided, (self.options.remask * decided.sum(1)).long())

@@ -197,9 +197,15 @@ def format_of(noise: Noise, head: Head | None) -> int:
     return NOISE_FORMAT
 
 
+def sees_itself(attention: str, prediction: str) -> bool:
+    """Whether each token is predicted at a slot that sees what the token's own slot shows: the
+    first one of a block does not, where it is read at the slot before."""
+    return prediction == "same" or attention == "full"
+
+
 def check_reads(noise: Noise, attention: str, prediction: str) -> None:
     """Refuse logits that cannot mean what the noise says they mean."""
-    if noise.logits == "posterior" and prediction == "shift" and attention != "full":
+    if noise.logits == "posterior" and not sees_itself(attention, prediction):
         raise _bad(
             "noise.logits", "posterior",
             "others with prediction shift in blocks: the first token of a block is read at a slot "

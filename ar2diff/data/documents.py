@@ -222,6 +222,12 @@ def drawn_before(seed: int, epoch: int, key: int, count: int) -> Tensor:
     return torch.rand(count, generator=keyed_generator(seed, epoch, key, 2)) < DRAWN
 
 
+def guess_draws(noise: Noise, seed: int, epoch: int, key: int, count: int) -> Tensor:
+    """[count] the draws of the model's guesses for a text, as `Noise.guesses_for` has them: a
+    function of (seed, epoch, the key of the text), like the noise."""
+    return noise.guesses_for(count, keyed_generator(seed, epoch, key, 4))
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns rows into a noised batch. The noise is drawn here, on the CPU, so that the divisor of
@@ -291,8 +297,8 @@ class Collator:
             batch["drawn"][place] = drawn_before(seed, part.epoch, key, n)
         if self.noise.guesses:
             key = content_key(part.ids[: part.real])
-            generator = keyed_generator(self.recipe.train.seed, part.epoch, key, 4)
-            batch["guess"][place] = self.noise.guesses_for(n, generator)
+            seed = self.recipe.train.seed
+            batch["guess"][place] = guess_draws(self.noise, seed, part.epoch, key, n)
 
     def noised(
         self, part: DocumentPart, block_length: int | None, edits: Edits | None = None

@@ -30,7 +30,7 @@ from ..core.seeds import content_key, keyed_generator
 from ..diffusion.corruption import block_times, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
-from .documents import drawn_before, law_of, pack, weighs_law
+from .documents import drawn_before, guess_draws, law_of, pack, weighs_law
 from .places import chosen_places, distilled_tokens, evidence_at
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
@@ -353,8 +353,8 @@ class TurnCollator:
             found["previous"] = self._previous(part, turn, target, scored)
         if self.noise.guesses:
             key = content_key(part.ids[: turn.end])
-            generator = keyed_generator(self.recipe.train.seed, part.epoch, key, 4)
-            found["guess"] = self.noise.guesses_for(len(pos), generator)
+            seed = self.recipe.train.seed
+            found["guess"] = guess_draws(self.noise, seed, part.epoch, key, len(pos))
         return found
 
     def _previous(
