@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
 from ar2diff.core.head import BigramHead
-from ar2diff.core.noise import Mask
+from ar2diff.core.noises import Mask
 from ar2diff.core.spec import HEAD_FORMAT, Spec
 from ar2diff.distributed import precision
 

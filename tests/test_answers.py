@@ -12,7 +12,8 @@ import torch
 from conftest import MASK, MASKS, build_model, tiny_spec
 
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.core.noise import MaskUniform, Noise, Uniform
+from ar2diff.core.noise import Noise
+from ar2diff.core.noises import MaskUniform, Uniform
 from ar2diff.core.spec import format_of
 from ar2diff.data.conversations import Conversations, TokenRows
 from ar2diff.data.turns import IGNORED, PackedConversations

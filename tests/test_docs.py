@@ -21,7 +21,7 @@ from ar2diff.cli.main import app
 
 import ar2diff
 from ar2diff.config.recipe import Recipe, field_names, load_recipe, recipe_names
-from ar2diff.core import noise
+from ar2diff.core import noises
 from ar2diff.generation.chat import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,7 +214,7 @@ def test_python_examples_use_public_names(page):
 
 def test_every_noise_and_its_parameters_are_in_the_guide():
     named = set(spans(read(GUIDES / "noises.md")))
-    for kind in noise.KINDS:
+    for kind in noises.KINDS:
         assert {kind.kind, *kind().to_dict()} - {"kind", "form", "logits"} <= named
 
 

@@ -22,7 +22,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.forward import logits_at
 from ar2diff.core.generate import generate
 from ar2diff.core.head import UNKNOWN, BigramHead
-from ar2diff.core.noise import Mask
+from ar2diff.core.noises import Mask
 from ar2diff.core.samplers import draw
 from ar2diff.core.seeds import keyed_generator
 from ar2diff.core.spec import HEAD_FILE, Spec

@@ -29,8 +29,10 @@ from ar2diff.config.rl import Rl
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import decoder_of
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.forward import logits_at
 from ar2diff.core.generate import generate
-from ar2diff.core.noise import MaskUniform, Noise, SelfGuess, Uniform
+from ar2diff.core.noise import Noise
+from ar2diff.core.noises import MaskUniform, SelfGuess, Uniform
 from ar2diff.core.options import resolve
 from ar2diff.core.spec import NOISE_FORMAT
 from ar2diff.data.conversations import TokenRows
@@ -109,11 +111,8 @@ def test_only_supervised_tokens_are_noisy_and_scored(sft_recipe, attention, name
         assert (batch["coef"] > 0).equal(scored) and not batch["coef"][~scored].any()
         if noise.free:
             assert torch.equal(batch["shown"], ids[scored])
-            gain = noise.evidence(batch["shown"], batch["t"][scored])
-            assert torch.equal(batch["evidence"], gain.float())
-            assert not gain[batch["shown"] == MASK].any() and (gain >= 0).all()
         else:
-            assert "shown" not in batch and "evidence" not in batch
+            assert "shown" not in batch
         assert ("guess" in batch) == noise.guesses
     assert counts > 100
     if noise.kind == "self":
@@ -133,9 +132,6 @@ def test_a_conversation_shows_the_same_whatever_is_beside_it(sft_recipe, attenti
     def slots(batch, row, doc):
         here = (batch["doc"][row] == doc) & batch["noisy"][row]
         values = [batch[key][row, here].tolist() for key in names]
-        if "evidence" in batch:
-            place = batch["scored"].flatten().cumsum(0).view_as(batch["scored"]) - 1
-            values.append(batch["evidence"][place[row, here & batch["scored"][row]]].tolist())
         return values
 
     def each(epoch, seed=0):
@@ -187,6 +183,30 @@ def short(write_jsonl):
 def noisy_base(convert_tiny):
     """Factory: the tiny checkpoint converted with a noise. Never write to it."""
     return lambda name: convert_tiny("convert.block_length=4", *overrides_of(NOISES[name]))
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_loss_weighs_tokens_by_what_their_slots_show(noisy_base, short, tmp_path, name):
+    checkpoint = load_checkpoint(str(noisy_base(name)))
+    rows = TokenRows(*(list(map(np.array, x)) for x in zip(*CHATS, strict=True)), ())
+    recipe, noise, bars = short(), checkpoint.noise, checkpoint.suppressed
+    trainer = make_trainer(Plan(checkpoint, recipe, rows, None), tmp_path, [])
+    batch = trainer.data_collator([(n, [p]) for n, p in enumerate(parts_of(recipe))])
+    wanted, every = trainer.task_of(batch), torch.eye(len(bars)).double()
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        logits = logits_at(
+            trainer.model, wanted.task.index, **wanted.task.inputs(trainer.model, None)
+        )
+    for line, (x, t) in enumerate(zip(batch["shown"], wanted.t, strict=True)):
+        likely = noise.marginal(every, t.expand(len(bars)))[:, x]
+        logits[line] += likely.clamp(min=1e-30).log().float()
+    logits = logits.masked_fill(bars, -torch.inf)
+    nll = torch.nn.functional.cross_entropy(logits, wanted.task.target, reduction="none")
+    total = (wanted.coef * nll).sum() / batch["divisor"]
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
+    likeliest = wanted.at_masked(logits.argmax(-1))
+    assert torch.equal(outputs["predictions"], likeliest)
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -261,9 +281,6 @@ def test_a_document_shows_the_same_whatever_is_beside_it(
     def slots(batch, row, doc):
         here = batch["doc"][row] == doc
         values = [batch[key][row, here].tolist() for key in names]
-        if "evidence" in batch:
-            place = batch["scored"].flatten().cumsum(0).view_as(batch["scored"]) - 1
-            values.append(batch["evidence"][place[row, here & batch["scored"][row]]].tolist())
         return values
 
     ids = [tokenize(tiny_tokenizer, text, END) for text in TEXTS]

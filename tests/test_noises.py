@@ -14,11 +14,13 @@ from test_cross_entropy import PARTS
 from test_likelihood import own_mask, raw_logits
 
 from ar2diff.config.rl import Rl
-from ar2diff.core import noise as module
+from ar2diff.core import noises as module
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import decoder_of
+from ar2diff.core.fitted import Fitted
 from ar2diff.core.forward import logits_at
-from ar2diff.core.noise import LOGITS, Mask, MaskUniform, SelfGuess, Uniform
+from ar2diff.core.noise import LOGITS, OwnEvidence
+from ar2diff.core.noises import Gaussian, Mask, MaskUniform, Nearest, SelfGuess, Spindle, Uniform
 from ar2diff.core.options import Options
 from ar2diff.core.spec import format_of
 from ar2diff.data.documents import Collator, DocumentPart
@@ -87,6 +89,46 @@ def gidd(p_u, gamma):
     return law
 
 
+COUNTS = torch.tensor([6, 1, 0, 2, 0])
+TABLE = double([1.0, 0.0], [0.9, 0.3], [5.0, 5.0], [0.6, -0.7], [9.0, 9.0])
+
+
+def fitted(noise):
+    return replace(noise, fitted=Fitted(None, noise.fit(TABLE, COUNTS, ~SUPPRESSED)))
+
+
+def spindle(t):
+    p = [(int(COUNTS[i]) + 1) / (9 + K) for i in IDS]
+    nats = [-math.log(x) for x in p]
+    mean, found = sum(x * n for x, n in zip(p, nats, strict=True)), EYE.clone()
+    for i, own in zip(IDS, nats, strict=True):
+        slope = max(0.3 * math.pi * (1 - mean / own), -0.95)
+        hidden = t + slope * math.sin(math.pi * t) / math.pi
+        found[i, i], found[i, MASK] = 1 - hidden, hidden
+    return found
+
+
+def walk(noise, rates):
+    """Along the schedule, which has a test of its own."""
+
+    def law(t):
+        own = torch.tensor(rates, dtype=torch.double)
+        length = float(noise._length(double(t)))
+        found = EYE.clone()
+        found[torch.tensor(IDS)[:, None], IDS] = (
+            torch.ones(K, K).double() / K
+            if length > 1e6
+            else torch.matrix_exp(length * (own - own.sum(1).diag()))
+        )
+        return found
+
+    return law
+
+
+NEAR, FAR = math.exp(-1 / 2), math.exp(-4 / 2)  # of three ids, with jumps at least one id wide
+ORDERED = [[0, NEAR, FAR], [NEAR, 0, NEAR], [FAR, NEAR, 0]]
+LINKED = [[0, 1, 0.5], [1, 0, 0], [0.5, 0, 0]]  # 0 and 1 are each other's nearest; that of 3 is 0
+
 # A noise, and the shares of a token itself and of the mask at a time, the rest being any of the
 # ids; None where no law tells what is shown. A new kind belongs here.
 KINDS = {
@@ -98,7 +140,13 @@ KINDS = {
     "mask_uniform steep": (MaskUniform(p_u=0.15, gamma=1.6), gidd(0.15, 1.6)),
     "self": (SelfGuess(), None),
     "slow free": (of_the_guide()("free"), slow),
+    "spindle": (fitted(Spindle()), spindle),
 }
+for name, noise, rates in (
+    ("gaussian", Gaussian(order="ids"), [[x / 2 / (NEAR + FAR) for x in row] for row in ORDERED]),
+    ("nearest", Nearest(neighbours=1), [[x / 2 * 2 for x in row] for row in LINKED]),
+):
+    KINDS[name] = (fitted(noise), walk(fitted(noise), rates))
 KINDS = {name: (noise.on(MASK, SUPPRESSED), law) for name, (noise, law) in KINDS.items()}
 FREE = [name for name, (noise, _) in KINDS.items() if noise.free]
 TRACKED = [name for name in KINDS if name not in FREE]
@@ -112,7 +160,10 @@ def over(names):
 
 def dense(law, t):
     """[V, V] q(xt | x0)."""
-    a, m = law(t)
+    shares = law(t)
+    if isinstance(shares, torch.Tensor):
+        return shares
+    a, m = shares
     found = a * EYE
     found[:, MASK] += m
     found[:, IDS] += round(1 - a - m, 15) / K
@@ -143,21 +194,25 @@ def test_every_kind_and_form_is_tested():
 
 @over(LAWFUL)
 def test_a_noise_is_a_markov_chain_with_the_marginals_of_its_law(noise, law):
+    states = [*IDS, *([MASK] if noise.starts_masked else [])]
+    every = torch.tensor(states)
     for s, t in pairwise((0.0, *TIMES, 1.0)):
-        a, m, u = noise.shares(double(t))
-        close(a + m + u, double(1))
-        own, before = (noise.marginal(EYE, double(x).expand(V)) for x in (t, s))
-        close(own, dense(law, t))
-        between = torch.linalg.solve(before, own)
+        own, before = (noise.marginal(EYE, double(x).expand(V))[states] for x in (t, s))
+        close(own, dense(law, t)[states])
+        close(own.sum(1), torch.ones(len(states)).double())
+        between = torch.linalg.solve(before[:, states], own[:, states])
         assert between.min() > -1e-12
-        close(between.sum(1), EYE.sum(1))
-    t = double(*TIMES).requires_grad_()
-    a, *shares = noise.shares(t)
-    slopes = [torch.autograd.grad((y / a).sum(), t, retain_graph=True)[0] for y in shares]
-    close(torch.stack(noise.rates(t)), a * torch.stack(slopes))
-    close(noise.marginal(EYE, double(0).expand(V)), EYE)
+        found = noise.between(every, *double(t, s)[:, None].expand(2, len(states)))
+        close(found[:, states], between.T)
+    for t in TIMES:  # q(t)' = q(t) R(t)
+        slope = (dense(law, t + 1e-6) - dense(law, t - 1e-6)) / 2e-6
+        rates = torch.linalg.solve(dense(law, t), slope)[states][:, states]
+        found = noise.into(every, double(t).expand(len(states)))
+        found = found.expand(-1, V)[:, states].T
+        close(found.fill_diagonal_(0), rates.fill_diagonal_(0), atol=1e-6)
+    close(noise.marginal(EYE, double(0).expand(V))[states], EYE[states])
     shown = torch.bincount(noise.prior(GRID), minlength=V) / double(len(GRID))
-    close(dense(law, 1), shown.expand(V, V), atol=1 / len(GRID))
+    close(dense(law, 1)[states], shown.expand(len(states), V), atol=1 / len(GRID))
 
 
 @over(LAWFUL)
@@ -166,7 +221,7 @@ def test_a_step_backwards_is_bayes_rule(noise, law):
         for v, x in product((EYE[0], EYE[1], MIXED), range(V)):
             if v @ dense(law, t)[:, x] > 0:
                 found = noise.log_q(torch.tensor([x]), double(t), double(s), v[None])[0].exp()
-                close(found, bayes(law, v, x, t, s))
+                close(found, bayes(law, v, x, t, s), atol=1e-9)
 
 
 @over(FREE)
@@ -203,7 +258,7 @@ def test_noise_shows_no_id_without_a_token_and_touches_nothing_that_is_given(noi
         if noise.free:
             assert torch.equal(scored[0], maskable) and torch.equal(t[0], times.double()[block])
         seen |= {*xt[changed].tolist()}
-    drawn = IDS if noise.visible and not noise.guesses else ()
+    drawn = IDS if noise.visible and noise.kind not in ("self", "spindle") else ()
     assert seen == {*drawn, *([MASK] if noise.starts_masked else [])}
 
 
@@ -214,7 +269,7 @@ def test_noise_shows_no_id_without_a_token_and_touches_nothing_that_is_given(noi
 def test_a_prediction_from_the_others_and_the_evidence_are_the_posterior(noise, law):
     """Of the first of two tokens with any joint law, by an ideal model."""
     joint = random(V, V).exp() * (~SUPPRESSED).outer(~SUPPRESSED)
-    reads = replace(noise, logits="posterior")
+    reads = None if noise.kind == "spindle" else replace(noise, logits="posterior")
     for t, x, y in product((*TIMES, 1.0), (*IDS, MASK), (*IDS, MASK)):
         q, at = dense(law, t), (torch.tensor([x]), double(t))
         if min(q[0, x], q[0, y]) == 0:
@@ -222,9 +277,11 @@ def test_a_prediction_from_the_others_and_the_evidence_are_the_posterior(noise, 
         others = joint @ q[:, y]
         posterior = others * q[:, x]
         logits = others.log()[None]
-        bumped = logits.scatter_add(1, at[0][:, None], noise.added(*at)[:, None])
+        bumped = noise.added(*at).add_(logits.clone())
         close(bumped.softmax(-1)[0], posterior / posterior.sum())
         assert torch.equal(noise.others(logits, *at), logits)
+        if reads is None:
+            continue
         back = reads.others((posterior.log() + 3)[None], *at)
         close(back.softmax(-1)[0], others / others.sum())
         assert reads.added(*at) is None
@@ -357,8 +414,8 @@ def test_with_hardly_any_ids_mask_uniform_is_the_mask(text):
     for kind in (KINDS["mask"][0], noise):
         close(kind.nats(logits, x0, hidden, t), ce / t, atol=1e-6)
         close(kind.nats(logits, x0, x0, t), none, atol=1e-6)
-    close(noise.evidence(hidden, t), none)
-    bumped = logits.scatter_add(1, x0[:, None], noise.evidence(x0, t)[:, None])
+    close(noise.evidence(hidden, t).gain, none)
+    bumped = noise.evidence(x0, t).add_(logits.clone())
     close(bumped.softmax(-1), EYE[x0], atol=1e-6)  # a visible token stays
     p = dict(zip(map(tuple, states_of(2).tolist()), table().softmax(-1), strict=True))
     both, right, left = (
@@ -460,7 +517,7 @@ def test_bounds_through_a_model_are_integrals(monkeypatch, noise, law, predictio
     monkeypatch.setattr(likelihood, "draw", lambda *_: drawn)
     monkeypatch.setattr(estimators, "_shown", lambda *_: (xt, chance, t))
     rollout = Rollout(torch.tensor(text), 1, 3, torch.zeros(4).long(), 0)
-    for way in LOGITS[: 1 + (prediction == "same")]:
+    for way in LOGITS[: 1 + (prediction == "same" and noise.kind != "spindle")]:
         reads = replace(noise, logits=way)
         spec, each = spec_of(reads, prediction), [*blocks_of(text, prediction)]
         exact = sum(integral(reads, law, logits, block, points) for block, logits in each)
@@ -550,8 +607,8 @@ def test_a_batch_has_the_evidence_of_what_it_shows(make_recipe, noise, law):
     own = x.where(x != MASK, 0)
     lines, other = torch.arange(63), (own == 0).long()
     wanted = likely[lines, own, x] - likely[lines, other, x]
-    close(batch["evidence"].double(), wanted, atol=1e-5)
-    assert "evidence" not in Collator(recipe, replace(noise, logits="posterior"))([(0, row)])
+    found = noise.added(batch["shown"], batch["t"][scored]).add_(torch.zeros(63, V).double())
+    close(found[lines, own] - found[lines, other], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["hidden", "logits"])
@@ -566,11 +623,11 @@ def test_the_loss_with_evidence_is_that_of_logits_with_it(monkeypatch, part, way
     bump = torch.zeros(9, V).double().index_put((torch.arange(6), shown), gain)
     logits = (head(hidden) + bump).masked_fill(SUPPRESSED & first[:, None], NEVER)
     wanted = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    asked = target, coef, SUPPRESSED, 6
+    asked, evidence = (target, coef, SUPPRESSED, 6), OwnEvidence(shown, gain)
     if way == "hidden":
-        loss = cross_entropy.loss_of_hidden(head, hidden, *asked, evidence=(shown, gain))
+        loss = cross_entropy.loss_of_hidden(head, hidden, *asked, evidence=evidence)
     else:
-        loss = cross_entropy.loss_of_logits(head(hidden), *asked, (shown, gain))
+        loss = cross_entropy.loss_of_logits(head(hidden), *asked, evidence)
     close(loss.ce, wanted.detach())
     assert torch.equal(loss.right, logits.argmax(-1) == target)
     totals = loss.total, (coef * wanted).sum()

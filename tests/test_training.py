@@ -21,7 +21,7 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import parse_recipe
 from ar2diff.conversion.convert import convert
 from ar2diff.core.errors import Ar2DiffError
-from ar2diff.core.noise import Mask
+from ar2diff.core.noises import Mask
 from ar2diff.data.documents import Collator, DocumentPart, PackedDocuments, document_parts
 from ar2diff.data.sources import Documents
 from ar2diff.distributed import precision

@@ -196,7 +196,7 @@ def load_adapter(
     checkpoint.path = path
     if (path / "tokenizer_config.json").is_file():  # training may have given it a chat template
         checkpoint.tokenizer = load_tokenizer(path)
-    write_spec(checkpoint, spec)
+    write_spec(checkpoint, replace(spec, noise=checkpoint.spec.noise))
     checkpoint.model.eval()
     return checkpoint
 
@@ -314,7 +314,8 @@ def _wrap(checkpoint: Checkpoint, config: LoraConfig, base: Base) -> None:
 def _changed(base: Spec, spec: Spec) -> str | None:
     """The first key in which an adapter's spec must not differ from that of its base, but does."""
     names = (field.name for field in fields(Spec) if field.name not in MAY_DIFFER)
-    return next((name for name in names if getattr(base, name) != getattr(spec, name)), None)
+    before, after = base.to_dict(), spec.to_dict()
+    return next((name for name in names if before.get(name) != after.get(name)), None)
 
 
 def _embeddings_name(model: Any) -> str:

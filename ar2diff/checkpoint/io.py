@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.errors import Ar2DiffError
+from ..core.fitted import NOISE_FILE
 from ..core.head import ATTRIBUTE
 from ..core.spec import HEAD_FILE
 from .adapters import load_adapter, save_adapter, save_adapter_config
@@ -151,4 +152,6 @@ def save_beside(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint.model.generation_config.save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
     if checkpoint.spec is not None:
+        if (fitted := checkpoint.spec.noise.fitted) is not None:
+            (folder / NOISE_FILE).write_bytes(fitted.to_bytes())
         write_custom_generate(folder)

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from ..core.attention import layer_windows
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
+from ..core.fitted import NOISE_FILE, read_fitted
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead, read_head
 from ..core.noise import Noise
@@ -193,6 +194,8 @@ def load_model(
     if spec is not None and spec.head is not None:
         rows = model.config.get_text_config().vocab_size
         put_head(model, read_head(inside(path, HEAD_FILE), rows, spec.head))
+    if spec is not None and spec.noise.fitted is not None:
+        read_fitted(model, spec.noise, inside(path, NOISE_FILE))
     if device == "auto" and quantization is None:  # bitsandbytes puts it there by itself
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None

@@ -46,7 +46,7 @@ FULL = 1 << 22  # if fewer bytes are free, a failed write means a full disk
 WRITTEN = re.compile(
     r"(config|generation_config|adapter_config|diffusion|draft|ar2diff|tokenizer|tokenizer_config"
     r"|special_tokens_map|added_tokens|vocab|model\.safetensors\.index)\.json"
-    r"|(model|model-\d{5}-of-\d{5}|adapter_model|draft|diffusion_head)\.safetensors"
+    r"|(model|model-\d{5}-of-\d{5}|adapter_model|draft|diffusion_head|noise)\.safetensors"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja|additional_chat_templates"
     r"|configuration_\w+\.py|custom_generate|checkpoints|log"
 )

@@ -15,8 +15,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from ..core.errors import Ar2DiffError, first_line, nearest, option, shortened
-from ..core.noise import Mask
 from ..core.noise import Noise as Process
+from ..core.noises import Mask
 from ..core.spec import sees_itself
 from .draft import Draft
 from .rl import Rl

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core.errors import Ar2DiffError, shortened
 from ..core.noise import Noise as Process
-from ..core.noise import noise_of
+from ..core.noises import noise_of
 from .section import MOST_ROWS, MOST_SAMPLES, Section
 
 
@@ -158,7 +158,7 @@ class Noise(Section):
             return value
         found = {}
         for name, given in value.items():
-            if name in ("kind", "form"):
+            if name in ("kind", "form", "sha256"):
                 raise ValueError(f"{name} is not a parameter; set noise.{name}")
             if not isinstance(name, str) or type(given) not in (int, float, str):
                 shown = f"{shortened(name)} is {shortened(given)}"

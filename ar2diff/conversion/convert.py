@@ -6,20 +6,26 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.model import Checkpoint, load_tokenizer, put_head, write_spec
 from ..config.recipe import Convert
 from ..core.attention import layer_windows
 from ..core.errors import Ar2DiffError, option, shortened
+from ..core.fitted import Fitted, carry
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead
-from ..core.noise import Mask, Noise
+from ..core.noise import Noise
+from ..core.noises import Mask
 from ..core.options import FILTERS, IGNORED, REFUSED
 from ..core.spec import Head, Spec, format_of
+from ..diffusion.objective import suppressed_ids
 
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
@@ -33,6 +39,7 @@ def convert(
     ar_mode: bool,
     seed: int,
     noise: Noise | None = None,
+    counts: Callable[[], Tensor] | None = None,
 ) -> Spec:
     """Turn the loaded model, tokenizer and configs into those of a diffusion model, in place. What
     cannot be kept is noted in `checkpoint.notes`.
@@ -44,6 +51,7 @@ def convert(
         ar_mode: whether the AR mode is alive at the end (trained along, or nothing trained).
         seed: of the noise in the mask token's row.
         noise: the forward process; None: that of a converted model, else the mask.
+        counts: counts tokens [V] in the texts that will be trained on; None: there are none.
 
     Raises:
         Ar2DiffError: a length exceeds the model's context; a converted model has another attention
@@ -64,6 +72,9 @@ def convert(
     local_window = _local_window(config.get_text_config(), old, wanted, max_length)
     head = _make_head(model, old, wanted.head_rank, seed)
     noise = noise or (old.noise if old else Mask())
+    if noise.fits and noise.fitted is None:
+        noise = _fitted(checkpoint, noise, mask_token_id, counts)
+    carry(model, noise)
     spec = Spec(
         format=format_of(noise, head),
         noise=noise,
@@ -91,6 +102,27 @@ def _make_head(model: Any, old: Spec | None, rank: int | None, seed: int) -> Hea
         generator = torch.Generator().manual_seed(seed)
         put_head(model, BigramHead(model.config.get_text_config().vocab_size, rank, generator))
     return getattr(model, ATTRIBUTE).described()
+
+
+def _fitted(
+    checkpoint: Checkpoint, noise: Noise, mask_token_id: int, counts: Callable[[], Tensor] | None
+) -> Noise:
+    """The noise, fitted to the embeddings and to the texts; as it was, if a converted model has it
+    already."""
+    model, old = checkpoint.model, checkpoint.spec
+    if old is not None and old.noise == noise:
+        return old.noise
+    if counts is None:
+        raise Ar2DiffError(
+            f"{option('noise.kind', noise.kind)} is fitted to the texts that adapt trains on, and "
+            "here are none",
+            f"run 'ar2diff adapt' with {option('data', 'FILE')} and at least one step",
+        )
+    rows = model.config.get_text_config().vocab_size
+    allowed = ~suppressed_ids(mask_token_id, checkpoint.token_ids, rows)
+    with torch.no_grad():
+        table = model.get_input_embeddings()(torch.arange(rows, device=model.device)).cpu()
+    return replace(noise, fitted=Fitted(None, noise.fit(table, counts(), allowed)))
 
 
 def end_token(checkpoint: Checkpoint) -> int:

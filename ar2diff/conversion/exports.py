@@ -30,7 +30,7 @@ from ..checkpoint.model import load_config, load_tokenizer, outline_of
 from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
-from ..core.noise import Mask
+from ..core.noises import Mask
 from ..core.spec import Spec
 from .tensors import BELONG, check_tensors
 

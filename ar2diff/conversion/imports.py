@@ -36,7 +36,7 @@ from ..checkpoint.output import check_output, claimed, write_json
 from ..checkpoint.stored import stored_dtypes, stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
-from ..core.noise import Mask
+from ..core.noises import Mask
 from ..core.spec import FORMAT, Spec
 from .convert import MASK_TOKEN, set_pad
 from .families import Family, family_of

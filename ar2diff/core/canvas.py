@@ -161,8 +161,13 @@ class Canvas:
     @property
     def read(self) -> Tensor:
         """[R, T] the ids that the model reads: decided tokens, and what the noise shows in open
-        slots."""
-        return self.ids if self.shown is None else torch.where(self.open, self.shown, self.ids)
+        slots; where that is vectors, their numbers in the flattened `shown`, as -1, -2, ..."""
+        if self.shown is None:
+            return self.ids
+        shown = self.shown
+        if shown.dim() == 3:
+            shown = -1 - torch.arange(self.ids.numel()).view_as(self.ids)
+        return torch.where(self.open, shown, self.ids)
 
     @property
     def done(self) -> Tensor:
@@ -273,7 +278,9 @@ class Canvas:
             fill = self.mask_token_id if name in ("ids", "shown") else 0
             return torch.cat(
                 [
-                    torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+                    torch.nn.functional.pad(
+                        x, (*[0] * 2 * (x.dim() - 2), 0, width - x.shape[1]), value=fill
+                    )
                     for x in (first, second)
                 ]
             )

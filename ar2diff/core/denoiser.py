@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .canvas import Canvas, Finished
 from .decoder import Decoder
-from .forward import rope_switches, without_gradients
+from .forward import rope_switches, showing, without_gradients
 from .head import UNKNOWN, head_of
 from .options import Options
 from .readers import BlockReader, FullReader
@@ -53,7 +53,7 @@ class Denoiser(Decoder):
         finished: Finished | None,
     ):
         self.canvas, self.options, self.chooser, self.finished = canvas, options, chooser, finished
-        self.without_gradients = without_gradients(model, options.compile)
+        self.model, self.without_gradients = model, without_gradients(model, options.compile)
         self.head = head_of(model, spec)
         total = canvas.ids.shape[1]
         self.size = min(options.block_length or total, total)
@@ -65,7 +65,7 @@ class Denoiser(Decoder):
             suppressed[chooser.suppressed.cpu()] = True
             self.noise = self.noise.on(spec.mask_token_id, suppressed)
             if canvas.shown is None:
-                canvas.shown = canvas.ids.clone()
+                canvas.shown = self.noise.blank(canvas.ids)
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
         cache = options.cache_implementation
         self.reader = self._reader_for(model, spec, cache)
@@ -104,7 +104,7 @@ class Denoiser(Decoder):
 
     def close(self) -> None:
         """See `Decoder`."""
-        self.reader = self.checker = None
+        self.model = self.reader = self.checker = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -200,9 +200,11 @@ class Denoiser(Decoder):
             prompt = torch.nn.functional.pad(prompt, (0, self.before))
             ids = torch.cat([ids, ids.masked_fill(prompt, canvas.mask_token_id)])
             start, masked = start.repeat(2), masked.repeat(2, 1)
-        logits = self.reader.read(ids, start, masked)
+        with showing(self.model, self._vectors()):
+            logits = self.reader.read(ids, start, masked)
         if self.checker is not None:
-            exact = self.checker.read(ids, start, masked)
+            with showing(self.model, self._vectors()):
+                exact = self.checker.read(ids, start, masked)
             error = (logits - exact).abs().max() / exact.abs().max()
             same = (logits.argmax(-1) == exact.argmax(-1)).double().mean()
             canvas.drift.append(tuple(map(float, download(error, same))))
@@ -210,6 +212,10 @@ class Denoiser(Decoder):
             return logits
         conditional, unconditional = logits.chunk(2)
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
+
+    def _vectors(self) -> Tensor | None:
+        """[R * T, H] the embeddings of what open slots show; None where they show ids."""
+        return self.noise.embedded(self.canvas.shown.flatten(0, 1)) if self.noise.vectors else None
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""
@@ -225,7 +231,7 @@ class Denoiser(Decoder):
             shown, (t, s) = canvas.shown[row, position], self._times(row)
             evidence = self.noise.added(shown, t)
         if evidence is not None:
-            given["shown"], given["evidence"] = shown, evidence
+            given["shown"], given["evidence"] = evidence.tensors
         drawn = None if options.greedy else self.chooser.uniform(row)
         if drawn is not None and canvas.constraint is None:  # which draws on the host
             given["u"] = drawn
@@ -236,8 +242,8 @@ class Denoiser(Decoder):
         no_end = position < canvas.end_from[row] if canvas.held else None
         logits = self.chooser.possible(logits, no_end, canvas.end_ids)
         if evidence is not None:
-            gain = given["evidence"].to(logits)
-            logits = logits.scatter_add(1, given["shown"][:, None], gain[:, None])
+            evidence = evidence.on(given["shown"], given["evidence"])
+            logits = evidence.add_(logits.clone())
         plain = logits
         if self.head is not None:
             logits = logits + self.head(given["before"]).to(logits)
@@ -293,7 +299,7 @@ class Denoiser(Decoder):
         if self.noise.visible and masked.any():
             row, position = self.row[masked], self.position[masked]
             u = self.chooser.uniform(row) if self.noise.random else row.double()
-            self.canvas.shown[row, position] = self.noise.prior(u)
+            self.canvas.shown[row, position] = self.noise.state(self.noise.prior(u))
 
     def _revisable(self) -> Tensor:
         """[R, W] tokens that unfinished rows decided, and may replace or mask again."""

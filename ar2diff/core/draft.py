@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import Ar2DiffError, first_line, shortened
 from .head import DraftHead
-from .noise import Mask
+from .noises import Mask
 from .spec import CAUSAL, Spec, format_of
 
 CONFIG, WEIGHTS = "draft.json", "draft.safetensors"

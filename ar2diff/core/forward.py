@@ -6,7 +6,8 @@ This file is copied into converted folders: it imports torch and the standard li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -90,6 +91,7 @@ def output_at(
     instead: Callable[[Any, Tensor], Tensor | None] | None = None,
     read: list[Tensor] | None = None,
     exact: bool = False,
+    vectors: Tensor | None = None,
     **inputs: Any,
 ) -> Any:
     """A forward's output whose logits [1, N, V] are those at the chosen slots only; the
@@ -111,6 +113,7 @@ def output_at(
         read: gets the input [N, H] of the output embeddings.
         exact: whether a plain linear head computes in float32 although its inputs or weights have
             16 bits: logits that are rounded to 8 bits of precision have many ties.
+        vectors: as of `showing`.
         inputs: input_ids [B, S], attention_mask, position_ids.
     """
     inner, own = inner or model, get_ident()
@@ -150,9 +153,40 @@ def output_at(
 
         hooks.append(inner.get_decoder().register_forward_pre_hook(swap, with_kwargs=True))
     try:
-        if cache is None:
-            return model(**inputs, use_cache=False)
-        return model(**inputs, past_key_values=cache, use_cache=True)
+        with showing(inner, vectors):
+            if cache is None:
+                return model(**inputs, use_cache=False)
+            return model(**inputs, past_key_values=cache, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def showing(model: Any, vectors: Tensor | None) -> Iterator[None]:
+    """Ids below 0 have embeddings of their own: -1 has the first of `vectors` [M, H]. The forwards
+    of other threads are not touched. None changes nothing."""
+    if vectors is None:
+        yield
+        return
+    own, embeddings, ids = get_ident(), model.get_input_embeddings(), []
+
+    def take(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if get_ident() != own:
+            return None
+        ids.append(args[0])
+        return (args[0].clamp(min=0), *args[1:])
+
+    def put(_module: Any, _args: Any, found: Tensor) -> Tensor | None:
+        if get_ident() != own:
+            return None
+        given = ids.pop()
+        at = (-1 - given).clamp(min=0)
+        return torch.where((given < 0)[..., None], vectors.to(found)[at], found)
+
+    hooks = [embeddings.register_forward_pre_hook(take), embeddings.register_forward_hook(put)]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

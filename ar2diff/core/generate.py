@@ -23,6 +23,7 @@ from .canvas import Canvas
 from .denoise import denoise
 from .draft import CONFIG, WEIGHTS, Draft, load_draft
 from .errors import Ar2DiffError, first_line, option, shortened
+from .fitted import read_beside
 from .forward import context_length
 from .inputs import check_tensors, has_gaps, read_prompts
 from .options import Options, resolve
@@ -267,6 +268,7 @@ def spec_of(model: Any, draft: Draft | None = None) -> Spec:
             "the model is not converted: its config has no 'diffusion' block",
             "convert it with 'ar2diff adapt MODEL --output-dir DIR'",
         )
+    read_beside(model, spec.noise)
     return spec
 
 

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import Ar2DiffError, shortened
-from .noise import Mask, Noise, noise_of
+from .fitted import NOISE_FILE
+from .noise import Noise
+from .noises import Mask, noise_of
 
 FORMAT, HEAD_FORMAT, NOISE_FORMAT = 1, 2, 3  # masks; with a diffusion head; another noise
 HEAD_FILE = "diffusion_head.safetensors"
@@ -106,6 +108,8 @@ class Spec:
                 raise _bad(name, getattr(self, name), "an integer of at least 0")
         if self.format != format_of(self.noise, self.head):
             raise ValueError(f"format {self.format} with {self.noise} and head {self.head}")
+        if self.noise.fits and self.noise.fitted is None:
+            raise _bad("noise.sha256", None, f"the SHA-256 of {NOISE_FILE}")
         check_reads(self.noise, self.attention, self.prediction)
         if self.attention == "full":
             if self.block_length is not None:

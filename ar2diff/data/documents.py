@@ -23,7 +23,7 @@ from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
 from ..diffusion.corruption import Law, block_times, corrupt, importance, replaced
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
-from .places import chosen_places, distilled_tokens, evidence_at
+from .places import chosen_places, distilled_tokens, shown_at
 from .sources import Document, Documents
 
 DRAWN = 0.5  # share of tokens that a diffusion head corrects although the one before is masked
@@ -394,7 +394,7 @@ class Collator:
             "ar_divisor": ar_divisor,
             "tokens": (batch["doc"] != PADDING).sum(),
             **chosen_places(scored, ar, distilled),
-            **evidence_at(self.noise, xt, t, scored),
+            **shown_at(self.noise, xt, scored),
             **({"guess": batch["guess"]} if self.noise.guesses else {}),
         }
 

@@ -29,18 +29,13 @@ def chosen_places(scored: Tensor, ar: Tensor, distilled: Tensor | None) -> dict[
     return found
 
 
-def evidence_at(noise: Noise, xt: Tensor, t: Tensor, scored: Tensor) -> dict[str, Tensor]:
-    """What scored tokens show in the free form, `shown` [N], and what that adds to its own logit,
-    `evidence` [N] unless it adds nothing, in row-major order.
+def shown_at(noise: Noise, xt: Tensor, scored: Tensor) -> dict[str, Tensor]:
+    """What scored tokens show in the free form, `shown` [N], in row-major order.
 
     Args:
-        xt, t, scored: [B, L] ids, times and bool.
+        xt, scored: [B, L] ids and bool.
     """
-    if not noise.free:
-        return {}
-    shown = xt[scored]
-    evidence = noise.added(shown, t[scored])
-    return {"shown": shown} | ({} if evidence is None else {"evidence": evidence.float()})
+    return {"shown": xt[scored]} if noise.free else {}
 
 
 def distilled_tokens(

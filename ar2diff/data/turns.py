@@ -31,7 +31,7 @@ from ..diffusion.corruption import block_times, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
 from .documents import drawn_before, guess_draws, law_of, pack, weighs_law
-from .places import chosen_places, distilled_tokens, evidence_at
+from .places import chosen_places, distilled_tokens, shown_at
 
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
@@ -281,7 +281,7 @@ class TurnCollator:
             if self.recipe.convert.block_length
             else (batch["doc"] != PADDING).sum(),
             **chosen_places(scored, batch["ar"], distilled),
-            **evidence_at(self.noise, batch["input_ids"], batch["t"], scored),
+            **shown_at(self.noise, batch["input_ids"], scored),
         }
 
     def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from ..core.forward import quiet_routers
+from ..core.noise import Evidence, OwnEvidence
 
-Evidence = tuple[Tensor, Tensor]  # [M] one id of each of the first rows, and what its logit gains
 PART = 1 << 23  # logits processed at a time, which the caches of a CPU hold
 LEAST = 1024  # rows processed at a time on a GPU: fewer would leave most of it idle
 
@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, target: Tensor, suppressed: Tensor | None = No
         suppressed: [V] bool, ids that no position can hold (the mask, rows without a token): their
             logit is -inf, as in the sampler.
     """
-    return _OfLogits.apply(logits, target, suppressed, len(logits), None, None)[0]
+    return _OfLogits.apply(logits, target, suppressed, len(logits), None)[0]
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,23 @@ class WeightedLoss:
 
 def loss_of_logits(
     logits: Tensor, target: Tensor, coef: Tensor, suppressed: Tensor | None, first: int,
-    evidence: Evidence | None = None,
+    evidence: Evidence | OwnEvidence | None = None,
 ) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given logits.
 
     Args:
         logits: [N, V]. target: [N] int. coef: [N] float.
         suppressed: as for `cross_entropy`. first: `suppressed` applies to this many leading
-            positions, and `evidence` has an id for each of them.
+            positions, and so does `evidence`, which is added to their logits.
     """
-    ce, right = _OfLogits.apply(logits, target, suppressed, first, *(evidence or (None, None)))
+    ce, right = _OfLogits.apply(logits, target, suppressed, first, evidence)
     return WeightedLoss((coef * ce).sum(), ce.detach(), right)
 
 
 def loss_of_hidden(
     head: torch.nn.Linear, hidden: Tensor, target: Tensor, coef: Tensor,
     suppressed: Tensor | None, first: int, added: tuple[Tensor, Tensor] | None = None,
-    evidence: Evidence | None = None,
+    evidence: Evidence | OwnEvidence | None = None,
 ) -> WeightedLoss:  # fmt: skip
     """The weighted loss, given the inputs of the output head, [N, H], without making the logits.
     For models that satisfy `has_plain_head`.
@@ -91,9 +91,7 @@ def loss_of_hidden(
         weight = torch.cat([weight, added[1].T.to(weight.dtype)], 1)
     hidden, weight, bias = cast_for_autocast(hidden, weight, head.bias)
     return WeightedLoss(
-        *_OfHidden.apply(
-            hidden, weight, bias, coef, target, suppressed, first, *(evidence or (None, None))
-        )
+        *_OfHidden.apply(hidden, weight, bias, coef, target, suppressed, first, evidence)
     )
 
 
@@ -136,32 +134,32 @@ class _OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, suppressed: Tensor | None, first: int,
-        shown: Tensor | None, gain: Tensor | None,
+        evidence: Evidence | OwnEvidence | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ce, total = logits.new_empty(2, len(logits), dtype=dtype)
         right = torch.empty_like(target, dtype=torch.bool)
         for rows, ids in _parts(logits.shape, logits.device, suppressed, first):
-            part = _gain_(logits[rows].to(dtype, copy=True), rows, shown, gain)
+            part = _gain_(logits[rows].to(dtype, copy=True), rows, evidence)
             ce[rows], total[rows], right[rows] = _exponentiate_(part, target[rows], ids)[:3]
-        ctx.save_for_backward(logits, target, suppressed, total, shown, gain)
-        ctx.first = first
+        ctx.save_for_backward(logits, target, suppressed, total)
+        ctx.first, ctx.evidence = first, evidence
         ctx.mark_non_differentiable(right)
         return ce, right
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, given: Tensor, _: Any) -> tuple[Any, ...]:
-        logits, target, suppressed, total, shown, gain = ctx.saved_tensors
+        logits, target, suppressed, total = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows, ids in _parts(logits.shape, logits.device, suppressed, ctx.first):
             factor = given[rows, None]
-            part = _gain_(logits[rows] - total[rows, None], rows, shown, gain)
+            part = _gain_(logits[rows] - total[rows, None], rows, ctx.evidence)
             part = part.exp_().mul_(factor)  # p(id)
             if ids is not None:
                 part.masked_fill_(ids, 0)
             gradient[rows] = part.scatter_add_(1, target[rows, None], -factor)
-        return gradient, *[None] * 5
+        return gradient, *[None] * 4
 
 
 class _OfHidden(torch.autograd.Function):
@@ -172,7 +170,7 @@ class _OfHidden(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor,
         target: Tensor, suppressed: Tensor | None, first: int,
-        shown: Tensor | None, gain: Tensor | None,
+        evidence: Evidence | OwnEvidence | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         shape = (len(hidden), len(weight))
@@ -189,7 +187,7 @@ class _OfHidden(torch.autograd.Function):
                 x = hidden[rows]
                 part = torch.mm(x, weight.T, out=logits[: len(x)])
                 part = (part if bias is None else part.add_(bias)).to(dtype)
-                part = _gain_(part, rows, shown, gain)
+                part = _gain_(part, rows, evidence)
                 ce[rows], _, right[rows], total = _exponentiate_(part, target[rows], ids)
                 factor = coef[rows, None]
                 part.mul_(factor / total).scatter_add_(1, target[rows, None], -factor)
@@ -211,14 +209,14 @@ class _OfHidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, given: Tensor, *_: Any) -> tuple[Any, ...]:
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made), *[None] * 6
+        return *(None if x is None else x.mul_(given).to(dtype) for x, dtype in made), *[None] * 5
 
 
-def _gain_(part: Tensor, rows: slice, shown: Tensor | None, gain: Tensor | None) -> Tensor:
-    """Adds to logits of some rows what the ids shown there gain, in place."""
-    if shown is None or rows.start >= len(shown):
+def _gain_(part: Tensor, rows: slice, evidence: Evidence | OwnEvidence | None) -> Tensor:
+    """Adds its evidence to the logits of some rows, in place."""
+    if evidence is None or rows.start >= len(evidence):
         return part
-    return part.scatter_add_(1, shown[rows, None], gain[rows, None].to(part))
+    return evidence.add_(part, rows)
 
 
 def _exponentiate_(

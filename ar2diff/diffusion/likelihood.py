@@ -39,7 +39,7 @@ from ..core.spec import Spec
 from .cross_entropy import PART, cross_entropy, loss_of_logits, rows_at_once
 from .draws import Draws, draw
 from .estimate import Estimate
-from .task import Task, masked_task, places_of, previous_ids, slots_at
+from .task import Task, masked_task, places_of, previous_ids, seen, slots_at
 
 
 @torch.no_grad()
@@ -157,10 +157,13 @@ def _read_free(
     task = masked_task(
         *(x.flatten(0, 1).to(model.device) for x in (x0, xt, wanted, doc, pos)), spec
     )
+    x, t = (y[wanted].to(model.device) for y in (xt, t))
+    places = places_of(wanted.flatten(0, 1))
+    own = places // length * task.input_ids.shape[1] + places % length  # the noisy copy is first
+    task = seen(task, noise, own.to(model.device), x, t)
     logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
     values = torch.zeros(x0.shape, dtype=torch.double)
-    at = x0[wanted], xt[wanted], t[wanted]
-    values[wanted] = free_nats(noise, logits, *(x.to(model.device) for x in at), suppressed).cpu()
+    values[wanted] = free_nats(noise, logits, task.target, task.shown, t, suppressed).cpu()
     return [
         (torch.zeros(len(row), dtype=torch.double), values[r, :, : len(row)])
         for r, row in enumerate(rows)

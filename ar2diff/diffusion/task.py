@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.attention import Slots, lay_out, model_mask, reading_slot
 from ..core.head import UNKNOWN
+from ..core.noise import Noise
 from ..core.spec import Spec
 
 
@@ -25,8 +26,8 @@ class Task:
         index: [N] slots, in the flattened [B * S], whose logits predict a token.
         target: [N] the tokens that are predicted there.
         previous: [N] for a diffusion head, the tokens before them, `UNKNOWN` where masked.
-        shown, evidence: [N] for a free noise, the ids shown in their own slots, and what each of
-            those adds to its own logit.
+        shown: [N] for a free noise, what their own slots show; [N, H] where that is vectors.
+        vectors: [M, H] the embeddings of ids below 0: -1 is the first.
     """
 
     input_ids: Tensor
@@ -38,7 +39,7 @@ class Task:
     reveal: Tensor | None = None
     previous: Tensor | None = None
     shown: Tensor | None = None
-    evidence: Tensor | None = None
+    vectors: Tensor | None = None
 
     def inputs(self, model: Any, local_window: str | None) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
@@ -53,6 +54,7 @@ class Task:
             "input_ids": self.input_ids,
             "attention_mask": mask,
             "position_ids": self.slots.pos,
+            **({} if self.vectors is None else {"vectors": self.vectors}),
         }
 
 
@@ -127,6 +129,22 @@ def masked_task(
         previous = previous_ids(x0, masked, pos, block_length, drawn).flatten()[places]
     target = x0.flatten()[places]
     return Task(input_ids, slots, attention, block_length, index, target, reveal, previous)
+
+
+def seen(task: Task, noise: Noise, own: Tensor, shown: Tensor, t: Tensor) -> Task:
+    """The task with what its predicted tokens show in their own slots.
+
+    Args:
+        own: [N] these slots, in the flattened [B * S]. shown: [N] the ids there. t: [N] times.
+    """
+    if not noise.vectors:
+        return replace(task, shown=shown)
+    ids = task.input_ids.flatten()
+    drawn, x = ids < 0, noise.state(shown, task.target, t)
+    states, number = noise.state(ids[drawn]), drawn.cumsum(0) - 1
+    states[number[own]] = x
+    ids = torch.where(drawn, -1 - number, ids).view_as(task.input_ids)
+    return replace(task, input_ids=ids, shown=x, vectors=noise.embedded(states))
 
 
 def clean_task(x0: Tensor, doc: Tensor, pos: Tensor) -> Task:

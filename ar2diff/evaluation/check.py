@@ -17,7 +17,7 @@ from ..checkpoint.output import record_of
 from ..core.attention import lay_out, model_mask
 from ..core.draft import DraftSpec
 from ..core.forward import quiet_routers
-from ..core.noise import Mask
+from ..core.noises import Mask
 from ..core.options import RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.probe import probe
 from ..core.spec import Spec

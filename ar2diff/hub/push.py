@@ -29,6 +29,7 @@ from ..checkpoint.files import (
 from ..checkpoint.output import check_not_locked, holds_model, run_record
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
+from ..core.fitted import NOISE_FILE
 from ..core.spec import HEAD_FILE
 from ..reports.summary import find_report
 from .client import NotAsked, Target, download, find_target, matching, upload
@@ -40,7 +41,7 @@ PUBLISHED = [
     RUN_FILE, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "additional_chat_templates", "custom_generate", ADAPTER_CONFIG, DIFFUSION, DRAFT_CONFIG,
-    "configuration_*.py", "*.safetensors.index.json", HEAD_FILE,
+    "configuration_*.py", "*.safetensors.index.json", HEAD_FILE, NOISE_FILE,
 ]  # fmt: skip
 REPLACED = [*PUBLISHED, "*.safetensors"]
 MODELS = [

@@ -43,6 +43,7 @@ from .results import DataSize, RunPlan, RunResult
 from .run import run
 from .trajectories import is_on_policy, own_states
 
+COUNTED = 2000  # documents whose tokens a noise is fitted to
 SAMPLED, SAMPLED_LENGTH = 64, 2000  # documents that are counted, and how much of each
 
 
@@ -198,7 +199,12 @@ def measure(plan: Plan) -> dict[str, Any]:
     return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
 
 
-ADAPT = Verb("adapt", check, read_rows, make_plan)
+def some_texts(found: Found) -> Iterator[Any]:
+    """Some documents of all sources."""
+    return (document for document, _ in islice(found.documents, COUNTED))
+
+
+ADAPT = Verb("adapt", check, read_rows, make_plan, texts=some_texts)
 
 
 class AdaptTrainer(Denoising, Trainer):

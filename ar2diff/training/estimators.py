@@ -39,7 +39,7 @@ from ..core.seeds import keyed_generator
 from ..core.spec import Spec
 from ..diffusion.corruption import bound_times, complement, draw_times, open_slots
 from ..diffusion.likelihood import free_nats
-from ..diffusion.task import Task
+from ..diffusion.task import Task, seen
 from .rollouts import Rollout
 
 SPG_BETA, SPG_MIX = 1.5, 0.5  # order of the upper bound, and its weight in the mix
@@ -197,10 +197,12 @@ def _shown(
     return shown, factor[:, block] * answer / len(t), t
 
 
-def _lay_out(rollout: Rollout, shown: Tensor, spec: Spec, ar: bool) -> tuple[list[_Row], Tensor]:
-    """Rows that hold the views of a rollout, and the slot [V, T, 2] (row, column) at which each
-    token is read. With blocks, all views share one row, [view 1 | view 2 | ... | clean]; with
-    `full` attention, each view has its own row."""
+def _lay_out(
+    rollout: Rollout, shown: Tensor, spec: Spec, ar: bool
+) -> tuple[list[_Row], Tensor, Tensor]:
+    """Rows that hold the views of a rollout; the slot [V, T, 2] (row, column) at which each token
+    is read; and its own slot. With blocks, all views share one row, [view 1 | view 2 | ... |
+    clean]; with `full` attention, each view has its own row."""
     ids, count = rollout.ids, len(rollout.ids)
     pos = torch.arange(count)
     zero = torch.zeros_like(pos)
@@ -209,7 +211,8 @@ def _lay_out(rollout: Rollout, shown: Tensor, spec: Spec, ar: bool) -> tuple[lis
         column = column.expand(len(shown), -1)
         row = torch.arange(len(shown))[:, None].expand_as(column)
         noisy = torch.full((count,), not ar)
-        return [_Row(view, pos, noisy, zero) for view in shown], torch.stack([row, column], -1)
+        slots = (torch.stack([row, x.expand_as(row)], -1) for x in (column, pos))
+        return [_Row(view, pos, noisy, zero) for view in shown], *slots
     grid = spec.block_length
     first = rollout.prompt // grid * grid
     size, clean = count - first, (count - first) * len(shown)
@@ -223,7 +226,8 @@ def _lay_out(rollout: Rollout, shown: Tensor, spec: Spec, ar: bool) -> tuple[lis
         noisy=torch.arange(clean + count) < clean,
         block=torch.cat([blocks, zero - 1]),
     )
-    return [row], torch.stack([torch.zeros_like(column), column], -1)
+    slots = (torch.stack([torch.zeros_like(x), x], -1) for x in (column, own))
+    return [row], *slots
 
 
 def score(
@@ -250,15 +254,17 @@ def score(
     noise = spec.noise.on(spec.mask_token_id, barred)
     for number, rollout in enumerate(rollouts):
         shown, weight, t = _shown(rollout, rl, spec, noise)
-        own, slot = _lay_out(rollout, shown, spec, rl.estimator == "ar")
+        held, slot, own = _lay_out(rollout, shown, spec, rl.estimator == "ar")
         view, pos = (weight > 0).nonzero(as_tuple=True)
         place, target = pos - rollout.prompt, rollout.ids[pos]
         found.append(torch.stack([torch.full_like(view, number), view, place, target]))
         slots_of.append(slot[view, pos] + torch.tensor([len(rows), 0]))
         weights.append(weight[view, pos])
-        if t is not None:
-            states.append(torch.stack([shown[view, pos].double(), t[view, pos]]))
-        rows += own
+        if noise.free and rl.estimator != "ar":
+            t = torch.ones(shown.shape).double() if t is None else t
+            at = (own[view, pos] + torch.tensor([len(rows), 0])).T.double()
+            states.append(torch.stack([shown[view, pos].double(), t[view, pos], *at]))
+        rows += held
     numbers = torch.cat([torch.cat(found, 1), torch.cat(slots_of).T])
     last_view, last_place = numbers[1:3].amax(1).tolist()
     row, view, place, target, *at = _upload(numbers, device)
@@ -273,15 +279,18 @@ def score(
         index=at[0] * ids.shape[1] + at[1],
         target=target,
     )
+    if states:
+        shown, t, *slot = torch.cat(states, 1).to(device)
+        own = (slot[0] * ids.shape[1] + slot[1]).long()
+        task = seen(task, noise, own, shown.long(), t)
     inputs = task.inputs(inner, spec.local_window)
     logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(suppressed, 0.0)).sum(-1)
-    if states:
-        shown, t = torch.cat(states, 1)
-        own = -free_nats(noise, logits, target, shown.long().to(device), t.to(device), barred)
+    if noise.free and rl.estimator == "elbo":
+        own = -free_nats(noise, logits, target, task.shown, t, barred)
     else:
         own = logp.gather(1, target[:, None])[:, 0]
     return Scores(

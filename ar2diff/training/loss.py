@@ -17,7 +17,7 @@ from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
 from ..core.head import ATTRIBUTE, UNKNOWN
-from ..core.noise import EARLIEST
+from ..core.noise import EARLIEST, Evidence, OwnEvidence
 from ..core.samplers import draw
 from ..diffusion.cross_entropy import (
     WeightedLoss,
@@ -26,7 +26,7 @@ from ..diffusion.cross_entropy import (
     loss_of_logits,
 )
 from ..diffusion.distillation import Readout, distillation_loss
-from ..diffusion.task import Task, slots_at
+from ..diffusion.task import Task, seen, slots_at
 from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
@@ -76,6 +76,12 @@ class LossTask:
     chosen: Tensor | None = None
     source: Task | None = None
     guess: Tensor | None = None
+
+    @property
+    def own(self) -> Tensor:
+        """[N] the masked tokens' own slots, in the flattened input: the noisy copy is first."""
+        length, width = self.labels.shape[1], self.task.input_ids.shape[1]
+        return self.places // length * width + self.places % length
 
     def at_masked(self, values: Tensor) -> Tensor:
         """Scatter values [N] of the masked tokens to their places, [B, L], with `IGNORED`
@@ -155,8 +161,8 @@ class Denoising(Running):
         places, ar = batch["scored_at"], batch["ar_at"]
         ar = ar if self.recipe.objective.ar_weight > 0 else ar[:0]
         coef, t, eos = (batch[name].flatten()[places] for name in ("coef", "t", "eos"))
-        return LossTask(
-            task=replace(task, shown=batch.get("shown"), evidence=batch.get("evidence")),
+        wanted = LossTask(
+            task=task,
             places=places,
             labels=labels,
             coef=coef,
@@ -170,6 +176,9 @@ class Denoising(Running):
             source=source,
             guess=batch["guess"].flatten()[places] if "guess" in batch else None,
         )
+        if "shown" not in batch:
+            return wanted
+        return replace(wanted, task=seen(task, self.noise, wanted.own, batch["shown"], t))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-batch, with the attention that pays in training."""
@@ -219,7 +228,7 @@ class Denoising(Running):
             bigram = getattr(inner, ATTRIBUTE)
             none = torch.full_like(wanted.ar_target, UNKNOWN)  # the AR mode has no bias
             added = bigram.vectors(torch.cat([task.previous, none])), bigram.after
-        evidence = None if task.evidence is None else (task.shown, task.evidence)
+        evidence = self._evidence(wanted)
         fused: list[WeightedLoss] = []
         read: list[Readout] = []
 
@@ -266,17 +275,21 @@ class Denoising(Running):
         total = summed.total + (wanted.coef / divisor * nats).sum()
         return replace(summed, total=total, terms=nats.detach())
 
+    def _evidence(self, wanted: LossTask) -> Evidence | OwnEvidence | None:
+        """What the scored slots show adds to their logits; None: nothing."""
+        shown = wanted.task.shown
+        return None if shown is None else self.noise.added(shown, wanted.t)
+
     @torch.no_grad()
     def _with_guesses(self, model: Any, inner: Any, wanted: LossTask) -> LossTask:
         """The task with tokens that the model draws itself in some of the scored slots."""
-        task, (_, length) = wanted.task, wanted.labels.shape
+        task = wanted.task
         inputs = task.inputs(inner, self.spec.local_window)
         logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
         guessed = wanted.guess >= 0
         probability = logits.float().masked_fill(self.suppressed, float("-inf")).softmax(-1)
         tokens = draw(probability, wanted.guess.clamp(min=0))
-        ids, width = task.input_ids.flatten().clone(), task.input_ids.shape[1]
-        own = wanted.places // length * width + wanted.places % length  # the noisy copy is first
+        ids, own = task.input_ids.flatten().clone(), wanted.own
         ids[own] = torch.where(guessed, tokens, ids[own])
         return replace(wanted, task=replace(task, input_ids=ids.view_as(task.input_ids)))
 
@@ -406,10 +419,9 @@ class Denoising(Running):
         return self._fused
 
     def _outputs(self, wanted: LossTask, logits: Tensor) -> dict[str, Tensor]:
-        logits, task = logits[: len(wanted.coef)], wanted.task
-        if task.evidence is not None:
-            gain = task.evidence[:, None].to(logits)
-            logits = logits.scatter_add(1, task.shown[:, None], gain)
+        logits = logits[: len(wanted.coef)]
+        if (evidence := self._evidence(wanted)) is not None:
+            logits = evidence.add_(logits.clone())
         likeliest = logits.detach().masked_fill(self.suppressed, float("-inf")).argmax(-1)
         return {
             "logits": logits,

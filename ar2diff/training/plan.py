@@ -3,24 +3,26 @@ read, and anything that would make the run fail later is refused. Writes nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.adapters import add_adapter, check_base
 from ..checkpoint.files import is_adapter, read_spec, refuse_draft
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint, count_parameters
 from ..config.recipe import Recipe, contradictions_of, with_values
-from ..conversion.convert import convert
+from ..conversion.convert import convert, end_token
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE
 from ..core.probe import probe
 from ..core.spec import CAUSAL, Spec
+from ..data.documents import tokenize
 from ..distributed.ranks import is_main
 from ..evaluation.score import score
 from .arguments import check_optimizer, rows_per_step
@@ -127,6 +129,8 @@ class Verb:
         read: reads and checks all rows that a recipe names; returns None if the run does not train.
         plan: makes the plan from (a checkpoint that is ready to train, recipe, rows).
         converts: whether the recipe's `convert` section applies to a diffusion model.
+        texts: some of the documents (texts or token ids) among the rows, to which a noise is
+            fitted; None: the verb fits none.
     """
 
     name: str
@@ -134,6 +138,7 @@ class Verb:
     read: Callable[[Recipe], Any]
     plan: Callable[[Checkpoint, Recipe, Any], Plan]
     converts: bool = True
+    texts: Callable[[Any], Iterator[Any]] | None = None
 
     def prepare(self, path: Path, recipe: Recipe) -> Plan:
         """Check everything, read the rows, load the model in a folder and convert it in memory.
@@ -165,9 +170,25 @@ class Verb:
         )
         recipe = fitted(recipe, checkpoint)
         if self.converts and (spec is not None or recipe.objective.kind == "diffusion"):
-            convert_for(checkpoint, recipe)
+            convert_for(checkpoint, recipe, self._counts(checkpoint, rows))
         add_adapter(checkpoint, recipe)
         return self.plan(checkpoint, recipe, rows)
+
+    def _counts(self, checkpoint: Checkpoint, rows: Any) -> Callable[[], Tensor] | None:
+        """Counts the tokens [V] of some documents."""
+        if rows is None or self.texts is None:
+            return None
+
+        def count() -> Tensor:
+            size = checkpoint.model.config.get_text_config().vocab_size
+            counts, eos = torch.zeros(size, dtype=torch.long), end_token(checkpoint)
+            for text in self.texts(rows):
+                counts += torch.bincount(
+                    torch.tensor(tokenize(checkpoint.tokenizer, text, eos)), minlength=size
+                )
+            return counts
+
+        return count
 
 
 def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
@@ -252,9 +273,14 @@ def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     return with_values(recipe, data={"max_length": fits}) if fits > 1 else recipe
 
 
-def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
+def convert_for(
+    checkpoint: Checkpoint, recipe: Recipe, counts: Callable[[], Tensor] | None = None
+) -> None:
     """Convert a loaded model as the recipe says, and run a few forward passes to check that it does
     what its new spec says.
+
+    Args:
+        counts: as of `convert`.
 
     Raises:
         Ar2DiffError: it does not, or it cannot be converted.
@@ -265,7 +291,7 @@ def convert_for(checkpoint: Checkpoint, recipe: Recipe) -> None:
     )
     spec = convert(
         checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed,
-        recipe.noise.process,
+        recipe.noise.process, counts,
     )  # fmt: skip
     problems = probed(checkpoint.model, spec)
     if problems:
