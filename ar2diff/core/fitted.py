@@ -115,14 +115,16 @@ def knots_of(y: Tensor, lost: Tensor) -> Tensor:
     t (the mutual-information schedule of D3PM, Austin et al. 2021, appendix B).
 
     Args:
-        y: [m] increasing. lost: [m] double, H(x0 | xt) / H(x0) at each of them.
+        y: [m] increasing. lost: [m] double, estimates of H(x0 | xt) / H(x0) at each of them; those
+            that do not exceed all before them are left out.
 
     Raises:
         ValueError: the share does not grow with y.
     """
     import torch
 
-    kept = (lost > HARDLY) & (lost < 1 - HARDLY)
+    before = torch.cat([lost.new_zeros(1), lost.cummax(0).values[:-1]])
+    kept = (lost > HARDLY) & (lost < 1 - HARDLY) & (lost > before)
     knots = torch.stack([lost.logit(), y])[:, kept]
     Schedule(knots)
     return knots

@@ -273,6 +273,10 @@ class Noise:
         shows. None: the noise has no guesses."""
         return None
 
+    def with_guesses(self, x: Tensor, v: Tensor, where: Tensor) -> Tensor:
+        """[N] what slots show that have guesses v in places `where` [N] bool."""
+        return v.where(where, x)
+
     # The bound
 
     def log_q(self, x: Tensor, t: Tensor, s: Tensor, v: Tensor) -> Tensor:

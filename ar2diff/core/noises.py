@@ -21,6 +21,7 @@ from .errors import Ar2DiffError, nearest, shortened
 from .fitted import fitted_of
 from .noise import EARLIEST, FORMS, LEAST, Noise, OwnEvidence, is_number, uniform, wrong
 from .spindle import Spindle
+from .vectors import Embedding
 from .walks import Gaussian, Nearest
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class SelfGuess(Interpolating):
         return v
 
 
-KINDS = (Mask, Uniform, MaskUniform, SelfGuess, Spindle, Gaussian, Nearest)
+KINDS = (Mask, Uniform, MaskUniform, SelfGuess, Spindle, Gaussian, Nearest, Embedding)
 
 
 def noise_of(value: Any) -> Noise:

@@ -147,6 +147,21 @@ def seen(task: Task, noise: Noise, own: Tensor, shown: Tensor, t: Tensor) -> Tas
     return replace(task, input_ids=ids, shown=x, vectors=noise.embedded(states))
 
 
+def guessing(task: Task, noise: Noise, own: Tensor, tokens: Tensor, where: Tensor) -> Task:
+    """The task with guesses of its tokens [N] in some of their own slots.
+
+    Args:
+        own: as of `seen`. where: [N] bool.
+    """
+    ids = task.input_ids.flatten().clone()
+    if not noise.vectors:
+        ids[own] = noise.with_guesses(ids[own], tokens, where)
+        return replace(task, input_ids=ids.view_as(task.input_ids))
+    x, vectors = noise.with_guesses(task.shown, tokens, where), task.vectors.clone()
+    vectors[-1 - ids[own]] = noise.embedded(x)
+    return replace(task, shown=x, vectors=vectors)
+
+
 def clean_task(x0: Tensor, doc: Tensor, pos: Tensor) -> Task:
     """The forward pass of an AR model that reads documents [B, L]: their clean copy alone, of which
     no token is masked. `reading` makes it predict tokens."""

@@ -26,7 +26,7 @@ from ..diffusion.cross_entropy import (
     loss_of_logits,
 )
 from ..diffusion.distillation import Readout, distillation_loss
-from ..diffusion.task import Task, seen, slots_at
+from ..diffusion.task import Task, guessing, seen, slots_at
 from ..distributed.sharding import holds_shards
 from .base import Running
 from .metrics import Meter
@@ -285,13 +285,14 @@ class Denoising(Running):
         """The task with tokens that the model draws itself in some of the scored slots."""
         task = wanted.task
         inputs = task.inputs(inner, self.spec.local_window)
-        logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
-        guessed = wanted.guess >= 0
-        probability = logits.float().masked_fill(self.suppressed, float("-inf")).softmax(-1)
+        logits = output_at(model, task.index, inner=inner, **inputs).logits[0].float()
+        if (evidence := self._evidence(wanted)) is not None:
+            logits = evidence.add_(logits)
+        probability = logits.masked_fill(self.suppressed, float("-inf")).softmax(-1)
         tokens = draw(probability, wanted.guess.clamp(min=0))
-        ids, own = task.input_ids.flatten().clone(), wanted.own
-        ids[own] = torch.where(guessed, tokens, ids[own])
-        return replace(wanted, task=replace(task, input_ids=ids.view_as(task.input_ids)))
+        return replace(
+            wanted, task=guessing(task, self.noise, wanted.own, tokens, wanted.guess >= 0)
+        )
 
     def _distilled(
         self, summed: WeightedLoss, readout: Readout, wanted: LossTask, divisor: Tensor
