@@ -62,6 +62,11 @@ KINDS: dict[str, list[str]] = {
     "self": ["noise.kind=self"],
     "self, with edits": ["noise.kind=self"],
     "mask, edited": ["noise.edits={after: 0.8, most: 0.1}"],
+    "spindle": ["noise.kind=spindle"],
+    "gaussian": ["noise.kind=gaussian"],
+    "nearest": ["noise.kind=nearest"],
+    "embedding": ["noise.kind=embedding"],
+    "embedding, guessed": ["noise.kind=embedding", "noise.parameters={guessed: 0.5}"],
 }
 EDITED = ("self, with edits", "mask, edited")
 
