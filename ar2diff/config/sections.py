@@ -98,8 +98,10 @@ class Noise(Section):
     kind: str | None = Field(
         None,
         description="what open slots show: mask; uniform, any token; mask_uniform, a mask or, "
-        "halfway, any token (GIDD); or self, the model's own guesses. null: mask, or that of a "
-        "converted model",
+        "halfway, any token (GIDD); self, the model's own guesses; spindle, masks on informative "
+        "tokens first (DiffusionBERT); gaussian and nearest, tokens near the right one in an order "
+        "or by their embeddings (D3PM); or embedding, its embedding among Gaussian noise "
+        "(Diffusion-LM, SED). null: mask, or that of a converted model",
     )
     form: Literal["tracked", "free"] | None = Field(
         None,
@@ -109,7 +111,8 @@ class Noise(Section):
     parameters: dict[str, float | str] = Field(
         {},
         description="of the kind. uniform: schedule (linear, cosine); mask_uniform: p_u, gamma; "
-        "self: guessed; in the free form also logits (others, posterior)",
+        "self and embedding: guessed; spindle: strength; gaussian: order (component, ids), width; "
+        "nearest: neighbours; in the free form also logits (others, posterior)",
     )
     time: Literal["block", "document", "sequence"] = Field(
         "block",

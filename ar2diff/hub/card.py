@@ -155,7 +155,7 @@ def make_card(
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
     tags = ["ar2diff", "diffusion-lm", *([] if adapter else [FOLDER])]
-    whole = "masked-diffusion" if spec.noise.starts_masked else "uniform-diffusion"
+    whole = "masked-diffusion" if spec.noise.starts_masked else f"{spec.noise.kind}-diffusion"
     tags += [whole if spec.attention == "full" else "block-diffusion", model_type]
     relation = "adapter" if adapter else "finetune"
     data = ModelCardData(
@@ -305,7 +305,7 @@ def _own_rule(generation: Any, spec: Spec) -> str:
 def _parameters(spec: Spec) -> str:
     """The parameters of the noise."""
     values = spec.noise.to_dict()
-    return _label({name: v for name, v in values.items() if name not in ("kind", "form")})
+    return _label({name: v for name, v in values.items() if name not in ("kind", "form", "sha256")})
 
 
 def _class_name(model: Any) -> str:

@@ -13,7 +13,7 @@ whole and in float32 in each process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokeniz
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
 from ..core.errors import Ar2DiffError, first_line
+from ..core.noises import Uniform
 from ..diffusion.cross_entropy import PART, rows_at_once
 from ..diffusion.distillation import LEAST
 from ..distributed.precision import computes_in_bf16
@@ -315,7 +316,11 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
         raise Ar2DiffError(
             f"model {path} cannot be built ({first_line(error)})", "correct its config.json"
         ) from error
-    spec = read_spec(path)
+    spec, process = read_spec(path), recipe.noise.process
+    # A fitted noise is fitted to weights and texts, and needs about as much as this one.
+    alike = Uniform("free")
+    if spec is not None and spec.noise.fits:
+        spec = replace(spec, noise=alike)
     check_rows(path, model, tokenizer, spec)
     checkpoint = Checkpoint(path, model, tokenizer, spec, {})
     if recipe.draft is not None:
@@ -328,7 +333,7 @@ def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoi
             recipe.data.max_length,
             False,
             recipe.train.seed,
-            recipe.noise.process,
+            alike if process is not None and process.fits else process,
         )
     if recipe.peft is not None:
         add_adapter(checkpoint, recipe)
