@@ -41,6 +41,9 @@ class Fitted:
         self.sha256 = sha256 or hashlib.sha256(self.to_bytes()).hexdigest()
         self._made: dict[Any, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": {}}
+
     def __getitem__(self, name: str) -> Tensor:
         if self.tensors is None:
             raise RuntimeError(f"{NOISE_FILE} was not read")
@@ -62,10 +65,11 @@ class Fitted:
 
         return safetensors.torch.save({n: x.contiguous().cpu() for n, x in self.tensors.items()})
 
-    def read(self, file: Path, check: Callable[[Mapping[str, Tensor]], None]) -> None:
+    def read(self, file: Path, most: int, check: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Read the tensors.
 
         Args:
+            most: bytes that they may have.
             check: raises any error where they cannot be those of the noise.
 
         Raises:
@@ -75,7 +79,7 @@ class Fitted:
 
         if not file.is_file():
             raise Ar2DiffError(f"{file}, to which the noise was fitted, is missing", FIX)
-        content = file.read_bytes()
+        content = file.read_bytes() if file.stat().st_size <= most else b""
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise Ar2DiffError(f"{file} is not the file that config.json names", FIX)
         try:
@@ -178,7 +182,9 @@ def read_beside(model: Any, noise: Any) -> None:
 
 def read_fitted(model: Any, noise: Any, file: Path) -> None:
     """Read what the noise of a model was fitted to from its file; errors as of `Fitted.read`."""
-    noise.fitted.read(file, lambda tensors: noise.check(tensors, rows_of(model)))
+    size = rows_of(model)
+    most = BYTES * size[0] * max(MOST_LINKS, size[1]) + MOST_HEADER
+    noise.fitted.read(file, most, lambda tensors: noise.check(tensors, size))
     carry(model, noise)
 
 
@@ -194,4 +200,5 @@ def rows_of(model: Any) -> tuple[int, int]:
     return getattr(weight, "ds_shape", weight.shape)
 
 
+BYTES, MOST_LINKS, MOST_HEADER = 8, 4096, 1 << 16  # of a number, of a token, and of the file
 GEOMETRIC = math.log(1e-4), math.log(1e5)  # between which schedules are tabulated

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .errors import Ar2DiffError, option
 from .fitted import GEOMETRIC, Schedule, entropy_of, knots_of
@@ -35,6 +35,7 @@ class Walk(Noise):
     forms = ("free",)
     starts_masked = False
     fits = True
+    axes: ClassVar[int]  # of what `graph` returns
 
     def graph(self, table: Tensor) -> Tensor:
         """What is kept of the embeddings [K, H] of the ids, double: integers."""
@@ -69,8 +70,8 @@ class Walk(Noise):
         Schedule(tensors["knots"])
         if len(ids) > MOST or graph.is_floating_point() or graph.min() < 0:
             raise ValueError("it holds no graph")
-        if graph.max() >= len(ids):
-            raise ValueError("its graph has ids that it lacks")
+        if len(graph) != len(ids) or graph.dim() != self.axes or graph.max() >= len(ids):
+            raise ValueError("its graph is not one of its ids")
 
     def marginal(self, v: Tensor, t: Tensor) -> Tensor:
         """See `Noise`."""
@@ -154,6 +155,7 @@ class Gaussian(Walk):
     width: float = 0.02
 
     kind = "gaussian"
+    axes = 1
     shows = "an open slot shows a token near the right one in an order of all tokens"
 
     def __post_init__(self) -> None:
@@ -198,6 +200,7 @@ class Nearest(Walk):
     neighbours: int = 10
 
     kind = "nearest"
+    axes = 2
     shows = "an open slot shows a token whose embedding is near that of the right one"
 
     def __post_init__(self) -> None:
