@@ -69,6 +69,7 @@ class Noise:
     kind: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]
     shows: ClassVar[str]  # what an open slot shows, in words
+    undecided: ClassVar[str] = "no slot is known to be right before the last step"
     starts_masked: ClassVar[bool] = True  # at t = 1, all open slots show the mask
     visible: ClassVar[bool] = True  # an open slot may look like a token
     guesses: ClassVar[bool] = False  # an open slot shows what the model guessed there
@@ -97,8 +98,8 @@ class Noise:
     def described(self) -> str:
         """What an open slot shows, and what that means for decoding, as part of a sentence."""
         how = (
-            "no slot is known to be right before the last step, so decoding takes a fixed number "
-            "of steps for each block, and no threshold"
+            f"{self.undecided}, so decoding takes a fixed number of steps for each block, and no "
+            "threshold"
             if self.free
             else "the sampler knows which slots are open, and decides them by a threshold or in "
             "steps"

@@ -42,6 +42,7 @@ class Spindle(Noise):
 
     kind = "spindle"
     shows = "an open slot shows the mask, and tokens with more information sooner"
+    undecided = "tokens stay once they are shown, and which slots show one is drawn"
     forms = ("free",)
     fits = True
 
