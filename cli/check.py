@@ -26,7 +26,8 @@ def check_command(
     if as_json:
         report(result.to_dict(), True)
     else:
-        plain = {"diffusion": "no, this is an autoregressive model"}
+        kind = "a masked language model" if result.masked_lm else "an autoregressive model"
+        plain = {"diffusion": f"no, this is {kind}"}
         shown = result.spec.to_dict() if result.spec else plain
         if result.draft:
             shown = {k: v for k, v in result.draft.to_dict().items() if k != "targets"}

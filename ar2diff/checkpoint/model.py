@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationMixin,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -31,6 +33,7 @@ from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.fitted import NOISE_FILE, read_fitted
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead, read_head
+from ..core.masked_lm import is_masked_lm, names_of
 from ..core.noise import Noise
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.spec import CAUSAL, HEAD_FILE, Spec
@@ -85,7 +88,13 @@ class Checkpoint:
             ids = getattr(holder, "eos_token_id", None)
             if ids is not None and ids != []:
                 return ids if isinstance(ids, list) else [ids]
-        return []
+        separator = self.tokenizer.sep_token_id  # with which BERT's texts end
+        return [separator] if self.is_masked_lm and separator is not None else []
+
+    @property
+    def is_masked_lm(self) -> bool:
+        """Whether the class of the model is one for masked language modelling."""
+        return is_masked_lm(self.model.config.architectures)
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -112,7 +121,12 @@ class Checkpoint:
 
     @property
     def spec_or_causal(self) -> Spec:
-        """The spec; of an unconverted model that of its AR mode, where no token is a mask."""
+        """The spec; of an unconverted model that of its AR mode, where no token is a mask.
+
+        Raises:
+            Ar2DiffError: it is an unconverted masked language model, which has no AR mode.
+        """
+        refuse_unconverted(self)
         return self.spec or causal_spec(self.model)
 
     @property
@@ -140,13 +154,13 @@ def load_model(
             GPU and float32 on a CPU, or another dtype of torch by name.
 
     Raises:
-        Ar2DiffError: it is not a decoder, its weights are incomplete, its tokenizer does not match,
+        Ar2DiffError: it is no language model of a kind that can be converted, its weights are incomplete, its tokenizer does not match,
             its spec is not one that this version honours, its diffusion head is not the one that
             the spec names, or its layers cannot be held in 4 bits on a CPU.
     """
     values = read_config(path)
     spec = read_spec(path)
-    _refuse_non_decoder(path, values)
+    _refuse_other_kinds(path, values)
     check_ids(path)  # and that there is JSON: transformers ignores a generation config without
     tensors = stored_tensors(path)
     stored = {tensor.name: tensor.dtype for tensor in tensors}
@@ -162,7 +176,8 @@ def load_model(
         _refuse_size(path, outline, tensors)
         if quantization is not None:
             check_four_bit_shapes(path, outline)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loader = generative_class(config) if is_masked_lm(config.architectures) else None
+        model, report = (loader or AutoModelForCausalLM).from_pretrained(
             path,
             config=config,
             dtype=kind,
@@ -321,7 +336,8 @@ def _dtype(name: str, stored: dict[str, str], on_gpu: bool) -> Any:
     return found
 
 
-def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
+def _refuse_other_kinds(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that holds neither a decoder nor a masked language model."""
     names, kind = config.get("architectures"), config.get("model_type")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -333,9 +349,12 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     if not names:  # the type tells as much, but for models that are encoders or decoders
         names = []
         if isinstance(kind, str) and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            names = _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()))
+            names = names_of(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()))
+    if is_masked_lm(names) and not config.get("is_encoder_decoder"):
+        if names[0] in names_of(MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind, ())):
+            return
     decoders = {
-        name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)
+        name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names_of(entry)
     }
     if names and isinstance(kind, str) and kind in CONFIG_MAPPING:
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and any(n in decoders for n in names):
@@ -347,21 +366,59 @@ def _refuse_non_decoder(path: Path, config: dict[str, Any]) -> None:
     if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
         what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
         raise Ar2DiffError(
-            f"model {path}: {what} is not a decoder-only causal LM",
+            f"model {path}: {what} is neither a decoder-only causal LM nor a masked LM",
             "if it is a diffusion model of another family, run 'ar2diff import' on it first"
             if "auto_map" in config
-            else "use an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...)",
+            else "use an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...), or a "
+            "...ForMaskedLM (BERT, RoBERTa, ModernBERT ...)",
         )
 
 
-def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def refuse_unconverted(checkpoint: Checkpoint) -> None:
+    """Refuse a masked language model as it came, which has no AR mode to use instead.
+
+    Raises:
+        Ar2DiffError: it is one.
+    """
+    if checkpoint.spec is None and checkpoint.is_masked_lm:
+        raise no_ar_mode(checkpoint.path)
+
+
+def no_ar_mode(path: Path) -> Ar2DiffError:
+    """The error for the use of an unconverted masked language model as an AR model."""
+    return Ar2DiffError(
+        f"model {path} is a masked language model: it writes and scores no text before it is "
+        "converted",
+        f"convert it with 'ar2diff adapt {path} --output-dir DIR'",
+    )
+
+
+@cache
+def _with_generate(stock: type) -> type:
+    values = {"__module__": stock.__module__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (stock, GenerationMixin), values)
+
+
+def generative_class(config: Any) -> type:
+    """The class of a masked language model, with `generate` and a generation config, which those
+    of transformers lack. Its name and its weights are those of the stock class."""
+    return _with_generate(MODEL_FOR_MASKED_LM_MAPPING[type(config)])
+
+
+def model_from(config: Any, **kwargs: Any) -> Any:
+    """A model of a config with random weights; keyword arguments as of transformers'
+    `from_config`."""
+    if is_masked_lm(config.architectures):
+        return generative_class(config)._from_config(config, **kwargs)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
 
 
 def outline_of(config: Any) -> Any:
     """The model of a config without storage, which costs no memory whatever its size."""
+    masked = is_masked_lm(config.architectures)
+    mapping = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        return mapping[type(config)](config)
 
 
 def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:
@@ -512,5 +569,5 @@ def causal_spec(model: Any) -> Spec:
         CAUSAL,
         mask_token_id=model.get_input_embeddings().weight.shape[0],
         local_window="kept" if any(layer_windows(config, "kept").values()) else None,
-        max_length=context_length(model.config) or 0,
+        max_length=context_length(model) or 0,
     )

@@ -1,5 +1,6 @@
-"""AR checkpoint -> diffusion checkpoint, in memory: mask token, pad token, configs. No weight
-but the mask token's own row changes. `probe` tells whether the model then does what its spec says.
+"""AR checkpoint, or masked language model -> diffusion checkpoint, in memory: mask token, pad
+token, configs. No weight but a new mask token's own row changes. `probe` tells whether the model
+then does what its spec says.
 """
 
 from __future__ import annotations
@@ -55,21 +56,25 @@ def convert(
 
     Raises:
         Ar2DiffError: a length exceeds the model's context; a converted model has another attention
-            or prediction; the mask token is a word.
+            or prediction; the mask token is a word; a masked language model has none of its own,
+            or is to have another.
     """
     model, old = checkpoint.model, checkpoint.spec
     config = model.config
-    _check_lengths(config, wanted, max_length)
+    _check_lengths(model, wanted, max_length)
     checkpoint.notes += _without_unusable(model.generation_config)
     if old is None:
         _keep_head(model)
-        mask_token_id = _add_mask_token(checkpoint, wanted.mask_token, seed)
+        if checkpoint.is_masked_lm:
+            mask_token_id = _own_mask_token(checkpoint, wanted)
+        else:
+            mask_token_id = _add_mask_token(checkpoint, wanted.mask_token, seed)
         set_pad(checkpoint, mask_token_id)
     else:
         _check_continuation(old, wanted)
         mask_token_id, max_length = old.mask_token_id, max(old.max_length, max_length)
         ar_mode = ar_mode and old.ar_mode
-    local_window = _local_window(config.get_text_config(), old, wanted, max_length)
+    local_window = _local_window(model, old, wanted, max_length)
     head = _make_head(model, old, wanted.head_rank, seed)
     noise = noise or (old.noise if old else Mask())
     if noise.fits and noise.fitted is None:
@@ -166,14 +171,14 @@ def _keep_head(model: Any) -> None:
         model.config.get_text_config().tie_word_embeddings = False
 
 
-def _local_window(config: Any, old: Spec | None, wanted: Convert, max_length: int) -> str | None:
+def _local_window(model: Any, old: Spec | None, wanted: Convert, max_length: int) -> str | None:
     """What becomes of the base's sliding window: `local_window` of the spec. A dropped window is
     removed from the config, so that a stock forward has none either.
 
     If layers have types, these may decide more than the window (a layer's rotary base, its heads),
     so they stay, and the window becomes as long as the context.
     """
-    before = old.local_window if old else None
+    config, before = model.config.get_text_config(), old.local_window if old else None
     if before == "dropped":
         return before
     sizes = [size for size in layer_windows(config, "kept").values() if size]
@@ -183,12 +188,12 @@ def _local_window(config: Any, old: Spec | None, wanted: Convert, max_length: in
     if (wanted.local_window or before or fitting) == "kept":
         return "kept"
     typed = getattr(config, "layer_types", None)
-    config.sliding_window = (context_length(config) or max_length) if typed else None
+    config.sliding_window = (context_length(model) or max_length) if typed else None
     return "dropped"
 
 
-def _check_lengths(config: Any, wanted: Convert, max_length: int) -> None:
-    context = context_length(config)
+def _check_lengths(model: Any, wanted: Convert, max_length: int) -> None:
+    context = context_length(model)
     if context is None:
         return
     for name, length in (
@@ -228,6 +233,35 @@ def _check_continuation(old: Spec, wanted: Convert) -> None:
             f"for {wanted.block_length}",
             f"set {option('convert.block_length', old.block_length)} or higher",
         )
+
+
+def _own_mask_token(checkpoint: Checkpoint, wanted: Convert) -> int:
+    """The mask token with which a masked language model was trained; its row stays as it is. Also
+    has the model begin its texts as its tokenizer does."""
+    path, tokenizer, generation = (
+        checkpoint.path,
+        checkpoint.tokenizer,
+        checkpoint.model.generation_config,
+    )
+    own = tokenizer.mask_token_id
+    if own is None or own >= checkpoint.model.get_input_embeddings().weight.shape[0]:
+        raise Ar2DiffError(
+            f"model {path} is a masked language model, but its tokenizer has no mask token",
+            "set mask_token in its tokenizer_config.json to the token it was trained with",
+        )
+    if wanted.mask_token not in (None, tokenizer.mask_token):
+        raise Ar2DiffError(
+            f"{option('convert.mask_token')} is {shortened(wanted.mask_token)}, but model {path} is "
+            f"a masked language model that was trained with {tokenizer.mask_token}",
+            f"leave out {option('convert.mask_token')}",
+        )
+    if generation.bos_token_id is None:
+        generation.bos_token_id = tokenizer.cls_token_id
+    checkpoint.notes.append(
+        "the base is a masked language model: attention is full, prediction same, and there is no "
+        "AR mode"
+    )
+    return own
 
 
 def _add_mask_token(checkpoint: Checkpoint, wanted: str | None, seed: int) -> int:

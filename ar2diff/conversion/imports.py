@@ -35,7 +35,6 @@ from ..checkpoint.model import Checkpoint, load_tokenizer, write_spec
 from ..checkpoint.output import check_output, claimed, write_json
 from ..checkpoint.stored import stored_dtypes, stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
-from ..core.forward import context_length
 from ..core.noises import Mask
 from ..core.spec import FORMAT, Spec
 from .convert import MASK_TOKEN, set_pad
@@ -312,7 +311,7 @@ def _spec(
     elif attention == "block_causal":
         said = theirs.get("block_size") if family.blocks else None
         block_length = said if type(said) is int and said > 0 else family.block_length
-    context = context_length(config)
+    context = config.get_text_config().max_position_embeddings
     return Spec(
         format=FORMAT,
         noise=Mask(),

@@ -1,7 +1,8 @@
 """A forward pass that computes logits at chosen slots only, and the longest row that a model
 accepts.
 
-This file is copied into converted folders: it imports torch and the standard library alone.
+This file is copied into converted folders: it imports torch, the standard library and its
+neighbours alone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .masked_lm import first_position
+
 FACTORS = ("router_aux_loss_coef", "aux_loss_coef")  # names of the factor of the routers' loss
 
 
-def context_length(config: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """The longest row that a model accepts, in tokens; None if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - first_position(model)
+
+
+def positions_of(model: Any, pos: Tensor) -> Tensor:
+    """What the class of a model calls the positions of a text, which begin at 0."""
+    first = first_position(model)
+    return pos + first if first else pos
 
 
 def rope_switches(config: Any) -> tuple[int, ...]:
@@ -114,10 +124,12 @@ def output_at(
         exact: whether a plain linear head computes in float32 although its inputs or weights have
             16 bits: logits that are rounded to 8 bits of precision have many ties.
         vectors: as of `showing`.
-        inputs: input_ids [B, S], attention_mask, position_ids.
+        inputs: input_ids [B, S], attention_mask, position_ids (which begin at 0).
     """
     inner, own = inner or model, get_ident()
     head, given = inner.get_output_embeddings(), []
+    if "position_ids" in inputs:
+        inputs["position_ids"] = positions_of(inner, inputs["position_ids"])
 
     def pick(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if get_ident() != own:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation import logits_process
 from transformers.utils import ModelOutput, cached_file
 
@@ -26,6 +27,7 @@ from .errors import Ar2DiffError, first_line, option, shortened
 from .fitted import read_beside
 from .forward import context_length
 from .inputs import check_tensors, has_gaps, read_prompts
+from .masked_lm import is_masked_lm
 from .options import Options, resolve
 from .pattern import constraint_of
 from .probe import probe
@@ -66,7 +68,7 @@ class DiffusionOutput(ModelOutput):
 
 def room_of(model: Any, spec: Spec, options: Options) -> int | None:
     """How many tokens a row may have: the context in whole blocks; None if it has no limit."""
-    context = context_length(model.config)
+    context = context_length(model)
     return None if context is None else context // _grid(spec, options) * _grid(spec, options)
 
 
@@ -93,9 +95,17 @@ def canvas_of(
         Ar2DiffError: a prompt that is empty, starts with a mask, or exceeds the model's context.
     """
     rows = model.config.get_text_config().vocab_size
-    context, most = context_length(model.config), room_of(model, spec, options)
+    context, most = context_length(model), room_of(model, spec, options)
     longest = max(map(len, prompts))
     new = options.max_new_tokens
+    if options.cache_implementation in ("prefix", "dual") and is_masked_lm(
+        model.config.architectures
+    ):
+        raise Ar2DiffError(
+            f"{option('cache_implementation', options.cache_implementation)} needs a model that "
+            "keeps keys and values, and a masked language model does not",
+            f"use {option('cache_implementation', 'none')}",
+        )
     for number, prompt in enumerate(prompts):
         if not len(prompt) or prompt[0] == spec.mask_token_id:
             raise Ar2DiffError(
@@ -194,7 +204,7 @@ def generate(
         )
     check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
-    configs = (generation_config, model.generation_config)
+    configs = (generation_config, _own_config(model))
     gaps = has_gaps(given, attention_mask, spec.mask_token_id)
     options = resolve(spec, kwargs, configs, width, draft is not None, gaps)
     vocabulary = model.config.get_text_config().vocab_size
@@ -230,6 +240,17 @@ def generate(
         else:
             _stream(states, canvas, prompts[0], streamer, options.revised)
     return _output(canvas, given, real, options)
+
+
+def _own_config(model: Any) -> Any:
+    """The generation config of a model. The classes of masked language models load none, so theirs
+    is read from their folder."""
+    if not hasattr(model, "generation_config"):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(model.config.name_or_path)
+        except OSError:  # there is none
+            model.generation_config = GenerationConfig()
+    return model.generation_config
 
 
 def find_draft(given: Any, model: Any) -> Draft | None:

@@ -70,7 +70,7 @@ class Group:
         self.pace.plan(self.trees, self.drafts)
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
-            context_length(own.model.config), self.pace.most, own.draft,
+            context_length(own.model), self.pace.most, own.draft,
             own.chooser.options.compile,
         )  # fmt: skip
 

@@ -5,7 +5,8 @@ The name of its class decides nothing: a model is convertible if every mode of i
 
 Exact up to rounding, and how much that is depends on the dtype, the device and the kernels that a
 shape gets. So each check measures it first, in readings that must be equal whatever the model does
-with masks: it reads the same tokens as the AR model that it was, in the two shapes of the check.
+with masks: it reads the same tokens as the AR model that it was, in the two shapes of the check. (A
+masked language model was none: it reads them alone and in a batch.)
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch import Tensor
 from .attention import Slots, allowed_edges, dense_mask, lay_out, layer_windows, model_mask
 from .cache import ContextCache
 from .errors import first_line
-from .forward import quiet_routers
+from .forward import positions_of, quiet_routers
+from .masked_lm import is_masked_lm
 from .spec import Spec
 
 BLOCK = 4  # the mechanism does not depend on the length; short rows keep the probe cheap
 LENGTH = 10  # two blocks and a ragged tail
 # How far a layer reads, or how many tokens, in the names of transformers' configs.
-WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
+REACH = ("sliding_window", "local_attention")  # of a window, which a conversion may drop
+WINDOWS = (*REACH, "attention_chunk_size", "index_topk", "keep_window_size")
 WINDOW = 3  # shorter than either of two packed documents
 TOLERANCE = 1e-4  # relative to the largest logit; a wrong mask is off by whole logits
 ROUNDED = (torch.bfloat16, torch.float16)
@@ -87,7 +90,7 @@ def _stock_logits(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
 def _short_windows(model: Any, local_window: str | None) -> Iterator[None]:
     """Shorten the sliding windows while the probe runs, since it would not notice a window that is
     longer than its rows. A dropped window stays as it is: as long as the context."""
-    names = WINDOWS[1:] if local_window == "dropped" else WINDOWS
+    names = WINDOWS[len(REACH) :] if local_window == "dropped" else WINDOWS
     config = model.config.get_text_config()
     found = [
         (holder, name, size)
@@ -108,8 +111,12 @@ class _Prober:
     def __init__(self, model: Any, spec: Spec, block: int | None):
         self.model, self.spec, self.block = model, spec, block
         generator = torch.Generator().manual_seed(0)
-        rows = model.get_input_embeddings().weight.shape[0]
-        self.words = torch.arange(rows)[torch.arange(rows) != spec.mask_token_id].to(model.device)
+        self.two_way = is_masked_lm(model.config.architectures)
+        rows = torch.arange(model.get_input_embeddings().weight.shape[0])
+        words = rows != spec.mask_token_id
+        if self.two_way:  # some of these classes give a token of padding no position of its own
+            words &= rows != (model.config.get_text_config().pad_token_id or 0)
+        self.words = rows[words].to(model.device)
         drawn = torch.randint(len(self.words), (1, LENGTH), generator=generator)
         self.x0 = self.words[drawn.to(model.device)]
         self.xt = self.x0.clone()
@@ -133,7 +140,7 @@ class _Prober:
         return self.plain(
             input_ids=input_ids[:, read],
             attention_mask=mask,
-            position_ids=slots.pos[:, read],
+            position_ids=positions_of(self.model, slots.pos[:, read]),
             use_cache=cache is not None,
             **({} if cache is None else {"past_key_values": cache}),
         )
@@ -154,6 +161,9 @@ class _Prober:
     def rounding(self, ids: Tensor, length: int) -> float:
         """How far the AR model's readings of a row [1, S] and of its first `length` tokens are
         apart, relative to the largest logit: no token reads those after it."""
+        if self.two_way:
+            alone, both = (_stock_logits(self.model, x) for x in (ids, ids.repeat(2, 1)))
+            return _apart(alone, both[:1])
         long, short = (_stock_logits(self.model, x) for x in (ids, ids[:, :length]))
         return _apart(long[:, :length], short)
 
@@ -173,6 +183,8 @@ class _Prober:
         # products with all others that go to the same expert.
         stock = _moved(_stock_logits(self.model, batch))
         noise = stock.triu(1).max().clamp(max=MOST_ROUNDING / MARGIN)
+        if self.two_way:
+            noise = torch.zeros_like(noise)  # all rows have one shape, and no experts
         windows = layer_windows(self.model.config.get_text_config(), self.spec.local_window)
         edges = torch.zeros(size, size, dtype=torch.bool, device=input_ids.device)
         for window in windows.values():
@@ -191,6 +203,10 @@ class _Prober:
     def mask_free(self) -> list[str]:
         """`full`: a forward without a mask must be bidirectional, as config.is_causal says."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, "full")
+        if self.two_way:
+            if self.differ(_stock_logits(self.model, input_ids), self.run(input_ids, slots), 0):
+                return ["with masks and positions of our own it reads otherwise than without"]
+            return []
         plain = self.plain(input_ids=input_ids, is_causal=False)
         rounding = self.rounding(input_ids, LENGTH - 1)
         if self.differ(plain, self.run(input_ids, slots), rounding):

@@ -61,6 +61,20 @@ LOSSLESS = {
         "places, and the two tokens are less than 0.5 apart"
     ),
 }
+MASKED_LM = {
+    "transformers, with AutoModelForMaskedLM and trust_remote_code=True": (
+        "denoises without ar2diff installed: GenerationMixin.load_custom_generate(None, FOLDER, "
+        "trust_remote_code=True)(model=model, input_ids=ids)"
+    ),
+    "transformers, with AutoModelForMaskedLM or a fill-mask pipeline": (
+        "predicts the masks of a text in one forward, as its base does"
+    ),
+    "transformers, with AutoModelForCausalLM": (
+        "does not load most such classes; for some it does (BERT, RoBERTa), and without "
+        "trust_remote_code decodes left to right with bidirectional attention: the text is wrong"
+    ),
+    "vLLM, SGLang, llama.cpp, transformers serve, lm-eval --model hf": "do not denoise",
+}
 BESIDE = {
     "transformers, with the base and trust_remote_code=True": (
         "writes the base's text in fewer forwards: "
@@ -104,6 +118,7 @@ class Check:
         ok: whether every finding holds.
         draft: what `draft.json` says of a draft adapter; None for anything else.
         default: the mode in which it decodes by default; None for an unconverted model.
+        masked_lm: whether the class of the model is one for masked language modelling.
     """
 
     model: str
@@ -114,6 +129,7 @@ class Check:
     ok: bool
     draft: DraftSpec | None = None
     default: DefaultMode | None = None
+    masked_lm: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -136,21 +152,30 @@ def check(model: str | Path, dtype: str = "auto") -> Check:
     if checkpoint.draft is not None:
         return _check_draft(str(model), path, checkpoint)
     if spec is None:
-        where = {"everywhere": "decodes left to right; 'ar2diff adapt' converts it"}
-        return Check(str(model), None, (), None, where, True)
-    code = read_custom_generate(_home(checkpoint))
+        way = "predicts single masks" if checkpoint.is_masked_lm else "decodes left to right"
+        where = {"everywhere": f"{way}; 'ar2diff adapt' converts it"}
+        return Check(str(model), None, (), None, where, True, masked_lm=checkpoint.is_masked_lm)
+    code, masked = read_custom_generate(_home(checkpoint)), checkpoint.is_masked_lm
     findings = (*_findings(checkpoint, spec), *_lossless(checkpoint, path), _code_finding(code))
     return Check(
         model=str(model),
         spec=spec,
         findings=findings,
         custom_generate=code,
-        elsewhere={TRUSTED: TRUSTING if code.sha256 else CODELESS}
-        | ELSEWHERE.get(spec.attention, ELSEWHERE["other"])
+        elsewhere=({} if masked else {TRUSTED: TRUSTING if code.sha256 else CODELESS})
+        | elsewhere_of(checkpoint)
         | (LOSSLESS if spec.lossless else {}),
         ok=all(finding.ok for finding in findings),
         default=_default_mode(checkpoint, path),
+        masked_lm=masked,
     )
+
+
+def elsewhere_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """{program: what happens when it runs a converted model}."""
+    if checkpoint.is_masked_lm:
+        return MASKED_LM
+    return ELSEWHERE.get(checkpoint.spec.attention, ELSEWHERE["other"])
 
 
 def _check_draft(model: str, path: Path, checkpoint: Checkpoint) -> Check:

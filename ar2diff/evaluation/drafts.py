@@ -149,7 +149,7 @@ def collator_for(checkpoint: Checkpoint, draft: Any, seed: int) -> BlockCollator
     """
     return BlockCollator(
         draft, checkpoint.draft.mask_token_id, checkpoint.suppressed.cpu(), seed,
-        context_length(checkpoint.model.config),
+        context_length(checkpoint.model),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.io import load_checkpoint
-from ..checkpoint.model import Checkpoint
+from ..checkpoint.model import Checkpoint, refuse_unconverted
 from ..config.section import MOST_SAMPLES
 from ..core.errors import Ar2DiffError, option, shortened
 from ..data.sources import read_texts
@@ -111,4 +111,6 @@ def evaluate(
 
 
 def _load(model: str | Path, dtype: str) -> Checkpoint:
-    return load_checkpoint(str(model), device="auto", dtype=dtype)
+    checkpoint = load_checkpoint(str(model), device="auto", dtype=dtype)
+    refuse_unconverted(checkpoint)
+    return checkpoint

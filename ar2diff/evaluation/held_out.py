@@ -73,7 +73,7 @@ def held_out_documents(
         check_length(checkpoint, wanted.length, "eval.length")
         length, texts = wanted.length, documents.first(20 * wanted.rows)
     else:
-        context = context_length(checkpoint.model.config) or wanted.length
+        context = context_length(checkpoint.model) or wanted.length
         length = min(wanted.length, recipe.data.max_length, context)
         few = documents.size < SPARED * wanted.rows
         texts = [] if few else documents.last(2 * wanted.rows) or []

@@ -73,7 +73,7 @@ def golden_run(checkpoint: Checkpoint, folder: str) -> Golden | None:
     new = next((tokens for most, tokens in MOST_TOKENS if size <= most), 0)
     prompts = [prompt_ids(checkpoint.tokenizer, text)[:LENGTH] for text in PROMPTS]
     prompts = [prompt for prompt in prompts if prompt]
-    context, block = context_length(checkpoint.model.config), checkpoint.read_as.block_length
+    context, block = context_length(checkpoint.model), checkpoint.read_as.block_length
     if context is not None:
         new = min(new, context - LENGTH - block)
     if new < 1 or not prompts:

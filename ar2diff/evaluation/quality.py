@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import read_spec, weight_files
+from ..checkpoint.files import read_config, read_spec, weight_files
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..core.errors import Ar2DiffError, first_line
+from ..core.masked_lm import is_masked_lm
 from ..core.options import SAFE_THRESHOLD, THRESHOLD
 from ..diffusion.likelihood import ar_nll
 from ..generation.complete import decode_rows, settings_of
@@ -121,6 +122,8 @@ def _nll(
 def _reason_not_to(base: Path, rows: Sequence[Any]) -> str | None:
     """Why the text cannot be measured; None if it can."""
     spec = read_spec(base)
+    if is_masked_lm(read_config(base).get("architectures")):
+        return "its base is a masked language model, which gives texts no probability"
     if spec is not None and not spec.writes_ar:
         return "the model that was trained has no AR mode"
     if len(rows) < ROWS:

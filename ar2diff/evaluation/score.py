@@ -89,7 +89,7 @@ def check_length(checkpoint: Checkpoint, length: int, name: str) -> None:
     Args:
         name: the option that sets the length.
     """
-    context = context_length(checkpoint.model.config)
+    context = context_length(checkpoint.model)
     if context is not None and length > context:
         raise Ar2DiffError(
             f"{option(name, length)} exceeds the model's context of {context} tokens",
@@ -121,6 +121,7 @@ def score(checkpoint: Checkpoint, rows: list[list[int]], *, samples: int, seed: 
         error = estimate.error if samples > 1 else None
         diffusion = Bound(estimate.mean, error, bits_per_byte(estimate))
     if spec is None or spec.ar_mode:
-        estimate = ar_nll(model, rows, suppressed, spec.local_window if spec else "kept")
+        window = checkpoint.spec_or_causal.local_window
+        estimate = ar_nll(model, rows, suppressed, window)
         autoregressive = NegativeLogLikelihood(estimate.mean, bits_per_byte(estimate))
     return Score(tokens, size, diffusion, autoregressive)

@@ -15,11 +15,12 @@ from ..checkpoint.files import (
     GENERATION,
     find_checkpoint,
     is_draft,
+    read_config,
     read_json,
     read_spec,
 )
 from ..checkpoint.io import load_checkpoint
-from ..checkpoint.model import Checkpoint
+from ..checkpoint.model import Checkpoint, no_ar_mode, refuse_unconverted
 from ..core.canvas import Canvas
 from ..core.denoise import denoise
 from ..core.draft import read_draft_spec
@@ -27,6 +28,7 @@ from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
 from ..core.options import Options, resolve
 from ..core.pattern import check_constraint, constraint_of, validates
+from ..core.masked_lm import is_masked_lm
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from .prompts import Request, Segments, split_gaps
@@ -161,6 +163,7 @@ def load(reference: str, dtype: str = "float32", device: str | None = "auto") ->
         Ar2DiffError: as `load_checkpoint`; or its attention is not what its spec says.
     """
     checkpoint = load_checkpoint(reference, device=device, dtype=dtype)
+    refuse_unconverted(checkpoint)
     if checkpoint.spec is not None or checkpoint.draft is not None:
         check_model(checkpoint.model, checkpoint.read_as, checkpoint.draft)
     return checkpoint
@@ -333,6 +336,8 @@ def _drift(canvas: Canvas) -> Drift | None:
 
 
 def _check_converted(path: Path, spec: Spec | None, settings: dict[str, Any]) -> None:
+    if spec is None and is_masked_lm(read_config(path).get("architectures")):
+        raise no_ar_mode(path)
     if spec is None and settings.get("mode", "diffusion") != "ar":
         raise Ar2DiffError(
             f"model {path} is not converted",

@@ -18,9 +18,10 @@ from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.options import RULE, STEPS
 from ..core.spec import Spec
-from ..evaluation.check import ELSEWHERE
+from ..evaluation.check import elsewhere_of
 from ..generation.chat import Chat
 from ..generation.events import Answer, Problem
+from ..generation.tokens import closing_tokens
 from ..reports.figures import Report
 from ..reports.serving import serve_command
 from ..reports.summary import markdown, renamed
@@ -162,7 +163,7 @@ def make_card(
         base_model=origin.name,
         base_model_relation=relation if origin.name else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="fill-mask" if checkpoint.is_masked_lm else "text-generation",
         tags=tags + (["lora"] if adapter else []),
         **origin.licence,
     )
@@ -187,7 +188,9 @@ def make_card(
         mask_token=checkpoint.tokenizer.mask_token,
         origin=origin,
         base_name=origin.name or record.get("base_model") or "unknown",
-        elsewhere=ELSEWHERE.get(spec.attention, ELSEWHERE["other"]),
+        elsewhere=elsewhere_of(checkpoint),
+        masked_lm=checkpoint.is_masked_lm,
+        closing=closing_tokens(checkpoint.tokenizer),
         code_sha256=digest(custom_generate()),
         run=run,
         changed=yaml.safe_dump(changes(run.get("recipe") or {}), sort_keys=False).strip(),

@@ -77,7 +77,7 @@ class Held:
     @property
     def context(self) -> int | None:
         """Tokens that a row may have."""
-        return context_length(self.checkpoint.model.config)
+        return context_length(self.checkpoint.model)
 
     def described(self) -> Subject:
         """What the report says of it."""

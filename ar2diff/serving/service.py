@@ -105,7 +105,7 @@ class Service:
     @cached_property
     def longest(self) -> int | None:
         """Characters that no text has which fits into the context; None if there is no limit."""
-        context = context_length(self.checkpoint.model.config)
+        context = context_length(self.checkpoint.model)
         if context is None:
             return None
         token = max(map(len, self.checkpoint.tokenizer.get_vocab()))

@@ -170,7 +170,9 @@ def base_logs(plan: Plan) -> dict[str, float]:
     """The AR NLL of the base on the evaluation rows, where the conversion gives up the AR mode that
     else tells it. The weights must still be those of the base."""
     checkpoint = plan.checkpoint
-    if checkpoint.spec_or_causal.ar_mode or read_spec(checkpoint.path) is not None:
+    if checkpoint.is_masked_lm or checkpoint.spec_or_causal.ar_mode:
+        return {}
+    if read_spec(checkpoint.path) is not None:
         return {}
     return {
         "base_ar_nll": ar_nll(checkpoint.model, plan.eval_rows, checkpoint.suppressed, "kept").mean

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files import find_checkpoint, is_adapter, read_spec, refuse_draft
-from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer
+from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer, model_from
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
 from ..core.errors import Ar2DiffError, first_line
@@ -299,18 +299,13 @@ def _run(
 
 
 def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoint:
-    from transformers import AutoModelForCausalLM
-
     from ..checkpoint.adapters import add_adapter
 
     config, tokenizer = load_config(path), load_tokenizer(path)
     kind = recipe.train.attn_implementation
     try:
-        model = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=None if kind == "auto" else kind,
-            dtype=dtype,
-            trust_remote_code=False,
+        model = model_from(
+            config, attn_implementation=None if kind == "auto" else kind, dtype=dtype
         )
     except Exception as error:  # anything from a badly typed config to a class without sdpa
         raise Ar2DiffError(

@@ -224,7 +224,7 @@ class OwnText:
             rows = [[checkpoint.end_ids[0] if start is None else start]]
         else:
             rows = [self._ids(*row) for row in self.prompts.rows]
-        context, lengths = context_length(checkpoint.model.config), sorted(map(len, rows))
+        context, lengths = context_length(checkpoint.model), sorted(map(len, rows))
         if context is None:
             return rows, own.max_new_tokens
         shortest, longest = lengths[0], lengths[-1]

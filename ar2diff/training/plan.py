@@ -26,6 +26,7 @@ from ..data.documents import tokenize
 from ..distributed.ranks import is_main
 from ..evaluation.score import score
 from .arguments import check_optimizer, rows_per_step
+from .masked_lm import for_masked_lm
 from .results import DataSize, RunPlan
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of the extra
@@ -159,6 +160,7 @@ class Verb:
             )
         if is_adapter(path) or (recipe.peft is not None and recipe.draft is None):
             check_base(path, spec)
+        recipe = for_masked_lm(path, spec, recipe)
         recipe = continued(self.check(path, spec, recipe), spec)
         check_target(path, spec, recipe)
         check_noise(path, spec, recipe, self.converts)
@@ -266,7 +268,7 @@ def continued(recipe: Recipe, spec: Spec | None) -> Recipe:
 
 def fitted(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     """The recipe, with rows limited to the model's context unless it asks for a length."""
-    context, grid = context_length(checkpoint.model.config), recipe.convert.block_length or 1
+    context, grid = context_length(checkpoint.model), recipe.convert.block_length or 1
     if context is None or "max_length" in recipe.data.model_fields_set:
         return recipe
     fits = min(recipe.data.max_length, context // grid * grid)
@@ -295,11 +297,11 @@ def convert_for(
     )  # fmt: skip
     problems = probed(checkpoint.model, spec)
     if problems:
+        other = "" if checkpoint.is_masked_lm else f"another {option('convert.attention')}, or "
         raise Ar2DiffError(
             f"model {checkpoint.path}: {checkpoint.model.config.model_type} cannot be converted to "
             f"{spec.attention} attention: {problems[0]}",
-            f"try another {option('convert.attention')}, or another "
-            f"{option('train.attn_implementation')}",
+            f"try {other}another {option('train.attn_implementation')}",
         )
 
 

@@ -309,7 +309,7 @@ def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, A
     Raises:
         Ar2DiffError: naming the first row.
     """
-    tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model.config)
+    tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model)
     tokens = 0
     for number, row in enumerate(rows, 1):
         try:
