@@ -157,6 +157,14 @@ def estimates(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def quick_disk():
+    """Wait for no disk: only a power cut could tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def one_command_line():
     """Build the parsers of all commands once, and not for each command line that a test runs."""
     with pytest.MonkeyPatch.context() as patch:
