@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from hypothesis import settings
 
 from ar2diff.config.recipe import Recipe
@@ -20,6 +22,7 @@ from ar2diff.core.head import BigramHead
 from ar2diff.core.noises import Mask
 from ar2diff.core.spec import HEAD_FORMAT, Spec
 from ar2diff.distributed import precision
+from ar2diff.training.opening import needed_memory
 
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 precision.ON_CPU = False  # what the tests expect was computed in float32
@@ -136,6 +139,45 @@ def pictures(monkeypatch):
     pytest.importorskip("matplotlib")
     for module in DRAWING:
         monkeypatch.setattr(f"ar2diff.{module}.can_draw", lambda: True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_estimates():
+    """Do not say how much memory a run will need, which takes a fifth of most runs here; see
+    `estimates`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ar2diff.training.run.needed_memory", lambda path, recipe: None)
+        yield
+
+
+@pytest.fixture
+def estimates(monkeypatch):
+    """Say how much memory a run will need, as runs do outside the tests."""
+    monkeypatch.setattr("ar2diff.training.run.needed_memory", needed_memory)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_disk():
+    """Wait for no disk: only a power cut could tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_command_line():
+    """Build the parsers of all commands once, and not for each command line that a test runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_is_searched_for_garbage():
+    """Hide what lives already from the garbage collector: accelerate collects at the begin of each
+    run, and would go through everything that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def _rms_norm(self, x):

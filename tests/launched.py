@@ -1,13 +1,19 @@
 """The command line, whose processes write down what each of them holds: for `test_processes.py`.
 
-python tests/launched.py FOLDER adapt ... --launch zero2 --num-processes 2
+    python tests/launched.py FOLDER adapt ... --launch zero2 --num-processes 2
+
+Where FOLDER holds `others.json`, [[folder, port, arguments], ...], the same processes run these
+commands after the first, each in a fork of what has imported everything.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from ar2diff.cli.main import main
 from ar2diff.cli.output import quiet
 
 from ar2diff.distributed.launch import Launch
-from ar2diff.distributed.ranks import is_launched
+from ar2diff.distributed.ranks import chosen, is_launched
 
 
 def numel(tensors: Iterable[Any]) -> int:
@@ -91,10 +97,41 @@ def masters(optimizer: Any) -> int:
     return 0
 
 
+def through_gloo() -> None:
+    """Have DeepSpeed communicate through gloo, as it does where it has nothing of its own: what it
+    has for CPUs takes a minute to compile."""
+    with redirect_stdout(sys.stderr):  # it says which machine it found
+        from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
+
+
+def run_each(folder: Path, others: list[tuple[str, int, list[str]]]) -> None:
+    """Run this process's command and the others, until one fails."""
+    for verb in {arguments[0] for arguments in (sys.argv[1:], *(other[2] for other in others))}:
+        importlib.import_module(f"ar2diff.training.{verb}")
+    for place, port, arguments in [(folder, None, sys.argv[1:]), *others]:
+        if not (child := os.fork()):
+            if port is not None:  # the launcher's own store knows the first command alone
+                os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+            sys.argv[1:] = arguments
+            watch(Path(place))
+            main()
+            return
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(code)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv.pop(1))
+    others = folder / "others.json"
     if is_launched():
         quiet()  # as every verb does, before libraries are imported
+        if chosen().startswith("zero"):  # not with a launch file
+            through_gloo()
+        if others.exists():
+            run_each(folder, json.loads(others.read_text()))
+            sys.exit()
         watch(folder)
     else:
         command = Launch.command

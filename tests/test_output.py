@@ -37,11 +37,6 @@ def held(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "out"

@@ -111,16 +111,22 @@ def data_for(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def deepspeed_built():
-    """DeepSpeed's communication for CPUs, compiled once; skips where that cannot be done."""
+def deepspeed():
+    """Skips where DeepSpeed is not, or what it compiles with."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'ar2diff[dev]'")
     path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
     for tool in ("ninja", "g++"):
         if shutil.which(tool, path=path) is None:
             pytest.skip(f"{tool} is not on PATH, and DeepSpeed compiles with it")
+
+
+@pytest.fixture(scope="session")
+def deepspeed_built(deepspeed):
+    """DeepSpeed's communication for CPUs, compiled once, in a minute; used by launch files."""
     check_locks()
     code = "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as B; B().load()"
+    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
     env = {**ENV, "PATH": path, "DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
 
@@ -179,21 +185,37 @@ def logs_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def train_alone(base_of, data_for, tmp_path_factory):
+def train_here(base_of, data_for):
+    """Factory: train_here("sft", folder, resume=False) trains in this process."""
+
+    def train(kind: str, folder: Path, *settings: str, resume: bool = False) -> None:
+        verb, _ = KINDS[kind]
+        named = "draft" if verb == "draft" else None  # its recipe without another
+        recipe = load_recipe(named, [*settings_of(kind, folder.parent, 1), *settings])
+        recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
+        run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
+        run(str(base_of(kind)), recipe, folder, resume=resume)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def train_alone(train_here, tmp_path_factory):
     """Factory: train_alone("sft") is (folder, losses) of a run in this process. Made once."""
 
     @functools.cache
     def train(kind: str) -> tuple[Path, list[float]]:
-        verb, _ = KINDS[kind]
         folder = tmp_path_factory.mktemp("alone") / "out"
-        named = "draft" if verb == "draft" else None  # its recipe without another
-        recipe = load_recipe(named, settings_of(kind, folder.parent, 1))
-        recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
-        run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
-        run(str(base_of(kind)), recipe, folder)
+        train_here(kind, folder)
         return folder, [row["loss"] for row in logs_of(folder)]
 
     return train
+
+
+# What every test run trains in two processes; of a strategy in the same ones, one after another.
+TOGETHER = {"ddp": ["sft", "rl lora"], "zero2": ["sft", "rl"], "zero3": ["adapt", "sft lora", "rl"]}
+if importlib.util.find_spec("bitsandbytes"):
+    TOGETHER["ddp"].append("adapt qlora")
 
 
 @pytest.fixture(scope="session")
@@ -202,15 +224,28 @@ def train_in_two(request, arguments_of, tmp_path_factory):
     processes. Made once."""
 
     @functools.cache
-    def train(strategy: str, kind: str) -> tuple[Path, list[dict]]:
+    def launch(strategy: str, kinds: tuple[str, ...]) -> dict[str, Path]:
         if strategy.startswith("zero"):
-            request.getfixturevalue("deepspeed_built")
-        folder = tmp_path_factory.mktemp(strategy)
-        arguments = arguments_of(kind, folder / "out", 2, "--launch", strategy)
-        command = launched(folder, *arguments, "--num-processes", "2", "--json")
+            request.getfixturevalue("deepspeed")
+        folders = {kind: tmp_path_factory.mktemp(strategy) for kind in kinds}
+        first, *others = [
+            [*arguments_of(kind, folder / "out", 2), "--json"] for kind, folder in folders.items()
+        ]
+        home, *places = folders.values()
+        if others:
+            ports = [free_port() for _ in others]
+            told = [*zip(map(str, places), ports, others, strict=True)]
+            (home / "others.json").write_text(json.dumps(told))
+        command = launched(home, *first, "--launch", strategy, "--num-processes", "2")
         done = subprocess.run(command, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["steps"] == steps_of(kind)  # nothing else is on stdout
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [result["steps"] for result in results] == [*map(steps_of, kinds)]  # and no more
+        return folders
+
+    def train(strategy: str, kind: str) -> tuple[Path, list[dict]]:
+        often = tuple(TOGETHER.get(strategy, ()))
+        folder = launch(strategy, often if kind in often else (kind,))[kind]
         return folder / "out", notes_in(folder)
 
     return train
@@ -468,7 +503,8 @@ def kill_and_resume(
         await_saving(process, run / "checkpoints")
     kill(process, victim)
     check_checkpoints(run / "checkpoints")
-    subprocess.run([*command, "--resume"], check=True, env=ENV, capture_output=True)
+    done = subprocess.run([*command, "--resume"], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
 
 
@@ -563,7 +599,7 @@ def test_two_kills_in_one_process_resume_to_the_same_bits(
 
 
 def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
-    train_alone, arguments_of, tmp_path
+    train_here, train_alone, arguments_of, tmp_path
 ):
     run, (whole, _) = tmp_path / "out", train_alone("rl long")
     command = [*ALONE, *arguments_of("rl long", run, 1)]
@@ -575,25 +611,20 @@ def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
     check_checkpoints(run / "checkpoints")
     saved = json.loads((run / "checkpoints/checkpoint-5/rollouts-0.json").read_text())
     assert saved == {"step": 5, "batches": 2}
-    subprocess.run([*command, "--resume"], check=True, env=ENV, capture_output=True)
+    train_here("rl long", run, resume=True)
     assert weights_of(run).read_bytes() == weights_of(whole).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["adapt", "sft lora", "rl long"])
 def test_sigterm_saves_and_exits_in_one_process(
-    train_alone, tiny_checkpoint, convert_tiny, data_for, tmp_path, monkeypatch, kind
+    train_here, train_alone, tmp_path, monkeypatch, kind
 ):
     from ar2diff.training.grpo import DiffusionGRPOTrainer
     from ar2diff.training.loss import Denoising
 
-    verb, _ = KINDS[kind]
-    recipe = load_recipe(None, [*settings_of(kind, tmp_path, 1), "train.save_steps=100"])
-    recipe = with_values(recipe, data={"sources": [str(data_for[verb])]})
-    run = getattr(importlib.import_module(f"ar2diff.training.{verb}"), verb)
-    model = tiny_checkpoint if kind == "adapt" else convert_tiny("convert.block_length=4")
-    trainer, name = (
-        (DiffusionGRPOTrainer, "_compute_loss") if verb == "rl" else (Denoising, "losses")
-    )
+    trainer, name = Denoising, "losses"
+    if kind.startswith("rl"):
+        trainer, name = DiffusionGRPOTrainer, "_compute_loss"
     loss = getattr(trainer, name)
 
     def terminated_in_step_3(self, *args, **kwargs):
@@ -604,11 +635,11 @@ def test_sigterm_saves_and_exits_in_one_process(
     monkeypatch.setattr(trainer, name, terminated_in_step_3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        run(str(model), recipe, tmp_path / "out")
+        train_here(kind, tmp_path / "out", "train.save_steps=100")
     assert signal.getsignal(signal.SIGTERM) == before
     assert [p.name for p in (tmp_path / "out/checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
     monkeypatch.undo()
-    run(str(model), recipe, tmp_path / "out", resume=True)
+    train_here(kind, tmp_path / "out", "train.save_steps=100", resume=True)
     assert apart(train_alone(kind)[0], tmp_path / "out") == 0
 
 

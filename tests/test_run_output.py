@@ -64,6 +64,7 @@ def recipe(write_jsonl):
 # On the screen
 
 
+@pytest.mark.usefixtures("estimates")
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_a_piped_run_prints(run_both, tiny_checkpoint, converted, write_jsonl, tmp_path, verb):
     rows, settings, figures = VERBS[verb]

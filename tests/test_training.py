@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.config.recipe import parse_recipe
+from ar2diff.config.recipe import load_recipe, parse_recipe
 from ar2diff.conversion.convert import convert
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.noises import Mask
@@ -206,10 +206,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(
 
 
 def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
+    """Under torchrun, without `--launch`."""
     common = [
-        str(tiny_checkpoint),
-        "--data",
-        str(text_file),
+        f"data.sources=[{text_file}]",
         "convert.block_length=4",
         "data.max_length=32",
         "train.precision=fp32",
@@ -220,28 +219,16 @@ def test_two_ranks_train_as_one(tiny_checkpoint, text_file, tmp_path):
         "train.weight_decay=0",
         "train.max_grad_norm=0",
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for ranks, batch in ((1, 8), (2, 4)):
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={ranks}",
-                "-m",
-                "ar2diff.cli",
-                "adapt",
-                *common,
-                f"train.per_device_train_batch_size={batch}",
-                "--output-dir",
-                tmp_path / str(ranks),
-            ],
-            check=True,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+    alone = load_recipe(None, [*common, "train.per_device_train_batch_size=8"])
+    adapt(str(tiny_checkpoint), alone, tmp_path / "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    verb = ["-m", "ar2diff.cli", "adapt", tiny_checkpoint, "--output-dir", tmp_path / "2"]
+    subprocess.run(
+        [*torchrun, *verb, *common, "train.per_device_train_batch_size=4"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
     assert far_apart(one, two) < 1e-5
 
@@ -250,17 +237,12 @@ def kill_and_resume(
     checkpoint: Path, text_file: Path, folder: Path, seed: int, kills: int, max_steps: int = 240
 ) -> None:
     """Run `adapt` with kills at random times; at the end it must equal the uninterrupted run."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "ar2diff.cli",
-        "adapt",
-        str(checkpoint),
-        "--data",
-        str(text_file),
+    settings = [
+        f"data.sources=[{text_file}]",
         "convert.block_length=4",
         "data.max_length=32",
         f"train.max_steps={max_steps}",
+        "train.precision=fp32",
         "train.per_device_train_batch_size=4",
         "train.save_steps=3",
         "train.logging_steps=1",
@@ -271,10 +253,9 @@ def kill_and_resume(
         "eval.length=8",
         "eval.rows=4",
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*arguments, "--output-dir", folder / "whole"], check=True, env=env, capture_output=True
-    )
+    recipe = load_recipe(None, settings)
+    adapt(str(checkpoint), recipe, folder / "whole")
+    verb = [sys.executable, "-m", "ar2diff.cli", "adapt", str(checkpoint), *settings]
     rng, run_dir = random.Random(seed), folder / "killed" / "checkpoints"
     steps = sorted(rng.sample(range(2, max_steps - 4), kills))
     print(
@@ -282,8 +263,8 @@ def kill_and_resume(
     )
     for number, step in enumerate(steps):
         process = subprocess.Popen(
-            [*arguments, "--output-dir", folder / "killed", "--resume"],
-            env=env,
+            [*verb, "--output-dir", folder / "killed", "--resume"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -300,12 +281,7 @@ def kill_and_resume(
             assert (saved / "trainer_state.json").is_file()
             assert load_file(saved / "model.safetensors")
             torch.load(saved / "optimizer.pt", weights_only=True)
-    subprocess.run(
-        [*arguments, "--output-dir", folder / "killed", "--resume"],
-        check=True,
-        env=env,
-        capture_output=True,
-    )
+    adapt(str(checkpoint), recipe, folder / "killed", resume=True)
     whole, resumed = ((folder / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
     assert whole == resumed
 
