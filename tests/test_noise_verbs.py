@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,16 @@ from ar2diff.config.rl import Rl
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import decoder_of
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.fitted import NOISE_FILE, Fitted, carry
 from ar2diff.core.forward import logits_at
 from ar2diff.core.generate import generate
 from ar2diff.core.noise import Noise
 from ar2diff.core.noises import MaskUniform, SelfGuess, Uniform
 from ar2diff.core.options import resolve
 from ar2diff.core.spec import NOISE_FORMAT
+from ar2diff.core.spindle import Spindle
+from ar2diff.core.vectors import Embedding, normal
+from ar2diff.core.walks import Nearest
 from ar2diff.data.conversations import TokenRows
 from ar2diff.data.documents import Collator, document_parts, tokenize
 from ar2diff.data.turns import IGNORED, TurnCollator, conversation_parts
@@ -53,26 +58,42 @@ NOISES = {
     "uniform free": Uniform("free"),
     "mask_uniform": MaskUniform(),
     "self": SelfGuess(),
+    "embedding": Embedding(guessed=0.5),
 }
 FREE = [name for name, noise in NOISES.items() if noise.free]
 TRACKED = [name for name in NOISES if name not in FREE]
+FITTED = {"nearest": Nearest(neighbours=20), "spindle": Spindle()}
 ATTENTIONS = ("causal_context", "block_causal", "full")
 SUPPRESSED = torch.arange(64) == MASK
 BLOCK = 4
 
 
+@cache
+def fitted(noise: Noise) -> Noise:
+    """The noise, fitted to the tiny models if its kind is."""
+    if not noise.fits:
+        return noise
+    table = build_model("llama").get_input_embeddings().weight.detach()
+    counts = torch.arange(64) % 7
+    return replace(noise, fitted=Fitted(None, noise.fit(table, counts, ~SUPPRESSED)))
+
+
 def on(noise: Noise) -> Noise:
     """The noise over the vocabulary of the tiny models."""
-    return noise.on(MASK, SUPPRESSED)
+    return fitted(noise).on(MASK, SUPPRESSED)
 
 
 def spec_of(noise, attention="causal_context", prediction="shift"):
-    return replace(tiny_spec(attention, BLOCK, prediction), noise=noise, format=NOISE_FORMAT)
+    spec = tiny_spec(attention, BLOCK, prediction)
+    return replace(spec, noise=fitted(noise), format=NOISE_FORMAT)
 
 
 def overrides_of(noise: Noise) -> list[str]:
     """How a recipe names a noise."""
-    return [f"noise.kind={noise.kind}", f"noise.form={noise.form}"]
+    own = [f"noise.kind={noise.kind}", f"noise.form={noise.form}"]
+    if noise.kind == "embedding":
+        own.append(f"noise.parameters={{guessed: {noise.guessed}}}")
+    return own + ["noise.parameters={neighbours: 20}"] * (noise.kind == "nearest")
 
 
 # What a conversation shows in training
@@ -180,12 +201,22 @@ def short(write_jsonl):
 
 
 @pytest.fixture
-def noisy_base(convert_tiny):
-    """Factory: the tiny checkpoint converted with a noise. Never write to it."""
-    return lambda name: convert_tiny("convert.block_length=4", *overrides_of(NOISES[name]))
+def noisy_base(convert_tiny, tmp_path_factory):
+    """Factory: the tiny checkpoint converted with a noise, which sees a text if it is fitted to
+    texts. Never write to it."""
+    texts = tmp_path_factory.getbasetemp() / "fitted.jsonl"
+    texts.write_text(json.dumps({"text": "the cat sat on the mat and saw a dog. " * 4}) + "\n")
+
+    def make(name):
+        noise = (NOISES | FITTED)[name]
+        own = ["train.max_steps=1", "train.per_device_train_batch_size=1", "data.max_length=32"]
+        own += [f"data.sources=[{texts}]", "train.learning_rate=1e-4"]
+        return convert_tiny("convert.block_length=4", *overrides_of(noise), *own * noise.fits)
+
+    return make
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", [*FREE, *FITTED])
 def test_the_loss_weighs_tokens_by_what_their_slots_show(noisy_base, short, tmp_path, name):
     checkpoint = load_checkpoint(str(noisy_base(name)))
     rows = TokenRows(*(list(map(np.array, x)) for x in zip(*CHATS, strict=True)), ())
@@ -193,12 +224,19 @@ def test_the_loss_weighs_tokens_by_what_their_slots_show(noisy_base, short, tmp_
     trainer = make_trainer(Plan(checkpoint, recipe, rows, None), tmp_path, [])
     batch = trainer.data_collator([(n, [p]) for n, p in enumerate(parts_of(recipe))])
     wanted, every = trainer.task_of(batch), torch.eye(len(bars)).double()
+    if wanted.guess is not None:
+        wanted = trainer._with_guesses(trainer.model, trainer.model, wanted)
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         logits = logits_at(
             trainer.model, wanted.task.index, **wanted.task.inputs(trainer.model, None)
         )
-    for line, (x, t) in enumerate(zip(batch["shown"], wanted.t, strict=True)):
+    for line, (x, t) in enumerate(zip(wanted.task.shown, wanted.t, strict=True)):
+        if noise.vectors:
+            kept, spread = noise._scales(t[None])
+            apart = (x[: noise.fitted["rows"].shape[1]] - kept * noise.fitted["rows"]).norm(dim=1)
+            logits[line] -= ((apart / spread[0]) ** 2 / 2).float()
+            continue
         likely = noise.marginal(every, t.expand(len(bars)))[:, x]
         logits[line] += likely.clamp(min=1e-30).log().float()
     logits = logits.masked_fill(bars, -torch.inf)
@@ -235,6 +273,15 @@ def test_guesses_and_noise_are_the_same_in_every_split_of_a_batch(
                 before, after = wanted.task.input_ids, made.task.input_ids
                 places = batch["scored"] & (batch["guess"] >= 0)
                 assert torch.equal(before[~places], after[~places])
+                if checkpoint.noise.vectors:
+                    ids, rows = before.flatten()[wanted.own], checkpoint.noise.fitted["rows"]
+                    moved = (made.task.vectors - wanted.task.vectors)[-1 - ids]
+                    moved = moved / checkpoint.noise.fitted["length"]
+                    assert not moved[wanted.guess < 0].any() and len(moved) == len(ids)
+                    apart, after = torch.cdist(moved, rows.double()).min(1)
+                    assert (apart[wanted.guess >= 0] < 1e-5).all()
+                    guessed += after[wanted.guess >= 0].tolist()
+                    continue
                 assert not (after[places] == checkpoint.spec.mask_token_id).any()
                 guessed += after[batch["scored"]].tolist()
         gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
@@ -243,7 +290,7 @@ def test_guesses_and_noise_are_the_same_in_every_split_of_a_batch(
     (one, grad), (two, other) = found
     assert one == pytest.approx(two, rel=1e-5) and one > 1
     assert (grad - other).norm() < 1e-4 * grad.norm()
-    assert shows[0] == shows[1] and bool(shows[0]) == (name == "self")
+    assert shows[0] == shows[1] and bool(shows[0]) == checkpoint.noise.guesses
 
 
 def test_the_share_of_texts_that_show_guesses_is_the_recipes(sft_recipe):
@@ -273,7 +320,7 @@ TEXTS = ["the cat sat on the mat and saw a dog", "ab", "one two three four", "x 
 def test_a_document_shows_the_same_whatever_is_beside_it(
     make_recipe, tiny_tokenizer, name, attention
 ):
-    recipe, noise = make_recipe(attention, data={"max_length": 64}), NOISES[name]
+    recipe, noise = make_recipe(attention, data={"max_length": 64}), fitted(NOISES[name])
     noise = noise.on(259, torch.arange(260) == 259)
     collator, names = Collator(recipe, noise), ["x0", "xt", "t", "scored", "pos"]
     names += ["guess"] if noise.guesses else []
@@ -307,8 +354,13 @@ def test_sft_trains_and_goes_on_to_the_same_bits_after_a_kill(
     sft(base, recipe, tmp_path / "whole")
     losses = [row["loss"] for row in read_metrics(tmp_path / "whole") if "loss" in row]
     assert len(losses) == 4 and all(0 < loss < 20 for loss in losses)
-    tuned = load_checkpoint(str(tmp_path / "whole"))
+    tuned, noise = load_checkpoint(str(tmp_path / "whole")), load_checkpoint(base).noise
     assert tuned.spec == load_checkpoint(base).spec and tuned.spec.noise == NOISES[name]
+    if noise.fits:  # what it was fitted to stays, though the model moves
+        assert tuned.noise.fitted.sha256 == noise.fitted.sha256
+        assert (tmp_path / "whole" / NOISE_FILE).read_bytes() == (
+            Path(base) / NOISE_FILE
+        ).read_bytes()
     step = DiffusionSFTTrainer.training_step
 
     def killed(self, *args, **kwargs):
@@ -351,7 +403,15 @@ def raw(model, spec, shown, start, end):
     row = torch.tensor(ROLLOUT[:start] + shown[start:end].tolist())
     if spec.attention == "full":
         row = shown
-    logits = raw_logits(model, row[None], own_mask(end, start, spec.attention, BLOCK))[0]
+    mask = own_mask(end, start, spec.attention, BLOCK)
+    if spec.noise.vectors:
+        embeds = model.get_input_embeddings()(row.clamp(min=0))
+        own = normal(-1 - row, embeds.shape[1]) * spec.noise.fitted["length"]
+        row = torch.where(row[:, None] < 0, own, embeds)
+        at = {"attention_mask": mask[None, None], "position_ids": torch.arange(end)[None]}
+        logits = model(inputs_embeds=row[None], use_cache=False, **at).logits[0]
+    else:
+        logits = raw_logits(model, row[None], mask)[0]
     logits = logits[torch.arange(start, end) - int(spec.prediction == "shift")]
     return logits.masked_fill(SUPPRESSED, float("-inf"))
 
@@ -526,7 +586,7 @@ def rewarded(noisy_base, write_jsonl, tmp_path):
     ("name", "estimator"),
     [
         ("uniform free", "elbo"), ("mask_uniform", "ar"), ("uniform", "trajectory"),
-        ("self", "one_step"),
+        ("self", "one_step"), ("embedding", "elbo"),
     ],
 )  # fmt: skip
 def test_rl_runs_and_keeps_to_a_regex(rewarded, tmp_path, name, estimator):
@@ -566,7 +626,7 @@ def test_estimates_that_need_open_slots_are_refused_before_a_free_model_is_loade
 # Adapters
 
 
-@pytest.mark.parametrize("name", ["uniform free", "self"])
+@pytest.mark.parametrize("name", ["embedding", "self"])
 def test_an_adapter_on_a_noisy_base_trains_loads_and_merges(
     noisy_base, short, write_jsonl, tmp_path, name
 ):
@@ -613,6 +673,7 @@ CALLS = [  # noise, options
     ("uniform free", {"steps_per_block": 3, "seed": 5}),
     ("uniform free", {"temperature": 1.0, "seed": 5}),
     ("mask_uniform", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
+    ("embedding", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
     ("self", {"threshold": 0.2}),
     ("self", {"steps_per_block": 3, "order": "random", "seed": 1}),
     ("self", {"threshold": 0.1, "temperature": 1.2, "seed": 5, "edit_threshold": 0.2}),
@@ -643,6 +704,7 @@ def saying():
     def make(name, attention="causal_context"):
         model, spec = copy.deepcopy(build_model("llama")), spec_of(NOISES[name], attention)
         model.config.diffusion, model.config.mask_token_id = spec.to_dict(), MASK
+        carry(model, spec.noise)
         return model
 
     return make
@@ -802,6 +864,7 @@ def test_a_folder_denoises_alike_where_ar2diff_is_not(noisy_base, tmp_path):
     calls = {
         "uniform free": [common, drawn, common | {"steps_per_block": 2}],
         "self": [common, drawn, drawn | {"edit_threshold": 0.1, "corrector_steps": 1}],
+        "embedding": [common, drawn, common | {"steps_per_block": 2}],
     }
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     asked = {name: [str(noisy_base(name)), own] for name, own in calls.items()}
@@ -820,7 +883,7 @@ def test_a_folder_denoises_alike_where_ar2diff_is_not(noisy_base, tmp_path):
         assert want[0] != want[1]
 
 
-@pytest.mark.parametrize("name", ["uniform", *FREE])
+@pytest.mark.parametrize("name", ["uniform", "mask_uniform", "embedding"])
 def test_greedy_tokens_are_the_same_in_every_call_though_the_noise_is_drawn(saying, name):
     model, ids = saying(name), torch.tensor([[1, 17, 42]])
     call = {"max_new_tokens": 24, "mode": "diffusion"}

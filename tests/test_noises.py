@@ -23,12 +23,13 @@ from ar2diff.core.noise import LOGITS, OwnEvidence
 from ar2diff.core.noises import Gaussian, Mask, MaskUniform, Nearest, SelfGuess, Spindle, Uniform
 from ar2diff.core.options import Options
 from ar2diff.core.spec import format_of
+from ar2diff.core.vectors import Embedding
 from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.diffusion import cross_entropy, likelihood
 from ar2diff.diffusion.corruption import bound_times, corrupt
 from ar2diff.diffusion.draws import Draws, draw
 from ar2diff.diffusion.likelihood import bound, masked_nll
-from ar2diff.diffusion.task import masked_task
+from ar2diff.diffusion.task import masked_task, places_of, seen
 from ar2diff.training import estimators
 from ar2diff.training.estimators import score
 from ar2diff.training.rollouts import Rollout
@@ -147,10 +148,12 @@ for name, noise, rates in (
     ("nearest", Nearest(neighbours=1), [[x / 2 * 2 for x in row] for row in LINKED]),
 ):
     KINDS[name] = (fitted(noise), walk(fitted(noise), rates))
+KINDS["embedding"] = (fitted(Embedding()), None)  # whose vectors test_vectors.py is about
 KINDS = {name: (noise.on(MASK, SUPPRESSED), law) for name, (noise, law) in KINDS.items()}
-FREE = [name for name, (noise, _) in KINDS.items() if noise.free]
-TRACKED = [name for name in KINDS if name not in FREE]
+FREE = [name for name, (noise, law) in KINDS.items() if noise.free and law]
+TRACKED = [name for name, (noise, _) in KINDS.items() if not noise.free]
 LAWFUL = [name for name, (_, law) in KINDS.items() if law]
+IN_IDS = [name for name, (noise, _) in KINDS.items() if not noise.vectors]
 
 
 def over(names):
@@ -257,9 +260,12 @@ def test_noise_shows_no_id_without_a_token_and_touches_nothing_that_is_given(noi
         assert not (changed & ~scored).any() and not (scored & ~maskable).any()
         if noise.free:
             assert torch.equal(scored[0], maskable) and torch.equal(t[0], times.double()[block])
+        if noise.vectors:  # of which ids below 0 are the seeds
+            assert changed[0].equal(maskable) and not (xt[changed] >= 0).any()
+            continue
         seen |= {*xt[changed].tolist()}
     drawn = IDS if noise.visible and noise.kind not in ("self", "spindle") else ()
-    assert seen == {*drawn, *([MASK] if noise.starts_masked else [])}
+    assert seen == {*drawn, *([MASK] if noise.starts_masked else [])} or noise.vectors
 
 
 # Evidence
@@ -477,7 +483,7 @@ def by_sureness(noise, logits):
     return found
 
 
-@over(KINDS)
+@over(IN_IDS)
 @pytest.mark.parametrize("prediction", ["same", "shift"])
 def test_the_sampler_writes_what_its_steps_say(noise, law, prediction):
     """Three tokens in two blocks of two steps, ten thousand times."""
@@ -573,15 +579,26 @@ def test_exp_of_minus_the_bound_of_open_ids_sums_to_at_most_1(prediction):
 
 @pytest.mark.parametrize("prediction", ["same", "shift"])
 @pytest.mark.parametrize("attention", ["causal_context", "block_causal", "full"])
-def test_what_a_block_shows_moves_no_other_block_and_no_clean_token(attention, prediction):
-    """Two texts in a row; the second shows other ids in its second block of two."""
-    spec, model = spec_of(Uniform("free"), prediction, attention), build_model("llama")
+@pytest.mark.parametrize("vectors", [False, True])
+def test_what_a_block_shows_moves_no_other_block_and_no_clean_token(attention, prediction, vectors):
+    """Two texts in a row; the second shows other ids, or vectors, in its second block of two."""
+    model, noise = build_model("llama"), Uniform("free")
+    if vectors:
+        table, allowed = model.get_input_embeddings().weight.detach(), torch.arange(64) != 63
+        noise = Embedding()
+        noise = replace(noise, fitted=Fitted(None, noise.fit(table, torch.ones(64), allowed)))
+    spec = spec_of(noise, prediction, attention)
     doc, pos = torch.tensor([[0] * 4 + [1] * 8]), torch.tensor([[*range(4), *range(8)]])
     x0 = torch.randint(5, 60, doc.shape, generator=torch.Generator().manual_seed(0))
-    xt, scored, slots = x0.clone(), pos > 0, []
-    xt[0, 6:8] += 1
-    for shown in (x0, xt):
+    scored, slots = pos > 0, []
+    before = torch.where(scored, -1 - pos - 100 * doc if vectors else x0, x0)
+    after = before.clone()
+    after[0, 6:8] += -1000 if vectors else 1
+    for shown in (before, after):
         task = masked_task(x0, shown, scored, doc, pos, spec)
+        places = places_of(scored)
+        if vectors:
+            task = seen(task, noise, places, shown.flatten()[places], double(0.6).expand(10))
         every = torch.arange(task.input_ids.numel())
         with torch.no_grad():
             slots.append(logits_at(model, every, **task.inputs(model, None)))
