@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ from ar2diff.data.sources import read_texts
 
 DATA = Path(os.environ.get("AR2DIFF_DATA", ""))
 RESULTS = Path(__file__).parent / "results" / "masked_lm.jsonl"
-ROWS, LENGTH, VOCABULARY, PEAK = 8, 128, 1024, 1e-3
+ROWS, LENGTH, VOCABULARY, PEAK, WARMUP, LOGGED = 8, 128, 1024, 2e-3, 500, 500
 SHAPE = {
-    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 512, "max_position_embeddings": 256,
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 384, "max_position_embeddings": 256,
 }  # fmt: skip
 
 
@@ -58,21 +59,22 @@ def train_tokenizer(texts: list[str], folder: Path) -> Any:
     return found
 
 
-def train_base(folder: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Train the masked language model and save it. Returns what was measured."""
+def train_base(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+    """Train the masked language model for a time on one core, and save it. Returns what was
+    measured."""
     torch.manual_seed(seed)
     texts = read_texts("tinystories/train", "text")
     tokenizer = train_tokenizer(texts[:4000], folder)
     model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **SHAPE))
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=0.01)
-    began, losses, tokens, read = time.process_time(), [], 0, 0
-    for step in range(steps):
-        some = [texts[(read + i) % len(texts)] for i in range(ROWS)]
-        read += ROWS
+    began, losses, tokens, spent = time.process_time(), [], 0, 0.0
+    while spent < seconds:
+        step = len(losses)
+        some = [texts[(step * ROWS + i) % len(texts)] for i in range(ROWS)]
         rows = tokenizer(some, truncation=True, max_length=LENGTH).input_ids
         batch = collate([{"input_ids": row} for row in rows])
-        share = min((step + 1) / 500, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * spent / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = PEAK * share
         loss = model(**batch).loss
@@ -82,17 +84,16 @@ def train_base(folder: Path, steps: int, seed: int) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
         tokens += sum(map(len, rows))
-        if (step + 1) % 500 == 0:
-            spent = time.process_time() - began
-            print(
-                f"step {step + 1}  loss {sum(losses[-500:]) / 500:.3f}  {spent:.0f} s", flush=True
-            )
+        spent = time.process_time() - began
+        if len(losses) % LOGGED == 0:
+            said = f"step {len(losses)}  loss {statistics.mean(losses[-LOGGED:]):.3f}"
+            print(f"{said}  {spent:.0f} s", flush=True)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = {
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": steps,
-        "tokens": tokens, "cpu_seconds": round(time.process_time() - began),
-        "masked_lm_loss": sum(losses[-500:]) / len(losses[-500:]),
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": len(losses),
+        "tokens": tokens, "cpu_seconds": round(spent),
+        "masked_lm_loss": statistics.mean(losses[-LOGGED:]),
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(found) + "\n")
     return found
@@ -102,12 +103,12 @@ def main() -> None:
     """Train the base unless it is there, adapt it, judge both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/masked-lm"))
-    parser.add_argument("--base-steps", type=int, default=8000)
+    parser.add_argument("--base-seconds", type=float, default=900)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not (args.runs / "base" / "training.json").exists():
-        train_base(args.runs / "base", args.base_steps, args.seed)
+        train_base(args.runs / "base", args.base_seconds, args.seed)
 
 
 if __name__ == "__main__":

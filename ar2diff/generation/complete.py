@@ -26,9 +26,9 @@ from ..core.denoise import denoise
 from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
+from ..core.masked_lm import is_masked_lm
 from ..core.options import Options, resolve
 from ..core.pattern import check_constraint, constraint_of, validates
-from ..core.masked_lm import is_masked_lm
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from .prompts import Request, Segments, split_gaps
