@@ -122,7 +122,8 @@ def test_the_probe_finds_other_positions_other_attention_and_neighbours(monkeypa
         if hasattr(module, "is_causal"):
             module.is_causal = True
     assert probe(model, spec_of(model)), "a decoder's stock forward is causal"
-    neighbours = tiny("mobilebert", embedding_size=32, true_hidden_size=32, intra_bottleneck_size=32)
+    sizes = ("embedding_size", "true_hidden_size", "intra_bottleneck_size")
+    neighbours = tiny("mobilebert", **dict.fromkeys(sizes, 32))
     assert probe(neighbours, spec_of(neighbours)) == ["documents packed in one row see each other"]
     wide = tiny("modernbert", local_attention=64)  # windows over the probe's rows
     spec = spec_of(wide)
