@@ -1,7 +1,8 @@
 """A small BERT, trained as a masked language model on stories, then adapted: its bound before and
 after, and texts to read.
 
-    AR2DIFF_DATA=path/to/data python benchmarks/masked_lm.py [--recipe bert] [--name mask]
+    AR2DIFF_DATA=path/to/data python benchmarks/masked_lm.py
+    AR2DIFF_DATA=path/to/data python benchmarks/masked_lm.py --name NAME [--recipe R] [KEY=VALUE]
 
 The base is a stock `BertForMaskedLM` of 0.8M parameters with a WordPiece vocabulary of 1,024 of its
 own, trained by a plain loop of torch and transformers as Devlin et al. 2018 did: 15 % of the tokens
@@ -22,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,29 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
+from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.config.recipe import load_recipe
 from ar2diff.data.sources import read_texts
+from ar2diff.evaluation.evaluate import evaluate
+from ar2diff.evaluation.score import windows
+from ar2diff.generation.tokens import text_after
+from ar2diff.training.rollouts import sample
 
 DATA = Path(os.environ.get("AR2DIFF_DATA", ""))
 RESULTS = Path(__file__).parent / "results" / "masked_lm.jsonl"
-ROWS, LENGTH, VOCABULARY, PEAK = 8, 128, 1024, 1e-3
+ROWS, LENGTH, VOCABULARY, PEAK, WARMUP, LOGGED = 8, 128, 1024, 2e-3, 500, 500
+STORIES, TEXTS, PROMPT, NEW = 64, 10, 8, 64
+TRAINED_ON = ["tinystories/train", "stories3M-samples"]
+TRAINING = [  # that of recipes/stories260k.yaml, but for what an AR base alone has
+    "objective.weight=uniform", "objective.normaliser=tokens", "data.max_length=128",
+    "data.overlong=truncate", "train.precision=fp32", "train.max_steps=1600",
+    "train.per_device_train_batch_size=8", "train.learning_rate=2.0e-3", "train.schedule=cosine",
+    "train.warmup_steps=50", "train.weight_decay=0.0", "train.adam_beta2=0.95",
+    "train.logging_steps=100", "train.save_steps=400",
+]  # fmt: skip
 SHAPE = {
-    "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 512, "max_position_embeddings": 256,
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 384, "max_position_embeddings": 256,
 }  # fmt: skip
 
 
@@ -58,21 +75,22 @@ def train_tokenizer(texts: list[str], folder: Path) -> Any:
     return found
 
 
-def train_base(folder: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Train the masked language model and save it. Returns what was measured."""
+def train_base(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+    """Train the masked language model for a time on one core, and save it. Returns what was
+    measured."""
     torch.manual_seed(seed)
-    texts = read_texts("tinystories/train", "text")
+    texts = [text for name in TRAINED_ON for text in read_texts(name, "text")]
     tokenizer = train_tokenizer(texts[:4000], folder)
     model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **SHAPE))
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=0.01)
-    began, losses, tokens, read = time.process_time(), [], 0, 0
-    for step in range(steps):
-        some = [texts[(read + i) % len(texts)] for i in range(ROWS)]
-        read += ROWS
+    began, losses, tokens, spent = time.process_time(), [], 0, 0.0
+    while spent < seconds:
+        step = len(losses)
+        some = [texts[(step * ROWS + i) % len(texts)] for i in range(ROWS)]
         rows = tokenizer(some, truncation=True, max_length=LENGTH).input_ids
         batch = collate([{"input_ids": row} for row in rows])
-        share = min((step + 1) / 500, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * spent / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = PEAK * share
         loss = model(**batch).loss
@@ -82,32 +100,87 @@ def train_base(folder: Path, steps: int, seed: int) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
         tokens += sum(map(len, rows))
-        if (step + 1) % 500 == 0:
-            spent = time.process_time() - began
-            print(
-                f"step {step + 1}  loss {sum(losses[-500:]) / 500:.3f}  {spent:.0f} s", flush=True
-            )
+        spent = time.process_time() - began
+        if len(losses) % LOGGED == 0:
+            said = f"step {len(losses)}  loss {statistics.mean(losses[-LOGGED:]):.3f}"
+            print(f"{said}  {spent:.0f} s", flush=True)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = {
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": steps,
-        "tokens": tokens, "cpu_seconds": round(time.process_time() - began),
-        "masked_lm_loss": sum(losses[-500:]) / len(losses[-500:]),
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": len(losses),
+        "tokens": tokens, "cpu_seconds": round(spent),
+        "masked_lm_loss": statistics.mean(losses[-LOGGED:]),
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(found) + "\n")
     return found
 
 
+def adapted(base: Path, folder: Path, recipe: str | None, settings: list[str], seed: int) -> float:
+    """Adapt the base, unless it is done. Returns CPU seconds; 0 if it was done before."""
+    from ar2diff.training.adapt import adapt
+
+    if (folder / "config.json").exists():
+        return 0.0
+    began = time.process_time()
+    overrides = [*([] if recipe else TRAINING), f"train.seed={seed}", "eval.steps=0", *settings]
+    adapt(str(base), load_recipe(recipe, overrides), folder, data=TRAINED_ON)
+    return time.process_time() - began
+
+
+def judged(folder: Path) -> dict[str, float]:
+    """The bound on held-out stories."""
+    found = evaluate(str(folder), "tinystories/valid", limit=STORIES).bound
+    return {"bound": found.nats_per_token, "se": found.standard_error,
+            "bits_per_byte": found.bits_per_byte}  # fmt: skip
+
+
+def texts_of(folder: Path, steps: int) -> list[str]:
+    """Continuations of ten held-out stories."""
+    found = load_checkpoint(str(folder))
+    stories = windows(read_texts("tinystories/valid", "text"), found.tokenizer, PROMPT + NEW, TEXTS)
+    prompts = [story[:PROMPT] for story in stories]
+    settings = {
+        "mode": "diffusion", "steps_per_block": steps, "temperature": 0.7, "max_new_tokens": NEW,
+        "suppress_tokens": [*found.end_ids, found.spec.mask_token_id],
+    }  # fmt: skip
+    rows = sample(found, prompts, [*range(TEXTS)], settings, TEXTS)
+    return [
+        found.tokenizer.decode(prompt)
+        + " |"
+        + text_after(found.tokenizer, prompt, row.ids[PROMPT : PROMPT + NEW].tolist())
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
 def main() -> None:
     """Train the base unless it is there, adapt it, judge both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", help="recipe fields, such as noise.kind=spindle")
+    parser.add_argument("--recipe", help="name or file; by default that of this benchmark")
+    parser.add_argument("--name", default="mask", help="of the adapted model's folder and result")
     parser.add_argument("--runs", type=Path, default=Path("runs/masked-lm"))
-    parser.add_argument("--base-steps", type=int, default=8000)
+    parser.add_argument("--base-seconds", type=float, default=900)
+    parser.add_argument("--steps", type=int, default=NEW, help="forwards of a text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not (args.runs / "base" / "training.json").exists():
-        train_base(args.runs / "base", args.base_steps, args.seed)
+    base, folder = args.runs / "base", args.runs / args.name
+    if not (base / "training.json").exists():
+        train_base(base, args.base_seconds, args.seed)
+    unadapted = args.runs / "unadapted"
+    adapted(base, unadapted, None, ["train.max_steps=0"], args.seed)
+    seconds = adapted(base, folder, args.recipe, args.settings, args.seed)
+    record = json.loads((folder / "ar2diff.json").read_text())
+    row = {
+        "name": args.name, "recipe": args.recipe, "settings": args.settings, "seed": args.seed,
+        "base": json.loads((base / "training.json").read_text()),
+        "tokens": record["tokens"], "steps": record["steps"], "cpu_seconds": round(seconds),
+        "before": judged(unadapted), "after": judged(folder),
+        "forwards": args.steps, "texts": texts_of(folder, args.steps),
+    }  # fmt: skip
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tiny random models of the decoder classes of transformers, and the table of what each can be.
 
     python tests/architectures.py     # prints the table of docs/support.md
+    python tests/architectures.py --masked    # that of the classes for masked language modelling
 
 What a class can be is found out by the probe. Nothing here steers the conversion: a class that is
 not in `SHAPES` is converted or refused just the same.
@@ -18,8 +19,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ar2diff.checkpoint.model import generative_class
 from ar2diff.core.attention import layer_windows
+from ar2diff.core.masked_lm import is_masked_lm
 from ar2diff.core.probe import probe
 from ar2diff.core.spec import ATTENTIONS, Spec
 
@@ -120,6 +124,15 @@ REFUSED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {}, "qwen3_next": {}, "recurrent_gemma": {}, "rwkv": {},
 }  # fmt: skip
 SHAPES = NAMED | MORE | REFUSED
+# Sizes that the configs of masked language models give besides.
+MASKED: dict[str, Any] = {
+    **dict.fromkeys(("embedding_size", "dim"), 32),
+    **dict.fromkeys(("true_hidden_size", "intra_bottleneck_size"), 32),
+    **dict.fromkeys(("hidden_dim", "inner_dim"), 64),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"), 0.0),
+    **{"num_hidden_groups": 1, "local_attention": 2 * WINDOW, "attention_window": 4},
+    **{"pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 2},
+}
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
@@ -148,7 +161,7 @@ def windowed(model: Any) -> bool:
     return any(layer_windows(model.config.get_text_config(), "kept").values())
 
 
-def problems(model: Any, attention: str) -> list[str]:
+def problems(model: Any, attention: str, prediction: str = "shift") -> list[str]:
     """Why a model cannot have an attention."""
     full = attention == "full"
     model.config.__dict__.pop("is_causal", None)
@@ -160,7 +173,7 @@ def problems(model: Any, attention: str) -> list[str]:
         mask_token_id=ROWS - 1,
         attention=attention,
         block_length=None if full else 8,
-        prediction="shift",
+        prediction=prediction,
         ar_mode=attention == "causal_context",
         local_window="kept" if windowed(model) else None,
         max_length=32,
@@ -180,6 +193,34 @@ def findings(kinds: Iterable[str]) -> dict[str, dict[str, str]]:
             eager = tiny_model(kind, "eager")
             said += "; full with eager" if not problems(eager, "full") else ""
         found[kind] = {"as": said, "window": windowed(model)}
+    return found
+
+
+def masked_findings() -> dict[str, list[str]]:
+    """{what the probe says: types} of every class that is for masked language modelling alone, with
+    sdpa, or with eager attention where it has no other."""
+    found: dict[str, list[str]] = {}
+    for kind, name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.items():
+        known = vars(CONFIG_MAPPING[kind]())
+        if known.get("is_encoder_decoder") or not is_masked_lm([name]):
+            continue
+        values = {key: value for key, value in (TINY | MASKED).items() if key in known}
+        said = "none: a tiny one cannot be built"
+        for kernel in ("sdpa", "eager"):
+            try:
+                config = CONFIG_MAPPING[kind](
+                    **{k: v for k, v in values.items() if k != "head_dim"}
+                )
+                config.architectures = [name]
+                torch.manual_seed(0)
+                model = generative_class(config)._from_config(config, attn_implementation=kernel)
+                reasons = problems(model.eval(), "full", "same")
+            except Exception:  # of any class: no such kernel, or sizes that do not fit
+                continue
+            said = f"none: {_plain(reasons[0])}" if reasons else "full"
+            said += f" with {kernel}" if kernel == "eager" and not reasons else ""
+            break
+        found.setdefault(said, []).append(kind)
     return found
 
 
@@ -206,4 +247,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    print(table(findings(sys.argv[1:] or SHAPES)))
+    if sys.argv[1:] == ["--masked"]:
+        for said, kinds in sorted(masked_findings().items()):
+            print(f"| {said} | {', '.join(sorted(kinds))} |")
+    else:
+        print(table(findings(sys.argv[1:] or SHAPES)))

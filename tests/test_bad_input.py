@@ -158,8 +158,10 @@ def test_weights_that_lack_a_tensor(adapts_not, broken):
 
 
 def test_encoder_only_architecture(adapts_not, broken):
-    change_json(broken / "config.json", architectures=["BertForMaskedLM"], model_type="bert")
-    assert "BertForMaskedLM is not a decoder-only causal LM" in adapts_not(broken)
+    name = "BertForQuestionAnswering"
+    change_json(broken / "config.json", architectures=[name], model_type="bert")
+    said = f"{name} is neither a decoder-only causal LM nor a masked LM"
+    assert said in adapts_not(broken)
 
 
 def test_unconvertible_architecture(adapts_not, tmp_path, tiny_tokenizer):

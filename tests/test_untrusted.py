@@ -382,7 +382,7 @@ def test_architectures_are_inferred_from_the_type(folder):
     change(folder / "config.json", architectures=...)
     assert type(load_checkpoint(str(folder)).model).__name__ == "LlamaForCausalLM"
     change(folder / "config.json", model_type="bert")  # that may be an encoder or a decoder
-    assert "a model of type 'bert' is not a decoder" in refused(load_checkpoint, str(folder))
+    assert "a model of type 'bert' is neither a decoder" in refused(load_checkpoint, str(folder))
     change(folder / "config.json", architectures=[3])
     assert "architectures is [3], but must be a list" in refused(load_checkpoint, str(folder))
 

@@ -154,9 +154,10 @@ def load_model(
             GPU and float32 on a CPU, or another dtype of torch by name.
 
     Raises:
-        Ar2DiffError: it is no language model of a kind that can be converted, its weights are incomplete, its tokenizer does not match,
-            its spec is not one that this version honours, its diffusion head is not the one that
-            the spec names, or its layers cannot be held in 4 bits on a CPU.
+        Ar2DiffError: it is no language model of a kind that can be converted, its weights are
+            incomplete, its tokenizer does not match, its spec is not one that this version honours,
+            its diffusion head is not the one that the spec names, or its layers cannot be held in
+            4 bits on a CPU.
     """
     values = read_config(path)
     spec = read_spec(path)

@@ -60,7 +60,6 @@ def convert(
             or is to have another.
     """
     model, old = checkpoint.model, checkpoint.spec
-    config = model.config
     _check_lengths(model, wanted, max_length)
     checkpoint.notes += _without_unusable(model.generation_config)
     if old is None:
@@ -251,8 +250,8 @@ def _own_mask_token(checkpoint: Checkpoint, wanted: Convert) -> int:
         )
     if wanted.mask_token not in (None, tokenizer.mask_token):
         raise Ar2DiffError(
-            f"{option('convert.mask_token')} is {shortened(wanted.mask_token)}, but model {path} is "
-            f"a masked language model that was trained with {tokenizer.mask_token}",
+            f"{option('convert.mask_token')} is {shortened(wanted.mask_token)}, but model {path} "
+            f"is a masked language model that was trained with {tokenizer.mask_token}",
             f"leave out {option('convert.mask_token')}",
         )
     if generation.bos_token_id is None:

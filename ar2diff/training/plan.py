@@ -297,11 +297,13 @@ def convert_for(
     )  # fmt: skip
     problems = probed(checkpoint.model, spec)
     if problems:
-        other = "" if checkpoint.is_masked_lm else f"another {option('convert.attention')}, or "
         raise Ar2DiffError(
             f"model {checkpoint.path}: {checkpoint.model.config.model_type} cannot be converted to "
             f"{spec.attention} attention: {problems[0]}",
-            f"try {other}another {option('train.attn_implementation')}",
+            f"try another {option('train.attn_implementation')}"
+            if checkpoint.is_masked_lm
+            else f"try another {option('convert.attention')}, or another "
+            f"{option('train.attn_implementation')}",
         )
 
 
