@@ -198,7 +198,8 @@ class Denoiser(Decoder):
         if self.guided == 2:
             prompt = canvas.given[self.rows] & (torch.arange(canvas.ids.shape[1]) > 0)
             prompt = torch.nn.functional.pad(prompt, (0, self.before))
-            ids = torch.cat([ids, ids.masked_fill(prompt, canvas.mask_token_id)])
+            null = ids.masked_fill(prompt, canvas.mask_token_id)
+            ids = torch.cat([ids, torch.where(null < 0, null - canvas.ids.numel(), null)])
             start, masked = start.repeat(2), masked.repeat(2, 1)
         with showing(self.model, self._vectors()):
             logits = self.reader.read(ids, start, masked)
@@ -214,8 +215,18 @@ class Denoiser(Decoder):
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _vectors(self) -> Tensor | None:
-        """[R * T, H] the embeddings of what open slots show; None where they show ids."""
-        return self.noise.embedded(self.canvas.shown.flatten(0, 1)) if self.noise.vectors else None
+        """[R * T, H] the embeddings of what open slots show, and, with guidance, again of what they
+        show in the copies without a prompt, which know no guesses either (SED, Strudel et al.
+        2022); None where they show ids."""
+        if not self.noise.vectors:
+            return None
+        shown = self.canvas.shown.flatten(0, 1)
+        if self.guided == 1:
+            return self.noise.embedded(shown)
+        none = torch.zeros(len(shown), dtype=torch.long)
+        return self.noise.embedded(
+            torch.cat([shown, self.noise.with_guesses(shown, none, none > 0)])
+        )
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""

@@ -381,7 +381,15 @@ def _check_noise(options: Options, spec: Spec, called: Mapping[str, Any]) -> Non
             f"showed, but {kind} changes it at every step",
             f"use {option('cache_implementation', 'none')}",
         )
-    if options.cfg_scale and not noise.starts_masked:
+    static = options.compile or options.cache_implementation == "static"
+    if static and noise.vectors:
+        name = "compile" if options.compile else "cache_implementation"
+        raise Ar2DiffError(
+            f"{option(name, getattr(options, name))} replays one forward of token ids, but {kind} "
+            "shows vectors in place of embeddings",
+            f"leave out {option(name)}",
+        )
+    if options.cfg_scale and not noise.fills:
         raise Ar2DiffError(
             f"{option('cfg_scale')} masks the prompt, but {kind} has no mask",
             f"leave out {option('cfg_scale')}",

@@ -43,6 +43,7 @@ class Spindle(Noise):
     kind = "spindle"
     shows = "an open slot shows the mask, and tokens with more information sooner"
     forms = ("free",)
+    certain = True
     fits = True
 
     def __post_init__(self) -> None:
