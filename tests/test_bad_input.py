@@ -394,6 +394,8 @@ MISTAKES_OF_NOISES = [
     ("uniform", "free", ["--edit-threshold", 0.5], DECIDES),
     ("uniform", "free", ["--corrector-steps", 2], DECIDES),
     ("uniform", "free", ["--cfg-scale", 1], "--cfg-scale masks the prompt"),
+    ("uniform", "free", ["--classifier", "math:sqrt"], "--classifier moves the vectors"),
+    ("uniform", "free", ["--fluency", 1], "set --classifier too"),
     ("uniform", "tracked", ["--mode", "speculative"], "drafts in masks, which this model's noise"),
     ("uniform", "tracked", ["--prompt", "a {mask:3} b"], "this model cannot fill gaps"),
     ("uniform", "tracked", ["--corrector-steps", 2], "set --edit-threshold too"),

@@ -76,7 +76,8 @@ def slow(t):
 
 def of_the_guide():
     """The kind that the guide adds as an example."""
-    code = (ROOT / "docs/guides/noises.md").read_text().split("```python\n")[1].split("```")[0]
+    text = (ROOT / "docs/guides/noises.md").read_text()
+    code = text[: text.index("```", text.index("class Slow"))].rsplit("```python\n")[-1]
     names = {"__name__": "guide"}
     exec(code, names)
     return names["Slow"]
