@@ -150,6 +150,19 @@ OPTIONS: dict[str, tuple[Any, str, Any, str]] = {
         None,
         "Add to all logits what this function of yours returns, as file.py:function.",
     ),
+    "classifier": (
+        str,
+        "--classifier",
+        None,
+        "With a noise of vectors: move them by the gradient of this function of yours, as "
+        "file.py:function.",
+    ),
+    "fluency": (
+        float,
+        "--fluency",
+        "0.01",
+        "With --classifier: how strongly the vectors are held where they were drawn.",
+    ),
     "stop_strings": (
         list[str], "--stop", None, "End the answer after this text. Can be repeated.",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from ar2diff.cli.main import main
 from conftest import besides_progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from ar2diff.checkpoint.output import check_output
 from ar2diff.config.recipe import load_recipe
@@ -288,6 +289,9 @@ ODD_NOISES = [  # what is changed in a block of format 3, and what is said of it
     ({"noise": {"kind": "mask_uniform", "p_u": float("nan")}}, "diffusion.noise.p_u is nan"),
     ({"noise": {"kind": "mask_uniform", "p_u": 10**400}}, "p_u is an integer of 1329 bits"),
     ({"noise": {"kind": "mask_uniform", "gamma": 3}}, "diffusion.noise.gamma is 3"),
+    ({"noise": {"kind": "spindle"}}, "diffusion.noise.sha256 is None, but must be the SHA-256 of"),
+    ({"noise": {"kind": "nearest", "sha256": "ab"}}, "sha256 is 'ab', but must be 64 hexadecimal"),
+    ({"noise": UNIFORM | {"sha256": "a" * 64}}, "has a key that kind uniform lacks, 'sha256'"),
     ({"format": 1}, "diffusion.noise is {'kind': 'uniform'}, but must be mask in format 1"),
     ({"format": 1, "noise": "uniform"}, "diffusion.noise is 'uniform', but must be mask"),
     ({"head": {}}, "diffusion has an unknown key, 'head'"),
@@ -343,6 +347,21 @@ BAD_NOISES = [
     ([*FREE, "noise.on_policy=true"], "whose states it does not keep"),
     ([*FREE, "rl.estimator=trajectory"], "one_step, elbo, ar can"),
     (["noise.kind=uniform", "convert.head_rank=4"], "the head reads masks"),
+    (["noise.spans=3", "noise.kind=mask_uniform"], "which can look like the tokens given"),
+    (["noise.spans=3", "noise.kind=self"], "noise.spans cannot be used with noise.kind self"),
+    (["noise.dropped=0.1"], "dropped needs spans above 1"),
+    (["noise.spans=2", "rl.estimator=elbo"], "noise.spans cannot be used with rl"),
+    (
+        ["noise.spans=2", "noise.dropped=0.1", "objective.distil.target=clean"],
+        "noise.dropped cannot be used with objective.distil",
+    ),
+    (["noise.kind=spindle", "noise.parameters={strength: 0.32}"], "a number from 0 to 0.318"),
+    (["noise.kind=spindle", "noise.parameters={logits: posterior}"], "where tokens are certain"),
+    (["noise.kind=gaussian", "noise.parameters={order: size}"], "must be component or ids"),
+    (["noise.kind=gaussian", "noise.parameters={width: 0}"], "width is 0.0"),
+    (["noise.kind=nearest", "noise.parameters={neighbours: 2.5}"], "must be a whole number"),
+    (["noise.kind=nearest", "noise.parameters={sha256: ab}"], "sha256 is not a parameter"),
+    (["noise.kind=embedding", "noise.parameters={guessed: 2}"], "must be a number from 0 to 1"),
 ]
 
 
@@ -377,6 +396,8 @@ MISTAKES_OF_NOISES = [
     ("uniform", "free", ["--edit-threshold", 0.5], DECIDES),
     ("uniform", "free", ["--corrector-steps", 2], DECIDES),
     ("uniform", "free", ["--cfg-scale", 1], "--cfg-scale masks the prompt"),
+    ("uniform", "free", ["--classifier", "math:sqrt"], "--classifier moves the vectors"),
+    ("uniform", "free", ["--fluency", 1], "set --classifier too"),
     ("uniform", "tracked", ["--mode", "speculative"], "drafts in masks, which this model's noise"),
     ("uniform", "tracked", ["--prompt", "a {mask:3} b"], "this model cannot fill gaps"),
     ("uniform", "tracked", ["--corrector-steps", 2], "set --edit-threshold too"),
@@ -403,6 +424,44 @@ def test_mistakes_of_generate_with_another_noise(fails, convert_tiny, kind, form
     if "--prompt" not in arguments:
         arguments = ["--prompt", "a", *arguments]
     assert said in fails("generate", folder, *arguments)
+
+
+def test_noises_that_cannot_be_fitted_to_a_model(adapts_not, tiny_checkpoint, monkeypatch):
+    few = adapts_not(tiny_checkpoint, "noise.kind=nearest", "noise.parameters={neighbours: 1}")
+    assert "groups between which there are no jumps" in few
+    assert "noise.parameters.neighbours=1" in few and "set more neighbours" in few
+    told = adapts_not(tiny_checkpoint, "noise.kind=spindle", "--max-steps", 0)
+    assert "is fitted to the texts that adapt trains on, and here are none" in told
+    monkeypatch.setattr("ar2diff.core.walks.MOST", 100)
+    many = adapts_not(tiny_checkpoint, "noise.kind=gaussian")
+    assert "the model has 259 tokens, more than 100" in many
+    assert "use noise.kind uniform or mask_uniform" in many and "noise.kind=gaussian" in many
+
+
+def test_what_a_noise_was_fitted_to_is_missing_or_another_or_damaged(
+    fails, convert_tiny, converted, write_jsonl, tmp_path
+):
+    data = write_jsonl("text.jsonl", [{"text": "the cat sat on the mat"}] * 8)
+    own = ["noise.kind=spindle", f"data.sources=[{data}]", "train.max_steps=1"]
+    folder = Path(shutil.copytree(convert_tiny(*own), tmp_path / "fitted"))
+    config = json.loads((folder / "config.json").read_text())
+    file = folder / "noise.safetensors"
+    tensors = load(file.read_bytes())
+    generate = "generate", folder, "--prompt", "a"
+    file.write_bytes(b"nothing")
+    assert "noise.safetensors is not the file that config.json names" in fails(*generate)
+    damaged = {"ids": tensors["ids"], "information": tensors["information"] + 1}
+    for content, said in ((b"nothing", "is damaged"), (damaged, "not that of any texts")):
+        if content is damaged:
+            save_file(content, file)
+        config["diffusion"]["noise"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (folder / "config.json").write_text(json.dumps(config))
+        assert said in fails(*generate)
+    file.unlink()
+    assert "to which the noise was fitted, is missing" in fails("check", folder)
+    line = "--data", data, "--max-steps", 1, "--output-dir", tmp_path / "out"
+    said = fails("sft", converted, *line, "noise.kind=spindle")
+    assert "is fitted to the texts that adapt trains on" in said and "run 'ar2diff adapt'" in said
 
 
 def test_caches_that_keep_what_open_slots_showed(fails, convert_tiny):

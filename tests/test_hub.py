@@ -573,11 +573,14 @@ def published_head(hub, client, base, train):
 
 @pytest.fixture(scope="module")
 def published_free(hub, client, base, train):
-    """The repository of a model whose noise is drawn, also where tokens are not."""
-    folder = train(base, "stories-free", "noise.kind=uniform", "noise.form=free")
+    """The repository of a model whose noise is drawn, also where tokens are not, and is fitted to
+    its embeddings."""
+    folder = train(base, "stories-free", "noise.kind=embedding")
     done = client.run("push", folder, "ana/stories-free")
     assert done.code == 0, done.err
     assert "of the example are the same" in done.out
+    kept = (folder / "noise.safetensors").read_bytes()
+    assert hub.model("ana/stories-free").files["noise.safetensors"] == kept
     return hub.model("ana/stories-free")
 
 

@@ -1,7 +1,7 @@
 """The forward process: how many tokens are masked, which, and what the draw depends on."""
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from ar2diff.diffusion.corruption import (
     Law,
     block_times,
     draw_times,
+    given_spans,
     importance,
     open_slots,
     replaced,
@@ -38,6 +39,60 @@ def piece(length=30, seed=0, epoch=0, real=None):
 
 def single_block(length):
     return torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
+
+
+# What is given
+
+
+def test_spans_are_given_in_turns_and_begin_anywhere():
+    """Against all numbers of spans and all boundaries, each as likely; the first token is none."""
+    room, most, draws = 4, 3, 6000
+    law = Counter()
+    for spans in range(1, most + 1):
+        cuts = [*combinations(range(1, room), spans - 1)]
+        for cut, flipped in product(cuts, (0, 1)):
+            number = [sum(c <= i for c in cut) + flipped for i in range(room)]
+            given = tuple(bool(n % 2) and spans > 1 for n in number)
+            law[(False, *given)] += 1 / most / len(cuts) / 2
+    generator, found, dropped = torch.Generator().manual_seed(0), Counter(), 0
+    for _ in range(draws):
+        given, drops = given_spans(room + 1, most, 0.3, generator)
+        found[tuple(given.tolist())] += 1
+        dropped += drops
+    assert {*found} == {*law} and sum(law.values()) == pytest.approx(1)
+    for given, p in law.items():
+        assert abs(found[given] - draws * p) < 5 * (draws * p * (1 - p)) ** 0.5
+    assert abs(dropped - 0.3 * draws) < 5 * (0.21 * draws) ** 0.5
+    for count in (1, 2, 3):  # with hardly any room
+        for _ in range(20):
+            given, _ = given_spans(count, 9, 0.0, generator)
+            assert not given[0] and int(given.sum()) <= max(0, count - 2)
+
+
+@pytest.mark.parametrize("kind", ["mask", "embedding"])
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+def test_given_spans_are_shown_and_not_scored_or_show_masks(make_recipe, attention, kind):
+    recipe = make_recipe(attention, noise={"kind": kind, "spans": 3, "dropped": 0.4})
+    noise = recipe.noise.process.on(MASK, torch.arange(64) == MASK)
+    collator, seen = Collator(recipe, noise), Counter()
+    pieces = [piece(16, seed) for seed in range(40)]
+    batch = collator([(n, [part]) for n, part in enumerate(pieces)])
+    for row, part in enumerate(pieces):
+        x0, xt, scored = (batch[name][row] for name in ("x0", "xt", "scored"))
+        given = collator._given(part)[0]
+        assert not scored[0] and xt[0] == x0[0] and not (scored & given).any()
+        assert scored[1:].any() and (xt[scored] < 0).all() == (kind == "embedding")
+        masked = xt[given] == MASK
+        assert masked.all() or torch.equal(xt[given], x0[given])
+        shown = "none" if not len(masked) else "masks" if masked.all() else "tokens"
+        seen[shown] += 1
+        alone = collator([(7, [piece(5), part])])  # beside another text, in another row
+        for name in ("xt", "scored", "t"):
+            assert torch.equal(alone[name][0, 5:], batch[name][row])
+        if kind == "embedding":  # all others are open
+            assert torch.equal(scored, ~given & (torch.arange(16) > 0))
+    assert min(seen["none"], seen["masks"], seen["tokens"]) > 4
+    assert seen["tokens"] > seen["masks"]
 
 
 # How many

@@ -76,7 +76,8 @@ def slow(t):
 
 def of_the_guide():
     """The kind that the guide adds as an example."""
-    code = (ROOT / "docs/guides/noises.md").read_text().split("```python\n")[1].split("```")[0]
+    text = (ROOT / "docs/guides/noises.md").read_text()
+    code = text[: text.index("```", text.index("class Slow"))].rsplit("```python\n")[-1]
     names = {"__name__": "guide"}
     exec(code, names)
     return names["Slow"]
@@ -94,8 +95,8 @@ COUNTS = torch.tensor([6, 1, 0, 2, 0])
 TABLE = double([1.0, 0.0], [0.9, 0.3], [5.0, 5.0], [0.6, -0.7], [9.0, 9.0])
 
 
-def fitted(noise):
-    return replace(noise, fitted=Fitted(None, noise.fit(TABLE, COUNTS, ~SUPPRESSED)))
+def fitted(noise, counts=COUNTS):
+    return replace(noise, fitted=Fitted(None, noise.fit(TABLE, counts, ~SUPPRESSED)))
 
 
 def spindle(t):
@@ -266,6 +267,54 @@ def test_noise_shows_no_id_without_a_token_and_touches_nothing_that_is_given(noi
         seen |= {*xt[changed].tolist()}
     drawn = IDS if noise.visible and noise.kind not in ("self", "spindle") else ()
     assert seen == {*drawn, *([MASK] if noise.starts_masked else [])} or noise.vectors
+
+
+@over(["gaussian", "nearest"])
+def test_walks_lose_what_is_known_of_a_token_at_an_even_pace(noise, law):
+    """H(x0 | xt) / H(x0) at the knots of the schedule, from the joint law."""
+    p = (COUNTS + 1).double().masked_fill(SUPPRESSED, 0.0)
+    p = p / p.sum()
+    for t in noise.fitted["knots"][0].sigmoid().tolist()[::5]:
+        joint = p[:, None] * dense(law, t)
+        among = joint / joint.sum(0).clamp(min=1e-300)
+        share = torch.special.xlogy(joint, among).sum() / torch.special.xlogy(p, p).sum()
+        assert float(share) == pytest.approx(t, abs=1e-6)
+
+
+def test_a_spindle_masks_as_much_information_as_there_are_masks():
+    """Where no token is so frequent that its masks would shrink."""
+    counts = torch.tensor([6, 4, 0, 5, 0])
+    noise = fitted(Spindle(), counts).on(MASK, SUPPRESSED)
+    p = (counts + 1).double().masked_fill(SUPPRESSED, 0.0)
+    own = -torch.special.xlogy(p / p.sum(), p / p.sum())
+    assert noise.growth(double(0)).max() > 0
+    close(noise.masked(GRID) @ own / own.sum(), GRID)
+
+
+DAMAGES = [  # a kind, and what its file holds instead
+    *product(
+        ["spindle", "nearest"], [{"ids": torch.tensor(ids)} for ids in ([0, 1, 5], [1, 0, 3])]
+    ),
+    ("nearest", {"knots": double([1, 2], [2, 1])}),
+    ("nearest", {"graph": torch.tensor([[1], [0], [3]])}),
+    ("gaussian", {"graph": double(0, 1, 2)}),
+    ("spindle", {"information": double(0.1, 0.2)}),
+    ("spindle", {"information": double(0.1, 0.2, 1.0)}),
+    ("embedding", {"rows": torch.ones(V, 3)}),
+    ("embedding", {"length": double(0)}),
+    ("embedding", {"rows": torch.ones(V, 2).long()}),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage"), DAMAGES, ids=lambda value: str(value)[:40])
+def test_what_fits_no_model_of_this_size_is_damaged(kind, damage):
+    noise, size = KINDS[kind][0], (V, 2)
+    noise.check(noise.fitted.tensors, size)
+    with pytest.raises(ValueError):
+        noise.check(noise.fitted.tensors | damage, size)
+    (name,) = damage
+    with pytest.raises(KeyError):
+        noise.check({n: x for n, x in noise.fitted.tensors.items() if n != name}, size)
 
 
 # Evidence

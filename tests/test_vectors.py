@@ -16,8 +16,9 @@ from test_noises import COUNTS, IDS, MASK, NEVER, SUPPRESSED, TABLE, TIMES, V, c
 from ar2diff.config.rl import Rl
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import decoder_of
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.fitted import Fitted, carry
-from ar2diff.core.options import Options
+from ar2diff.core.options import Options, resolve
 from ar2diff.core.spec import format_of
 from ar2diff.core.vectors import Embedding, normal
 from ar2diff.diffusion.corruption import bound_times
@@ -283,29 +284,54 @@ def logits_by_hand(model, embeds, start, noisy, attention, prediction):
     return logits[:, start - shift : end - shift].masked_fill(SUPPRESSED, NEVER)
 
 
-def simulated(model, noise, prediction, generator):
-    """[R, 4] texts of two blocks, of one and two tokens, each of two steps."""
-    ids, own = torch.zeros(ROWS // 2, 1).long(), model.get_input_embeddings().weight.detach()
+def filled(model, noise, ids, hidden, first, attention, prediction, generator):
+    """Texts [R, L] whose hidden slots [L], in a block from `first` on, are decided in two steps."""
+    own = model.get_input_embeddings().weight.detach()
     length = sum(float(own[i].norm()) for i in IDS) / len(IDS) / 8**0.5
-    rows = own / length
-    for size in (1, 2):
-        z = torch.randn(len(ids), size, 8, generator=generator, dtype=torch.double)
-        guess = 0 * z
-        for t, s in ((1, 0.5), (0.5, 0)):
-            (k_t, v_t), (k_s, v_s) = scales(noise, t), scales(noise, s)
-            embeds = torch.cat([own[ids], (z + guess) * length], 1)
-            first = ids.shape[1]
-            logits = logits_by_hand(model, embeds, first, first, "causal_context", prediction)
-            logits = logits - ((z[:, :, None] - k_t * rows) ** 2).sum(-1) / (2 * v_t)
-            drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-            drawn = drawn.view(len(ids), size)
-            cov = k_t / k_s * v_s
-            mean = k_s * rows[drawn] + cov / v_t * (z - k_t * rows[drawn])
-            fresh = torch.randn(z.shape, generator=generator, dtype=torch.double)
-            z = mean + (v_s - cov**2 / v_t) ** 0.5 * fresh
-            guess = rows[drawn] if noise.guesses else guess
-        ids = torch.cat([ids, drawn], 1)
+    rows, places = own / length, hidden.nonzero()[:, 0]
+    z = torch.randn(len(ids), len(places), 8, generator=generator, dtype=torch.double)
+    guess = 0 * z
+    for t, s in ((1, 0.5), (0.5, 0)):
+        (k_t, v_t), (k_s, v_s) = scales(noise, t), scales(noise, s)
+        embeds = own[ids]
+        embeds[:, places] = (z + guess) * length
+        start = int(places[0])
+        logits = logits_by_hand(model, embeds, start, first, attention, prediction)
+        logits = logits[:, places - start]
+        logits = logits - ((z[:, :, None] - k_t * rows) ** 2).sum(-1) / (2 * v_t)
+        drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+        drawn = drawn.view(len(ids), -1)
+        cov = k_t / k_s * v_s
+        mean = k_s * rows[drawn] + cov / v_t * (z - k_t * rows[drawn])
+        fresh = torch.randn(z.shape, generator=generator, dtype=torch.double)
+        z = mean + (v_s - cov**2 / v_t) ** 0.5 * fresh
+        guess = rows[drawn] if noise.guesses else guess
+    ids = ids.clone()
+    ids[:, places] = drawn
     return ids
+
+
+def simulated(model, noise, prediction, generator):
+    """[R, 4] texts of two blocks, of one and two tokens."""
+    ids = torch.zeros(ROWS // 2, 1).long()
+    for size in (1, 2):
+        first = ids.shape[1]
+        ids = torch.nn.functional.pad(ids, (0, size))
+        hidden = torch.arange(ids.shape[1]) >= first
+        how = "causal_context", prediction, generator
+        ids = filled(model, noise, ids, hidden, first, *how)
+    return ids
+
+
+def alike(found, other):
+    """Two samples of texts, of one law."""
+    found, other = (Counter(map(tuple, ids.tolist())) for ids in (found, other))
+    for text in {*found, *other}:
+        assert abs(found[text] - other[text]) <= 5 * (found[text] + other[text]) ** 0.5 + 1
+    return found
+
+
+SETTINGS = {"block_length": 2, "steps_per_block": 2, "temperature": 1.0, "suppress_tokens": (2,)}
 
 
 @pytest.mark.parametrize(("prediction", "guessed"), [("same", 0.0), ("shift", 0.5)])
@@ -314,19 +340,77 @@ def test_the_sampler_writes_what_its_steps_say(prediction, guessed):
     model, noise = tiny(guessed)
     generator, count = torch.Generator().manual_seed(0), ROWS // 2
     canvas = Canvas.of_prompts([[0]] * count, MASK, max_new_tokens=3, grid=2)
-    settings = {"max_new_tokens": 3, "block_length": 2, "steps_per_block": 2, "temperature": 1.0}
-    options = Options(**settings, suppress_tokens=(2,))
+    options = Options(max_new_tokens=3, **SETTINGS)
     spec, generators = spec_of(noise, prediction=prediction), [generator] * count
-    with torch.no_grad():
-        for _ in decoder_of(model, spec, canvas, options, generators=generators).run():
-            pass
-    texts = Counter(map(tuple, canvas.ids.tolist()))
-    other = Counter(map(tuple, simulated(model, noise, prediction, generator).tolist()))
-    assert sum(texts[text] for text in product([0], IDS, IDS, IDS)) == count
-    for text in product([0], IDS, IDS, IDS):
-        both = texts[text] + other[text]
-        assert abs(texts[text] - other[text]) <= 5 * both**0.5 + 1
+    for _ in decoder_of(model, spec, canvas, options, generators=generators).run():
+        pass
+    texts = alike(canvas.ids, simulated(model, noise, prediction, generator))
+    assert {*texts} <= {*product([0], IDS, IDS, IDS)}
     assert len(texts) > 9 and max(texts.values()) < count / 2
+
+
+def test_gaps_are_filled_between_tokens_that_are_read_as_they_are():
+    model, noise = tiny()
+    generator, count = torch.Generator().manual_seed(0), ROWS // 4
+    prompt, hidden = [0, MASK, 3, MASK, 1], torch.tensor([False, True, False, True, False])
+    canvas = Canvas.of_prompts([prompt] * count, MASK, max_new_tokens=0)
+    options = Options(max_new_tokens=0, **SETTINGS | {"block_length": None})
+    spec, generators = spec_of(noise, "full", "same"), [generator] * count
+    decoder = decoder_of(model, spec, canvas, options, generators=generators)
+    assert torch.equal(canvas.read[0] < 0, hidden)
+    for _ in decoder.run():
+        assert torch.equal(canvas.read[:, ~hidden][0], torch.tensor([0, 3, 1]))
+    ids = torch.tensor([[0, 0, 3, 0, 1]]).expand(count, -1)
+    texts = alike(canvas.ids, filled(model, noise, ids, hidden, 0, "full", "same", generator))
+    assert len(texts) > 4
+
+
+@pytest.mark.parametrize("guessed", [0.0, 0.5])
+@pytest.mark.parametrize("attention", ["causal_context", "full"])
+def test_guidance_reads_a_copy_without_the_prompt_and_without_guesses(attention, guessed):
+    model, noise = tiny(guessed)
+    canvas = Canvas.of_prompts([[0, 1, 3]] * 2, MASK, max_new_tokens=3, grid=2)
+    settings = SETTINGS | {"block_length": 2 if attention != "full" else None}
+    options = Options(max_new_tokens=3, cfg_scale=1.5, seed=3, **settings)
+    decoder = decoder_of(model, spec_of(noise, attention), canvas, options)
+    own, length = model.get_input_embeddings().weight.detach(), float(noise.fitted["length"])
+    first = 0 if attention == "full" else 2
+    for _ in range(2):
+        z = canvas.shown.unflatten(-1, (-1, 8))
+        end = first + 2 if first else canvas.ids.shape[1]
+        embeds = own[canvas.ids[:, :end]]
+        null = own[[0, *[MASK] * (end - 1)]].expand(2, -1, -1).clone()
+        hidden = canvas.open[:, :end]
+        embeds[hidden] = z[:, :end][hidden].sum(-2) * length
+        null[hidden] = z[:, :end][hidden][:, 0] * length
+        with torch.no_grad():
+            found = decoder._read(decoder.masked)
+        both = [
+            logits_by_hand(model, x, 3, first, attention, "shift")[hidden[:, 3:]]
+            for x in (embeds, null)
+        ]
+        want = both[1] + 2.5 * (both[0] - both[1])
+        allowed = torch.tensor([*IDS])
+        close(found[:, allowed], want[:, allowed], atol=1e-8)
+        decoder.step()
+
+
+CALLS = [
+    ({"compile": True}, "replays one forward of token ids"),
+    ({"cache_implementation": "static"}, "replays one forward of token ids"),
+    ({"threshold": 0.5}, "decides a block at its last step"),
+    ({"mode": "speculative"}, "drafts in masks"),
+]
+
+
+@pytest.mark.parametrize(("call", "said"), CALLS, ids=str)
+def test_what_vectors_cannot_do_is_refused(call, said):
+    spec = replace(spec_of(tiny()[1], size=4), ar_mode=True)
+    with pytest.raises(Ar2DiffError) as refused:
+        resolve(spec, {"mode": "diffusion"} | call)
+    assert said in refused.value.what and refused.value.fix
+    for allowed in ({"cfg_scale": 2.0}, {"choice": ["a"]}, {"cache_implementation": "none"}):
+        resolve(spec, {"mode": "diffusion"} | allowed)
 
 
 @pytest.mark.parametrize("prediction", ["same", "shift"])

@@ -136,6 +136,8 @@ def contradictions_of(process: Process, recipe: Recipe) -> Iterator[str]:
         yield f"noise.edits cannot be used with {named}, which corrects tokens anyway"
     if noise.on_policy and process.random:
         yield f"noise.on_policy cannot be used with {named}, whose states it does not keep"
+    if noise.spans > 1 and not process.certain:
+        yield f"noise.spans cannot be used with {named}, which can look like the tokens given"
     if noise.complementary and process.guesses:
         yield f"noise.complementary cannot be used with {named}, which changes visible tokens too"
     if not process.free:
@@ -171,6 +173,10 @@ def _contradictions(
     distil = objective.distil
     if noise.on_policy and rl is not None:
         yield "noise.on_policy cannot be used with rl, which trains on its own texts anyway"
+    if noise.dropped and distil is not None:
+        yield "noise.dropped cannot be used with objective.distil: what it masks is not shown"
+    if noise.spans > 1 and rl is not None:
+        yield "noise.spans cannot be used with rl, whose estimators draw their own noise"
     if noise.edits is not None and rl is not None:
         yield "noise.edits cannot be used with rl, whose estimators draw their own noise"
     if noise.edits is not None and (distil is not None or objective.weight == "cart"):

@@ -140,11 +140,31 @@ class Noise(Section):
         description="with on_policy: texts that the model writes of each document, of which the "
         "likeliest one, by its bound, is learned",
     )
+    spans: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="adapt: most spans that a text is divided into; of a number drawn from 1 to "
+        "this, every other span is given, and not scored (SED); 1: nothing is given",
+    )
+    dropped: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="with spans: share of the texts whose given spans show masks, for guidance by "
+        "cfg_scale",
+    )
     edits: Edits | None = None
     complementary: bool = Field(
         False,
         description="add a second view of each row, in which exactly the other tokens are masked",
     )
+
+    @property
+    def of_adapt(self) -> list[str]:
+        """The keys that are set of those that only adapt uses."""
+        asked = {"on_policy": self.on_policy, "edits": self.edits, "spans": self.spans > 1}
+        return [f"noise.{name}" for name, value in asked.items() if value]
 
     @property
     def process(self) -> Process | None:
@@ -190,6 +210,8 @@ class Noise(Section):
     def _complements_have_the_same_law(self) -> Noise:
         if self.best_of > 1 and not self.on_policy:
             raise ValueError("best_of needs on_policy above 0")
+        if self.dropped and self.spans == 1:
+            raise ValueError("dropped needs spans above 1")
         if self.edits is not None and self.complementary:
             raise ValueError("edits cannot be used with complementary: each adds a copy of a row")
         if self.complementary and self.on_policy:

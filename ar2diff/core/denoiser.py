@@ -15,6 +15,7 @@ from torch import Tensor
 from .canvas import Canvas, Finished
 from .decoder import Decoder
 from .forward import rope_switches, showing, without_gradients
+from .guidance import Guidance, Texts
 from .head import UNKNOWN, head_of
 from .options import Options
 from .readers import BlockReader, FullReader
@@ -66,6 +67,9 @@ class Denoiser(Decoder):
             self.noise = self.noise.on(spec.mask_token_id, suppressed)
             if canvas.shown is None:
                 canvas.shown = self.noise.blank(canvas.ids)
+        self.guidance = None
+        if options.classifier is not None:
+            self.guidance = Guidance(options.classifier, options.fluency, options.classifier_steps)
         self.guided = 1 + (options.cfg_scale > 0)  # a second copy of each row without its prompt
         cache = options.cache_implementation
         self.reader = self._reader_for(model, spec, cache)
@@ -198,7 +202,8 @@ class Denoiser(Decoder):
         if self.guided == 2:
             prompt = canvas.given[self.rows] & (torch.arange(canvas.ids.shape[1]) > 0)
             prompt = torch.nn.functional.pad(prompt, (0, self.before))
-            ids = torch.cat([ids, ids.masked_fill(prompt, canvas.mask_token_id)])
+            null = ids.masked_fill(prompt, canvas.mask_token_id)
+            ids = torch.cat([ids, torch.where(null < 0, null - canvas.ids.numel(), null)])
             start, masked = start.repeat(2), masked.repeat(2, 1)
         with showing(self.model, self._vectors()):
             logits = self.reader.read(ids, start, masked)
@@ -214,8 +219,18 @@ class Denoiser(Decoder):
         return unconditional + (1 + self.options.cfg_scale) * (conditional - unconditional)
 
     def _vectors(self) -> Tensor | None:
-        """[R * T, H] the embeddings of what open slots show; None where they show ids."""
-        return self.noise.embedded(self.canvas.shown.flatten(0, 1)) if self.noise.vectors else None
+        """[R * T, H] the embeddings of what open slots show, and, with guidance, again of what they
+        show in the copies without a prompt, which know no guesses either (SED, Strudel et al.
+        2022); None where they show ids."""
+        if not self.noise.vectors:
+            return None
+        shown = self.canvas.shown.flatten(0, 1)
+        if self.guided == 1:
+            return self.noise.embedded(shown)
+        none = torch.zeros(len(shown), dtype=torch.long)
+        return self.noise.embedded(
+            torch.cat([shown, self.noise.with_guesses(shown, none, none > 0)])
+        )
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""
@@ -240,7 +255,7 @@ class Denoiser(Decoder):
         u = given.get("u", drawn)
         context = Context(given["ids"], given["position"]) if self.chooser.readers else None
         no_end = position < canvas.end_from[row] if canvas.held else None
-        logits = self.chooser.possible(logits, no_end, canvas.end_ids)
+        logits = others = self.chooser.possible(logits, no_end, canvas.end_ids)
         if evidence is not None:
             evidence = evidence.on(given["shown"], given["evidence"])
             logits = evidence.add_(logits.clone())
@@ -270,8 +285,25 @@ class Denoiser(Decoder):
             self._note(plain, row, position, now)
         if self.noise.visible:
             u = self.chooser.uniform(row) if self.noise.random else t
-            canvas.shown[row, position] = self.noise.step(shown, choice.tokens, t, s, u)
+            after = self.noise.step(shown, choice.tokens, t, s, u)
+            if self.guidance is not None:
+                after = self._guide(others, shown, t, s, after, row, position)
+            canvas.shown[row, position] = after
         return commit
+
+    def _guide(
+        self, logits: Tensor, x: Tensor, t: Tensor, s: Tensor, after: Tensor, row: Tensor,
+        position: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """What slots show at times s [N], moved by the classifier where they stay open; arguments
+        as of `Guidance.moved`."""
+        left = (s > 0).nonzero()[:, 0]
+        if not len(left):
+            return after
+        texts = Texts.of(self.canvas, row[left], position[left], logits)
+        (at,) = upload(logits.device, left)
+        own = (y[left] for y in (x, t, s, after))
+        return after.index_copy(0, left, self.guidance.moved(self.noise, logits[at], *own, texts))
 
     def _commits(self, choice: Choice, masked: Tensor) -> Tensor:
         """The positions to decide now, [R, W] bool: those that the options choose, or, in a noise

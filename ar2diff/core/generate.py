@@ -118,7 +118,7 @@ def canvas_of(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
         )
-    if not spec.noise.starts_masked and any(spec.mask_token_id in prompt for prompt in prompts):
+    if not spec.noise.fills and any(spec.mask_token_id in prompt for prompt in prompts):
         raise Ar2DiffError(
             f"this model cannot fill gaps: its noise, {spec.noise.kind}, looks like text, so the "
             "tokens after a gap cannot be told from it",

@@ -72,6 +72,7 @@ class Noise:
     undecided: ClassVar[str] = "no slot is known to be right before the last step"
     starts_masked: ClassVar[bool] = True  # at t = 1, all open slots show the mask
     visible: ClassVar[bool] = True  # an open slot may look like a token
+    certain: ClassVar[bool] = False  # a slot that shows a token, shows its own
     guesses: ClassVar[bool] = False  # an open slot shows what the model guessed there
     fits: ClassVar[bool] = False  # it is fitted to a model and its texts
     vectors: ClassVar[bool] = False  # an open slot shows a vector in place of an embedding
@@ -93,6 +94,12 @@ class Noise:
     def free(self) -> bool:
         """Whether no slot is known to be right before the last step."""
         return self.form == "free"
+
+    @property
+    def fills(self) -> bool:
+        """Whether what is given can be told from open slots at t = 1, so that gaps can be filled
+        between given tokens."""
+        return self.starts_masked or self.certain
 
     @property
     def described(self) -> str:

@@ -110,6 +110,7 @@ class Mask(Interpolating):
     shows = "an open slot shows the mask"
     forms = ("tracked",)
     visible = False
+    certain = True
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Noise`."""

@@ -42,12 +42,12 @@ STEPS = 64  # of a noise in the free form with full attention
 DENOISING: dict[str, Any] = {
     "threshold": None, "steps_per_block": None, "entropy_bound": None, "block_length": None,
     "order": "prob", "remask": 0, "edit_threshold": None, "corrector_steps": 0, "edit_blocks": 0,
-    "cfg_scale": 0, "check_cache": False,
+    "cfg_scale": 0, "check_cache": False, "classifier": None,
 }  # fmt: skip
 # Those that a call in another mode must not set.
 DIFFUSION_ALONE = (
     "steps_per_block", "entropy_bound", "edit_threshold", "corrector_steps", "edit_blocks",
-    "cfg_scale", "check_cache",
+    "cfg_scale", "check_cache", "classifier",
 )  # fmt: skip
 # Those that tell decided tokens from others, which a noise in the free form cannot.
 DECIDING = (
@@ -131,6 +131,14 @@ class Options:
             N positions, the tokens [N, L] of their rows (the mask where undecided) and the
             positions [N]; what it returns, [N, V], is added to the logits before temperature and
             filters.
+        classifier: a function that says how well texts fit what is wanted, whose gradient moves the
+            vectors of a noise `embedding` (`core/guidance.py`). It is called with probabilities
+            [R, L, V] of R rows, one-hot where a token is decided, 0 where a block has not begun,
+            and the lengths [R] of their prompts; it returns log p(c | x) [R] with a gradient, each
+            row's of its own probabilities alone.
+        fluency: with a classifier: how strongly the vectors are held where they were drawn.
+        classifier_steps: with a classifier: gradient steps after each forward of a block but the
+            last one.
         seed: seeds the draws; those of a row depend on it and on the row's own prompt alone.
     """
 
@@ -168,6 +176,9 @@ class Options:
     choice: tuple[str, ...] = ()
     grammar: str | None = None
     guide: Callable[[Any, Any, Any], Any] | None = None
+    classifier: Callable[[Any, Any], Any] | None = None
+    fluency: float = 0.01
+    classifier_steps: int = 3
     max_time: float | None = None
     seed: int | tuple[int, ...] | None = None
 
@@ -269,7 +280,10 @@ def resolve(
         json_schema=json_text("json_schema", get("json_schema")),
         choice=strings("choice", get("choice")),
         grammar=text("grammar", get("grammar")),
-        guide=_guide(get),
+        guide=_function(get, "guide", "log-probabilities, tokens and positions"),
+        classifier=_function(get, "classifier", "probabilities and lengths of prompts"),
+        fluency=number(get, "fluency", 0.01, 0, LARGE),
+        classifier_steps=integer(get, "classifier_steps", 3, 1),
         max_time=number(get, "max_time", None, 0),
         seed=seeds("seed", get("seed")),
     )  # fmt: skip
@@ -294,10 +308,10 @@ def _mode(get: Source, drafts: bool, gaps: bool) -> str:
     return "diffusion" if denoises or gaps else chosen
 
 
-def _guide(get: Source) -> Any:
-    value = get("guide")
+def _function(get: Source, name: str, arguments: str) -> Any:
+    value = get(name)
     if value is not None and not callable(value):
-        raise bad("guide", value, "a function of log-probabilities, tokens and positions")
+        raise bad(name, value, f"a function of {arguments}")
     return value
 
 
@@ -373,15 +387,36 @@ def _check_noise(options: Options, spec: Spec, called: Mapping[str, Any]) -> Non
             f"{option('mode', 'speculative')} drafts in masks, which {kind} does not have",
             f"use {option('mode', 'diffusion')} or {option('mode', 'ar')}",
         )
+    if options.classifier is None:
+        for name in ("fluency", "classifier_steps"):
+            if called.get(name) is not None:
+                raise Ar2DiffError(
+                    f"{option(name)} is of the guidance by a classifier, and there is none",
+                    f"set {option('classifier')} too",
+                )
     if options.mode != "diffusion":
         return
+    if options.classifier is not None and not noise.vectors:
+        raise Ar2DiffError(
+            f"{option('classifier')} moves the vectors that open slots show, but {kind} shows "
+            "tokens",
+            f"use {option('guide')}, or convert the base with {option('noise.kind', 'embedding')}",
+        )
     if options.cache_implementation in ("prefix", "dual") and noise.visible:
         raise Ar2DiffError(
             f"{option('cache_implementation', options.cache_implementation)} keeps what open slots "
             f"showed, but {kind} changes it at every step",
             f"use {option('cache_implementation', 'none')}",
         )
-    if options.cfg_scale and not noise.starts_masked:
+    static = options.compile or options.cache_implementation == "static"
+    if static and noise.vectors:
+        name = "compile" if options.compile else "cache_implementation"
+        raise Ar2DiffError(
+            f"{option(name, getattr(options, name))} replays one forward of token ids, but {kind} "
+            "shows vectors in place of embeddings",
+            f"leave out {option(name)}",
+        )
+    if options.cfg_scale and not noise.fills:
         raise Ar2DiffError(
             f"{option('cfg_scale')} masks the prompt, but {kind} has no mask",
             f"leave out {option('cfg_scale')}",

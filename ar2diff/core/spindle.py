@@ -44,6 +44,7 @@ class Spindle(Noise):
     shows = "an open slot shows the mask, and tokens with more information sooner"
     undecided = "tokens stay once they are shown, and which slots show one is drawn"
     forms = ("free",)
+    certain = True
     fits = True
 
     def __post_init__(self) -> None:

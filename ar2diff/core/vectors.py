@@ -55,6 +55,7 @@ class Embedding(Noise):
     shows = "an open slot shows the embedding of its token among Gaussian noise"
     forms = ("free",)
     starts_masked = False
+    certain = True
     fits = True
     vectors = True
 

@@ -21,7 +21,14 @@ from ..core.attention import PADDING, reading_slot, reveal_edges
 from ..core.errors import Ar2DiffError, option
 from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
-from ..diffusion.corruption import Law, block_times, corrupt, importance, replaced
+from ..diffusion.corruption import (
+    Law,
+    block_times,
+    corrupt,
+    given_spans,
+    importance,
+    replaced,
+)
 from ..diffusion.objective import cart_weights, coefficients, joint_divisors, time_weights
 from .places import chosen_places, distilled_tokens, shown_at
 from .sources import Document, Documents
@@ -316,6 +323,9 @@ class Collator:
         generator = keyed_generator(seed, part.epoch, key)
         ids = torch.tensor(part.ids)
         views = corrupt(self.noise, ids, maskable, block, times, generator, noise.complementary)
+        given, drops = self._given(part)
+        if drops:
+            views = (views[0].masked_fill(given, self.noise.mask), *views[1:])
         if edits is None:
             return views
         edited = replaced(self.noise, ids, maskable, edits.most, generator)
@@ -333,8 +343,15 @@ class Collator:
 
     def _blocks(self, part: DocumentPart, block_length: int | None) -> tuple[Tensor, Tensor]:
         """[n] which tokens of a part may be masked, and the block of each."""
-        n = len(part.ids)
-        return self._maskable(torch.tensor(part.ids)), torch.arange(n) // (block_length or n)
+        n, maskable = len(part.ids), self._maskable(torch.tensor(part.ids))
+        return maskable & ~self._given(part)[0], torch.arange(n) // (block_length or n)
+
+    def _given(self, part: DocumentPart) -> tuple[Tensor, bool]:
+        """[n] bool, the given spans of a part, and whether they show masks: a function of (seed,
+        epoch, the part's ids)."""
+        noise, key = self.recipe.noise, content_key(part.ids[: part.real])
+        generator = keyed_generator(self.recipe.train.seed, part.epoch, key, 5)
+        return given_spans(len(part.ids), noise.spans, noise.dropped, generator)
 
     def _maskable(self, ids: Tensor) -> Tensor:
         """Position 0 is never masked nor scored, and neither is a mask token within the text; an AR

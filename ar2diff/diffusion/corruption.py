@@ -165,6 +165,30 @@ def replaced(
     return x0.index_copy(0, order[:count], other), maskable, torch.ones(len(x0)).double()
 
 
+def given_spans(
+    count: int, most: int, dropped: float, generator: torch.Generator
+) -> tuple[Tensor, bool]:
+    """Which tokens of a text are given: n spans, n uniform on 1..`most`, whose boundaries are as
+    likely anywhere, are given in turns, beginning with the first or the second; a single one is not
+    (SED, Strudel et al. 2022).
+
+    Args:
+        count: tokens of the text; the first one is never part of a span.
+        dropped: how often the given spans show masks instead.
+
+    Returns:
+        given: [count] bool. Whether they are to show masks.
+    """
+    given, room = torch.zeros(count, dtype=torch.bool), count - 1
+    spans = min(int(torch.randint(1, most + 1, (), generator=generator)), room)
+    flipped, drops = torch.rand(2, generator=generator).tolist()
+    if spans > 1:
+        starts = torch.zeros(room, dtype=torch.long)
+        starts[1 + torch.randperm(room - 1, generator=generator)[: spans - 1]] = 1
+        given[1:] = (starts.cumsum(0) + (flipped < 0.5)) % 2 == 1
+    return given, drops < dropped
+
+
 def open_slots(
     maskable: Tensor,
     block: Tensor,

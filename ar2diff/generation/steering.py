@@ -12,20 +12,21 @@ from .tokens import ids_after_text
 
 
 def steered(settings: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Any]:
-    """Settings of `generate` as the sampler takes them: a guide that is named becomes a function,
-    and `logit_bias` a `sequence_bias`.
+    """Settings of `generate` as the sampler takes them: a guide or classifier that is named becomes
+    a function, and `logit_bias` a `sequence_bias`.
 
     Args:
-        settings: `guide` may be `file.py:function`, `logit_bias` a mapping from tokens, by id or
-            text, to what is added to their logits.
+        settings: `guide` and `classifier` may be `file.py:function`, `logit_bias` a mapping from
+            tokens, by id or text, to what is added to their logits.
         tokenizer: None leaves biases out, once their form is checked.
 
     Raises:
         Ar2DiffError: the guide cannot be found, or a bias is not valid.
     """
     settings = dict(settings)
-    if isinstance(settings.get("guide"), str):
-        settings["guide"] = function_of(settings["guide"], "guide")
+    for name in ("guide", "classifier"):
+        if isinstance(settings.get(name), str):
+            settings[name] = function_of(settings[name], name)
     given = settings.pop("logit_bias", None)
     if given is None:
         return settings

@@ -61,8 +61,8 @@ class Held:
 
     @property
     def fills(self) -> bool:
-        """Whether its diffusion mode fills gaps, which show masks."""
-        return self.denoises and self.checkpoint.spec.noise.starts_masked
+        """Whether its diffusion mode fills gaps."""
+        return self.denoises and self.checkpoint.spec.noise.fills
 
     @property
     def usual(self) -> str:

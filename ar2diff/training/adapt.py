@@ -94,8 +94,7 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     of a control is all of its loss."""
     if recipe.objective.kind == "ar":
         check_kind(path, spec, recipe)
-        unknown = {"noise.on_policy": recipe.noise.on_policy, "noise.edits": recipe.noise.edits}
-        for name in (name for name, value in unknown.items() if value):
+        for name in recipe.noise.of_adapt:
             raise Ar2DiffError(
                 f"{option(name)} cannot be used with {option('objective.kind', 'ar')},"
                 " which masks no tokens",

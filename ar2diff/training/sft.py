@@ -92,8 +92,7 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             "tokens by their context",
             f"set {option('objective.weight')} to uniform or 1/t",
         )
-    unknown = {"noise.on_policy": recipe.noise.on_policy, "noise.edits": recipe.noise.edits}
-    for name in (name for name, value in unknown.items() if value):
+    for name in recipe.noise.of_adapt:
         raise Ar2DiffError(
             f"{option(name)} only works with adapt",
             f"leave out {option(name)}",
