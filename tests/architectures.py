@@ -1,7 +1,7 @@
 """Tiny random models of the decoder classes of transformers, and the table of what each can be.
 
     python tests/architectures.py     # prints the table of docs/support.md
-    python tests/architectures.py --masked    # that of the classes for masked language modelling
+    python tests/architectures.py masked    # that of the classes for masked language modelling
 
 What a class can be is found out by the probe. Nothing here steers the conversion: a class that is
 not in `SHAPES` is converted or refused just the same.
@@ -254,7 +254,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    if sys.argv[1:2] == ["--masked"]:
+    if sys.argv[1:2] == ["masked"]:
         kinds = sys.argv[2:] or MODEL_FOR_MASKED_LM_MAPPING_NAMES
         for said, named in sorted(masked_findings(kinds).items()):
             print(f"| {said} | {', '.join(sorted(named))} |")
