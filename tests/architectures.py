@@ -1,7 +1,7 @@
 """Tiny random models of the decoder classes of transformers, and the table of what each can be.
 
     python tests/architectures.py     # prints the table of docs/support.md
-    python tests/architectures.py --masked    # that of the classes for masked language modelling
+    python tests/architectures.py masked    # that of the classes for masked language modelling
 
 What a class can be is found out by the probe. Nothing here steers the conversion: a class that is
 not in `SHAPES` is converted or refused just the same.
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ar2diff.checkpoint.model import generative_class
+from ar2diff.checkpoint.model import generative_class, outline_of
 from ar2diff.core.attention import layer_windows
 from ar2diff.core.masked_lm import is_masked_lm
 from ar2diff.core.probe import probe
@@ -124,6 +124,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {}, "qwen3_next": {}, "recurrent_gemma": {}, "rwkv": {},
 }  # fmt: skip
 SHAPES = NAMED | MORE | REFUSED
+MOST = 20_000_000  # parameters of a tiny masked language model
 # Sizes that the configs of masked language models give besides.
 MASKED: dict[str, Any] = {
     **dict.fromkeys(("embedding_size", "dim"), 32),
@@ -196,32 +197,38 @@ def findings(kinds: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def masked_findings() -> dict[str, list[str]]:
-    """{what the probe says: types} of every class that is for masked language modelling alone, with
-    sdpa, or with eager attention where it has no other."""
+def masked_findings(kinds: Iterable[str]) -> dict[str, list[str]]:
+    """{what the probe says: types} of classes that are for masked language modelling alone, with
+    sdpa, or with eager attention where a class has no other."""
     found: dict[str, list[str]] = {}
-    for kind, name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.items():
-        known = vars(CONFIG_MAPPING[kind]())
-        if known.get("is_encoder_decoder") or not is_masked_lm([name]):
+    for kind in kinds:
+        name = MODEL_FOR_MASKED_LM_MAPPING_NAMES[kind]
+        if not is_masked_lm([name]) or CONFIG_MAPPING[kind]().is_encoder_decoder:
             continue
-        values = {key: value for key, value in (TINY | MASKED).items() if key in known}
-        said = "none: a tiny one cannot be built"
+        said = "not tried"
         for kernel in ("sdpa", "eager"):
             try:
-                config = CONFIG_MAPPING[kind](
-                    **{k: v for k, v in values.items() if k != "head_dim"}
-                )
-                config.architectures = [name]
-                torch.manual_seed(0)
-                model = generative_class(config)._from_config(config, attn_implementation=kernel)
-                reasons = problems(model.eval(), "full", "same")
+                model = _tiny_masked(kind, name, kernel)
+                reasons = problems(model, "full", "same")
             except Exception:  # of any class: no such kernel, or sizes that do not fit
                 continue
             said = f"none: {_plain(reasons[0])}" if reasons else "full"
-            said += f" with {kernel}" if kernel == "eager" and not reasons else ""
+            said += " with eager" if kernel == "eager" and not reasons else ""
             break
         found.setdefault(said, []).append(kind)
     return found
+
+
+def _tiny_masked(kind: str, name: str, kernel: str) -> Any:
+    """A random masked language model; `ValueError` if its sizes cannot be given."""
+    known = vars(CONFIG_MAPPING[kind]())
+    sizes = {key: value for key, value in (TINY | MASKED).items() if key != "head_dim"}
+    config = CONFIG_MAPPING[kind](**{k: v for k, v in sizes.items() if k in known})
+    config.architectures = [name]
+    if sum(parameter.numel() for parameter in outline_of(config).parameters()) > MOST:
+        raise ValueError(f"{kind} is not tiny")
+    torch.manual_seed(0)
+    return generative_class(config)._from_config(config, attn_implementation=kernel).eval()
 
 
 def _plain(reason: str) -> str:
@@ -247,8 +254,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    if sys.argv[1:] == ["--masked"]:
-        for said, kinds in sorted(masked_findings().items()):
-            print(f"| {said} | {', '.join(sorted(kinds))} |")
+    if sys.argv[1:2] == ["masked"]:
+        kinds = sys.argv[2:] or MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        for said, named in sorted(masked_findings(kinds).items()):
+            print(f"| {said} | {', '.join(sorted(named))} |")
     else:
         print(table(findings(sys.argv[1:] or SHAPES)))

@@ -192,7 +192,7 @@ def denoised(folder: Path, text: str, **settings: Any) -> str:
     return tokenizer.decode(code(model=model, input_ids=ids, **settings)[0, 1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_base_is_converted_bit_for_bit_and_denoises_without_ar2diff(
     kind, bases, succeeds, tmp_path
 ):
@@ -219,7 +219,7 @@ def test_a_base_is_trained_judged_tuned_checked_and_published(
     bases, succeeds, tmp_path, write_jsonl
 ):
     data = write_jsonl("a.jsonl", [{"text": f"{n} the cat sat on the mat"} for n in range(24)])
-    folder, lora, chat = (tmp_path / name for name in ("out", "lora", "chat"))
+    folder, lora = tmp_path / "out", tmp_path / "lora"
     steps = ("--data", data, "--max-steps", 2, "data.max_length=32")
     record = succeeds("adapt", bases("roberta"), *steps, "--output-dir", folder, "eval.steps=2",
                       "eval.rows=2", "eval.length=8")  # fmt: skip
@@ -233,13 +233,12 @@ def test_a_base_is_trained_judged_tuned_checked_and_published(
     assert checked["ok"] and checked["masked_lm"]
     assert not any("causal_context" in text for text in checked["elsewhere"].values())
 
-    succeeds("adapt", folder, *steps, "--output-dir", lora, "peft.r=2")
-    assert succeeds("generate", lora, "--prompt", "the {mask:2}")["new_tokens"] == 2
     turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     talk = write_jsonl("chat.jsonl", [{"messages": turns}] * 4)
-    tuned = succeeds("sft", folder, "--data", talk, "--max-steps", 1, "--output-dir", chat,
-                     "data.chat_template=plain", "data.max_length=64")  # fmt: skip
-    assert tuned["tokens"] > 0
+    asked = ("peft.r=2", "data.chat_template=plain", "data.max_length=64")
+    tuned = succeeds("sft", folder, "--data", talk, "--max-steps", 1, "--output-dir", lora, *asked)
+    assert 0 < tuned["trainable_parameters"] < tuned["parameters"]
+    assert succeeds("generate", lora, "--prompt", "the {mask:2}")["new_tokens"] == 2
 
     card = preview(folder, license="mit")
     assert front_matter(card)["pipeline_tag"] == "fill-mask"
