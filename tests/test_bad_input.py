@@ -460,6 +460,7 @@ def test_what_a_noise_was_fitted_to_is_missing_or_another_or_damaged(
     file.unlink()
     assert "to which the noise was fitted, is missing" in fails("check", folder)
     line = "--data", data, "--max-steps", 1, "--output-dir", tmp_path / "out"
+    assert "noise.spans only works with adapt" in fails("sft", converted, *line, "noise.spans=2")
     said = fails("sft", converted, *line, "noise.kind=spindle")
     assert "is fitted to the texts that adapt trains on" in said and "run 'ar2diff adapt'" in said
 

@@ -674,6 +674,8 @@ CALLS = [  # noise, options
     ("uniform free", {"temperature": 1.0, "seed": 5}),
     ("mask_uniform", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
     ("embedding", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
+    ("nearest", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
+    ("spindle", {"steps_per_block": 3, "temperature": 0.9, "seed": 5}),
     ("self", {"threshold": 0.2}),
     ("self", {"steps_per_block": 3, "order": "random", "seed": 1}),
     ("self", {"threshold": 0.1, "temperature": 1.2, "seed": 5, "edit_threshold": 0.2}),
@@ -690,7 +692,7 @@ CALLS = [  # noise, options
     [(*call, ATTENTIONS[(n + k) % 3]) for n, call in enumerate(CALLS) for k in (0, 1)],
 )
 def test_rows_that_join_and_leave_write_what_they_write_alone(name, call, attention):
-    model, spec = build_model("llama"), spec_of(NOISES[name], attention)
+    model, spec = build_model("llama"), spec_of((NOISES | FITTED)[name], attention)
     call = {"mode": "diffusion", **call}
     one = alone(model, spec, call, (7, 12, 25))
     assert together(model, spec, call, (7, 12, 25)) == one
@@ -702,7 +704,8 @@ def saying():
     """Factory: a tiny model that says what it is in its config."""
 
     def make(name, attention="causal_context"):
-        model, spec = copy.deepcopy(build_model("llama")), spec_of(NOISES[name], attention)
+        noise = (NOISES | FITTED)[name]
+        model, spec = copy.deepcopy(build_model("llama")), spec_of(noise, attention)
         model.config.diffusion, model.config.mask_token_id = spec.to_dict(), MASK
         carry(model, spec.noise)
         return model
