@@ -2,7 +2,7 @@
 
     AR2DIFF_DATA=path/to/data python benchmarks/noises.py [--only NAME ...] [--seed 0]
     python benchmarks/noises.py --table
-    AR2DIFF_DATA=path/to/data python benchmarks/noises.py --recipes
+    AR2DIFF_DATA=path/to/data python benchmarks/noises.py --recipes [NAME ...]
 
 Training is that of `recipes/stories260k.yaml`, with the noise alone changed; nothing is tuned for
 any kind. Models are kept in --runs and trained again only if they are not there.
@@ -22,7 +22,7 @@ nats, which most kinds reach (`outside` marks an extrapolation; the stories' own
 Results are appended to benchmarks/results/noises.jsonl.
 
 --recipes runs 200 steps of each recipe of a noise, and compares its bound, on the same 64 stories,
-with that of the converted model before training, and with the NLL of the unigram distribution of
+with that of the converted model before training (after a step with a learning rate of 0), and with the NLL of the unigram distribution of
 the training stories (benchmarks/results/noise_recipes.jsonl).
 """
 
@@ -48,7 +48,10 @@ from ar2diff.training.rollouts import sample
 
 DATA = Path(os.environ.get("AR2DIFF_DATA", ""))
 RESULTS = Path(__file__).parent / "results" / "noises.jsonl"
-RECIPES = ("d3pm-uniform", "gidd", "seed-diffusion", "self-correct")
+RECIPES = (
+    "d3pm-uniform", "gidd", "seed-diffusion", "self-correct", "d3pm-gaussian", "d3pm-nearest",
+    "diffusionbert", "diffusion-lm", "sed",
+)  # fmt: skip
 FIRST_STEPS = 200
 TRAINED_ON = "data.sources=[tinystories/train, stories3M-samples]"
 PROMPT, NEW, TEXTS, STEPS = 16, 96, 64, (4, 8)
@@ -171,7 +174,9 @@ def first_steps(name: str, runs: Path) -> dict[str, Any]:
     for steps in (0, FIRST_STEPS):
         folder = runs / f"{name}-{steps}"
         if not (folder / "config.json").exists():
-            settings = [TRAINED_ON, "eval.steps=0", f"train.max_steps={steps}"]
+            settings = [TRAINED_ON, "eval.steps=0", f"train.max_steps={max(1, steps)}"]
+            if not steps:  # a step at the beginning of a warmup, whose learning rate is 0
+                settings.append("train.warmup_steps=1")
             recipe = load_recipe(name, settings)
             adapt(str(DATA / "stories260K-hf"), recipe, folder, overwrite=folder.exists())
         found = load_checkpoint(str(folder))
@@ -217,10 +222,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/noises"))
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--recipes", action="store_true")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES)
     args = parser.parse_args()
-    if args.recipes:
-        for name in RECIPES:
+    if args.recipes is not None:
+        for name in args.recipes or RECIPES:
             row = first_steps(name, args.runs)
             print(json.dumps(row), flush=True)
             with RESULTS.with_name("noise_recipes.jsonl").open("a") as file:
