@@ -22,8 +22,9 @@ nats, which most kinds reach (`outside` marks an extrapolation; the stories' own
 Results are appended to benchmarks/results/noises.jsonl.
 
 --recipes runs 200 steps of each recipe of a noise, and compares its bound, on the same 64 stories,
-with that of the converted model before training (after a step with a learning rate of 0), and with the NLL of the unigram distribution of
-the training stories (benchmarks/results/noise_recipes.jsonl).
+with that of the converted model before training (after a step with a learning rate of 0, since
+fitted noises need texts), and with the NLL of the unigram distribution of the training stories
+(benchmarks/results/noise_recipes.jsonl).
 """
 
 from __future__ import annotations
