@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.model import Checkpoint
-from ..core.options import DENOISING, Options
+from ..core.conflicts import DENOISING
+from ..core.options import Options
 from ..core.spec import Spec
 from ..core.speculation import PACES
 from .complete import begin, result_of, settings_of

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ..core.conflicts import CONSTRAINTS
 from ..core.index import check_installed
-from ..core.options import CONSTRAINTS
 from ..core.pattern import validates
 from ..diffusion.likelihood import ar_nll
 from ..generation.complete import begin, settings_of

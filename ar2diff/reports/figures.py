@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..checkpoint.output import write_json
 from ..config.safe_json import parse_json
+from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError, first_line
-from ..core.options import CONSTRAINTS
 
 FORMAT = 1
 FILE = "report.json"

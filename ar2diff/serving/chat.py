@@ -6,8 +6,8 @@ import json
 from functools import partial
 from typing import Any
 
+from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError
-from ..core.options import CONSTRAINTS
 from ..generation.tokens import encode_messages, ids_after_text
 from .answers import Answers, Row
 from .conversation import ChatRequest, NamedTool, Tool

@@ -7,8 +7,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError
-from ..core.options import CONSTRAINTS
 from ..generation.complete import settings_of
 from ..generation.prompts import Segments
 from ..generation.tokens import encode, opened_at

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError
 from ..core.generate import room_of
-from ..core.options import CONSTRAINTS
 from ..generation.complete import settings_of
 from ..generation.prompts import Segments
 from .answers import Answers, out_of_time
