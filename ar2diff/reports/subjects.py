@@ -20,6 +20,7 @@ THRESHOLDS = (0.98, THRESHOLD, 0.7)  # of the diffusion mode: careful, usual, fa
 CHAIN, NODES = 7, 15  # drafts in a chain, and candidates of a tree, at most
 LOSSLESS, LOSSLESS_CHAIN, LOSSLESS_TREE = "lossless", "lossless chain", "lossless tree"
 USUAL = f"diffusion {THRESHOLD}"
+EDITS = {"edit_threshold": 0.5, "corrector_steps": 1}  # of the diffusion mode
 Settings = dict[str, dict[str, Any]]
 # One token a forward, with the cache, whatever the generation config says.
 STOCK_ARGUMENTS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
@@ -116,6 +117,10 @@ class Held:
             for threshold in THRESHOLDS:
                 found[f"diffusion {threshold}"] = {"mode": "diffusion", "threshold": threshold}
             found[TOKEN_BY_TOKEN] = {"mode": "diffusion", "threshold": 1.0}
+            if self.checkpoint.spec.noise.guesses:  # it was trained to correct what it decided
+                for threshold in THRESHOLDS:
+                    usual = found[f"diffusion {threshold}"]
+                    found[f"diffusion {threshold}, edited"] = usual | EDITS
         return {name: {"do_sample": False, **arguments} for name, arguments in found.items()}
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from ..checkpoint.files import GENERATION, read_json
-from ..checkpoint.model import Checkpoint, load_config, load_tokenizer
+from ..checkpoint.model import Checkpoint, load_config, load_tokenizer, outline_of
 from ..config.recipe import Recipe, with_values
 from ..config.rl import Rl
 from ..core.errors import Ar2DiffError, option
@@ -69,8 +69,8 @@ def check_constraint(path: Path, spec: Spec | None, options: Options) -> None:
         return
     config, tokenizer = load_config(path), load_tokenizer(path)
     stored = read_json(path / GENERATION, "") if (path / GENERATION).is_file() else {}
-    generation = SimpleNamespace(eos_token_id=stored.get("eos_token_id"))
-    model = SimpleNamespace(config=config, generation_config=generation)
+    model = outline_of(config)
+    model.generation_config = SimpleNamespace(eos_token_id=stored.get("eos_token_id"))
     checkpoint = Checkpoint(path, model, tokenizer, spec, {})
     barred = checkpoint.suppressed.nonzero()[:, 0].tolist()
     options = replace(
