@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_card import answer_of, first_block, front_matter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -28,6 +30,7 @@ from ar2diff.checkpoint.model import generative_class
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.forward import context_length, logits_at
 from ar2diff.core.generate import generate
+from ar2diff.core.masked_lm import first_position, is_masked_lm
 from ar2diff.core.probe import probe
 from ar2diff.core.spec import Spec
 from ar2diff.hub.push import preview
@@ -288,3 +291,13 @@ def test_what_takes_an_ar_model_is_refused_in_two_lines(bases, run_both, tmp_pat
     assert "needs an AR mode" in refused(*ask, "--mode", "speculative")
     assert "keeps keys and values" in refused(*ask, "--cache", "dual")
     assert "exceed the model's context of 66" in refused(*ask, "--max-new-tokens", 90)
+
+
+def test_an_adapter_and_odd_configs_make_no_masked_lm_of_a_decoder():
+    """The embeddings, of as many rows as positions, are no table of positions."""
+    model = build_model("llama", vocab_size=64, max_position_embeddings=64, pad_token_id=0)
+    rows = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]})
+    adapted = get_peft_model(model, rows)
+    assert first_position(adapted) == first_position(adapted.get_base_model()) == 0
+    for odd in (None, 5, [[1]], "BertForMaskedLM", ["LlamaForCausalLM"]):
+        assert not is_masked_lm(odd)

@@ -27,6 +27,7 @@ from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.merge import merge
 from ar2diff.config.recipe import load_recipe
 from ar2diff.config.rl import Rl
+from ar2diff.conversion.convert import fitted_noise
 from ar2diff.core.canvas import Canvas
 from ar2diff.core.denoise import decoder_of
 from ar2diff.core.errors import Ar2DiffError
@@ -205,7 +206,8 @@ def noisy_base(convert_tiny, tmp_path_factory):
     """Factory: the tiny checkpoint converted with a noise, which sees a text if it is fitted to
     texts. Never write to it."""
     texts = tmp_path_factory.getbasetemp() / "fitted.jsonl"
-    texts.write_text(json.dumps({"text": "the cat sat on the mat and saw a dog. " * 4}) + "\n")
+    rows = [{"text": "the cat sat on the mat and saw a dog. " * 4}, {"text": ""}]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(name):
         noise = (NOISES | FITTED)[name]
@@ -214,6 +216,15 @@ def noisy_base(convert_tiny, tmp_path_factory):
         return convert_tiny("convert.block_length=4", *overrides_of(noise), *own * noise.fits)
 
     return make
+
+
+def test_what_was_fitted_stays_while_nothing_that_it_depends_on_changes(noisy_base):
+    checkpoint = load_checkpoint(str(noisy_base("embedding")))
+    again = fitted_noise(checkpoint, Embedding(guessed=0.5), 0, None)
+    assert again.fitted is checkpoint.spec.noise.fitted and again.guesses
+    checkpoint = load_checkpoint(str(noisy_base("nearest")))
+    with pytest.raises(Ar2DiffError, match="is fitted to the texts"):
+        fitted_noise(checkpoint, Nearest(neighbours=3), 0, None)
 
 
 @pytest.mark.parametrize("name", [*FREE, *FITTED])

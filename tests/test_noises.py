@@ -303,6 +303,13 @@ DAMAGES = [  # a kind, and what its file holds instead
     ("embedding", {"rows": torch.ones(V, 3)}),
     ("embedding", {"length": double(0)}),
     ("embedding", {"rows": torch.ones(V, 2).long()}),
+    ("embedding", {"rows": torch.full((V, 2), torch.nan)}),
+    ("embedding", {"knots": double([1, 2], [1, torch.inf])}),
+    ("embedding", {"knots": double([[1], [2]], [[1], [2]])}),
+    ("spindle", {"ids": double(0, 1, 3)}),
+    ("nearest", {"graph": torch.tensor([[False], [True], [True]])}),
+    ("nearest", {"graph": torch.tensor([[0], [1], [2]])}),
+    ("nearest", {"graph": torch.tensor([[1, 2, 1, 2]] * 3)}),
 ]
 
 

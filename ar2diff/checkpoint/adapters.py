@@ -85,10 +85,12 @@ def add_adapter(checkpoint: Checkpoint, recipe: Any) -> None:
     if name := _changed(spec, checkpoint.spec):
         before, after = spec.to_dict()[name], checkpoint.spec.to_dict()[name]
         if name == "noise":
+            known, wished = spec.noise, checkpoint.spec.noise
+            steps = "at least one step" if wished.fits else option("max_steps", 0)
             raise Ar2DiffError(
-                f"an adapter cannot change the noise of its base from {before} to {after}",
-                f"convert the base with this {option('noise.kind')} and {option('max_steps', 0)} "
-                "first, or remove the peft section from the recipe",
+                f"an adapter cannot change the noise of its base from {known} to {wished}",
+                f"convert the base with this {option('noise.kind')} and {steps} first, or remove "
+                "the peft section from the recipe",
             )
         raise Ar2DiffError(
             f"an adapter cannot change {name} from {before} to {after}",

@@ -173,8 +173,12 @@ def _contradictions(
     distil = objective.distil
     if noise.on_policy and rl is not None:
         yield "noise.on_policy cannot be used with rl, which trains on its own texts anyway"
-    if noise.dropped and distil is not None:
-        yield "noise.dropped cannot be used with objective.distil: what it masks is not shown"
+    if noise.dropped:
+        head = convert.head_rank is not None and "convert.head_rank"
+        cart = objective.weight == "cart" and "objective.weight cart"
+        for other in (distil is not None and "objective.distil", head, cart):
+            if other:
+                yield f"noise.dropped cannot be used with {other}: what it masks is not shown"
     if noise.spans > 1 and rl is not None:
         yield "noise.spans cannot be used with rl, whose estimators draw their own noise"
     if noise.edits is not None and rl is not None:

@@ -77,7 +77,7 @@ def convert(
     head = _make_head(model, old, wanted.head_rank, seed)
     noise = noise or (old.noise if old else Mask())
     if noise.fits and noise.fitted is None:
-        noise = _fitted(checkpoint, noise, mask_token_id, counts)
+        noise = fitted_noise(checkpoint, noise, mask_token_id, counts)
     carry(model, noise)
     spec = Spec(
         format=format_of(noise, head),
@@ -108,14 +108,15 @@ def _make_head(model: Any, old: Spec | None, rank: int | None, seed: int) -> Hea
     return getattr(model, ATTRIBUTE).described()
 
 
-def _fitted(
+def fitted_noise(
     checkpoint: Checkpoint, noise: Noise, mask_token_id: int, counts: Callable[[], Tensor] | None
 ) -> Noise:
     """The noise, fitted to the embeddings and to the texts; as it was, if a converted model has it
     already."""
     model, old = checkpoint.model, checkpoint.spec
-    if old is not None and old.noise == noise:
-        return old.noise
+    if old is not None and old.noise.kind == noise.kind:
+        if all(getattr(old.noise, name) == getattr(noise, name) for name in noise.fitted_by):
+            return replace(noise, fitted=old.noise.fitted)
     if counts is None:
         raise Ar2DiffError(
             f"{option('noise.kind', noise.kind)} is fitted to the texts that adapt trains on, and "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NOISE_FILE = "noise.safetensors"
 ATTRIBUTE = "fitted_noise"  # of the model
 SHA256 = re.compile(r"[0-9a-f]{64}")
+ROUNDING = 1e-9  # of a share of entropy
 HARDLY = 1e-3  # of the entropy of a token: as little as the ends of a schedule's table lose or keep
 FIX = f"download the checkpoint again, or copy the {NOISE_FILE} that belongs to its config.json"
 
@@ -99,7 +100,12 @@ class Schedule:
     """
 
     def __init__(self, knots: Tensor):
-        if knots.shape[0] != 2 or knots.shape[1] < 2 or not (knots.diff(dim=1) > 0).all():
+        if (
+            knots.dim() != 2
+            or knots.shape[0] != 2
+            or knots.shape[1] < 2
+            or not (knots.diff(dim=1) > 0).all()
+        ):
             raise ValueError("the schedule is not monotone")
         self.x, self.y = knots
 
@@ -128,7 +134,7 @@ def knots_of(y: Tensor, lost: Tensor) -> Tensor:
     import torch
 
     before = torch.cat([lost.new_zeros(1), lost.cummax(0).values[:-1]])
-    kept = (lost > HARDLY) & (lost < 1 - HARDLY) & (lost > before)
+    kept = (lost > HARDLY) & (lost < 1 - HARDLY) & (lost > before + ROUNDING)
     knots = torch.stack([lost.logit(), y])[:, kept]
     Schedule(knots)
     return knots

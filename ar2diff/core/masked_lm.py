@@ -35,7 +35,8 @@ def is_masked_lm(architectures: Sequence[str] | None) -> bool:
         {name for entry in mapping.values() for name in names_of(entry)}
         for mapping in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
-    return any(name in masked - causal for name in architectures or ())
+    names = architectures if isinstance(architectures, list) else ()
+    return any(isinstance(name, str) and name in masked - causal for name in names)
 
 
 def first_position(model: Any) -> int:
@@ -44,11 +45,11 @@ def first_position(model: Any) -> int:
     compares it with a forward in which the class numbers the positions itself."""
     if model not in _FIRST:
         rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        words = model.get_input_embeddings()
+        words = {*model.get_input_embeddings().modules()}  # of which adapters make several
         tables = [
             module.padding_idx
             for module in model.modules()
-            if isinstance(module, torch.nn.Embedding) and module is not words
+            if isinstance(module, torch.nn.Embedding) and module not in words
             if module.num_embeddings == rows and module.padding_idx is not None
         ]
         _FIRST[model] = tables[0] + 1 if tables else 0

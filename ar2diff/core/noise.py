@@ -75,6 +75,7 @@ class Noise:
     certain: ClassVar[bool] = False  # a slot that shows a token, shows its own
     guesses: ClassVar[bool] = False  # an open slot shows what the model guessed there
     fits: ClassVar[bool] = False  # it is fitted to a model and its texts
+    fitted_by: ClassVar[tuple[str, ...]] = ()  # the parameters on which that depends
     vectors: ClassVar[bool] = False  # an open slot shows a vector in place of an embedding
 
     def __post_init__(self) -> None:
@@ -147,8 +148,19 @@ class Noise:
         Raises:
             ValueError, KeyError: they are of another model, or of none.
         """
+        import torch
+
+        for name, x in tensors.items():
+            if x.dtype not in (torch.long, torch.float32, torch.double) or not x.isfinite().all():
+                raise ValueError(f"{name} holds no numbers of the kind that it should")
         ids = tensors["ids"]
-        if ids.dim() != 1 or not len(ids) or (ids.diff() <= 0).any() or ids[0] < 0:
+        if (
+            ids.dtype != torch.long
+            or ids.dim() != 1
+            or not len(ids)
+            or (ids.diff() <= 0).any()
+            or ids[0] < 0
+        ):
             raise ValueError("its ids are not in order")
         if ids[-1] >= size[0]:
             raise ValueError("it has ids that the model lacks")

@@ -72,7 +72,7 @@ class Embedding(Noise):
     def fit(self, table: Tensor, counts: Tensor, allowed: Tensor) -> dict[str, Tensor]:
         """See `Noise`: `rows` [V, H], `length` of the model's own rows over those, and the `knots`
         of the schedule of -log(ᾱ / (1 - ᾱ))."""
-        ids = allowed.nonzero()[:, 0]
+        ids, table = allowed.nonzero()[:, 0], table.double()
         length = table[ids].norm(dim=1).mean() / math.sqrt(table.shape[1])
         rows = (table / length).float()
         knots = _knots(rows[ids].double(), counts[ids])

@@ -68,7 +68,7 @@ class Walk(Noise):
         super().check(tensors, size)
         ids, graph = tensors["ids"], tensors["graph"]
         Schedule(tensors["knots"])
-        if len(ids) > MOST or graph.is_floating_point() or graph.min() < 0:
+        if len(ids) > MOST or graph.dtype != ids.dtype or graph.min() < 0:
             raise ValueError("it holds no graph")
         if len(graph) != len(ids) or graph.dim() != self.axes or graph.max() >= len(ids):
             raise ValueError("its graph is not one of its ids")
@@ -155,6 +155,7 @@ class Gaussian(Walk):
     width: float = 0.02
 
     kind = "gaussian"
+    fitted_by = ("order", "width")
     axes = 1
     shows = "an open slot shows a token near the right one in an order of all tokens"
 
@@ -200,6 +201,7 @@ class Nearest(Walk):
     neighbours: int = 10
 
     kind = "nearest"
+    fitted_by = ("neighbours",)
     axes = 2
     shows = "an open slot shows a token whose embedding is near that of the right one"
 
@@ -228,6 +230,13 @@ class Nearest(Walk):
                 "set more neighbours, for instance twice as many",
             )
         return found
+
+    def check(self, tensors: Mapping[str, Tensor], size: tuple[int, int]) -> None:
+        """See `Noise`."""
+        super().check(tensors, size)
+        graph = tensors["graph"]
+        if graph.shape[1] > len(graph) or _parts(graph) > 1:
+            raise ValueError("its graph has parts without a link")
 
     def rates_of(self, graph: Tensor, count: int) -> Tensor:
         """See `Walk`."""

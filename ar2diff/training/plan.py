@@ -185,9 +185,8 @@ class Verb:
             size = checkpoint.model.config.get_text_config().vocab_size
             counts, eos = torch.zeros(size, dtype=torch.long), end_token(checkpoint)
             for text in self.texts(rows):
-                counts += torch.bincount(
-                    torch.tensor(tokenize(checkpoint.tokenizer, text, eos)), minlength=size
-                )
+                ids = tokenize(checkpoint.tokenizer, text, eos)
+                counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=size)
             return counts
 
         return count
