@@ -4,6 +4,7 @@
     python benchmarks/self_correction.py --model demo --seeds 0 1 2
     AR2DIFF_DATA=path/to/data python benchmarks/self_correction.py --model stories3m
     python benchmarks/self_correction.py --table
+    python benchmarks/self_correction.py --reports FOLDER ...
 
 demo: the embedded model, adapted by recipes/demo.yaml on the demo's 6,000 stories; judged by the
 share of right answers to counting questions. stories3m: stories3M, adapted for 500 steps (0.8M
@@ -14,6 +15,14 @@ Greedy, mode diffusion. Every forward counts, those of corrector steps too. Each
 decoded without edits, and with the way of editing (`edit_threshold`, `corrector_steps`) that does
 best on questions or stories which do not judge it. An edit is a decided token that was replaced.
 Results are appended to benchmarks/results/self_correction.jsonl.
+
+--reports takes reports of the models trained with `self`, against those trained with masks,
+
+    ar2diff report demo-self-0 --base ar2diff/demo/model --against demo-mask-0 \\
+      --only quality --quick
+
+and adds what they measured to benchmarks/results/self_correction_reports.jsonl. A report edits with
+one way (`EDITS` in ar2diff/reports/subjects.py) that was chosen on no question of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -184,6 +194,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def of_report(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each setting of the diffusion mode in a report: exact match, tokens per forward, NLL."""
+    report = json.loads((folder / "report.json").read_text())
+    lines = (folder / "rows/quality.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "diffusion" in row.get("setting", "")]
+    of = {(row["subject"], row["setting"]): [] for row in rows}
+    for row in rows:
+        of[row["subject"], row["setting"]] += [row] * ("right" in row)
+    for (subject, setting), answers in of.items():
+        nll = [
+            (figure["value"], figure["error"]) for figure in report["figures"]
+            if (figure["subject"], figure["setting"]) == (subject, setting)
+            and figure["metric"] == "base_nll" and figure["at"]["temperature"] == 0
+        ]  # fmt: skip
+        found = {"report": report["title"].split("/")[-1], "subject": subject, "setting": setting}
+        if answers:
+            forwards = sum(row["row_forwards"] for row in answers)
+            found["exact_match"] = statistics.mean(row["right"] for row in answers)
+            found["questions"] = len(answers)
+            found["tokens_per_forward"] = sum(row["tokens"] for row in answers) / forwards
+        yield found | ({"base_nll": nll[0][0], "error": nll[0][1]} if nll else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("demo", "stories3m"), default="demo")
@@ -191,7 +224,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/self_correction"))
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--reports", type=Path, nargs="+", default=[])
     args = parser.parse_args()
+    for folder in args.reports:
+        with RESULTS.with_name("self_correction_reports.jsonl").open("a") as file:
+            for row in of_report(folder):
+                print(row)
+                file.write(json.dumps(row) + "\n")
+    if args.reports:
+        return
     for seed, noise in [] if args.table else product(args.seeds, args.noises):
         for row in run(args.model, noise, seed, args.runs):
             with RESULTS.open("a") as file:
