@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ar2diff.checkpoint.model import generative_class, outline_of
+from ar2diff.checkpoint.kinds import generative_class, outline_of
 from ar2diff.core.attention import layer_windows
 from ar2diff.core.masked_lm import is_masked_lm
 from ar2diff.core.probe import probe

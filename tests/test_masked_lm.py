@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ar2diff.checkpoint.files import read_spec
-from ar2diff.checkpoint.model import generative_class
+from ar2diff.checkpoint.kinds import generative_class
 from ar2diff.core.attention import PADDING, Slots, model_mask
 from ar2diff.core.forward import context_length, logits_at
 from ar2diff.core.generate import generate

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationMixin,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from ..core.attention import layer_windows
@@ -33,7 +25,8 @@ from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.fitted import NOISE_FILE, read_fitted
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead, read_head
-from ..core.masked_lm import is_masked_lm, names_of
+from ..core.images import image_token_of, prepare
+from ..core.masked_lm import is_masked_lm
 from ..core.noise import Noise
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.spec import CAUSAL, HEAD_FILE, Spec
@@ -50,6 +43,7 @@ from .files import (
     read_spec,
 )
 from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
+from .kinds import loader_of, outline_of, refuse_other_kinds
 from .stored import StoredTensor, stored_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -95,6 +89,11 @@ class Checkpoint:
     def is_masked_lm(self) -> bool:
         """Whether the class of the model is one for masked language modelling."""
         return is_masked_lm(self.model.config.architectures)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is a vision-language model."""
+        return image_token_of(self.model.config) is not None
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -161,7 +160,7 @@ def load_model(
     """
     values = read_config(path)
     spec = read_spec(path)
-    _refuse_other_kinds(path, values)
+    refuse_other_kinds(path, values)
     check_ids(path)  # and that there is JSON: transformers ignores a generation config without
     tensors = stored_tensors(path)
     stored = {tensor.name: tensor.dtype for tensor in tensors}
@@ -177,15 +176,13 @@ def load_model(
         _refuse_size(path, outline, tensors)
         if quantization is not None:
             check_four_bit_shapes(path, outline)
-        loader = generative_class(config) if is_masked_lm(config.architectures) else None
-        model, report = (loader or AutoModelForCausalLM).from_pretrained(
+        model, report = loader_of(config).from_pretrained(
             path,
             config=config,
             dtype=kind,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=False,
             **quantized,
         )
     except Ar2DiffError:
@@ -212,6 +209,7 @@ def load_model(
         put_head(model, read_head(inside(path, HEAD_FILE), rows, spec.head))
     if spec is not None and spec.noise.fitted is not None:
         read_fitted(model, spec.noise, inside(path, NOISE_FILE))
+    prepare(model)
     if device == "auto" and quantization is None:  # bitsandbytes puts it there by itself
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     commit = path.name if path.parent.name == "snapshots" else None
@@ -337,44 +335,6 @@ def _dtype(name: str, stored: dict[str, str], on_gpu: bool) -> Any:
     return found
 
 
-def _refuse_other_kinds(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that holds neither a decoder nor a masked language model."""
-    names, kind = config.get("architectures"), config.get("model_type")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise Ar2DiffError(
-            f"{path / CONFIG}: architectures is {shortened(names)}, but must be a list of names",
-            "correct or remove the key",
-        )
-    if not names:  # the type tells as much, but for models that are encoders or decoders
-        names = []
-        if isinstance(kind, str) and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            names = names_of(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ()))
-    if is_masked_lm(names) and not config.get("is_encoder_decoder"):
-        if names[0] in names_of(MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind, ())):
-            return
-    decoders = {
-        name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in names_of(entry)
-    }
-    if names and isinstance(kind, str) and kind in CONFIG_MAPPING:
-        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and any(n in decoders for n in names):
-            raise Ar2DiffError(
-                f"{path / CONFIG}: model_type {shortened(kind)} and architectures "
-                f"{shortened(names)} do not belong together",
-                "correct it, or download the checkpoint again",
-            )
-    if config.get("is_encoder_decoder") or not any(n in decoders for n in names):
-        what = shortened(", ".join(names))[1:-1] or f"a model of type {shortened(kind)}"
-        raise Ar2DiffError(
-            f"model {path}: {what} is neither a decoder-only causal LM nor a masked LM",
-            "if it is a diffusion model of another family, run 'ar2diff import' on it first"
-            if "auto_map" in config
-            else "use an autoregressive checkpoint (LLaMA, Qwen, Mistral, GPT-2 ...), or a "
-            "...ForMaskedLM (BERT, RoBERTa, ModernBERT ...)",
-        )
-
-
 def refuse_unconverted(checkpoint: Checkpoint) -> None:
     """Refuse a masked language model as it came, which has no AR mode to use instead.
 
@@ -392,34 +352,6 @@ def no_ar_mode(path: Path) -> Ar2DiffError:
         "converted",
         f"convert it with 'ar2diff adapt {path} --output-dir DIR'",
     )
-
-
-@cache
-def _with_generate(stock: type) -> type:
-    values = {"__module__": stock.__module__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (stock, GenerationMixin), values)
-
-
-def generative_class(config: Any) -> type:
-    """The class of a masked language model, with `generate` and a generation config, which those
-    of transformers lack. Its name and its weights are those of the stock class."""
-    return _with_generate(MODEL_FOR_MASKED_LM_MAPPING[type(config)])
-
-
-def model_from(config: Any, **kwargs: Any) -> Any:
-    """A model of a config with random weights; keyword arguments as of transformers'
-    `from_config`."""
-    if is_masked_lm(config.architectures):
-        return generative_class(config)._from_config(config, **kwargs)
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
-
-
-def outline_of(config: Any) -> Any:
-    """The model of a config without storage, which costs no memory whatever its size."""
-    masked = is_masked_lm(config.architectures)
-    mapping = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
-    with torch.device("meta"):
-        return mapping[type(config)](config)
 
 
 def _refuse_size(path: Path, outline: Any, tensors: list[StoredTensor]) -> None:

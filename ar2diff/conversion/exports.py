@@ -26,7 +26,8 @@ from ..checkpoint.files import (
     refuse_draft,
     weight_files,
 )
-from ..checkpoint.model import load_config, load_tokenizer, outline_of
+from ..checkpoint.kinds import outline_of
+from ..checkpoint.model import load_config, load_tokenizer
 from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened

@@ -278,7 +278,9 @@ def places_of(ids: Tensor, images: Images) -> Tensor:
     """[L, 3] the model's positions of a text whose ids [L] are numbered: those of a text, but those
     of an image's placeholders are in its own grid."""
     places = torch.arange(len(ids))[:, None].expand(-1, 3).clone()
-    first = {start: picture for picture in images.pictures if (start := images.first[picture.key]) >= 0}
+    first = {
+        start: picture for picture in images.pictures if (start := images.first[picture.key]) >= 0
+    }
     numbers, at = (-1 - ids).tolist(), 0
     while at < len(numbers):
         picture = first.get(numbers[at]) if numbers[at] >= 0 else None

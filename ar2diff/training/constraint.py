@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from ..checkpoint.files import GENERATION, read_json
-from ..checkpoint.model import Checkpoint, load_config, load_tokenizer, outline_of
+from ..checkpoint.kinds import outline_of
+from ..checkpoint.model import Checkpoint, load_config, load_tokenizer
 from ..config.recipe import Recipe, with_values
 from ..config.rl import Rl
 from ..core.errors import Ar2DiffError, option

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files import find_checkpoint, is_adapter, read_spec, refuse_draft
-from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer, model_from
+from ..checkpoint.kinds import model_from
+from ..checkpoint.model import Checkpoint, check_rows, load_config, load_tokenizer
 from ..config.recipe import Recipe
 from ..conversion.convert import convert
 from ..core.errors import Ar2DiffError, first_line
