@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from .files import (
 )
 from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
 from .kinds import loader_of, outline_of, refuse_other_kinds
+from .processor import load_processor
 from .stored import StoredTensor, stored_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -94,6 +95,11 @@ class Checkpoint:
     def sees_images(self) -> bool:
         """Whether it is a vision-language model."""
         return image_token_of(self.model.config) is not None
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor of a vision-language model; errors as of `load_processor`."""
+        return load_processor(self.path, self.tokenizer)
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -454,9 +460,9 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
     config.diffusion = spec.to_dict()
     config.mask_token_id = spec.mask_token_id
     if spec.attention == "causal_context":
-        config.__dict__.pop("is_causal", None)  # plain engines run the AR model that it still is
+        config.get_text_config().__dict__.pop("is_causal", None)  # plain engines run the AR model
     else:
-        config.is_causal = False
+        config.get_text_config().is_causal = False  # where vision-language models read it, too
     # A file marked as made from a model's config loses its sampler settings when it is read.
     generation._from_model_config = None
     ends = checkpoint.end_ids

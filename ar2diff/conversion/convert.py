@@ -27,6 +27,7 @@ from ..core.noises import Mask
 from ..core.options import FILTERS, IGNORED, REFUSED
 from ..core.spec import Head, Spec, format_of
 from ..diffusion.objective import suppressed_ids
+from .images import reach_in
 
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"reserved|unused|extra_id|extra_token|placeholder", re.IGNORECASE)
@@ -79,8 +80,9 @@ def convert(
     if noise.fits and noise.fitted is None:
         noise = fitted_noise(checkpoint, noise, mask_token_id, counts)
     carry(model, noise)
+    images = old.images if old is not None else reach_in(checkpoint)
     spec = Spec(
-        format=format_of(noise, head),
+        format=format_of(noise, head, images),
         noise=noise,
         mask_token_id=mask_token_id,
         attention=wanted.attention,
@@ -90,6 +92,7 @@ def convert(
         local_window=local_window,
         max_length=max_length,
         head=head,
+        images=images,
     )
     write_spec(checkpoint, spec)
     return spec

@@ -10,6 +10,9 @@ noisy or to the clean copy. From these three the predicate of `allowed_edges` fo
     clean   noisy   never
     (full: one copy, every slot reads every slot)
 
+Where the base reads an image, or its prompt, in both directions, a clean slot also reads the keys
+up to the end of that.
+
 Where several continuations of a text are read at once, a clean key must also be on the query's own
 branch.
 
@@ -47,6 +50,7 @@ class Slots:
         enter, leave: [B, S] int, where texts branch: a depth-first walk over the tree of tokens
             enters a clean slot as number `enter` and leaves what follows it before `leave`, and a
             slot reads those that are open when it is entered. None: no text branches.
+        until: [B, S] int, the last position that a clean slot reads; None: its own.
         clean: the column from which on every slot is of the clean copy, where all columns before it
             are of the noisy one; None: rows are laid out in another way.
     """
@@ -58,6 +62,7 @@ class Slots:
     block: Tensor | None = None
     enter: Tensor | None = None
     leave: Tensor | None = None
+    until: Tensor | None = None
     clean: int | None = None
 
 
@@ -144,21 +149,25 @@ def allowed_edges(
             edge = torch.ones_like(pos_q == pos_k)
         else:
             start_q = start[b, q]
-            past = (
-                pos_k <= pos_q if attention == "causal_context" else pos_k < start_q + block_length
-            )
+            until_q = pos_q if slots.until is None else slots.until[b, q]
+            past = pos_k <= until_q
+            if attention == "block_causal":
+                past = past | (pos_k < start_q + block_length)
             to_clean = torch.where(noisy[b, q], pos_k < start_q, past)
             if slots.enter is not None:
                 enter_q = slots.enter[b, q]
                 to_clean = to_clean & (slots.enter[b, k] <= enter_q) & (enter_q < slots.leave[b, k])
             edge = torch.where(noisy[b, k], noisy[b, q] & (block[b, q] == block[b, k]), to_clean)
-        backward = pos_k <= pos_q
+        backward = pos_k <= pos_q if slots.until is None else pos_k <= slots.until[b, q]
         if window is not None:
             # transformers' causal window holds `window` tokens, its bidirectional one reaches
             # `window` tokens either way; `full` must equal the latter, blocks extend the former.
             backward = backward & (pos_q - pos_k < window)
             reach = window if attention == "full" else window - 1
-            edge = edge & ((pos_q - pos_k).abs() <= reach)
+            near = (pos_q - pos_k).abs() <= reach
+            if slots.until is not None:  # an image is read to its end, however far that is
+                near = near | (backward & (pos_k > pos_q))
+            edge = edge & near
         if reveal is not None:
             edge = edge & (backward | reveal[pos_q, pos_k % reveal.shape[1]])
         # Documents and padding are ANDed last: the anneal must not reopen them.

@@ -19,7 +19,7 @@ from .cache import ContextCache
 from .compiled import compiled, rounded
 from .draft import Draft
 from .forward import logits_at, quiet_routers, rounds
-from .readers import ALL, slots_of
+from .readers import ALL, slots_of, until_at, until_joined
 from .spec import Spec
 from .transfer import upload
 from .tree import Tree, shapes
@@ -111,6 +111,7 @@ class CandidateReader:
         most: the most candidates and masks of a forward, for a static cache.
         draft: the draft adapter, if the model has one.
         fast: whether the forwards after the prompt's are compiled; the cache is static then.
+        until: [R, P] the last position that each token of the prompts reads; None: its own.
     """
 
     def __init__(
@@ -124,8 +125,10 @@ class CandidateReader:
         most: int,
         draft: Draft | None = None,
         fast: bool = False,
+        until: Tensor | None = None,
     ):
         self.model, self.spec, self.draft, self.fast = model, spec, draft, fast
+        self.until = until
         # The last accepted drafts may lie beyond the end of the canvas.
         columns += spec.block_length + most
         static = (rounded(columns) if fast else columns) if cache == "static" else None
@@ -245,6 +248,8 @@ class CandidateReader:
     def select(self, rows: list[int]) -> None:
         """Continue with some of the rows."""
         self.length = [self.length[row] for row in rows]
+        if self.until is not None:
+            self.until = self.until[torch.tensor(rows)]
         if self.cache:
             self.cache.select(torch.tensor(rows))
 
@@ -257,6 +262,7 @@ class CandidateReader:
         """Take the rows of another reader behind one's own; both have read before, and neither has
         a static cache."""
         self.length = self.length + other.length
+        self.until = until_joined(self.until, other.until)
         if self.cache:
             self.cache.join(other.cache)
 
@@ -314,6 +320,7 @@ class CandidateReader:
         deepest = max((max(tree.depths) for tree in trees if len(tree)), default=0)
         beyond = max(front) + deepest + width > self.last
         steady = self.uniform and not beyond and min(self.certain) == certain
+        steady &= self.until is None or certain == 1
         key = (*self._kind, certain, drafts, *shapes(trees))
         columns = self.cache.width if self.cache else 0
         found = self._steady.get(key) or self._kept.get(key) if steady else None
@@ -365,6 +372,7 @@ class CandidateReader:
             self.model.device,
             layout.start + start,
             layout.branch,
+            None if self.until is None else until_at(self.until, pos),
         )
         return model_mask(
             self.model, built, "causal_context", self.spec.block_length, self.spec.local_window,

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .images import Sight, joined
+
 STRIDE = 16  # tokens that are read at a time
 Finished = Callable[[int, Tensor], bool]  # (row, its ids up to a new token): stop here?
 
@@ -50,6 +52,7 @@ class Canvas:
         shown: [R, T] the ids that the model reads, where a noise shows others than the mask in open
             slots; None: `ids`.
         edits: [R] decided tokens that were replaced.
+        sight: what the prompts' images are; None: there are none.
     """
 
     ids: Tensor
@@ -75,6 +78,7 @@ class Canvas:
     alternatives: int = 0
     shown: Tensor | None = None
     edits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    sight: Sight | None = field(default=None, repr=False)
 
     @classmethod
     def of_prompts(
@@ -160,8 +164,12 @@ class Canvas:
 
     @property
     def read(self) -> Tensor:
-        """[R, T] the ids that the model reads: decided tokens, and what the noise shows in open
-        slots; where that is vectors, their numbers in the flattened `shown`, as -1, -2, ..."""
+        """[R, T] the ids that the model reads: decided tokens, the features of images, and what the
+        noise shows in open slots; where that is vectors, their numbers in the flattened `shown`, as
+        -1, -2, ..."""
+        if self.sight is not None:
+            ids = self.ids if self.shown is None else torch.where(self.open, self.shown, self.ids)
+            return self.sight.put(ids)
         if self.shown is None:
             return self.ids
         shown = self.shown
@@ -289,6 +297,7 @@ class Canvas:
             name: cat(getattr(self, name), getattr(other, name), name) for name in self._by_row()
         }
         both = Canvas(
+            sight=joined(self.sight, len(self.over), other.sight, len(other.over)),
             mask_token_id=self.mask_token_id,
             end_ids=self.end_ids,
             unfinished=self.unfinished + other.unfinished,
@@ -318,6 +327,7 @@ class Canvas:
 
         picked = {name: pick(getattr(self, name)) for name in self._by_row()}
         some = Canvas(
+            sight=None if self.sight is None else self.sight.selected(at),
             mask_token_id=self.mask_token_id,
             end_ids=self.end_ids,
             unfinished=picked["over"].count(False),
@@ -332,8 +342,8 @@ class Canvas:
     @staticmethod
     def _by_row() -> list[str]:
         """The attributes that hold something for each row."""
-        shared = ("mask_token_id", "end_ids", "unfinished", "drift", "constraint", "alternatives")
-        return [f.name for f in fields(Canvas) if f.name not in shared]
+        shared = {"mask_token_id", "end_ids", "unfinished", "drift", "constraint", "alternatives"}
+        return [f.name for f in fields(Canvas) if f.name not in shared | {"sight"}]
 
     def edit(
         self,

@@ -17,6 +17,7 @@ from .decoder import Decoder
 from .forward import rope_switches, showing, without_gradients
 from .guidance import Guidance, Texts
 from .head import UNKNOWN, head_of
+from .images import looking
 from .options import Options
 from .readers import BlockReader, FullReader
 from .samplers import (
@@ -99,8 +100,9 @@ class Denoiser(Decoder):
             if full:
                 return FullReader(model, spec, length[rows], self.size, cache)
             return BlockReader(
-                model, spec, len(rows), columns, reach, self.size, cache, self.options.compile
-            )
+                model, spec, len(rows), columns, reach, self.size, cache, self.options.compile,
+                None if canvas.sight is None else canvas.sight.reach(rows % len(canvas.ids)),
+            )  # fmt: skip
 
         if switches := rope_switches(model.config):
             return SwitchingReader(make, switches, reach, length if full else None)
@@ -205,11 +207,12 @@ class Denoiser(Decoder):
             null = ids.masked_fill(prompt, canvas.mask_token_id)
             ids = torch.cat([ids, torch.where(null < 0, null - canvas.ids.numel(), null)])
             start, masked = start.repeat(2), masked.repeat(2, 1)
-        with showing(self.model, self._vectors()):
+        rows = self.rows.repeat(self.guided)
+        with showing(self.model, self._vectors()), looking(canvas.sight, rows):
             logits = self.reader.read(ids, start, masked)
-        if self.checker is not None:
-            with showing(self.model, self._vectors()):
+            if self.checker is not None:
                 exact = self.checker.read(ids, start, masked)
+        if self.checker is not None:
             error = (logits - exact).abs().max() / exact.abs().max()
             same = (logits.argmax(-1) == exact.argmax(-1)).double().mean()
             canvas.drift.append(tuple(map(float, download(error, same))))

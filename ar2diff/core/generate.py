@@ -26,6 +26,7 @@ from .draft import CONFIG, WEIGHTS, Draft, load_draft
 from .errors import Ar2DiffError, first_line, option, shortened
 from .fitted import read_beside
 from .forward import context_length
+from .images import Images, Sight, given_images, image_token_of, numbered_prompts, prepare
 from .inputs import check_tensors, has_gaps, read_prompts
 from .masked_lm import is_masked_lm
 from .options import Options, resolve
@@ -84,10 +85,13 @@ def canvas_of(
     options: Options,
     *,
     cut: bool = False,
+    images: Images | None = None,
+    places: Sequence[Tensor] | None = None,
 ) -> Canvas:
     """The canvas that answers prompts, which may hold masks.
 
     Args:
+        images: those whose codes are among the ids of the prompts; places: as of `Sight.of_rows`.
         cut: if the context has no room for `max_new_tokens`, write fewer and warn instead of
             raising an error.
 
@@ -118,6 +122,12 @@ def canvas_of(
             f"{option('mode', options.mode)} cannot fill gaps in a prompt",
             f"use {option('mode', 'diffusion')}",
         )
+    if spec.images == "prefix" and any(spec.mask_token_id in prompt for prompt in prompts):
+        raise Ar2DiffError(
+            "this model cannot fill gaps: it reads its whole prompt in both directions, gaps and "
+            "all",
+            "continue a prompt instead",
+        )
     if not spec.noise.fills and any(spec.mask_token_id in prompt for prompt in prompts):
         raise Ar2DiffError(
             f"this model cannot fill gaps: its noise, {spec.noise.kind}, looks like text, so the "
@@ -143,7 +153,13 @@ def canvas_of(
             stacklevel=3,
         )
         new = room
-    return Canvas.of_prompts(
+    sight = None
+    if images is not None:
+        seen = [images.numbered(torch.as_tensor(prompt)) for prompt in prompts]
+        sight = Sight.of_rows(model, images, seen, spec.images or "causal", places)
+        token = image_token_of(model.config)
+        prompts = [ids.masked_fill(ids < 0, token).tolist() for ids in seen]
+    canvas = Canvas.of_prompts(
         prompts,
         spec.mask_token_id,
         max_new_tokens=new,
@@ -151,6 +167,8 @@ def canvas_of(
         end_ids=[i for i in options.eos_token_id if 0 <= i < rows],
         min_new_tokens=min(options.min_new_tokens, new),
     )
+    canvas.sight = sight
+    return canvas
 
 
 @torch.no_grad()
@@ -204,16 +222,24 @@ def generate(
         )
     check_tensors(given, attention_mask)
     width = 0 if given is None else given.shape[-1]
+    inputs, places = {}, None
+    if image_token_of(model.config) is not None:
+        inputs, places = given_images(model, *_with_padding(given, attention_mask), kwargs)
     configs = (generation_config, _own_config(model))
     gaps = has_gaps(given, attention_mask, spec.mask_token_id)
     options = resolve(spec, kwargs, configs, width, draft is not None, gaps)
     vocabulary = model.config.get_text_config().vocab_size
     given, real, prompts = read_prompts(given, attention_mask, options, vocabulary)
+    images = None
+    if inputs:
+        prompts, images = numbered_prompts(prompts, image_token_of(model.config), inputs)
     if options.num_return_sequences > 1:
         given = given.repeat_interleave(options.num_return_sequences, 0)
         real = real.repeat_interleave(options.num_return_sequences, 0)
         prompts = [p for p in prompts for _ in range(options.num_return_sequences)]
-    canvas = canvas_of(model, spec, prompts, options, cut=True)
+        if places is not None:
+            places = [p for p in places for _ in range(options.num_return_sequences)]
+    canvas = canvas_of(model, spec, prompts, options, cut=True, images=images, places=places)
     if spec.attention != "full" and options.mode == "diffusion":
         unread = int(canvas.unread(options.block_length).max())
         if unread:
@@ -240,6 +266,18 @@ def generate(
         else:
             _stream(states, canvas, prompts[0], streamer, options.revised)
     return _output(canvas, given, real, options)
+
+
+def _with_padding(
+    given: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Prompts [R, P], and where they are not padding."""
+    if given is None:
+        return None, None
+    given = given if given.dim() == 2 else given[None]
+    fits = attention_mask is not None and attention_mask.numel() == given.numel()
+    real = attention_mask.view_as(given) != 0 if fits else torch.ones_like(given, dtype=torch.bool)
+    return given, real
 
 
 def _own_config(model: Any) -> Any:
@@ -290,6 +328,7 @@ def spec_of(model: Any, draft: Draft | None = None) -> Spec:
             "convert it with 'ar2diff adapt MODEL --output-dir DIR'",
         )
     read_beside(model, spec.noise)
+    prepare(model)
     return spec
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .automaton import DEAD
 from .candidates import CandidateReader
 from .forward import context_length
+from .images import looking
 from .pace import Pace
 from .samplers import Context, likeliest, log_prob
 from .transfer import download, downloading, upload
@@ -63,7 +64,8 @@ class Group:
         canvas = own.canvas
         self.own, self.rows, self.zone = own, rows, zone
         self.front = [canvas.front[row] for row in rows]
-        self.newest = [int(canvas.ids[row, canvas.front[row] - 1]) for row in rows]
+        read = canvas.read  # a prompt may end with an image
+        self.newest = [int(read[row, canvas.front[row] - 1]) for row in rows]
         self.pace = own.pace if zone % 2 == 0 else Pace(0)
         self.trees = [Tree() for _ in rows]
         self.drafts = self.pace.planned
@@ -71,16 +73,17 @@ class Group:
         self.reader = CandidateReader(
             own.model, own.spec, len(rows), canvas.ids.shape[1], own.cache,
             context_length(own.model), self.pace.most, own.draft,
-            own.chooser.options.compile,
+            own.chooser.options.compile, None if canvas.sight is None else canvas.sight.reach(rows),
         )  # fmt: skip
 
     def step(self) -> None:
         """Forward the rows once, accept candidates and draft anew."""
         canvas, drafts, start = self.own.canvas, self.drafts, time.perf_counter()
         alive = [not canvas.over[row] for row in self.rows]
-        target, ahead, hidden = self.reader.read(
-            canvas.ids, self.rows, self.front, self.newest, self.trees, self.drafts
-        )
+        with looking(canvas.sight, self.rows):
+            target, ahead, hidden = self.reader.read(
+                canvas.read, self.rows, self.front, self.newest, self.trees, self.drafts
+            )
         canvas.count([row for row, live in zip(self.rows, alive, strict=True) if live])
         tokens, logits = self._tokens(target)
         found = self._found(tokens, logits, ahead, hidden)
@@ -430,9 +433,10 @@ class LateGroup(Group):
         ]
         if not any(alive):
             return None
-        target, _, _ = self.reader.read(
-            canvas.ids, self.rows, self.front, self.newest, self.trees, 0
-        )
+        with looking(canvas.sight, self.rows):
+            target, _, _ = self.reader.read(
+                canvas.read, self.rows, self.front, self.newest, self.trees, 0
+            )
         tokens, logits = self._tokens(target)
         wait = downloading(tokens, log_prob(logits, tokens.flatten()))
         self.reader.keep([[] for _ in self.rows], alive)

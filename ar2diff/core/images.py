@@ -6,7 +6,7 @@ which: below 0, -1 is the first feature of a batch's images, -2 the second. So f
 their tokens into any copy of a text, in any order; the tower runs once for a batch, and each
 forward picks the rows that it needs. A text's *logical* positions count its tokens; what the model
 calls them may be three numbers each (M-RoPE, Wang et al. 2024, Qwen2-VL).
-This file is copied into converted folders: it imports torch and transformers alone.
+This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import Ar2DiffError, option
 
 PLACE_BITS = 20  # of a code: the number of the feature in its image; the others are the image's key
 SEEN = "_ar2diff_sees_images"  # attribute of a model whose forwards take such ids
@@ -97,8 +99,11 @@ class Images:
     def joined(self, other: Images) -> Images:
         """The images of both, those of the other last."""
         both = Images([*self.pictures, *other.pictures])
-        for kind in self._features.keys() & other._features.keys():
-            both._features[kind] = self._features[kind].joined(other._features[kind])
+        for kind in self._features.keys() | other._features.keys():
+            parts = [own._features.get(kind) for own in (self, other) if own.pictures]
+            if None not in parts:  # else they are computed anew
+                first, *more = parts
+                both._features[kind] = first.joined(more[0]) if more else first
         return both
 
 
@@ -148,7 +153,7 @@ def features_of(model: Any, pictures: Sequence[Picture]) -> Features:
     tower together.
 
     Raises:
-        ValueError: an image has another number of features than of placeholders.
+        Ar2DiffError: an image has another number of features than of placeholders.
     """
     groups: dict[Any, list[int]] = {}
     for number, picture in enumerate(pictures):
@@ -168,9 +173,10 @@ def features_of(model: Any, pictures: Sequence[Picture]) -> Features:
         ]
         sizes = [picture.size for picture in some]
         if len(levels[0]) != sum(sizes):
-            raise ValueError(
+            raise Ar2DiffError(
                 f"the model makes {len(levels[0])} features of images that have {sum(sizes)} "
-                "placeholders"
+                "placeholders in the text",
+                "prepare texts and images together, with the model's own processor",
             )
         for number, *own in zip(numbers, *(level.split(sizes) for level in levels), strict=True):
             parts[number] = own
@@ -219,6 +225,10 @@ class Sight:
         own = self.ids[:, :width]
         return torch.cat([torch.where(own < 0, own, ids[:, :width]), ids[:, width:]], 1)
 
+    def reach(self, rows: Tensor | list[int]) -> Tensor | None:
+        """[R, P] `until` of some of the rows."""
+        return None if self.until is None else self.until[torch.as_tensor(rows)]
+
     def selected(self, rows: Tensor) -> Sight:
         """That of some of the rows."""
         return replace(
@@ -238,29 +248,57 @@ class Sight:
 
         return Sight(
             self.images.joined(other.images),
-            cat(self.ids, theirs),
+            torch.cat([_filled(ids, width) for ids in (self.ids, theirs)]),
             cat(self.places, other.places),
             cat(self.until, other.until),
         )
 
+    def blank(self, rows: int) -> Sight:
+        """That of rows of the same model which see nothing."""
+        place = torch.arange(1).expand(rows, 1)
+        return Sight(
+            Images(()),
+            place,
+            None if self.places is None else place[..., None].expand(-1, -1, 3),
+            None if self.until is None else place,
+        )
+
     @classmethod
-    def of_rows(cls, model: Any, images: Images, ids: Sequence[Tensor], reach: str) -> Sight:
+    def of_rows(
+        cls,
+        model: Any,
+        images: Images,
+        ids: Sequence[Tensor],
+        reach: str,
+        places: Sequence[Tensor] | None = None,
+    ) -> Sight:
         """That of prompts.
 
         Args:
             ids: [P] of each row, numbered. reach: as of `until_of`.
+            places: [P, 3] of each row; None: those of `places_of`, where the model has any.
         """
         width = max(map(len, ids))
-        places = until = None
-        if has_places(model):
-            places = torch.stack([wide(places_of(row, images), width, 0) for row in ids])
+        until = None
+        if places is None and has_places(model):
+            places = [places_of(row, images) for row in ids]
+        if places is not None:
+            places = torch.stack([wide(row, width, 0) for row in places])
         if reach != "causal":
             until = torch.stack([wide(until_of(row, reach), width, 0) for row in ids])
         return cls(images, torch.stack([_filled(row, width) for row in ids]), places, until)
 
 
+def joined(first: Sight | None, rows: int, second: Sight | None, more: int) -> Sight | None:
+    """What the rows of two canvases see, of which one may see nothing."""
+    if first is None and second is None:
+        return None
+    one = first if first is not None else second.blank(rows)
+    return one.joined(second if second is not None else one.blank(more))
+
+
 def _filled(ids: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(ids, (0, width - len(ids)))
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[-1]))
 
 
 def wide(values: Tensor, width: int, dim: int = 1) -> Tensor:
@@ -335,6 +373,56 @@ def own_places(model: Any, inputs: dict[str, Tensor], size: int) -> tuple[Tensor
     return places[:size] - places[0], int(places[size, 0] - places[0, 0])
 
 
+def given_images(
+    model: Any, given: Tensor | None, real: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    """Take what a processor made of images out of the arguments of `generate`.
+
+    Args:
+        given: [R, P] prompts; real: [R, P] bool, where they are not padding.
+
+    Returns:
+        The arguments of `get_image_features`, empty if there are none; and, for a model that has
+        any, [P, 3] the positions of each row.
+
+    Raises:
+        Ar2DiffError: there are images without placeholders, or placeholders without images.
+    """
+    token = image_token_of(model.config)
+    inputs = {name: kwargs.pop(name) for name in list(kwargs) if name in input_names(model)}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    for name in ("token_type_ids", "mm_token_type_ids"):  # which the ids tell as well
+        kwargs.pop(name, None)
+    there = bool(given is not None and (given == token).any())
+    if there != bool(inputs):
+        have, lack = ("placeholders", "image") if there else ("images", "placeholder")
+        raise Ar2DiffError(
+            f"the call has {have} in {option('input_ids' if there else 'pixel_values')}, but no "
+            f"{lack}",
+            "pass all that the model's processor makes of the messages and their images",
+        )
+    if not inputs or not has_places(model):
+        return inputs, None
+    places, _ = model.model.get_rope_index(
+        given, mm_token_type_ids=(given == token).int(), attention_mask=real.to(given),
+        **{name: x for name, x in inputs.items() if name.startswith("image_grid")},
+    )  # fmt: skip
+    return inputs, [places[:, row, keep].T.cpu() for row, keep in enumerate(real.to(given.device))]
+
+
+def numbered_prompts(
+    prompts: Sequence[Sequence[int]], token: int, inputs: dict[str, Tensor]
+) -> tuple[list[list[int]], Images]:
+    """Prompts whose placeholders, from the first row to the last, are those of images that a
+    processor prepared together."""
+    count, rows = 0, []
+    for prompt in prompts:
+        numbers = iter(range(count, count + list(prompt).count(token)))
+        rows.append([-1 - next(numbers) if one == token else one for one in prompt])
+        count += list(prompt).count(token)
+    return rows, Images([Picture(0, count, inputs)])
+
+
 @dataclass
 class _Seen:
     """What the forwards of a thread see now; `rows` are those of the sight in their batch."""
@@ -362,12 +450,13 @@ def seeing(images: Images | None, places: Tensor | None = None) -> Iterator[None
 
 
 @contextmanager
-def looking(sight: Sight | None, rows: Tensor) -> Iterator[None]:
+def looking(sight: Sight | None, rows: Tensor | list[int]) -> Iterator[None]:
     """`seeing` for forwards of some rows [B] of a canvas."""
     if sight is None:
         yield
         return
-    with seeing(sight.images, None if sight.places is None else sight.places[rows]):
+    places = None if sight.places is None else sight.places[torch.as_tensor(rows)]
+    with seeing(sight.images, places):
         yield
 
 

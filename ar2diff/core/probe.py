@@ -22,6 +22,7 @@ from .attention import Slots, allowed_edges, dense_mask, lay_out, layer_windows,
 from .cache import ContextCache
 from .errors import first_line
 from .forward import positions_of, quiet_routers
+from .images import image_token_of
 from .masked_lm import is_masked_lm
 from .spec import Spec
 
@@ -48,7 +49,7 @@ def probe(model: Any, spec: Spec) -> list[str]:
     """
     block = None if spec.attention == "full" else min(BLOCK, spec.block_length)
     try:
-        with _short_windows(model, spec.local_window):
+        with short_windows(model, spec.local_window):
             prober = _Prober(model, spec, block)
             return [
                 *prober.dependencies(),
@@ -73,21 +74,39 @@ def _run_as_stock(model: Any) -> None:
 
 def _stock_logits(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
     """Logits [B, S, V] as before any conversion: causal, with a stock mask."""
-    is_causal = vars(model.config).pop("is_causal", None)
     seen = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-    known = {} if cache is None else {"past_key_values": cache}
+    known = {}
+    if cache is not None:
+        place = torch.arange(seen - ids.shape[1], seen, device=ids.device)
+        known = {"past_key_values": cache, "position_ids": place.expand_as(ids)}
+    return stock_forward(
+        model, input_ids=ids, attention_mask=ids.new_ones(len(ids), seen),
+        use_cache=cache is not None, **known, **as_text(model, ids),
+    )  # fmt: skip
+
+
+def stock_forward(model: Any, **inputs: Any) -> Tensor:
+    """Logits of a forward as before any conversion."""
+    config = model.config.get_text_config()
+    is_causal = vars(config).pop("is_causal", None)
     try:
-        return model(
-            input_ids=ids, attention_mask=ids.new_ones(len(ids), seen),
-            use_cache=cache is not None, **known, **quiet_routers(model),
-        ).logits  # fmt: skip
+        return model(**inputs, **quiet_routers(model)).logits
     finally:
         if is_causal is not None:
-            model.config.is_causal = is_causal
+            config.is_causal = is_causal
+
+
+def as_text(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What tells a vision-language model that reads some tokens in both directions that these ids
+    are not such. Their types are 0, but where a prompt of type 0 is read so (PaliGemma), 1."""
+    spec = vars(model.config).get("diffusion") or {}
+    if image_token_of(model.config) is None or spec.get("images") in (None, "causal"):
+        return {}
+    return {"token_type_ids": torch.full_like(ids, int(spec["images"] == "prefix"))}
 
 
 @contextmanager
-def _short_windows(model: Any, local_window: str | None) -> Iterator[None]:
+def short_windows(model: Any, local_window: str | None) -> Iterator[None]:
     """Shorten the sliding windows while the probe runs, since it would not notice a window that is
     longer than its rows. A dropped window stays as it is: as long as the context."""
     names = WINDOWS[len(REACH) :] if local_window == "dropped" else WINDOWS
@@ -114,6 +133,7 @@ class _Prober:
         self.two_way = is_masked_lm(model.config.architectures)
         rows = torch.arange(model.get_input_embeddings().weight.shape[0])
         words = rows != spec.mask_token_id
+        words &= rows != (-1 if (token := image_token_of(model.config)) is None else token)
         if self.two_way:  # some of these classes give a token of padding no position of its own
             words &= rows != (model.config.get_text_config().pad_token_id or 0)
         self.words = rows[words].to(model.device)
@@ -123,10 +143,6 @@ class _Prober:
         self.xt[0, torch.arange(1, LENGTH, 2)] = spec.mask_token_id
         self.pos = torch.arange(LENGTH, device=model.device)[None]
         self.doc = torch.zeros_like(self.pos)
-        # Layers in 4 bits compute in another dtype than that of the parameters beside them.
-        dtypes = {p.dtype for p in model.parameters()}
-        dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
-        self.dtypes = dtypes & {*ROUNDED}
 
     def run(
         self, input_ids: Tensor, slots: Slots, cache: Any = None, queries: range | None = None
@@ -154,18 +170,17 @@ class _Prober:
         Args:
             rounding: what was measured for the two shapes.
         """
-        dtypes = self.dtypes | {b.dtype} & {*ROUNDED}  # under autocast only the logits have it
-        least = max([TOLERANCE, *(ROUNDING * torch.finfo(dtype).eps for dtype in dtypes)])
-        return _apart(a, b) > max(least, min(MARGIN * rounding, MOST_ROUNDING))
+        least = tolerance(self.model, b.dtype)  # under autocast only the logits have it
+        return apart(a, b) > max(least, min(MARGIN * rounding, MOST_ROUNDING))
 
     def rounding(self, ids: Tensor, length: int) -> float:
         """How far the AR model's readings of a row [1, S] and of its first `length` tokens are
         apart, relative to the largest logit: no token reads those after it."""
         if self.two_way:
             alone, both = (_stock_logits(self.model, x) for x in (ids, ids.repeat(2, 1)))
-            return _apart(alone, both[:1])
+            return apart(alone, both[:1])
         long, short = (_stock_logits(self.model, x) for x in (ids, ids[:, :length]))
-        return _apart(long[:, :length], short)
+        return apart(long[:, :length], short)
 
     def dependencies(self) -> list[str]:
         """Perturb each slot: the logits that change must be those that the mask connects to it
@@ -242,7 +257,7 @@ class _Prober:
             return [f"it does not decode from a cache of keys and values ({first_line(error)})"]
         stock, known = _stock_logits(self.model, row), ContextCache(self.model, 1).stock
         parts = [_stock_logits(self.model, ids, known) for ids in row.tensor_split([start], 1)]
-        rounding = _apart(torch.cat(parts, 1), stock)
+        rounding = apart(torch.cat(parts, 1), stock)
         if self.differ(cached, self.run(row, slots)[:, start:], rounding):
             return ["a block after a cached context differs from the block in one forward"]
         return []
@@ -251,7 +266,7 @@ class _Prober:
         """The clean half must equal a stock forward without a mask."""
         input_ids, slots = lay_out(self.xt, self.x0, self.doc, self.pos, self.spec.attention)
         clean = self.run(input_ids, slots)[:, LENGTH:]
-        plain = self.plain(input_ids=self.x0)
+        plain = self.plain(input_ids=self.x0, **as_text(self.model, self.x0))
         if self.differ(clean, plain, self.rounding(input_ids, LENGTH)):
             return ["the clean half differs from the model's own left-to-right forward"]
         return []
@@ -271,7 +286,15 @@ class _Prober:
         return []
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def tolerance(model: Any, *more: torch.dtype) -> float:
+    """By how much two readings of the same tokens may be apart, by the dtypes they compute in."""
+    dtypes = {p.dtype for p in model.parameters()} | {*more}
+    # Layers in 4 bits compute in another dtype than that of the parameters beside them.
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+    return max([TOLERANCE, *(ROUNDING * torch.finfo(d).eps for d in dtypes & {*ROUNDED})])
+
+
+def apart(a: Tensor, b: Tensor) -> float:
     """How far two tensors are apart, relative to the largest number of the second."""
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-9)).item()
 

@@ -28,6 +28,7 @@ from .attention import (
 from .cache import ContextCache
 from .compiled import compiled, rounded
 from .forward import logits_at
+from .images import wide
 from .spec import Spec
 from .transfer import upload
 
@@ -42,6 +43,7 @@ class _StepSlots:
     Attributes:
         start: [R] first position of each row's block.
         pending: [R] clean tokens before it that are not cached.
+        ahead: [R] clean tokens after those, which they read: the rest of an image.
         pos: [R, S] positions of the slots.
         mask: which of context and slots each slot reads.
         index: [R, W] slot, counted over the rows, at which each token of the block is read.
@@ -52,6 +54,7 @@ class _StepSlots:
 
     start: Tensor
     pending: Tensor
+    ahead: Tensor
     pos: Tensor
     mask: Any
     index: Tensor
@@ -68,6 +71,7 @@ class BlockReader:
         grid: block length, which divides it.
         cache: `dynamic`, `static`, or `none`: the context is read again at each step.
         fast: whether the forwards of fixed shape are compiled; the cache is static then.
+        until: [R, P] the last position that each token of the prompts reads; None: its own.
     """
 
     def __init__(
@@ -80,9 +84,10 @@ class BlockReader:
         grid: int,
         cache: str,
         fast: bool = False,
+        until: Tensor | None = None,
     ):
         self.model, self.spec, self.size, self.fast = model, spec, size, fast
-        self.grid = grid
+        self.grid, self.until = grid, until
         static = (rounded(columns) if fast else columns) if cache == "static" else None
         self.cache = None if cache == "none" else ContextCache(model, rows, static, lent=fast)
         self.rows = rows
@@ -121,7 +126,8 @@ class BlockReader:
                 position_ids=pos,
             )
         if self.cache:
-            self.cache.keep(slots, slots - self.size - layout.pending, layout.pending)
+            first = slots - self.size - layout.ahead - layout.pending
+            self.cache.keep(slots, first, layout.pending)
             if slots > self.size:
                 self._layout = None
         return self._across(logits, *across) if across else logits
@@ -129,6 +135,8 @@ class BlockReader:
     def select(self, rows: Tensor) -> None:
         """Continue with some of the rows."""
         self.rows = len(rows)
+        if self.until is not None:
+            self.until = self.until[rows]
         if self.cache:
             self.cache.select(rows)
         if self.boundary is not None:
@@ -142,6 +150,7 @@ class BlockReader:
             self.boundary = torch.cat([self.boundary, other.boundary])
         if self.cache:
             self.cache.join(other.cache)
+        self.until = until_joined(self.until, other.until)
         self.rows, self.size = self.rows + other.rows, max(self.size, other.size)
         self.grid = max(self.grid, other.grid)
         self._layout = None
@@ -171,19 +180,23 @@ class BlockReader:
 
     def _lay_out(self, start: Tensor) -> _StepSlots:
         length = self.cache.length if self.cache else torch.zeros_like(start)
-        pending = start - length
-        slots = int(pending.max()) + self.size
-        pos = start[:, None] + (torch.arange(slots) - (slots - self.size))
-        place = torch.arange(self.size)
-        own = (place + (slots - self.size)).expand(len(start), -1)
-        index = reading_slot(
-            start[:, None] + place, self.spec.attention, self.size, self.spec.prediction, own, own
+        pending, ahead = start - length, self._ahead(start, length)
+        clean = int((pending + ahead).max())
+        slots, place = clean + self.size, torch.arange(self.size)
+        pos = torch.cat(
+            [(start + ahead)[:, None] + torch.arange(-clean, 0), start[:, None] + place], 1
         )
+        own = (place + clean).expand(len(start), -1)
+        index = reading_slot(
+            start[:, None] + place, self.spec.attention, self.size, self.spec.prediction, own,
+            own - ahead[:, None],
+        )  # fmt: skip
         index = index + torch.arange(len(start))[:, None] * slots
         crosses = self.spec.prediction == "shift"
         return _StepSlots(
             start=start.clone(),
             pending=pending,
+            ahead=ahead,
             pos=pos.clamp(min=0),
             mask=self._mask(start, length, pending, pos),
             index=index,
@@ -191,27 +204,40 @@ class BlockReader:
             first=(place == 0) & (start > 0)[:, None],
         )
 
+    def _ahead(self, start: Tensor, length: Tensor) -> Tensor:
+        """[R] how many tokens beyond the start of a block the pending ones read: the rest of an
+        image that the block cuts through."""
+        if self.until is None:
+            return torch.zeros_like(start)
+        place = torch.arange(self.until.shape[1])
+        pending = (place >= length[:, None]) & (place < start[:, None])
+        return (torch.where(pending, self.until + 1, 0).amax(1) - start).clamp(min=0)
+
     def _mask(self, start: Tensor, length: Tensor, pending: Tensor, pos: Tensor) -> Any:
         """The mask of the slots. If all slots read the whole context, their own part of it is built
         once for all blocks with as many pending tokens."""
         slots = pos.shape[1]
         seen = self.cache.seen if self.cache else torch.zeros(len(pos), 0, dtype=torch.bool)
         key = tuple(pending.tolist())
-        if self.alike and key in self._masks:
+        kept = self.alike and (self.until is None or slots <= 2 * self.size)
+        if kept and key in self._masks:
             return self._after_context(self._masks[key], seen)
         columns = 0 if self.alike else seen.shape[1]
         cached = self.cache.position if columns else pos[:, :0]
         # Blocks that are read together may begin anywhere on the grid.
-        own = torch.where(pos >= start[:, None], start[:, None], pos // self.grid * self.grid)
+        noisy = (torch.arange(slots) >= slots - self.size).expand_as(pos)
+        own = torch.where(noisy, start[:, None], pos // self.grid * self.grid)
+        until = None if self.until is None else torch.where(noisy, pos, until_at(self.until, pos))
         layout = slots_of(
             columns + slots if self.alike or not self.cache else self.cache.columns(slots),
             seen[:, :columns],
             cached,
-            pos >= length[:, None],
+            noisy | (pos >= length[:, None]),
             pos,
-            pos >= start[:, None],
+            noisy,
             self.model.device,
             own if self.grid < self.size else None,
+            until=until,
         )
         mask = model_mask(
             self.model, layout, self.spec.attention, self.grid, self.spec.local_window,
@@ -219,6 +245,8 @@ class BlockReader:
         )  # fmt: skip
         if not self.alike:
             return mask
+        if not kept:
+            return self._after_context(mask, seen)
         if len(self._masks) > MASKS:
             self._masks.clear()
         self._masks[key] = mask
@@ -327,6 +355,7 @@ def slots_of(
     device: Any,
     start: Tensor | None = None,
     branch: tuple[Tensor, Tensor, Tensor] | None = None,
+    until: Tensor | None = None,
 ) -> Slots:
     """Slots [R, columns] of a step: the cached columns, then those forwarded, then empty ones.
 
@@ -334,6 +363,7 @@ def slots_of(
         seen, cached: [R, C] whether a cached column holds a token of its row, and its position.
         real, pos, noisy, start: [R, S] of the slots forwarded.
         branch: [R, S] `enter`, `leave` and `block` of the slots forwarded, if candidates branch.
+        until: [R, S] of the slots forwarded; None: each one's own position.
     """
     rows, rest = len(pos), columns - cached.shape[1] - pos.shape[1]
 
@@ -348,8 +378,25 @@ def slots_of(
     found = {"doc": doc, "pos": join(cached, pos, 0), "noisy": join(clean, noisy, 0)}
     if start is not None:
         found["start"] = join(cached, start, 0)
+    if until is not None:
+        found["until"] = join(cached, until, 0)
     if branch is not None:  # what is cached is before all branches
         found["enter"] = join(torch.zeros_like(cached), branch[0], 0)
         found["leave"] = join(torch.full_like(cached, ALL), branch[1], 0)
         found["block"] = join(torch.zeros_like(cached), branch[2], 0)
     return Slots(**dict(zip(found, upload(device, *found.values()), strict=True)))
+
+
+def until_at(until: Tensor, pos: Tensor) -> Tensor:
+    """[R, S] how far the tokens at positions [R, S] read, from [R, P]: those behind, up to
+    themselves."""
+    known = pos.clamp(0, until.shape[1] - 1)
+    return torch.where(pos == known, until.gather(1, known), pos)
+
+
+def until_joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """How far the tokens of the rows of two readers read."""
+    if first is None:
+        return None
+    width = max(first.shape[1], second.shape[1])
+    return torch.cat([wide(first, width), wide(second, width)])

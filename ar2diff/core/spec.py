@@ -17,10 +17,13 @@ from .fitted import NOISE_FILE
 from .noise import Noise
 from .noises import Mask, noise_of
 
-FORMAT, HEAD_FORMAT, NOISE_FORMAT = 1, 2, 3  # masks; with a diffusion head; another noise
+# Masks; with a diffusion head; another noise; a vision-language model.
+FORMAT, HEAD_FORMAT, NOISE_FORMAT, IMAGE_FORMAT = 1, 2, 3, 4
 HEAD_FILE = "diffusion_head.safetensors"
 ATTENTIONS = ("causal_context", "block_causal", "full")
 PREDICTIONS = ("same", "shift")
+REACHES = (None, "causal", "image", "prefix")
+OWN = {HEAD_FORMAT: "head", IMAGE_FORMAT: "images"}  # the key that a format alone has
 LOCAL_WINDOWS = (None, "kept", "dropped")
 AGAIN = "upgrade ar2diff, or convert the base model again"
 
@@ -54,12 +57,13 @@ class Head:
 @dataclass(frozen=True)
 class Spec:
     """The `diffusion` block of `config.json`; every key is required, but `head` belongs to format 2
-    alone.
+    alone, and `images` to format 4.
 
     Attributes:
-        format: version of the block: 1; 2 with a head; 3 with another noise than the mask. A reader
-            refuses a higher one.
-        noise: forward process: `mask`, or, in format 3, an object with a kind and its parameters.
+        format: version of the block: 1; 2 with a head; 3 with another noise than the mask; 4 of a
+            vision-language model. A reader refuses a higher one.
+        noise: forward process: `mask`, or, in formats 3 and 4, an object with a kind and its
+            parameters.
         mask_token_id: id of the absorbing state; of noises without one, a token that nothing shows.
         attention: `causal_context`, `block_causal` or `full`.
         block_length: number of tokens denoised together; `None` for `full`.
@@ -69,6 +73,9 @@ class Spec:
             none.
         max_length: length in tokens of the longest row trained on.
         head: the diffusion head; `None` if there is none.
+        images: what the base's clean text reads beside what stands before it: `causal`, nothing;
+            `image`, an image all of itself; `prefix`, the prompt all of itself. `None` for models
+            of text.
 
     Raises:
         Ar2DiffError: a value that this version cannot honour; it names the key, not the file.
@@ -84,12 +91,13 @@ class Spec:
     local_window: str | None
     max_length: int
     head: Head | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
-        if type(self.format) is int and self.format > NOISE_FORMAT:
+        if type(self.format) is int and self.format > IMAGE_FORMAT:
             raise Ar2DiffError(
                 f"diffusion.format is {shortened(self.format)}; this version of ar2diff reads "
-                f"formats up to {NOISE_FORMAT}",
+                f"formats up to {IMAGE_FORMAT}",
                 "upgrade ar2diff to the version that wrote the checkpoint",
             )
         object.__setattr__(self, "noise", noise_of(self.noise))
@@ -97,6 +105,7 @@ class Spec:
             ("attention", ATTENTIONS),
             ("prediction", PREDICTIONS),
             ("local_window", LOCAL_WINDOWS),
+            ("images", REACHES),
         ):
             if getattr(self, name) not in allowed:
                 known = ", ".join("null" if value is None else value for value in allowed)
@@ -106,8 +115,10 @@ class Spec:
         for name in ("format", "mask_token_id", "max_length"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise _bad(name, getattr(self, name), "an integer of at least 0")
-        if self.format != format_of(self.noise, self.head):
-            raise ValueError(f"format {self.format} with {self.noise} and head {self.head}")
+        if self.format != format_of(self.noise, self.head, self.images):
+            raise ValueError(
+                f"format {self.format} with {self.noise}, head {self.head}, images {self.images}"
+            )
         if self.noise.fits and self.noise.fitted is None:
             raise _bad("noise.sha256", None, f"the SHA-256 of {NOISE_FILE}")
         check_reads(self.noise, self.attention, self.prediction)
@@ -136,8 +147,9 @@ class Spec:
             )
         version = block.get("format", 0)
         with_head = version == HEAD_FORMAT
-        names = [f.name for f in fields(cls) if f.name != "head" or with_head]
-        if type(version) is int and version > NOISE_FORMAT:  # its keys may be unknown here
+        absent = {"head", "images"} - {OWN.get(version)}
+        names = [f.name for f in fields(cls) if f.name not in absent]
+        if type(version) is int and version > IMAGE_FORMAT:  # its keys may be unknown here
             cls(**{name: block.get(name) for name in names})
         for key in block:
             if key not in names:
@@ -149,13 +161,13 @@ class Spec:
             if name not in block:
                 raise Ar2DiffError(f"diffusion.{name} is missing", "convert the base model again")
         named = block["noise"]
-        if not (isinstance(named, Mapping) if version == NOISE_FORMAT else named == Mask.kind):
+        if version != IMAGE_FORMAT and not (
+            isinstance(named, Mapping) if version == NOISE_FORMAT else named == Mask.kind
+        ):
             wanted = "an object with a kind" if version == NOISE_FORMAT else Mask.kind
             raise _bad("noise", named, f"{wanted} in format {shortened(version)}")
         if isinstance(named, Mapping) and noise_of(named) == Mask():
-            raise _bad(
-                "noise.kind", Mask.kind, f"another one in format {version}: masks are format 1"
-            )
+            raise _bad("noise.kind", Mask.kind, f"another one: masks are noise {Mask.kind}")
         head = {"head": Head.of(block["head"])} if with_head else {}
         spec = cls(**{**block, **head})
         beside = config.get("mask_token_id")
@@ -179,21 +191,26 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written in `config.json`."""
-        noise = self.noise.to_dict() if self.format == NOISE_FORMAT else self.noise.kind
+        noise = self.noise.kind if self.noise == Mask() else self.noise.to_dict()
         block = {f.name: getattr(self, f.name) for f in fields(self)} | {"noise": noise}
-        if self.head is None:
-            del block["head"]
-        else:
-            block["head"] = asdict(self.head)
-        return block
+        block["head"] = None if self.head is None else asdict(self.head)
+        return {
+            name: value
+            for name, value in block.items()
+            if name not in OWN.values() or name == OWN.get(self.format)
+        }
 
 
-def format_of(noise: Noise, head: Head | None) -> int:
-    """The version of a block with this noise and head.
+def format_of(noise: Noise, head: Head | None, images: str | None = None) -> int:
+    """The version of a block with this noise, head and reach of images.
 
     Raises:
-        Ar2DiffError: no version has both another noise than the mask and a head.
+        Ar2DiffError: no version has a head and another noise than the mask, or images.
     """
+    if images is not None:
+        if head is not None:
+            raise _bad("head", "an object", "left out for a vision-language model")
+        return IMAGE_FORMAT
     if noise == Mask():
         return FORMAT if head is None else HEAD_FORMAT
     if head is not None:

@@ -17,6 +17,7 @@ from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint, count_parameters
 from ..config.recipe import Recipe, contradictions_of, with_values
 from ..conversion.convert import convert, end_token
+from ..conversion.images import image_problems
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE
@@ -294,7 +295,7 @@ def convert_for(
         checkpoint, recipe.convert, recipe.data.max_length, ar_mode, recipe.train.seed,
         recipe.noise.process, counts,
     )  # fmt: skip
-    problems = probed(checkpoint.model, spec)
+    problems = probed(checkpoint.model, spec) or image_problems(checkpoint, spec)
     if problems:
         raise Ar2DiffError(
             f"model {checkpoint.path}: {checkpoint.model.config.model_type} cannot be converted to "
