@@ -218,7 +218,8 @@ def layer_windows(config: Any, local_window: str | None) -> dict[str | None, int
     windows = {kind: size if kind is None or kind.startswith("sliding") else None for kind in kinds}
     if local_window == "dropped":
         windows = dict.fromkeys(windows)
-    return windows if len(windows) > 1 else {None: next(iter(windows.values()))}
+    sizes = {*windows.values()}
+    return windows if len(sizes) > 1 else {None: sizes.pop()}
 
 
 def with_context(mask: Tensor, seen: Tensor, held: Tensor | None = None) -> Tensor:
