@@ -14,18 +14,9 @@ from ar2diff.checkpoint.model import causal_spec
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
 from ar2diff.core.image_probe import probe_images, reach_of
-from ar2diff.core.images import (
-    Images,
-    Picture,
-    codes_of,
-    has_places,
-    input_names,
-    keys_in,
-    own_places,
-    places_of,
-    until_of,
-)
+from ar2diff.core.images import Images, Picture, codes_of, input_names, keys_in
 from ar2diff.core.probe import probe
+from ar2diff.core.sight import has_places, own_places, places_of, until_of
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
 
 NEW = 10

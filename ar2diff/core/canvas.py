@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .images import Sight, joined
+from .sight import Sight, joined
 
 STRIDE = 16  # tokens that are read at a time
 Finished = Callable[[int, Tensor], bool]  # (row, its ids up to a new token): stop here?

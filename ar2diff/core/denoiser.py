@@ -17,7 +17,6 @@ from .decoder import Decoder
 from .forward import rope_switches, showing, without_gradients
 from .guidance import Guidance, Texts
 from .head import UNKNOWN, head_of
-from .images import looking
 from .options import Options
 from .readers import BlockReader, FullReader
 from .samplers import (
@@ -32,6 +31,7 @@ from .samplers import (
     surer,
     top,
 )
+from .sight import looking
 from .spec import Spec
 from .switching import SwitchingReader
 from .transfer import download, upload

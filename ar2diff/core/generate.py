@@ -26,12 +26,13 @@ from .draft import CONFIG, WEIGHTS, Draft, load_draft
 from .errors import Ar2DiffError, first_line, option, shortened
 from .fitted import read_beside
 from .forward import context_length
-from .images import Images, Sight, given_images, image_token_of, numbered_prompts, prepare
+from .images import Images, image_token_of, prepare
 from .inputs import check_tensors, has_gaps, read_prompts
 from .masked_lm import is_masked_lm
 from .options import Options, resolve
 from .pattern import constraint_of
 from .probe import probe
+from .sight import Sight, given_images, numbered_prompts
 from .spec import Spec
 from .stopping import finished_of
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from .automaton import DEAD
 from .candidates import CandidateReader
 from .forward import context_length
-from .images import looking
 from .pace import Pace
 from .samplers import Context, likeliest, log_prob
+from .sight import looking
 from .transfer import download, downloading, upload
 from .tree import Guesses, Reached, Tree
 

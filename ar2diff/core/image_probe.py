@@ -16,15 +16,9 @@ from .attention import Slots, lay_out, model_mask
 from .cache import ContextCache
 from .errors import first_line
 from .forward import output_at
-from .images import (
-    Images,
-    given_images,
-    image_token_of,
-    numbered_prompts,
-    seeing,
-    until_of,
-)
+from .images import Images, image_token_of, seeing
 from .probe import BLOCK, apart, short_windows, stock_forward, tolerance
+from .sight import given_images, numbered_prompts, until_of
 from .spec import REACHES, Spec
 
 TAIL = 2 * BLOCK + 1  # tokens behind the image that the checks read

@@ -28,7 +28,7 @@ from .attention import (
 from .cache import ContextCache
 from .compiled import compiled, rounded
 from .forward import logits_at
-from .images import wide
+from .sight import wide
 from .spec import Spec
 from .transfer import upload
 
