@@ -337,7 +337,7 @@ def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         Ar2DiffError: naming the file and row without a prompt.
     """
-    rows = [_prompt(row, where, recipe) for where, row in read_rows(recipe)]
+    rows = [_prompt(row, where, recipe) for where, row, _ in read_rows(recipe)]
     if len({type(row["prompt"]) for row in rows}) > 1:
         raise Ar2DiffError(
             "some prompts are texts and some are lists of messages",
