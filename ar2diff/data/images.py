@@ -150,6 +150,10 @@ class Shots:
             self._known[named] = key
         return key
 
+    def digest(self, key: int) -> bytes:
+        """The 16 bytes of `digest_of` an image."""
+        return self._digests[key]
+
     def _key(self, digest: bytes) -> int:
         """The key of a digest: its own, unless another image has that."""
         key = int.from_bytes(digest, "little") % (1 << KEY_BITS)
