@@ -87,6 +87,11 @@ def sft(
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     """Refuse settings that sft cannot use with a model, and fill in those it implies."""
     check_kind(path, spec, recipe)
+    return check_settings(recipe)
+
+
+def check_settings(recipe: Recipe) -> Recipe:
+    """Refuse settings that conversations have no use for, and fill in those they imply."""
     if recipe.objective.weight == "cart":
         raise Ar2DiffError(
             f"{option('objective.weight', 'cart')} only works with adapt: sft does not weight "
