@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +50,11 @@ class Shot:
             if isinstance(place, Image.Image):
                 return _upright(place, f"{where}: {name}", most)
             source = io.BytesIO(place) if isinstance(place, bytes) else place
-            with Image.open(source, formats=FORMATS) as image:
-                return _upright(image, f"{where}: {name}", most)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of bombs, of which ours are smaller
+                image = Image.open(source, formats=FORMATS)
+            with image:
+                return _upright(image, f"{where}: {name}")
         except Ar2DiffError:
             raise
         except FileNotFoundError:
@@ -166,6 +170,10 @@ class Shots:
         while self._digests.get(key, digest) != digest:
             key = (key + 1) % (1 << KEY_BITS)
         return key
+
+    def digest(self) -> str:
+        """Of all of them, in any order."""
+        return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
 
     def include(self, other: Shots) -> dict[int, int]:
         """Add the images of another collection. Returns {their keys: the keys here}."""

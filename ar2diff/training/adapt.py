@@ -37,7 +37,7 @@ from ..evaluation.quality import choose_threshold
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
-from .plan import Plan, Verb, check_kind
+from .plan import Plan, Verb, check_kind, freeze_blind
 from .request import requested
 from .results import DataSize, RunPlan, RunResult
 from .run import run
@@ -153,6 +153,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found | None) -> Pl
 
 
 def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
+    freeze_blind(checkpoint)
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     size = size_of(documents, checkpoint.tokenizer, len(held_out))
@@ -205,7 +206,14 @@ def some_texts(found: Found) -> Iterator[Any]:
     return (document for document, _ in islice(found.documents, COUNTED))
 
 
-ADAPT = Verb("adapt", check, read_rows, make_plan, texts=some_texts)
+def instead(path: Path, recipe: Recipe) -> Verb | None:
+    """How conversations are trained on, if the data are such and the model sees images."""
+    from .conversing import CONVERSING, are_conversations  # which loads trl
+
+    return CONVERSING if recipe.train.max_steps and are_conversations(path, recipe) else None
+
+
+ADAPT = Verb("adapt", check, read_rows, make_plan, texts=some_texts, instead=instead)
 
 
 class AdaptTrainer(Denoising, Trainer):
