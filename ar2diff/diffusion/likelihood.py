@@ -34,7 +34,7 @@ from transformers import DynamicCache
 from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
-from ..core.images import Images, seeing
+from ..core.images import Images, image_token_of, seeing
 from ..core.noise import EARLIEST, Noise
 from ..core.seeds import keyed_generator
 from ..core.sight import Sight
@@ -339,7 +339,7 @@ def _ar_part(
         x0[:, :read], slots, "causal_context", 1, slots_at(pos - 1, places, read), x0[wanted]
     )
     if sight is not None:
-        task = _seeing(task, sight, read)
+        task = _seeing(task, sight, read, image_token_of(model.config))
     with seeing(task.images):
         logits = logits_at(model, task.index, **task.inputs(model, local_window))
     ones = torch.ones(len(places), device=model.device)
@@ -365,14 +365,17 @@ def _read_by(
     return Sight.of_rows(model, images, ids, reach, prompts=starts)
 
 
-def _seeing(task: Task, sight: Sight, read: int) -> Task:
-    """The task of reading the first tokens of rows with images."""
+def _seeing(task: Task, sight: Sight, read: int, mark: int) -> Task:
+    """The task of reading the first tokens of rows with images. A placeholder (`mark`) that stands
+    for no image, because a base wrote it, is read as another token, and never scored."""
     ids, device = sight.ids[:, :read], task.input_ids.device
     until = None if sight.until is None else sight.until[:, :read].clamp(max=read - 1).to(device)
     places = None if sight.places is None else sight.places[:, :read].to(device)
+    words = task.input_ids.cpu()
+    words = words.masked_fill(words == mark, 0)
     return replace(
         task,
-        input_ids=torch.where(ids < 0, ids, task.input_ids.cpu()).to(device),
+        input_ids=torch.where(ids < 0, ids, words).to(device),
         slots=replace(task.slots, until=until),
         places=places,
         images=sight.images,

@@ -21,9 +21,7 @@ from .subjects import LOSSLESS, USUAL, Held
 
 QUESTION = "quality"
 SHOWN = 4  # questions that are shown with their pictures
-WRONG = (
-    "no answer of anybody is that of the data to the letter, so the data has no one right answer"
-)
+WRONG = "no answer of anybody is the data's to the letter, so the data has no one right answer"
 
 
 def answers_scored(session: Session, held: Held) -> list[Row]:
@@ -84,7 +82,11 @@ def _recipe_of(spec: Spec, length: int, seed: int) -> Recipe:
         "attention": spec.attention, "block_length": spec.block_length,
         "prediction": spec.prediction, "head_rank": spec.head and spec.head.rank,
     }  # fmt: skip
-    sections: dict[str, Any] = {"convert": convert, "data": {"max_length": length}}
+    grid = spec.block_length or 1
+    sections: dict[str, Any] = {
+        "convert": convert,
+        "data": {"max_length": -(-length // grid) * grid},
+    }
     return with_values(Recipe(), **sections, train={"seed": seed})
 
 
