@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import killed_at_step
 from safetensors.torch import load_file
 
 from ar2diff.config.recipe import load_recipe, with_values
@@ -606,15 +607,10 @@ def test_two_kills_in_one_process_resume_to_the_same_bits(
 
 
 def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
-    train_here, train_alone, arguments_of, tmp_path
+    train_here, train_alone, tmp_path
 ):
     run, (whole, _) = tmp_path / "out", train_alone("rl long")
-    command = [*ALONE, *arguments_of("rl long", run, 1)]
-    process = started(command)
-    await_step(process, 7)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed_at_step(lambda: train_here("rl long", run), 7)
     check_checkpoints(run / "checkpoints")
     saved = json.loads((run / "checkpoints/checkpoint-5/rollouts-0.json").read_text())
     assert saved == {"step": 5, "batches": 2}
