@@ -54,7 +54,7 @@ class Shot:
                 warnings.simplefilter("ignore")  # of bombs, of which ours are smaller
                 image = Image.open(source, formats=FORMATS)
             with image:
-                return _upright(image, f"{where}: {name}")
+                return _upright(image, f"{where}: {name}", most)
         except Ar2DiffError:
             raise
         except FileNotFoundError:
@@ -171,8 +171,8 @@ class Shots:
             key = (key + 1) % (1 << KEY_BITS)
         return key
 
-    def digest(self) -> str:
-        """Of all of them, in any order."""
+    def fingerprint(self) -> str:
+        """SHA-256 of all of them, whatever their order."""
         return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
 
     def include(self, other: Shots) -> dict[int, int]:
