@@ -172,7 +172,7 @@ class Shots:
         return key
 
     def fingerprint(self) -> str:
-        """SHA-256 of all of them, whatever their order."""
+        """The digest of all of them, in any order."""
         return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
 
     def include(self, other: Shots) -> dict[int, int]:
