@@ -26,6 +26,7 @@ from ..core.denoise import denoise
 from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
+from ..core.images import Images
 from ..core.masked_lm import is_masked_lm
 from ..core.options import Options, resolve
 from ..core.pattern import check_constraint, constraint_of, validates
@@ -124,6 +125,7 @@ def begin(
     options: Options,
     rows: Sequence[Sequence[int]],
     texts: Sequence[Segments] | None = None,
+    images: Images | None = None,
 ) -> tuple[Canvas, Iterator[Canvas]]:
     """The canvas of some rows, and the iterator that decides it, one state for each forward.
 
@@ -131,12 +133,14 @@ def begin(
         spec, options: of `settings_of`.
         rows: token ids, with masks for gaps.
         texts: what the rows encode, if it has gaps.
+        images: those whose codes are among the rows.
 
     Raises:
         Ar2DiffError: a prompt does not fit, or no text that matches the constraint.
     """
     model = checkpoint.model
-    canvas = constrained(checkpoint, options, canvas_of(model, spec, rows, options), texts)
+    canvas = canvas_of(model, spec, rows, options, images=images)
+    constrained(checkpoint, options, canvas, texts)
     finished = finished_of(model, options, None, checkpoint.tokenizer, constraint=canvas.constraint)
     states = denoise(model, spec, canvas, options, finished=finished, draft=checkpoint.draft)
     return canvas, states
