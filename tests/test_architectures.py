@@ -370,7 +370,8 @@ REASONS = [
         for kind in ("jamba", "recurrent_gemma", "qwen3_next", "falcon_h1")
         for attention in BLOCKWISE
     ),
-    *((kind, "causal_context", NO_MASK) for kind in ("mamba", "lfm2", "minimax", "olmo_hybrid")),
+    ("mamba", "causal_context", NO_MASK),
+    *((kind, "causal_context", LEAK) for kind in ("lfm2", "minimax", "olmo_hybrid")),
     ("rwkv", "full", CAUSAL),
     ("doge", "causal_context", BLOCK),  # reads its likeliest tokens alone
     ("llama4_text", "causal_context", "the clean half differs from the model's own .*"),  # chunks

@@ -11,9 +11,9 @@ import torch
 from vision_classes import CONFIGS, IMAGE, MASK, VisionClass, vision_class
 
 from ar2diff.checkpoint.model import causal_spec
+from ar2diff.conversion.image_probe import probe_images, reach_of
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
-from ar2diff.core.image_probe import probe_images, reach_of
 from ar2diff.core.images import Images, Picture, codes_of, input_names, keys_in
 from ar2diff.core.probe import probe
 from ar2diff.core.sight import has_places, own_places, places_of, until_of

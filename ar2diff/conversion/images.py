@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..checkpoint.model import Checkpoint, causal_spec
 from ..core.errors import Ar2DiffError
-from ..core.image_probe import probe_images, reach_of
 from ..core.probe import tolerance
 from ..core.spec import Spec
+from .image_probe import probe_images, reach_of
 
 SIZE = (48, 40)  # pixels of the image that is tried
 WORDS = "a b c d e f g h i j k l m n o p"  # more tokens than two blocks of the probe

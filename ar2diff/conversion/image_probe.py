@@ -1,8 +1,6 @@
 """What a vision-language model really does with an image, found in a few tiny forwards: how far the
 base reads in both directions, and whether the masks, positions and caches of a spec are exact with
 an image in the text.
-
-This file is copied into converted folders: it imports torch and its neighbours alone.
 """
 
 from __future__ import annotations
@@ -12,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Slots, lay_out, model_mask
-from .cache import ContextCache
-from .errors import first_line
-from .forward import output_at
-from .images import Images, image_token_of, seeing
-from .probe import BLOCK, apart, short_windows, stock_forward, tolerance
-from .sight import given_images, numbered_prompts, until_of
-from .spec import REACHES, Spec
+from ..core.attention import Slots, lay_out, model_mask
+from ..core.cache import ContextCache
+from ..core.errors import first_line
+from ..core.forward import output_at
+from ..core.images import Images, image_token_of, seeing
+from ..core.probe import BLOCK, apart, short_windows, stock_forward, tolerance
+from ..core.sight import given_images, numbered_prompts, until_of
+from ..core.spec import REACHES, Spec
 
 TAIL = 2 * BLOCK + 1  # tokens behind the image that the checks read
 
