@@ -274,7 +274,7 @@ def test_the_probe_sees_a_mask_that_eager_would_add_instead_of_obey(monkeypatch,
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"format": 4}, "format is 4"),
+        ({"format": 5}, "format is 5"),
         ({"noise": "uniform"}, "noise"),
         ({"attention": "causal"}, "attention"),
         ({"block_length": None}, "block_length"),

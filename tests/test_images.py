@@ -10,11 +10,13 @@ import pytest
 import torch
 from vision_classes import CONFIGS, IMAGE, MASK, VisionClass, vision_class
 
+from ar2diff.checkpoint.layers import named_layers
 from ar2diff.checkpoint.model import causal_spec
+from ar2diff.checkpoint.towers import PARTS, freeze, part_of
 from ar2diff.conversion.image_probe import probe_images, reach_of
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.generate import generate
-from ar2diff.core.images import Images, Picture, codes_of, input_names, keys_in
+from ar2diff.core.images import Images, Picture, codes_of, input_names, keys_in, marks_of
 from ar2diff.core.probe import probe
 from ar2diff.core.sight import has_places, own_places, places_of, until_of
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
@@ -191,3 +193,33 @@ def test_calls_that_cannot_be_honoured_are_refused():
     ):
         with pytest.raises(Ar2DiffError, match=said.replace("--", "").split(" in ")[0]):
             generate(model=model, **given, max_new_tokens=4)
+
+
+PROJECTORS = {
+    "qwen2_vl": {"visual.merger"}, "qwen2_5_vl": {"visual.merger"},
+    "qwen3_vl": {"visual.merger", "visual.deepstack_merger_list"},
+    "idefics3": {"connector"}, "smolvlm": {"connector"},
+    "llava_next": {"multi_modal_projector", "image_newline"},
+    "llava_onevision": {"multi_modal_projector", "image_newline"},
+}  # fmt: skip
+
+
+def test_the_parts_of_a_model_are_found(seen):
+    parts = part_of(seen.model)
+    wanted = PROJECTORS.get(seen.name, {"multi_modal_projector"})
+    for name, part in parts.items():
+        inner = name.removeprefix("model.")
+        if inner.startswith(("language_model.", "text_model.", "lm_head.")):
+            assert part == "language_model"
+        else:
+            projects = any(f"{inner}.".startswith(f"{one}.") for one in wanted)
+            assert part == ("projector" if projects else "tower"), name
+    assert {*parts.values()} == {*PARTS}
+    adapted = named_layers(seen.model, "all-linear", "peft.targets")
+    assert adapted and all(parts[f"{name}.weight"] == "language_model" for name in adapted)
+    frozen = copy.deepcopy(seen.model)
+    freeze(frozen, ("tower",))
+    kept = {name for name, p in frozen.named_parameters() if not p.requires_grad}
+    assert kept == {name for name, part in parts.items() if part == "tower"}
+    marks = {60, 57, 58, 59} if seen.is_qwen else {60, 57, 58} if seen.name == "gemma3" else {60}
+    assert marks_of(seen.model.config) - {59} == marks - {59}

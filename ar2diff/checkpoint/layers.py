@@ -10,10 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import Ar2DiffError, nearest, option, shortened
 from ..core.forward import quiet_routers
+from .towers import part_of
 
 
 def named_layers(model: Any, wanted: str | tuple[str, ...], key: str) -> list[str]:
-    """Full names of the linear layers that a recipe names, which never include the output head.
+    """Full names of the linear layers that a recipe names, which never include the output head. Of
+    a vision-language model, those of its language model; a name that matches none of them may be
+    one of the tower or the projector.
 
     Args:
         wanted: `all-linear`, or the last parts of names. key: the field of the recipe.
@@ -28,11 +31,14 @@ def named_layers(model: Any, wanted: str | tuple[str, ...], key: str) -> list[st
         if isinstance(module, (torch.nn.Linear, Conv1D))
     }
     layers = [name for name, is_head in linear.items() if not is_head]
+    parts = part_of(model)
+    reads = {name for name in linear if parts.get(f"{name}.weight") == "language_model"}
     if wanted == "all-linear":
-        return layers
+        return [name for name in layers if name in reads]
     found: set[str] = set()
     for target in wanted:
         matched = [name for name in linear if f".{name}".endswith(f".{target}")]
+        matched = [name for name in matched if name in reads] or matched
         if any(linear[name] for name in matched):
             raise Ar2DiffError(
                 f"{option(key)}: {target} is the output head, to which adapters are not applied",

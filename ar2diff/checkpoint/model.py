@@ -25,7 +25,7 @@ from ..core.errors import Ar2DiffError, first_line, is_panic, option, shortened
 from ..core.fitted import NOISE_FILE, read_fitted
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead, read_head
-from ..core.images import image_token_of, prepare
+from ..core.images import image_token_of, marks_of, prepare
 from ..core.masked_lm import is_masked_lm
 from ..core.noise import Noise
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
@@ -115,7 +115,8 @@ class Checkpoint:
         rows = self.model.config.get_text_config().vocab_size  # weights may be cut to shards
         key = mask_token_id, rows, len(self.tokenizer)
         if self._suppressed[0] != key:
-            self._suppressed = key, suppressed_ids(mask_token_id, self.token_ids, rows)
+            meant = self.token_ids - marks_of(self.model.config)
+            self._suppressed = key, suppressed_ids(mask_token_id, meant, rows)
         return self._suppressed[1]
 
     @property
@@ -471,7 +472,8 @@ def write_spec(checkpoint: Checkpoint, spec: Spec) -> None:
     suppressed = {*(generation.suppress_tokens or ())}  # the base's own, or of a conversion before
     if checkpoint.spec is not None:  # since when a row may have become an end token
         suppressed -= {*ends}
-    unused = {*range(rows)} - checkpoint.token_ids  # of a padded vocabulary, or of one with holes
+    # Of a padded vocabulary, or of one with holes; and what stands for images.
+    unused = {*range(rows)} - checkpoint.token_ids | marks_of(config)
     generation.suppress_tokens = sorted({*suppressed, *unused, spec.mask_token_id})
     _choose_mode(generation, spec, checkpoint.spec)
     generation.pad_token_id = checkpoint.tokenizer.pad_token_id

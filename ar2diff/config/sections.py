@@ -379,7 +379,8 @@ class Data(Section):
 
 
 class LrScale(Section):
-    """Factors on the learning rate by kind of parameter; norms and biases keep 1."""
+    """Factors on the learning rate by kind of parameter; norms and biases keep 1, but for those of
+    a tower or projector."""
 
     attention: float = Field(1.0, ge=0, description="factor for weights of attention layers")
     mlp: float = Field(1.0, ge=0, description="factor for weights of all other layers")
@@ -388,6 +389,12 @@ class LrScale(Section):
     )
     diffusion_head: float = Field(
         1.0, ge=0, description="factor for a diffusion head (convert.head_rank), which starts anew"
+    )
+    tower: float = Field(
+        0.2, ge=0, description="factor for the tower of a vision-language model, which sees images"
+    )
+    projector: float = Field(
+        1.0, ge=0, description="factor for what turns the tower's features into embeddings"
     )
 
 
@@ -407,6 +414,9 @@ class Train(Section):
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scale: LrScale = LrScale()
+    frozen: tuple[Literal["tower", "projector", "language_model"], ...] = Field(
+        (), description="parts of a vision-language model that are not trained"
+    )
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = Field(
         "cosine", description="learning rate schedule after the warm-up"
     )
@@ -477,7 +487,8 @@ class Peft(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
     targets: str | tuple[str, ...] = Field(
         "all-linear",
-        description="all-linear, or a list of linear layers, for example [q_proj, v_proj]",
+        description="all-linear, or a list of linear layers, for example [q_proj, v_proj]; of a "
+        "vision-language model those of the language model, unless a name is found nowhere else",
     )
     mask_row: bool = Field(True, description="also train the embedding of the mask token")
 

@@ -22,6 +22,7 @@ from ..core.errors import Ar2DiffError, option, shortened
 from ..core.fitted import Fitted, carry
 from ..core.forward import context_length
 from ..core.head import ATTRIBUTE, BigramHead
+from ..core.images import marks_of
 from ..core.noise import Noise
 from ..core.noises import Mask
 from ..core.options import FILTERS, IGNORED, REFUSED
@@ -284,10 +285,11 @@ def _add_mask_token(checkpoint: Checkpoint, wanted: str | None, seed: int) -> in
         )
     busy = {*_as_list(model.generation_config.eos_token_id), tokenizer.pad_token_id}
     busy |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    busy |= marks_of(model.config)
     if known is not None and known in busy:
         raise Ar2DiffError(
             f"{option('convert.mask_token')}: {shortened(token)} has another use (it begins or "
-            "ends texts, pads them, or stands for unknown words)",
+            "ends texts, pads them, or stands for unknown words or images)",
             "name a special token with no other use, or use null to have one chosen",
         )
     tokenizer = _add_token(checkpoint, "mask_token", token)
@@ -326,7 +328,8 @@ def _add_token(checkpoint: Checkpoint, role: str, token: str) -> Any:
 def _reserved_token(model: Any, tokenizer: Any) -> str | None:
     template = str(tokenizer.chat_template or "")
     used = {getattr(tokenizer, name, None) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    used |= {tokenizer.decode([i]) for i in _as_list(model.generation_config.eos_token_id)}
+    others = {*_as_list(model.generation_config.eos_token_id), *marks_of(model.config)}
+    used |= {tokenizer.decode([i]) for i in others}
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):
         text = token.content
         if token.special and RESERVED.search(text) and text not in template and text not in used:

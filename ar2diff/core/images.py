@@ -23,6 +23,7 @@ from .errors import Ar2DiffError
 
 PLACE_BITS = 20  # of a code: the number of the feature in its image; the others are the image's key
 SEEN = "_ar2diff_sees_images"  # attribute of a model whose forwards take such ids
+OF_TEXT = ("bos_", "eos_", "pad_", "mask_", "sep_", "unk_", "decoder_start_")
 _LOCAL = threading.local()  # what the forwards of a thread see
 
 
@@ -30,6 +31,19 @@ def image_token_of(config: Any) -> int | None:
     """The id of the placeholders of images; None for a model of text alone."""
     found = getattr(config, "image_token_id", None)
     return found if type(found) is int and hasattr(config, "vision_config") else None
+
+
+def marks_of(config: Any) -> set[int]:
+    """The ids that a vision-language model's texts mark images and videos with: placeholders, and
+    what stands around them. No text means them."""
+    if image_token_of(config) is None:
+        return set()
+    found = {
+        value
+        for name, value in vars(config).items()
+        if name.endswith(("_token_id", "_token_index")) and not name.startswith(("_", *OF_TEXT))
+    }
+    return {image_token_of(config), *(value for value in found if type(value) is int)}
 
 
 @dataclass(frozen=True, eq=False)

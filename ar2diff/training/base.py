@@ -17,12 +17,13 @@ from transformers import PrinterCallback
 
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
+from ..checkpoint.towers import part_of
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..distributed.ranks import STOPPED
 from ..distributed.sharding import check_engine
 from .callbacks import Stopping
-from .modules import disable_dropout, parameter_kinds
+from .modules import disable_dropout, parameter_kinds, unwrapped
 
 
 class Running:
@@ -47,6 +48,12 @@ class Running:
         self.checkpoint, self.recipe, self.spec = checkpoint, recipe, checkpoint.spec_or_causal
         self._uncounted: Tensor | None = None  # tokens that `state` does not know of yet
         disable_dropout(checkpoint.model)
+        # A batch may hold no image, and then the parts that see images have no gradient.
+        parts = part_of(unwrapped(checkpoint.model))
+        args.ddp_find_unused_parameters = any(
+            p.requires_grad and parts[name] != "language_model"
+            for name, p in unwrapped(checkpoint.model).named_parameters()
+        )
         with weights_kept(checkpoint.model):
             super().__init__(model=module or checkpoint.model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
@@ -101,8 +108,8 @@ class Running:
         """The optimizer, with the recipe's learning-rate factor for each kind of parameter."""
         optimizer = super().create_optimizer(model)
         scales = self.recipe.train.lr_scale.model_dump()
-        if len(optimizer.param_groups) and any(scale != 1 for scale in scales.values()):
-            kinds = parameter_kinds(self.model)
+        kinds = parameter_kinds(self.model)
+        if any(scales.get(kind, 1) != 1 for kind in kinds.values()):
             groups = []
             for group in optimizer.param_groups:
                 for scale in sorted({scales.get(kinds[p], 1.0) for p in group["params"]}):

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..checkpoint.towers import part_of
 from ..core.attention import CLEAN
 from ..core.head import ATTRIBUTE
 
@@ -118,12 +119,15 @@ def attending_with(model: Any, kind: str | None) -> Iterator[None]:
 
 def parameter_kinds(model: Any) -> dict[Tensor, str]:
     """The kind of each parameter: attention, mlp, embeddings, diffusion_head or other (norms,
-    biases).
+    biases), and of a vision-language model tower and projector.
 
     Attention modules are those that say whether they are causal, as all of transformers' do.
     """
-    head = getattr(unwrapped(model), ATTRIBUTE, None)
+    inner = unwrapped(model)
+    head = getattr(inner, ATTRIBUTE, None)
     kinds = {} if head is None else dict.fromkeys(head.parameters(), "diffusion_head")
+    parts, named = part_of(inner), inner.named_parameters()
+    kinds |= {p: parts[name] for name, p in named if parts[name] != "language_model"}
     attention = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     for kind, modules in (

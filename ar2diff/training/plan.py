@@ -15,6 +15,7 @@ from ..checkpoint.adapters import add_adapter, check_base
 from ..checkpoint.files import is_adapter, read_spec, refuse_draft
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint, count_parameters
+from ..checkpoint.towers import PARTS, freeze
 from ..config.recipe import Recipe, contradictions_of, with_values
 from ..conversion.convert import convert, end_token
 from ..conversion.images import image_problems
@@ -174,6 +175,7 @@ class Verb:
         recipe = fitted(recipe, checkpoint)
         if self.converts and (spec is not None or recipe.objective.kind == "diffusion"):
             convert_for(checkpoint, recipe, self._counts(checkpoint, rows))
+        freeze_parts(checkpoint, recipe)
         add_adapter(checkpoint, recipe)
         return self.plan(checkpoint, recipe, rows)
 
@@ -191,6 +193,29 @@ class Verb:
             return counts
 
         return count
+
+
+def freeze_parts(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Keep the parts of a vision-language model as they are that the recipe names.
+
+    Raises:
+        Ar2DiffError: it is none, or nothing is left to train.
+    """
+    frozen = recipe.train.frozen
+    if not frozen:
+        return
+    named = option("train.frozen", ",".join(frozen))
+    if not checkpoint.sees_images:
+        raise Ar2DiffError(
+            f"{named} names parts of a vision-language model, but model {checkpoint.path} is one "
+            "of text",
+            f"leave out {option('train.frozen')}",
+        )
+    if {*frozen} >= {*PARTS} and recipe.peft is None:
+        raise Ar2DiffError(
+            f"{named} leaves nothing to train", f"leave a part out of {option('train.frozen')}"
+        )
+    freeze(checkpoint.model, frozen)
 
 
 def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
