@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
-from ..checkpoint.towers import part_of
+from ..checkpoint.towers import trains_images
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..distributed.ranks import STOPPED
@@ -49,11 +49,7 @@ class Running:
         self._uncounted: Tensor | None = None  # tokens that `state` does not know of yet
         disable_dropout(checkpoint.model)
         # A batch may hold no image, and then the parts that see images have no gradient.
-        parts = part_of(unwrapped(checkpoint.model))
-        args.ddp_find_unused_parameters = any(
-            p.requires_grad and parts[name] != "language_model"
-            for name, p in unwrapped(checkpoint.model).named_parameters()
-        )
+        args.ddp_find_unused_parameters = trains_images(unwrapped(checkpoint.model))
         with weights_kept(checkpoint.model):
             super().__init__(model=module or checkpoint.model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
