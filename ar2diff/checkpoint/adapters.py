@@ -195,7 +195,7 @@ def load_adapter(
         raise other
     _wrap(checkpoint, config, Base(*name_of(folder), found, mask_row, weights))
     _load_weights(checkpoint.model, path)
-    checkpoint.path = path
+    checkpoint.path, checkpoint.processor_path = path, folder
     if (path / "tokenizer_config.json").is_file():  # training may have given it a chat template
         checkpoint.tokenizer = load_tokenizer(path)
     write_spec(checkpoint, replace(spec, noise=checkpoint.spec.noise))

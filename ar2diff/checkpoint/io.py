@@ -19,6 +19,7 @@ from .draft import load_drafting, save_draft, save_draft_config
 from .files import find_checkpoint, is_adapter, is_draft
 from .model import Checkpoint, load_model, load_tokenizer, stored_dtype, write_spec
 from .output import Output
+from .processor import copy_processor
 
 IN_HEAD = f"{ATTRIBUTE}."  # how the names of a diffusion head's parameters begin
 
@@ -147,10 +148,13 @@ def check_saving(checkpoint: Checkpoint) -> None:
 
 
 def save_beside(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what lies beside the weights of a whole model: configs, tokenizer, decoding code."""
+    """Write what lies beside the weights of a whole model: configs, tokenizer, processor, decoding
+    code."""
     checkpoint.model.config.save_pretrained(folder)
     checkpoint.model.generation_config.save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
+    if checkpoint.sees_images:
+        copy_processor(checkpoint.processor_path or checkpoint.path, folder)
     if checkpoint.spec is not None:
         if (fitted := checkpoint.spec.noise.fitted) is not None:
             (folder / NOISE_FILE).write_bytes(fitted.to_bytes())

@@ -30,6 +30,7 @@ from ..core.masked_lm import is_masked_lm
 from ..core.noise import Noise
 from ..core.options import MODES, RULE, SAFE_THRESHOLD, THRESHOLD
 from ..core.spec import CAUSAL, HEAD_FILE, Spec
+from ..data.album import Album
 from ..data.template_trial import check_cost, templates_of
 from ..diffusion.objective import suppressed_ids
 from .files import (
@@ -61,7 +62,8 @@ class Checkpoint:
 
     `stored` maps a tensor's name to the dtype in which the files hold it; `base` is the converted
     model under an adapter (`adapters.Base`), None where there is none; `draft` is a draft adapter
-    beside the model, or None; `notes` are what its user should know of the conversion.
+    beside the model, or None; `notes` are what its user should know of the conversion;
+    `processor_path` is the folder of the processor, if that is another one (under an adapter).
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Checkpoint:
     base: Any = None
     draft: Draft | None = None
     notes: list[str] = field(default_factory=list)
+    processor_path: Path | None = None
     _token_ids: frozenset[int] = field(default=frozenset(), repr=False)
     _suppressed: tuple[Any, Tensor | None] = field(default=(None, None), repr=False)
 
@@ -96,10 +99,22 @@ class Checkpoint:
         """Whether it is a vision-language model."""
         return image_token_of(self.model.config) is not None
 
-    @cached_property
+    @property
     def processor(self) -> Any:
-        """The processor of a vision-language model; errors as of `load_processor`."""
-        return load_processor(self.path, self.tokenizer)
+        """The processor of a vision-language model, around its tokenizer; errors as of
+        `load_processor`."""
+        self._processor.tokenizer = self.tokenizer
+        return self._processor
+
+    @cached_property
+    def _processor(self) -> Any:
+        # Of an adapter, that of its base, which is where the tower is.
+        return load_processor(self.processor_path or self.path)
+
+    @cached_property
+    def album(self) -> Album | None:
+        """The images of a run; None for a model of text."""
+        return Album(self.processor, self.model) if self.sees_images else None
 
     @property
     def token_ids(self) -> frozenset[int]:

@@ -3,26 +3,67 @@ of their pixels."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor
 
 from ..core.errors import Ar2DiffError, first_line
+from .files import inside
+
+FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+NEEDED = re.compile(r"(\w+) library|No module named '(\w+)'|(num2words|torchvision)", re.IGNORECASE)
+PILLOW = "pip install 'ar2diff[vision]'"
+TEMPLATE = "chat_template.json"  # where older processors have it, and their tokenizers have none
+MISMATCH = "torchvision::nms"  # in the error of a torchvision that was built for another torch
+SAME_BUILD = "install the torchvision that belongs to the installed torch, from the same index"
 
 
-def load_processor(path: Path, tokenizer: Any) -> Any:
-    """The processor of a folder, as a stock class of transformers, around a tokenizer.
+def load_processor(path: Path) -> Any:
+    """The processor of a folder, as a stock class of transformers. No code in the folder is run.
 
     Raises:
-        Ar2DiffError: it needs a package that is not installed, or does not load.
+        Ar2DiffError: it needs a package that is not installed or does not fit, or does not load.
     """
+    for name in (*FILES, TEMPLATE):
+        inside(path, name)
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise Ar2DiffError(
-            f"model {path}: its processor cannot be loaded ({first_line(error)})",
-            "add the files of its processor to the folder, or download them again",
-        ) from error
-    processor.tokenizer = tokenizer
-    return processor
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each class raises what it likes
+        raise _no_processor(path, error) from error
+
+
+def _no_processor(path: Path, error: Exception) -> Ar2DiffError:
+    what = f"model {path}: its processor"
+    if MISMATCH in str(error):
+        return Ar2DiffError(
+            f"{what} cannot be loaded: torchvision does not match torch", SAME_BUILD
+        )
+    named = NEEDED.search(str(error))
+    package = next((name.lower() for name in named.groups() if name), "") if named else ""
+    package = {"pil": "pillow"}.get(package, package)
+    module = {"pillow": "PIL"}.get(package, package)
+    if isinstance(error, ImportError) and package and importlib.util.find_spec(module) is None:
+        return Ar2DiffError(
+            f"{what} needs the package {package}, which is not installed",
+            PILLOW if package == "pillow" else f"pip install {package}",
+        )
+    if importlib.util.find_spec("PIL") is None:
+        return Ar2DiffError(f"{what} needs the package pillow, which is not installed", PILLOW)
+    return Ar2DiffError(
+        f"{what} cannot be loaded ({first_line(error)})",
+        "add the files of its processor to the folder, or download them again",
+    )
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy the files of a processor as they are; its chat template only where the tokenizer wrote
+    none."""
+    own = (folder / "chat_template.jinja").is_file()
+    for name in (*FILES, *([] if own else [TEMPLATE])):
+        file = inside(source, name)
+        if file.is_file():
+            shutil.copyfile(file, folder / name)

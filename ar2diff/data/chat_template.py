@@ -3,12 +3,14 @@ assistant says, and where an answer ends."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, first_line, nearest, option
@@ -89,6 +91,29 @@ def template_name(recipe: Recipe) -> str:
     return "the chat template of the tokenizer" if given is None else f"the chat template {given}"
 
 
+@functools.lru_cache(maxsize=64)
+def _takes_text(template: str) -> bool:
+    """Whether a template writes messages whose content is a text; some only know lists of parts."""
+    probe, values = "ar2diffprobe", dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
+    chat = [{"role": role, "content": probe} for role in ("user", "assistant")]
+    try:
+        return _compile_jinja_template(template).render(messages=chat, **values).count(probe) == 2
+    except Exception:  # a template raises what it likes
+        return True
+
+
+def in_form(template: str | None, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose texts are lists of one part, for a template that takes nothing else."""
+    if not isinstance(template, str) or _takes_text(template):
+        return list(messages)
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str)
+        else m
+        for m in messages
+    ]
+
+
 def turn_end(tokenizer: Any, template: str) -> int | None:
     """The special token that a template writes after what the assistant says; None if there is
     none."""
@@ -111,7 +136,7 @@ def rendered(
     """The text that a template writes; None if it raises an error."""
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tools, chat_template=template, tokenize=False, **options
+            in_form(template, messages), tools, chat_template=template, tokenize=False, **options
         )
     except Exception:  # a template raises what it likes
         return None
@@ -138,7 +163,7 @@ def asked_otherwise(tokenizer: Any, rows: Sequence[dict[str, Any]], most: int = 
     answer."""
     found = 0
     for row in rows[:most]:
-        messages, tools = row["messages"], row.get("tools")
+        messages, tools = in_form(tokenizer.chat_template, row["messages"]), row.get("tools")
         if messages[-1]["role"] != "assistant":
             continue
         try:
@@ -197,7 +222,7 @@ def _written_of(
 ) -> str | None:
     try:
         return tokenizer.apply_chat_template(
-            messages,
+            in_form(template, messages),
             row.get("tools"),
             chat_template=template,
             tokenize=False,
@@ -226,7 +251,9 @@ def _endless(tokenizer: Any, template: str, name: str) -> Ar2DiffError:
     """The error for a template that does not end an answer, or does not render one at all."""
     chat = [{"role": "user", "content": "a"}, _said("what is said")]
     try:
-        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        tokenizer.apply_chat_template(
+            in_form(template, chat), chat_template=template, tokenize=False
+        )
     except Exception as error:  # a template raises what it likes
         return Ar2DiffError(
             f"{name} cannot render a question and its answer: {first_line(error)}", OWN

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.sections import Columns
 from ..core.errors import Ar2DiffError, nearest, option
+from .parts import COLUMNS, PLACEHOLDER
 from .rows import kind_of
 from .sources import columns_of
 
@@ -75,8 +76,10 @@ def _column_of_messages(row: dict[str, Any]) -> str | None:
 
 
 def _value(row: dict[str, Any], text: str, where: str) -> Any:
-    """A column, or a text with columns in braces, of which some may be empty or null."""
+    """A column, or a text with columns in braces, of which some may be empty or null. For one of
+    images stand their placeholders."""
     names = PLACE.findall(text)
+    row = row | {name: _placeholders(row[name]) for name in COLUMNS if name in row and names}
     for name in names or [text]:
         if name not in row:
             raise Ar2DiffError(
@@ -112,3 +115,8 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
     return str(value)
+
+
+def _placeholders(images: Any) -> str:
+    """What stands in a text for the images of a column."""
+    return PLACEHOLDER * (len(images) if isinstance(images, list) else images is not None)

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, first_line, option
-from .chat_template import asked_otherwise, check_options, dropped_by, template_name
+from .album import Album
+from .chat_template import asked_otherwise, check_options, dropped_by, in_form, template_name
 from .columns import arranged, columns_read
+from .images import Shots, shot_of
+from .parts import PLACEHOLDER, PLACES, image_parts
 from .shapes import columns_of_shape, conversation_of
-from .sources import no_data, read_source
+from .sources import folder_of, no_data, read_source
 from .turns import IGNORED, PackedConversations, runs_of
 
 FORMATS = ("messages", "prompt and completion", "text")
@@ -30,11 +34,13 @@ class Conversations:
             `completion`, or with a text.
         where: what an error calls each of them.
         unread: columns that rows have and nothing reads.
+        shots: the images in them, which name them by their keys.
     """
 
     rows: list[dict[str, Any]]
     where: list[str]
     unread: tuple[str, ...]
+    shots: Shots = field(default_factory=Shots)
 
     @property
     def chat(self) -> bool:
@@ -56,8 +62,9 @@ class TokenRows:
     """Conversations as token ids.
 
     Attributes:
-        ids: int32, of each row; lists would take ten times the memory.
-        labels: int32, of each token, its id where it is learned, else `IGNORED`.
+        ids: int32, of each row; lists would take ten times the memory. Of rows with images int64,
+            since the codes of their placeholders are below -2 ** 31.
+        labels: as the ids, of each token, its id where it is learned, else `IGNORED`.
         notes: lines for the user: what of the data is not used, what may be wrong with it.
     """
 
@@ -75,8 +82,9 @@ class TokenRows:
         return Dataset.from_dict({"input_ids": self.ids, "labels": self.labels})
 
 
-def read_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what an error calls it, row) of all sources, its columns arranged as the recipe says.
+def read_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """(what an error calls it, row, folder of its file) of all sources, its columns arranged as the
+    recipe says.
 
     Raises:
         Ar2DiffError: naming the row that cannot be read.
@@ -84,8 +92,9 @@ def read_rows(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     if not recipe.data.sources:
         raise no_data()
     for source in recipe.data.sources:
+        folder = folder_of(source)
         for where, row in read_source(source):
-            yield where, arranged(row, recipe.data.columns, where)
+            yield where, arranged(row, recipe.data.columns, where), folder
 
 
 def read_conversations(recipe: Recipe) -> Conversations:
@@ -93,21 +102,25 @@ def read_conversations(recipe: Recipe) -> Conversations:
     return conversations_of(read_rows(recipe), recipe)
 
 
-def conversations_of(found: Iterable[tuple[str, dict[str, Any]]], recipe: Recipe) -> Conversations:
-    """The conversations that rows of any of the common shapes hold.
+def conversations_of(
+    found: Iterable[tuple[str, dict[str, Any], Path]], recipe: Recipe
+) -> Conversations:
+    """The conversations that rows of any of the common shapes hold. Their images are read.
 
     Args:
-        found: (what an error calls it, row), its columns arranged as the recipe says.
+        found: (what an error calls it, row, folder of its file), its columns arranged as the recipe
+            says.
 
     Raises:
         Ar2DiffError: naming the row that is none; or the rows are of several formats.
     """
+    shots = Shots()
     rows: list[dict[str, Any]] = []
     places: list[str] = []
     unread: dict[str, None] = {}
     mapped, field = columns_read(recipe.data.columns), recipe.data.text_field
-    for where, row in found:
-        rows.append(conversation_of(row, where, field))
+    for where, row, folder in found:
+        rows.append(_with_keys(conversation_of(row, where, field), shots, where, folder))
         places.append(where)
         if not row.keys() <= unread.keys():
             read = columns_of_shape(row, field) | mapped
@@ -117,22 +130,40 @@ def conversations_of(found: Iterable[tuple[str, dict[str, Any]]], recipe: Recipe
                 f"{where} has a different format than {places[0]}, but all rows must have the same",
                 f"use one of these formats for all rows: {', '.join(FORMATS)}",
             )
-    return Conversations(rows, places, tuple(unread))
+    return Conversations(rows, places, tuple(unread), shots)
 
 
-def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) -> TokenRows:
+def _with_keys(row: dict[str, Any], shots: Shots, where: str, folder: Path) -> dict[str, Any]:
+    """The row with the keys of its images in place of what names them."""
+
+    def key(image: Any) -> int:
+        return shots.add(shot_of(image, where, folder), where)
+
+    for part in image_parts(row):
+        part["image"] = key(part["image"])
+    return {**row, "images": [key(image) for image in row["images"]]} if "images" in row else row
+
+
+def tokenize_conversations(
+    data: Conversations, tokenizer: Any, recipe: Recipe, album: Album | None = None
+) -> TokenRows:
     """Tokenize conversations with the tokenizer's chat template, or as texts.
 
+    Args:
+        album: of a vision-language model, which gets the images.
+
     Raises:
-        Ar2DiffError: naming the row that the template refuses, in the template's own words.
+        Ar2DiffError: naming the row that the template refuses, in the template's own words; or
+            there are images for a model of text.
     """
     notes = []
+    rename = _known_images(data, album)
     if data.unread:
         names = ", ".join(data.unread[:8]) + (" ..." if len(data.unread) > 8 else "")
         notes.append(f"note: these columns of the data are not used: {names}")
     if data.chat:
         pairs = [
-            np.array(_chat(row, where, tokenizer, recipe), dtype=np.int32)
+            _arrays(_chat(row, where, tokenizer, recipe, album, rename))
             for row, where in zip(data.rows, data.where, strict=True)
         ]
         dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
@@ -145,8 +176,35 @@ def tokenize_conversations(data: Conversations, tokenizer: Any, recipe: Recipe) 
                 "without add_generation_prompt"
             )
     else:
-        pairs = [np.array(_text(row, tokenizer), dtype=np.int32) for row in data.rows]
+        pairs = [
+            _arrays(_text(row, where, tokenizer, album, rename))
+            for row, where in zip(data.rows, data.where, strict=True)
+        ]
     return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
+
+
+def _known_images(data: Conversations, album: Album | None) -> dict[int, int]:
+    """Put the images into the album. Returns {their keys in the rows: those in the album}.
+
+    Raises:
+        Ar2DiffError: there are images for a model of text, or images that stand nowhere.
+    """
+    for row, where in zip(data.rows, data.where, strict=True):
+        if album is None and (image_parts(row) or row.get("images")):
+            raise Ar2DiffError(
+                f"{where} has an image, but the model reads text alone",
+                "use a vision-language model, or remove the row",
+            )
+        if album is not None and "unplaced" in row:
+            raise Ar2DiffError(
+                f"{where} has {row['unplaced']} images in its columns, but no place for one", PLACES
+            )
+    return {} if album is None else album.include(data.shots)
+
+
+def _arrays(pair: tuple[list[int], list[int]]) -> np.ndarray:
+    ids, _ = pair
+    return np.array(pair, dtype=np.int64 if ids and min(ids) < 0 else np.int32)
 
 
 def packed(
@@ -165,30 +223,50 @@ def _format(row: dict[str, Any]) -> str:
     return next((name for name in ("messages", "prompt") if name in row), "text")
 
 
-def _text(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _text(
+    row: dict[str, Any], where: str, tokenizer: Any, album: Album | None, rename: dict[int, int]
+) -> tuple[list[int], list[int]]:
     """Ids and labels of a text, or of a prompt and a completion, of which only the latter is
     learned. It begins where prompt and whole text diverge, as tokens may join across."""
     end = tokenizer.eos_token
-    *prompt, last = (row["prompt"], row["completion"]) if "prompt" in row else row.values()
+    texts = {k: v for k, v in row.items() if k not in ("images", "unplaced")}
+    *prompt, last = (row["prompt"], row["completion"]) if "prompt" in row else texts.values()
     whole = "".join(prompt) + (last if last.endswith(end) else last + end)
-    ids = _ids(tokenizer, whole)
+    keys = [rename[key] for key in row.get("images", ())]
+
+    def coded(text: str) -> list[int]:
+        if not keys:
+            return _ids(tokenizer, text)
+        some = keys[: text.count(PLACEHOLDER)]
+        found = album.read(text.replace(PLACEHOLDER, album.mark), some, where)
+        return _once(tokenizer, found)
+
+    ids = coded(whole)
     start = 0
     if prompt:
-        before = _ids(tokenizer, prompt[0])
+        before = coded(prompt[0])
         pairs = zip(before, ids, strict=False)
         start = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids)))
-    return ids, [IGNORED] * start + ids[start:]
+    return ids, [IGNORED] * start + [one if one >= 0 else IGNORED for one in ids[start:]]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text. Of a tokenizer that appends its end token, one at most."""
-    ids = tokenizer(text=text, verbose=False)["input_ids"]
+    return _once(tokenizer, tokenizer(text=text, verbose=False)["input_ids"])
+
+
+def _once(tokenizer: Any, ids: list[int]) -> list[int]:
     end = tokenizer.eos_token_id
     return ids[:-1] if ids[-2:] == [end, end] else ids
 
 
 def _chat(
-    row: dict[str, Any], where: str, tokenizer: Any, recipe: Recipe
+    row: dict[str, Any],
+    where: str,
+    tokenizer: Any,
+    recipe: Recipe,
+    album: Album | None,
+    rename: dict[int, int],
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of messages: all tokens, or with `assistant_only` those that the template
     marks; never those of an answer whose weight is 0."""
@@ -196,23 +274,31 @@ def _chat(
     check_options(tokenizer, options, where)
     weights = [m.get("weight", 1) for m in row["messages"] if m["role"] == "assistant"]
     messages = [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]
+    messages = in_form(tokenizer.chat_template, messages)
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            tools=row.get("tools"),
-            return_dict=True,
-            return_assistant_tokens_mask=marked,
-            tokenizer_kwargs={"verbose": False},
-            **options,
-        )
+        if album is not None:
+            ids, masks = album.chat(
+                messages, tokenizer.chat_template, where, rename, row.get("tools"), marked, options
+            )
+        else:
+            encoded = tokenizer.apply_chat_template(
+                messages,
+                tools=row.get("tools"),
+                return_dict=True,
+                return_assistant_tokens_mask=marked,
+                tokenizer_kwargs={"verbose": False},
+                **options,
+            )
+            ids, masks = list(encoded["input_ids"]), encoded.get("assistant_masks")
+    except Ar2DiffError:
+        raise
     except Exception as error:  # a template raises what it likes
         raise Ar2DiffError(
             f"{where}: {template_name(recipe)} cannot render it: {first_line(error)}",
             f"correct or remove the row, or set another {option('data.chat_template')}",
         ) from None
-    ids = list(encoded["input_ids"])
-    learned = encoded["assistant_masks"] if marked else [1] * len(ids)
-    labels = [one if keep else IGNORED for one, keep in zip(ids, learned, strict=True)]
+    learned = masks if marked else [1] * len(ids)
+    labels = [one if keep and one >= 0 else IGNORED for one, keep in zip(ids, learned, strict=True)]
     unlearned = {m["role"] for m in row["messages"] if m.get("weight") == 0}
     if "assistant" in unlearned or (unlearned and not marked):
         _forget(labels, weights, where, marked)

@@ -1,12 +1,13 @@
 """The shapes that rows of conversations have, and the one form that each becomes:
 
-    messages: [{role, content}]             OpenAI; also as JSON text; content may be text parts
+    messages: [{role, content}]             OpenAI; also as JSON text; content may be parts
     conversations: [{from, value}]          ShareGPT
     instruction, input, output              Alpaca; `input` may be empty or missing
     prompt, completion                      texts, or messages
     text                                    in the column data.text_field
 
-A message with `weight: 0` or `train: false` is read, but not learned.
+Images stand in messages, prompts and texts as `parts` says. A message with `weight: 0` or
+`train: false` is read, but not learned.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..core.errors import Ar2DiffError, option, shortened
 from .columns import likely_columns
+from .parts import COLUMNS, content_of, images_of, with_images
 from .rows import FIX, kind_of, parse_value
 from .sources import columns_of
 
@@ -29,7 +31,8 @@ ALPACA = ("instruction", "input", "output")
 
 def conversation_of(row: dict[str, Any], where: str, text_field: str) -> dict[str, Any]:
     """The row as `messages` (with `tools` and `chat_template_kwargs`, if it has them), as `prompt`
-    and `completion` that are texts, or as a text under `text_field`.
+    and `completion` that are texts, or as a text under `text_field`; with its images as of
+    `with_images`.
 
     Args:
         where: what an error calls the row.
@@ -37,6 +40,10 @@ def conversation_of(row: dict[str, Any], where: str, text_field: str) -> dict[st
     Raises:
         Ar2DiffError: naming the column that cannot be read, and the settings that would read it.
     """
+    return with_images(_conversation(row, where, text_field), images_of(row), where)
+
+
+def _conversation(row: dict[str, Any], where: str, text_field: str) -> dict[str, Any]:
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return _chat(messages_of(row[name], f"{where}: {name}"), row, where)
@@ -61,7 +68,11 @@ def conversation_of(row: dict[str, Any], where: str, text_field: str) -> dict[st
 
 
 def columns_of_shape(row: dict[str, Any], text_field: str) -> set[str]:
-    """The columns that `conversation_of` reads of a row."""
+    """The columns that `conversation_of` reads of a row, and those of images."""
+    return {*_columns(row, text_field), *COLUMNS}
+
+
+def _columns(row: dict[str, Any], text_field: str) -> set[str]:
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return {name, "system" if name == "conversations" else name, *OF_A_CHAT}
@@ -108,8 +119,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise Ar2DiffError(f"{where}: the message has no role", FIX)
     calls = message.get("tool_calls")
     if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{n}]") for n, part in enumerate(content))
-    if not isinstance(content, str) and not (content is None and calls):
+        content = content_of(content, where)
+    if not isinstance(content, (str, list)) and not (content is None and calls):
         raise Ar2DiffError(
             f"{where}: the content is {kind_of(content)}, but must be text",
             'correct or remove the row; an empty answer is ""',
@@ -121,17 +132,6 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     message.pop("train", None)
     message.pop("weight", None)
     return message if learned else {**message, "weight": 0}
-
-
-def _part(part: Any, where: str) -> str:
-    """The text of a part of a message."""
-    text = part.get("text") if isinstance(part, dict) else part
-    kind = part.get("type", "text") if isinstance(part, dict) else "text"
-    if kind != "text" or not isinstance(text, str):
-        raise Ar2DiffError(
-            f"{where} is a part of type {shortened(kind)}, but ar2diff only reads text", FIX
-        )
-    return text
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

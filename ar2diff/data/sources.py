@@ -73,6 +73,12 @@ def _find_file(path: str) -> Path | None:
     return None
 
 
+def folder_of(source: Source) -> Path:
+    """The folder to which paths in a source are relative: that of its file, else the current."""
+    path = find_file(source.path)
+    return Path() if path is None else path.parent
+
+
 def no_data() -> Ar2DiffError:
     """The error for a run without data in its recipe or arguments."""
     return Ar2DiffError(

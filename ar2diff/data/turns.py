@@ -25,11 +25,14 @@ from torch.utils.data import IterableDataset
 from ..config.recipe import Recipe
 from ..core.attention import PADDING, reading_slot
 from ..core.head import UNKNOWN
+from ..core.images import codes_of
 from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
+from ..core.sight import until_of, wide
 from ..diffusion.corruption import block_times, corrupt, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
+from .album import Album
 from .documents import drawn_before, guess_draws, law_of, pack, weighs_law
 from .places import chosen_places, distilled_tokens, shown_at
 
@@ -71,6 +74,7 @@ class Answers:
         ended: number of turns with an end token.
         lengths: tokens of each turn, including the end token.
         cut: number of conversations longer than `max_length`, which were cut or left out.
+        torn: number of those that were left out because a cut would lose an image.
         barren: number of conversations from which nothing is learned.
     """
 
@@ -78,6 +82,7 @@ class Answers:
     ended: int
     lengths: tuple[int, ...]
     cut: int
+    torn: int
     barren: int
 
 
@@ -118,10 +123,11 @@ def conversation_parts(
     per turn.
 
     A turn whose end was cut off is not filled and does not teach to stop; with blocks, its last,
-    incomplete block is left out.
+    incomplete block is left out. A conversation of which a cut would lose an image, or a part of
+    one, is left out.
     """
     size, grid = recipe.data.max_length, recipe.convert.block_length
-    if len(ids) > size and recipe.data.overlong == "drop":
+    if len(ids) > size and (recipe.data.overlong == "drop" or loses_image(ids, size)):
         return []
     ids, labels = list(ids[:size]), labels[:size]
     turns = []
@@ -144,6 +150,11 @@ def conversation_parts(
         )
         for turn in turns
     ]
+
+
+def loses_image(ids: Sequence[int], size: int) -> bool:
+    """Whether the ids after the first `size` have codes of images."""
+    return min(ids[size:], default=0) < 0
 
 
 class PackedConversations(IterableDataset):
@@ -203,17 +214,19 @@ class PackedConversations(IterableDataset):
 
     def answers(self) -> Answers:
         """Statistics of one pass over the training data."""
-        lengths, ended, cut, barren = [], 0, 0, 0
+        lengths, ended, cut, torn, barren = [], 0, 0, 0, 0
+        size = self.recipe.data.max_length
         for number in range(len(self.rows)):
             if number in self.held_out:
                 continue
             ids, labels = self._supervised(number)
-            cut += len(ids) > self.recipe.data.max_length
+            cut += len(ids) > size
+            torn += len(ids) > size and loses_image(ids, size)
             barren += not conversation_parts(ids, labels, 0, self.ends, self.recipe)
             for start, end in runs_of(labels):
                 lengths.append(end - start)
                 ended += ids[end - 1] in self.ends
-        return Answers(len(lengths), ended, tuple(lengths), cut, barren)
+        return Answers(len(lengths), ended, tuple(lengths), cut, torn, barren)
 
     def example(self) -> tuple[list[int], list[bool]] | None:
         """Ids of the first conversation with supervised tokens, cut to `max_length`, and which of
@@ -233,10 +246,21 @@ class PackedConversations(IterableDataset):
 @dataclass(frozen=True)
 class TurnCollator:
     """Turns rows into a noised batch of slots. The noise is drawn here, on the CPU, so that the
-    loss's divisor is known before the first micro-step."""
+    loss's divisor is known before the first micro-step.
+
+    Attributes:
+        noise: over the model's vocabulary.
+        album: the images of the rows; None for a model of text.
+        reach: the `images` of the spec.
+        ghost: the key of an image that a batch without one gets, in slots of padding, so that every
+            batch trains the same parameters, by 0; None: none.
+    """
 
     recipe: Recipe
-    noise: Noise  # over the model's vocabulary
+    noise: Noise
+    album: Album | None = None
+    reach: str | None = None
+    ghost: int | None = None
 
     def __call__(
         self, numbered: Sequence[tuple[int, Sequence[ConversationPart]]]
@@ -246,15 +270,20 @@ class TurnCollator:
         before it; -1 in the fill, which the AR mode never writes), coef, t, eos, ar, with a
         diffusion head also previous (the token before each one, as `previous_ids` has it), with
         guesses of the model also guess (their draws, as `Noise.guesses_for` has them); scalars:
-        divisor, ar_divisor, tokens; and those of `chosen_places`."""
+        divisor, ar_divisor, tokens; those of `chosen_places`; and, with images, those of
+        `_sighted`, of `_seen`."""
         views = 2 if self.recipe.noise.complementary else 1
         rows = [self._row(parts, view) for view in range(views) for _, parts in numbered]
-        size = max(len(row["pos"]) for row in rows)
+        ghost = self._needed(rows)
+        size = max(len(row["pos"]) for row in rows) + len(ghost)
         fill = {"doc": PADDING, "seq": PADDING, "before": -1, "previous": UNKNOWN}
         batch = {
             name: torch.stack([_padded(row[name], size, fill.get(name, 0)) for row in rows])
             for name in rows[0]
         }
+        if self.album is not None:
+            batch["input_ids"][0, size - len(ghost) :] = torch.tensor(ghost, dtype=torch.long)
+            batch |= self._sighted(batch["input_ids"])
         scored, objective = batch["scored"], self.recipe.objective
         coef, divisor = coefficients(
             scored,
@@ -283,6 +312,18 @@ class TurnCollator:
             **chosen_places(scored, batch["ar"], distilled),
             **shown_at(self.noise, batch["input_ids"], scored),
         }
+
+    def _sighted(self, ids: Tensor) -> dict[str, Any]:
+        """The input_ids [B, S] with the numbers of features in place of codes, and `images`, what
+        they are the features of; nothing if there are none."""
+        images = self.album.images_in(ids)
+        return {} if images is None else {"images": images, "input_ids": images.numbered(ids)}
+
+    def _needed(self, rows: Sequence[dict[str, Tensor]]) -> list[int]:
+        """The codes of an image that no row of the batch needs, but every batch must have."""
+        if self.ghost is None or any((row["input_ids"] < 0).any() for row in rows):
+            return []
+        return codes_of(self.ghost, self.album.header(self.ghost).size)
 
     def _row(self, parts: Sequence[ConversationPart], view: int) -> dict[str, Tensor]:
         """Slots of a row: the noisy copies of all turns, then the clean copies."""
@@ -331,8 +372,9 @@ class TurnCollator:
         pos = torch.arange(first, turn.stop)
         fill = turn.stop - turn.end
         ids = [*part.ids[first : turn.end], *[part.ids[turn.end - 1]] * fill]
-        target = torch.tensor(ids)
-        maskable = (pos >= turn.start) & (target != self.noise.mask)
+        codes = torch.tensor(ids)
+        target = self._words(codes)
+        maskable = (pos >= turn.start) & (target != self.noise.mask) & (codes >= 0)
         eos = (pos >= turn.end - 1) & turn.ended
         # A run of end tokens counts as one.
         weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)
@@ -344,10 +386,11 @@ class TurnCollator:
             ratio = importance(maskable, block, t, law_of(self.recipe), both)
         found = {
             "target": target, "pos": pos, "noisy": torch.ones_like(maskable),
-            "input_ids": xt, "scored": scored,
+            "input_ids": torch.where(codes < 0, codes, xt), "scored": scored,
             "t": t, "ratio": ratio, "weight": weight, "eos": eos,
             "ar": torch.zeros_like(maskable),
             "start": pos // grid * grid if grid else torch.zeros_like(pos),
+            **self._seen(part, pos, False),
         }  # fmt: skip
         if self.recipe.convert.head_rank is not None:
             found["previous"] = self._previous(part, turn, target, scored)
@@ -399,6 +442,7 @@ class TurnCollator:
     def _clean(self, part: ConversationPart, doc: int) -> dict[str, Tensor]:
         """The clean copy, whose supervised tokens have an AR loss."""
         ids, pos = torch.tensor(part.ids), torch.arange(len(part.ids))
+        words = self._words(ids)
         none = torch.zeros(len(ids), dtype=torch.bool)
         ar = none.clone()
         for turn in part.turns:
@@ -406,15 +450,34 @@ class TurnCollator:
         zeros = torch.zeros(len(ids))
         guess = {"guess": zeros.double() - 1} if self.noise.guesses else {}
         return {
-            "target": ids, "input_ids": ids, "pos": pos, "noisy": none, "scored": none,
+            "target": words, "input_ids": ids, "pos": pos, "noisy": none, "scored": none,
             "t": zeros.double(), "ratio": zeros.double(), "before": torch.full_like(pos, -1),
-            "weight": zeros, "eos": none, "ar": ar & (ids != self.noise.mask),
+            "weight": zeros, "eos": none, "ar": ar & (ids != self.noise.mask) & (ids >= 0),
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
             "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),
-            "previous": torch.full_like(pos, UNKNOWN), **guess,
+            "previous": torch.full_like(pos, UNKNOWN), **guess, **self._seen(part, pos, True),
         }  # fmt: skip
+
+    def _words(self, ids: Tensor) -> Tensor:
+        """The ids with placeholders in place of codes."""
+        return ids if self.album is None else ids.masked_fill(ids < 0, self.album.token)
+
+    def _seen(self, part: ConversationPart, pos: Tensor, clean: bool) -> dict[str, Tensor]:
+        """For the slots [n] of a copy of a conversation: `places` [n, 3], the model's positions, if
+        these are not logical ones; and `until` [n], the last position that each clean slot reads,
+        if that is not its own."""
+        if self.album is None:
+            return {}
+        ids, found = torch.tensor(part.ids), {}
+        if self.album.moves:
+            found["places"] = wide(self.album.places(ids), int(pos[-1]) + 1, 0)[pos]
+        if self.reach in ("image", "prefix") and self.recipe.convert.block_length:
+            found["until"] = pos
+            if clean:
+                found["until"] = until_of(ids, self.reach, part.turns[0].start)
+        return found
 
 
 def _padded(values: Tensor, size: int, fill: int) -> Tensor:
-    return torch.cat([values, values.new_full((size - len(values),), fill)])
+    return torch.cat([values, values.new_full((size - len(values), *values.shape[1:]), fill)])

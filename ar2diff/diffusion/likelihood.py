@@ -33,6 +33,7 @@ from transformers import DynamicCache
 from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
+from ..core.images import seeing
 from ..core.noise import EARLIEST, Noise
 from ..core.seeds import keyed_generator
 from ..core.spec import Spec
@@ -273,7 +274,8 @@ def masked_nll(
 def task_nll(model: Any, spec: Spec, task: Task, suppressed: Tensor) -> Tensor:
     """-log p of each token that a task predicts, [N], on the CPU; with the bias of the diffusion
     head where the task knows the tokens before."""
-    logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
+    with seeing(task.images):
+        logits = logits_at(model, task.index, **task.inputs(model, spec.local_window))
     return _nll(model, spec, logits, task, suppressed)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.attention import Slots, lay_out, model_mask, reading_slot
 from ..core.head import UNKNOWN
+from ..core.images import Images
 from ..core.noise import Noise
 from ..core.spec import Spec
 
@@ -28,6 +29,8 @@ class Task:
         previous: [N] for a diffusion head, the tokens before them, `UNKNOWN` where masked.
         shown: [N] for a free noise, what their own slots show; [N, H] where that is vectors.
         vectors: [M, H] the embeddings of ids below 0: -1 is the first.
+        places: [B, S, 3] the model's positions of the slots, if these are not the logical ones.
+        images: those whose features are the ids below 0.
     """
 
     input_ids: Tensor
@@ -40,6 +43,8 @@ class Task:
     previous: Tensor | None = None
     shown: Tensor | None = None
     vectors: Tensor | None = None
+    places: Tensor | None = None
+    images: Images | None = None
 
     def inputs(self, model: Any, local_window: str | None) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
@@ -53,7 +58,7 @@ class Task:
         return {
             "input_ids": self.input_ids,
             "attention_mask": mask,
-            "position_ids": self.slots.pos,
+            "position_ids": self.slots.pos if self.places is None else self.places.permute(2, 0, 1),
             **({} if self.vectors is None else {"vectors": self.vectors}),
         }
 
@@ -186,14 +191,17 @@ def previous_ids(
 def turn_task(batch: dict[str, Tensor], spec: Spec) -> Task:
     """The task of predicting the masked tokens of a batch from `TurnCollator`."""
     places, target = batch["scored_at"], batch["target"]
+    slots = Slots(*(batch[name] for name in ("doc", "pos", "noisy", "start", "block")))
     return Task(
         input_ids=batch["input_ids"],
-        slots=Slots(*(batch[name] for name in ("doc", "pos", "noisy", "start", "block"))),
+        slots=replace(slots, until=batch.get("until")),
         attention=spec.attention,
         block_length=spec.block_length,
         index=slots_at(batch["reads"], places, target.shape[1]),
         target=target.flatten()[places],
         previous=batch["previous"].flatten()[places] if spec.head is not None else None,
+        places=batch.get("places"),
+        images=batch.get("images"),
     )
 
 

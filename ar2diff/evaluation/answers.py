@@ -8,10 +8,12 @@ from math import log, nan
 from statistics import stdev
 
 import torch
+from accelerate.utils import send_to_device
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe, with_values
 from ..config.sections import Noise
+from ..conversion.images import reach_in
 from ..data.turns import ConversationPart, PackedConversations, TurnCollator
 from ..diffusion.likelihood import bound, task_nll
 from ..diffusion.objective import time_weights
@@ -19,6 +21,15 @@ from ..diffusion.task import columns_before, reading, turn_task
 from .score import Bound, NegativeLogLikelihood, Score
 
 ROWS = 8  # conversations that are read together
+
+
+def collator_for(recipe: Recipe, checkpoint: Checkpoint, ghost: int | None = None) -> TurnCollator:
+    """The collator of conversations for a checkpoint; `ghost` as of `TurnCollator`."""
+    if not checkpoint.sees_images:
+        return TurnCollator(recipe, checkpoint.noise)
+    spec = checkpoint.spec
+    reach = reach_in(checkpoint) if spec is None else spec.images
+    return TurnCollator(recipe, checkpoint.noise, checkpoint.album, reach, ghost)
 
 
 class AnswerJudge:
@@ -44,7 +55,7 @@ class AnswerJudge:
         noise = Noise(time="block" if recipe.convert.block_length else "document")
         plain = with_values(recipe, noise=noise.model_dump(), objective={"distil": None})
         self.checkpoint, self.samples = checkpoint, samples
-        self.collate = TurnCollator(plain, checkpoint.noise)
+        self.collate = collator_for(plain, checkpoint)
         rows, draws = list(numbers), range(samples)
         self.parts = [
             [_unfilled(part, plain) for n in rows for part in conversations.parts(n, draw)]
@@ -99,7 +110,7 @@ class AnswerJudge:
         if this is the `first` draw; 0 for what is not computed."""
         model, spec = self.checkpoint.model, self.checkpoint.spec_or_causal
         batch = self.collate([(number, [part]) for number, part in enumerate(parts)])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        batch = send_to_device(batch, model.device)  # but for images, which go there when needed
         suppressed = self.checkpoint.suppressed.to(model.device)
         nats = ar = 0.0
         task = turn_task(batch, spec)

@@ -114,7 +114,7 @@ def judged_answers(
     if wanted.data is not None:
         own = with_values(recipe, data={"sources": [{"path": wanted.data}]})
         data = read_conversations(own)
-        rows = tokenize_conversations(data, tokenizer, own)
+        rows = tokenize_conversations(data, tokenizer, own, checkpoint.album)
     pool = packed(rows.dataset(), ends, tokenizer, recipe)
     if wanted.data is not None:
         teaching = (n for n in range(len(rows)) if pool.parts(n, 0))

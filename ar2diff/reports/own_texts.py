@@ -93,7 +93,7 @@ def _documents(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 def _conversations(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Conversations as the chat template writes them, without the BOS that a tokenizer adds."""
     tokenizer, data = checkpoint.tokenizer, read_conversations(recipe)
-    rows = tokenize_conversations(data, tokenizer, recipe)
+    rows = tokenize_conversations(data, tokenizer, recipe, checkpoint.album)
     texts = [tokenizer.decode(ids) for ids in judged_answers(checkpoint, recipe, data, rows).rows]
     opening = tokenizer.decode(tokenizer("").input_ids)
     return [text.removeprefix(opening) for text in texts]

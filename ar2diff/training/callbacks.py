@@ -141,7 +141,8 @@ class Watch(TrainerCallback):
 
     def _panel(self) -> None:
         rows = self.plan.eval_rows
-        prompt = rows[0][:8] if rows else [self.checkpoint.tokenizer.bos_token_id or 0]
+        prompt = [token for token in (rows[0] if rows else ()) if token >= 0][:8]  # without images
+        prompt = prompt or [self.checkpoint.tokenizer.bos_token_id or 0]
         self.screen.show(denoised(self.checkpoint, prompt, self.recipe.eval.length // 4))
 
 

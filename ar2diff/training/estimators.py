@@ -37,7 +37,7 @@ from ..core.forward import output_at
 from ..core.images import Images, seeing
 from ..core.noise import Noise
 from ..core.seeds import keyed_generator
-from ..core.sight import has_places, places_of, until_of, wide
+from ..core.sight import has_places, places_of, until_of
 from ..core.spec import Spec
 from ..diffusion.corruption import bound_times, complement, draw_times, open_slots
 from ..diffusion.likelihood import free_nats
@@ -263,7 +263,7 @@ def score(
     if images is not None:
         rollouts = [replace(rollout, ids=images.numbered(rollout.ids)) for rollout in rollouts]
     rows: list[_Row] = []
-    slots_of, weights, found, states, lines = [], [], [], [], []
+    slots_of, weights, found, states, texts = [], [], [], [], []
     barred = suppressed if suppressed.dim() == 1 else suppressed.all(0)
     noise = spec.noise.on(spec.mask_token_id, barred)
     for number, rollout in enumerate(rollouts):
@@ -279,12 +279,12 @@ def score(
             at = (own[view, pos] + torch.tensor([len(rows), 0])).T.double()
             states.append(torch.stack([shown[view, pos].double(), t[view, pos], *at]))
         rows += held
-        lines += [number] * len(held)
+        texts += [rollout.ids] * len(held)
     numbers = torch.cat([torch.cat(found, 1), torch.cat(slots_of).T])
     last_view, last_place = numbers[1:3].amax(1).tolist()
     row, view, place, target, *at = _upload(numbers, device)
     ids, pos, noisy, block, until, doc = _upload(_stack(rows), device)
-    noisy = noisy.bool()
+    noisy, places = noisy.bool(), _places(unwrapped(inner), rows, texts, images)
     start = pos // spec.block_length * spec.block_length if spec.block_length else pos * 0
     task = Task(
         input_ids=ids,
@@ -300,13 +300,15 @@ def score(
         block_length=spec.block_length,
         index=at[0] * ids.shape[1] + at[1],
         target=target,
+        places=None if places is None else _upload(places, device),
+        images=images,
     )
     if states:
         shown, t, *slot = torch.cat(states, 1).to(device)
         own = (slot[0] * ids.shape[1] + slot[1]).long()
         task = seen(task, noise, own, shown.long(), t)
     inputs = task.inputs(inner, spec.local_window)
-    with seeing(images, _places(unwrapped(inner), rollouts, lines, images)):
+    with seeing(task.images):
         logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
@@ -328,18 +330,17 @@ def score(
 
 
 def _places(
-    model: Any, rollouts: Sequence[Rollout], lines: Sequence[int], images: Images | None
+    model: Any, rows: Sequence[_Row], texts: Sequence[Tensor], images: Images | None
 ) -> Tensor | None:
-    """[B, T, 3] the model's positions of the rows of a forward, where it has any of its own.
+    """[B, S, 3] the model's positions of the slots of rows, where it has any of its own.
 
     Args:
-        lines: [B] the rollout that each row holds views of.
+        texts: [T] the ids of which each row holds copies.
     """
     if images is None or not has_places(model):
         return None
-    longest = max(len(rollout.ids) for rollout in rollouts)
-    places = [wide(places_of(rollout.ids, images), longest, 0) for rollout in rollouts]
-    return torch.stack(places)[torch.tensor(lines)]
+    pairs = zip(rows, texts, strict=True)
+    return pad_sequence([places_of(ids, images)[row.pos] for row, ids in pairs], True)
 
 
 def _stack(rows: Sequence[_Row]) -> Tensor:

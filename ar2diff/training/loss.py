@@ -17,6 +17,7 @@ from ..core.attention import PADDING
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import output_at, router_loss
 from ..core.head import ATTRIBUTE, UNKNOWN
+from ..core.images import seeing
 from ..core.noise import EARLIEST, Evidence, OwnEvidence
 from ..core.samplers import draw
 from ..diffusion.cross_entropy import (
@@ -238,14 +239,15 @@ class Denoising(Running):
                 read.append(Readout.of_head(head, hidden))
             return fused[0].total.view(1, 1, 1)
 
-        output = output_at(
-            model,
-            torch.cat(index),
-            inner=inner,
-            real=task.slots.doc != PADDING,
-            instead=fuse if self._fuses(inner) and not logits and not in_nats else None,
-            **task.inputs(inner, self.spec.local_window),
-        )
+        with seeing(task.images):
+            output = output_at(
+                model,
+                torch.cat(index),
+                inner=inner,
+                real=task.slots.doc != PADDING,
+                instead=fuse if self._fuses(inner) and not logits and not in_nats else None,
+                **task.inputs(inner, self.spec.local_window),
+            )
         made = output.logits[0]
         if added is not None and not fused:
             made = made + (added[0] @ added[1]).to(made.dtype)
@@ -285,7 +287,8 @@ class Denoising(Running):
         """The task with tokens that the model draws itself in some of the scored slots."""
         task = wanted.task
         inputs = task.inputs(inner, self.spec.local_window)
-        logits = output_at(model, task.index, inner=inner, **inputs).logits[0].float()
+        with seeing(task.images):
+            logits = output_at(model, task.index, inner=inner, **inputs).logits[0].float()
         if (evidence := self._evidence(wanted)) is not None:
             logits = evidence.add_(logits)
         probability = logits.masked_fill(self.suppressed, float("-inf")).softmax(-1)
@@ -321,14 +324,15 @@ class Denoising(Running):
         teacher, read = self.teacher, []
         if self._teacher_fuses is None:
             self._teacher_fuses = has_plain_head(teacher)
-        output = output_at(
-            teacher,
-            source.index,
-            instead=(lambda head, hidden: read.append(Readout.of_head(head, hidden)))
-            if self._teacher_fuses
-            else None,
-            **source.inputs(teacher, self.spec.local_window),
-        )
+        with seeing(source.images):
+            output = output_at(
+                teacher,
+                source.index,
+                instead=(lambda head, hidden: read.append(Readout.of_head(head, hidden)))
+                if self._teacher_fuses
+                else None,
+                **source.inputs(teacher, self.spec.local_window),
+            )
         return read[0] if read else Readout(output.logits[0])
 
     def compute_loss(

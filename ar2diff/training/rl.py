@@ -111,7 +111,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
     if not isinstance(rows[0]["prompt"], str):
         # The template need not mark what the assistant says: no given answers are learned.
         plain = with_values(recipe, data={"assistant_only": False})
-        checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
+        tokenizer = checkpoint.tokenizer
+        if checkpoint.sees_images and not tokenizer.chat_template:
+            tokenizer.chat_template = checkpoint.processor.chat_template
+        tokenizer.chat_template = chat_template(tokenizer, plain)
     size = DataSize("prompts", len(rows), check_lengths(checkpoint, recipe, rows), exact=True)
     named, draft = recipe.rl.draft, None
     if named is not None:

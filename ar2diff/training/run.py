@@ -182,7 +182,8 @@ def _train(
     does not hold them whole."""
     output_dir = request.output_dir
     run_dir = output_dir / "checkpoints"
-    use_cache = plan.checkpoint.model.config.use_cache  # the Trainer turns it off
+    config = plan.checkpoint.model.config
+    use_cache = getattr(config, "use_cache", None)  # the Trainer turns it off
     done = checkpoints(run_dir) if resume else []
     screen, journal, memory = Screen(is_main()), None, None
     if is_main():
@@ -204,7 +205,10 @@ def _train(
         screen.say(f"going on from step {step_of(done[-1])}")
     with screen.bar(verb.name, plan.recipe.train.max_steps):
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    plan.checkpoint.model.config.use_cache = use_cache
+    if use_cache is None:  # which only the text config of a vision-language model has
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = use_cache
     plan.checkpoint.model.eval()
     record: dict[str, Any] = {"tokens": trainer.state.num_input_tokens_seen, **facts}
     if plan.eval_rows:

@@ -31,9 +31,10 @@ from ..data.conversations import (
     tokenize_conversations,
 )
 from ..data.rows import from_arrow
-from ..data.turns import Answers, TurnCollator
+from ..data.turns import Answers
 from ..diffusion.task import columns_before, reading, turn_task
 from ..distributed.ranks import check_rows
+from ..evaluation.answers import collator_for
 from ..evaluation.held_out import judged_answers
 from ..evaluation.score import check_length
 from .arguments import training_arguments
@@ -118,9 +119,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
     tokenizer = checkpoint.tokenizer
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(checkpoint))
     if conversations.chat:
+        if checkpoint.sees_images and not tokenizer.chat_template:
+            tokenizer.chat_template = checkpoint.processor.chat_template
         tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
-    rows = tokenize_conversations(conversations, tokenizer, recipe)
+    rows = tokenize_conversations(conversations, tokenizer, recipe, checkpoint.album)
     judged = judged_answers(checkpoint, recipe, conversations, rows)
     size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
     return Plan(
@@ -154,7 +157,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         held_out: frozenset[int] = frozenset(),
         **kwargs: Any,
     ):
-        collator = TurnCollator(recipe, checkpoint.noise)
+        collator = collator_for(recipe, checkpoint)
         super().__init__(
             checkpoint, recipe, args, train_dataset=rows, processing_class=checkpoint.tokenizer,
             data_collator=collator, **kwargs,
@@ -210,9 +213,12 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         is."""
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             return dataset
-        rows = ((f"row {number}", from_arrow(row)) for number, row in enumerate(dataset, 1))
-        found = conversations_of(rows, self.recipe)
-        return tokenize_conversations(found, self.checkpoint.tokenizer, self.recipe).dataset()
+        rows = enumerate(dataset, 1)
+        found = conversations_of(
+            ((f"row {number}", from_arrow(row), Path()) for number, row in rows), self.recipe
+        )
+        album, tokenizer = self.checkpoint.album, self.checkpoint.tokenizer
+        return tokenize_conversations(found, tokenizer, self.recipe, album).dataset()
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
