@@ -13,8 +13,11 @@ a machine that goes away costs nothing but the rest. Parts, in this order:
     flex         loss and gradient of flex_attention against a dense mask
     step         a training step at rows of 1,024 and 4,096 tokens (gpu_training.py)
     decode       every mode at batch 1 and 8, chains and trees of a draft adapter (gpu_decoding.py)
+    noises       every noise in adapt, sft and rl on the device and on the CPU, and its texts
+                 (gpu_noises.py)
+    qlora        an adapter on a model in 4 bits
     verbs        adapt, sft, rl and generate one after the other on the demo model
-    fsdp2        a run of one process under FSDP2
+    launched     runs of one process under FSDP2, ZeRO-2 and ZeRO-3
 
 A part is left out, with a row that says so, once nine minutes are spent; so is what a part has not
 done by then. A part that fails is a row too, and the exit status is 1. Weights of the 0.6B shape
@@ -108,16 +111,22 @@ def programme(
         try:
             for row in part(machine):
                 write({"part": name, **row, "at_seconds": round(clock() - start, 1)})
+                whole &= "error" not in row
                 if clock() - start >= limit:
                     write({"part": name, "left_out": f"its rest: {limit:.0f} seconds are spent"})
                     break
             write({"part": name, "seconds": round(clock() - begun, 1)})
         except Exception as error:  # the parts after it may still work
             whole = False
-            frames = traceback.extract_tb(error.__traceback__)
-            where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames][-6:]
-            write({"part": name, "error": f"{type(error).__name__}: {error}"[:600], "at": where})
+            write({"part": name, **failure(error)})
     return whole
+
+
+def failure(error: Exception) -> Row:
+    """What an exception says, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames][-6:]
+    return {"error": f"{type(error).__name__}: {error}"[:600], "at": where}
 
 
 def versions(machine: Machine) -> Iterator[Row]:
@@ -194,6 +203,11 @@ def tokens(machine: Machine) -> Iterator[Row]:
         "lossless": ("converted", {"mode": "speculative", "draft_length": 7}),
         "diffusion": ("converted", {"mode": "diffusion", "threshold": 0.9}),
         "diffusion, sampled": ("converted", {"mode": "diffusion", "temperature": 0.8, "seed": 1}),
+        "diffusion, guided": ("converted", {"mode": "diffusion", "cfg_scale": 1.0}),
+        "diffusion, a guide": ("converted", {"mode": "diffusion", "guide": _dislikes}),
+        "diffusion, regex": (
+            "converted", {"mode": "diffusion", "regex": " [A-Z][a-z]+ has [0-9]+ apples\\."},
+        ),
     }  # fmt: skip
     models = {
         (kind, device): make()
@@ -216,6 +230,11 @@ def tokens(machine: Machine) -> Iterator[Row]:
             texts[device] = [f.token_ids for f in decode_rows(checkpoint, *wanted, rows)]
         pairs = zip(texts["cpu"], texts["device"], strict=True)
         yield {"case": name, "texts": len(rows), "different": sum(a != b for a, b in pairs)}
+
+
+def _dislikes(logprob: torch.Tensor, ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """A guide: less of tokens that a row [N, L] has already."""
+    return torch.zeros_like(logprob).scatter(1, ids.to(logprob.device), -0.5)
 
 
 def _moved(checkpoint: Any, machine: Machine) -> Any:
@@ -262,34 +281,43 @@ def verbs(machine: Machine) -> Iterator[Row]:
             yield {"verb": verb, "seconds": round(time.monotonic() - start, 1), **more}
 
 
-def fsdp2(machine: Machine) -> Iterator[Row]:
-    """A run in one process under FSDP2."""
+def launched(machine: Machine) -> Iterator[Row]:
+    """Runs in one process under FSDP2 and ZeRO, of a noise that is fitted to embeddings too."""
     if machine.device != "cuda":
         yield {"left_out": "FSDP2 needs a GPU"}
         return
     from ar2diff.demo.__main__ import MODEL
     from ar2diff.demo.corpus import write_stories
 
+    runs = (("zero2", "demo"), ("zero3", "diffusion-lm"), ("fsdp2", "d3pm-gaussian"))
     with tempfile.TemporaryDirectory() as scratch:
         write_stories(Path(scratch) / "stories.jsonl", 400)
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "ar2diff", "adapt", str(MODEL), "--recipe", "demo", "--data",
-                f"{scratch}/stories.jsonl", "--max-steps", "5", "--output-dir", f"{scratch}/out",
-                "--launch", "fsdp2", "--num-processes", "1", "--json", "eval.steps=0",
-            ],
-            capture_output=True, text=True, timeout=150, check=False,
-        )  # fmt: skip
-        yield {"exit": done.returncode, "end": (done.stderr or done.stdout).strip()[-400:]}
+        for strategy, recipe in runs:
+            start = time.monotonic()
+            done = subprocess.run(
+                [
+                    sys.executable, "-m", "ar2diff", "adapt", str(MODEL), "--recipe", recipe,
+                    "--data", f"{scratch}/stories.jsonl", "--max-steps", "5", "--output-dir",
+                    f"{scratch}/{strategy}", "--launch", strategy, "--num-processes", "1",
+                    "--json", "eval.steps=0",
+                ],
+                capture_output=True, text=True, timeout=150, check=False,
+            )  # fmt: skip
+            said = (done.stderr or done.stdout).strip()[-600:]
+            found: Row = {"strategy": strategy, "recipe": recipe, "exit": done.returncode}
+            found["seconds"] = round(time.monotonic() - start, 1)
+            yield found | ({"end": said} if done.returncode == 0 else {"error": said})
 
 
 def main() -> None:
     import gpu_decoding
+    import gpu_noises
     import gpu_training
 
     parts: dict[str, Part] = {
         "versions": versions, "probe": probes, "tokens": tokens, "flex": gpu_training.flex,
-        "step": gpu_training.steps, "decode": gpu_decoding.speeds, "verbs": verbs, "fsdp2": fsdp2,
+        "step": gpu_training.steps, "decode": gpu_decoding.speeds, "noises": gpu_noises.noises,
+        "qlora": gpu_noises.qlora, "verbs": verbs, "launched": launched,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")

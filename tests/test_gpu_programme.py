@@ -11,6 +11,7 @@ from fakedev import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+import gpu_noises
 
 MACHINE = gpu.Machine("cpu", small=True, peak=0.0)
 
@@ -100,5 +101,9 @@ def test_the_whole_programme_runs_in_small_on_a_pretended_gpu(tmp_path):
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert done.returncode == 0, [row for row in found if "error" in row]
     texts = [row for row in found if row["part"] == "tokens" and "different" in row]
-    assert len(texts) == 11 and all(row["different"] == 0 for row in texts)
+    assert len(texts) == 14 and all(row["different"] == 0 for row in texts)
     assert {row["verb"] for row in found if "verb" in row} == {"adapt", "sft", "rl", "generate"}
+    noises = [row for row in found if "noise" in row]
+    assert {row["noise"] for row in noises} == {*gpu_noises.CASES}
+    assert all(row.get("different", 0) == 0 for row in noises)
+    assert all(row.get("difference", 0) < 1e-4 and row.get("same_fit", True) for row in noises)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -293,7 +294,8 @@ def test_a_forked_child_of_a_child_closes_nothing_of_its_own(folder):
 
 # Kills
 
-STEPS = ("unlink", "replace", "rmdir", "mkdir", "chmod", "write_text")
+STEPS = [(Path, name) for name in ("replace", "mkdir", "chmod", "write_text")]
+STEPS += [(os, "unlink"), (os, "rmdir")]  # those of `Path` and of `shutil.rmtree`
 
 
 def killed_at(step: int, work: object) -> bool:
@@ -301,15 +303,15 @@ def killed_at(step: int, work: object) -> bool:
 
     def doomed() -> None:
         left = iter(range(step))
-        for name in STEPS:
-            plain = getattr(Path, name)
+        for owner, name in STEPS:
+            plain = getattr(owner, name)
 
-            def counted(self, *args, plain=plain, **kwargs):
+            def counted(*args, plain=plain, **kwargs):
                 if next(left, None) is None:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return plain(self, *args, **kwargs)
+                return plain(*args, **kwargs)
 
-            setattr(Path, name, counted)
+            setattr(owner, name, counted)
         work()
         os._exit(0)
 
@@ -367,6 +369,34 @@ def test_a_run_killed_at_any_moment_of_its_end_can_be_resumed(tmp_path):
             write(folder, "new", resume=True)
         assert held(folder).items() >= {"config.json": "new", "model.safetensors": "new"}.items()
         assert (folder / "checkpoints" / "checkpoint-1").is_dir()
+    assert step > 20
+
+
+def test_a_run_killed_at_any_moment_of_making_way_leaves_a_folder_of_ours(tmp_path):
+    """First a run is overwritten; then the new one fails before its first checkpoint, and is told
+    to end as it tidies up."""
+
+    def run(folder, saved, **flags):
+        with suppress(RuntimeError), claimed(folder, **flags) as output:
+            output.begin_run({"made": "run"})
+            (folder / "log").mkdir()
+            (folder / "log" / "metrics.jsonl").touch()
+            (folder / "checkpoints" / saved).mkdir(parents=True)
+            for name in "ab":
+                (folder / "checkpoints" / saved / name).touch()
+            raise RuntimeError
+
+    for step in range(1000):
+        folder = tmp_path / str(step)
+        run(folder, "checkpoint-1")
+        if not killed_at(
+            step, lambda folder=folder: run(folder, ".partial/checkpoint-2", overwrite=True)
+        ):
+            break
+        for saved in folder.glob("checkpoints/checkpoint-*"):
+            assert {file.name for file in saved.iterdir()} == {*"ab"}
+        write(folder, "new", overwrite=True)
+        assert held(folder) == {"config.json": "new", "model.safetensors": "new"}
     assert step > 20
 
 

@@ -178,9 +178,7 @@ def test_a_reward_that_fails_leaves_the_last_checkpoint_to_go_on_from(
     (tmp_path / "judge.py").write_text(JUDGE)
     switch, out = tmp_path / "switch", tmp_path / "out"
     switch.write_text(how)
-    reward = (
-        f"{{name: '{tmp_path / 'judge.py'}:judge', time_limit: 0.5, args: {{switch: '{switch}'}}}}"
-    )
+    reward = f"{{name: '{tmp_path / 'judge.py'}:judge', args: {{switch: '{switch}'}}}}"
     run = [convert_tiny(BLOCKS), f"rl.rewards=[{reward}]", "--max-steps", 4, "train.save_steps=2"]
     assert FAILING[how] in refused(*run)
     assert [p.name for p in (out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]

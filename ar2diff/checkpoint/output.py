@@ -451,15 +451,17 @@ def _remove_log(folder: Path) -> None:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove the checkpoints of a training run, and the record of one that has not ended."""
+    """Remove the checkpoints of a training run, and last the record of one that has not ended: the
+    folder would not be known as ours without it, and a kill may come at any moment."""
     run = folder / CHECKPOINTS
     if run.is_symlink() or not run.is_dir():
         return
     with disk_errors(folder):
-        (run / RUN_FILE).unlink(missing_ok=True)
-        for entry in [run / PARTIAL, *run.glob("checkpoint-*")]:
+        stage = run / PARTIAL
+        for entry in [stage, *run.glob("checkpoint-*")]:
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                shutil.rmtree(entry.replace(stage))  # no checkpoint-N is ever incomplete
+        (run / RUN_FILE).unlink(missing_ok=True)
         _remove_if_empty(run)
 
 

@@ -228,12 +228,11 @@ class Denoiser(Decoder):
         if not self.noise.vectors:
             return None
         shown = self.canvas.shown.flatten(0, 1)
-        if self.guided == 1:
-            return self.noise.embedded(shown)
-        none = torch.zeros(len(shown), dtype=torch.long)
-        return self.noise.embedded(
-            torch.cat([shown, self.noise.with_guesses(shown, none, none > 0)])
-        )
+        if self.guided > 1:
+            none = torch.zeros(len(shown), dtype=torch.long)
+            shown = torch.cat([shown, self.noise.with_guesses(shown, none, none > 0)])
+        like = self.model.get_input_embeddings().weight
+        return upload(like.device, self.noise.embedded(shown).to(like.dtype))[0]
 
     def _decide(self, logits: Tensor, masked: Tensor) -> Tensor:
         """Choose tokens, and write those that are sure enough. Returns which ones, [R, W] bool."""

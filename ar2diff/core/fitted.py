@@ -108,12 +108,15 @@ class Schedule:
         ):
             raise ValueError("the schedule is not monotone")
         self.x, self.y = knots
+        self._there = {knots.device: (self.x, self.y)}
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """y and its derivative in t, for t [N] in [0, 1]."""
         import torch
 
-        x_of, y_of = self.x.to(t.device), self.y.to(t.device)
+        if t.device not in self._there:
+            self._there[t.device] = self.x.to(t.device), self.y.to(t.device)
+        x_of, y_of = self._there[t.device]
         x = (t / (1 - t)).log()
         left = (torch.searchsorted(x_of, x.detach()) - 1).clamp(0, len(x_of) - 2)
         slope = (y_of[left + 1] - y_of[left]) / (x_of[left + 1] - x_of[left])

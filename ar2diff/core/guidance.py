@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import Ar2DiffError, first_line, option
 from .noise import Noise
+from .transfer import upload
 
 RATE = 0.1  # of Adagrad, as in Diffusion-LM
 WANTED = "log p(c | x) [R], by operations of torch on the probabilities that have gradients"
@@ -56,7 +57,7 @@ class Guidance:
             Ar2DiffError: the classifier fails, or returns anything else.
         """
         size = noise.fitted["rows"].shape[1]
-        x, t, s, drawn = (y.to(logits.device) for y in (x, t, s, after))
+        x, t, s, drawn = upload(logits.device, x, t, s, after)
         _, spread = noise.between_steps(x[:, :size], x[:, :size], t, s)
         beside, total = drawn[:, size:], torch.zeros_like(drawn[:, :size])
         z = drawn[:, :size]
@@ -117,10 +118,11 @@ class Texts:
         """The rows [N] of a canvas whose `position` [N] are open, beside logits [N, V]."""
         rows, number = row.unique(return_inverse=True)
         length = int(position.max()) + 1
-        ids = canvas.ids[rows, :length].to(like.device)
+        ids, *there = upload(
+            like.device, canvas.ids[rows, :length], number, position, canvas.prompt[rows]
+        )
         known = (ids != canvas.mask_token_id)[..., None]
         decided = torch.nn.functional.one_hot(ids, like.shape[1]).to(like.dtype) * known
-        there = (y.to(like.device) for y in (number, position, canvas.prompt[rows]))
         return cls(decided, *there)
 
     def with_open(self, p: Tensor) -> Tensor:

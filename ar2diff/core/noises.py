@@ -42,9 +42,11 @@ class Interpolating(Noise):
 
     def marginal(self, v: Tensor, t: Tensor) -> Tensor:
         """See `Noise`."""
+        from .transfer import upload
+
         a, m, u = (y.to(v)[:, None] for y in self.shares(t))
         noise = v.new_zeros(1, v.shape[1])
-        noise[0, self.ids.to(v.device)] = 1 / len(self.ids)
+        noise[0, upload(v.device, self.ids)[0]] = 1 / len(self.ids)
         masks = v.new_zeros(1, v.shape[1])
         masks[0, self.mask] = 1.0
         return a * v + m * masks + u * noise

@@ -76,7 +76,7 @@ class Walk(Noise):
     def marginal(self, v: Tensor, t: Tensor) -> Tensor:
         """See `Noise`."""
         values, vectors = self._walks(v)
-        among = v[:, self.ids.to(v.device)] @ vectors
+        among = v[:, self.fitted.at("ids", v)] @ vectors
         return self._spread(among * (self._length(t)[:, None] * values).exp(), vectors)
 
     def between(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Walk(Noise):
         y, slope = self._schedule.at(t)
         rates = t.new_zeros(len(x), self.size)
         known = self.fitted.once(("rates", t.device), lambda: self._rates.to(t.device))
-        rates[:, self.ids.to(t.device)] = known[self._number(x)]
+        rates[:, self.fitted.at("ids", t)] = known[self._number(x)]
         return (y.exp() * slope)[:, None] * rates
 
     def log_likely(self, x: Tensor, t: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Walk(Noise):
         """[N] the numbers of ids among those of the walk."""
         import torch
 
-        return torch.searchsorted(self.ids.to(x.device), x).clamp(max=len(self.ids) - 1)
+        return torch.searchsorted(self.fitted.at("ids", x), x).clamp(max=len(self.ids) - 1)
 
     def _from(self, x: Tensor, length: Tensor) -> Tensor:
         """[N, V] where walks from x end; as likely, those that end at x began there."""
@@ -134,7 +134,7 @@ class Walk(Noise):
     def _spread(self, among: Tensor, vectors: Tensor) -> Tensor:
         """[N, V] from [N, K] in terms of the eigenvectors."""
         found = among.new_zeros(len(among), self.size)
-        found[:, self.ids.to(among.device)] = (among @ vectors.T).clamp(min=NEVER)
+        found[:, self.fitted.at("ids", among)] = (among @ vectors.T).clamp(min=NEVER)
         return found
 
 

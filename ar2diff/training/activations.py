@@ -12,9 +12,11 @@ import torch
 
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
+from ..conversion.images import image_sample
 from ..core.attention import Slots, lay_out
 from ..core.errors import Ar2DiffError, first_line
 from ..core.forward import output_at
+from ..core.images import input_names
 from ..data.documents import law_of
 from ..diffusion.cross_entropy import PART, cross_entropy, rows_at_once
 from ..diffusion.task import Task, clean_task
@@ -49,14 +51,18 @@ def on_cpu(model: Any) -> None:
                 held[name] = made[id(tensor)]
 
 
-def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, int, int]:
+def saved(
+    checkpoint: Checkpoint, recipe: Recipe, autocast: bool, image: dict[str, torch.Tensor]
+) -> tuple[int, int, int]:
     """Bytes that a micro-batch keeps for the backward pass: in the layers; for all logits and their
     loss; and for logits and loss a part at a time.
 
     Args:
-        checkpoint: its model is on fake tensors. autocast: whether float32 weights compute in
-            bfloat16. What the layers keep then includes a bfloat16 copy of each weight that
-            multiplies, while norms and the residual stream stay in float32.
+        checkpoint: its model is on fake tensors.
+        autocast: whether float32 weights compute in bfloat16. What the layers keep then includes a
+            bfloat16 copy of each weight that multiplies, while norms and the residual stream stay
+            in float32.
+        image: of `image_inputs`, one a row.
     """
     sdpa_in_parts()  # as in training
     model, spec = checkpoint.model, checkpoint.spec_or_causal
@@ -91,6 +97,8 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
             (logits / 1.0).masked_fill(suppressed, 0.0).log_softmax(-1).sum()
     states = input_ids.numel() * model.config.get_text_config().hidden_size
     kept, layers = books.bytes["body"], books.layers
+    with under:
+        tower = _of_tower(model, {name: torch.cat([x] * rows) for name, x in image.items()})
     if recipe.train.gradient_checkpointing and layers:
         # Each layer keeps its input, and one layer at a time is recomputed.
         element = next(model.parameters()).element_size()
@@ -98,6 +106,7 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
         if autocast:  # which keeps the copies of all weights until the forward ends
             copied = [p for layer in layers_of(model) for p in layer.parameters() if p.ndim > 1]
             kept += 2 * sum(p.numel() for p in copied) * (len(layers) - 1) // len(layers)
+    kept += tower
     # The backward pass needs the gradient of the logits on top of what the loss keeps. In rl the
     # logits are kept separately, and computing the entropies needs as much again.
     distils = recipe.objective.distil is not None  # a second loss, with gradients of its own
@@ -110,6 +119,33 @@ def saved(checkpoint: Checkpoint, recipe: Recipe, autocast: bool) -> tuple[int, 
         parts = 4 * ((1 + distils) * gradient + 2 * rows * width)
         parts += 2 * autocast * head.weight.numel()  # its gradient, before it is one in float32
     return kept, whole, parts
+
+
+def image_inputs(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What the model sees of a small image, which its processor may make larger; nothing of a model
+    of text, or if the processor cannot be loaded."""
+    if not checkpoint.sees_images:
+        return {}
+    try:
+        given = image_sample(checkpoint.processor)
+    except Ar2DiffError:
+        return {}
+    names = input_names(checkpoint.model)
+    return {name: x for name, x in given.items() if name in names}
+
+
+def _of_tower(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that tower and projector keep of some images. Classes whose tensors take their shapes
+    from the images (Qwen2-VL, Idefics 3) cannot be run without them, and theirs are not counted."""
+    if not inputs:
+        return 0
+    books = Books(model)
+    try:
+        with books, torch.enable_grad():
+            model.get_image_features(**inputs, return_dict=True)
+    except RuntimeError:
+        return 0
+    return books.bytes["body"]
 
 
 def _rollouts(recipe: Recipe, spec: Any) -> tuple[Any, Slots, int]:

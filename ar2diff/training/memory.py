@@ -7,6 +7,9 @@ A recipe with an `rl` section is estimated by its update, which needs the most: 
 the estimator scores. Not counted are the caches of rollouts, reward models and, under ZeRO-3, the
 full weights that each process gathers for the rollouts.
 
+Rows of a vision-language model are taken to hold one small image each. What its tower keeps is
+counted but for classes whose tensors take their shapes from the images.
+
 A recipe with a `draft` section is estimated for a draft adapter beside a frozen model, which stays
 whole and in float32 in each process.
 """
@@ -29,7 +32,7 @@ from ..core.noises import Uniform
 from ..diffusion.cross_entropy import PART, rows_at_once
 from ..diffusion.distillation import LEAST
 from ..distributed.precision import computes_in_bf16
-from .activations import Books, forward_errors, on_cpu, saved
+from .activations import Books, forward_errors, image_inputs, on_cpu, saved
 from .drafting import add_draft, drafting_for
 from .plan import continued, fitted
 
@@ -293,10 +296,12 @@ def _run(
     with torch.device("meta"):
         checkpoint = _without_weights(path, recipe, dtype)
     checkpoint.model.train()
-    with FakeTensorMode():  # as on a CPU: on meta, attention saves tensors that no device saves
+    image = image_inputs(checkpoint)
+    # As on a CPU: on meta, attention saves tensors that no device saves.
+    with FakeTensorMode(allow_non_fake_inputs=True):  # such as the pixels of an image
         on_cpu(checkpoint.model)
         with forward_errors(path):
-            return checkpoint, saved(checkpoint, fitted(recipe, checkpoint), autocast)
+            return checkpoint, saved(checkpoint, fitted(recipe, checkpoint), autocast, image)
 
 
 def _without_weights(path: Path, recipe: Recipe, dtype: torch.dtype) -> Checkpoint:

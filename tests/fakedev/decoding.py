@@ -1,7 +1,8 @@
 """Decode on the pretended accelerator and on the CPU, and print what differs: for test_fakedev.py.
 
-    python -m fakedev.decoding SETTING...        # in tests/; without a name, all of them
-    python -m fakedev.decoding -v SETTING...     # and where the host waits, by file and line
+    PYTHONPATH=.. python -m fakedev.decoding SETTING...  # in tests/; without a name, all of them
+
+and with -v before them, where the host waits, by file and line.
 
 One line of JSON for each setting: whether the tokens are the CPU's, and how many forwards, waits
 and uploads follow the first forward (whose tokens AR decoding reads one forward late, so that it
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 from conftest import MASK, build_model, tiny_spec, with_head
 from test_draft import draft_of
 from test_joining import MODES, alone, together
+from test_noise_verbs import FITTED, NOISES, spec_of
 
 from ar2diff.core.automaton import Automaton
 from ar2diff.core.canvas import Canvas
@@ -52,6 +55,14 @@ class Setting:
     rows: int = 3
     gaps: bool = False
     constrained: bool = False
+    noise: str | None = None  # of test_noise_verbs.py
+    waits: int = 1  # of the host, that a forward may take without a constraint
+
+
+def has(p: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """A classifier: log p(the answer has token 7)."""
+    behind = torch.arange(p.shape[1], device=p.device) >= prompt[:, None]
+    return (p[..., 7] * behind).sum(1).clamp(min=1e-30).log()
 
 
 def _ar(**options: Any) -> Setting:
@@ -74,6 +85,7 @@ DRAWN = {"temperature": 0.8, "seed": 3}
 CHAIN, TREE = {"draft_length": 3}, {"draft_length": 3, "draft_nodes": 7}
 STATIC = {"cache_implementation": "static"}
 COMPILED = {"compile": True}  # on the device, where nothing compiles, graphs are plain calls
+EDITED = {"mode": "diffusion", "edit_threshold": 0.2, "corrector_steps": 1}
 FILTERED = {"min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4}
 
 SIX = {
@@ -159,6 +171,16 @@ SETTINGS = SIX | {
     "constrained speculative": Setting(
         options={"mode": "speculative", **TREE}, constrained=True
     ),
+    **{
+        f"noise {name}": Setting(
+            attention, {"mode": "diffusion", "steps_per_block": 3, **DRAWN}, noise=name
+        )
+        for name, attention in zip(NOISES | FITTED, cycle(("causal_context", "full")))
+    },
+    "noise edited": Setting(options={"threshold": 0.3, **EDITED, **DRAWN}, noise="self", waits=2),
+    "noise guided": Setting(  # which checks what the classifier returned, in each of its steps
+        options={"steps_per_block": 3, "classifier": has, **DRAWN}, noise="embedding", waits=5
+    ),
     "full none": Setting("full", {"threshold": 0.5, "block_length": BLOCK}),
     "full prefix": Setting(
         "full", {"threshold": 0.5, "block_length": BLOCK, "cache_implementation": "prefix"}
@@ -177,6 +199,8 @@ def models(setting: Setting, device: torch.device) -> Iterator[tuple[Any, Any, A
     attention = "eager" if setting.kind == "gemma2" else "sdpa"
     model = build_model(setting.kind, attention, torch.float32)
     spec, draft = tiny_spec(setting.attention, BLOCK, setting.prediction), None
+    if setting.noise:
+        spec = spec_of((NOISES | FITTED)[setting.noise], setting.attention, setting.prediction)
     if setting.headed:
         model, spec = with_head(model, spec)
     if setting.drafted:
@@ -243,7 +267,7 @@ def compare(name: str, device: torch.device, module: Any, verbose: bool = False)
             print(f"  {n / count:6.2f} {kind:9} {what:28} {place:24} {line}")
     return {
         "name": name, "same": texts[0] == texts[1], "forwards": count,
-        "waits": found.waits / (1 + setting.constrained), "uploads": found.uploads,
+        "waits": found.waits / (setting.waits + setting.constrained), "uploads": found.uploads,
     }  # fmt: skip
 
 

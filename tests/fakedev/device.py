@@ -25,6 +25,8 @@ def install() -> tuple[torch.device, Any]:
     torch.utils.rename_privateuse1_backend("fakedev")
     torch._register_device_module("fakedev", _functions())
     torch.utils.generate_methods_for_privateuse1_backend()
+    # As on CUDA, a module that moves keeps its parameters, so that tied ones stay tied.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     return torch.device("fakedev:0"), module
 
 
