@@ -3,21 +3,34 @@ runs."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from vision import llava_folder, picture
 from vision_classes import IMAGE, MASK, VisionClass, vision_class
 
+import ar2diff
+from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.checkpoint.model import Checkpoint
+from ar2diff.config.recipe import load_recipe
 from ar2diff.config.rl import Rl
+from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.images import Images, Picture, codes_of, input_names
 from ar2diff.core.sight import has_places, own_places
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
+from ar2diff.data.images import Shot
+from ar2diff.training import rl as rl_module
 from ar2diff.training import rollouts as rollouts_module
 from ar2diff.training.estimators import score, views
+from ar2diff.training.grpo import DiffusionGRPOTrainer
+from ar2diff.training.prompts import coded_ids, readable
+from ar2diff.training.rl import RL
 from ar2diff.training.rollouts import Rollout, of_canvas, sample
 
 BLOCK = 4
@@ -277,3 +290,210 @@ def changed(rollout: Rollout, place: int, token: int) -> Rollout:
     if len(ids) > place and ids[place] >= 0:
         ids[place] = token
     return replace(rollout, ids=ids)
+
+
+# Runs of a tiny Llava
+
+
+def said(*parts) -> list[dict]:
+    """A prompt of one message: a text is itself, None an image of a column, a number a file."""
+    shown = [
+        {"type": "text", "text": part} if isinstance(part, str)
+        else {"type": "image"} if part is None else {"type": "image", "path": f"{part}.png"}
+        for part in parts
+    ]  # fmt: skip
+    return [{"role": "user", "content": shown}]
+
+
+PROMPTS = [
+    {"prompt": said("what is", None, "?"), "image": "0.png", "answer": "a"},
+    {"prompt": [{"role": "user", "content": "how many ?"}], "images": ["1.png", "0.png"],
+     "answer": "two"},
+    {"prompt": said("what is in", 2), "answer": "c"},
+    {"prompt": [{"role": "user", "content": "a b c"}], "answer": "d"},
+]  # fmt: skip
+RUN = {
+    "rl.num_generations": 4, "rl.max_completion_length": 6, "train.max_steps": 4,
+    "train.per_device_train_batch_size": 4, "train.gradient_accumulation_steps": 2,
+    "train.learning_rate": 0.01, "train.logging_steps": 1, "train.precision": "fp32",
+    "rl.rewards": "[{name: length, args: {target: 3}}]",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A converted model, a file of prompts, and the pictures in them. Never write to it."""
+    folder = tmp_path_factory.mktemp("llava")
+    base = llava_folder(folder / "base")
+    given = ["convert.block_length=4", "convert.mask_token=<|reserved_0|>", "train.max_steps=0"]
+    ar2diff.adapt(base, load_recipe(None, given), folder / "model")
+    for number in range(3):
+        picture(number).save(folder / f"{number}.png")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    return folder
+
+
+def settings(folder: Path, **changed) -> list[str]:
+    tree = RUN | {"data.sources": f"[{{path: {folder / 'rows.jsonl'}}}]"}
+    tree |= {name.replace("__", "."): value for name, value in changed.items()}
+    return [f"{name}={value}" for name, value in tree.items()]
+
+
+def planned(folder: Path, **changed):
+    """The plan of a run."""
+    recipe = load_recipe(None, ["rl.estimator=trajectory", *settings(folder, **changed)])
+    return RL.prepare(folder / "model", recipe)
+
+
+def trainer_of(folder: Path, run: Path, **changed):
+    plan = planned(folder, **changed)
+    return plan.make_trainer(plan, run, [])
+
+
+def watched(monkeypatch, trainer):
+    """What each micro-step scores: old and new, and whether a row has an advantage."""
+    seen, plain = [], trainer._compute_loss
+
+    def noted(model, inputs):
+        loss = plain(model, inputs)
+        old, new = inputs["old_per_token_logps"], trainer._logps.detach()
+        mask = inputs["completion_mask"].bool()
+        seen.append(((new - old) * mask).abs().max().item())
+        return loss
+
+    monkeypatch.setattr(trainer, "_compute_loss", noted)
+    return seen
+
+
+def runs_of_tower(monkeypatch, model):
+    """How many pictures each call of the tower saw."""
+    seen, plain = [], model.get_image_features
+
+    def noted(**given):
+        seen.append(len(given["pixel_values"]))
+        return plain(**given)
+
+    monkeypatch.setattr(model, "get_image_features", noted)
+    return seen
+
+
+def test_features_are_computed_once_for_rollouts_scores_and_all_updates(
+    folder, tmp_path, monkeypatch
+):
+    trainer = trainer_of(
+        folder, tmp_path / "run", rl__num_iterations=3, train__max_steps=6, rl__beta=0.1,
+    )  # fmt: skip
+    trainer.args.learning_rate = 0.0
+    tower, ratios = (f(monkeypatch, x) for f, x in (
+        (runs_of_tower, trainer.checkpoint.model), (watched, trainer),
+    ))  # fmt: skip
+    of_reference = runs_of_tower(monkeypatch, trainer.ref_model)
+    trainer.train()
+    # Two generations of two prompts each, for three updates of two micro-batches.
+    assert len(tower) == 2 and len(of_reference) == 2 and max(tower) <= 3
+    assert len(ratios) == 12 and max(ratios) == 0
+
+
+def test_a_trained_tower_is_read_anew_for_each_update(folder, tmp_path, monkeypatch):
+    trainer = trainer_of(
+        folder, tmp_path / "run", train__frozen="[]", rl__num_iterations=2, rl__beta=0.01
+    )
+    tower = runs_of_tower(monkeypatch, trainer.checkpoint.model)
+    ratios = watched(monkeypatch, trainer)
+    model = trainer.checkpoint.model
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    trainer.train()
+    assert len(tower) > len(ratios) == 8
+    assert ratios[:2] == [0, 0] and min(ratios[2:4]) > 1e-4
+    moved = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        assert any(part in name for name in moved)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys):
+    """It is killed between the updates on one set of completions."""
+    given = settings(folder, rl__num_iterations=2, train__save_steps=1, rl__show_steps=1)
+    once = ar2diff.rl(folder / "model", load_recipe(None, given), tmp_path / "once")
+    table = capsys.readouterr().err
+    assert "what is<image>?" in table and "<image><image>how many ?" in table
+    again, kept = tmp_path / "again", []
+
+    def stop(trainer, folder):
+        DiffusionGRPOTrainer.save_rank(trainer, folder)
+        kept.append(folder)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    class Killed(DiffusionGRPOTrainer):
+        save_rank = stop
+
+    monkeypatch.setattr(rl_module, "DiffusionGRPOTrainer", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        ar2diff.rl(folder / "model", load_recipe(None, given), again)
+    assert [p.name for p in (again / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.setattr(rl_module, "DiffusionGRPOTrainer", DiffusionGRPOTrainer)
+    ar2diff.rl(folder / "model", load_recipe(None, given), again, resume=True)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "once", again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first = load_file(folder / "model" / "model.safetensors")
+    moved = {name for name in first if not torch.equal(first[name], ours[name])}
+    assert moved and all("language_model" in n or "lm_head" in n for n in moved)
+    assert once.trainable_parameters < once.parameters
+
+
+REWARD = """
+def sees(completions, images, answer, prompts, **columns):
+    assert set(columns) == {"completion_ids", "trainer_state", "log_extra", "log_metric"}
+    sizes = {"a": [24], "two": [25, 24], "c": [26], "d": []}
+    assert [[i.width for i in own] for own in images] == [sizes[a] for a in answer]
+    assert all(i.mode == "RGB" for own in images for i in own)
+    return [float(len(c[0]["content"]) % 5) for c in completions]
+
+def plain(completions, **columns):
+    assert "images" not in columns
+    return [0.0] * len(completions)
+"""
+
+
+def test_rewards_get_the_images_and_evaluation_reads_them(folder, tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text(REWARD)
+    names = ", ".join(f"{{name: '{tmp_path / 'judge.py'}:{f}'}}" for f in ("sees", "plain"))
+    trainer = trainer_of(
+        folder, tmp_path / "run", train__max_steps=1,
+        rl__rewards=f"[{names}, {{name: exact}}]", peft__r=4, rl__beta=0.1,
+    )  # fmt: skip
+    trainer.train()
+    rows = planned(folder).rows
+    found = trainer.predict(rows[:3])
+    assert len(found.predictions) == 12 and "test_rewards/exact/mean" in found.metrics
+    tower = runs_of_tower(monkeypatch, trainer.checkpoint.model.get_base_model())
+    logs = trainer.evaluate(rows[:2])
+    assert logs["eval_reward"] >= 0 and sum(tower) > 0
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"prompt": said("what"), "images": ["9.png"]}], "9.png does not exist"),
+    ([{"prompt": said("what", None, None), "image": "0.png"}], "1 images in its columns, but 2"),
+    ([{"prompt": said("what", None)}], "0 images in its columns, but 1"),
+    ([{"prompt": "<image> what"}], "the text has 1 placeholder tokens"),
+])  # fmt: skip
+def test_prompts_that_cannot_be_read_are_refused(folder, tmp_path, rows, message):
+    for number in range(3):
+        shutil.copyfile(folder / f"{number}.png", tmp_path / f"{number}.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"data.sources=[{{path: {tmp_path / 'rows.jsonl'}}}]"
+    with pytest.raises(Ar2DiffError, match=message):
+        RL.prepare(folder / "model", load_recipe(None, [*settings(folder), source]))
+
+
+def test_a_model_of_text_refuses_images_and_a_text_prompt_may_have_them(folder, convert_tiny):
+    with pytest.raises(Ar2DiffError, match="prompt 1 has an image, but model"):
+        recipe = load_recipe(None, settings(folder))
+        RL.prepare(convert_tiny("convert.block_length=4"), recipe)
+    checkpoint = load_checkpoint(str(folder / "model"))
+    key = checkpoint.album.shots.add(Shot(folder / "0.png"), "here")
+    ids = coded_ids(checkpoint, "what <image> is", [key])
+    what, is_ = (checkpoint.tokenizer.convert_tokens_to_ids(w) for w in ("what", "is"))
+    assert [one for one in ids if one >= 0][-2:] == [what, is_]
+    assert ids[-17:-1] == codes_of(key, 16)
+    assert readable(checkpoint, ids).endswith("what <image> is")

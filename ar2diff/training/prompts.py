@@ -21,11 +21,10 @@ from ..data.images import Shots, shot_of
 from ..data.parts import COLUMNS, PLACEHOLDER, content_of, image_parts, images_of, with_images
 from ..data.sources import columns_of
 from ..generation.tokens import closing_tokens, prompt_ids
-from ..rewards.loading import PASSED
+from ..rewards.loading import IMAGES, PASSED
 
 RESERVED = (*PASSED, "environments")  # names that a column must not have
 ANSWERS = ("completion", "messages", "completion_ids")  # columns that are not handed on
-IMAGES = "images"  # the column of the keys of a row's images
 
 
 @dataclass(frozen=True)
