@@ -38,7 +38,7 @@ class Stub:
         self.suppressed = torch.arange(self.model.config.vocab_size) == MASK
         self.noise = noise.on(MASK, self.suppressed)
 
-    noise, end_ids = MASKS, ENDS
+    noise, end_ids, sees_images = MASKS, ENDS, False
 
     def decode(self, ids):
         return "x"

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from ..core.errors import Ar2DiffError, shortened
 from ..core.images import image_token_of
 from ..core.masked_lm import is_masked_lm, names_of
-from .files import CONFIG
+from .files import CONFIG, is_adapter, is_draft, read_config
 
 
 def sees_images(config: Any) -> bool:
@@ -35,6 +35,15 @@ def sees_images(config: Any) -> bool:
     return image_token_of(config) is not None and type(config) in (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     )
+
+
+def holds_vision_language(path: Path) -> bool:
+    """Whether a folder holds a vision-language model, by its config, which is not checked."""
+    if is_adapter(path) or is_draft(path):
+        return False
+    config = read_config(path)
+    names = config.get("architectures")
+    return isinstance(names, list) and _is_vision_language(config.get("model_type"), names, config)
 
 
 def loader_of(config: Any) -> type:

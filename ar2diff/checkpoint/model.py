@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -115,6 +116,11 @@ class Checkpoint:
     def album(self) -> Album | None:
         """The images of a run; None for a model of text."""
         return Album(self.processor, self.model) if self.sees_images else None
+
+    def words_of(self, ids: Sequence[int]) -> list[int]:
+        """Ids as its tokenizer knows them: placeholders for those of images, below 0."""
+        token = image_token_of(self.model.config)
+        return [token if one < 0 else one for one in ids]
 
     @property
     def token_ids(self) -> frozenset[int]:

@@ -62,8 +62,8 @@ class TokenRows:
     """Conversations as token ids.
 
     Attributes:
-        ids: int32, of each row; lists would take ten times the memory. Of rows with images int64,
-            since the codes of their placeholders are below -2 ** 31.
+        ids: int32, of each row; lists would take ten times the memory. Where there are images
+            int64, since the codes of their placeholders are below -2 ** 31.
         labels: as the ids, of each token, its id where it is learned, else `IGNORED`.
         notes: lines for the user: what of the data is not used, what may be wrong with it.
     """
@@ -157,13 +157,13 @@ def tokenize_conversations(
             there are images for a model of text.
     """
     notes = []
-    rename = _known_images(data, album)
+    rename, kind = _known_images(data, album), np.int64 if len(data.shots) else np.int32
     if data.unread:
         names = ", ".join(data.unread[:8]) + (" ..." if len(data.unread) > 8 else "")
         notes.append(f"note: these columns of the data are not used: {names}")
     if data.chat:
         pairs = [
-            _arrays(_chat(row, where, tokenizer, recipe, album, rename))
+            np.array(_chat(row, where, tokenizer, recipe, album, rename), dtype=kind)
             for row, where in zip(data.rows, data.where, strict=True)
         ]
         dropped = dropped_by(tokenizer, tokenizer.chat_template, data.rows)
@@ -177,7 +177,7 @@ def tokenize_conversations(
             )
     else:
         pairs = [
-            _arrays(_text(row, where, tokenizer, album, rename))
+            np.array(_text(row, where, tokenizer, album, rename), dtype=kind)
             for row, where in zip(data.rows, data.where, strict=True)
         ]
     return TokenRows([ids for ids, _ in pairs], [labels for _, labels in pairs], tuple(notes))
@@ -200,11 +200,6 @@ def _known_images(data: Conversations, album: Album | None) -> dict[int, int]:
                 f"{where} has {row['unplaced']} images in its columns, but no place for one", PLACES
             )
     return {} if album is None else album.include(data.shots)
-
-
-def _arrays(pair: tuple[list[int], list[int]]) -> np.ndarray:
-    ids, _ = pair
-    return np.array(pair, dtype=np.int64 if ids and min(ids) < 0 else np.int32)
 
 
 def packed(

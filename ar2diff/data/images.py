@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,10 @@ class Shot:
             if isinstance(place, Image.Image):
                 return _upright(place, f"{where}: {name}")
             source = io.BytesIO(place) if isinstance(place, bytes) else place
-            with Image.open(source, formats=FORMATS) as image:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of bombs, of which ours are smaller
+                image = Image.open(source, formats=FORMATS)
+            with image:
                 return _upright(image, f"{where}: {name}")
         except Ar2DiffError:
             raise

@@ -94,6 +94,7 @@ def _conversations(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Conversations as the chat template writes them, without the BOS that a tokenizer adds."""
     tokenizer, data = checkpoint.tokenizer, read_conversations(recipe)
     rows = tokenize_conversations(data, tokenizer, recipe, checkpoint.album)
-    texts = [tokenizer.decode(ids) for ids in judged_answers(checkpoint, recipe, data, rows).rows]
+    judged = judged_answers(checkpoint, recipe, data, rows).rows
+    texts = [tokenizer.decode(checkpoint.words_of(ids)) for ids in judged]
     opening = tokenizer.decode(tokenizer("").input_ids)
     return [text.removeprefix(opening) for text in texts]

@@ -205,7 +205,14 @@ def some_texts(found: Found) -> Iterator[Any]:
     return (document for document, _ in islice(found.documents, COUNTED))
 
 
-ADAPT = Verb("adapt", check, read_rows, make_plan, texts=some_texts)
+def instead(path: Path, recipe: Recipe) -> Verb | None:
+    """How conversations are trained on, if the data are such and the model sees images."""
+    from .conversing import CONVERSING, are_conversations  # which loads trl
+
+    return CONVERSING if recipe.train.max_steps and are_conversations(path, recipe) else None
+
+
+ADAPT = Verb("adapt", check, read_rows, make_plan, texts=some_texts, instead=instead)
 
 
 class AdaptTrainer(Denoising, Trainer):

@@ -134,6 +134,7 @@ class Verb:
         converts: whether the recipe's `convert` section applies to a diffusion model.
         texts: some of the documents (texts or token ids) among the rows, to which a noise is
             fitted; None: the verb fits none.
+        instead: the verb that does it in place of this one, by (folder, recipe); None: this one.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Verb:
     plan: Callable[[Checkpoint, Recipe, Any], Plan]
     converts: bool = True
     texts: Callable[[Any], Iterator[Any]] | None = None
+    instead: Callable[[Path, Recipe], Verb | None] = lambda path, recipe: None
 
     def prepare(self, path: Path, recipe: Recipe) -> Plan:
         """Check everything, read the rows, load the model in a folder and convert it in memory.
@@ -149,6 +151,8 @@ class Verb:
         Cheap checks come first: a bad row is found before the model is loaded.
         """
         refuse_draft(path, f"and {self.name} trains whole models and their adapters")
+        if (other := self.instead(path, recipe)) is not None:
+            return other.prepare(path, recipe)
         spec = read_spec(path)
         if recipe.draft is not None and self.name != "draft":
             raise Ar2DiffError(

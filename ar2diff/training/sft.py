@@ -87,6 +87,11 @@ def sft(
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
     """Refuse settings that sft cannot use with a model, and fill in those it implies."""
     check_kind(path, spec, recipe)
+    return check_settings(recipe)
+
+
+def check_settings(recipe: Recipe) -> Recipe:
+    """Refuse settings that conversations have no use for, and fill in those they imply."""
     if recipe.objective.weight == "cart":
         raise Ar2DiffError(
             f"{option('objective.weight', 'cart')} only works with adapt: sft does not weight "
@@ -249,6 +254,11 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
     )
     check_answers(trainer.answers, len(rows) - len(plan.held_out), recipe)
     trainer.notes = rows.notes
+    if trainer.answers.torn:
+        trainer.notes += (
+            f"note: {trainer.answers.torn} rows are left out, because {option('data.max_length')} "
+            f"{recipe.data.max_length} would cut their images",
+        )
     return trainer
 
 
@@ -263,6 +273,8 @@ def check_answers(answers: Answers, rows: int, recipe: Recipe) -> None:
     if answers.barren == rows:
         if answers.cut:
             over = "dropped" if data.overlong == "drop" else "cut before an answer is complete"
+            if answers.torn == answers.cut:
+                over = "cut in or before an image"
             raise Ar2DiffError(
                 f"there is nothing to learn: {answers.cut} of {rows} rows are longer than "
                 f"{option('data.max_length')} {data.max_length} and are {over}",
@@ -297,7 +309,7 @@ def preview(plan: Plan, summary: RunPlan) -> SftPlan:
         **vars(summary),
         turns=described(trainer.answers, plan.recipe),
         example=SftExample(
-            text=marked(plan.checkpoint.tokenizer, ids, learned),
+            text=marked(plan.checkpoint.tokenizer, plan.checkpoint.words_of(ids), learned),
             tokens=len(ids),
             supervised_tokens=sum(learned),
         ),

@@ -1,0 +1,68 @@
+"""`adapt` of a vision-language model on conversations. Their layout is that of sft, a noisy copy of
+each answer, in which images stand once: a noisy copy of whole rows would hold all of them twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.kinds import holds_vision_language
+from ..checkpoint.model import Checkpoint
+from ..config.recipe import Recipe
+from ..core.errors import Ar2DiffError, option
+from ..core.spec import Spec
+from ..data.columns import arranged
+from ..data.conversations import Conversations
+from ..data.shapes import conversation_of
+from ..data.sources import read_source
+from . import adapt, sft
+from .plan import Plan, Verb
+
+DEFAULTS = {  # fields that only whole documents have a use for, with the value that asks nothing
+    "anneal.kind": "none", "data.self": None, "data.cut_share": 0.0, "data.streaming": False,
+}  # fmt: skip
+
+
+def are_conversations(path: Path, recipe: Recipe) -> bool:
+    """Whether the model in a folder sees images and the rows of a run are conversations, by the
+    first of them.
+
+    Raises:
+        Ar2DiffError: the first row cannot be read.
+    """
+    if not recipe.data.sources or not holds_vision_language(path):
+        return False
+    where, row = next(iter(read_source(recipe.data.sources[0])))
+    row = arranged(row, recipe.data.columns, where)
+    return not conversation_of(row, where, recipe.data.text_field).keys() <= {
+        recipe.data.text_field
+    }
+
+
+def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
+    """Refuse what either verb refuses, but for a model that is not converted."""
+    for key, default in DEFAULTS.items():
+        section, name = key.split(".")
+        if getattr(getattr(recipe, section), name) != default:
+            raise Ar2DiffError(
+                f"{option(key)} only works with documents, but the data are conversations",
+                "leave it out",
+            )
+    return sft.check_settings(adapt.check(path, spec, recipe))
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversations) -> Plan:
+    """The plan of sft, and what adapt measures at the end."""
+    return replace(sft.make_plan(checkpoint, recipe, conversations), measure=measure)
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """As adapt measures it, if the text of the model without images can tell."""
+    found = adapt.measure(replace(plan, eval_rows=[row for row in plan.eval_rows if min(row) >= 0]))
+    if found and any(min(row) < 0 for row in plan.eval_rows):
+        return {"text": {"not_measured": "the held-out conversations have images"}}
+    return found
+
+
+CONVERSING = Verb("adapt", check, sft.read, make_plan)
