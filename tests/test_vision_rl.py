@@ -200,8 +200,9 @@ CASES = [
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("estimator, attention, prediction", CASES)
 def test_every_view_is_a_forward_written_here(name, estimator, attention, prediction):
-    seen, rl = exact_class(name), Rl(estimator=estimator)
-    spec = spec_of(seen, attention, prediction)
+    seen, spec = exact_class(name), spec_of(exact_class(name), attention, prediction)
+    hidden = 0.5 * (estimator == "one_step" and attention == "full")  # of the prompt's words
+    rl = Rl(estimator=estimator, prompt_mask=hidden)
     rollouts = [rollout_of(seen, row, seed) for seed, row in enumerate(ROWS)]
     scores = scored(seen, rl, spec, rollouts, [picture_of(seen, n) for n in (2, 0, 1)])
     for number, (row, rollout) in enumerate(zip(ROWS, rollouts, strict=True)):
@@ -391,7 +392,7 @@ def test_features_are_computed_once_for_rollouts_scores_and_all_updates(
     trainer.train()
     # Two generations of two prompts each, for three updates of two micro-batches.
     assert len(tower) == 2 and len(of_reference) == 2 and max(tower) <= 3
-    assert len(ratios) == 12 and max(ratios) == 0
+    assert len(ratios) == 12 and max(ratios) < 1e-5  # of other widths: other roundings
 
 
 def test_a_trained_tower_is_read_anew_for_each_update(folder, tmp_path, monkeypatch):
@@ -404,7 +405,7 @@ def test_a_trained_tower_is_read_anew_for_each_update(folder, tmp_path, monkeypa
     before = {name: x.clone() for name, x in model.named_parameters()}
     trainer.train()
     assert len(tower) > len(ratios) == 8
-    assert ratios[:2] == [0, 0] and min(ratios[2:4]) > 1e-4
+    assert max(ratios[:2]) < 1e-5 and min(ratios[2:4]) > 1e-4
     moved = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         assert any(part in name for name in moved)

@@ -39,10 +39,11 @@ def make_rewards(entries: Sequence[Reward]) -> list[Callable[..., Any] | str]:
     folder is searched too), `path/to/file.py:function`, or `model:PATH`. A function, sync or async,
     is called as `function(prompts=, completions=, **columns, **args)` and returns a number, or None
     for "does not apply", for each completion. One with a parameter `images` gets, for each, a list
-    of the images of its prompt, as Pillow has them. It runs in a forked process of its own, which keeps
-    its state between calls and is killed if a call takes longer than `time_limit`; the batch then
-    has no values from it, and the run goes on. Built-in rewards that can run forever are treated
-    alike, but the completion at fault scores 0. A model's path is returned as is: trl loads it.
+    of the images of its prompt, as Pillow has them. It runs in a forked process of its own, which
+    keeps its state between calls and is killed if a call takes longer than `time_limit`; the batch
+    then has no values from it, and the run goes on. Built-in rewards that can run forever are
+    treated alike, but the completion at fault scores 0. A model's path is returned as is: trl loads
+    it.
 
     Raises:
         Ar2DiffError: a reward cannot be found, or does not fit. The returned functions raise it if

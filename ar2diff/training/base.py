@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
+from ..checkpoint.stored import stored_tensors
 from ..checkpoint.towers import trains_images
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
@@ -131,6 +132,20 @@ class Running:
                 )
             raise SystemExit(STOPPED)
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a training checkpoint. Some classes are stored under other names than
+        those that they have in memory; transformers' trainer would find none of these, and go on
+        with the weights that the run began with."""
+        inner, folder = self.checkpoint.model, Path(resume_from_checkpoint)
+        whole = self.accelerator.unwrap_model(self.model) is inner and not self.is_fsdp_enabled
+        if whole and not hasattr(inner, "get_base_model"):
+            own = inner.state_dict().keys()
+            if not all(tensor.name in own for tensor in stored_tensors(folder)):
+                found = type(inner).from_pretrained(folder, config=inner.config, dtype=inner.dtype)
+                inner.load_state_dict(found.state_dict())
+                return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint under another name and then rename it, so that any folder called
