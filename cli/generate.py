@@ -18,6 +18,7 @@ from .sampler import Pause, with_sampler
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Checkpoint
+    from ..generation.prompts import Request
     from ..generation.writing import Writing
 
 
@@ -55,6 +56,14 @@ def generate(
         typer.Option(
             metavar="TEXT",
             help="Write this part of the prompt anew, in as many tokens. Can be repeated.",
+        ),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image that stands at {image} in the prompt, or before a prompt without it; for a "
+            "vision-language model. Can be repeated.",
         ),
     ] = None,
     regex: Annotated[
@@ -138,7 +147,9 @@ def generate(
             f"{shortened(model)} is a text, not a model",
             f"give a model before it, and the text as {option('prompt', shlex.quote(model))}",
         )
-    request = request_of(prompt, prompts_file, prefix, suffix, length or (), revise or ())
+    request = request_of(
+        prompt, prompts_file, prefix, suffix, length or (), revise or (), image or ()
+    )
     if stream or compare:
         asked = "stream" if stream else "compare"
         check_stream(request, as_json or output is not None, asked)
@@ -160,16 +171,19 @@ def generate(
         gaps = opened(loaded.tokenizer, request.prompts[0], request.revise)
         request = replace(request, prompts=(gaps,))
     if stream or compare:
-        _show(loaded.checkpoint, request.prompts[0], settings, compare, pause)
+        _show(loaded.checkpoint, request, settings, compare, pause)
         return
     if request.infill is not None:
         before, after, lengths = request.infill
-        results = [loaded.infill(before, after, length=lengths, **settings)]
+        results = [
+            loaded.infill(before, after, length=lengths, images=request.images[0], **settings)
+        ]
     else:
         with progress(len(request.prompts) if request.many else 0) as advance:
             results = loaded.generate(
-                request.prompts, batch_size=batch_size, progress=advance, **settings
-            )
+                request.prompts, images=request.images, batch_size=batch_size,
+                progress=advance, **settings,
+            )  # fmt: skip
     if output is not None:
         write_results(output, (result.to_dict() for result in results))
     if as_json:
@@ -184,14 +198,18 @@ def generate(
 
 
 def _show(
-    checkpoint: Checkpoint, prompt: str, settings: dict[str, Any], compare: bool, pause: float
+    checkpoint: Checkpoint,
+    request: Request,
+    settings: dict[str, Any],
+    compare: bool,
+    pause: float,
 ) -> None:
     """Show one text while it is written, and what the AR mode writes if it is asked for."""
     from ..generation.results import summary, unmatched_note, unread_note
     from ..generation.writing import Writing, with_ar_beside
 
     def begun(asked: dict[str, Any]) -> Writing:
-        return Writing.of_prompt(checkpoint, prompt, asked)
+        return Writing.of_prompt(checkpoint, request.prompts[0], asked, request.images[0])
 
     writings = with_ar_beside(begun, settings) if compare else [begun(settings)]
     live, stopped = is_live(), Event()

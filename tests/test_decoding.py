@@ -424,7 +424,7 @@ def test_a_stream_that_ends_in_half_a_character_repeats_nothing(bytewise, monkey
     written = ids_of_bytes("\n日c日")
     row = [*bytewise.tokenizer("ab", add_special_tokens=False).input_ids, *written[:new]]
 
-    def begin(checkpoint, spec, options, rows, texts=None):
+    def begin(checkpoint, spec, options, rows, texts=None, album=None):
         canvas = Canvas.of_prompts(rows, spec.mask_token_id, max_new_tokens=new)
 
         def states():

@@ -223,13 +223,21 @@ class Words:
         return 64
 
 
+class AlbumOf:
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def images_in(self, ids: torch.Tensor) -> Images:
+        return Images(self.pictures)
+
+
 def written(seen: VisionClass, spec: Spec, rows, pictures, seeds=None, **settings):
     """The rollouts of rows."""
     checkpoint = Checkpoint(Path("tiny"), seen.model, Words(), spec, {})
     seen.model.generation_config.eos_token_id = None
     settings = {"temperature": 1.0, "max_new_tokens": 7, "threshold": 0.1, **settings}
     prompts = [coded(seen, row) for row in rows]
-    return sample(checkpoint, prompts, seeds or range(len(rows)), settings, 8, Images(pictures))
+    return sample(checkpoint, prompts, seeds or range(len(rows)), settings, 8, AlbumOf(pictures))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -254,8 +262,11 @@ def test_a_trajectory_is_scored_as_it_was_written(name, attention, prediction, m
         assert (rollout.ids[rollout.prompt :] >= 0).all() and rollout.answer == 7
         want = recorded[number][rollout.prompt :][:7].double()
         torch.testing.assert_close(got[number], want, rtol=0, atol=1e-5)
-    (alone,) = written(seen, spec, ROWS[1:2], pictures[1:], seeds=[1], mode="diffusion")
-    assert torch.equal(alone.ids, rollouts[1].ids) and torch.equal(alone.step, rollouts[1].step)
+    for number in (1, 2):
+        row = ROWS[number : number + 1]
+        (alone,) = written(seen, spec, row, pictures[1:], seeds=[number], mode="diffusion")
+        assert torch.equal(alone.ids, rollouts[number].ids)
+        assert torch.equal(alone.step, rollouts[number].step)
 
 
 @pytest.mark.parametrize("name", CLASSES)

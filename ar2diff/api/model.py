@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Checkpoint
+from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..generation.chat import complete_chat
@@ -55,6 +56,7 @@ class DiffusionModel:
         self,
         prompt: str | Sequence[str],
         *,
+        images: Sequence[Any] | None = None,
         batch_size: int = 8,
         progress: Callable[[], None] | None = None,
         **options: Any,
@@ -64,6 +66,8 @@ class DiffusionModel:
         Args:
             prompt: a text, or a sequence of texts. `{mask:N}` in a text is a gap of N tokens to
                 fill.
+            images: what stands at each `{image}` of a text, or before a text without any: files,
+                bytes, data URIs or images of PIL. For a sequence of texts, as many sequences.
             batch_size: number of prompts decoded together, which does not change the results.
             progress: called after each prompt.
 
@@ -75,39 +79,58 @@ class DiffusionModel:
         """
         several = not isinstance(prompt, str)
         prompts = list(prompt) if several else [prompt]
+        given = list(images or ())
+        seen = given if several else [given]
+        if several and given and len(given) != len(prompts):
+            raise Ar2DiffError(
+                f"{option('images')} has {len(given)} entries for {len(prompts)} prompts",
+                "give one sequence of images for each prompt, which may be empty",
+            )
         found: dict[int, Completion] = {}
         for number, completion in complete_all(
-            self.checkpoint, prompts, batch_size=batch_size, **options
+            self.checkpoint, prompts, images=seen, batch_size=batch_size, **options
         ):
             found[number] = completion
             if progress is not None:
                 progress()
         return [found[number] for number in range(len(prompts))] if several else found[0]
 
-    def stream(self, prompt: str, **options: Any) -> Generator[str, None, Completion]:
+    def stream(
+        self, prompt: str, *, images: Sequence[Any] = (), **options: Any
+    ) -> Generator[str, None, Completion]:
         """Complete a prompt, yielding pieces of text as soon as everything before them is decided.
         Concatenated, the pieces are the prompt and its completion.
+
+        Args:
+            images: as of `generate`, for a text.
 
         Returns:
             The result, for callers that drive the generator themselves (`StopIteration.value`).
         """
-        for text, result in stream(self.checkpoint, prompt, **options):
+        for text, result in stream(self.checkpoint, prompt, images=images, **options):
             if text:
                 yield text
             if result is not None:
                 return result
 
     def infill(
-        self, prefix: str, suffix: str = "", *, length: int | Sequence[int], **options: Any
+        self,
+        prefix: str,
+        suffix: str = "",
+        *,
+        length: int | Sequence[int],
+        images: Sequence[Any] = (),
+        **options: Any,
     ) -> Completion:
         """Fill the gap between two texts.
 
         Args:
             length: tokens in the gap. Of several lengths, the one with the likeliest text is
                 chosen, and the result has all of them in `candidates`.
+            images: as of `generate`, in prefix and suffix.
         """
         lengths = [length] if isinstance(length, int) else list(length)
-        return infill(self.checkpoint, prefix, suffix, lengths, **options)
+        return infill(self.checkpoint, prefix, suffix, lengths, images=images, **options)
 
     def revise(self, text: str, *parts: str, **options: Any) -> Completion:
         """Write parts of a text anew, each in as many tokens as it has, reading what stands on both
@@ -122,7 +145,9 @@ class DiffusionModel:
         """Answer a conversation, using the tokenizer's chat template.
 
         Args:
-            messages: dictionaries with `role` and `content`; the last message is the user's.
+            messages: dictionaries with `role` and `content`; the last message is the user's. A
+                content may be a list of parts: `{"type": "text", "text": ...}` and
+                `{"type": "image", "image": ...}`, an image as of `generate`.
         """
         return complete_chat(self.checkpoint, messages, **options)
 

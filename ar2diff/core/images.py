@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -120,14 +122,46 @@ class Images:
                 self._features[id(model), gradients, inference] = found
 
     def joined(self, other: Images) -> Images:
-        """The images of both, those of the other last."""
-        both = Images([*self.pictures, *other.pictures])
-        for kind in self._features.keys() | other._features.keys():
-            parts = [own._features.get(kind) for own in (self, other) if own.pictures]
+        """The images of both, those last that only the other has."""
+        new = [p for p in other.pictures if not any(p is own for own in self.pictures)]
+        more, both = other.kept(new), Images([*self.pictures, *new])
+        for kind in self._features.keys() | more._features.keys():
+            parts = [own._features.get(kind) for own in (self, more) if own.pictures]
             if None not in parts:  # else they are computed anew
-                first, *more = parts
-                both._features[kind] = first.joined(more[0]) if more else first
+                both._features[kind] = reduce(Features.joined, parts)
         return both
+
+    def kept(self, pictures: Sequence[Picture]) -> Images:
+        """Some of the images, with what was computed of them."""
+        some = Images(pictures)
+        at = self._numbers(some.pictures)
+        some._features = {kind: found.picked(at) for kind, found in self._features.items()}
+        return some if len(some.pictures) < len(self.pictures) else self
+
+    def seen(self, ids: Tensor) -> list[Picture]:
+        """Those whose numbers are among ids of any shape."""
+        there = set((-1 - ids[ids < 0]).tolist())
+        starts = accumulate([0, *(picture.size for picture in self.pictures)])
+        return [
+            picture
+            for picture, start in zip(self.pictures, starts, strict=False)
+            if not there.isdisjoint(range(start, start + picture.size))
+        ]
+
+    def moved(self, ids: Tensor, to: Images) -> Tensor:
+        """Ids of any shape with numbers of these images, with those that others have for them."""
+        at = ids < 0
+        numbers = torch.full((self.count,), -1)
+        some = [p for p in self.pictures if any(p is other for other in to.pictures)]
+        numbers[self._numbers(some)] = to._numbers(some)
+        return ids.masked_scatter(at, -1 - numbers[-1 - ids[at]])
+
+    def _numbers(self, pictures: Sequence[Picture]) -> Tensor:
+        """The numbers of the features of some images, in their order."""
+        starts = accumulate([0, *(picture.size for picture in self.pictures)])
+        first = {id(p): start for p, start in zip(self.pictures, starts, strict=False)}
+        own = [torch.arange(p.size) + first[id(p)] for p in pictures]
+        return torch.cat(own) if own else torch.zeros(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -159,6 +193,11 @@ class Features:
             first = first.view(*[1] * (self.dims - 2), *first.shape)
         more = {"deepstack_features": deeper} if deeper else {}
         return self.kind(**{self.name: first}, **more)
+
+    def picked(self, index: Tensor) -> Features:
+        """Some of them."""
+        index = index.to(self.levels[0].device)
+        return replace(self, levels=tuple(level[index] for level in self.levels))
 
     def joined(self, other: Features) -> Features:
         """Those of both."""

@@ -48,10 +48,13 @@ class Sight:
         return None if self.until is None else self.until[torch.as_tensor(rows)]
 
     def selected(self, rows: Tensor) -> Sight:
-        """That of some of the rows."""
+        """That of some of the rows, which holds no image that none of them sees."""
+        ids = self.ids[rows]
+        images = self.images.kept(self.images.seen(ids))
         return replace(
             self,
-            ids=self.ids[rows],
+            images=images,
+            ids=self.images.moved(ids, images),
             places=None if self.places is None else self.places[rows],
             until=None if self.until is None else self.until[rows],
         )
@@ -59,13 +62,14 @@ class Sight:
     def joined(self, other: Sight) -> Sight:
         """That of the rows of both, those of the other last."""
         width = max(self.ids.shape[1], other.ids.shape[1])
-        theirs = torch.where(other.ids < 0, other.ids - self.images.count, other.ids)
+        images = self.images.joined(other.images)
+        theirs = other.images.moved(other.ids, images)
 
         def cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
             return first if first is None else torch.cat([wide(first, width), wide(second, width)])
 
         return Sight(
-            self.images.joined(other.images),
+            images,
             torch.cat([_filled(ids, width) for ids in (self.ids, theirs)]),
             cat(self.places, other.places),
             cat(self.until, other.until),

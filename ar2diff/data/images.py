@@ -33,11 +33,12 @@ class Shot:
 
     place: Path | bytes | Any = field(repr=False)
 
-    def pixels(self, where: str = "the data") -> Any:
+    def pixels(self, where: str = "the data", most: int = MOST_PIXELS) -> Any:
         """The picture, in RGB and the right way up; of several frames the first.
 
         Args:
             where: what an error calls the row.
+            most: pixels that it may have.
 
         Raises:
             Ar2DiffError: it is missing, broken, far too large, or of another format.
@@ -47,13 +48,13 @@ class Shot:
         place, name = self.place, self.name
         try:
             if isinstance(place, Image.Image):
-                return _upright(place, f"{where}: {name}")
+                return _upright(place, f"{where}: {name}", most)
             source = io.BytesIO(place) if isinstance(place, bytes) else place
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of bombs, of which ours are smaller
                 image = Image.open(source, formats=FORMATS)
             with image:
-                return _upright(image, f"{where}: {name}")
+                return _upright(image, f"{where}: {name}", most)
         except Ar2DiffError:
             raise
         except FileNotFoundError:
@@ -72,14 +73,14 @@ class Shot:
         return f"image {self.place}" if isinstance(self.place, Path) else "the image"
 
 
-def _upright(image: Any, what: str) -> Any:
+def _upright(image: Any, what: str, most: int) -> Any:
     """An image as `Shot.pixels` has it, which is not decoded before its size is known."""
     from PIL import ImageOps
 
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > most:
         raise Ar2DiffError(
-            f"{what} has {width} x {height} pixels, more than {MOST_PIXELS:,}",
+            f"{what} has {width} x {height} pixels, more than {most:,}",
             "make it smaller, or remove the row",
         )
     return ImageOps.exif_transpose(image).convert("RGB")
@@ -121,9 +122,14 @@ def of_base64(text: Any, where: str) -> bytes:
 
 
 class Shots:
-    """Images by their keys. The key of an image is that of its pixels."""
+    """Images by their keys. The key of an image is that of its pixels.
+
+    Attributes:
+        most: pixels that an image may have.
+    """
 
     def __init__(self) -> None:
+        self.most = MOST_PIXELS
         self.shots: dict[int, Shot] = {}
         self.sizes: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, bytes] = {}
@@ -145,7 +151,7 @@ class Shots:
         if named is not None and named in self._known:
             return self._known[named]
         check_pillow()
-        pixels = shot.pixels(where)
+        pixels = shot.pixels(where, self.most)
         digest = digest_of(pixels)
         key = self._key(digest)
         if key not in self.shots:
@@ -154,12 +160,20 @@ class Shots:
             self._known[named] = key
         return key
 
+    def digest(self, key: int) -> bytes:
+        """The 16 bytes of `digest_of` an image."""
+        return self._digests[key]
+
     def _key(self, digest: bytes) -> int:
         """The key of a digest: its own, unless another image has that."""
         key = int.from_bytes(digest, "little") % (1 << KEY_BITS)
         while self._digests.get(key, digest) != digest:
             key = (key + 1) % (1 << KEY_BITS)
         return key
+
+    def fingerprint(self) -> str:
+        """The digest of all of them, in any order."""
+        return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
 
     def include(self, other: Shots) -> dict[int, int]:
         """Add the images of another collection. Returns {their keys: the keys here}."""

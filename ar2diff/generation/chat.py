@@ -15,12 +15,15 @@ from ..core.spec import Spec
 from .chat_settings import ALIASES, SETTINGS, as_setting, parse_settings, value_of
 from .complete import check_compare, decode_rows, settings_of
 from .events import Answer, End, Event, Note, Problem, Step
+from .images import album_of, encode_prompt, key_of, with_keys
+from .prompts import IMAGE
 from .results import Completion, write_results
-from .tokens import encode, encode_messages
+from .tokens import encode_messages
 from .writing import Writing, in_turn, with_ar_beside
 
 COMMANDS = {
     "help": ("/help", "show this list"),
+    "image": ("/image FILE", "attach an image to your next message; /image alone: none"),
     "reset": ("/reset", "forget the conversation"),
     "set": ("/set key=value ...", "set sampler options; key= restores the default"),
     "show": ("/show", "show the current options and the size of the context"),
@@ -43,11 +46,21 @@ class Exchange:
 
     Attributes:
         ended: the model ended the answer itself.
+        images: files of those that the message begins with.
     """
 
     said: str
     answer: str
     ended: bool
+    images: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> str | list[dict[str, Any]]:
+        """What the user said, as a message holds it."""
+        if not self.images:
+            return self.said
+        parts = [{"type": "image", "image": image} for image in self.images]
+        return [*parts, {"type": "text", "text": self.said}]
 
 
 def complete_chat(
@@ -56,7 +69,8 @@ def complete_chat(
     """The model's answer to a conversation, by the tokenizer's chat template.
 
     Args:
-        messages: dicts with `role` and `content`; the last is the one to answer.
+        messages: dicts with `role` and `content`, a text or a list of parts, of which some may be
+            images, as of `key_of`; the last is the one to answer.
         settings: options of `generate`.
 
     Raises:
@@ -64,8 +78,10 @@ def complete_chat(
             do not fit.
     """
     spec, options = settings_of(checkpoint, settings)
-    row = encode_messages(checkpoint.tokenizer, spec, messages)
-    return decode_rows(checkpoint, spec, options, [row])[0]
+    album = album_of(checkpoint) if checkpoint.sees_images else None
+    messages = with_keys(messages, album, checkpoint.path)
+    row = encode_messages(checkpoint.tokenizer, spec, messages, album=album)
+    return decode_rows(checkpoint, spec, options, [row], album=album)[0]
 
 
 class Chat:
@@ -91,6 +107,8 @@ class Chat:
         self.checkpoint, self.settings, self.system = checkpoint, dict(settings), system
         self.compare = compare
         self.templated = bool(checkpoint.tokenizer.chat_template)
+        self.album = album_of(checkpoint) if checkpoint.sees_images else None
+        self.attached: tuple[str, ...] = ()  # images of the next message
         self.exchanges: list[Exchange] = []
         self.dropped = 0  # oldest exchanges that the context has no room for
         self._stop = False
@@ -104,6 +122,8 @@ class Chat:
     def greeting(self) -> list[Note]:
         """The first notes to show."""
         notes = [Note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D quits")]
+        if self.album is not None:
+            notes.append(Note("/image FILE attaches an image to your next message"))
         if not self.templated:
             notes.insert(
                 0,
@@ -142,7 +162,9 @@ class Chat:
 
         def begun(asked: dict[str, Any]) -> Writing:
             asked = {**asked, "max_new_tokens": new}
-            return Writing(self.checkpoint, *settings_of(self.checkpoint, asked), ids)
+            return Writing(
+                self.checkpoint, *settings_of(self.checkpoint, asked), ids, None, self.album
+            )
 
         compare = self.compare and options.mode != "ar"
         settings = self.settings
@@ -154,7 +176,9 @@ class Chat:
                 break
         answer = self._answered(*writings)
         if answer.result.new_tokens:
-            self.exchanges.append(Exchange(line, answer.result.text, answer.ended))
+            said = Exchange(line, answer.result.text, answer.ended, self.attached)
+            self.exchanges.append(said)
+            self.attached = ()
         yield answer
         if answer.ended and not self.templated:
             yield Note("the model has finished its text; your next message starts a new one")
@@ -199,16 +223,20 @@ class Chat:
         return ids, new, notes
 
     def _ids(self, line: str, spec: Spec) -> list[int]:
-        exchanges, tokenizer = self.exchanges[self.dropped :], self.checkpoint.tokenizer
+        checkpoint, asked = self.checkpoint, Exchange(line, "", False, self.attached)
+        exchanges = self.exchanges[self.dropped :]
         if not self.templated:
-            return encode(tokenizer, spec, [_text([*exchanges, Exchange(line, "", False)])])
-        messages = [*self._messages(exchanges), {"role": "user", "content": line}]
-        return encode_messages(tokenizer, spec, messages)
+            left = _left([*exchanges, asked])
+            images = [image for exchange in left for image in exchange.images]
+            return encode_prompt(checkpoint, spec, [_text(left)], images, self.album)
+        messages = [*self._messages(exchanges), {"role": "user", "content": asked.content}]
+        messages = with_keys(messages, self.album, checkpoint.path)
+        return encode_messages(checkpoint.tokenizer, spec, messages, album=self.album)
 
-    def _messages(self, exchanges: list[Exchange]) -> list[dict[str, str]]:
+    def _messages(self, exchanges: list[Exchange]) -> list[dict[str, Any]]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for exchange in exchanges:
-            messages.append({"role": "user", "content": exchange.said})
+            messages.append({"role": "user", "content": exchange.content})
             messages.append({"role": "assistant", "content": exchange.answer})
         return messages
 
@@ -228,8 +256,24 @@ class Chat:
         rows = [*COMMANDS.values(), GOES_ON]
         yield Note("\n".join(f"{usage:20} {text}" for usage, text in rows))
 
+    def _image(self, rest: str) -> Iterator[Event]:
+        if self.album is None:
+            raise Ar2DiffError(
+                "/image needs a vision-language model, and this one reads text alone",
+                "describe the image in words",
+            )
+        if not rest:
+            self.attached = ()
+            yield Note("no image is attached")
+            return
+        key_of(self.album, rest, "/image")
+        self.attached = (*self.attached, rest)
+        count = len(self.attached)
+        many = f"{count} images go" if count > 1 else f"{shortened(rest)} goes"
+        yield Note(f"{many} with your next message")
+
     def _reset(self, _rest: str) -> Iterator[Event]:
-        self.exchanges, self.dropped = [], 0
+        self.exchanges, self.dropped, self.attached = [], 0, ()
         yield Note("the conversation was forgotten")
 
     def _undo(self, _rest: str) -> Iterator[Event]:
@@ -237,7 +281,9 @@ class Chat:
             raise Ar2DiffError("there is nothing to undo", "send a message first")
         exchange = self.exchanges.pop()
         self.dropped = min(self.dropped, len(self.exchanges))
-        yield Note(f"forgot {shortened(exchange.said)} and its answer")
+        self.attached = exchange.images + self.attached
+        again = "; its images go with your next message" if exchange.images else ""
+        yield Note(f"forgot {shortened(exchange.said)} and its answer{again}")
 
     def _mode(self, rest: str) -> Iterator[Event]:
         yield from self._change({"mode": rest or None})
@@ -301,12 +347,17 @@ class Chat:
         yield End()
 
 
+def _left(exchanges: list[Exchange]) -> list[Exchange]:
+    """The exchanges of the text that goes on: one that the model has ended is not continued."""
+    ends = [n for n, exchange in enumerate(exchanges) if exchange.ended]
+    return exchanges[ends[-1] + 1 if ends else 0 :]
+
+
 def _text(exchanges: list[Exchange]) -> str:
-    """The text that user and model write in turn; one that the model has ended is not continued."""
-    text, ended = "", False
+    """The text that user and model write in turn."""
+    text = ""
     for exchange in exchanges:
-        text = "" if ended else text
-        apart = not text or not exchange.said or text[-1].isspace() or exchange.said[0].isspace()
-        text += ("" if apart else " ") + exchange.said + exchange.answer
-        ended = exchange.ended
+        said = IMAGE * len(exchange.images) + exchange.said
+        apart = not text or not said or text[-1].isspace() or said[0].isspace()
+        text += ("" if apart else " ") + said + exchange.answer
     return text

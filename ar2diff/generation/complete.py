@@ -10,7 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from ..checkpoint.files import (
+    CONFIG,
     DRAFT_CONFIG,
     GENERATION,
     find_checkpoint,
@@ -26,16 +29,17 @@ from ..core.denoise import denoise
 from ..core.draft import read_draft_spec
 from ..core.errors import Ar2DiffError, option
 from ..core.generate import canvas_of, check_model
-from ..core.images import Images
 from ..core.masked_lm import is_masked_lm
 from ..core.options import Options, resolve
 from ..core.pattern import check_constraint, constraint_of, validates
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
+from ..data.album import Album
+from .images import album_of, blind, check_placeholders, encode_prompt
 from .prompts import Request, Segments, split_gaps
 from .results import Candidate, Completion, Drift
 from .steering import steered
-from .tokens import encode, spaced_gaps, text_after, with_gaps_filled
+from .tokens import spaced_gaps, text_after, with_gaps_filled
 
 
 def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> Completion:
@@ -44,7 +48,12 @@ def complete(checkpoint: Checkpoint, prompt: str, **settings: Any) -> Completion
 
 
 def complete_all(
-    checkpoint: Checkpoint, prompts: Sequence[str], *, batch_size: int = 8, **settings: Any
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    *,
+    images: Sequence[Sequence[Any]] = (),
+    batch_size: int = 8,
+    **settings: Any,
 ) -> Iterator[tuple[int, Completion]]:
     """Complete prompts in batches of similar length, yielding (index of the prompt, completion) as
     the batches finish.
@@ -52,6 +61,7 @@ def complete_all(
     Args:
         prompts: texts; `{mask:N}` stands for a gap of N tokens. A prompt with gaps is filled and
             not continued, unless `max_new_tokens` is among the settings.
+        images: of each prompt, as of `encode_prompt`; none of any by default.
         settings: options of `generate`, and those of `steered`; mode `ar` also works on
             unconverted models.
 
@@ -62,16 +72,17 @@ def complete_all(
     filling = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings)
     asked = {False: options}
+    album = album_of(checkpoint) if any(images) else None
     groups: dict[bool, list[tuple[int, Segments, list[int]]]] = {False: [], True: []}
     for number, prompt in enumerate(prompts):
         try:
             segments = split_gaps(prompt)
             gaps = len(segments) > 1
-            ids = encode(checkpoint.tokenizer, spec, segments)
+            own = images[number] if images else ()
+            ids = encode_prompt(checkpoint, spec, segments, own, album if own else None)
             if gaps not in asked:
                 asked[gaps] = settings_of(checkpoint, filling, gaps)[1]
-            canvas = canvas_of(checkpoint.model, spec, [ids], asked[gaps])
-            constrained(checkpoint, asked[gaps], canvas, [segments])
+            drawn(checkpoint, spec, asked[gaps], [ids], [segments], album)
         except Ar2DiffError as error:
             raise error if len(prompts) == 1 else error.about(f"prompt {number + 1}") from None
         groups[gaps].append((number, segments, ids))
@@ -79,13 +90,19 @@ def complete_all(
         rows.sort(key=lambda row: len(row[2]))
         for first in range(0, len(rows), batch_size):
             numbers, texts, batch = zip(*rows[first : first + batch_size], strict=True)
-            results = decode_rows(checkpoint, spec, asked[gaps], batch, texts)
+            results = decode_rows(checkpoint, spec, asked[gaps], batch, texts, album)
             for number, result in zip(numbers, results, strict=True):
                 yield number, replace(result, prompt=prompts[number])
 
 
 def infill(
-    checkpoint: Checkpoint, prefix: str, suffix: str, lengths: Sequence[int], **settings: Any
+    checkpoint: Checkpoint,
+    prefix: str,
+    suffix: str,
+    lengths: Sequence[int],
+    *,
+    images: Sequence[Any] = (),
+    **settings: Any,
 ) -> Completion:
     """Fill the gap between two texts. Of several lengths the one is chosen whose tokens have the
     highest mean log-probability, each taken when it was decided; `candidates` holds them all.
@@ -95,10 +112,11 @@ def infill(
     """
     settings = {"max_new_tokens": 0, **settings}
     spec, options = settings_of(checkpoint, settings, gaps=True)
+    album = album_of(checkpoint) if images else None
     texts: list[Segments] = [[prefix, length, suffix] for length in lengths]
-    rows = [encode(checkpoint.tokenizer, spec, segments) for segments in texts]
+    rows = [encode_prompt(checkpoint, spec, segments, images, album) for segments in texts]
     start = time.monotonic()
-    canvas, states = begin(checkpoint, spec, options, rows, texts)
+    canvas, states = begin(checkpoint, spec, options, rows, texts, album)
     for _ in states:
         pass
     seconds = time.monotonic() - start
@@ -125,25 +143,43 @@ def begin(
     options: Options,
     rows: Sequence[Sequence[int]],
     texts: Sequence[Segments] | None = None,
-    images: Images | None = None,
+    album: Album | None = None,
 ) -> tuple[Canvas, Iterator[Canvas]]:
     """The canvas of some rows, and the iterator that decides it, one state for each forward.
 
     Args:
         spec, options: of `settings_of`.
-        rows: token ids, with masks for gaps.
+        rows: token ids, with masks for gaps, and codes for the features of images.
         texts: what the rows encode, if it has gaps.
-        images: those whose codes are among the rows.
+        album: of the images; None: that of the checkpoint.
 
     Raises:
         Ar2DiffError: a prompt does not fit, or no text that matches the constraint.
     """
     model = checkpoint.model
-    canvas = canvas_of(model, spec, rows, options, images=images)
-    constrained(checkpoint, options, canvas, texts)
+    canvas = drawn(checkpoint, spec, options, rows, texts, album)
     finished = finished_of(model, options, None, checkpoint.tokenizer, constraint=canvas.constraint)
     states = denoise(model, spec, canvas, options, finished=finished, draft=checkpoint.draft)
     return canvas, states
+
+
+def drawn(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    options: Options,
+    rows: Sequence[Sequence[int]],
+    texts: Sequence[Segments] | None = None,
+    album: Album | None = None,
+) -> Canvas:
+    """The canvas of some rows, with their images and the constraint that the options ask for;
+    arguments and errors as of `begin`."""
+    check_placeholders(checkpoint, rows)
+    images = None
+    if any(token < 0 for row in rows for token in row):
+        album = album or checkpoint.album
+        images = album.images_in(torch.tensor([token for row in rows for token in row]))
+    canvas = canvas_of(checkpoint.model, spec, rows, options, images=images)
+    return constrained(checkpoint, options, canvas, texts)
 
 
 def constrained(
@@ -192,6 +228,12 @@ def check_request(
         spec = read_draft_spec(path / DRAFT_CONFIG).spec_for(spec)
     else:
         _check_converted(path, spec, settings)
+    config = path / CONFIG  # an adapter has none; its base is asked once it is loaded
+    if request is not None and config.is_file():
+        if "vision_config" in read_config(path):
+            request.check_places()
+        elif request.sees:
+            raise blind(path)
     settings, gaps = steered(settings), request is not None and request.has_gap
     configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
     options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)
@@ -267,14 +309,11 @@ def decode_rows(
     options: Options,
     rows: Sequence[Sequence[int]],
     texts: Sequence[Segments] | None = None,
+    album: Album | None = None,
 ) -> list[Completion]:
-    """Completions of some rows, decoded together; arguments as of `begin`.
-
-    Args:
-        texts: what the rows encode, if it has gaps.
-    """
+    """Completions of some rows, decoded together; arguments as of `begin`."""
     start = time.monotonic()
-    canvas, states = begin(checkpoint, spec, options, rows, texts)
+    canvas, states = begin(checkpoint, spec, options, rows, texts, album)
     for _ in states:
         pass
     seconds = (time.monotonic() - start) / len(rows)

@@ -12,6 +12,7 @@ from ..checkpoint.files import check_path
 from ..config.safe_json import parse_json
 from ..core.errors import Ar2DiffError, option, shortened
 
+IMAGE = "{image}"  # in a prompt, where an image stands
 GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
 FIRST_UNSPACED = "\u0e00"  # Thai; scripts before it set words apart by spaces
 LONGEST = 10_000_000  # tokens of a gap, more than any context has
@@ -28,12 +29,34 @@ class Request:
         many: they come from a file.
         infill: prefix, suffix and the lengths to try for the gap between them, instead of prompts.
         revise: parts of the one prompt that are to be written anew.
+        images: files of each prompt's images, or of those between prefix and suffix.
     """
 
     prompts: tuple[str, ...] = ()
     many: bool = False
     infill: tuple[str, str, tuple[int, ...]] | None = None
     revise: tuple[str, ...] = ()
+    images: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is any image."""
+        return any(self.images)
+
+    def check_places(self) -> None:
+        """Refuse prompts with more places for images than images, or fewer.
+
+        Raises:
+            Ar2DiffError: there is one; of several, it is named.
+        """
+        texts = [split_gaps(prompt) for prompt in self.prompts]
+        if self.infill is not None:
+            texts = [[*self.infill[:2]]]
+        for number, (segments, images) in enumerate(zip(texts, self.images, strict=True), 1):
+            try:
+                with_places(segments, len(images))
+            except Ar2DiffError as error:
+                raise error.about(f"prompt {number}") if self.many else error from None
 
     @property
     def has_gap(self) -> bool:
@@ -50,8 +73,12 @@ def request_of(
     suffix: str | None,
     lengths: Sequence[str],
     revise: Sequence[str] = (),
+    images: Sequence[str] = (),
 ) -> Request:
     """The request that the command line arguments describe.
+
+    Args:
+        images: files of the images in the one prompt, or in prefix and suffix.
 
     Raises:
         Ar2DiffError: they contradict each other, or one of them is not valid.
@@ -78,12 +105,19 @@ def request_of(
                 f"set {option('prefix')}, {option('suffix')} and {option('length')}, the number "
                 "of tokens in the gap between them",
             )
-        return Request(infill=(prefix, _apart(suffix or ""), tuple(lengths_of(lengths))))
+        texts = prefix, _apart(suffix or "")
+        return Request(infill=(*texts, tuple(lengths_of(lengths))), images=(tuple(images),))
     if file is not None:
-        return Request(tuple(read_prompts(file)), many=True)
+        if images:
+            raise Ar2DiffError(
+                f"{option('image')} is given beside {option('prompts_file')}",
+                "give each row a column 'image' or 'images' with its files",
+            )
+        prompts, files = zip(*read_prompts(file), strict=True)
+        return Request(prompts, many=True, images=files)
     split_gaps(prompt or "")
     places_of(prompt or "", revise)
-    return Request((prompt or "",), revise=tuple(revise))
+    return Request((prompt or "",), revise=tuple(revise), images=(tuple(images),))
 
 
 def _apart(suffix: str) -> str:
@@ -214,8 +248,31 @@ def _positive(word: str) -> bool:
     return word.isdecimal() and len(word) < 10 and 1 <= int(word) <= LONGEST
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file (`-` for standard input): lines of text, or the column `prompt` of rows.
+def with_places(segments: Segments, count: int) -> Segments:
+    """A prompt in which each image has its place: before all else, unless `{image}` says where.
+
+    Args:
+        count: how many images there are.
+
+    Raises:
+        Ar2DiffError: there are more places than images, or fewer.
+    """
+    places = sum(text.count(IMAGE) for text in segments if isinstance(text, str))
+    if not places and count:
+        return [IMAGE * count + str(segments[0]), *segments[1:]]
+    if places != count:
+        images = "1 image" if count == 1 else f"{count or 'no'} images"
+        raise Ar2DiffError(
+            f"the prompt has {places} {IMAGE}, but there {'is' if count == 1 else 'are'} {images}",
+            f"give {option('image')} once for each {IMAGE}; if there is none, the images stand "
+            "before the text",
+        )
+    return segments
+
+
+def read_prompts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Prompts of a file (`-` for standard input), with the files of their images: lines of text, or
+    the columns `prompt` and `image` or `images` of rows. A relative path starts at the file.
 
     Raises:
         Ar2DiffError: the file cannot be read, or a row of it; it names the row.
@@ -236,7 +293,21 @@ def read_prompts(path: Path) -> list[str]:
             )
         try:
             split_gaps(prompt)
+            images = _images_of(row, path)
         except Ar2DiffError as error:
             raise error.about(where) from None
-        prompts.append(prompt)
+        prompts.append((prompt, images))
     return prompts
+
+
+def _images_of(row: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """The files of a row's images."""
+    given = row.get("images") or row.get("image") or []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Ar2DiffError(
+            f"its images are {shortened(given)}",
+            'name files, as in {"prompt": "...", "images": ["a.png", "b.png"]}',
+        )
+    folder = Path() if str(path) == "-" else path.parent
+    return tuple(name if name.startswith("data:") else str(folder / name) for name in names)

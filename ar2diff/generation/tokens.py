@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 from ..core.errors import Ar2DiffError, check_text, first_line
 from ..core.spec import Spec
+from ..data.album import Album
+from ..data.chat_template import in_form
 from .prompts import Segments, places_of
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that is one byte, where there is byte fallback
@@ -131,10 +133,12 @@ def encode_messages(
     spec: Spec,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[Any] | None = None,
+    album: Album | None = None,
 ) -> list[int]:
     """Ids of a conversation up to the answer that is to be written.
 
     Args:
+        messages: images in them are keys in the `album`, which a vision-language model needs.
         tools: as of `prompt_ids`.
 
     Raises:
@@ -146,8 +150,16 @@ def encode_messages(
             "the tokenizer has no chat template, so messages cannot be rendered",
             "pass the conversation as one text",
         )
+    template = tokenizer.chat_template
     try:
-        ids = prompt_ids(tokenizer, messages, tools)
+        if album is None:
+            ids = prompt_ids(tokenizer, messages, tools)
+        else:
+            keys, asked = {key: key for key in album.shots}, {"add_generation_prompt": True}
+            shaped = in_form(template, messages)
+            ids, _ = album.chat(shaped, template, "the conversation", keys, tools, options=asked)
+    except Ar2DiffError:
+        raise
     except Exception as error:  # a template may raise anything
         raise Ar2DiffError(
             f"the chat template rejects the conversation ({first_line(error)})",

@@ -14,10 +14,12 @@ from ..core.conflicts import DENOISING
 from ..core.options import Options
 from ..core.spec import Spec
 from ..core.speculation import PACES
+from ..data.album import Album
 from .complete import begin, result_of, settings_of
+from .images import album_of, encode_prompt
 from .prompts import split_gaps
 from .results import Completion
-from .tokens import UNKNOWN, draw_tokens, encode, text_after, with_gaps_filled
+from .tokens import UNKNOWN, draw_tokens, text_after, with_gaps_filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Writing:
         ids: the row, with masks for gaps.
         prompt: what `ids` encode, to be shown with the text; None for a conversation, whose answer
             is a text of its own.
+        album: of the images that the row has codes of.
     """
 
     def __init__(
@@ -78,22 +81,32 @@ class Writing:
         options: Options,
         ids: Sequence[int],
         prompt: str | None = None,
+        album: Album | None = None,
     ):
         self.checkpoint, self.spec, self.options = checkpoint, spec, options
         self.asked, self.seconds = prompt, 0.0
         self.segments = [""] if prompt is None else split_gaps(prompt)
         if options.mode == "speculative" and checkpoint.model not in PACES:
             # How many drafts pay is measured in a model's first step, which is not a text's time.
-            next(begin(checkpoint, spec, options, [ids])[1], None)
-        self.canvas, self._states = begin(checkpoint, spec, options, [ids], [self.segments])
+            next(begin(checkpoint, spec, options, [ids], album=album)[1], None)
+        self.canvas, self._states = begin(checkpoint, spec, options, [ids], [self.segments], album)
         canvas = self.canvas
         self.prompt = int(canvas.prompt[0])
         self.gaps = (~canvas.given[0, : self.prompt]).nonzero()[:, 0].tolist()
         self.again = torch.zeros_like(canvas.given[0])
 
     @classmethod
-    def of_prompt(cls, checkpoint: Checkpoint, prompt: str, settings: dict[str, Any]) -> Writing:
+    def of_prompt(
+        cls,
+        checkpoint: Checkpoint,
+        prompt: str,
+        settings: dict[str, Any],
+        images: Sequence[Any] = (),
+    ) -> Writing:
         """The continuation of a prompt, or the filling of its gaps.
+
+        Args:
+            images: as of `key_of`, in their order.
 
         Raises:
             Ar2DiffError: as `complete_all`.
@@ -103,7 +116,9 @@ class Writing:
         spec, options = settings_of(
             checkpoint, {"max_new_tokens": 0, **settings} if gaps else settings, gaps
         )
-        return cls(checkpoint, spec, options, encode(checkpoint.tokenizer, spec, segments), prompt)
+        album = album_of(checkpoint) if images else None
+        ids = encode_prompt(checkpoint, spec, segments, images, album)
+        return cls(checkpoint, spec, options, ids, prompt, album)
 
     def step(self) -> bool:
         """Decide more of the text; returns whether there was anything to decide."""
@@ -206,7 +221,7 @@ class Writing:
 
 
 def stream(
-    checkpoint: Checkpoint, prompt: str, **settings: Any
+    checkpoint: Checkpoint, prompt: str, images: Sequence[Any] = (), **settings: Any
 ) -> Iterator[tuple[str, Completion | None]]:
     """Complete one prompt, yielding (part of the text, None) as `Writing.parts`; at last ("", the
     completion).
@@ -214,7 +229,7 @@ def stream(
     Raises:
         Ar2DiffError: as `complete_all`.
     """
-    writing = Writing.of_prompt(checkpoint, prompt, settings)
+    writing = Writing.of_prompt(checkpoint, prompt, settings, images)
     for part in writing.parts():
         yield part, None
     yield "", writing.result()

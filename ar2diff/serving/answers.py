@@ -137,7 +137,7 @@ class Answers:
         self.rows = [self._row(index, job, whole) for index, job in enumerate(jobs)]
 
     def _row(self, index: int, job: Job, whole: bool) -> Row:
-        tokenizer, before = self.service.checkpoint.tokenizer, list(job.ids)
+        tokenizer, before = self.service.checkpoint.tokenizer, job.prompt
         mask = job.spec.mask_token_id
         gaps = [place for place, token in enumerate(before) if token == mask and job.segments]
         text: Text | Filling

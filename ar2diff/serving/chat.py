@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError
+from ..generation.images import with_keys
 from ..generation.tokens import encode_messages, ids_after_text
 from .answers import Answers, Row
 from .conversation import ChatRequest, NamedTool, Tool
@@ -43,8 +44,9 @@ async def chat(service: Service, request: ChatRequest, account: Account) -> Chat
     _check(service, request)
     settings = request.settings()
     prepare = partial(_jobs, service, request, settings)
-    held = request.forced is not None or any(name in settings for name in CONSTRAINTS)
-    answers = await ask(service, request, account, prepare, held)
+    slow = request.forced is not None or any(name in settings for name in CONSTRAINTS)
+    slow = slow or service.checkpoint.sees_images
+    answers = await ask(service, request, account, prepare, slow)
     return ChatReply(service, request, answers)
 
 
@@ -71,7 +73,18 @@ def _check(service: Service, request: ChatRequest) -> None:
     if request.top_logprobs and not request.logprobs:
         raise Refusal(400, "top_logprobs needs logprobs; set it to true", "top_logprobs")
     check_length(service, (text for m in request.messages for text in m.texts()), "messages")
+    _check_images(service, request)
     _check_tools(service, request)
+
+
+def _check_images(service: Service, request: ChatRequest) -> None:
+    count, most = request.images, service.limits.images
+    if count and not service.checkpoint.sees_images:
+        raise Refusal(400, "messages has an image, but this model reads text alone; leave it out",
+                      "messages", "no_images")  # fmt: skip
+    if count > most:
+        told = f"messages has {count} images, of which a request may have {most}"
+        raise Refusal(400, f"{told}; send fewer", "messages")
 
 
 def _check_tools(service: Service, request: ChatRequest) -> None:
@@ -113,11 +126,15 @@ def _jobs(service: Service, request: ChatRequest, settings: dict[str, Any]) -> l
     as_text = layout is not None and layout.as_text
     messages = [message.rendered(as_text) for message in request.messages]
     tools = [tool.rendered() for tool in request.offered] or None
+    album, tokenizer = service.album(), checkpoint.tokenizer
     try:
-        with service.encoding:
-            ids = encode_messages(checkpoint.tokenizer, checkpoint.read_as, messages, tools)
+        messages = with_keys(messages, album, checkpoint.path)
+        with service.encoding if album is None else service.seeing:
+            if album is not None:
+                tokenizer = service.processor.tokenizer
+            ids = encode_messages(tokenizer, checkpoint.read_as, messages, tools, album)
             if request.forced is not None and layout is not None and layout.opening()[0]:
-                ids = [*ids, *ids_after_text(checkpoint.tokenizer, layout.opening()[0])]
+                ids = [*ids, *ids_after_text(tokenizer, layout.opening()[0])]
         if request.forced is not None and layout is not None:
             settings = {**settings, "regex": _pattern(request.forced, layout)}
     except Ar2DiffError as error:
@@ -126,7 +143,13 @@ def _jobs(service: Service, request: ChatRequest, settings: dict[str, Any]) -> l
     free = checkpoint.read_as.attention != "full" and config.max_new_tokens is None
     tokens = request.max_completion_tokens or request.max_tokens
     return jobs_of(
-        service, request, [Prompt(ids)], settings, tokens, USUAL if free else None, names
+        service,
+        request,
+        [Prompt(ids, album=album)],
+        settings,
+        tokens,
+        USUAL if free else None,
+        names,
     )
 
 

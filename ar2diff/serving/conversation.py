@@ -14,23 +14,52 @@ from .protocol import Natural, Request, Strict
 NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
+class ImageUrl(Strict):
+    """The image of a part, as a data URI: nothing is fetched, and no file is read."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _holds_it(cls, value: str) -> str:
+        head, _, data = value.partition(",")
+        if not (head.startswith("data:image/") and head.endswith(";base64") and data):
+            where = "on the web" if value[:8].startswith(("http://", "https://")) else "elsewhere"
+            raise ValueError(
+                f"names an image {where}, but this server fetches none and reads no files; send "
+                "the image itself, as data:image/png;base64,..."
+            )
+        return value
+
+
 class Part(Strict):
     """A part of a message's content."""
 
     type: str
     text: str | None = None
-    image_url: Any = None
+    image_url: ImageUrl | None = None
     input_audio: Any = None
     file: Any = None
     refusal: Any = None
 
     @model_validator(mode="after")
-    def _is_text(self) -> Part:
-        if self.type != "text":
-            raise ValueError(f"of type {self.type[:40]!r} is not supported: the model reads text")
-        if self.text is None:
+    def _is_whole(self) -> Part:
+        if self.type not in ("text", "image_url"):
+            raise ValueError(
+                f"of type {self.type[:40]!r} is not supported: models read text, and some images"
+            )
+        if self.type == "text" and self.text is None:
             raise ValueError("has no text")
+        if self.type == "image_url" and self.image_url is None:
+            raise ValueError("has no image_url")
         return self
+
+    def rendered(self) -> dict[str, str]:
+        """The part as `content_of` reads it."""
+        if self.image_url is not None and self.type == "image_url":
+            return {"type": "image", "image": self.image_url.url}
+        return {"type": "text", "text": self.text or ""}
 
 
 class CalledFunction(Strict):
@@ -90,6 +119,12 @@ class Message(Strict):
         )
         yield from (call.function.arguments for call in self.tool_calls or ())
 
+    @property
+    def images(self) -> int:
+        """How many images the message has."""
+        parts = [] if isinstance(self.content, str) else self.content or []
+        return sum(part.type == "image_url" for part in parts)
+
     def rendered(self, as_text: bool) -> dict[str, Any]:
         """The message as chat templates read it.
 
@@ -97,8 +132,10 @@ class Message(Strict):
             as_text: they want the arguments of calls as a text.
         """
         role = "system" if self.role == "developer" else self.role
-        content = self.content or ""
-        if not isinstance(content, str):
+        content: Any = self.content or ""
+        if self.images:
+            content = [part.rendered() for part in self.content or () if isinstance(part, Part)]
+        elif not isinstance(content, str):
             content = "\n".join(part.text or "" for part in content)
         found: dict[str, Any] = {"role": role, "content": content}
         if self.name is not None:
@@ -217,6 +254,11 @@ class ChatRequest(Request):
         if len(set(names)) < len(names):
             raise ValueError("has two functions of the same name")
         return value or None
+
+    @property
+    def images(self) -> int:
+        """How many images the conversation has."""
+        return sum(message.images for message in self.messages)
 
     @property
     def offered(self) -> list[Tool]:

@@ -22,7 +22,7 @@ from .batch import Batch, Deliver, Ticket, joins
 from .events import Failed
 from .jobs import Job, job_of
 from .log import log_bug
-from .prefix import PrefixCache
+from .prefix import Context, PrefixCache
 
 WIDER, ROOM = 2, 32  # prompts are read together up to this many times as long, and tokens more
 WARMED = 10.0  # seconds after which no more numbers of rows are tried before the first request
@@ -248,7 +248,7 @@ class Engine:
         self._step(batch)
         for row, ticket in enumerate(batch.rows):
             if ticket is not None:
-                self._keep(batch, row)
+                self._keep(batch, row, ticket)
         if not len(batch):
             return
         host = self._host(batch)
@@ -274,7 +274,7 @@ class Engine:
         for ticket, row in over:
             self.stats.rows += 1
             self.stats.tokens += ticket.sent
-            self._keep(batch, row)
+            self._keep(batch, row, ticket)
         batch.drop([row for _, row in over])
 
     def _drop(self) -> None:
@@ -310,13 +310,13 @@ class Engine:
         return bool(self.prefixes.budget) and batch.decoder.resumes and even
 
     def _beginning(self, ticket: Ticket) -> tuple[list[int], int]:
-        """The tokens before what a row writes first, and how many of them may be known: not all,
-        since the last one says what follows."""
+        """The names of the tokens before what a row writes first, and how many of them may be
+        known: not all, since the last one says what follows."""
         canvas, end = ticket.job.canvas, ticket.begin
         if ticket.job.options.mode == "diffusion":
             size = ticket.job.options.block_length or end + 1
             end = end // size * size
-        return canvas.ids[0, :end].tolist(), max(0, end - 1)
+        return ticket.job.known_as(canvas.ids[0, :end].tolist()), max(0, end - 1)
 
     def _resume(self, batch: Batch) -> None:
         """Give a decoder what is known of its rows' prompts."""
@@ -324,17 +324,29 @@ class Engine:
         self.stats.prompts += sum(ticket.begin for ticket in tickets)
         if not self._reuses(batch):
             return
-        contexts = [self.prefixes.get(*self._beginning(ticket)) for ticket in tickets]
+        contexts = [self._known(ticket) for ticket in tickets]
         if any(contexts):
             self.stats.reused += sum(c[0][0].shape[2] for c in contexts if c)
             batch.decoder.resume(contexts)
 
-    def _keep(self, batch: Batch, row: int) -> None:
+    def _known(self, ticket: Ticket) -> Context:
+        """The keys and values of the first tokens of a row that are known, of no part of what is
+        read in both directions."""
+        context = self.prefixes.get(*self._beginning(ticket))
+        count = context[0][0].shape[2] if context else 0
+        whole = ticket.job.uncut(count)
+        whole -= whole % self.prefixes.grain
+        if whole == count:
+            return context
+        return [(k[:, :, :whole], v[:, :, :whole]) for k, v in context] if whole else []
+
+    def _keep(self, batch: Batch, row: int, ticket: Ticket) -> None:
         """Keep what has been read of a row."""
         context = batch.decoder.context(row) if self._reuses(batch) else []
         if context:
             count = context[0][0].shape[2]
-            self.prefixes.put(batch.decoder.canvas.ids[row, :count].tolist(), context)
+            ids = batch.decoder.canvas.ids[row, :count].tolist()
+            self.prefixes.put(ticket.job.known_as(ids), context)
 
 
 def _answer(function: Callable[[], Any], future: Future[Any]) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from ..checkpoint.model import Checkpoint
 from ..core.canvas import Canvas, Finished
-from ..core.generate import canvas_of
+from ..core.images import PLACE_BITS
 from ..core.options import Options
+from ..core.seeds import content_key
 from ..core.spec import Spec
-from ..generation.complete import constrained, settings_of
+from ..data.album import Album
+from ..generation.complete import drawn, settings_of
 from ..generation.prompts import Segments
 from .text import Stops
 
@@ -22,7 +24,7 @@ class Job:
     """A row for the engine. Nothing that is wrong with its request is left to be found.
 
     Attributes:
-        ids: of the prompt, with masks in its gaps.
+        ids: of the prompt, with masks in its gaps and codes for its images.
         canvas: of one row, with its constraint.
         spec, options: of `settings_of`.
         segments: the prompt that the row holds, if it has gaps.
@@ -31,6 +33,7 @@ class Job:
         streams: whether its reader wants tokens as they are decided, not only the text in the end.
         drafts: whether it wants drafts, too.
         stops: says of a row and its ids whether a stop string ends them; None: there is none.
+        seen: the ids, with numbers below 0 for the features of images that no other image has.
     """
 
     ids: Sequence[int]
@@ -42,6 +45,7 @@ class Job:
     streams: bool = True
     drafts: bool = False
     stops: Finished | None = None
+    seen: Sequence[int] = ()
 
     @cached_property
     def shared(self) -> tuple[Options, bool]:
@@ -57,6 +61,44 @@ class Job:
         )
         return options, bool(self.canvas.alternatives)
 
+    @property
+    def prompt(self) -> list[int]:
+        """The ids of the prompt as the tokenizer knows them, with masks in its gaps."""
+        return self.canvas.ids[0, : len(self.ids)].tolist()
+
+    @cached_property
+    def names(self) -> list[int]:
+        """What stands for each token of the prompt wherever its keys and values are kept: `seen`,
+        but for what is read in both directions, as some models read images or whole prompts, a
+        number that depends on all of it."""
+        found = list(self.seen)
+        for start, end in self._both_ways:
+            found[start:end] = [-1 - (content_key(self.seen[start:end]) >> 2)] * (end - start)
+        return found
+
+    def known_as(self, ids: Sequence[int]) -> list[int]:
+        """The names of the first tokens of the row, whose ids are given."""
+        prompt = zip(self.names, ids, strict=False)
+        return [*(n if n < 0 else token for n, token in prompt), *ids[len(self.names) :]]
+
+    def uncut(self, count: int) -> int:
+        """The most of the first `count` tokens that read nothing behind themselves."""
+        return min([count, *(start for start, end in self._both_ways if start < count < end)])
+
+    @cached_property
+    def _both_ways(self) -> list[tuple[int, int]]:
+        """Where parts of the prompt begin and end that are read in both directions."""
+        sight = self.canvas.sight
+        if sight is None or sight.until is None:
+            return []
+        until, found, at = sight.until[0].tolist(), [], 0
+        while at < len(until):
+            end = until[at] + 1
+            if end > at + 1:
+                found.append((at, end))
+            at = max(end, at + 1)
+        return found
+
 
 def job_of(
     checkpoint: Checkpoint,
@@ -68,6 +110,7 @@ def job_of(
     streams: bool = True,
     drafts: bool = False,
     alternatives: int = 0,
+    album: Album | None = None,
 ) -> Job:
     """A job, from token ids and the options of `generate`. It may take seconds, while the automaton
     of a constraint is made; called by any thread.
@@ -75,6 +118,7 @@ def job_of(
     Args:
         segments: what the ids encode, if they have gaps.
         alternatives: how many of the likeliest tokens are told with each.
+        album: of the images that the ids have codes of.
 
     Raises:
         Ar2DiffError: an option is wrong, the prompt does not fit, or no text that matches the
@@ -83,9 +127,25 @@ def job_of(
     segments = segments if segments and len(segments) > 1 else []
     gaps = bool(segments)
     spec, options = settings_of(checkpoint, settings, gaps)
-    canvas = canvas_of(checkpoint.model, spec, [ids], options)
+    canvas = drawn(checkpoint, spec, options, [ids], [segments] if gaps else None, album)
     canvas.alternatives = alternatives
-    constrained(checkpoint, options, canvas, [segments] if gaps else None)
     texts = options.stop_strings
     stops = Stops(checkpoint.tokenizer, texts, len(ids)) if texts else None
-    return Job(ids, canvas, spec, options, segments, number, streams, drafts, stops)
+    names = _named(ids, album)
+    return Job(ids, canvas, spec, options, segments, number, streams, drafts, stops, names)
+
+
+def _named(ids: Sequence[int], album: Album | None) -> list[int]:
+    """Ids with a hash of an image's pixels and of the feature's place for each code: the key in a
+    code has so few bits that somebody could find an image with the key of another one."""
+    if album is None:
+        return list(ids)
+    found = []
+    for token in ids:
+        if token < 0:
+            key, place = divmod(-1 - token, 1 << PLACE_BITS)
+            digest = album.shots.digest(key)
+            halves = (int.from_bytes(digest[n : n + 8], "little", signed=True) for n in (0, 8))
+            token = -1 - (content_key([*halves, place]) >> 2)
+        found.append(token)
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 from .refusal import NO_RETRY, Refusal
 
 EXCESS = 4  # times the limit that is read of a body that is too large, so that its sender listens
+SEEING = 32 << 20  # bytes of a body that may hold images
 SMALL = 1 << 16  # bytes of a body that is read in no time
 
 
@@ -20,6 +21,7 @@ class Limits:
         tokens: of an answer.
         seconds: of a request, from the end of its body to the end of its answer.
         rows: answers that a request may ask for, over all its prompts.
+        images: that a request may have. pixels: of each.
         body: bytes of a request. patience: seconds in which they have to arrive.
         headers: seconds in which the headers of a request have to arrive.
         leave: seconds beyond `seconds` in which a client has to have read its answer.
@@ -28,6 +30,8 @@ class Limits:
     tokens: int = 4096
     seconds: float = 600.0
     rows: int = 128
+    images: int = 16
+    pixels: int = 32 << 20
     body: int = 8 << 20
     patience: float = 30.0
     headers: float = 15.0

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.conflicts import CONSTRAINTS
 from ..core.errors import Ar2DiffError
 from ..core.generate import room_of
+from ..data.album import Album
 from ..generation.complete import settings_of
 from ..generation.prompts import Segments
 from .answers import Answers, out_of_time
@@ -43,11 +44,14 @@ class Prompt:
     """What a row begins with.
 
     Attributes:
-        ids: with masks for gaps. segments: what they encode, if they have gaps.
+        ids: with masks for gaps, and codes for images. segments: what they encode, if they have
+            gaps.
+        album: of the images.
     """
 
     ids: list[int]
     segments: Segments | None = None
+    album: Album | None = None
 
 
 async def ask(
@@ -55,25 +59,25 @@ async def ask(
     request: Request,
     account: Account,
     prepare: Callable[[], list[Job]],
-    constrained: bool,
+    slow: bool,
     whole: bool = False,
 ) -> Answers:
     """Prepare rows, and have them written.
 
     Args:
-        prepare: makes the jobs. constrained: which may take long.
+        prepare: makes the jobs. slow: which may take long, for a constraint or images.
         whole: as of `Answers`.
 
     Raises:
         Refusal: the request cannot be answered, or not now.
     """
     limit = service.limits.seconds
-    if not constrained and account.size < SMALL and request.rows <= FEW:
+    if not slow and account.size < SMALL and request.rows <= FEW:
         jobs = prepare()  # in less time than another thread would take to begin
     else:
         try:
             async with asyncio.timeout(max(0.0, limit - account.seconds)):
-                lane = service.constrained if constrained else service.plain
+                lane = service.slow if slow else service.plain
                 jobs = await lane.run(prepare)
         except TimeoutError:
             raise out_of_time(limit) from None
@@ -122,7 +126,7 @@ def jobs_of(
                 found.append(
                     job_of(service.checkpoint, prompt.ids, own, segments=prompt.segments,
                            number=number, streams=streams, drafts=drafts,
-                           alternatives=request.alternatives)
+                           alternatives=request.alternatives, album=prompt.album)
                 )  # fmt: skip
     except Ar2DiffError as error:
         constraint = next((name for name in CONSTRAINTS if settings.get(name)), None)

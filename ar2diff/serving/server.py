@@ -158,7 +158,7 @@ def _service(
     """The model, loaded, and its engine, started."""
     from ..generation.complete import load
     from .engine import Engine
-    from .limits import Limits
+    from .limits import SEEING, Limits
     from .service import Service, set_defaults
 
     checkpoint = load(model, dtype)
@@ -166,8 +166,13 @@ def _service(
     engine = Engine(
         checkpoint, max_batch=max_batch, max_waiting=max_waiting, prefix_bytes=prefix_cache << 20
     )
-    limits = Limits(tokens=max_tokens, seconds=time_limit, rows=min(Limits.rows, max_waiting))
+    limits = Limits(
+        tokens=max_tokens, seconds=time_limit, rows=min(Limits.rows, max_waiting),
+        body=SEEING if checkpoint.sees_images else Limits.body,
+    )  # fmt: skip
     service = Service(checkpoint, engine, name or Path(model).name or model, limits)
+    if checkpoint.sees_images:
+        service.processor  # noqa: B018 - whatever it lacks is told now
     service.metrics.watch(engine)
     engine.warm(service.base)
     # The engine's thread lets others run at every operation on tensors, and has to be let in again.

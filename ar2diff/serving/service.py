@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import Lock
@@ -16,6 +17,7 @@ from ..core.errors import Ar2DiffError
 from ..core.forward import context_length
 from ..core.generate import room_of
 from ..core.options import FILTERS, MODES
+from ..data.album import Album
 from ..generation.complete import settings_of
 from ..generation.steering import steered
 from .engine import Engine
@@ -66,7 +68,9 @@ class Service:
     Attributes:
         name: under which clients know it.
         encoding: held while the tokenizer encodes, which is not thread-safe.
-        plain, constrained: prepare rows; an automaton may take a minute.
+        seeing: held while the processor of a vision-language model does, with a tokenizer of its
+            own: texts do not wait for images.
+        plain, slow: prepare rows; an automaton may take a minute, and images some seconds.
     """
 
     checkpoint: Checkpoint
@@ -75,8 +79,9 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     encoding: Any = field(default_factory=Lock)
+    seeing: Any = field(default_factory=Lock)
     plain: Lane = field(default_factory=lambda: Lane("rows", 1, 256))
-    constrained: Lane = field(default_factory=lambda: Lane("constraints", 2, 32))
+    slow: Lane = field(default_factory=lambda: Lane("slow", 2, 32))
 
     def check_model(self, name: str | None, mode: str | None = None) -> None:
         """Refuse a request for another model, or for a mode that the model lacks.
@@ -118,6 +123,21 @@ class Service:
             return layout_of(self.checkpoint.tokenizer)
 
     @cached_property
+    def processor(self) -> Any:
+        """That of a vision-language model, with a tokenizer of its own."""
+        found = copy(self.checkpoint.processor)
+        found.tokenizer = deepcopy(self.checkpoint.tokenizer)
+        return found
+
+    def album(self) -> Album | None:
+        """A new album for the images of a request; None if the model reads text alone."""
+        if not self.checkpoint.sees_images:
+            return None
+        found = Album(self.processor, self.checkpoint.model)
+        found.shots.most = self.limits.pixels
+        return found
+
+    @cached_property
     def lossless(self) -> bool:
         """Whether the model has an AR mode."""
         return "ar" in self.described["modes"]
@@ -135,6 +155,7 @@ class Service:
             "default_mode": default.mode,
             "chat": bool(checkpoint.tokenizer.chat_template),
             "tools": self.layout is not None,
+            "images": self.checkpoint.sees_images,
             "constraints": importlib.util.find_spec("outlines_core") is not None,
             "context": room_of(checkpoint.model, spec, default),
             "max_tokens": self.limits.tokens,

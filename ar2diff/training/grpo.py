@@ -124,9 +124,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ):
             self.checkpoint.model.eval()
             try:
-                images = self._pictures.hold(list(map(torch.tensor, coded)))
+                self._pictures.hold(list(map(torch.tensor, coded)))
                 self._rollouts = sample(
-                    self._writer, coded, seeds, settings, rl.rollout_batch_size, images
+                    self._writer, coded, seeds, settings, rl.rollout_batch_size, self._pictures
                 )
             finally:
                 self.checkpoint.model.train(training)

@@ -26,7 +26,7 @@ class Pictures:
         self.trained = trains_images(self.model)
         self._held = Images(())
 
-    def hold(self, rows: Sequence[Tensor]) -> Images | None:
+    def hold(self, rows: Sequence[Tensor]) -> None:
         """The images of all completions of a step, whose features are computed now if no gradient
         changes them. The order of the rows makes no difference.
 
@@ -34,11 +34,14 @@ class Pictures:
             rows: of ids, with codes.
         """
         if self.album is None:
-            return None
+            return
         self._held = self._found(keys_of(rows))
         if not self.trained:
             self._held.compute(self.model)
-        return self._held
+
+    def images_in(self, ids: Tensor) -> Images | None:
+        """As of `Album.images_in`."""
+        return self.of([ids])
 
     def of(self, rows: Sequence[Tensor], batches: Sequence[dict[str, Any]] = ()) -> Images | None:
         """The images of rows of ids in one forward: those that are held, or, where gradients reach

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..checkpoint.model import Checkpoint
 from ..config.rl import Rl
 from ..core.canvas import Canvas
-from ..core.images import Images
 from ..core.seeds import content_key
 from ..core.spec import Spec
 from ..generation.complete import begin, settings_of
@@ -60,7 +59,7 @@ def sample(
     seeds: Sequence[int],
     settings: dict[str, Any],
     batch_size: int,
-    images: Images | None = None,
+    album: Any = None,
 ) -> list[Rollout]:
     """Complete each prompt, in batches of similar length. Results are in the order of the prompts.
 
@@ -68,7 +67,7 @@ def sample(
         prompts: token ids, and codes of images.
         seeds: one per prompt; the draws for a row depend only on its seed and prompt.
         settings: options for `generate`.
-        images: those whose codes are among the prompts; None for a model of text.
+        album: has `images_in`, as an `Album`; None: that of the checkpoint.
     """
     found: dict[int, Rollout] = {}
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
@@ -77,7 +76,7 @@ def sample(
         own = tuple(content_key([seeds[n], 1]) % 2**62 for n in numbers)
         spec, options = settings_of(checkpoint, {**settings, "seed": own})
         rows = [prompts[n] for n in numbers]
-        canvas, states = begin(checkpoint, spec, options, rows, images=images)
+        canvas, states = begin(checkpoint, spec, options, rows, album=album)
         for _ in states:
             pass
         for row, number in enumerate(numbers):

@@ -1,6 +1,7 @@
 // A run as a file: saved, and opened again. What a file holds is checked before anything is shown.
 
 import { element } from "./elements.js";
+import { isPicture } from "./pictures.js";
 import { Recording } from "./recording.js";
 
 const FORMAT = "ar2diff run";
@@ -54,7 +55,7 @@ function recordingOf(run, where, left) {
   list(run.messages, `messages of ${where}`, 1000);
   list(run.frames, `frames of ${where}`, MOST.frames);
   const segments = run.segments.map((part) => ({ text: string(part?.text, where), gap: part.gap === true }));
-  const turns = run.messages.map((part) => ({ role: string(part?.role, where), content: string(part.content, where) }));
+  const turns = run.messages.map((part) => ({ role: string(part?.role, where), content: contentOf(part.content, where) }));
   const settings = { revise: Boolean(run.settings?.revise) };
   check(alternate(segments), `the gaps of ${where} do not stand between texts`);
   const made = new Recording({ mode: run.mode, segments, messages: turns, settings, chat: run.chat === true });
@@ -69,6 +70,18 @@ function recordingOf(run, where, left) {
   made.reason = run.reason === null ? null : string(run.reason, where);
   made.summary = run.summary === null ? null : summaryOf(run.summary, where);
   return made;
+}
+
+/** What a message says: a text, or pictures and texts. */
+function contentOf(content, where) {
+  if (!Array.isArray(content)) return string(content, where);
+  list(content, `parts of a message of ${where}`, 100);
+  return content.map((part) => {
+    if (part?.type === "text") return { type: "text", text: string(part.text, where) };
+    const url = part?.image_url?.url;
+    check(part?.type === "image_url" && typeof url === "string" && isPicture(url), `a picture of ${where} is damaged`);
+    return { type: "image_url", image_url: { url } };
+  });
 }
 
 function frameOf(frame, where, count, left) {

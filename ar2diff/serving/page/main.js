@@ -6,6 +6,7 @@ import { $, say } from "./elements.js";
 import { Damaged, open, save } from "./file.js";
 import { watchForms } from "./forms.js";
 import { Marks } from "./marks.js";
+import { Pictures } from "./pictures.js";
 import { clearProblems, showProblem, Wrong } from "./settings.js";
 import { BUTTONS, NEEDS, plansOf } from "./tasks.js";
 import { Theatre } from "./theatre.js";
@@ -13,6 +14,7 @@ import { Theatre } from "./theatre.js";
 const announcer = new Announcer();
 const theatre = new Theatre();
 const marks = new Marks();
+const pictures = new Pictures();
 let model = null; // of the server
 let task = "write";
 let talk = []; // the conversation so far
@@ -35,7 +37,8 @@ async function meet() {
   const known = ["diffusion", "speculative", "ar"].filter((mode) => model.modes?.includes(mode));
   model.modes = known.length ? known : ["ar"];
   const blocks = model.block_length ? `blocks of ${model.block_length}` : "no blocks";
-  $("facts").textContent = [model.id, model.attention, blocks].filter(Boolean).join(" · ");
+  const sees = model.images ? "sees pictures" : "";
+  $("facts").textContent = [model.id, model.attention, blocks, sees].filter(Boolean).join(" · ");
   for (const label of $("modes").querySelectorAll("[data-mode]"))
     label.hidden = !model.modes.includes(label.dataset.mode);
   document.querySelector(`[name=mode][value=${model.modes[0]}]`).checked = true;
@@ -80,6 +83,7 @@ function choose(name) {
   for (const part of $("form").querySelectorAll("[data-tasks]"))
     part.hidden = part.dataset.lacking === "yes" || !part.dataset.tasks.split(" ").includes(name);
   $("prompt-label").textContent = talking ? "Your message" : "How the text begins";
+  $("pictures-field").hidden = !(talking && model?.images);
   $("fresh").hidden = !(talking && talk.length);
   const mode = document.querySelector("[name=mode]:checked")?.value;
   const denoises = name === "write" ? mode === "diffusion" : true;
@@ -117,7 +121,9 @@ async function run() {
   try {
     if (task === "rewrite" && !marks.spans.length && !marks.openSelection())
       throw new Wrong("revise", "Select the words that are to be written anew.");
-    plans = plansOf(task, model, task === "write" && chatting() ? talk : null, marks.spans);
+    const told = pictures.content($("prompt").value);
+    const asked = [...talk, { role: "user", content: told }];
+    plans = plansOf(task, model, task === "write" && chatting() ? asked : null, marks.spans);
   } catch (error) {
     if (!(error instanceof Wrong)) throw error;
     return showProblem(error.message, error.param);
@@ -160,6 +166,7 @@ async function fill({ path, body, recording }, recordings) {
 function remember({ messages, text }) {
   talk = [...messages, { role: "assistant", content: text }];
   $("prompt").value = "";
+  pictures.clear();
   $("prompt").focus();
   choose(task);
 }
@@ -184,6 +191,7 @@ $("form").addEventListener("submit", (event) => {
 $("stop").addEventListener("click", () => running?.abort());
 $("fresh").addEventListener("click", () => {
   talk = [];
+  pictures.clear();
   $("runs").replaceChildren();
   choose(task);
   $("prompt").focus();
@@ -227,7 +235,7 @@ $("file").addEventListener("change", () => show($("file").files[0]));
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
-  show(event.dataTransfer.files[0]);
+  if (!pictures.takes(event.dataTransfer.files)) show(event.dataTransfer.files[0]);
 });
 
 async function show(file) {

@@ -1,6 +1,7 @@
 // Draws one recording: what was given, its tokens, and its clock.
 
 import { duration, element } from "./elements.js";
+import { shown } from "./pictures.js";
 
 export const MODES = { diffusion: "Diffusion", speculative: "Lossless", ar: "AR" };
 const SPEAKERS = { user: "You", assistant: "The model" };
@@ -25,7 +26,7 @@ export class Stage {
     this.note = element("p", { className: "hint note" });
     const name = element("h3", {}, MODES[recording.mode] ?? recording.mode);
     const said = ({ role, content }) =>
-      element("p", { className: "turn" }, element("b", {}, SPEAKERS[role] ?? role), content);
+      element("p", { className: "turn" }, element("b", {}, SPEAKERS[role] ?? role), ...shown(content));
     const turns = recording.messages.map(said);
     if (recording.chat) turns.push(element("p", { className: "speaker" }, SPEAKERS.assistant));
     this.node = element("article", { className: "run", data: { mode: recording.mode } });

@@ -15,12 +15,12 @@ export const NEEDS = { write: [], rewrite: ["diffusion"], gap: ["diffusion"], co
 export const BUTTONS = { write: "Write", rewrite: "Fill in", gap: "Fill in", compare: "Compare" };
 
 /** The plans of a task; throws `Wrong` if a field is. */
-export function plansOf(task, model, talk, marks) {
+export function plansOf(task, model, messages, marks) {
   if (task === "rewrite") return [rewriting(model, marks)];
   if (task === "gap") return [filling(model)];
   if (task === "compare") return model.modes.toReversed().map((mode) => continuing(model, mode, {}));
   const mode = document.querySelector("[name=mode]:checked").value;
-  return [talk ? talking(model, mode, talk) : continuing(model, mode, formOf(false))];
+  return [messages ? talking(model, mode, messages) : continuing(model, mode, formOf(false))];
 }
 
 function continuing(model, mode, form) {
@@ -30,8 +30,7 @@ function continuing(model, mode, form) {
   return plan(TEXTS, { mode, segments, settings }, { model: model.id, prompt });
 }
 
-function talking(model, mode, talk) {
-  const messages = [...talk, { role: "user", content: $("prompt").value }];
+function talking(model, mode, messages) {
   const settings = { ...settingsOf(mode), ...formOf(true) };
   return plan(CHATS, { mode, messages, settings, chat: true }, { model: model.id, messages });
 }
