@@ -211,8 +211,8 @@ torchvision.
 trained it from scratch in {seconds:,.0f} CPU seconds on one core: the tower to read one digit in
 each of its 16 patches, then, with the tower fixed, projector and language model on {answers:,}
 answers about {pictures:,} pictures that `ar2diff/demo/vision/scenes.py` generates. No other model's
-weights or output went into it. Another processor rounds otherwise, and gives other weights of the
-same quality. The tokenizer knows the {vocab} words of the questions and answers and four reserved
+weights or output went into it. Another processor rounds otherwise and so gives other weights. The
+tokenizer knows the {vocab} words of the questions and answers and four reserved
 tokens. One placeholder `<image>` becomes 16 tokens.
 
 ## Measured on held-out handwriting
