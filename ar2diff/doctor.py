@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from .core.errors import first_line
+
 # What ar2diff computes and reads files with, each with the newest version that was tested, which is
 # that of constraints.txt. The oldest one is what the package itself requires.
 NEWEST = {
@@ -38,6 +40,7 @@ NEWEST = {
     "fastapi": "0.165.0",
     "uvicorn": "0.54.0",
     "prometheus-client": "0.26.0",
+    "pillow": "12.3.0",
     "matplotlib": "3.11.2",
     "tensorboard": "2.21.0",
     "wandb": "0.31.0",
@@ -187,6 +190,14 @@ def _warnings(free: int) -> list[str]:
         found.append(f"{settings} changes how runs are launched; remove it if you do not want that")
     if importlib.util.find_spec("ar2diff").origin is None:
         found.append("a leftover folder in site-packages hides ar2diff; uninstall and reinstall it")
+    if importlib.util.find_spec("torchvision") is not None:  # without it some models cannot see
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # its operators are registered when it is imported
+            found.append(
+                f"torchvision does not match torch ({first_line(error)}), and no vision-language "
+                "model loads; install the one that belongs to it, from the same index"
+            )
     if free < LITTLE:
         found.append(f"less than {LITTLE / 1e9:.0f} GB of disk space is free")
     return found

@@ -171,6 +171,10 @@ class Shots:
             key = (key + 1) % (1 << KEY_BITS)
         return key
 
+    def digest(self) -> str:
+        """Of all of them, in any order."""
+        return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
+
     def include(self, other: Shots) -> dict[int, int]:
         """Add the images of another collection. Returns {their keys: the keys here}."""
         found = {}

@@ -126,15 +126,28 @@ def open_hub(source: Source, streaming: bool = False) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(
+        data = datasets.load_dataset(
             source.path, source.name, split=source.split, streaming=streaming
         )
+        return _undecoded(data)
     except Exception as error:  # any of a dozen classes of datasets, huggingface_hub, httpx
         raise Ar2DiffError(
             f"data {source.path} is not a local file, and loading it from the Hub failed: "
             f"{first_line(error)}",
             "check the name and the connection, or give a local file",
         ) from error
+
+
+def _undecoded(data: Any) -> Any:
+    """The data set with its images as bytes and paths, which are checked before they are read."""
+    import datasets
+
+    for name, feature in (data.features or {}).items():
+        kind = getattr(feature, "feature", feature)
+        if isinstance(kind, datasets.Image):
+            bare = datasets.Image(decode=False)
+            data = data.cast_column(name, bare if kind is feature else datasets.List(bare))
+    return data
 
 
 def read_texts(path: Path | str, field: str) -> list[str]:

@@ -55,13 +55,16 @@ def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
     try:
         if lack := _changed(record, recipe):
             return OwnTexts([], lack=lack)
-        texts = (_conversations if verb == "sft" else _documents)(checkpoint, recipe)
+        chats = verb == "sft" or record["data"]["kind"] == "conversations"
+        texts = (_conversations if chats else _documents)(checkpoint, recipe)
     except Ar2DiffError as error:
         return OwnTexts([], lack=f"its data cannot be read again ({error.what})")
+    if not texts:
+        return OwnTexts([], lack="the conversations that its run held out have images")
     if recipe.eval.data is not None:
         return OwnTexts(texts, f"{recipe.eval.data}, on which the run evaluated the model")
-    kind = "conversations" if verb == "sft" else "documents"
-    where = sources[0].path if verb != "sft" or len(sources) == 1 else "its data"
+    kind = "conversations" if chats else "documents"
+    where = sources[0].path if not chats or len(sources) == 1 else "its data"
     data = f"{len(texts)} {kind} of {where} that the run held out from its training"
     return OwnTexts(texts, data, spared=True)
 
@@ -91,10 +94,11 @@ def _documents(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _conversations(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Conversations as the chat template writes them, without the BOS that a tokenizer adds."""
+    """Conversations as the chat template writes them, without the BOS that a tokenizer adds; those
+    without images."""
     tokenizer, data = checkpoint.tokenizer, read_conversations(recipe)
     rows = tokenize_conversations(data, tokenizer, recipe, checkpoint.album)
     judged = judged_answers(checkpoint, recipe, data, rows).rows
-    texts = [tokenizer.decode(checkpoint.words_of(ids)) for ids in judged]
+    texts = [tokenizer.decode(ids) for ids in judged if min(ids) >= 0]
     opening = tokenizer.decode(tokenizer("").input_ids)
     return [text.removeprefix(opening) for text in texts]

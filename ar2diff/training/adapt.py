@@ -37,7 +37,7 @@ from ..evaluation.quality import choose_threshold
 from .arguments import rows_per_step, training_arguments
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
-from .plan import Plan, Verb, check_kind
+from .plan import Plan, Verb, check_kind, freeze_blind
 from .request import requested
 from .results import DataSize, RunPlan, RunResult
 from .run import run
@@ -153,6 +153,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, found: Found | None) -> Pl
 
 
 def _with_documents(checkpoint: Checkpoint, recipe: Recipe, documents: Documents) -> Plan:
+    freeze_blind(checkpoint)
     eos = end_token(checkpoint)
     eval_rows, held_out = held_out_rows(checkpoint, recipe, documents, eos)
     size = size_of(documents, checkpoint.tokenizer, len(held_out))

@@ -222,6 +222,12 @@ def freeze_parts(checkpoint: Checkpoint, recipe: Recipe) -> None:
     freeze(checkpoint.model, frozen)
 
 
+def freeze_blind(checkpoint: Checkpoint) -> None:
+    """Keep tower and projector as they are where no row has an image: they have no gradients."""
+    if checkpoint.sees_images and checkpoint.base is None and not len(checkpoint.album.shots):
+        freeze(checkpoint.model, ("tower", "projector"))
+
+
 def check_kind(path: Path, spec: Spec | None, recipe: Recipe) -> None:
     """Refuse to tune an unconverted model, to make an AR control from a converted one, and to run
     without steps, which would tune nothing."""

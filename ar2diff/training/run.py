@@ -46,7 +46,9 @@ DECISIVE = {  # record keys that must match when a run is resumed, in words
     "recipe": "recipe", "base_model": "model", "inputs": "content",
     "rows_per_step": "number of rows per step", "sharding": "sharding",
 }  # fmt: skip
-INPUTS = {"model": "the model", "data": "the data or the chat template"}
+INPUTS = {
+    "model": "the model", "data": "the data or the chat template", "images": "the images",
+}  # fmt: skip
 
 
 def run(
@@ -125,11 +127,17 @@ def _record(
         | {"python": platform.python_version()},
         "recipe": plan.recipe.model_dump(mode="json"),
         "precision": resolved_precision(plan.recipe.train.precision),
-        "inputs": identity(path, plan.recipe) if is_main() else None,
+        "inputs": identity(path, plan.recipe) | _images_of(plan) if is_main() else None,
         "prompts": plan.prompts,
         "sharding": sharding(),
         **known,
     }
+
+
+def _images_of(plan: Plan) -> dict[str, str]:
+    """A digest of the images in the data, which do not lie in its files."""
+    album = plan.checkpoint.album
+    return {"images": album.shots.digest()} if album is not None and len(album.shots) else {}
 
 
 def _begin(output: Output, record: dict[str, Any], resume: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ..checkpoint.model import Checkpoint
+from ..checkpoint.towers import part_of
 from ..config.recipe import Recipe, with_values
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError, option
@@ -33,13 +34,14 @@ from ..data.conversations import (
 from ..data.rows import from_arrow
 from ..data.turns import Answers
 from ..diffusion.task import columns_before, reading, turn_task
-from ..distributed.ranks import check_rows
+from ..distributed.ranks import check_rows, world_size
 from ..evaluation.answers import collator_for
 from ..evaluation.held_out import judged_answers
 from ..evaluation.score import check_length
 from .arguments import training_arguments
 from .loss import Denoising, LossTask
-from .plan import Plan, Verb, check_kind
+from .modules import unwrapped
+from .plan import Plan, Verb, check_kind, freeze_blind
 from .request import requested
 from .results import DataSize, RunPlan, RunResult, SftExample, SftPlan
 from .run import run
@@ -129,6 +131,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
         tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
     rows = tokenize_conversations(conversations, tokenizer, recipe, checkpoint.album)
+    freeze_blind(checkpoint)
     judged = judged_answers(checkpoint, recipe, conversations, rows)
     size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
     return Plan(
@@ -162,7 +165,7 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         held_out: frozenset[int] = frozenset(),
         **kwargs: Any,
     ):
-        collator = collator_for(recipe, checkpoint)
+        collator = collator_for(recipe, checkpoint, ghost_of(checkpoint))
         super().__init__(
             checkpoint, recipe, args, train_dataset=rows, processing_class=checkpoint.tokenizer,
             data_collator=collator, **kwargs,
@@ -224,6 +227,17 @@ class DiffusionSFTTrainer(Denoising, SFTTrainer):
         )
         album, tokenizer = self.checkpoint.album, self.checkpoint.tokenizer
         return tokenize_conversations(found, tokenizer, self.recipe, album).dataset()
+
+
+def ghost_of(checkpoint: Checkpoint) -> int | None:
+    """The image of batches without one, for several processes that train what sees images: each
+    waits for the gradients of all. None: none is needed."""
+    if world_size() == 1 or not checkpoint.sees_images:
+        return None
+    model = unwrapped(checkpoint.model)
+    parts, trained = part_of(model), [n for n, p in model.named_parameters() if p.requires_grad]
+    sees = any(parts[name] != "language_model" for name in trained)
+    return next(iter(checkpoint.album.shots), None) if sees else None
 
 
 def stop_at(checkpoint: Checkpoint, end: int | None) -> None:
