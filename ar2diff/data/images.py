@@ -54,7 +54,7 @@ class Shot:
                 warnings.simplefilter("ignore")  # of bombs, of which ours are smaller
                 image = Image.open(source, formats=FORMATS)
             with image:
-                return _upright(image, f"{where}: {name}")
+                return _upright(image, f"{where}: {name}", most)
         except Ar2DiffError:
             raise
         except FileNotFoundError:
@@ -160,8 +160,8 @@ class Shots:
             self._known[named] = key
         return key
 
-    def digest(self, key: int) -> bytes:
-        """The 16 bytes of `digest_of` an image."""
+    def content(self, key: int) -> bytes:
+        """The `digest_of` an image."""
         return self._digests[key]
 
     def _key(self, digest: bytes) -> int:
