@@ -171,8 +171,8 @@ class Shots:
             key = (key + 1) % (1 << KEY_BITS)
         return key
 
-    def digest(self) -> str:
-        """Of all of them, in any order."""
+    def fingerprint(self) -> str:
+        """The digest of all of them, in any order."""
         return hashlib.sha256(b"".join(sorted(self._digests.values()))).hexdigest()
 
     def include(self, other: Shots) -> dict[int, int]:

@@ -137,7 +137,7 @@ def _record(
 def _images_of(plan: Plan) -> dict[str, str]:
     """A digest of the images in the data, which do not lie in its files."""
     album = plan.checkpoint.album
-    return {"images": album.shots.digest()} if album is not None and len(album.shots) else {}
+    return {"images": album.shots.fingerprint()} if album is not None and len(album.shots) else {}
 
 
 def _begin(output: Output, record: dict[str, Any], resume: bool) -> None:
