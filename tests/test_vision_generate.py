@@ -445,3 +445,24 @@ def test_likeness_of_the_next_token_in_a_golden_run_is_that_of_the_ar_mode(model
     scores = _scores(checkpoint, ids, new[:2], album).masked_fill(checkpoint.suppressed, -1e9)
     found = torch.log_softmax(scores, -1).topk(2)
     assert found.indices.tolist() == [one for one, _ in canvas.likeliest[0][len(ids) + 2]]
+
+
+def test_answers_about_images_are_counted(model, folder, run_both):
+    asked = [parts(f"{n}.png") for n in (0, 1, 2)]
+    wanted = [
+        model.chat(parts(picture(n)), mode="ar", max_new_tokens=NEW).text
+        for n in (0, 1, 1)  # the last is another picture's
+    ]
+    assert wanted[1] not in model.chat(parts(picture(2)), mode="ar", max_new_tokens=NEW).text
+    rows = [
+        {"messages": [*question, {"role": "assistant", "content": text.strip()}]}
+        for question, text in zip(asked, wanted, strict=True)
+    ]
+    file = folder / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    code, out, said = run_both("eval", folder, "--answers", file, "--max-new-tokens", NEW, "--json")
+    assert code == 0, said
+    found = json.loads(out)
+    assert (found["rows"], found["exact"], found["mode"]) == (3, 2, "speculative")
+    code, _, said = run_both("eval", "ar2diff/demo/model", "--answers", file, "--mode", "ar")
+    assert code == 2 and "reads text alone" in said
