@@ -49,6 +49,13 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
                 f"{option(key)} only works with documents, but the data are conversations",
                 "leave it out",
             )
+    noise = recipe.noise.process
+    if spec is None and noise is not None and noise.fits:
+        raise Ar2DiffError(
+            f"{option('noise.kind', noise.kind)} is fitted to documents, but the data are "
+            "conversations",
+            "convert the model on documents first, or choose another noise",
+        )
     return sft.check_settings(adapt.check(path, spec, recipe))
 
 

@@ -131,6 +131,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
         tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
     rows = tokenize_conversations(conversations, tokenizer, recipe, checkpoint.album)
+    if len(conversations.shots) and checkpoint.noise.vectors:
+        raise Ar2DiffError(
+            f"the noise {checkpoint.noise.kind} puts vectors in place of tokens, as images do, and "
+            "the two cannot be combined",
+            f"use rows without images, or another {option('noise.kind')}",
+        )
     freeze_blind(checkpoint)
     judged = judged_answers(checkpoint, recipe, conversations, rows)
     size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
