@@ -650,6 +650,9 @@ def test_unigrpo_draws_its_shares_as_algorithm_1_does():
     """Three tokens: of the first update every number of masks, each of its subsets, is as likely;
     of the second of three, whose share is above a half, two masks are with a chance of a third."""
     spec, draws, third = tiny_spec("full"), 1000, [1, 2, 3]
+    rl, first = recipe_of("unigrpo", num_iterations=3), [rollout_of(seed=n) for n in range(20)]
+    pairs = [[views(replace(r, update=u), rl, spec)[0] for u in (0, 1)] for r in first]
+    assert any((one & ~two).any() for one, two in pairs)  # an update's masks are its own
     subsets = [s for k in third for s in combinations(third, k)]
     wanted = {
         (1, 0): {s: 1 / 3 / math.comb(3, len(s)) for s in subsets},

@@ -84,8 +84,8 @@ def watch(trainer):
         live = (inputs["advantages"] != 0) | bool(trainer.beta)
         mask = inputs["completion_mask"] * live[:, None]
         seen.append(
-            SimpleNamespace(new=new, old=old, mask=mask, mode=model.training,
-                            inputs=inputs, loss=loss.detach())
+            SimpleNamespace(new=new, old=old, mask=mask, mode=model.training, inputs=inputs,
+                            loss=loss.detach(), update=trainer._rollouts[0].update)
         )  # fmt: skip
         return loss
 
@@ -157,6 +157,8 @@ def test_a_policy_that_does_not_move_has_the_ratio_1(
     seen = watch(trainer)
     trainer.train()
     assert len(seen) == 6
+    if estimator == "unigrpo":
+        assert [step.update for step in seen] == [n // steps % iterations for n in range(6)]
     for step in seen:
         assert ((step.new - step.old) * step.mask).abs().max() <= close
         written = step.mask.bool() & ((step.new != 0) | (estimator != "unigrpo"))
