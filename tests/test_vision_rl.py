@@ -500,6 +500,14 @@ def test_prompts_that_cannot_be_read_are_refused(folder, tmp_path, rows, message
         RL.prepare(folder / "model", load_recipe(None, [*settings(folder), source]))
 
 
+def test_a_control_that_would_read_images_in_another_way_is_refused(folder, monkeypatch):
+    recipe = load_recipe(None, [*settings(folder), "objective.kind=ar", "rl.estimator=ar"])
+    assert RL.prepare(folder / "base", recipe).data.tokens > 60
+    monkeypatch.setattr(rl_module, "reach_in", lambda _: "image")
+    with pytest.raises(Ar2DiffError, match="reads images or prompts in both directions"):
+        RL.prepare(folder / "base", recipe)
+
+
 def test_a_model_of_text_refuses_images_and_a_text_prompt_may_have_them(folder, convert_tiny):
     with pytest.raises(Ar2DiffError, match="prompt 1 has an image, but model"):
         recipe = load_recipe(None, settings(folder))
