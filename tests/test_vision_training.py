@@ -21,6 +21,7 @@ from ar2diff.training.draft import draft
 from ar2diff.training.sft import DiffusionSFTTrainer, sft
 
 SIZES = ["data.max_length=64", "train.per_device_train_batch_size=4", "train.logging_steps=1"]
+CHAT = '[{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "a"}]'
 FULL = ["convert.attention=full", "convert.block_length=null", "convert.prediction=same"]
 FULL += ["objective.ar_weight=0"]
 
@@ -108,11 +109,12 @@ def test_frozen_parts_and_parts_that_see_nothing_stay(llava, converted, train, t
     }
     assert moved and all("multi_modal_projector" in name for name in moved)
     text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "a b c d e f one two three four five"}\n' * 8)
-    result, _ = train(adapt, llava, data=text, out="documents")
-    after = parts(result.output_dir)
-    assert all(torch.equal(x, after[n]) for n, x in parts(llava).items() if "vision" in n)
-    assert result.trainable_parameters < result.parameters
+    for name, row in (("text", "a b c d e"), ("messages", json.loads(CHAT))):
+        text.write_text("\n".join([json.dumps({name: row})] * 8))
+        result, _ = train(adapt, llava, data=text, out=name)
+        after = parts(result.output_dir)
+        assert all(torch.equal(x, after[n]) for n, x in parts(llava).items() if "vision" in n)
+        assert result.trainable_parameters < result.parameters
 
 
 def test_an_adapter_is_trained_merged_and_exported(converted, train, tmp_path):
