@@ -24,14 +24,17 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError
+from ..core.images import prepare
 from ..core.seeds import content_key, keyed_generator
+from ..data.parts import PLACEHOLDER
 from ..data.rows import as_dataset
 from ..distributed.sharding import join_deepspeed
-from ..generation.tokens import prompt_ids
 from .base import Running
 from .constraint import barred_tokens
 from .estimators import score
 from .modules import unwrapped
+from .pictures import Pictures
+from .prompts import IMAGES, coded_ids, with_placeholders
 from .rollouts import Rollout, sample, sampler_settings
 from .wording import WIDTH
 
@@ -44,7 +47,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     AR model as a control.
 
     Args:
-        rows: rows with `prompt` (a text or messages) and the columns that the rewards read.
+        rows: rows with `prompt` (a text or messages) and the columns that the rewards read; those
+            with images as of `Prompts.of`.
         rewards: functions with the signature that trl expects, or reward models.
         draft: the draft adapter that rollouts are written with. The model moves away from the one
             that it was trained for, which only costs acceptance: its drafts are verified.
@@ -73,6 +77,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._good: Tensor | None = None  # [B], for spg
         self._live: Tensor | None = None  # [B], the rows that can contribute a gradient; None: all
         self._generation_seconds = 0.0
+        self._pictures = Pictures(checkpoint)
+        self._keys: list[list[int]] = []  # of the images of the prompts that are completed next
         if recipe.rl.fewer_forwards:
             rewards = [*rewards, self.fewer_forwards]
         join_deepspeed(args)  # before the reference model is loaded
@@ -83,7 +89,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
         # DeepSpeed's engine, which wraps the model, has a `config` of its own.
-        check_reference(getattr(self.ref_model, "module", self.ref_model), checkpoint)
+        reference = getattr(self.ref_model, "module", self.ref_model)
+        check_reference(reference, checkpoint)
+        if reference is not None:
+            prepare(reference)
 
     # Rollouts
 
@@ -95,7 +104,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], None]:
-        start = time.perf_counter()
+        start, coded = time.perf_counter(), multimodal_fields["coded"]
         first = self.accelerator.process_index * len(prompt_ids)
         key = (self.args.seed, self._step, int(self.model.training))
         # Keyed by the place in the global batch, so neither ranks nor shuffling change the noise.
@@ -115,8 +124,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ):
             self.checkpoint.model.eval()
             try:
+                self._pictures.hold(list(map(torch.tensor, coded)))
                 self._rollouts = sample(
-                    self._writer, prompt_ids, seeds, settings, rl.rollout_batch_size
+                    self._writer, coded, seeds, settings, rl.rollout_batch_size, self._pictures
                 )
             finally:
                 self.checkpoint.model.train(training)
@@ -142,8 +152,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._generation_seconds += seconds
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Tokenize prompts as `generate` does; trl would keep an EOS that the tokenizer appends."""
-        return [prompt_ids(self.processing_class, prompt) for prompt in prompts], None, {}
+        """Tokenize prompts as `generate` does; trl would keep an EOS that the tokenizer appends,
+        and read images itself. It gets placeholders, and hands on what holds their codes."""
+        keys = self._keys or [[]] * len(prompts)
+        coded = [coded_ids(self.checkpoint, *pair) for pair in zip(prompts, keys, strict=True)]
+        return [with_placeholders(self.checkpoint, ids) for ids in coded], None, {"coded": coded}
 
     # Rewards
 
@@ -153,9 +166,13 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         al. 2025, which divides by the mean edit distance of states instead)."""
         return [1 - rollout.forwards / rollout.answer for rollout in self._rollouts]
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, F] rewards; a completion that is not right gets none for being written fast."""
-        rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
+        """[B, F] rewards, of functions that may read the images of the prompts; a completion that
+        is not right gets none for being written fast."""
+        if (album := self.checkpoint.album) is not None:
+            shots = ([album.shots.shots[key] for key in keys] for keys in self._keys)
+            inputs = [row | {IMAGES: own} for row, own in zip(inputs, shots, strict=True)]
+        rewards = super()._calculate_rewards(inputs, *args)
         if self.recipe.rl.fewer_forwards:
             right = (rewards[:, :-1] >= 1).all(1)  # NaN, a reward that does not apply, is not
             rewards[:, -1] *= right
@@ -182,10 +199,12 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         for rows in numbers.split(batch_size or len(input_ids)):
             rollouts, rl = [self._rollouts[row] for row in rows], self.recipe.rl
             barred = barred_tokens(self._writer, rl, rollouts, self.suppressed)
+            seen = [rollout.ids for rollout in rollouts]
             with self.accelerator.autocast():
                 scores = score(
                     model, rollouts, rl, self.spec, barred,
                     self.accelerator.unwrap_model(model), logits_to_keep,
+                    self._pictures.of(seen, self._buffered_inputs or ()),
                 )  # fmt: skip
             logps.append(scores.per_token(None if self._good is None else self._good[rows]))
             entropies.append(scores.entropies())
@@ -203,7 +222,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._good = None
-        output = super()._generate_and_score_completions(inputs)
+        # trl would put what it calls images into the prompts, and into the forward.
+        self._keys = [row.get(IMAGES) or [] for row in inputs]
+        output = super()._generate_and_score_completions(
+            [{name: x for name, x in row.items() if name != IMAGES} for row in inputs]
+        )
         rollouts = self._rollouts
         length = max(len(r.ids) for r in rollouts)
         canvas = torch.zeros(len(rollouts), 2, length, dtype=torch.long)
@@ -483,7 +506,10 @@ def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
 
 def _text_of(message: Any) -> str:
     """A prompt or completion as text: of a conversation, its last message."""
-    return message if isinstance(message, str) else message[-1]["content"]
+    content = message if isinstance(message, str) else message[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or PLACEHOLDER for part in content)
 
 
 def check_reference(reference: Any, checkpoint: Checkpoint) -> None:
