@@ -25,6 +25,7 @@ from ..evaluation.score import check_length
 from .adapt import read_rows, size_of, with_own_text
 from .arguments import training_arguments
 from .base import Running
+from .conversation_rows import are_conversations
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
 from .own_text import Found
@@ -109,8 +110,6 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
         )
-    from .conversing import are_conversations  # which loads trl
-
     if are_conversations(path, recipe):
         raise Ar2DiffError(
             "the data are conversations, but draft trains on documents, of text alone for a "
