@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/vision"))
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
+
     data = args.runs / "scenes.jsonl"
     if not data.is_file() and args.model is None:
         data.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,20 @@
 
     python tests/launched.py FOLDER adapt ... --launch zero2 --num-processes 2
 
-Where FOLDER holds `others.json`, [[folder, port, arguments], ...], the same processes run these
-commands after the first, each in a fork of what has imported everything.
+Where FOLDER holds `others.json`, [[folder, strategy, arguments], ...], the same processes run these
+commands after the first, each in a fork of what has imported everything, as if they were launched
+with that strategy.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,7 +25,7 @@ from ar2diff.cli.main import main
 from ar2diff.cli.output import quiet
 
 from ar2diff.distributed.launch import Launch
-from ar2diff.distributed.ranks import chosen, is_launched
+from ar2diff.distributed.ranks import CHOSEN, chosen, is_launched, is_main
 
 
 def numel(tensors: Iterable[Any]) -> int:
@@ -101,19 +105,51 @@ def through_gloo() -> None:
     """Have DeepSpeed communicate through gloo, as it does where it has nothing of its own: what it
     has for CPUs takes a minute to compile."""
     with redirect_stdout(sys.stderr):  # it says which machine it found
-        from deepspeed.comm import torch as backend
+        importlib.import_module("deepspeed.comm.torch")
+    # `deepspeed.comm.torch` names torch itself, which `deepspeed.comm` imports after that module.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
-    backend.build_shm_op = lambda: None
+
+def agreed_port(folder: Path) -> int:
+    """A port that is free now, which the first process tells the others."""
+    told = folder / "port"
+    if is_main():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            told.with_suffix(".new").write_text(str(listener.getsockname()[1]))
+        told.with_suffix(".new").rename(told)
+    while not told.exists():
+        time.sleep(0.001)
+    return int(told.read_text())
 
 
-def run_each(folder: Path, others: list[tuple[str, int, list[str]]]) -> None:
-    """Run this process's command and the others, until one fails."""
+def hurry() -> None:
+    """Draw no pictures and do not say how much memory the run will need: both take longer than what
+    is tested."""
+    from ar2diff.training import plots, run
+
+    plots.can_draw = lambda: False
+    run.needed_memory = lambda path, recipe: None
+
+
+def run_each(folder: Path, others: list[tuple[str, str, list[str]]]) -> None:
+    """Run this process's command and the others, until one fails. The others hurry."""
+    if any(strategy.startswith("zero") for _, strategy, _ in others):
+        through_gloo()
     for verb in {arguments[0] for arguments in (sys.argv[1:], *(other[2] for other in others))}:
         importlib.import_module(f"ar2diff.training.{verb}")
-    for place, port, arguments in [(folder, None, sys.argv[1:]), *others]:
+    gc.collect()
+    gc.freeze()  # every run would go through all that was imported
+    for number, (place, strategy, arguments) in enumerate(
+        [(str(folder), chosen(), sys.argv[1:]), *others]
+    ):
         if not (child := os.fork()):
-            if port is not None:  # the launcher's own store knows the first command alone
-                os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+            if number:  # the launcher's own store knows the first command alone
+                os.environ |= {
+                    CHOSEN: strategy,
+                    "MASTER_PORT": str(agreed_port(Path(place))),
+                    "TORCHELASTIC_USE_AGENT_STORE": "False",
+                }
+                hurry()
             sys.argv[1:] = arguments
             watch(Path(place))
             main()
@@ -127,11 +163,12 @@ if __name__ == "__main__":
     others = folder / "others.json"
     if is_launched():
         quiet()  # as every verb does, before libraries are imported
-        if chosen().startswith("zero"):  # not with a launch file
-            through_gloo()
         if others.exists():
             run_each(folder, json.loads(others.read_text()))
             sys.exit()
+        if chosen().startswith("zero"):  # not with a launch file
+            through_gloo()
+        hurry()
         watch(folder)
     else:
         command = Launch.command

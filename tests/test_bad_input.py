@@ -161,7 +161,7 @@ def test_weights_that_lack_a_tensor(adapts_not, broken):
 def test_encoder_only_architecture(adapts_not, broken):
     name = "BertForQuestionAnswering"
     change_json(broken / "config.json", architectures=[name], model_type="bert")
-    said = f"{name} is neither a decoder-only causal LM nor a masked LM"
+    said = f"{name} is neither a decoder-only causal LM, nor a masked LM, nor a"
     assert said in adapts_not(broken)
 
 
@@ -264,8 +264,8 @@ def test_mask_id_that_differs_from_its_copy(fails, tmp_path, tiny_checkpoint):
 def test_spec_of_a_higher_format(fails, tmp_path, tiny_checkpoint):
     folder = convert_to(tiny_checkpoint, tmp_path / "converted")
     block = json.loads((folder / "config.json").read_text())["diffusion"]
-    change_json(folder / "config.json", diffusion={**block, "format": 4, "horizon": 3})
-    assert "diffusion.format is 4; this version of ar2diff reads formats up to 3" in fails(
+    change_json(folder / "config.json", diffusion={**block, "format": 5, "horizon": 3})
+    assert "diffusion.format is 5; this version of ar2diff reads formats up to 4" in fails(
         "generate", folder, "--prompt", "a"
     )
 

@@ -344,7 +344,7 @@ def test_the_default_mode_of_a_folder_is_known_before_it_is_loaded(
 def test_only_options_that_are_given_become_settings(run, converted, monkeypatch):
     seen = []
 
-    def complete_all(checkpoint, prompts, batch_size, **settings):
+    def complete_all(checkpoint, prompts, batch_size, images, **settings):
         seen.append(settings)
         return iter(())
 

@@ -282,7 +282,9 @@ def test_the_benchmarks_offloading_is_ours_otherwise(stage):
     assert config == deepspeed_config(stage)
 
 
-@pytest.mark.parametrize("arguments,code", [(["--version"], 0), (["check", "nowhere"], 2)])
+@pytest.mark.parametrize(
+    "arguments,code", [(["--version"], 0), (["recipes", "show", "nowhere"], 2)]
+)
 def test_a_launched_process_leaves_without_taking_python_apart(arguments, code):
     """Its exit handlers run and its exit code stands, but nothing is torn down: threads of gloo's
     that are still at work would abort it."""

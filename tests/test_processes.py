@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import killed_at_step
 from safetensors.torch import load_file
 
 from ar2diff.config.recipe import load_recipe, with_values
@@ -110,15 +111,20 @@ def data_for(tmp_path_factory):
     return files
 
 
+def no_deepspeed() -> str:
+    """Why ZeRO cannot run here: DeepSpeed is missing, or what it compiles with."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed: pip install 'ar2diff[dev]'"
+    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+    missing = [tool for tool in ("ninja", "g++") if shutil.which(tool, path=path) is None]
+    return f"{missing[0]} is not on PATH, and DeepSpeed compiles with it" if missing else ""
+
+
 @pytest.fixture(scope="session")
 def deepspeed():
-    """Skips where DeepSpeed is not, or what it compiles with."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'ar2diff[dev]'")
-    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
-    for tool in ("ninja", "g++"):
-        if shutil.which(tool, path=path) is None:
-            pytest.skip(f"{tool} is not on PATH, and DeepSpeed compiles with it")
+    """Skips where ZeRO cannot run."""
+    if reason := no_deepspeed():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -212,10 +218,14 @@ def train_alone(train_here, tmp_path_factory):
     return train
 
 
-# What every test run trains in two processes; of a strategy in the same ones, one after another.
-TOGETHER = {"ddp": ["sft", "rl lora"], "zero2": ["sft", "rl"], "zero3": ["adapt", "sft lora", "rl"]}
+# What every test run trains in the same two processes, one after another: a launch takes as long as
+# ten of these runs. `TestKilledInTwo` launches ZeRO itself.
+TOGETHER = [("ddp", "sft"), ("ddp", "rl lora")]
 if importlib.util.find_spec("bitsandbytes"):
-    TOGETHER["ddp"].append("adapt qlora")
+    TOGETHER.append(("ddp", "adapt qlora"))
+if not no_deepspeed():
+    TOGETHER += [("zero1", "adapt"), ("zero2", "sft"), ("zero2", "rl")]
+    TOGETHER += [("zero3", "adapt"), ("zero3", "sft lora"), ("zero3", "rl")]
 
 
 @pytest.fixture(scope="session")
@@ -224,28 +234,26 @@ def train_in_two(request, arguments_of, tmp_path_factory):
     processes. Made once."""
 
     @functools.cache
-    def launch(strategy: str, kinds: tuple[str, ...]) -> dict[str, Path]:
-        if strategy.startswith("zero"):
-            request.getfixturevalue("deepspeed")
-        folders = {kind: tmp_path_factory.mktemp(strategy) for kind in kinds}
-        first, *others = [
-            [*arguments_of(kind, folder / "out", 2), "--json"] for kind, folder in folders.items()
+    def launch(runs: tuple[tuple[str, str], ...]) -> dict[tuple[str, str], Path]:
+        folders = {run: tmp_path_factory.mktemp(run[0]) for run in runs}
+        (home, strategy, first), *others = [
+            (str(folder), strategy, [*arguments_of(kind, folder / "out", 2), "--json"])
+            for (strategy, kind), folder in folders.items()
         ]
-        home, *places = folders.values()
+        command = launched(Path(home), *first, "--launch", strategy, "--num-processes", "2")
         if others:
-            ports = [free_port() for _ in others]
-            told = [*zip(map(str, places), ports, others, strict=True)]
-            (home / "others.json").write_text(json.dumps(told))
-        command = launched(home, *first, "--launch", strategy, "--num-processes", "2")
+            Path(home, "others.json").write_text(json.dumps(others))
         done = subprocess.run(command, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         results = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [result["steps"] for result in results] == [*map(steps_of, kinds)]  # and no more
+        assert [r["steps"] for r in results] == [steps_of(kind) for _, kind in runs]  # and no more
         return folders
 
     def train(strategy: str, kind: str) -> tuple[Path, list[dict]]:
-        often = tuple(TOGETHER.get(strategy, ()))
-        folder = launch(strategy, often if kind in often else (kind,))[kind]
+        if strategy.startswith("zero"):
+            request.getfixturevalue("deepspeed")
+        run = (strategy, kind)
+        folder = launch(tuple(TOGETHER) if run in TOGETHER else (run,))[run]
         return folder / "out", notes_in(folder)
 
     return train
@@ -599,15 +607,10 @@ def test_two_kills_in_one_process_resume_to_the_same_bits(
 
 
 def test_a_kill_amid_the_updates_of_a_generation_resumes_to_the_same_bits(
-    train_here, train_alone, arguments_of, tmp_path
+    train_here, train_alone, tmp_path
 ):
     run, (whole, _) = tmp_path / "out", train_alone("rl long")
-    command = [*ALONE, *arguments_of("rl long", run, 1)]
-    process = started(command)
-    await_step(process, 7)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed_at_step(lambda: train_here("rl long", run), 7)
     check_checkpoints(run / "checkpoints")
     saved = json.loads((run / "checkpoints/checkpoint-5/rollouts-0.json").read_text())
     assert saved == {"step": 5, "batches": 2}

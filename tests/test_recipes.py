@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 from ar2diff.cli.main import app, main
+from vision import llava_folder, picture_rows
 
 from ar2diff.checkpoint.files import ADAPTER_CONFIG, is_adapter, read_spec
 from ar2diff.checkpoint.io import load_checkpoint
@@ -53,6 +54,17 @@ def rl_rows(recipe) -> list[dict]:
         "puzzle": "1034", "solution": "1234", "test": "assert f() == 3", "entry_point": "f",
     }  # fmt: skip
     return [{"prompt": f"say {n}:", **row} for n in range(24)]
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory):
+    """A vision-language model, and a file of conversations about pictures."""
+    folder = tmp_path_factory.mktemp("seeing")
+    return llava_folder(folder / "model"), picture_rows(folder, 24)
+
+
+def sees(name: str) -> bool:
+    return "vision-language" in CATALOGUE[name].description
 
 
 @pytest.fixture
@@ -122,8 +134,10 @@ def test_two_steps_of_a_recipe(name, monkeypatch, capsys, base_of, write_jsonl, 
     seen, train = [], Running.train
     monkeypatch.setattr(Running, "train", lambda self, **k: seen.append(self) or train(self, **k))
     what, out = CATALOGUE[name].verb, tmp_path / "out"
-    model = base_of(name, recipe)
-    data = write_jsonl("rows.jsonl", ROWS[what](recipe))
+    if sees(name):
+        model, data = request.getfixturevalue("seeing")
+    else:
+        model, data = base_of(name, recipe), write_jsonl("rows.jsonl", ROWS[what](recipe))
     record = run(
         monkeypatch, capsys, what, model, "--recipe", name, "--data", data, "--output-dir", out,
         *sizes(recipe),

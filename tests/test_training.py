@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from kills import killed_at_step
 from safetensors.torch import load_file, save_file
 
 from ar2diff.checkpoint.io import load_checkpoint
@@ -130,6 +128,7 @@ def test_loss_and_gradient_do_not_depend_on_accumulation(
             objective={"normaliser": normaliser},
             train={
                 "per_device_train_batch_size": batch,
+                "max_steps": 8,
                 "logging_steps": 1,
                 "gradient_accumulation_steps": accumulation,
             },
@@ -255,28 +254,17 @@ def kill_and_resume(
     ]
     recipe = load_recipe(None, settings)
     adapt(str(checkpoint), recipe, folder / "whole")
-    verb = [sys.executable, "-m", "ar2diff.cli", "adapt", str(checkpoint), *settings]
     rng, run_dir = random.Random(seed), folder / "killed" / "checkpoints"
     steps = sorted(rng.sample(range(2, max_steps - 4), kills))
     print(
         f"kill seed {seed}: SIGKILL after steps {steps}, every second one while a file is written"
     )
     for number, step in enumerate(steps):
-        process = subprocess.Popen(
-            [*verb, "--output-dir", folder / "killed", "--resume"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        killed_at_step(
+            lambda: adapt(str(checkpoint), recipe, folder / "killed", resume=True),
+            step,
+            run_dir if number % 2 else None,  # saving comes every third step
         )
-        for line in process.stderr:
-            if (said := re.match(r"step (\d+)/", line)) and int(said[1]) >= step:
-                break
-        while number % 2 and process.poll() is None and not (run_dir / ".partial").exists():
-            time.sleep(0.001)  # saving comes every third step
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
         for saved in run_dir.glob("checkpoint-*"):
             assert (saved / "trainer_state.json").is_file()
             assert load_file(saved / "model.safetensors")

@@ -24,7 +24,7 @@ from ar2diff.core.noises import Mask
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
 from ar2diff.data.album import Album
 from ar2diff.data.conversations import Conversations, read_conversations, tokenize_conversations
-from ar2diff.data.images import Shot
+from ar2diff.data.images import Shot, Shots
 from ar2diff.data.turns import PackedConversations, TurnCollator, conversation_parts
 from ar2diff.diffusion.task import turn_task
 
@@ -201,6 +201,33 @@ def test_tokens_are_those_of_the_processor(llava, album, tmp_path):
     text = rows_of(tmp_path, asked({"type": "text", "text": "what is ?"}))
     assert not len(text.shots)
     assert tokenize_conversations(text, llava.tokenizer, recipe, album).ids[0].dtype.itemsize == 4
+
+
+def test_images_stand_in_their_order_and_are_never_learned(llava, album, tmp_path):
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    one, two, three = ({"type": "image", "path": f"{n}.png"} for n in range(3))
+    words = {"type": "text", "text": "what ?"}
+    chat = asked(one, words, two)
+    chat["messages"] += [
+        {"role": "user", "content": [three]},
+        {"role": "assistant", "content": "c"},
+    ]
+    prompt = {"prompt": "<image> a <image> ", "completion": "b", "images": ["2.png", "0.png"]}
+    recipe = recipe_of(data={"assistant_only": False})
+    keys = []
+    for row in (chat, prompt):
+        data = rows_of(tmp_path, row)
+        (ids,), (labels,) = (
+            x for x in vars(tokenize_conversations(data, llava.tokenizer, recipe, album)).values()
+            if isinstance(x, list)
+        )  # fmt: skip
+        keys.append(keys_in(torch.tensor(ids)))
+        assert (labels[ids < 0] == -100).all() and (labels[-2:] == ids[-2:]).all()
+    known = [Shots().add(Shot(tmp_path / f"{n}.png"), "") for n in range(3)]
+    assert keys == [known, [known[2], known[0]]]
+    sizes = [album.shots.sizes[key] for key in known]
+    assert sizes == [picture(n).size for n in range(3)]
 
 
 def test_the_same_picture_is_one_image_in_every_form(llava, album, tmp_path):

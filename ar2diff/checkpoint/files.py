@@ -24,6 +24,10 @@ INDEX = f"{WEIGHTS}.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DRAFT_CONFIG, DRAFT_WEIGHTS = "draft.json", "draft.safetensors"
 DIFFUSION = "diffusion.json"  # for an adapter what the block in config.json is for a whole model
+PROCESSOR = [  # the files of a vision-language model's processor
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+]  # fmt: skip
+PROCESSOR_TEMPLATE = "chat_template.json"  # of older ones, whose tokenizers have none
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # downloaded from the Hub
 CODE = ["custom_generate/*"]  # read and compared, never run

@@ -12,12 +12,10 @@ from typing import Any
 from transformers import AutoProcessor
 
 from ..core.errors import Ar2DiffError, first_line
-from .files import inside
+from .files import PROCESSOR, PROCESSOR_TEMPLATE, inside
 
-FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 NEEDED = re.compile(r"(\w+) library|No module named '(\w+)'|(num2words|torchvision)", re.IGNORECASE)
 PILLOW = "pip install 'ar2diff[vision]'"
-TEMPLATE = "chat_template.json"  # where older processors have it, and their tokenizers have none
 MISMATCH = "torchvision::nms"  # in the error of a torchvision that was built for another torch
 SAME_BUILD = "install the torchvision that belongs to the installed torch, from the same index"
 
@@ -28,7 +26,7 @@ def load_processor(path: Path) -> Any:
     Raises:
         Ar2DiffError: it needs a package that is not installed or does not fit, or does not load.
     """
-    for name in (*FILES, TEMPLATE):
+    for name in (*PROCESSOR, PROCESSOR_TEMPLATE):
         inside(path, name)
     try:
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
@@ -63,7 +61,7 @@ def copy_processor(source: Path, folder: Path) -> None:
     """Copy the files of a processor as they are; its chat template only where the tokenizer wrote
     none."""
     own = (folder / "chat_template.jinja").is_file()
-    for name in (*FILES, *([] if own else [TEMPLATE])):
+    for name in (*PROCESSOR, *([] if own else [PROCESSOR_TEMPLATE])):
         file = inside(source, name)
         if file.is_file():
             shutil.copyfile(file, folder / name)

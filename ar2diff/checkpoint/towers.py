@@ -53,6 +53,12 @@ def freeze(model: Any, parts: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+def trains_images(model: Any) -> bool:
+    """Whether anything is trained that makes the features of images."""
+    parts = part_of(model)
+    return any(p.requires_grad and parts[n] != PARTS[-1] for n, p in model.named_parameters())
+
+
 def _inside(model: Any, part: Any) -> set[str]:
     held = {*map(id, part.parameters())} if part is not None else set()
     return {name for name, p in model.named_parameters() if id(p) in held}

@@ -29,6 +29,7 @@ from ..checkpoint.files import (
 from ..checkpoint.kinds import outline_of
 from ..checkpoint.model import load_config, load_tokenizer
 from ..checkpoint.output import check_disk, check_output, claimed, record_of, write_json
+from ..checkpoint.processor import copy_processor
 from ..checkpoint.stored import stored_tensors
 from ..core.errors import Ar2DiffError, first_line, option, shortened
 from ..core.noises import Mask
@@ -152,6 +153,7 @@ def export(
             code = CONFIG_CODE.format(**vars(names))
             (folder / f"configuration_{names.model_type}.py").write_text(code)
         tokenizer.save_pretrained(folder)
+        copy_processor(path, folder)
         write_json(folder / "generation_config.json", generation)
         write_json(folder / "config.json", exported)
     return result

@@ -155,6 +155,8 @@ def canvas_of(
         )
         new = room
     sight = None
+    if images is None and spec.images == "prefix":  # of texts alone, too
+        images = Images(())
     if images is not None:
         seen = [images.numbered(torch.as_tensor(prompt)) for prompt in prompts]
         sight = Sight.of_rows(model, images, seen, spec.images or "causal", places)

@@ -110,6 +110,17 @@ class Images:
             self._features[kind] = features_of(model, self.pictures)
         return self._features[kind]
 
+    def compute(self, model: Any) -> None:
+        """Compute the features for all forwards of a model that does not train what makes them,
+        with gradients and without."""
+        if not self.pictures:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            found = features_of(model, self.pictures)
+        for gradients in (True, False):
+            for inference in (True, False):
+                self._features[id(model), gradients, inference] = found
+
     def joined(self, other: Images) -> Images:
         """The images of both, those last that only the other has."""
         new = [p for p in other.pictures if not any(p is own for own in self.pictures)]

@@ -218,16 +218,16 @@ class BlockReader:
         once for all blocks with as many pending tokens."""
         slots = pos.shape[1]
         seen = self.cache.seen if self.cache else torch.zeros(len(pos), 0, dtype=torch.bool)
+        noisy = (torch.arange(slots) >= slots - self.size).expand_as(pos)
+        until = None if self.until is None else torch.where(noisy, pos, until_at(self.until, pos))
         key = tuple(pending.tolist())
-        kept = self.alike and (self.until is None or slots <= 2 * self.size)
+        kept = self.alike and (until is None or torch.equal(until, pos))
         if kept and key in self._masks:
             return self._after_context(self._masks[key], seen)
         columns = 0 if self.alike else seen.shape[1]
         cached = self.cache.position if columns else pos[:, :0]
         # Blocks that are read together may begin anywhere on the grid.
-        noisy = (torch.arange(slots) >= slots - self.size).expand_as(pos)
         own = torch.where(noisy, start[:, None], pos // self.grid * self.grid)
-        until = None if self.until is None else torch.where(noisy, pos, until_at(self.until, pos))
         layout = slots_of(
             columns + slots if self.alike or not self.cache else self.cache.columns(slots),
             seen[:, :columns],

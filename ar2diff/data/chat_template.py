@@ -37,6 +37,10 @@ PROBES: tuple[tuple[dict[str, Any], ...], ...] = (
     ),
     ({"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}),
 )
+IMAGE_PROBE: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+    {"role": "assistant", "content": "b"},
+)
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": ["b"]}}}
 TOOL = {
     "type": "function",
@@ -50,13 +54,13 @@ TOOL_PROBE: tuple[dict[str, Any], ...] = (
 )
 
 
-def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
+def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False, images: bool = False) -> str:
     """The template to render conversations with: the recipe's if it names one, else the
     tokenizer's. If that does not mark what the assistant says, it is replaced by one that renders
     the same text and does: trl's, or one that ships with ar2diff.
 
     Args:
-        tools: whether the conversations have tools.
+        tools, images: whether the conversations have tools, or images.
 
     Raises:
         Ar2DiffError: there is no template, or it cannot be rendered, or it does not tell what the
@@ -79,7 +83,7 @@ def chat_template(tokenizer: Any, recipe: Recipe, tools: bool = False) -> str:
     if not recipe.data.assistant_only:
         return template
     if not has_generation_markers(template):
-        template = _marked(tokenizer, template, tools, name)
+        template = _marked(tokenizer, template, tools, images, name)
     if turn_end(tokenizer, template) is None:
         raise _endless(tokenizer, template, name)
     return template
@@ -281,7 +285,7 @@ def _named(name: str | None) -> str | None:
     )
 
 
-def _marked(tokenizer: Any, template: str, tools: bool, name: str) -> str:
+def _marked(tokenizer: Any, template: str, tools: bool, images: bool, name: str) -> str:
     """A template with generation markers that renders the same text as `template`."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -296,16 +300,18 @@ def _marked(tokenizer: Any, template: str, tools: bool, name: str) -> str:
         tokenizer.chat_template = before
     for path in sorted(TEMPLATES.glob("*.jinja")):
         ours = path.read_text(encoding="utf-8")
-        if _same(tokenizer, template, ours, tools):
+        if _same(tokenizer, template, ours, tools, images):
             return ours
     raise Ar2DiffError(f"{name} does not mark what the assistant says with {{% generation %}}", FIX)
 
 
-def _same(tokenizer: Any, one: str, other: str, tools: bool) -> bool:
+def _same(tokenizer: Any, one: str, other: str, tools: bool, images: bool) -> bool:
     """Whether two templates render the same text. Conversations that both refuse do not count."""
     cases = [(probe, None) for probe in PROBES]
     if tools:
         cases += [(TOOL_PROBE, None), (TOOL_PROBE, [TOOL])]
+    if images:
+        cases.append((IMAGE_PROBE, None))
     written = [
         [
             rendered(tokenizer, template, *case, add_generation_prompt=prompt)

@@ -374,7 +374,7 @@ class TurnCollator:
         ids = [*part.ids[first : turn.end], *[part.ids[turn.end - 1]] * fill]
         codes = torch.tensor(ids)
         target = self._words(codes)
-        maskable = (pos >= turn.start) & (target != self.noise.mask) & (codes >= 0)
+        maskable = (pos >= turn.start) & (target != self.noise.mask)
         eos = (pos >= turn.end - 1) & turn.ended
         # A run of end tokens counts as one.
         weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)
@@ -452,7 +452,7 @@ class TurnCollator:
         return {
             "target": words, "input_ids": ids, "pos": pos, "noisy": none, "scored": none,
             "t": zeros.double(), "ratio": zeros.double(), "before": torch.full_like(pos, -1),
-            "weight": zeros, "eos": none, "ar": ar & (ids != self.noise.mask) & (ids >= 0),
+            "weight": zeros, "eos": none, "ar": ar & (ids != self.noise.mask),
             "start": pos // self.recipe.convert.block_length * self.recipe.convert.block_length,
             "doc": torch.full_like(pos, doc), "seq": torch.full_like(pos, PADDING),
             "reads": torch.zeros_like(pos), "block": torch.full_like(pos, -1),

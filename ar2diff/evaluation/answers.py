@@ -79,7 +79,7 @@ class AnswerJudge:
             if spec is None or spec.noise.free:
                 break
         if spec is not None and spec.noise.free:
-            totals = self._free_totals()
+            totals = [] if self.unmeasured else self._free_totals()
         turns = [(part, turn) for part in self.parts[0] for turn in part.turns]
         tokens = sum(turn.end - turn.start for _, turn in turns)
         tokenizer = self.checkpoint.tokenizer
@@ -92,13 +92,21 @@ class AnswerJudge:
             return nats / size / log(2) if size else nan
 
         judged = nll = None
-        if spec is not None:
+        if spec is not None and totals:
             mean = sum(totals) / len(totals)
             error = stdev(totals) / len(totals) ** 0.5 / tokens if len(totals) > 1 else None
             judged = Bound(mean / tokens, error, bits(mean))
         if self._reads_left_to_right:
             nll = NegativeLogLikelihood(ar / tokens, bits(ar))
         return Score(tokens, size, judged, nll)
+
+    @property
+    def unmeasured(self) -> str:
+        """What is not measured, and why; empty if all is."""
+        spec = self.checkpoint.spec
+        if spec is not None and spec.noise.free and any(min(ids) < 0 for ids in self.rows):
+            return f"the bound is not measured: it has no images under the noise {spec.noise.kind}"
+        return ""
 
     @property
     def _reads_left_to_right(self) -> bool:

@@ -132,6 +132,8 @@ def judged_answers(
             f"lower {option('eval.rows')}, or set {option('eval.data')} to another file",
         )
     judge = AnswerJudge(checkpoint, pool, numbers, wanted.samples)
+    if judge.unmeasured:
+        checkpoint.notes.append(f"note: {judge.unmeasured}")
     data = data.chosen(numbers)
     return Judged(judge, judge.rows, _questions(data.rows), held, data)
 

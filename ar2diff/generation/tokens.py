@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..core.errors import Ar2DiffError, check_text, first_line
 from ..core.spec import Spec
-from ..data.album import Album
-from ..data.chat_template import in_form
 from .prompts import Segments, places_of
+
+if TYPE_CHECKING:
+    from ..data.album import Album
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that is one byte, where there is byte fallback
 UNKNOWN = "\ufffd"  # what bytes that are no character decode to
@@ -155,6 +156,8 @@ def encode_messages(
         if album is None:
             ids = prompt_ids(tokenizer, messages, tools)
         else:
+            from ..data.chat_template import in_form  # the command line imports this file early
+
             keys, asked = {key: key for key in album.shots}, {"add_generation_prompt": True}
             shaped = in_form(template, messages)
             ids, _ = album.chat(shaped, template, "the conversation", keys, tools, options=asked)

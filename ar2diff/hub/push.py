@@ -17,6 +17,8 @@ from ..checkpoint.files import (
     DIFFUSION,
     DRAFT_CONFIG,
     DRAFT_WEIGHTS,
+    PROCESSOR,
+    PROCESSOR_TEMPLATE,
     RUN_FILE,
     check_path,
     inside,
@@ -27,7 +29,6 @@ from ..checkpoint.files import (
     weight_files,
 )
 from ..checkpoint.output import check_not_locked, holds_model, run_record
-from ..checkpoint.processor import FILES, TEMPLATE
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..core.fitted import NOISE_FILE
@@ -43,7 +44,8 @@ PUBLISHED = [
     RUN_FILE, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "additional_chat_templates", "custom_generate", ADAPTER_CONFIG, DIFFUSION, DRAFT_CONFIG,
-    "configuration_*.py", "*.safetensors.index.json", HEAD_FILE, NOISE_FILE, *FILES, TEMPLATE,
+    "configuration_*.py", "*.safetensors.index.json", HEAD_FILE, NOISE_FILE, *PROCESSOR,
+    PROCESSOR_TEMPLATE,
 ]  # fmt: skip
 REPLACED = [*PUBLISHED, "*.safetensors", EXAMPLE]
 MODELS = [

@@ -26,6 +26,7 @@ from .workers import Raised, Stopped, Worker, confine
 MODEL = "model:"  # prefix of the folder or Hub id of a reward model
 NOTES = ("log_extra", "log_metric")  # callbacks that trl passes
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", *NOTES)
+IMAGES = "images"  # the column of the images of each prompt
 UNBOUNDED = ("regex", "math")  # built-in rewards that can run forever
 SANDBOXED = "code"  # the one that runs programs
 SECONDS = 2.0  # minimum per completion, out of the time_limit of a batch
@@ -37,10 +38,12 @@ def make_rewards(entries: Sequence[Reward]) -> list[Callable[..., Any] | str]:
     An entry's name is that of a built-in reward (`builtin.GRADERS`), `module:function` (the current
     folder is searched too), `path/to/file.py:function`, or `model:PATH`. A function, sync or async,
     is called as `function(prompts=, completions=, **columns, **args)` and returns a number, or None
-    for "does not apply", for each completion. It runs in a forked process of its own, which keeps
-    its state between calls and is killed if a call takes longer than `time_limit`; the batch then
-    has no values from it, and the run goes on. Built-in rewards that can run forever are treated
-    alike, but the completion at fault scores 0. A model's path is returned as is: trl loads it.
+    for "does not apply", for each completion. One with a parameter `images` gets, for each, a list
+    of the images of its prompt, as Pillow has them. It runs in a forked process of its own, which
+    keeps its state between calls and is killed if a call takes longer than `time_limit`; the batch
+    then has no values from it, and the run goes on. Built-in rewards that can run forever are
+    treated alike, but the completion at fault scores 0. A model's path is returned as is: trl loads
+    it.
 
     Raises:
         Ar2DiffError: a reward cannot be found, or does not fit. The returned functions raise it if
@@ -267,8 +270,11 @@ def _arguments(entry: Reward, grade: Callable[..., float]) -> dict[str, Any]:
 
 def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Callable[..., Any]:
     """A user's function, checked, in a process of its own; async if the function is."""
+    sees = _has_parameter(function, IMAGES)
 
     def judge(notes: list[str], passed: dict[str, Any]) -> Any:
+        if sees and IMAGES in passed:
+            passed[IMAGES] = [[shot.pixels() for shot in shots] for shots in passed[IMAGES]]
         noted: list[Any] = []
         writers = {name: functools.partial(_note, noted, name) for name in notes}
         values = function(**passed, **writers)
@@ -284,6 +290,8 @@ def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Calla
 
     def judged(prompts: Sequence[Any], passed: dict[str, Any]) -> list[float | None]:
         writers = {name: passed.pop(name) for name in NOTES if name in passed}
+        if not sees:
+            passed.pop(IMAGES, None)
         found = worker.call(guard.limit, {"notes": list(writers), "passed": passed})
         if isinstance(found, Raised):
             raise guard.failed(found, prompts)
@@ -312,6 +320,13 @@ def _guarded(function: Callable[..., Any], entry: Reward, guard: Guard) -> Calla
             return judged(prompts, passed)
 
     return guard.named(reward, function)
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # compiled code may have no signature
+        return False
 
 
 def _note(noted: list[Any], name: str, *args: Any, **kwargs: Any) -> None:

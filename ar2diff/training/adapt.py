@@ -14,11 +14,10 @@ from transformers import Trainer
 
 from ..checkpoint.files import read_spec
 from ..checkpoint.model import Checkpoint
-from ..config.recipe import Recipe, with_values
+from ..config.recipe import Recipe
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError, option
 from ..core.noise import Noise
-from ..core.spec import Spec
 from ..data.documents import (
     Collator,
     PackedDocuments,
@@ -33,11 +32,12 @@ from ..diffusion.task import clean_task, columns_before, masked_task, reading
 from ..distributed.ranks import check_rows
 from ..distributed.sharding import holds_shards
 from ..evaluation.held_out import held_out_rows
-from ..evaluation.quality import choose_threshold
+from .adapting import check, measure
 from .arguments import rows_per_step, training_arguments
+from .conversation_rows import are_conversations
 from .loss import Denoising, LossTask
 from .own_text import Found, OwnText, read_prompts
-from .plan import Plan, Verb, check_kind, freeze_blind
+from .plan import Plan, Verb, freeze_blind
 from .request import requested
 from .results import DataSize, RunPlan, RunResult
 from .run import run
@@ -87,26 +87,6 @@ def adapt(
         overrides=overrides,
     )  # fmt: skip
     return run(ADAPT, request, resume=resume, overwrite=overwrite, dry_run=dry_run)
-
-
-def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
-    """Refuse own text of a model that cannot write any, and what a control cannot use. The AR loss
-    of a control is all of its loss."""
-    if recipe.objective.kind == "ar":
-        check_kind(path, spec, recipe)
-        for name in recipe.noise.of_adapt:
-            raise Ar2DiffError(
-                f"{option(name)} cannot be used with {option('objective.kind', 'ar')},"
-                " which masks no tokens",
-                f"leave out {option(name)}",
-            )
-        recipe = with_values(recipe, objective={"ar_weight": 1.0})
-    if recipe.data.self is not None and spec is not None and not spec.ar_mode:
-        raise Ar2DiffError(
-            f"model {path} has no AR mode, in which it could write its own text",
-            f"leave out {option('data.self')}, and give {option('data', 'FILE')}",
-        )
-    return recipe
 
 
 def read_rows(recipe: Recipe) -> Found | None:
@@ -191,16 +171,6 @@ def size_of(documents: Documents, tokenizer: Any, held_out: int) -> DataSize:
     return DataSize("documents", len(texts), round(share * tokens), False, held_out)
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """How good the text of a whole model without an AR mode is, which decides its threshold."""
-    checkpoint = plan.checkpoint
-    spec = checkpoint.spec_or_causal
-    if spec.lossless or spec.noise.free or checkpoint.base is not None:
-        return {}
-    rows = plan.eval_rows if plan.recipe.eval.steps else []  # where an evaluation was asked for
-    return {"text": choose_threshold(checkpoint, checkpoint.path, rows)}
-
-
 def some_texts(found: Found) -> Iterator[Any]:
     """Some documents of all sources."""
     return (document for document, _ in islice(found.documents, COUNTED))
@@ -208,7 +178,7 @@ def some_texts(found: Found) -> Iterator[Any]:
 
 def instead(path: Path, recipe: Recipe) -> Verb | None:
     """How conversations are trained on, if the data are such and the model sees images."""
-    from .conversing import CONVERSING, are_conversations  # which loads trl
+    from .conversing import CONVERSING  # which loads trl
 
     return CONVERSING if recipe.train.max_steps and are_conversations(path, recipe) else None
 

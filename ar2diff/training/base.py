@@ -17,7 +17,8 @@ from transformers import PrinterCallback
 
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import disk_errors, sync
-from ..checkpoint.towers import part_of
+from ..checkpoint.stored import stored_tensors
+from ..checkpoint.towers import trains_images
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..distributed.ranks import STOPPED
@@ -49,11 +50,7 @@ class Running:
         self._uncounted: Tensor | None = None  # tokens that `state` does not know of yet
         disable_dropout(checkpoint.model)
         # A batch may hold no image, and then the parts that see images have no gradient.
-        parts = part_of(unwrapped(checkpoint.model))
-        args.ddp_find_unused_parameters = any(
-            p.requires_grad and parts[name] != "language_model"
-            for name, p in unwrapped(checkpoint.model).named_parameters()
-        )
+        args.ddp_find_unused_parameters = trains_images(unwrapped(checkpoint.model))
         with weights_kept(checkpoint.model):
             super().__init__(model=module or checkpoint.model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
@@ -135,6 +132,20 @@ class Running:
                 )
             raise SystemExit(STOPPED)
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a training checkpoint. Some classes are stored under other names than
+        those that they have in memory; transformers' trainer would find none of these, and go on
+        with the weights that the run began with."""
+        inner, folder = self.checkpoint.model, Path(resume_from_checkpoint)
+        whole = self.accelerator.unwrap_model(self.model) is inner and not self.is_fsdp_enabled
+        if whole and not hasattr(inner, "get_base_model"):
+            own = inner.state_dict().keys()
+            if not all(tensor.name in own for tensor in stored_tensors(folder)):
+                found = type(inner).from_pretrained(folder, config=inner.config, dtype=inner.dtype)
+                inner.load_state_dict(found.state_dict())
+                return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint under another name and then rename it, so that any folder called

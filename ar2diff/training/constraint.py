@@ -24,6 +24,7 @@ from ..core.spec import CAUSAL, Spec
 from ..generation.complete import constrained, settings_of
 from ..generation.prompts import read_schema
 from ..generation.tokens import prompt_ids
+from .prompts import with_placeholders
 from .rollouts import Rollout, sampler_settings
 
 
@@ -97,7 +98,10 @@ def barred_tokens(
     if rl.estimator != "ar":
         return suppressed
     spec, options = settings_of(checkpoint, sampler_settings(rl))
-    prompts = [rollout.ids[: rollout.prompt].tolist() for rollout in rollouts]
+    prompts = [
+        with_placeholders(checkpoint, rollout.ids[: rollout.prompt].tolist())
+        for rollout in rollouts
+    ]
     canvas = canvas_of(checkpoint.model, spec, prompts, options)
     constraint = constrained(checkpoint, options, canvas, None).constraint
     if constraint is None:

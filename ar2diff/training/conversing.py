@@ -7,37 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.kinds import holds_vision_language
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option
 from ..core.spec import Spec
-from ..data.columns import arranged
 from ..data.conversations import Conversations
-from ..data.shapes import conversation_of
-from ..data.sources import read_source
-from . import adapt, sft
+from . import adapting, sft
 from .plan import Plan, Verb
 
 DEFAULTS = {  # fields that only whole documents have a use for, with the value that asks nothing
     "anneal.kind": "none", "data.self": None, "data.cut_share": 0.0, "data.streaming": False,
 }  # fmt: skip
-
-
-def are_conversations(path: Path, recipe: Recipe) -> bool:
-    """Whether the model in a folder sees images and the rows of a run are conversations, by the
-    first of them.
-
-    Raises:
-        Ar2DiffError: the first row cannot be read.
-    """
-    if not recipe.data.sources or not holds_vision_language(path):
-        return False
-    where, row = next(iter(read_source(recipe.data.sources[0])))
-    row = arranged(row, recipe.data.columns, where)
-    return not conversation_of(row, where, recipe.data.text_field).keys() <= {
-        recipe.data.text_field
-    }
 
 
 def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
@@ -49,7 +29,14 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
                 f"{option(key)} only works with documents, but the data are conversations",
                 "leave it out",
             )
-    return sft.check_settings(adapt.check(path, spec, recipe))
+    noise = recipe.noise.process
+    if spec is None and noise is not None and noise.fits:
+        raise Ar2DiffError(
+            f"{option('noise.kind', noise.kind)} is fitted to documents, but the data are "
+            "conversations",
+            "convert the model on documents first, or choose another noise",
+        )
+    return sft.check_settings(adapting.check(path, spec, recipe))
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversations) -> Plan:
@@ -59,8 +46,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
 
 def measure(plan: Plan) -> dict[str, Any]:
     """As adapt measures it, if the text of the model without images can tell."""
-    found = adapt.measure(replace(plan, eval_rows=[row for row in plan.eval_rows if min(row) >= 0]))
-    if found and any(min(row) < 0 for row in plan.eval_rows):
+    texts = [row for row in plan.eval_rows if min(row) >= 0]
+    found = adapting.measure(replace(plan, eval_rows=texts))
+    if found and len(texts) < len(plan.eval_rows):
         return {"text": {"not_measured": "the held-out conversations have images"}}
     return found
 

@@ -25,6 +25,7 @@ from ..evaluation.score import check_length
 from .adapt import read_rows, size_of, with_own_text
 from .arguments import training_arguments
 from .base import Running
+from .conversation_rows import are_conversations
 from .drafting import add_draft, drafting_for
 from .metrics import DraftMeter
 from .own_text import Found
@@ -109,6 +110,12 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"set {option('train.max_steps')} to 1 or more, or preview the run with "
             f"{option('dry_run', True)}",
         )
+    if are_conversations(path, recipe):
+        raise Ar2DiffError(
+            "the data are conversations, but draft trains on documents, of text alone for a "
+            "vision-language model too",
+            f"give documents, and name their column with {option('text_field')}",
+        )
     how = chosen() or ""
     if how.startswith(("zero3", "fsdp")):
         raise Ar2DiffError(
@@ -182,6 +189,10 @@ class DraftTrainer(Running, Trainer):
         kwargs["module"].to_device(args.device)
         self._seen = DraftMeter(args.device)
         super().__init__(checkpoint, recipe, args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One with the same learning rate for all parameters."""
+        return Trainer.create_optimizer(self, model)
 
     def compute_loss(
         self,

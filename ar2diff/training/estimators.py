@@ -12,6 +12,10 @@ the views are weighted. Takes `Rollout`s and returns log-probabilities per token
               form, `samples` times, and what `Noise.nats` says each slot costs there.
 `spg`         The same pairs: the lower bound for good completions, and an equal mix of it and an
               evidence upper bound for bad ones (SPG, Wang et al. 2025, eq. 8).
+`unigrpo`     One view, in which some tokens are masked, and only these are scored: as they are, or,
+              for ratios of sequences, by their mean. The share of masked tokens is random in the
+              first update on a completion, grows evenly, and is 1 in the last (UniGRPO, Yang et al.
+              2025, algorithm 1). What is estimated is no bound: views that show more count less.
 `trajectory`  Each token is scored in the state in which it was decided (TraceRL, Wang et al. 2025).
               With blocks, there are at most as many views as a block took steps.
 `ar`          The AR mode, from left to right.
@@ -24,7 +28,7 @@ there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,12 +38,15 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config.rl import Rl
 from ..core.attention import PADDING, Slots, reading_slot
 from ..core.forward import output_at
+from ..core.images import Images, seeing
 from ..core.noise import Noise
 from ..core.seeds import keyed_generator
+from ..core.sight import has_places, places_of, until_of
 from ..core.spec import Spec
 from ..diffusion.corruption import bound_times, complement, draw_times, open_slots
 from ..diffusion.likelihood import free_nats
 from ..diffusion.task import Task, seen
+from .modules import unwrapped
 from .rollouts import Rollout
 
 SPG_BETA, SPG_MIX = 1.5, 0.5  # order of the upper bound, and its weight in the mix
@@ -82,9 +89,11 @@ class Scores:
         return torch.where(good[:, None], lower, mixed)
 
     def entropies(self) -> Tensor:
-        """[R, C] entropies, averaged over the views that score each token."""
-        count = self._sum(torch.ones_like(self.entropy))
-        return self._sum(self.entropy) / count.clamp(min=1)
+        """[R, C] entropies, averaged over the views that score each token; where none does, the
+        mean of the row."""
+        count, total = self._sum(torch.ones_like(self.entropy)), self._sum(self.entropy)
+        mean = total.sum(1) / count.sum(1).clamp(min=1)
+        return torch.where(count > 0, total / count.clamp(min=1), mean[:, None])
 
     def spread(self) -> Tensor:
         """[R] standard deviation of the single-view estimates over the views."""
@@ -117,6 +126,10 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
         prompt &= (torch.arange(count) > 0) & (torch.arange(count) < rollout.prompt)
         return (answer | prompt | after)[None], all_.double()
     block = _blocks(rollout, spec)
+    if rl.estimator == "unigrpo":
+        masked = _growing(rollout, answer, block, rl.num_iterations)
+        mean = int(answer.sum()) / int(masked.sum()) if rl.level == "sequence" else 1
+        return (masked | after)[None], masked[None].double() * mean
     if rl.estimator == "trajectory":
         return _trajectory(rollout, answer, block, rl.segments)
     masked, weight = zip(*_pairs(rollout, answer, block, rl), strict=True)
@@ -151,6 +164,15 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
     return found
 
 
+def _growing(rollout: Rollout, answer: Tensor, block: Tensor, updates: int) -> Tensor:
+    """[T] bool, a share of each block of the answer, of at least one token, which grows from a
+    random one to 1 over the updates."""
+    start = torch.rand((), generator=keyed_generator(rollout.seed, 4)).double()
+    share = start + (1 - start) * rollout.update / max(1, updates - 1)
+    generator = keyed_generator(rollout.seed, 5, rollout.update)
+    return open_slots(answer, block, share.expand(int(block.max()) + 1), generator)[0]
+
+
 def _trajectory(
     rollout: Rollout, answer: Tensor, block: Tensor, segments: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -170,23 +192,28 @@ def _trajectory(
 
 @dataclass(frozen=True)
 class _Row:
-    """The slots of a row: their tokens, positions, copies and blocks, [S] each."""
+    """The slots of a row: their tokens, positions, copies and blocks, and the last position that
+    each reads in its clean copy, [S] each."""
 
     ids: Tensor
     pos: Tensor
     noisy: Tensor
     block: Tensor
+    until: Tensor
 
 
 def _shown(
     rollout: Rollout, rl: Rl, spec: Spec, noise: Noise
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What each view of a rollout shows, [V, T] ids; the weights of its tokens, [V, T]; and, if
-    they are those of a bound over time, the times [V, T]. Both policies see the same draws."""
+    they are those of a bound over time, the times [V, T]. Both policies see the same draws. Images
+    are always shown."""
     masked, weight = views(rollout, rl, spec)
-    generator, ids = keyed_generator(rollout.seed, 3), rollout.ids
+    generator, image = keyed_generator(rollout.seed, 3), rollout.ids < 0
+    ids = rollout.ids.clamp(min=0)
     if not (noise.free and rl.estimator == "elbo"):
-        return noise.hide(ids.expand_as(masked), masked, generator), weight, None
+        shown = noise.hide(ids.expand_as(masked), masked, generator)
+        return shown.where(~image, rollout.ids), weight, None
     place = torch.arange(len(ids)) - rollout.prompt
     answer, after = (place >= 0) & (place < rollout.answer), place >= rollout.answer
     block = _blocks(rollout, spec)
@@ -194,6 +221,7 @@ def _shown(
     t = times[:, block]
     drawn = [noise.draw(ids, answer, answer, x, x, generator)[0] for x in t]
     shown = noise.hide(torch.stack(drawn), after.expand_as(t), generator)
+    shown = shown.where(~image, rollout.ids)
     return shown, factor[:, block] * answer / len(t), t
 
 
@@ -205,14 +233,14 @@ def _lay_out(
     clean]; with `full` attention, each view has its own row."""
     ids, count = rollout.ids, len(rollout.ids)
     pos = torch.arange(count)
-    zero = torch.zeros_like(pos)
+    zero, until = torch.zeros_like(pos), until_of(ids, spec.images or "causal", rollout.prompt)
     if ar or spec.attention == "full":
         column = reading_slot(pos[None], "full", None, "shift" if ar else spec.prediction)
         column = column.expand(len(shown), -1)
         row = torch.arange(len(shown))[:, None].expand_as(column)
         noisy = torch.full((count,), not ar)
         slots = (torch.stack([row, x.expand_as(row)], -1) for x in (column, pos))
-        return [_Row(view, pos, noisy, zero) for view in shown], *slots
+        return [_Row(view, pos, noisy, zero, until) for view in shown], *slots
     grid = spec.block_length
     first = rollout.prompt // grid * grid
     size, clean = count - first, (count - first) * len(shown)
@@ -225,6 +253,7 @@ def _lay_out(
         pos=torch.cat([pos[first:].repeat(len(shown)), pos]),
         noisy=torch.arange(clean + count) < clean,
         block=torch.cat([blocks, zero - 1]),
+        until=torch.cat([pos[first:].repeat(len(shown)), until]),
     )
     slots = (torch.stack([torch.zeros_like(x), x], -1) for x in (column, own))
     return [row], *slots
@@ -238,6 +267,7 @@ def score(
     suppressed: Tensor,
     inner: Any = None,
     width: int = 0,
+    images: Images | None = None,
 ) -> Scores:
     """Score rollouts in one forward pass.
 
@@ -246,10 +276,13 @@ def score(
         suppressed: [V] bool, ids that the sampler never writes; [N, V] if they differ between the
             N tokens that are scored.
         width: width of the result, if larger than the length of the longest answer.
+        images: those whose codes are among the ids of the rollouts; None: there are none.
     """
     inner, device = inner or model, suppressed.device
+    if images is not None:
+        rollouts = [replace(rollout, ids=images.numbered(rollout.ids)) for rollout in rollouts]
     rows: list[_Row] = []
-    slots_of, weights, found, states = [], [], [], []
+    slots_of, weights, found, states, texts = [], [], [], [], []
     barred = suppressed if suppressed.dim() == 1 else suppressed.all(0)
     noise = spec.noise.on(spec.mask_token_id, barred)
     for number, rollout in enumerate(rollouts):
@@ -265,26 +298,37 @@ def score(
             at = (own[view, pos] + torch.tensor([len(rows), 0])).T.double()
             states.append(torch.stack([shown[view, pos].double(), t[view, pos], *at]))
         rows += held
+        texts += [rollout.ids] * len(held)
     numbers = torch.cat([torch.cat(found, 1), torch.cat(slots_of).T])
     last_view, last_place = numbers[1:3].amax(1).tolist()
     row, view, place, target, *at = _upload(numbers, device)
-    ids, pos, noisy, block, doc = _upload(_stack(rows), device)
-    noisy = noisy.bool()
+    ids, pos, noisy, block, until, doc = _upload(_stack(rows), device)
+    noisy, places = noisy.bool(), _places(unwrapped(inner), rows, texts, images)
     start = pos // spec.block_length * spec.block_length if spec.block_length else pos * 0
     task = Task(
         input_ids=ids,
-        slots=Slots(doc, pos, noisy, start, block),
+        slots=Slots(
+            doc,
+            pos,
+            noisy,
+            start,
+            block,
+            until=None if spec.images in (None, "causal") or spec.attention == "full" else until,
+        ),
         attention=spec.attention,
         block_length=spec.block_length,
         index=at[0] * ids.shape[1] + at[1],
         target=target,
+        places=None if places is None else _upload(places, device),
+        images=images,
     )
     if states:
         shown, t, *slot = torch.cat(states, 1).to(device)
         own = (slot[0] * ids.shape[1] + slot[1]).long()
         task = seen(task, noise, own, shown.long(), t)
     inputs = task.inputs(inner, spec.local_window)
-    logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
+    with seeing(task.images):
+        logits = output_at(model, task.index, inner=inner, **inputs).logits[0]
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits / rl.sampler.get("temperature", 1.0)
     logp = logits.masked_fill(suppressed, float("-inf")).log_softmax(-1)
@@ -304,13 +348,28 @@ def score(
     )
 
 
+def _places(
+    model: Any, rows: Sequence[_Row], texts: Sequence[Tensor], images: Images | None
+) -> Tensor | None:
+    """[B, S, 3] the model's positions of the slots of rows, where it has any of its own.
+
+    Args:
+        texts: [T] the ids of which each row holds copies.
+    """
+    if images is None or not has_places(model):
+        return None
+    pairs = zip(rows, texts, strict=True)
+    return pad_sequence([places_of(ids, images)[row.pos] for row, ids in pairs], True)
+
+
 def _stack(rows: Sequence[_Row]) -> Tensor:
-    """[5, B, S] ids, positions, copies, blocks and documents of the padded rows."""
+    """[6, B, S] ids, positions, copies, blocks, reaches and documents of the padded rows."""
     columns = [
-        [getattr(row, name).long() for row in rows] for name in ("ids", "pos", "noisy", "block")
+        [getattr(row, name).long() for row in rows]
+        for name in ("ids", "pos", "noisy", "block", "until")
     ]
     columns.append([torch.zeros_like(row.pos) for row in rows])
-    fill = (0, 0, 0, 0, PADDING)
+    fill = (0, 0, 0, 0, 0, PADDING)
     return torch.stack([pad_sequence(c, True, f) for c, f in zip(columns, fill, strict=True)])
 
 

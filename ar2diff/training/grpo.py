@@ -24,14 +24,17 @@ from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.draft import Draft
 from ..core.errors import Ar2DiffError
+from ..core.images import prepare
 from ..core.seeds import content_key, keyed_generator
+from ..data.parts import PLACEHOLDER
 from ..data.rows import as_dataset
 from ..distributed.sharding import join_deepspeed
-from ..generation.tokens import prompt_ids
 from .base import Running
 from .constraint import barred_tokens
 from .estimators import score
 from .modules import unwrapped
+from .pictures import Pictures
+from .prompts import IMAGES, coded_ids, with_placeholders
 from .rollouts import Rollout, sample, sampler_settings
 from .wording import WIDTH
 
@@ -44,7 +47,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     AR model as a control.
 
     Args:
-        rows: rows with `prompt` (a text or messages) and the columns that the rewards read.
+        rows: rows with `prompt` (a text or messages) and the columns that the rewards read; those
+            with images as of `Prompts.of`.
         rewards: functions with the signature that trl expects, or reward models.
         draft: the draft adapter that rollouts are written with. The model moves away from the one
             that it was trained for, which only costs acceptance: its drafts are verified.
@@ -71,8 +75,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self.suppressed = self.suppressed.to(args.device)
         self._rollouts: list[Rollout] = []  # the ones to be scored next
         self._good: Tensor | None = None  # [B], for spg
+        self._updates = range(0)  # those that rollouts are scored for; none: for the next alone
         self._live: Tensor | None = None  # [B], the rows that can contribute a gradient; None: all
         self._generation_seconds = 0.0
+        self._pictures = Pictures(checkpoint)
+        self._keys: list[list[int]] = []  # of the images of the prompts that are completed next
         if recipe.rl.fewer_forwards:
             rewards = [*rewards, self.fewer_forwards]
         join_deepspeed(args)  # before the reference model is loaded
@@ -83,7 +90,10 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ends = recipe.rl.sampler.get("eos_token_id") or checkpoint.end_ids
         self.eos_token_ids = [ends] if isinstance(ends, int) else list(ends)
         # DeepSpeed's engine, which wraps the model, has a `config` of its own.
-        check_reference(getattr(self.ref_model, "module", self.ref_model), checkpoint)
+        reference = getattr(self.ref_model, "module", self.ref_model)
+        check_reference(reference, checkpoint)
+        if reference is not None:
+            prepare(reference)
 
     # Rollouts
 
@@ -95,7 +105,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], None]:
-        start = time.perf_counter()
+        start, coded = time.perf_counter(), multimodal_fields["coded"]
         first = self.accelerator.process_index * len(prompt_ids)
         key = (self.args.seed, self._step, int(self.model.training))
         # Keyed by the place in the global batch, so neither ranks nor shuffling change the noise.
@@ -115,8 +125,9 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         ):
             self.checkpoint.model.eval()
             try:
+                self._pictures.hold(list(map(torch.tensor, coded)))
                 self._rollouts = sample(
-                    self._writer, prompt_ids, seeds, settings, rl.rollout_batch_size
+                    self._writer, coded, seeds, settings, rl.rollout_batch_size, self._pictures
                 )
             finally:
                 self.checkpoint.model.train(training)
@@ -142,8 +153,11 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self._generation_seconds += seconds
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Tokenize prompts as `generate` does; trl would keep an EOS that the tokenizer appends."""
-        return [prompt_ids(self.processing_class, prompt) for prompt in prompts], None, {}
+        """Tokenize prompts as `generate` does; trl would keep an EOS that the tokenizer appends,
+        and read images itself. It gets placeholders, and hands on what holds their codes."""
+        keys = self._keys or [[]] * len(prompts)
+        coded = [coded_ids(self.checkpoint, *pair) for pair in zip(prompts, keys, strict=True)]
+        return [with_placeholders(self.checkpoint, ids) for ids in coded], None, {"coded": coded}
 
     # Rewards
 
@@ -153,9 +167,13 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         al. 2025, which divides by the mean edit distance of states instead)."""
         return [1 - rollout.forwards / rollout.answer for rollout in self._rollouts]
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, F] rewards; a completion that is not right gets none for being written fast."""
-        rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
+        """[B, F] rewards, of functions that may read the images of the prompts; a completion that
+        is not right gets none for being written fast."""
+        if (album := self.checkpoint.album) is not None:
+            shots = ([album.shots.shots[key] for key in keys] for keys in self._keys)
+            inputs = [row | {IMAGES: own} for row, own in zip(inputs, shots, strict=True)]
+        rewards = super()._calculate_rewards(inputs, *args)
         if self.recipe.rl.fewer_forwards:
             right = (rewards[:, :-1] >= 1).all(1)  # NaN, a reward that does not apply, is not
             rewards[:, -1] *= right
@@ -175,17 +193,43 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, C] log-probabilities of `self._rollouts` by the recipe's estimator. Each rollout is
         scored on its own canvas with the noise of its seed, which the old, new and reference policy
-        share."""
-        live = torch.ones(len(input_ids), dtype=torch.bool) if self._live is None else self._live
+        share. Before the updates, of an estimator that scores a rollout in another way in each:
+        [B, U, C]."""
+        if self._updates:
+            rollouts, each = self._rollouts, []
+            for update in self._updates:
+                self._rollouts = [replace(rollout, update=update) for rollout in rollouts]
+                each.append(self._scores(model, attention_mask, logits_to_keep, batch_size)[0])
+            self._rollouts = rollouts
+            return torch.stack(each, 1), None, None
+        found, entropy = self._scores(
+            model, attention_mask, logits_to_keep, batch_size, compute_entropy
+        )
+        return found, entropy if compute_entropy else None, None
+
+    def _scores(
+        self,
+        model: Any,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, C] log-probabilities and entropies of `self._rollouts`."""
+        live = (
+            torch.ones(len(attention_mask), dtype=torch.bool) if self._live is None else self._live
+        )
         numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
-        for rows in numbers.split(batch_size or len(input_ids)):
+        for rows in numbers.split(batch_size or len(attention_mask)):
             rollouts, rl = [self._rollouts[row] for row in rows], self.recipe.rl
             barred = barred_tokens(self._writer, rl, rollouts, self.suppressed)
+            seen = [rollout.ids for rollout in rollouts]
             with self.accelerator.autocast():
                 scores = score(
                     model, rollouts, rl, self.spec, barred,
                     self.accelerator.unwrap_model(model), logits_to_keep,
+                    self._pictures.of(seen, self._buffered_inputs or ()),
                 )  # fmt: skip
             logps.append(scores.per_token(None if self._good is None else self._good[rows]))
             entropies.append(scores.entropies())
@@ -199,11 +243,20 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             whole = self._logps.new_zeros(len(live), logits_to_keep)
             self._logps = whole.index_put((numbers,), self._logps)
             entropy = (whole + mean).index_put((numbers,), entropy)
-        return self._logps, entropy if compute_entropy else None, None
+        return self._logps, entropy
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._good = None
-        output = super()._generate_and_score_completions(inputs)
+        # trl would put what it calls images into the prompts, and into the forward.
+        self._keys = [row.get(IMAGES) or [] for row in inputs]
+        if self.recipe.rl.estimator == "unigrpo":
+            self._updates = range(self.num_iterations if self._mode == "train" else 1)
+        try:
+            output = super()._generate_and_score_completions(
+                [{name: x for name, x in row.items() if name != IMAGES} for row in inputs]
+            )
+        finally:
+            self._updates = range(0)
         rollouts = self._rollouts
         length = max(len(r.ids) for r in rollouts)
         canvas = torch.zeros(len(rollouts), 2, length, dtype=torch.long)
@@ -242,6 +295,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
         live = inputs.pop("live").cpu()
+        if rl.estimator == "unigrpo":
+            inputs |= self._of_update(inputs)
         self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
         if not self.beta:
             return self._loss_of_live_rows(model, inputs, live)
@@ -254,6 +309,16 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             self.beta = beta
         steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
         return loss + beta * self._squared_kl(inputs) / steps
+
+    def _of_update(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The scores [B, C] of the old and the reference policy for the update that is being made,
+        out of those for each [B, U, C]; the rollouts will be scored for it, too."""
+        update = 0
+        if self._mode == "train":
+            update = self._step // self.args.steps_per_generation % self.num_iterations
+        self._rollouts = [replace(rollout, update=update) for rollout in self._rollouts]
+        names = ("old_per_token_logps", "ref_per_token_logps")
+        return {n: inputs[n][:, update] for n in names if inputs.get(n) is not None}
 
     def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any], live: Tensor) -> Tensor:
         """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it.
@@ -483,7 +548,10 @@ def show_completions(logs: dict[str, Any], step: int, count: int = 6) -> None:
 
 def _text_of(message: Any) -> str:
     """A prompt or completion as text: of a conversation, its last message."""
-    return message if isinstance(message, str) else message[-1]["content"]
+    content = message if isinstance(message, str) else message[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or PLACEHOLDER for part in content)
 
 
 def check_reference(reference: Any, checkpoint: Checkpoint) -> None:

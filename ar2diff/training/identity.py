@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import PROCESSOR, PROCESSOR_TEMPLATE
 from ..checkpoint.stored import fingerprint
 from ..config.recipe import Recipe
 from ..data.sources import identity as data_identity
@@ -14,6 +15,7 @@ from ..data.sources import identity as data_identity
 BESIDE_WEIGHTS = (  # other files in a checkpoint folder that a run depends on
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "*.model", "*.jinja",
+    *PROCESSOR, PROCESSOR_TEMPLATE,
 )  # fmt: skip
 
 

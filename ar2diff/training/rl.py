@@ -7,36 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from trl import GRPOConfig
 
 from ..checkpoint.files import DRAFT_CONFIG, find_checkpoint, is_draft
-from ..checkpoint.model import Checkpoint
+from ..checkpoint.kinds import sees_images
+from ..checkpoint.model import Checkpoint, load_config
 from ..config.recipe import Recipe, with_values
+from ..conversion.images import reach_in
 from ..core.draft import Draft, DraftSpec, load_draft, read_draft_spec
-from ..core.errors import Ar2DiffError, first_line, option, shortened
-from ..core.forward import context_length
+from ..core.errors import Ar2DiffError, option, shortened
 from ..core.options import Options, resolve
 from ..core.spec import CAUSAL, Spec
 from ..data.chat_template import chat_template
-from ..data.columns import likely_prompt
-from ..data.conversations import read_rows
 from ..data.rows import as_dataset
-from ..data.sources import columns_of
 from ..distributed.ranks import check_rows, chosen, world_size
-from ..generation.tokens import prompt_ids
-from ..rewards.loading import PASSED, make_rewards
+from ..rewards.loading import make_rewards
 from .arguments import training_arguments
 from .constraint import as_in_recipe, check_constraint, with_schema
 from .grpo import DiffusionGRPOTrainer
 from .modules import unwrapped
 from .plan import Plan, Verb, check_kind
+from .prompts import IMAGES, Prompts, check_lengths, coded_ids, read_prompts, readable
 from .request import requested
 from .results import DataSize, Prompt, RlPlan, RunPlan, RunResult
 from .rollouts import sampler_settings
 from .run import run
-
-RESERVED = (*PASSED, "image", "images", "environments")  # names that a column must not have
 
 
 def rl(
@@ -81,6 +76,10 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
             f"the recipe has no {option('rl')} section", "see 'ar2diff config schema rl'"
         )
     check_kind(path, spec, recipe)
+    sees = spec.images is not None if spec is not None else sees_images(load_config(path))
+    if sees and "frozen" not in recipe.train.model_fields_set:
+        # Rewards for texts say little of how to see, and features that stay are computed once.
+        recipe = with_values(recipe, train={"frozen": ("tower", "projector")})
     if spec is not None and spec.head is not None:
         raise Ar2DiffError(
             f"model {path} has a diffusion head, which the estimators of rl do not know",
@@ -93,27 +92,36 @@ def check(path: Path, spec: Spec | None, recipe: Recipe) -> Recipe:
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows with prompts, and the rewards that score their completions."""
+    """Prompts, and the rewards that score their completions."""
 
-    rows: list[dict[str, Any]]
+    prompts: Prompts
     rewards: list[Any]
 
 
 def read(recipe: Recipe) -> Judged:
     """The rewards of a recipe, and the prompts from its sources."""
     rewards = make_rewards(recipe.rl.rewards)
-    rows = read_prompts(recipe)
-    check_rows(len(rows))
-    return Judged(rows, rewards)
+    prompts = read_prompts(recipe)
+    check_rows(len(prompts.rows))
+    return Judged(prompts, rewards)
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
     """The plan for a run on prompts. Sets the run's chat template on the tokenizer."""
-    rows, rewards = judged.rows, judged.rewards
+    if checkpoint.spec is None and (reach_in(checkpoint) or "causal") != "causal":
+        raise Ar2DiffError(
+            f"model {checkpoint.path} reads images or prompts in both directions, which "
+            f"{option('objective.kind', 'ar')} does not",
+            f"convert it, and train its AR mode with {option('rl.estimator', 'ar')} instead",
+        )
+    rows, rewards = judged.prompts.of(checkpoint), judged.rewards
     if not isinstance(rows[0]["prompt"], str):
         # The template need not mark what the assistant says: no given answers are learned.
         plain = with_values(recipe, data={"assistant_only": False})
-        checkpoint.tokenizer.chat_template = chat_template(checkpoint.tokenizer, plain)
+        tokenizer = checkpoint.tokenizer
+        if checkpoint.sees_images and not tokenizer.chat_template:
+            tokenizer.chat_template = checkpoint.processor.chat_template
+        tokenizer.chat_template = chat_template(tokenizer, plain)
     size = DataSize("prompts", len(rows), check_lengths(checkpoint, recipe, rows), exact=True)
     named, draft = recipe.rl.draft, None
     if named is not None:
@@ -123,12 +131,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
         return make_trainer(plan, rewards, run_dir, callbacks, draft)
 
     def preview(plan: Plan, summary: RunPlan) -> RlPlan:
-        tokenizer = plan.checkpoint.tokenizer
-        ids = prompt_ids(tokenizer, rows[0]["prompt"])
+        ids = coded_ids(plan.checkpoint, rows[0]["prompt"], rows[0].get(IMAGES) or ())
         return RlPlan(
             **vars(summary),
             prompts=len(rows),
-            first_prompt=Prompt(tokenizer.decode(ids), len(ids)),
+            first_prompt=Prompt(readable(plan.checkpoint, ids), len(ids)),
             rewards=tuple(getattr(reward, "__name__", reward) for reward in rewards),
         )
 
@@ -145,7 +152,7 @@ def make_trainer(
     callbacks: list[Any],
     draft: Draft | None = None,
 ) -> DiffusionGRPOTrainer:
-    """The trainer for a plan, on rows from `read_prompts`."""
+    """The trainer for a plan, on rows of `Prompts.of`."""
     rl = plan.recipe.rl
     args = training_arguments(
         plan.recipe,
@@ -298,76 +305,3 @@ def _draft_spec(reference: str) -> DraftSpec:
             f"use {option('launch', 'ddp')} or {option('launch', 'zero2')}, or leave out {name}",
         )
     return read_draft_spec(path / DRAFT_CONFIG)
-
-
-def check_lengths(checkpoint: Checkpoint, recipe: Recipe, rows: list[dict[str, Any]]) -> int:
-    """Refuse prompts that leave no room for a completion.
-
-    Returns:
-        The number of tokens in all prompts.
-
-    Raises:
-        Ar2DiffError: naming the first row.
-    """
-    tokenizer, longest = checkpoint.tokenizer, context_length(checkpoint.model)
-    tokens = 0
-    for number, row in enumerate(rows, 1):
-        try:
-            count = len(prompt_ids(tokenizer, row["prompt"]))
-        except (ValueError, TypeError, TemplateError) as error:
-            raise Ar2DiffError(
-                f"the chat template cannot render prompt {number}: {first_line(error)}",
-                f"fix the prompt, or set {option('data.chat_template')} to another template",
-            ) from error
-        tokens += count
-        if longest is not None and count + recipe.rl.max_completion_length > longest:
-            raise Ar2DiffError(
-                f"prompt {number} has {count} tokens, which with "
-                f"{option('rl.max_completion_length')} {recipe.rl.max_completion_length} exceeds "
-                f"the model's context of {longest} tokens",
-                f"remove the prompt, or lower {option('rl.max_completion_length')}",
-            )
-    return tokens
-
-
-def read_prompts(recipe: Recipe) -> list[dict[str, Any]]:
-    """The rows of all sources, with `prompt` (a text or messages; `rl.chat` turns a text into the
-    user's message) and the columns that the rewards read.
-
-    Raises:
-        Ar2DiffError: naming the file and row without a prompt.
-    """
-    rows = [_prompt(row, where, recipe) for where, row, _ in read_rows(recipe)]
-    if len({type(row["prompt"]) for row in rows}) > 1:
-        raise Ar2DiffError(
-            "some prompts are texts and some are lists of messages",
-            f"set {option('rl.chat', True)}, or make all prompts of one kind",
-        )
-    return rows
-
-
-def _prompt(row: dict[str, Any], where: str, recipe: Recipe) -> dict[str, Any]:
-    prompt = row.get("prompt")
-    chat = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
-    if not chat and not (isinstance(prompt, str) and prompt):
-        likely = option("data.columns.prompt", likely_prompt(row) or "COLUMN")
-        raise Ar2DiffError(
-            f"{where} has no prompt that is text or messages (it has {columns_of(row)})",
-            f"correct the row, or name the column of the prompt with {likely}",
-        )
-    row = {k: v for k, v in row.items() if k not in ("completion", "messages", "completion_ids")}
-    for name in RESERVED:
-        if name in row:
-            raise Ar2DiffError(
-                f"{where}: the column name {name!r} is reserved by trl",
-                "rename the column",
-            )
-    if recipe.rl.chat and not chat:
-        row["prompt"] = [{"role": "user", "content": prompt}]
-    return row
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), str) for name in ("role", "content")
-    )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint.model import Checkpoint
@@ -21,11 +22,14 @@ class Rollout:
     """A completion on its canvas.
 
     Attributes:
-        ids: [T] from position 0 to the end of the canvas, with masks where nothing was decided.
+        ids: [T] from position 0 to the end of the canvas, with masks where nothing was decided and
+            codes where images are.
         prompt: length of the prompt. answer: length of the answer, including its end token.
         step: [T] the forward pass in which each token was decided, 0 for the others.
         seed: seed of all noise used to score the completion.
         forwards: how many forward passes the completion took.
+        update: which of the updates on it is to be made, for an estimator that scores it in another
+            way each time.
     """
 
     ids: Tensor
@@ -34,6 +38,7 @@ class Rollout:
     step: Tensor
     seed: int
     forwards: int = 0
+    update: int = 0
 
     @property
     def answer_ids(self) -> list[int]:
@@ -57,12 +62,15 @@ def sample(
     seeds: Sequence[int],
     settings: dict[str, Any],
     batch_size: int,
+    album: Any = None,
 ) -> list[Rollout]:
     """Complete each prompt, in batches of similar length. Results are in the order of the prompts.
 
     Args:
+        prompts: token ids, and codes of images.
         seeds: one per prompt; the draws for a row depend only on its seed and prompt.
         settings: options for `generate`.
+        album: has `images_in`, as an `Album`; None: that of the checkpoint.
     """
     found: dict[int, Rollout] = {}
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
@@ -70,11 +78,16 @@ def sample(
         numbers = order[first : first + batch_size]
         own = tuple(content_key([seeds[n], 1]) % 2**62 for n in numbers)
         spec, options = settings_of(checkpoint, {**settings, "seed": own})
-        canvas, states = begin(checkpoint, spec, options, [prompts[n] for n in numbers])
+        rows = [prompts[n] for n in numbers]
+        canvas, states = begin(checkpoint, spec, options, rows, album=album)
         for _ in states:
             pass
         for row, number in enumerate(numbers):
             found[number] = of_canvas(canvas, row, spec, seeds[number])
+            own = torch.as_tensor(prompts[number])
+            found[number].ids[: len(own)][own < 0] = own[
+                own < 0
+            ]  # where the canvas has placeholders
     return [found[number] for number in range(len(prompts))]
 
 

@@ -128,9 +128,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, conversations: Conversatio
     if conversations.chat:
         if checkpoint.sees_images and not tokenizer.chat_template:
             tokenizer.chat_template = checkpoint.processor.chat_template
-        tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools)
+        images = bool(len(conversations.shots))
+        tokenizer.chat_template = chat_template(tokenizer, recipe, conversations.tools, images)
         stop_at(checkpoint, turn_end(tokenizer, tokenizer.chat_template))
     rows = tokenize_conversations(conversations, tokenizer, recipe, checkpoint.album)
+    if len(conversations.shots) and checkpoint.noise.vectors:
+        raise Ar2DiffError(
+            f"the noise {checkpoint.noise.kind} puts vectors in place of tokens, as images do, and "
+            "the two cannot be combined",
+            f"use rows without images, or another {option('noise.kind')}",
+        )
     freeze_blind(checkpoint)
     judged = judged_answers(checkpoint, recipe, conversations, rows)
     size = DataSize("conversations", len(rows), sum(map(len, rows.ids)), True, len(judged.held_out))
@@ -270,7 +277,7 @@ def make_trainer(plan: Plan, run_dir: Path, callbacks: list[Any]) -> DiffusionSF
     trainer.notes = rows.notes
     if trainer.answers.torn:
         trainer.notes += (
-            f"note: {trainer.answers.torn} rows are left out, because {option('data.max_length')} "
+            f"note: {trainer.answers.torn} rows are left out, because data.max_length "
             f"{recipe.data.max_length} would cut their images",
         )
     return trainer
