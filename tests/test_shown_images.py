@@ -21,24 +21,24 @@ from vision import TYPED, ClassAlbum, llava_folder, picture
 from vision_classes import IMAGE, vision_class
 
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.checkpoint.processor import FILES
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.core.images import codes_of
 from ar2diff.data.conversations import packed
 from ar2diff.data.turns import IGNORED
+from ar2diff.demo.vision.scenes import right_answer, scenes
 from ar2diff.diffusion.likelihood import ar_nll
 from ar2diff.evaluation.answers import AnswerJudge
 from ar2diff.hub import verify as verifying
-from ar2diff.hub.example import FILE, PROMPT
+from ar2diff.hub.example import FILE, PROMPT, coded, example_of
 from ar2diff.hub.push import preview, push
 from ar2diff.reports import constrained
 from ar2diff.reports.compare import compare
 from ar2diff.reports.constrained_gaps import cases_of
 from ar2diff.reports.figures import MOST_PICTURE, Picture, read_report
 from ar2diff.reports.gaps import _in_answer
-from ar2diff.reports.material import material_for
+from ar2diff.reports.material import EYES, material_for
 from ar2diff.reports.pictures import SIDE, show, thumbnail
 from ar2diff.reports.run import Asked, make_report
 from ar2diff.reports.seen import bounds_of
@@ -301,16 +301,14 @@ def test_what_a_report_cannot_do_with_images_is_said_in_two_lines(
 def test_a_card_asks_about_a_picture_that_was_drawn_or_given(model, data, tmp_path):
     card = preview(model, license="mit")
     assert front_matter(card)["pipeline_tag"] == "image-text-to-text"
-    assert f"![A red circle beside a blue square]({FILE})" in card
+    assert f'<img src="{FILE}" alt="A red circle beside a blue square" width="224">' in card
     assert "was not measured" in card and "| images | `causal`: " in card
     given = data.parent / "0.png"
     result = push(model, "me/m", license="mit", prompt="what is ?", image=given, dry_run=True)
-    assert {FILE, *FILES[:1], "chat_template.jinja"} <= result.files.keys()
+    assert {FILE, "processor_config.json", "chat_template.jinja"} <= result.files.keys()
     assert "drawn" not in result.card and "about this picture" in result.card
     folder = Path(shutil.copytree(model, tmp_path / "m"))
-    from ar2diff.hub.example import coded, example_of
-
-    raw = coded(example_of(load_checkpoint(str(model)), given))
+    raw = coded(example_of(load_checkpoint(str(model)), given).picture)
     assert b"SECRET" not in raw and max(Image.open(io.BytesIO(raw)).size) == 512
     (folder / FILE).write_bytes(raw)
     block = first_block(result.card).replace(f"https://huggingface.co/me/m/resolve/main/{FILE}",
@@ -321,6 +319,17 @@ def test_a_card_asks_about_a_picture_that_was_drawn_or_given(model, data, tmp_pa
     assert PROMPT in card
 
 
+def test_a_model_that_knows_the_embedded_scenes_is_asked_about_them(model):
+    checkpoint = load_checkpoint(str(EYES))
+    material = material_for(EYES, checkpoint, None, "text", 8)
+    assert material.data == "the embedded scenes" and len(material.questions) == 8
+    (row,) = scenes(1, 1, "held_out")
+    assert material.questions[0].answer == right_answer(row)
+    assert material.questions[0].images and material.questions[0].ids[0] == 1
+    example = example_of(checkpoint, None)
+    assert example.picture.size == (32, 32) and "CC BY 4.0" in example.origin
+
+
 def test_a_download_with_another_processor_is_told(model, monkeypatch):
     checkpoint = load_checkpoint(str(model))
     logits, seen = verifying.fixed_logits(checkpoint), verifying.seen_logits(checkpoint)
@@ -328,10 +337,8 @@ def test_a_download_with_another_processor_is_told(model, monkeypatch):
     def downloaded(change):
         def download(_name, _commit, folder):
             shutil.copytree(model, folder)
-            from ar2diff.hub.example import coded, example_of
-
-            (folder / FILE).write_bytes(coded(example_of(checkpoint, None)))
-            file = folder / FILES[0]
+            (folder / FILE).write_bytes(coded(example_of(checkpoint, None).picture))
+            file = folder / "processor_config.json"
             values = json.loads(file.read_text())
             change(values)
             file.write_text(json.dumps(values))

@@ -26,6 +26,7 @@ from ..reports.figures import Report
 from ..reports.serving import serve_command
 from ..reports.summary import markdown, renamed
 from .example import FILE as EXAMPLE
+from .example import Example
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
@@ -150,7 +151,7 @@ def make_card(
     answers: dict[str, list[Sample]],
     held_out: bool,
     report: Report | None = None,
-    drawn: bool = False,
+    example: Example | None = None,
 ) -> str:
     """The card as Markdown with front matter.
 
@@ -160,7 +161,7 @@ def make_card(
         answers: {prompt: result of `measure`}. held_out: whether the prompts are the beginnings of
             texts that the run held out.
         report: what was measured of the model.
-        drawn: whether the picture that it shows was drawn for it.
+        example: the picture that a vision-language model was asked about.
     """
     if checkpoint.draft is not None:
         return _make_draft_card(name, checkpoint, record, origin, answers, held_out, report)
@@ -205,8 +206,8 @@ def make_card(
         masked_lm=checkpoint.is_masked_lm,
         sees=sees,
         reach=REACH.get(spec.images or ""),
-        example=EXAMPLE,
-        drawn=drawn,
+        file=EXAMPLE,
+        example=example,
         closing=closing_tokens(checkpoint.tokenizer),
         code_sha256=digest(custom_generate()),
         run=run,

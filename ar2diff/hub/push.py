@@ -206,14 +206,13 @@ class Shown:
         answers: {prompt: its answers with each of the settings}.
         held_out: whether the prompts are the beginnings of texts that the run held out.
         refused: why prompts are not shown.
-        picture: what a vision-language model was asked about. drawn: whether it was drawn for that.
+        example: the picture that a vision-language model was asked about.
     """
 
     answers: dict[str, list[Any]]
     held_out: bool
     refused: list[str]
-    picture: Any = None
-    drawn: bool = False
+    example: Any = None
 
 
 def shown_answers(
@@ -229,11 +228,11 @@ def shown_answers(
     from .example import PROMPT as QUESTION
     from .example import example_of
 
-    picture = example_of(checkpoint, image)
-    if picture is not None:
+    example = example_of(checkpoint, image)
+    if example is not None:
         asked = QUESTION if prompt is None else prompt
-        found = {asked: measure(checkpoint, asked, image=picture)}
-        return Shown(found, False, [], picture, image is None)
+        found = {asked: measure(checkpoint, asked, image=example.picture)}
+        return Shown(found, False, [], example)
     if prompt is not None:
         return Shown({prompt: measure(checkpoint, prompt)}, False, [])
     kept = [text for text in run_of(record).get("prompts") or [] if isinstance(text, str)]
@@ -412,8 +411,8 @@ def files_of(
     if checkpoint.draft is not None:
         config = read_json(folder / DRAFT_CONFIG, "")
         files[DRAFT_CONFIG] = _json(config | {"base": origin.name, "revision": origin.commit})
-    if shown.picture is not None:
-        files[EXAMPLE] = coded(shown.picture)
+    if shown.example is not None:
+        files[EXAMPLE] = coded(shown.example.picture)
     published = without_paths(record, origin)
     golden = [
         {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
@@ -423,7 +422,7 @@ def files_of(
     own = folder / CARD
     report = find_report(folder)
     card = make_card(
-        name, checkpoint, published, origin, shown.answers, shown.held_out, report, shown.drawn
+        name, checkpoint, published, origin, shown.answers, shown.held_out, report, shown.example
     )
     files[CARD] = own if own.is_file() else card.encode()
     return files

@@ -16,10 +16,11 @@ from ..data.images import Shots
 from ..data.sources import read_texts
 from ..demo import corpus
 from .own_texts import own_texts
-from .pictures import asked_in, conversations_in
+from .pictures import asked_in, conversations_in, embedded_scenes
 from .questions import Question
 
 EMBEDDED = Path(corpus.__file__).parent / "model"
+EYES = Path(corpus.__file__).parent / "vision" / "model"
 WORDS = 12  # of a text that is to be continued
 LEAST = 8  # texts, below which no error means much
 LEVELS = (1, 2)  # of the embedded questions
@@ -77,8 +78,8 @@ def material_for(
     model: Path, checkpoint: Checkpoint, data: str | None, text_field: str, count: int
 ) -> Material:
     """Held-out text for a model: the file, if there is one; else what its run held out from its
-    training; else the embedded stories, if the model is the embedded one or was made from it. The
-    embedded questions go with a model's own texts, too.
+    training; else the embedded stories or scenes, if the model is the embedded one or was made from
+    it. The embedded questions go with a model's own texts, too.
 
     Args:
         model: folder of the model. checkpoint: the same, loaded. count: texts, and questions, at
@@ -93,6 +94,9 @@ def material_for(
     if own.chats is not None and len(own.texts) >= LEAST:
         asked = asked_in(checkpoint, own.chats)[:count]
         return Material(own.data, (), asked, own.spared, own.chats.shots)
+    if checkpoint.sees_images and knows(checkpoint.tokenizer, EYES):
+        chats = embedded_scenes(count)
+        return Material("the embedded scenes", (), asked_in(checkpoint, chats), shots=chats.shots)
     texts = _usable(own.texts)[:count]
     known = embedded(count) if knows_the_stories(checkpoint.tokenizer) else None
     if len(texts) >= LEAST:
@@ -156,6 +160,11 @@ def _question(example: dict[str, Any]) -> Question:
 
 def knows_the_stories(tokenizer: Any) -> bool:
     """Whether a tokenizer is that of the embedded model, up to tokens that a conversion adds."""
-    known = read_json(EMBEDDED / "tokenizer.json", "install ar2diff again")["model"]["vocab"]
+    return knows(tokenizer, EMBEDDED)
+
+
+def knows(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer is the one in a folder, up to tokens that a conversion adds."""
+    known = read_json(folder / "tokenizer.json", "install ar2diff again")["model"]["vocab"]
     vocabulary = tokenizer.get_vocab()
     return all(vocabulary.get(token) == place for token, place in known.items())

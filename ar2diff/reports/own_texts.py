@@ -62,7 +62,7 @@ def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
     try:
         if lack := _changed(record, recipe):
             return OwnTexts([], lack=lack)
-        chats = verb == "sft" or record["data"]["kind"] == "conversations"
+        chats = verb == "sft" or (record.get("data") or {}).get("kind") == "conversations"
         judged = _judged(checkpoint, recipe) if chats else None
         texts = _documents(checkpoint, recipe) if judged is None else _texts(checkpoint, judged)
     except Ar2DiffError as error:

@@ -11,6 +11,7 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ..data.parts import PLACEHOLDER
 from .figures import MOST_PICTURE, PNG, Picture
 from .questions import Question
 
+SCENE_SEED = 1
 SIDE = 224  # pixels of the longer side of a picture on the page
 
 
@@ -44,6 +46,14 @@ def conversations_in(data: str, text_field: str, count: int) -> Conversations | 
     recipe = with_values(Recipe(), data={"sources": [{"path": data}], "text_field": text_field})
     found = conversations_of(islice(read_rows(recipe), count), recipe)
     return found if {"messages", "prompt"} & found.rows[0].keys() else None
+
+
+def embedded_scenes(count: int) -> Conversations:
+    """Questions about pictures of digits by hands that no embedded model was trained on."""
+    from ..demo.vision.scenes import scenes
+
+    rows = enumerate(scenes(count, SCENE_SEED, "held_out"), 1)
+    return conversations_of(((f"scene {n}", row, Path()) for n, row in rows), Recipe())
 
 
 def asked_in(checkpoint: Checkpoint, data: Conversations) -> list[Question]:
