@@ -1,4 +1,4 @@
-# make demo | make demo-draft | make demo-rl | make test | make slow | make fuzz | make fuzz-long | make fuzz-server | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
+# make demo | make demo-draft | make demo-rl | make demo-vision-base | make test | make slow | make fuzz | make fuzz-long | make fuzz-server | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: docs recordings gpu install demo demo-draft demo-rl test slow sandbox-test fuzz fuzz-long fuzz-server elsewhere lint messages golden cpus stories3m clean
+.PHONY: docs recordings gpu install demo demo-draft demo-rl demo-vision-base test slow sandbox-test fuzz fuzz-long fuzz-server elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -39,6 +39,11 @@ demo-rl: $(STAMP)
 	$(BIN)/python -m ar2diff.demo.answers runs/hard.jsonl --levels 2 --largest 11 20 --seed 7
 	$(BIN)/ar2diff rl runs/demo-easy --recipe demo-rl --data runs/hard.jsonl \
 	  --output-dir runs/demo-rl --overwrite
+
+# The vision-language checkpoint that ships in ar2diff, trained again and measured.
+demo-vision-base: $(STAMP)
+	$(BIN)/python -m ar2diff.demo.vision.build
+	$(BIN)/python benchmarks/vision_base.py
 
 # A worker a core, a file to one of them: what a file builds is built once.
 test: $(STAMP)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .output import quiet
-from .push import BASE, LICENSE, PROMPT
+from .push import BASE, IMAGE, LICENSE, PROMPT
 
 
 def card(
@@ -16,6 +16,7 @@ def card(
     base: Annotated[str | None, BASE] = None,
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
+    image: Annotated[Path | None, IMAGE] = None,
 ) -> None:
     """Print the model card that 'push' would publish; needs no token and no network.
 
@@ -24,7 +25,7 @@ def card(
     quiet()
     from ..hub.push import preview
 
-    text = preview(folder, base=base, license=license, prompt=prompt, tell=note)
+    text = preview(folder, base=base, license=license, prompt=prompt, image=image, tell=note)
     typer.echo(text, nl=False)
 
 

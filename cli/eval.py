@@ -31,6 +31,14 @@ def evaluate_command(
         str | None,
         typer.Option(metavar="FILE", help="File with held-out text, or - for standard input."),
     ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of --data: file with conversations, or prompts and completions, also "
+            "with images; the model answers, and the answers that are the same are counted.",
+        ),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field that holds the text of a row.")] = "text",
     length: Annotated[
         int, typer.Option(min=2, help="Number of tokens in a window; shorter texts are skipped.")
@@ -102,6 +110,8 @@ def evaluate_command(
 
     Example: ar2diff eval runs/demo --data valid.jsonl --limit 64
 
+    Example: ar2diff eval runs/vision --answers asked.jsonl --mode diffusion
+
     Example: ar2diff eval runs/demo --tasks demo_questions --mode diffusion --threshold 0.9
     """
     if not sys.stderr.isatty():
@@ -112,13 +122,27 @@ def evaluate_command(
 
     settings = settings or {}
     seed = settings.pop("seed", 0)
-    if (data is None) == (tasks is None):
-        given = "neither" if data is None else "both"
+    given = [name for name in (data, answers, tasks) if name is not None]
+    if len(given) != 1:
+        names = f"{option('data')}, {option('answers')} and {option('tasks')}"
         raise Ar2DiffError(
-            f"{given} of {option('data')} and {option('tasks')} {'are' if data else 'is'} given",
-            f"set {option('data')} to measure the likelihood of text, or {option('tasks')} to run "
-            "benchmarks",
+            f"{'more than one' if given else 'none'} of {names} is given",
+            f"set {option('data')} to measure the likelihood of text, {option('answers')} to count "
+            f"answers, or {option('tasks')} to run benchmarks",
         )
+    if answers is not None:
+        from ..evaluation.exact import exact_answers
+
+        only = {"include_path": include_path, "fewshot": fewshot, "output": output}
+        for name in [name for name, value in only.items() if value is not None]:
+            raise Ar2DiffError(
+                f"{option(name)} only works with {option('tasks')}", f"leave out {option(name)}"
+            )
+        counted = exact_answers(
+            model, answers, limit=limit, batch_size=batch_size, dtype=dtype, seed=seed, **settings
+        )
+        report(counted.to_dict(), as_json)
+        return
     if data is not None:
         from .. import evaluate
 

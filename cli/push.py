@@ -26,6 +26,13 @@ PROMPT = typer.Option(
     show_default="beginnings of texts that the run held out",
 )
 
+IMAGE = typer.Option(
+    metavar="FILE",
+    help="Picture for the example on the card of a vision-language model; a small copy of it is "
+    "published.",
+    show_default="one that is drawn; never one of the data",
+)
+
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ar2diff wrote.")],
@@ -41,6 +48,7 @@ def push(
     base: Annotated[str | None, BASE] = None,
     license: Annotated[str | None, LICENSE] = None,
     prompt: Annotated[str | None, PROMPT] = None,
+    image: Annotated[Path | None, IMAGE] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -58,8 +66,9 @@ def push(
     Example: ar2diff push runs/demo user/stories --dry-run
     """
     result = publish(
-        folder, repo, private=private, base=base, license=license, prompt=prompt, dry_run=dry_run
-    )
+        folder, repo, private=private, base=base, license=license, prompt=prompt, image=image,
+        dry_run=dry_run,
+    )  # fmt: skip
     if as_json:
         report({"dry_run": dry_run, **asdict(result)}, True)
     elif dry_run:

@@ -105,9 +105,9 @@ def through_gloo() -> None:
     """Have DeepSpeed communicate through gloo, as it does where it has nothing of its own: what it
     has for CPUs takes a minute to compile."""
     with redirect_stdout(sys.stderr):  # it says which machine it found
-        from deepspeed.comm import torch as backend
-
-    backend.build_shm_op = lambda: None
+        importlib.import_module("deepspeed.comm.torch")
+    # `deepspeed.comm.torch` names torch itself, which `deepspeed.comm` imports after that module.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def agreed_port(folder: Path) -> int:
@@ -122,15 +122,21 @@ def agreed_port(folder: Path) -> int:
     return int(told.read_text())
 
 
+def hurry() -> None:
+    """Draw no pictures and do not say how much memory the run will need: both take longer than what
+    is tested."""
+    from ar2diff.training import plots, run
+
+    plots.can_draw = lambda: False
+    run.needed_memory = lambda path, recipe: None
+
+
 def run_each(folder: Path, others: list[tuple[str, str, list[str]]]) -> None:
-    """Run this process's command and the others, until one fails. The others draw no pictures and
-    do not say how much memory they will need, which takes them longer than what is tested."""
+    """Run this process's command and the others, until one fails. The others hurry."""
     if any(strategy.startswith("zero") for _, strategy, _ in others):
         through_gloo()
     for verb in {arguments[0] for arguments in (sys.argv[1:], *(other[2] for other in others))}:
         importlib.import_module(f"ar2diff.training.{verb}")
-    from ar2diff.training import plots, run
-
     gc.collect()
     gc.freeze()  # every run would go through all that was imported
     for number, (place, strategy, arguments) in enumerate(
@@ -143,8 +149,7 @@ def run_each(folder: Path, others: list[tuple[str, str, list[str]]]) -> None:
                     "MASTER_PORT": str(agreed_port(Path(place))),
                     "TORCHELASTIC_USE_AGENT_STORE": "False",
                 }
-                plots.can_draw = lambda: False
-                run.needed_memory = lambda path, recipe: None
+                hurry()
             sys.argv[1:] = arguments
             watch(Path(place))
             main()
@@ -163,6 +168,7 @@ if __name__ == "__main__":
             sys.exit()
         if chosen().startswith("zero"):  # not with a launch file
             through_gloo()
+        hurry()
         watch(folder)
     else:
         command = Launch.command

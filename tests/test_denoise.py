@@ -132,7 +132,7 @@ def assert_a_batch_is_each_row_alone(prompts, kwargs):
 BEYOND = {"kind": "gpt2", "mode": "speculative", "max_new_tokens": 4, "draft_length": 3}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(calls())
 # The first row ends with candidates beyond the canvas, and the others go on.
 @example(([[1], [1, 3], [1, 8, 28]], {**BEYOND, "repetition_penalty": 1.7, "eos_token_id": []}))

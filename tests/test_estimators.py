@@ -618,9 +618,78 @@ def test_the_mean_probability_over_orders_is_how_often_the_sampler_writes_an_ans
     assert total == pytest.approx(1)
 
 
+# UniGRPO: one view, whose share of masks grows from update to update
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_unigrpo_scores_what_one_view_masks_and_all_in_the_last_update(attention, prediction):
+    model, spec = build_model("llama"), tiny_spec(attention, BLOCK, prediction)
+    rl, shown = recipe_of("unigrpo", num_iterations=3), []
+    mean = recipe_of("unigrpo", num_iterations=3, level="sequence")
+    for update in range(3):
+        rollout = replace(rollout_of(), update=update)
+        (masked,), (weight,) = views(rollout, rl, spec)
+        assert not masked[:PROMPT].any() and masked[PROMPT + ANSWER :].all()
+        where = masked.nonzero()[:, 0].tolist()
+        scores = scored(spec, rl, [rollout])
+        want = own_logp(model, spec, rollout, where)
+        assert {i: v for (_, i), v in found_in(scores, rollout).items()} == pytest.approx(
+            want, **EXACT
+        )
+        assert [i for i in answer_of(rollout) if weight[i]] == sorted(want)
+        tokens = scores.per_token()[0].tolist()
+        assert sum(tokens) == pytest.approx(sum(want.values()), **EXACT)
+        of_sequence = scored(spec, mean, [rollout]).per_token()[0]
+        assert float(of_sequence.mean()) == pytest.approx(sum(want.values()) / len(want), **EXACT)
+        shown.append(len(want))
+    assert shown == sorted(shown) and shown[-1] == ANSWER > shown[0]
+
+
+def test_unigrpo_draws_its_shares_as_algorithm_1_does():
+    """Three tokens: of the first update every number of masks, each of its subsets, is as likely;
+    of the second of three, whose share is above a half, two masks are with a chance of a third."""
+    spec, draws, third = tiny_spec("full"), 1000, [1, 2, 3]
+    rl, first = recipe_of("unigrpo", num_iterations=3), [rollout_of(seed=n) for n in range(20)]
+    pairs = [[views(replace(r, update=u), rl, spec)[0] for u in (0, 1)] for r in first]
+    assert any((one & ~two).any() for one, two in pairs)  # an update's masks are its own
+    subsets = [s for k in third for s in combinations(third, k)]
+    wanted = {
+        (1, 0): {s: 1 / 3 / math.comb(3, len(s)) for s in subsets},
+        (3, 1): {s: {1: 0, 2: 1 / 9, 3: 2 / 3}[len(s)] for s in subsets},
+        (3, 2): {s: float(len(s) == 3) for s in subsets},
+    }
+    for (updates, update), chance in wanted.items():
+        rl, found = recipe_of("unigrpo", num_iterations=updates), Counter()
+        for seed in range(draws):
+            (masked,), _ = views(replace(short(SHORT, "full", seed), update=update), rl, spec)
+            found[tuple(masked.nonzero()[:, 0].tolist())] += 1
+        for subset, p in chance.items():
+            assert abs(found[subset] / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws)
+        assert sum(found.values()) == sum(found[s] for s in subsets)
+
+
+def test_what_unigrpo_expects_is_a_sum_over_all_masks_below_the_bounds_size():
+    """By enumeration, and by the mean of draws; with the weights 1/share of the bound, the same
+    draws estimate the bound."""
+    model, spec, draws = build_model("llama"), tiny_spec("full"), 800
+    logp, block = subset_table(model, spec, short(SHORT, "full")), [1, 2, 3]
+    chance = {s: 1 / 3 / math.comb(3, len(s)) for s in logp}
+    want = torch.tensor([sum(p * logp[s].get(i, 0) for s, p in chance.items()) for i in block])
+    bound = sum(p * sum(logp[s].values()) * 3 / len(s) for s, p in chance.items())
+    rollouts = [short(SHORT, "full", seed) for seed in range(draws)]
+    values = scored(spec, recipe_of("unigrpo"), rollouts).per_token()
+    spread = values.std(0) / math.sqrt(draws)
+    assert ((values.mean(0) - want).abs() < 4.5 * spread).all()
+    masked = (values != 0).sum(1)
+    weighted = values.sum(1) * 3 / masked
+    assert abs(float(weighted.mean()) - bound) < 4.5 * float(weighted.std()) / math.sqrt(draws)
+    assert bound < float(want.sum()) < 0
+
+
 # Invariances
 
-ALL = ["one_step", *PAIRED, "trajectory", "ar"]
+ALL = ["one_step", *PAIRED, "unigrpo", "trajectory", "ar"]
 
 
 def some_rollouts(attention):
@@ -655,7 +724,8 @@ def test_noise_is_of_the_seed_and_not_of_torchs(estimator, attention):
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())
     other = scored(spec, rl, [replace(rollout, seed=99) for rollout in rollouts])
-    assert torch.equal(one.per_token(), other.per_token()) == (estimator not in PAIRED)
+    drawn = (*PAIRED, "unigrpo")
+    assert torch.equal(one.per_token(), other.per_token()) == (estimator not in drawn)
 
 
 def test_the_spread_is_that_of_what_each_view_gives_alone():

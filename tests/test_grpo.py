@@ -3,6 +3,7 @@
 import inspect
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from ar2diff.core.errors import Ar2DiffError
 from ar2diff.training import grpo
 from ar2diff.training import rollouts as rollouts_module
 from ar2diff.training.base import checkpoints
-from ar2diff.training.estimators import score
+from ar2diff.training.estimators import score, views
 from ar2diff.training.grpo import Groups, check_reference, rollouts_of
 from ar2diff.training.plan import Plan
 from ar2diff.training.rl import check_settings, make_trainer
@@ -34,7 +35,7 @@ TRAIN = {
     "schedule": "constant", "save_steps": 100, "precision": "fp32",
 }  # fmt: skip
 RL = {"rewards": [{"name": "exact"}], "num_generations": 4, "max_completion_length": 6}
-ESTIMATORS = ["one_step", "coupled", "elbo", "spg", "trajectory", "ar"]
+ESTIMATORS = ["one_step", "coupled", "elbo", "spg", "unigrpo", "trajectory", "ar"]
 TOKEN = 70  # whose share is the reward
 LETTERS = {"suppress_tokens": [*range(3, 60), *range(80, 259)]}  # 20 tokens and the end
 
@@ -76,13 +77,15 @@ def watch(trainer):
     def noted(model, inputs):
         loss = compute(model, inputs)
         old = inputs.get("old_per_token_logps")
+        if old is not None and old.dim() == 3:  # of each update
+            old = old[:, trainer._rollouts[0].update]
         new = trainer._logps.detach()
         # Without a KL a row that has no advantage is not scored.
         live = (inputs["advantages"] != 0) | bool(trainer.beta)
         mask = inputs["completion_mask"] * live[:, None]
         seen.append(
-            SimpleNamespace(new=new, old=old, mask=mask, mode=model.training,
-                            inputs=inputs, loss=loss.detach())
+            SimpleNamespace(new=new, old=old, mask=mask, mode=model.training, inputs=inputs,
+                            loss=loss.detach(), update=trainer._rollouts[0].update)
         )  # fmt: skip
         return loss
 
@@ -154,9 +157,12 @@ def test_a_policy_that_does_not_move_has_the_ratio_1(
     seen = watch(trainer)
     trainer.train()
     assert len(seen) == 6
+    if estimator == "unigrpo":
+        assert [step.update for step in seen] == [n // steps % iterations for n in range(6)]
     for step in seen:
         assert ((step.new - step.old) * step.mask).abs().max() <= close
-        assert step.new[step.mask.bool()].max() < 0
+        written = step.mask.bool() & ((step.new != 0) | (estimator != "unigrpo"))
+        assert written.any() and step.new[written].max() < 0
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -268,6 +274,42 @@ def test_the_gradient_of_each_estimator_is_that_of_its_log_p(trainer_of, estimat
     assert_gradients(
         trainer, inputs, SURROGATES["grpo"](inputs["advantages"][:, None] * logps, inputs)
     )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_update_of_unigrpo_is_its_clipped_ratios_and_k3(trainer_of, level):
+    """The second of three updates, after the first moved the model: at its own share of masks."""
+    trainer = trainer_of(
+        "unigrpo", loss_type="grpo", num_iterations=3, beta=0.1, level=level, of=FULL,
+    )  # fmt: skip
+    inputs, rollouts = batch_of(trainer)
+    assert inputs["old_per_token_logps"].shape[:2] == (4, 3)
+    trainer._step = 1
+    shake(trainer.model)
+    rows = [replace(rollout, update=1) for rollout in rollouts]
+    masked = torch.stack([
+        torch.nn.functional.pad(
+            (views(r, trainer.recipe.rl, trainer.spec)[1] > 0)[0, r.prompt :][: r.answer],
+            (0, inputs["completion_ids"].shape[1] - r.answer),
+        )
+        for r in rows
+    ])  # fmt: skip
+    assert 0 < masked.sum() < inputs["completion_mask"].sum()
+    new = own_logps(trainer, rows, inputs)
+    old = own_logps(trainer, rows, inputs, model=trainer.ref_model).detach()
+    length = inputs["completion_mask"].sum(1)
+    ratio = (new - old).exp()
+    if level == "sequence":  # the values hold what makes their mean that of the masked tokens
+        weight = (length / masked.sum(1))[:, None]
+        means = ((new - old) / weight * masked).sum(1) / masked.sum(1)
+        ratio = means.exp()[:, None]
+    assert ((ratio < 0.8) | (ratio > 1.2)).any()
+    advantage = inputs["advantages"][:, None]
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    kl = (old - new).exp() - (old - new) - 1
+    of_tokens = -surrogate * (masked if level == "token" else inputs["completion_mask"]) + 0.1 * kl
+    want = (of_tokens * inputs["completion_mask"]).sum(1) / length
+    assert_gradients(trainer, inputs, want.mean(), rtol=1e-3)
 
 
 def earned_by_some(completion_ids, prompts, **_):
@@ -639,6 +681,8 @@ PUBLISHED = {  # what trl is told of each preset
     "espo": {"num_iterations": 8, "epsilon": 0.2, "beta": 1e-3, "loss_type": "grpo",
              "importance_sampling_level": "sequence"},
     "spg": {"num_iterations": 4, "beta": 0.0, "loss_type": "bnpo"},
+    "unigrpo": {"num_iterations": 5, "epsilon": 0.2, "beta": 0.01, "loss_type": "grpo",
+                "importance_sampling_level": "token"},
 }  # fmt: skip
 
 
@@ -648,7 +692,8 @@ def test_a_preset_reaches_trl_and_runs(trainer_of, preset):
     trainer = trainer_of(estimator, of=of, preset=preset, train={"max_steps": 1})
     args = trainer.args
     assert {name: getattr(args, name) for name in PUBLISHED[preset]} == PUBLISHED[preset]
-    assert args.scale_rewards == "none" and not args.use_bias_correction_kl
+    scaled = "group" if preset == "unigrpo" else "none"
+    assert args.scale_rewards == scaled and not args.use_bias_correction_kl
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=10)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TYPES = ".py .yaml .safetensors .typed .json .jsonl .jinja .html .svg .css .js".split()
+TYPES = ".py .yaml .safetensors .typed .json .jsonl .jinja .html .svg .css .js .png".split()
 TOP = ("ar2diff", "cli", "recipes")
 
 

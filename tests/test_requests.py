@@ -183,7 +183,7 @@ def assert_an_answer_or_an_error(request):
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=150, **QUICK)
+@settings(max_examples=70, **QUICK)
 @given(requests())
 def test_a_random_call_gets_an_answer_or_an_ar2diff_error(request):
     assert_an_answer_or_an_error(request)

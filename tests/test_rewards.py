@@ -152,6 +152,28 @@ def test_exact_on_real_rows(rows):
         assert exact(f"It is {end}1", row["answer"], extract="last_number") == 0
 
 
+# json
+
+
+@pytest.mark.parametrize("completion, value", [
+    ('{"digit": 3, "colour": "red"}', 1), ('Here: {"colour": "red",\n "digit": 3.0}.', 1),
+    ('{"digit": 3}', 0.5), ('{"digit": 3, "colour": "blue"}', 0.5), ('{"digit": true}', 0),
+    ('{"digit": 3, "colour": "red", "size": 1, "place": 2}', 0.5), ("3, red", 0), ("}{", 0),
+    ('{"digit": 3, "colour": "red"', 0), ("[1]", 0), ('{"digit": NaN}', 0), ("{" * 9999 + "}", 0),
+])  # fmt: skip
+def test_json_is_the_share_of_entries_that_are_right(completion, value):
+    assert judged("json", completion, answer={"digit": 3, "colour": "red"}) == value
+    assert judged("json", completion, answer='{"digit": 3, "colour": "red"}') == value
+
+
+def test_json_compares_what_is_nested_and_wants_an_object():
+    assert judged("json", '{"a": [1, {"b": 2}]}', answer={"a": [1, {"b": 2}]}) == 1
+    assert judged("json", '{"a": [1, {"b": true}]}', answer={"a": [1, {"b": 1}]}) == 0
+    for answer in ("3", {}, None):
+        with pytest.raises(Ar2DiffError, match="column answer is no JSON object with entries"):
+            judged("json", "{}", answer=answer)
+
+
 # countdown
 
 

@@ -15,10 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from vision import llava_folder, picture
 
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.demo import __main__ as demo
+from ar2diff.training.adapt import adapt
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
@@ -638,3 +640,35 @@ def test_axe_finds_nothing_serious(visit, width, shade):
             page.locator("#text").evaluate("(text) => text.setSelectionRange(3, 12)")
         run(page)
         check()
+
+
+def test_pictures_go_with_a_message_where_the_model_sees_them(visit, page, tmp_path):
+    expect(page.locator("#attach")).to_be_hidden()  # of a model of text
+    values = ["train.max_steps=0", "convert.block_length=4", "data.max_length=128"]
+    adapt(str(llava_folder(tmp_path / "base")), load_recipe(None, values), tmp_path / "model")
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for service in service_of(load_checkpoint(str(tmp_path / "model"))):
+        for address in address_of(service):
+            page = visit(at=address)
+            page.set_input_files("#picture", [tmp_path / "0.png", tmp_path / "no.png"])
+            expect(page.locator("#pictures canvas")).to_have_attribute("aria-label", "0.png")
+            expect(page.locator("#picture-problem")).to_contain_text("no.png is no picture")
+            page.check("[name=kind][value=text]")
+            expect(page.locator("#attach")).to_be_hidden()
+            page.check("[name=kind][value=chat]")
+            page.fill("#prompt", "what is ?")
+            settings(page, max_tokens=8)
+            run(page)
+            size = "(canvas) => [canvas.width, canvas.height]"
+            assert page.locator("#runs .turn canvas").evaluate(size) == [24, 20]
+            expect(page.locator("#pictures li")).to_have_count(0)
+            with page.expect_download() as download:
+                page.click("#save")
+            download.value.save_as(tmp_path / "run.json")
+            page.fill("#prompt", "and ?")
+            run(page)
+            expect(page.locator("#runs .turn canvas")).to_have_count(1)  # it is remembered
+            page.set_input_files("#file", tmp_path / "run.json")
+            expect(page.locator("#runs .turn")).to_have_count(1)
+            assert page.locator("#runs .turn canvas").evaluate(size) == [24, 20]

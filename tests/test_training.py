@@ -128,6 +128,7 @@ def test_loss_and_gradient_do_not_depend_on_accumulation(
             objective={"normaliser": normaliser},
             train={
                 "per_device_train_batch_size": batch,
+                "max_steps": 8,
                 "logging_steps": 1,
                 "gradient_accumulation_steps": accumulation,
             },

@@ -424,7 +424,9 @@ def test_a_trained_tower_is_read_anew_for_each_update(folder, tmp_path, monkeypa
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys):
     """It is killed between the updates on one set of completions."""
-    given = settings(folder, rl__num_iterations=2, train__save_steps=1, rl__show_steps=1)
+    given = settings(
+        folder, rl__num_iterations=2, train__save_steps=1, rl__show_steps=1, rl__estimator="unigrpo"
+    )
     once = ar2diff.rl(folder / "model", load_recipe(None, given), tmp_path / "once")
     table = capsys.readouterr().err
     assert "what is<image>?" in table and "<image><image>how many ?" in table
@@ -496,6 +498,14 @@ def test_prompts_that_cannot_be_read_are_refused(folder, tmp_path, rows, message
     source = f"data.sources=[{{path: {tmp_path / 'rows.jsonl'}}}]"
     with pytest.raises(Ar2DiffError, match=message):
         RL.prepare(folder / "model", load_recipe(None, [*settings(folder), source]))
+
+
+def test_a_control_that_would_read_images_in_another_way_is_refused(folder, monkeypatch):
+    recipe = load_recipe(None, [*settings(folder), "objective.kind=ar", "rl.estimator=ar"])
+    assert RL.prepare(folder / "base", recipe).data.tokens > 60
+    monkeypatch.setattr(rl_module, "reach_in", lambda _: "image")
+    with pytest.raises(Ar2DiffError, match="reads images or prompts in both directions"):
+        RL.prepare(folder / "base", recipe)
 
 
 def test_a_model_of_text_refuses_images_and_a_text_prompt_may_have_them(folder, convert_tiny):

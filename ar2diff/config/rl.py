@@ -30,6 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "spg", "samples": 2, "num_iterations": 4, "beta": 0.0,
         "loss_type": "bnpo", "scale_rewards": "none",
     },
+    # UniGRPO (Yang et al. 2025): the ratio of each masked token
+    "unigrpo": {
+        "estimator": "unigrpo", "level": "token", "num_iterations": 5, "epsilon": 0.2,
+        "beta": 0.01, "kl": "k3", "loss_type": "grpo", "scale_rewards": "group",
+    },
 }  # fmt: skip
 
 
@@ -45,7 +50,7 @@ class Reward(Section):
 class Rl(Section):
     """Diffusion-GRPO. Fields are named after trl.GRPOConfig where it has them."""
 
-    preset: Literal["d1", "coupled", "espo", "spg"] | None = Field(
+    preset: Literal["d1", "coupled", "espo", "spg", "unigrpo"] | None = Field(
         None, description="use the settings of a published method, except for fields set here"
     )
     rewards: tuple[Reward, ...] = Field((), description="functions that score completions")
@@ -59,7 +64,7 @@ class Rl(Section):
         description="generate options for the rollouts; regex, json_schema (a mapping or a file) "
         "or choice holds them to a form",
     )
-    estimator: Literal["one_step", "coupled", "elbo", "spg", "trajectory", "ar"] = Field(
+    estimator: Literal["one_step", "coupled", "elbo", "spg", "unigrpo", "trajectory", "ar"] = Field(
         "trajectory", description="how to estimate the log-likelihood of a completion"
     )
     draft: str | None = Field(

@@ -17,15 +17,18 @@ SIZE = (48, 40)  # pixels of the image that is tried
 WORDS = "a b c d e f g h i j k l m n o p"  # more tokens than two blocks of the probe
 
 
-def image_sample(processor: Any) -> dict[str, Tensor]:
-    """What a processor makes of an image of noise and a few words behind it, one row."""
+def sample_image() -> Any:
+    """An image of noise."""
     from PIL import Image
 
     pixels = torch.rand(SIZE[1], SIZE[0], 3, generator=torch.Generator().manual_seed(0))
-    image = Image.fromarray((255 * pixels).byte().numpy())
-    return dict(
-        processor(text=f"{processor.image_token} {WORDS}", images=image, return_tensors="pt")
-    )
+    return Image.fromarray((255 * pixels).byte().numpy())
+
+
+def image_sample(processor: Any) -> dict[str, Tensor]:
+    """What a processor makes of an image of noise and a few words behind it, one row."""
+    text = f"{processor.image_token} {WORDS}"
+    return dict(processor(text=text, images=sample_image(), return_tensors="pt"))
 
 
 def reach_in(checkpoint: Checkpoint) -> str | None:

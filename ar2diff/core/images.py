@@ -225,7 +225,7 @@ def features_of(model: Any, pictures: Sequence[Picture]) -> Features:
     for numbers in groups.values():
         some = [pictures[number] for number in numbers]
         inputs = {name: torch.cat([p.inputs[name] for p in some]) for name in some[0].inputs}
-        out = model.get_image_features(**_placed(inputs, model), return_dict=True)
+        out = model.get_image_features(**placed(inputs, model), return_dict=True)
         name = "pooler_output" if out.pooler_output is not None else "last_hidden_state"
         given = [getattr(out, name), *(getattr(out, "deepstack_features", None) or ())]
         listed = tuple(isinstance(level, list | tuple) for level in given)
@@ -256,7 +256,8 @@ def _rows(features: Tensor) -> Tensor:
     return features.reshape(-1, features.shape[-1])
 
 
-def _placed(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def placed(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What a processor made of images, where a model is and in its number type."""
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {
         name: x.to(model.device, kind) if x.is_floating_point() else x.to(model.device)

@@ -93,12 +93,14 @@ class Sight:
         ids: Sequence[Tensor],
         reach: str,
         places: Sequence[Tensor] | None = None,
+        prompts: Sequence[int] | None = None,
     ) -> Sight:
         """That of prompts.
 
         Args:
             ids: [P] of each row, numbered. reach: as of `until_of`.
             places: [P, 3] of each row; None: those of `places_of`, where the model has any.
+            prompts: tokens of each row's prompt; None: all are.
         """
         width = max(map(len, ids))
         until = None
@@ -107,7 +109,9 @@ class Sight:
         if places is not None:
             places = torch.stack([wide(row, width, 0) for row in places])
         if reach != "causal":
-            until = torch.stack([wide(until_of(row, reach), width, 0) for row in ids])
+            sizes = prompts or [None] * len(ids)
+            reached = (until_of(row, reach, size) for row, size in zip(ids, sizes, strict=True))
+            until = torch.stack([wide(row, width, 0) for row in reached])
         return cls(images, torch.stack([_filled(row, width) for row in ids]), places, until)
 
 

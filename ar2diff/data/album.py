@@ -8,14 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.errors import Ar2DiffError, first_line
-from ..core.images import Images, Picture, codes_of, image_token_of, input_names, keys_in
+from ..core.images import (
+    PLACE_BITS,
+    Images,
+    Picture,
+    codes_of,
+    image_token_of,
+    input_names,
+    keys_in,
+)
 from ..core.sight import has_places, own_places, places_of
 from .images import Shots
 
 MOST_BYTES = 256 << 20  # of prepared images that are kept
+KINDS = ("token_type_ids", "mm_token_type_ids")  # what some processors call a placeholder
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Album:
         self.processor, self._model = processor, model
         self.token, self.moves = image_token_of(model.config), has_places(model)
         self.shots = Shots()
+        self.kinds: dict[str, int] = {}  # of a placeholder, once an image is prepared
         self._names = input_names(model)
         self._headers: dict[tuple[int, int], Header] = {}  # by the size in pixels, which decides
         self._kept: OrderedDict[int, Picture] = OrderedDict()
@@ -87,22 +98,42 @@ class Album:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return picture
 
-    def _prepared(self, key: int) -> tuple[dict[str, Tensor], int]:
+    def _prepared(self, *keys: int) -> tuple[dict[str, Tensor], int]:
         """Arguments of `get_image_features`, and the number of placeholders."""
         try:
             out = self.processor(
-                text=self.processor.image_token, images=[self.pixels(key)], return_tensors="pt"
+                text=self.processor.image_token * len(keys),
+                images=[self.pixels(key) for key in keys],
+                return_tensors="pt",
             )
         except Ar2DiffError:
             raise
         except Exception as error:  # each processor raises what it likes
             raise Ar2DiffError(
-                f"{self.shots.shots[key].name}: the model's processor refuses it "
+                f"{self.shots.shots[keys[0]].name}: the model's processor refuses it "
                 f"({first_line(error)})",
                 "remove the image",
             ) from error
         inputs = {name: x for name, x in out.items() if name in self._names}
-        return inputs, int((out["input_ids"] == self.token).sum())
+        here = out["input_ids"] == self.token
+        self.kinds = {name: int(out[name][here][0]) for name in KINDS if name in out}
+        return inputs, int(here.sum())
+
+    def given(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the model's processor makes of a batch: the ids [R, P] with placeholders in place of
+        codes, and all else that the `generate` of transformers takes of images."""
+        codes = -1 - ids[ids < 0]
+        keys = [code >> PLACE_BITS for code in codes.tolist() if not code % (1 << PLACE_BITS)]
+        pictures = [self.picture(key) for key in keys]
+        here, inputs = ids < 0, {}
+        if pictures:
+            inputs = {name: [p.inputs[name] for p in pictures] for name in pictures[0].inputs}
+            if any(len({x.shape[1:] for x in parts}) > 1 for parts in inputs.values()):
+                inputs, _ = self._prepared(*keys)  # which pads them
+            else:
+                inputs = {name: torch.cat(parts) for name, parts in inputs.items()}
+            inputs |= {name: here.long() * kind for name, kind in self.kinds.items()}
+        return ids.masked_fill(here, self.token), inputs
 
     def images_in(self, ids: Tensor) -> Images | None:
         """The images whose codes are among ids of any shape; None if there are none."""

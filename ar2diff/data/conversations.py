@@ -4,8 +4,9 @@ which tokens are learned."""
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Conversations:
     def chat(self) -> bool:
         """Whether the rows are messages."""
         return "messages" in self.rows[0]
+
+    def chosen(self, numbers: Sequence[int]) -> Conversations:
+        """Some of them."""
+        rows, where = ([given[n] for n in numbers] for given in (self.rows, self.where))
+        return replace(self, rows=rows, where=where)
 
     @property
     def tools(self) -> bool:
@@ -131,6 +137,11 @@ def conversations_of(
                 f"use one of these formats for all rows: {', '.join(FORMATS)}",
             )
     return Conversations(rows, places, tuple(unread), shots)
+
+
+def names_of(data: Conversations) -> list[str]:
+    """What tells the conversations apart, wherever they are read."""
+    return [json.dumps(row, sort_keys=True, default=str) for row in data.rows]
 
 
 def _with_keys(row: dict[str, Any], shots: Shots, where: str, folder: Path) -> dict[str, Any]:

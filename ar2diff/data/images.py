@@ -160,8 +160,8 @@ class Shots:
             self._known[named] = key
         return key
 
-    def digest(self, key: int) -> bytes:
-        """The 16 bytes of `digest_of` an image."""
+    def content(self, key: int) -> bytes:
+        """The `digest_of` an image."""
         return self._digests[key]
 
     def _key(self, digest: bytes) -> int:

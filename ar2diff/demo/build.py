@@ -134,6 +134,20 @@ def training_batches(
             yield found[i]
 
 
+def warm_cosine(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a short warm-up, then half a cosine."""
+    warmup = min(100, steps // 10 + 1)
+    return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Give a saved tokenizer the class name that transformers 4 and 5 both know; 5 writes one of
+    its own."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int
 ) -> int:
@@ -145,11 +159,8 @@ def train(
         lr=LEARNING_RATE,
         betas=(0.9, 0.98),
     )
-    warmup, tokens, began = min(100, steps // 10 + 1), 0, time.time()
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))),
-    )
+    tokens, began = 0, time.time()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     model.train()
     for step, (inputs, labels) in zip(
         range(1, steps + 1), training_batches(tokenizer, seed), strict=False
@@ -298,10 +309,7 @@ def build(output_dir: Path, steps: int, seed: int) -> None:
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    # The name that transformers 4 and 5 both know; 5 writes one of its own.
-    path = output_dir / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    name_tokenizer_class(output_dir)
     (output_dir / "README.md").write_text(CARD.format(**figures, rows="\n".join(rows)))
 
 

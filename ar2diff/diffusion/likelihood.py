@@ -23,6 +23,7 @@ bound is thus that of drawing one token at a step, in random order. It reads no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,10 @@ from transformers import DynamicCache
 from ..core.attention import PADDING, Slots, model_mask
 from ..core.forward import logits_at
 from ..core.head import head_of
-from ..core.images import seeing
+from ..core.images import Images, image_token_of, seeing
 from ..core.noise import EARLIEST, Noise
 from ..core.seeds import keyed_generator
+from ..core.sight import Sight
 from ..core.spec import Spec
 from .cross_entropy import PART, cross_entropy, loss_of_logits, rows_at_once
 from .draws import Draws, draw
@@ -88,8 +90,9 @@ def bound(
 
 def scored(row: Sequence[int], suppressed: Tensor, start: int = 1) -> Tensor:
     """[L] bool, which tokens are scored: those from `start`, but for suppressed ids such as the
-    mask."""
-    return (torch.arange(len(row)) >= start) & ~suppressed[torch.tensor(row)]
+    mask, and for images."""
+    ids = torch.tensor(row)
+    return (torch.arange(len(row)) >= start) & (ids >= 0) & ~suppressed[ids.clamp(min=0)]
 
 
 def _read(
@@ -287,19 +290,24 @@ def ar_nll(
     local_window: str | None = None,
     batch_size: int = 32,
     starts: Sequence[int] | None = None,
+    images: Images | None = None,
+    reach: str = "causal",
 ) -> Estimate:
     """Exact -log p of each row from left to right, given its first token, under an AR model or
     mode.
 
     Args:
         starts: for each row, the first token that is scored, given all before it; None: the second.
+        images: those whose codes are among the ids. reach: as of `until_of`, where what precedes
+            the first token that is scored is the prompt.
     """
     starts = starts or [1] * len(rows)
     judged = [scored(row, suppressed, start) for row, start in zip(rows, starts, strict=True)]
     nats, greedy = [], []
     for first in range(0, len(rows), batch_size):
         part = slice(first, first + batch_size)
-        found, right = _ar_part(model, rows[part], judged[part], suppressed, local_window)
+        some = _read_by(model, rows[part], starts[part], images, reach)
+        found, right = _ar_part(model, rows[part], judged[part], suppressed, local_window, some)
         nats.append(found)
         greedy.append(right)
     nats = torch.cat(nats)
@@ -313,6 +321,7 @@ def _ar_part(
     judged: Sequence[Tensor],
     suppressed: Tensor,
     local_window: str | None,
+    sight: Sight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows of one forward: [R] -log p of their judged tokens, and whether each of those is the
     likeliest. A last token is judged but not read, so that a row may have a token more than the
@@ -329,7 +338,10 @@ def _ar_part(
     task = Task(
         x0[:, :read], slots, "causal_context", 1, slots_at(pos - 1, places, read), x0[wanted]
     )
-    logits = logits_at(model, task.index, **task.inputs(model, local_window))
+    if sight is not None:
+        task = _seeing(task, sight, read, image_token_of(model.config))
+    with seeing(task.images):
+        logits = logits_at(model, task.index, **task.inputs(model, local_window))
     ones = torch.ones(len(places), device=model.device)
     found = loss_of_logits(logits, task.target, ones, suppressed.to(model.device), len(places))
     nats = torch.zeros(x0.shape, dtype=torch.double, device=model.device)
@@ -337,3 +349,34 @@ def _ar_part(
     right = torch.ones_like(wanted)
     right[wanted] = found.right
     return nats.sum(1).cpu(), right.all(1).cpu()
+
+
+def _read_by(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    images: Images | None,
+    reach: str,
+) -> Sight | None:
+    """What rows see; None if no row has an image. Arguments as of `ar_nll`."""
+    if images is None or not any(token < 0 for row in rows for token in row):
+        return None
+    ids = [images.numbered(torch.tensor(row)) for row in rows]
+    return Sight.of_rows(model, images, ids, reach, prompts=starts)
+
+
+def _seeing(task: Task, sight: Sight, read: int, mark: int) -> Task:
+    """The task of reading the first tokens of rows with images. A placeholder (`mark`) that stands
+    for no image, because a base wrote it, is read as another token, and never scored."""
+    ids, device = sight.ids[:, :read], task.input_ids.device
+    until = None if sight.until is None else sight.until[:, :read].clamp(max=read - 1).to(device)
+    places = None if sight.places is None else sight.places[:, :read].to(device)
+    words = task.input_ids.cpu()
+    words = words.masked_fill(words == mark, 0)
+    return replace(
+        task,
+        input_ids=torch.where(ids < 0, ids, words).to(device),
+        slots=replace(task.slots, until=until),
+        places=places,
+        images=sight.images,
+    )

@@ -14,8 +14,10 @@ from ..checkpoint.files import find_checkpoint
 from ..checkpoint.io import load_checkpoint
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.output import record_of
+from ..conversion.images import image_problems, reach_in
 from ..core.attention import lay_out, model_mask
 from ..core.draft import DraftSpec
+from ..core.errors import Ar2DiffError
 from ..core.forward import quiet_routers
 from ..core.noises import Mask
 from ..core.options import RULE, SAFE_THRESHOLD, THRESHOLD
@@ -74,6 +76,11 @@ MASKED_LM = {
         "trust_remote_code decodes left to right with bidirectional attention: the text is wrong"
     ),
     "vLLM, SGLang, llama.cpp, transformers serve, lm-eval --model hf": "do not denoise",
+}
+READ = {
+    "causal": "read from left to right, as text",
+    "image": "each is read in both directions",
+    "prefix": "they are read with the whole prompt, in both directions",
 }
 BESIDE = {
     "transformers, with the base and trust_remote_code=True": (
@@ -154,9 +161,18 @@ def check(model: str | Path, dtype: str = "auto") -> Check:
     if spec is None:
         way = "predicts single masks" if checkpoint.is_masked_lm else "decodes left to right"
         where = {"everywhere": f"{way}; 'ar2diff adapt' converts it"}
-        return Check(str(model), None, (), None, where, True, masked_lm=checkpoint.is_masked_lm)
+        seen = tuple(_seen(checkpoint))
+        return Check(
+            str(model), None, seen, None, where, all(finding.ok for finding in seen),
+            masked_lm=checkpoint.is_masked_lm,
+        )  # fmt: skip
     code, masked = read_custom_generate(_home(checkpoint)), checkpoint.is_masked_lm
-    findings = (*_findings(checkpoint, spec), *_lossless(checkpoint, path), _code_finding(code))
+    findings = (
+        *_findings(checkpoint, spec),
+        *_seen(checkpoint),
+        *_lossless(checkpoint, path),
+        _code_finding(code),
+    )
     return Check(
         model=str(model),
         spec=spec,
@@ -201,10 +217,41 @@ def _check_draft(model: str, path: Path, checkpoint: Checkpoint) -> Check:
     )
 
 
+def _seen(checkpoint: Checkpoint) -> list[Finding]:
+    """What there is to say of the images that a model sees."""
+    if not checkpoint.sees_images:
+        return []
+    missing = _no_processor(checkpoint)
+    if missing is not None:
+        return [Finding(f"it sees images, but {missing.what}; {missing.fix}", False)]
+    spec, problems = checkpoint.spec, []
+    try:
+        reach = spec.images if spec is not None else reach_in(checkpoint)
+    except Ar2DiffError as error:
+        return [Finding(f"it sees images, but {error.what}", False)]
+    if spec is not None:
+        problems = image_problems(checkpoint, spec)
+    name = type(checkpoint.processor).__name__
+    told = f", but {problems[0]}" if problems else ""
+    what = f"it sees images ({reach}: {READ[reach]}), prepared by {name}{told}"
+    return [Finding(what, not problems)]
+
+
+def _no_processor(checkpoint: Checkpoint) -> Ar2DiffError | None:
+    """Why the processor of a vision-language model cannot be loaded; None if it can."""
+    try:
+        checkpoint.processor  # noqa: B018
+    except Ar2DiffError as error:
+        return error
+    return None
+
+
 def _lossless(checkpoint: Checkpoint, path: Path) -> list[Finding]:
     """What a golden run of the lossless mode found, if there is such a mode."""
     if checkpoint.draft is None and not checkpoint.spec.lossless:
         return []
+    if checkpoint.sees_images and _no_processor(checkpoint) is not None:
+        return []  # which is told
     found = golden_run(checkpoint, str(path))
     if found is None:
         return [Finding("the lossless mode was not tried, because the model is too large", True)]

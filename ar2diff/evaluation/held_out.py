@@ -89,12 +89,14 @@ class Judged:
         judge: scores the model on them; None: there are none.
         rows: their token ids. questions: what they begin with, as a user would type it.
         held_out: numbers of the training rows that are kept out of training.
+        data: the conversations as they were read.
     """
 
     judge: Callable[[], Any] | None = None
     rows: list[list[int]] = field(default_factory=list)
     questions: tuple[str, ...] = ()
     held_out: frozenset[int] = frozenset()
+    data: Conversations | None = None
 
 
 def judged_answers(
@@ -132,7 +134,8 @@ def judged_answers(
     judge = AnswerJudge(checkpoint, pool, numbers, wanted.samples)
     if judge.unmeasured:
         checkpoint.notes.append(f"note: {judge.unmeasured}")
-    return Judged(judge, judge.rows, _questions([data.rows[n] for n in numbers]), held)
+    data = data.chosen(numbers)
+    return Judged(judge, judge.rows, _questions(data.rows), held, data)
 
 
 def _questions(conversations: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from ..core.pattern import check_constraint, constraint_of, validates
 from ..core.spec import CAUSAL, Spec
 from ..core.stopping import finished_of
 from ..data.album import Album
-from .images import album_of, blind, check_placeholders, encode_prompt
+from .images import album_of, blind, check_files, check_placeholders, encode_prompt
 from .prompts import Request, Segments, split_gaps
 from .results import Candidate, Completion, Drift
 from .steering import steered
@@ -234,6 +234,7 @@ def check_request(
             request.check_places()
         elif request.sees:
             raise blind(path)
+        check_files(request)
     settings, gaps = steered(settings), request is not None and request.has_gap
     configs = (SimpleNamespace(mode=_stored_mode(path, spec)),)
     options = resolve(spec or CAUSAL, settings, configs, drafts=drafts, gaps=gaps)

@@ -12,9 +12,9 @@ from ..core.errors import Ar2DiffError, option
 from ..core.images import image_token_of
 from ..core.spec import Spec
 from ..data.album import Album
-from ..data.images import shot_of
+from ..data.images import check_pillow, shot_of
 from ..data.parts import content_of, image_parts
-from .prompts import IMAGE, Segments, with_places
+from .prompts import IMAGE, Request, Segments, with_places
 from .tokens import closing_tokens, encode
 
 SEEN = ("image", "image_url", "input_image")  # types of parts of messages
@@ -53,6 +53,22 @@ def key_of(album: Album, image: Any, where: str) -> int:
     if isinstance(image, Path):
         image = str(image)
     return album.shots.add(shot_of(image, where, Path()), where)
+
+
+def check_files(request: Request) -> None:
+    """Refuse images that cannot be read, before a model is loaded; of the many in a file of prompts
+    those that are not there.
+
+    Raises:
+        Ar2DiffError: there is one.
+    """
+    for number, images in enumerate(request.images, 1):
+        where = f"prompt {number}" if request.many else "the prompt"
+        for image in images:
+            shot = shot_of(image, where, Path())
+            if not request.many or (isinstance(shot.place, Path) and not shot.place.is_file()):
+                check_pillow()
+                shot.pixels(where)
 
 
 def encode_prompt(

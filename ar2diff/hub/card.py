@@ -25,12 +25,18 @@ from ..generation.tokens import closing_tokens
 from ..reports.figures import Report
 from ..reports.serving import serve_command
 from ..reports.summary import markdown, renamed
+from .example import FILE as EXAMPLE
 from .origin import Origin
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
 DRAFT_TEMPLATE = Path(__file__).with_name("draft_card.jinja")
 TOKENS = 32  # maximum length of a sample: the model may be large and on a CPU
 GREEDY = {"max_new_tokens": TOKENS, "temperature": 0}
+REACH = {  # what `images` in the spec means
+    "causal": "the tokens of an image read each other from left to right, as a text's do",
+    "image": "the tokens of an image read each other in both directions",
+    "prefix": "the whole prompt, images and text, is read in both directions",
+}
 DRAFT_LENGTH = 7  # at most; the default depends on the machine
 
 
@@ -105,12 +111,15 @@ def measure_all(
     return answers, refused
 
 
-def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sample]:
+def measure(
+    checkpoint: Checkpoint, prompt: str, every: bool = True, image: Any = None
+) -> list[Sample]:
     """Answers to one prompt, with each of the settings that a card shows.
 
     Args:
         prompt: a user message if there is a chat template, else the beginning of a text.
         every: False uses only the first settings.
+        image: a picture before the prompt, for a vision-language model.
 
     Raises:
         Ar2DiffError: the prompt is empty or too long.
@@ -118,6 +127,7 @@ def measure(checkpoint: Checkpoint, prompt: str, every: bool = True) -> list[Sam
     samples: list[Sample] = []
     for settings in fitting_settings(checkpoint)[0][: None if every else 1]:
         chat = Chat(checkpoint, settings | _greedy(checkpoint))
+        chat.attached = () if image is None else (image,)
         for event in chat.events(prompt):
             if isinstance(event, Problem):
                 raise Ar2DiffError(
@@ -140,6 +150,7 @@ def make_card(
     answers: dict[str, list[Sample]],
     held_out: bool,
     report: Report | None = None,
+    drawn: bool = False,
 ) -> str:
     """The card as Markdown with front matter.
 
@@ -149,6 +160,7 @@ def make_card(
         answers: {prompt: result of `measure`}. held_out: whether the prompts are the beginnings of
             texts that the run held out.
         report: what was measured of the model.
+        drawn: whether the picture that it shows was drawn for it.
     """
     if checkpoint.draft is not None:
         return _make_draft_card(name, checkpoint, record, origin, answers, held_out, report)
@@ -156,6 +168,7 @@ def make_card(
     adapter = checkpoint.base is not None
     model_type = model.config.model_type
     tags = ["ar2diff", "diffusion-lm", *([] if adapter else [FOLDER])]
+    sees = checkpoint.sees_images
     whole = "masked-diffusion" if spec.noise.starts_masked else f"{spec.noise.kind}-diffusion"
     tags += [whole if spec.attention == "full" else "block-diffusion", model_type]
     relation = "adapter" if adapter else "finetune"
@@ -163,7 +176,7 @@ def make_card(
         base_model=origin.name,
         base_model_relation=relation if origin.name else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="fill-mask" if checkpoint.is_masked_lm else "text-generation",
+        pipeline_tag=_task_of(checkpoint),
         tags=tags + (["lora"] if adapter else []),
         **origin.licence,
     )
@@ -190,6 +203,10 @@ def make_card(
         base_name=origin.name or record.get("base_model") or "unknown",
         elsewhere=elsewhere_of(checkpoint),
         masked_lm=checkpoint.is_masked_lm,
+        sees=sees,
+        reach=REACH.get(spec.images or ""),
+        example=EXAMPLE,
+        drawn=drawn,
         closing=closing_tokens(checkpoint.tokenizer),
         code_sha256=digest(custom_generate()),
         run=run,
@@ -309,6 +326,13 @@ def _parameters(spec: Spec) -> str:
     """The parameters of the noise."""
     values = spec.noise.to_dict()
     return _label({name: v for name, v in values.items() if name not in ("kind", "form", "sha256")})
+
+
+def _task_of(checkpoint: Checkpoint) -> str:
+    """What the Hub calls what a model is for."""
+    if checkpoint.sees_images:
+        return "image-text-to-text"
+    return "fill-mask" if checkpoint.is_masked_lm else "text-generation"
 
 
 def _class_name(model: Any) -> str:

@@ -35,6 +35,7 @@ from ..core.fitted import NOISE_FILE
 from ..core.spec import HEAD_FILE
 from ..reports.summary import find_report
 from .client import NotAsked, Target, download, find_target, matching, upload
+from .example import FILE as EXAMPLE
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
 PROMPT = "Once upon a time"
@@ -46,7 +47,7 @@ PUBLISHED = [
     "configuration_*.py", "*.safetensors.index.json", HEAD_FILE, NOISE_FILE, *PROCESSOR,
     PROCESSOR_TEMPLATE,
 ]  # fmt: skip
-REPLACED = [*PUBLISHED, "*.safetensors"]
+REPLACED = [*PUBLISHED, "*.safetensors", EXAMPLE]
 MODELS = [
     "config.json", ADAPTER_CONFIG, DRAFT_CONFIG, "*.safetensors", "*.bin", "*.pt", "*.pth",
     "*.gguf",
@@ -88,6 +89,7 @@ def push(
     base: str | None = None,
     license: str | None = None,
     prompt: str | None = None,
+    image: str | Path | None = None,
     dry_run: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
@@ -100,7 +102,10 @@ def push(
         base: Hub id under which the base was published, if the record names a folder.
         license: identifier from the Hub's list; None means that of the base.
         prompt: prompt for the example on the card and for the generation that is compared; None
-            means beginnings of texts that the run held out, or that of a story if there are none.
+            means beginnings of texts that the run held out, or that of a story if there are none;
+            of a vision-language model a question about a picture.
+        image: file of that picture, of which a small copy is published; None: one that is drawn. No
+            picture of the data is published.
         dry_run: check everything, but change nothing anywhere. Without a token or a connection,
             what the Hub knows is left unchecked, and `notes` says so.
         tell: called with a line that says what is being done.
@@ -126,13 +131,13 @@ def push(
     known = None if base else origin.name or record.get("base_model")
     check_same(target, record | {"base_model": known}, kind_of(folder))
     from ..checkpoint.compare import fixed_logits
-    from .verify import check_published_base, load_local, verify
+    from .verify import check_published_base, load_local, seen_logits, verify
 
     tell("measuring")
     checkpoint = load_local(folder, origin)
-    shown = shown_answers(checkpoint, record, prompt)
+    shown = shown_answers(checkpoint, record, prompt, image)
     notes += shown.refused
-    logits = fixed_logits(checkpoint)
+    logits, seen = fixed_logits(checkpoint), seen_logits(checkpoint)
     files = files_of(folder, target.name, checkpoint, record, origin, shown)
     result = Pushed(
         repository=target.name,
@@ -150,7 +155,7 @@ def push(
     commit = upload(target, files, result.removed, f"{folder.resolve().name}, by ar2diff")
     tell("downloading and comparing")
     golden = {prompt: samples[0] for prompt, samples in shown.answers.items()}
-    difference = verify(target.name, commit, logits, golden)
+    difference = verify(target.name, commit, logits, golden, seen)
     return replace(
         result,
         url=target.url,
@@ -167,12 +172,13 @@ def preview(
     base: str | None = None,
     license: str | None = None,
     prompt: str | None = None,
+    image: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> str:
     """The card that `push` would publish, with `USER` as the owner of the repository.
 
     Args:
-        folder, base, license, prompt: as for `push`.
+        folder, base, license, prompt, image: as for `push`.
         tell: called with what is not known, and with what the card does not show.
 
     Raises:
@@ -186,7 +192,7 @@ def preview(
 
     checkpoint = load_local(folder, origin)
     name = f"USER/{folder.resolve().name}"
-    shown = shown_answers(checkpoint, record, prompt)
+    shown = shown_answers(checkpoint, record, prompt, image)
     for note in shown.refused:
         tell(note)
     return _text(files_of(folder, name, checkpoint, record, origin, shown)[CARD])
@@ -200,22 +206,34 @@ class Shown:
         answers: {prompt: its answers with each of the settings}.
         held_out: whether the prompts are the beginnings of texts that the run held out.
         refused: why prompts are not shown.
+        picture: what a vision-language model was asked about. drawn: whether it was drawn for that.
     """
 
     answers: dict[str, list[Any]]
     held_out: bool
     refused: list[str]
+    picture: Any = None
+    drawn: bool = False
 
 
-def shown_answers(checkpoint: Any, record: dict[str, Any], prompt: str | None) -> Shown:
+def shown_answers(
+    checkpoint: Any, record: dict[str, Any], prompt: str | None, image: str | Path | None = None
+) -> Shown:
     """The answers to a prompt; None: to those that the run held out, else to the beginning of a
-    story.
+    story. Of a vision-language model, the answer to a question about a picture.
 
     Raises:
-        Ar2DiffError: the prompt that was given is empty or too long.
+        Ar2DiffError: the prompt that was given is empty or too long, or there is no such picture.
     """
     from .card import measure, measure_all, run_of
+    from .example import PROMPT as QUESTION
+    from .example import example_of
 
+    picture = example_of(checkpoint, image)
+    if picture is not None:
+        asked = QUESTION if prompt is None else prompt
+        found = {asked: measure(checkpoint, asked, image=picture)}
+        return Shown(found, False, [], picture, image is None)
     if prompt is not None:
         return Shown({prompt: measure(checkpoint, prompt)}, False, [])
     kept = [text for text in run_of(record).get("prompts") or [] if isinstance(text, str)]
@@ -369,6 +387,7 @@ def files_of(
     """
     from ..checkpoint.custom_generate import FOLDER, custom_generate
     from .card import make_card
+    from .example import coded
 
     files: dict[str, Path | bytes] = {}
     weights = [folder / (DRAFT_WEIGHTS if checkpoint.draft else ADAPTER_WEIGHTS)]
@@ -393,6 +412,8 @@ def files_of(
     if checkpoint.draft is not None:
         config = read_json(folder / DRAFT_CONFIG, "")
         files[DRAFT_CONFIG] = _json(config | {"base": origin.name, "revision": origin.commit})
+    if shown.picture is not None:
+        files[EXAMPLE] = coded(shown.picture)
     published = without_paths(record, origin)
     golden = [
         {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
@@ -401,7 +422,9 @@ def files_of(
     files[RUN_FILE] = _json(published | {"golden": golden, "files": sorted(files)})
     own = folder / CARD
     report = find_report(folder)
-    card = make_card(name, checkpoint, published, origin, shown.answers, shown.held_out, report)
+    card = make_card(
+        name, checkpoint, published, origin, shown.answers, shown.held_out, report, shown.drawn
+    )
     files[CARD] = own if own.is_file() else card.encode()
     return files
 

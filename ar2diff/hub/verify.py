@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.adapters import load_adapter
 from ..checkpoint.compare import MERGED, far, fixed_logits
 from ..checkpoint.custom_generate import read_custom_generate
@@ -13,10 +15,14 @@ from ..checkpoint.draft import load_drafting
 from ..checkpoint.files import ADAPTER_CONFIG, DRAFT_CONFIG, is_adapter, is_draft, read_json
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.stored import fingerprint
+from ..conversion.images import image_sample
 from ..core.errors import Ar2DiffError, option
+from ..core.images import placed
+from ..data.images import Shot
 from ..generation.complete import load
 from .card import Sample, measure
 from .client import download
+from .example import FILE as EXAMPLE
 from .origin import Origin
 
 
@@ -57,12 +63,24 @@ def check_published_base(folder: Path, origin: Origin, logits: Any) -> None:
     _compare(logits, fixed_logits(hub), f"adapter {folder}: with the base {origin.name} it")
 
 
-def verify(name: str, commit: str, logits: Any, golden: dict[str, Sample]) -> float:
+@torch.no_grad()
+def seen_logits(checkpoint: Checkpoint) -> Any:
+    """[S, V] logits of an image of noise and a few words, as its processor prepares them; None for
+    a model of text, and for a draft adapter, whose base is another repository."""
+    if not checkpoint.sees_images or checkpoint.draft is not None:
+        return None
+    inputs = placed(image_sample(checkpoint.processor), checkpoint.model)
+    return checkpoint.model(**inputs, use_cache=False).logits[0].cpu()
+
+
+def verify(
+    name: str, commit: str, logits: Any, golden: dict[str, Sample], seen: Any = None
+) -> float:
     """Download a commit to a fresh folder and compare it with the local model.
 
     Args:
         logits: the result of `fixed_logits` for the local model. golden: its answers, by
-            prompt.
+            prompt. seen: the result of `seen_logits`.
 
     Returns:
         The largest difference in the logits, relative to the largest logit.
@@ -73,11 +91,18 @@ def verify(name: str, commit: str, logits: Any, golden: dict[str, Sample]) -> fl
     with tempfile.TemporaryDirectory() as place:
         folder = download(name, commit, Path(place) / "model")
         checkpoint = load(str(folder))
-        difference = _compare(logits, fixed_logits(checkpoint), f"{name}: the download")
+        difference, picture = (
+            _compare(logits, fixed_logits(checkpoint), f"{name}: the download"),
+            None,
+        )
+        if seen is not None:
+            what = f"{name}: the download, shown an image,"
+            difference = max(difference, _compare(seen, seen_logits(checkpoint), what))
+            picture = Shot(folder / EXAMPLE).pixels(name)
         code = read_custom_generate(folder).state if checkpoint.base is None else "ok"
         wrong = ["its decoding code"] if code != "ok" else []
         for prompt, answer in golden.items():
-            if measure(checkpoint, prompt, every=False)[0] != answer:
+            if measure(checkpoint, prompt, False, picture)[0] != answer:
                 wrong.append(f"its answer to {prompt!r}")
         if wrong:
             what = wrong[0]

@@ -19,7 +19,6 @@ import torch
 from ..core.conflicts import CONSTRAINTS
 from ..core.index import check_installed
 from ..core.pattern import validates
-from ..diffusion.likelihood import ar_nll
 from ..generation.complete import begin, settings_of
 from ..generation.tokens import text_after
 from .constrained_gaps import Case, Form, cases_of
@@ -87,7 +86,8 @@ def _measured(session: Session, name: str) -> list[Row]:
 def _row(session: Session, way: Way, form: Form, case: Case, number: int) -> Row:
     held, room = way.held, len(case.gap)
     gap, seconds, forwards, options = _filled(session, way, form, case)
-    text = text_after(held.checkpoint.tokenizer, case.left, gap)
+    words = [token for token in case.left if token >= 0]
+    text = text_after(held.checkpoint.tokenizer, words, gap)
     text = text.removeprefix(" ") if case.segments[0].endswith(" ") else text
     if options.regex is None:
         matches = validates(options, text)
@@ -136,9 +136,9 @@ def _filled(
 
 def _likeliest(base: Held, case: Case, gaps: Sequence[list[int]]) -> list[int]:
     """The gap with which the whole text is likeliest."""
-    whole = [[*case.left, *gap, *case.right] for gap in gaps]
-    nats = ar_nll(base.checkpoint.model, whole, base.checkpoint.suppressed, "kept").nats
-    return gaps[int(nats.argmin())]
+    rows = [[*gap, *case.right] for gap in gaps]
+    nats = continued_nats(base, [case.left] * len(gaps), rows)
+    return gaps[min(range(len(gaps)), key=nats.__getitem__)]
 
 
 def _read_after(held: Held, case: Case) -> int:

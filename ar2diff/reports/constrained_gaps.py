@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..generation.prompts import Segments
 from ..generation.tokens import encode, prompt_ids
+from .questions import Question
 from .session import Session
 
 KINDS = {"number": "[0-9]+", "word": "[a-z]+"}  # of what is left out, the first that texts have
@@ -63,7 +65,8 @@ class Case:
 
     Attributes:
         segments: what precedes the gap, its number of tokens, and what follows.
-        left, gap, right: token ids of the text as it was written. true: the text of the gap.
+        left, gap, right: token ids of the text as it was written, the question before it included.
+        true: the text of the gap. asked: the question, if it is to be shown.
     """
 
     segments: Segments
@@ -71,13 +74,14 @@ class Case:
     gap: list[int]
     right: list[int]
     true: str
+    asked: str = ""
 
     @property
     def shown(self) -> str:
         """The text around the gap, cut short."""
         words = self.segments[0].split(" ")
         cut = "… " if len(words) > SHOWN else ""
-        return f"{cut}{' '.join(words[-SHOWN:])}[…]{self.segments[2]}"
+        return f"{self.asked}{cut}{' '.join(words[-SHOWN:])}[…]{self.segments[2]}"
 
 
 def cases_of(session: Session, name: str) -> tuple[Form, list[Case]]:
@@ -87,7 +91,7 @@ def cases_of(session: Session, name: str) -> tuple[Form, list[Case]]:
     Raises:
         ValueError: fewer than two texts have either.
     """
-    texts = session.material.texts
+    texts: Sequence[str | Question] = session.material.texts or session.material.questions
     for kind in KINDS:
         form, rng = Form.named(name, kind), random.Random(session.seed)
         found = [case for text in texts if (case := _case(session, form, text, rng))]
@@ -96,31 +100,43 @@ def cases_of(session: Session, name: str) -> tuple[Form, list[Case]]:
     raise ValueError("fewer than 2 texts have a number or a word that can be left out")
 
 
-def _case(session: Session, form: Form, text: str, rng: random.Random) -> Case | None:
-    """A text with a gap at a random place, of those where its tokens are its own; None without."""
+def _case(session: Session, form: Form, given: str | Question, rng: random.Random) -> Case | None:
+    """A text, or the right answer to a question, with a gap at a random place, of those where its
+    tokens are its own; None without."""
+    asked, text = (None, given) if isinstance(given, str) else (given, given.answer)
     ends = [word.end() for word in re.finditer(r"\S+", text)][:WITHIN]
-    places = list(re.finditer(rf"(?<=\s){KINDS[form.kind]}(?![\w'])", text))
+    opening = r"(?<=\s)" if asked is None else r"(?<![\w'])"
+    places = list(re.finditer(rf"{opening}{KINDS[form.kind]}(?![\w'])", text))
     rng.shuffle(places)
     for place in places:
         before = sum(end <= place.start() for end in ends)
-        if before < BEFORE or place.end() > ends[-1]:
+        if (asked is None and before < BEFORE) or place.end() > ends[-1]:
             continue
         after = text[place.end() : ends[min(before + AFTER, len(ends) - 1)]]
-        if case := _tokenized(session, form, text[: place.start()], place[0], after):
+        if case := _tokenized(session, form, asked, text[: place.start()], place[0], after):
             return case
     return None
 
 
-def _tokenized(session: Session, form: Form, left: str, value: str, right: str) -> Case | None:
+def _tokenized(
+    session: Session, form: Form, asked: Question | None, left: str, value: str, right: str
+) -> Case | None:
     checkpoint, true = session.model.checkpoint, form.written(value)
     tokenizer, spec = checkpoint.tokenizer, checkpoint.read_as
-    asked = encode(tokenizer, spec, [left, 1, right])
+    holed = encode(tokenizer, spec, [left, 1, right])
     whole = prompt_ids(tokenizer, left + true + right)
-    at = asked.index(spec.mask_token_id)
-    before, after = asked[:at], asked[at + 1 :]
+    at = holed.index(spec.mask_token_id)
+    before, after = holed[:at], holed[at + 1 :]
     end = len(whole) - len(after)
-    contexts = [held.context for held in session.subjects.values() if held.context]
-    fits = len(whole) <= min(contexts, default=len(whole))
-    if not fits or end <= at or (whole[:at], whole[end:]) != (before, after):
+    if end <= at or (whole[:at], whole[end:]) != (before, after):
         return None
-    return Case([left, end - at, right], before, whole[at:end], after, true)
+    gap, shown = whole[at:end], ""
+    if asked is not None:  # what opens a text does not open an answer
+        opening = prompt_ids(tokenizer, "")
+        if before[: len(opening)] != opening:
+            return None
+        before, shown = [*asked.ids, *before[len(opening) :]], f"{asked.prompt} "
+    contexts = [held.context for held in session.subjects.values() if held.context]
+    if len(before) + len(gap) + len(after) > min(contexts, default=10**9):
+        return None
+    return Case([left, len(gap), right], before, gap, after, true, shown)

@@ -33,6 +33,7 @@ from .session import Found, Session, apart, cells_of
 from .writing import Way, Written
 
 ORDERS = 2  # answers whose order of commits is kept
+WHERE = "the bound of a part of an answer is computed for text alone"
 SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.")
 
 
@@ -49,7 +50,7 @@ def parts(session: Session) -> list[Part]:
         if way.held.denoises:
             orders = partial(_orders, session, way)
             found.append(Part(QUESTION, f"order of commits, {way.name}", cost, orders))
-    for held in session.subjects.values():
+    for held in () if session.sees else session.subjects.values():
         run = partial(true_middles, session, held)
         name = f"likelihood of the middle, {held.key}"
         found.append(Part(QUESTION, name, cost * 2, run))
@@ -159,7 +160,7 @@ def _orders(session: Session, way: Way) -> list[Row]:
     """When each token of a few answers was decided, and how probable it was."""
     rows = []
     prompts = session.prompts(ORDERS)
-    texts = [session.decode(prompt) for prompt in prompts]
+    texts = session.openings(ORDERS) if session.sees else list(map(session.decode, prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         written = way.write([prompt], session.clock, max_new_tokens=session.sizes.answer)
         steps, logprobs = written.order[0]
@@ -188,10 +189,14 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
                     confidence=row["confidence"],
                 )
             )  # fmt: skip
+    if session.sees:
+        session.miss(QUESTION, "likelihood of the middle of an answer", WHERE)
     if not session.model.denoises:
         why = "a draft adapter has no diffusion mode"
         session.miss(QUESTION, "filling and revising by the model", why)
     elif not session.model.fills:
         why = "its noise shows no masks, so it cannot fill gaps"
+        if session.model.checkpoint.spec.noise.fills:
+            why = "it reads its whole prompt in both directions, gaps and all"
         session.miss(QUESTION, "filling and revising by the model", why)
     return found

@@ -19,6 +19,9 @@ from ..core.errors import Ar2DiffError, first_line
 
 FORMAT = 1
 FILE = "report.json"
+PNG = "data:image/png;base64,"
+MOST_PICTURE = 200_000  # characters of a picture in a report
+MOST_PICTURES, MOST_SEEN = 4, 16  # in a question, and questions with pictures
 STOCK = "transformers.GenerationMixin.generate"  # what a base is timed with
 OWN = "ar2diff.core.generate.generate"  # what everything else is timed with
 # Settings of the stock `generate`: the baseline, its cheap rival, and drawn texts that are ranked.
@@ -183,6 +186,39 @@ class Order(Row):
     confidence: list[float]
 
 
+class Picture(Row):
+    """A small copy of an image.
+
+    Attributes:
+        data: it, as a data URI of a PNG. width, height: pixels of the image itself.
+    """
+
+    data: str = Field(max_length=MOST_PICTURE, pattern=rf"^{PNG}[A-Za-z0-9+/]+={{0,2}}$")
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+
+
+class Reply(Row):
+    """What a subject answered to a question about images."""
+
+    subject: str
+    setting: str
+    text: str
+    right: bool
+    tokens: int = Field(ge=0)
+    forwards: int = Field(ge=0)
+
+
+class Seen(Row):
+    """A question about images, the answer of the data, and what was answered."""
+
+    question: Question
+    prompt: str
+    answer: str
+    pictures: list[Picture] = Field(max_length=MOST_PICTURES)
+    replies: list[Reply]
+
+
 class Missing(Row):
     """What was not measured, and why."""
 
@@ -208,6 +244,7 @@ class Report(Row):
     figures: list[Figure] = Field(default_factory=list)
     texts: list[Text] = Field(default_factory=list)
     orders: list[Order] = Field(default_factory=list)
+    seen: list[Seen] = Field(default_factory=list, max_length=MOST_SEEN)
     missing: list[Missing] = Field(default_factory=list)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     protocol: dict[str, Any] = Field(default_factory=dict)
@@ -288,7 +325,8 @@ def lies(report: Report) -> Iterator[str]:
             yield f"{figure}: what it was held to is not what it says"
         elif own and held.setdefault(name, own) != own:
             yield f"{figure}: it was held to another constraint than the other figures"
-    for text in report.texts:
+    replies = [reply for seen in report.seen for reply in seen.replies]
+    for text in [*report.texts, *replies]:
         if text.subject not in report.subjects or text.setting not in report.settings:
             yield f"a text of {text.subject}, {text.setting}, which the report does not describe"
 

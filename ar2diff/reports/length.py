@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
@@ -30,6 +30,8 @@ JUDGED = 16  # answers of a length whose text is judged
 WARMING = 16  # tokens of an answer before the first that is timed
 PROFILED = 256  # tokens of an answer whose memory is measured, without a GPU
 TOO_LONG = "profiling them takes too long on a CPU"
+SHORT = "answers about images are too short to be read stretch by stretch"
+WHOLE = "a question about an image is neither cut nor stretched, so only its own lengths were timed"
 TOGETHER = 32  # rows of a forward that draws noise
 
 
@@ -40,7 +42,7 @@ def parts(session: Session) -> list[Part]:
         cost = len(session.main_ways()) * session.sizes.length_repeats * answer * 3
         name = f"prompt {prompt}, answer {answer}"
         found.append(Part(QUESTION, name, cost, partial(_cell, session, prompt, answer)))
-    for held in session.subjects.values():
+    for held in () if session.sees else session.subjects.values():
         rows = session.sizes.long_rows * STRETCHES * (session.sizes.draws if held.denoises else 1)
         run = partial(_positions, session, held)
         found.append(Part(QUESTION, f"likelihood by position, {held.key}", rows, run))
@@ -62,10 +64,28 @@ def _lengths(session: Session) -> list[tuple[int, int]]:
     contexts = [h.context for h in session.subjects.values() if h.context]
     return [
         (prompt, answer)
-        for prompt in session.sizes.prompts
+        for prompt in _prompt_lengths(session)
         for answer in session.sizes.answers
         if not contexts or prompt + answer <= min(contexts) // block * block
     ]
+
+
+def _prompt_lengths(session: Session) -> Sequence[int]:
+    """Those that the sizes ask for. A question about an image cannot be cut or stretched, so of
+    these the shortest and the longest of which there are enough, if of any."""
+    if not session.sees:
+        return session.sizes.prompts
+    counts = Counter(len(question.ids) for question in session.material.questions)
+    found = [size for size in counts if counts[size] >= LEAST] or [*counts]
+    return sorted({min(found), max(found)})
+
+
+def _prompts_of(session: Session, length: int) -> list[list[int]]:
+    """Prompts of a length."""
+    if not session.sees:
+        return long_rows(session, length)
+    exact = [q for q in session.material.questions if len(q.ids) == length]
+    return session.asked(exact[: session.sizes.long_rows])
 
 
 def long_rows(session: Session, length: int, most: int | None = None) -> list[list[int]]:
@@ -87,8 +107,8 @@ def _filled(session: Session, length: int) -> list[list[int]]:
 
 def _cell(session: Session, prompt: int, answer: int) -> list[Row]:
     """Answers of exactly a length to prompts of a length, one prompt at a time, interleaved."""
-    real = long_rows(session, prompt)
-    prompts = real if len(real) >= LEAST else _filled(session, prompt)
+    real = _prompts_of(session, prompt)
+    prompts = real if session.sees or len(real) >= LEAST else _filled(session, prompt)
     ways, rows = session.main_ways(), []
     limits = {"max_new_tokens": answer, "min_new_tokens": answer}
     for repeat in range(session.sizes.length_repeats):
@@ -101,7 +121,8 @@ def _cell(session: Session, prompt: int, answer: int) -> list[Row]:
                 rows.append({**about, "prompt": prompt, "answer": answer, **row})
     if len(real) < LEAST:
         what = f"text after prompts of {prompt} tokens"
-        session.miss(QUESTION, what, f"fewer than {LEAST} texts are that long")
+        are = "questions are as long" if session.sees else "texts are that long"
+        session.miss(QUESTION, what, f"fewer than {LEAST} {are}")
     elif session.base is not None:
         for way in ways:
             what = f"text after prompts of {prompt} tokens of {way.name}"
@@ -252,6 +273,9 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     _stop_figures(session, found, rows)
     if not _lengths(session):
         session.miss(QUESTION, "time by length", "the context is too short")
+    if session.sees:
+        session.miss(QUESTION, "likelihood by position", SHORT)
+        session.miss(QUESTION, "prompts of any length", WHOLE)
     return found
 
 

@@ -13,10 +13,15 @@ from ..checkpoint.output import record_of
 from ..config.recipe import Recipe
 from ..conversion.convert import end_token
 from ..core.errors import Ar2DiffError
-from ..data.conversations import read_conversations, tokenize_conversations
+from ..data.conversations import (
+    Conversations,
+    names_of,
+    read_conversations,
+    tokenize_conversations,
+)
 from ..data.rows import STDIN
 from ..data.sources import Documents, find_file, identity, read_texts
-from ..evaluation.held_out import held_out_documents, judged_answers
+from ..evaluation.held_out import Judged, held_out_documents, judged_answers
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class OwnTexts:
         texts: in the order of the run. data: where they are from, as the report says it.
         spared: whether they are from the training data, where they were kept out.
         lack: why there are none, as a clause.
+        chats: the same conversations, for a vision-language model; `texts` then tell them apart.
     """
 
     texts: list[str]
     data: str = ""
     spared: bool = False
     lack: str = ""
+    chats: Conversations | None = None
 
 
 def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
@@ -56,17 +63,18 @@ def own_texts(model: Path, checkpoint: Checkpoint) -> OwnTexts:
         if lack := _changed(record, recipe):
             return OwnTexts([], lack=lack)
         chats = verb == "sft" or record["data"]["kind"] == "conversations"
-        texts = (_conversations if chats else _documents)(checkpoint, recipe)
+        judged = _judged(checkpoint, recipe) if chats else None
+        texts = _documents(checkpoint, recipe) if judged is None else _texts(checkpoint, judged)
     except Ar2DiffError as error:
         return OwnTexts([], lack=f"its data cannot be read again ({error.what})")
-    if not texts:
-        return OwnTexts([], lack="the conversations that its run held out have images")
+    shown = judged.data if judged is not None and checkpoint.sees_images else None
     if recipe.eval.data is not None:
-        return OwnTexts(texts, f"{recipe.eval.data}, on which the run evaluated the model")
+        data = f"{recipe.eval.data}, on which the run evaluated the model"
+        return OwnTexts(texts, data, chats=shown)
     kind = "conversations" if chats else "documents"
     where = sources[0].path if not chats or len(sources) == 1 else "its data"
     data = f"{len(texts)} {kind} of {where} that the run held out from its training"
-    return OwnTexts(texts, data, spared=True)
+    return OwnTexts(texts, data, spared=True, chats=shown)
 
 
 def _changed(record: dict[str, Any], recipe: Recipe) -> str:
@@ -93,12 +101,18 @@ def _documents(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     return held_out_documents(checkpoint, recipe, documents, end_token(checkpoint))[0]
 
 
-def _conversations(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Conversations as the chat template writes them, without the BOS that a tokenizer adds; those
-    without images."""
-    tokenizer, data = checkpoint.tokenizer, read_conversations(recipe)
-    rows = tokenize_conversations(data, tokenizer, recipe, checkpoint.album)
-    judged = judged_answers(checkpoint, recipe, data, rows).rows
-    texts = [tokenizer.decode(ids) for ids in judged if min(ids) >= 0]
+def _judged(checkpoint: Checkpoint, recipe: Recipe) -> Judged:
+    data = read_conversations(recipe)
+    rows = tokenize_conversations(data, checkpoint.tokenizer, recipe, checkpoint.album)
+    return judged_answers(checkpoint, recipe, data, rows)
+
+
+def _texts(checkpoint: Checkpoint, judged: Judged) -> list[str]:
+    """Conversations as the chat template writes them, without the BOS that a tokenizer adds; or
+    their names, where there may be images."""
+    if checkpoint.sees_images:
+        return [] if judged.data is None else names_of(judged.data)
+    tokenizer = checkpoint.tokenizer
+    texts = [tokenizer.decode(ids) for ids in judged.rows]
     opening = tokenizer.decode(tokenizer("").input_ids)
     return [text.removeprefix(opening) for text in texts]

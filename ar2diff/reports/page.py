@@ -14,13 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..checkpoint.output import write_text
-from .figures import QUESTIONS, Difference, Figure, Order, Report, check
+from .figures import QUESTIONS, Difference, Figure, Order, Reply, Report, Seen, check
 from .pairs import SURE
 from .plots import plots, with_unit
 from .sentences import claims, not_measured
 from .serving import serve_command
 from .svg import DARK, INSTALL, LIGHT, can_draw, css
-from .words import AXES, UNITS, label, name_of, scale_of, with_error
+from .words import AXES, UNITS, label, name_of, number, scale_of, with_error
 
 TITLES = {
     "speed": "Is it fast enough?",
@@ -29,6 +29,7 @@ TITLES = {
     "control": "What can it do besides?",
 }
 WAITING = ("seconds_to_first_text", "seconds_per_token_p50", "seconds_per_token_p95")
+SMALLEST, LARGEST = 128, 224  # pixels of a picture's width on the page
 SHADES = 8  # of tokens, from decided early to decided late
 
 
@@ -82,6 +83,7 @@ def write(report: Report, path: Path) -> Path:
         tables={question: tables(report, question) for question in QUESTIONS},
         texts=_side_by_side(report),
         orders=[_tokens_of(order) for order in report.orders],
+        seen=[_pictured(seen) for seen in report.seen],
         missing=not_measured(report),
         serve=serve_command(report, report.subjects["model"].name),
     )
@@ -204,6 +206,34 @@ def _tokens_of(order: Order) -> dict[str, Any]:
         for text, forward, sure in zip(order.tokens, order.forward, order.confidence, strict=False)
     ]  # fmt: skip
     return {"prompt": order.prompt, "tokens": tokens, "forwards": last}
+
+
+def _pictured(seen: Seen) -> dict[str, Any]:
+    """A question about images, with those who gave the same answer together."""
+    replies: dict[str, list[Reply]] = {}
+    for reply in seen.replies:
+        replies.setdefault(reply.text, []).append(reply)
+    answers = [
+        {
+            "who": ", ".join(label(reply.subject, reply.setting) for reply in alike),
+            "text": text, "right": alike[0].right,
+            "pace": "; ".join(f"{label(r.subject, r.setting)} {_pace(r)}" for r in alike),
+        }
+        for text, alike in replies.items()
+    ]  # fmt: skip
+    pictures = []
+    for picture in seen.pictures:
+        size = f"{picture.width} x {picture.height} pixels"
+        pictures.append(
+            {"data": picture.data, "alt": f"{seen.prompt} ({size})", "size": size,
+             "shown": max(SMALLEST, min(picture.width, LARGEST)),
+             "dots": max(picture.width, picture.height) < SMALLEST}
+        )  # fmt: skip
+    return {"prompt": seen.prompt, "answer": seen.answer, "pictures": pictures, "answers": answers}
+
+
+def _pace(reply: Reply) -> str:
+    return f"{number(reply.tokens / max(reply.forwards, 1), 0.05)} tokens per forward"
 
 
 def _lines(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from ..diffusion.likelihood import ar_nll, bound, scored
 from .estimates import mean, ratio, ratio_difference, share, share_difference
 from .figures import AR, BASELINE, TOKEN_BY_TOKEN, Difference, Text
 from .journal import Part, Row
+from .seen import WRONG, answers_scored, seen_figures
 from .session import Found, Session, apart, cells_of
 from .subjects import Held
 from .writing import Way, batches
@@ -34,9 +35,8 @@ def parts(session: Session) -> list[Part]:
     sizes, found = session.sizes, []
     for held in session.subjects.values():
         cost = sizes.texts * (sizes.draws if held.denoises else 1)
-        found.append(
-            Part(QUESTION, f"likelihood, {held.key}", cost, partial(_likelihood, session, held))
-        )
+        score = partial(answers_scored if session.sees else _likelihood, session, held)
+        found.append(Part(QUESTION, f"likelihood, {held.key}", cost, score))
     tokens = sizes.questions * sizes.answer / BATCH**0.5
     for way in session.ways():
         if session.material.questions and not _single(way):
@@ -130,7 +130,7 @@ def _answers(session: Session, way: Way) -> list[Row]:
     """Answers to all questions, and whether they are right."""
     questions = session.material.questions[: session.sizes.questions]
     rows: list[Row] = []
-    prompts = session.encode([question.prompt for question in questions])
+    prompts = session.asked(questions)
     for group in batches(prompts, BATCH):
         written = way.write(group, session.clock, max_new_tokens=session.sizes.answer)
         for answer, forwards in zip(written.answers, written.row_forwards, strict=True):
@@ -150,6 +150,9 @@ def _answers(session: Session, way: Way) -> list[Row]:
 def _question_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
     asked = cells_of(rows, "asked")
     right = {key: [row["right"] for row in answers] for key, answers in asked.items()}
+    graded = not session.sees or any(map(any, right.values()))
+    if not graded and right:
+        session.miss(QUESTION, "exact match", WRONG)
     base = ("base", BASELINE)
     for way in session.ways():
         key = (way.held.key, way.setting)
@@ -160,12 +163,13 @@ def _question_figures(session: Session, found: Found, rows: Sequence[Row]) -> No
         if base in right and key != base:
             difference = apart(*base, share_difference(right[key], right[base]))
         add = partial(found.add, QUESTION, setting=way.setting, evidence=evidence)
-        add("exact_match", way.held.key, share(right[key]), difference=difference)
+        if graded:
+            add("exact_match", way.held.key, share(right[key]), difference=difference)
         own = asked.get((way.held.key, AR))
         if own is not None and way.setting != AR:
             same = [a["text"] == b["text"] for a, b in zip(asked[key], own, strict=True)]
             add("same_as_ar", way.held.key, share(same))
-        for row in asked[key][:SHOWN]:
+        for row in asked[key][: 0 if session.sees else SHOWN]:
             prompt = session.material.questions[row["asked"]].prompt
             found.texts.append(_text(prompt, row))
 
@@ -182,8 +186,7 @@ def _text(prompt: str, row: Row) -> Text:
 
 def _texts(session: Session, way: Way, temperature: float) -> list[Row]:
     """Continuations of texts, and what the base says of them."""
-    starts = session.material.starts(session.sizes.texts)
-    prompts, rows = session.encode(starts), []
+    prompts, rows = session.opened(session.sizes.texts), []
     sampling = sampled(way, temperature)
     torch.manual_seed(session.seed)  # which transformers draws by
     for group in batches(prompts, BATCH):
@@ -214,10 +217,15 @@ def continued_nats(
     base: Held, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[float]:
     """-log p of each answer after its prompt, under the base."""
-    model, suppressed = base.checkpoint.model, base.checkpoint.suppressed
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    nats = ar_nll(model, whole, suppressed, "kept").nats
-    return (nats - ar_nll(model, list(map(list, prompts)), suppressed, "kept").nats).tolist()
+    return read_by_base(base, whole, list(map(len, prompts))).tolist()
+
+
+def read_by_base(base: Held, rows: Sequence[list[int]], starts: Sequence[int]) -> torch.Tensor:
+    """[R] -log p of each row from its start on, under the base, which sees the same images."""
+    model, suppressed = base.checkpoint.model, base.checkpoint.suppressed
+    seen = base.seen_in(rows)
+    return ar_nll(model, rows, suppressed, "kept", starts=starts, **seen).nats
 
 
 def shape_of(answer: Sequence[int]) -> Row:
@@ -259,8 +267,8 @@ def _text_figures(session: Session, found: Found, rows: Sequence[Row]) -> None:
             parts_, wholes = [row[part] for row in cell], [row[whole] for row in cell]
             if sum(wholes):
                 add(metric, value=ratio(parts_, wholes, scale=100.0), evidence=evidence)
-        if temperature == 0:
-            starts = session.material.starts(SHOWN)
+        if temperature == 0 and not session.sees:
+            starts = session.openings(SHOWN)
             found.texts += [_text(starts[row["start"]], row) for row in cell[:SHOWN]]
 
 
@@ -281,6 +289,8 @@ def figures(session: Session, rows: Sequence[Row]) -> Found:
     _likelihood_figures(session, found, rows)
     _question_figures(session, found, rows)
     _text_figures(session, found, rows)
+    if session.sees:
+        seen_figures(session, found, rows)
     if not session.material.questions:
         session.miss(QUESTION, "exact match", "the data has no questions with a right answer")
     if session.base is None:

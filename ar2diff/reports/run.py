@@ -27,6 +27,7 @@ from .figures import OWN, QUESTIONS, STOCK, Missing, Report, write_report
 from .journal import PLAN, ROWS, Journal, Part, Row, check_plan
 from .material import material_for
 from .page import write as write_page
+from .pictures import show
 from .session import QUICK, Found, Session, Sizes
 from .subjects import base_of, identity_of, load_subjects
 from .writing import Clock
@@ -36,6 +37,11 @@ SEEN = (
     "its run did not hold out the same texts, so it may have been trained on some of them; use the "
     "same eval.data in both runs, or name a file with --data"
 )
+TOWER = (
+    "each call looks at its images anew, so the vision tower's time is in that of every way of "
+    "writing, in all alike; pixels are prepared before the clock starts"
+)
+RIGHT = "an answer that is the one of the data, up to white space around it"
 MEASURES = {"speed": speed, "quality": quality, "length": length, "control": control}
 Steps = Callable[[Sequence[Part]], Iterable[Part]]
 
@@ -151,6 +157,8 @@ def make_report(
         find_checkpoint(asked.model), subjects["model"].checkpoint, asked.data,
         asked.text_field, max(sizes.questions, sizes.texts),
     )  # fmt: skip
+    if material.shots is not None:
+        show([*subjects.values()], material.shots)
     session = Session(subjects, material, sizes, clock, asked.seed)
     journal = Journal(folder, plan | {"texts": material.digest}, overwrite)
     failed = _measure(session, journal, asked, steps)
@@ -254,6 +262,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
             found.figures += new.figures
             found.texts += new.texts
             found.orders += new.orders
+            found.seen += new.seen
         missing += [
             Missing(question=name, what=row["missing"], why=row["why"])
             for row in rows
@@ -274,6 +283,7 @@ def _report(session: Session, journal: Journal, asked: Asked, failed: Sequence[M
         figures=found.figures,
         texts=found.texts,
         orders=found.orders,
+        seen=found.seen,
         missing=[miss for n, miss in enumerate(missing) if miss not in missing[:n]],
         settings=settings | more,
         protocol=_protocol(session, asked)
@@ -319,6 +329,7 @@ def _protocol(session: Session, asked: Asked) -> dict[str, Any]:
         "dtype": dtype,
         "seed": asked.seed,
         "data": session.material.data,
+        **({"images": TOWER, "right": RIGHT} if session.sees else {}),
         "when": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 

@@ -10,9 +10,10 @@ from typing import Any
 from ..core.errors import first_line
 from ..generation.tokens import prompt_ids
 from .estimates import Value
-from .figures import AR, BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Text
+from .figures import AR, BASELINE, LOOKUP, METRICS, Difference, Figure, Missing, Order, Seen, Text
 from .journal import Row
 from .material import Material
+from .questions import Question
 from .subjects import USUAL, Held
 from .writing import Clock, Way, Written
 
@@ -103,7 +104,8 @@ class Session:
         return [prompt_ids(self.model.checkpoint.tokenizer, text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer."""
+        """The text of an answer, or of a prompt without its images."""
+        ids = [token for token in ids if token >= 0]
         return self.model.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
@@ -116,7 +118,26 @@ class Session:
     def prompts(self, count: int) -> list[list[int]]:
         """Prompts to answer: questions, or the starts of texts."""
         questions = self.material.questions[:count]
-        return self.encode([q.prompt for q in questions] or self.material.starts(count))
+        return self.asked(questions) or self.encode(self.material.starts(count))
+
+    @property
+    def sees(self) -> bool:
+        """Whether the material is questions about images."""
+        return self.material.shots is not None
+
+    def asked(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Ids of questions."""
+        return [list(q.ids) or self.encode([q.prompt])[0] for q in questions]
+
+    def openings(self, count: int) -> list[str]:
+        """What free text is to follow: beginnings of texts, or questions about images."""
+        if self.sees:
+            return [question.prompt for question in self.material.questions[:count]]
+        return self.material.starts(count)
+
+    def opened(self, count: int) -> list[list[int]]:
+        """Ids of the same."""
+        return self.prompts(count) if self.sees else self.encode(self.material.starts(count))
 
     def attempt(self, question: str, what: str, call: Callable[[], Any]) -> Any:
         """The result of a call; None if it fails, which costs no more than what it measures."""
@@ -141,6 +162,7 @@ class Found:
     figures: list[Figure] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
 
     def add(
         self,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..checkpoint.files import find_checkpoint, is_draft, read_spec, weight_files
 from ..checkpoint.model import Checkpoint, load_tokenizer
 from ..checkpoint.output import record_of
+from ..conversion.images import reach_in
 from ..core.errors import Ar2DiffError, option
 from ..core.forward import context_length
 from ..core.options import STEPS, THRESHOLD
@@ -63,7 +67,21 @@ class Held:
     @property
     def fills(self) -> bool:
         """Whether its diffusion mode fills gaps."""
-        return self.denoises and self.checkpoint.spec.noise.fills
+        spec = self.checkpoint.spec
+        return self.denoises and spec.noise.fills and spec.images != "prefix"
+
+    @cached_property
+    def reach(self) -> str:
+        """How far it reads images: as of `until_of`."""
+        spec = self.checkpoint.spec
+        return (reach_in(self.checkpoint) if spec is None else spec.images) or "causal"
+
+    def seen_in(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The arguments of `ar_nll` by which it sees the images whose codes are in rows."""
+        codes = torch.tensor([token for row in rows for token in row if token < 0])
+        if not len(codes):
+            return {}
+        return {"images": self.checkpoint.album.images_in(codes), "reach": self.reach}
 
     @property
     def usual(self) -> str:

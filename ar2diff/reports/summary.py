@@ -58,6 +58,7 @@ def markdown(report: Report) -> dict[str, Any]:
     machine = [hardware.get("gpu"), hardware.get("processor")]
     place += [f"on {found}" for found in machine if found][:1]
     return {
+        "seen": bool(report.seen),
         "sentences": [_escaped(claim.first) for claim in claims(report).values()],
         "table": ["| " + " | ".join(map(_escaped, line)) + " |" for line in lines],
         "missing": [_escaped(f"{item.question}: {item.what}") for item in not_measured(report)],

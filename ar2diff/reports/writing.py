@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.generate import generate
+from ..core.images import placed
 from .figures import OWN, STOCK, STOCK_SETTINGS
 from .subjects import Held
 
@@ -125,7 +126,9 @@ class Way:
         """Answer a batch of prompts; that of a single prompt is listened to.
 
         Args:
-            prompts: token ids, masks included. more: further arguments, such as `max_new_tokens`.
+            prompts: token ids, masks and codes of images included. Images are prepared before the
+                clock starts, and the tower that looks at them is in the call.
+            more: further arguments, such as `max_new_tokens`.
         """
         checkpoint = self.held.checkpoint
         model, ends = checkpoint.model, checkpoint.end_ids
@@ -133,10 +136,14 @@ class Way:
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        seen: dict[str, Tensor] = {}
+        if (ids < 0).any():
+            ids, seen = checkpoint.album.given(ids)
+            seen = placed(seen, model)
         ids, real = ids.to(model.device), real.to(model.device)
         listener = Listener(clock) if len(prompts) == 1 else None
         call = self._stock if self.stock else self._own
-        arguments = {"eos_token_id": ends, **self.arguments, **more}
+        arguments = {"eos_token_id": ends, **self.arguments, **more, **seen}
         counter = Counter()
         with counter.watching(model):
             wait(model.device)
@@ -155,10 +162,10 @@ class Way:
             size = int((steps > 0).sum())
             answers.append(row[width : width + size].tolist())
             order.append((steps[:size].tolist(), sure[:size].tolist()))
-        given = [
-            row[width - len(prompt) : width].tolist()
-            for row, prompt in zip(made.sequences, prompts, strict=True)
-        ]
+        given = []
+        for row, prompt in zip(made.sequences[:, :width].tolist(), prompts, strict=True):
+            own = zip(row[width - len(prompt) :], prompt, strict=True)
+            given.append([code if code < 0 else token for token, code in own])
         each = made.forwards.tolist()
         return Written(answers, seconds, first, counter.forwards, each, rows, given, order)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
+from ..config.safe_json import parse_json
 from .code import code
 
 # 18  1,000  18.0  .5  -3  $18  -$18; but not parts of 1_000, x2, 1e5, 3.14.15, or the -5 in 10-5
@@ -60,6 +61,21 @@ def exact(completion: str, answer: Any, *, extract: Extract = "whole") -> float:
         return float(found is not None and _same(found, wanted))
     lines = [completion] if extract == "whole" else completion.strip().splitlines() or [""]
     return float(lines[-1 if extract == "last_line" else 0].strip() == wanted.strip())
+
+
+def json(completion: str, answer: Any) -> float:
+    """The share of the entries of the column `answer`, a JSON object or its text, that the
+    completion has too.
+
+    The completion's object is what stands between its first `{` and its last `}`. An entry that
+    only it has counts as one that is wrong.
+    """
+    wanted = _object_of(answer) if isinstance(answer, str) else answer
+    if not isinstance(wanted, dict) or not wanted:
+        raise ValueError(f"column answer is no JSON object with entries: {str(answer)[:60]!r}")
+    found = _object_of(completion)
+    right = sum(_equal(found[name], wanted[name]) for name in wanted.keys() & found.keys())
+    return right / len(wanted.keys() | found.keys())
 
 
 def countdown(completion: str, numbers: Any, target: Any) -> float:
@@ -149,8 +165,26 @@ def math(completion: str, answer: Any) -> float:
 
 GRADERS: dict[str, Callable[..., float]] = {
     grade.__name__: grade
-    for grade in (exact, countdown, sudoku, regex, words, length, demo, math, code)
+    for grade in (exact, json, countdown, sudoku, regex, words, length, demo, math, code)
 }
+
+
+def _object_of(text: str) -> dict[str, Any]:
+    """The JSON object in a text; empty if there is none."""
+    try:
+        value = parse_json(text[text.find("{") : text.rfind("}") + 1], constants=False)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; True is not 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
 def _last_number(text: str) -> Fraction | None:

@@ -144,7 +144,7 @@ def _named(ids: Sequence[int], album: Album | None) -> list[int]:
     for token in ids:
         if token < 0:
             key, place = divmod(-1 - token, 1 << PLACE_BITS)
-            digest = album.shots.digest(key)
+            digest = album.shots.content(key)
             halves = (int.from_bytes(digest[n : n + 8], "little", signed=True) for n in (0, 8))
             token = -1 - (content_key([*halves, place]) >> 2)
         found.append(token)

@@ -12,6 +12,10 @@ the views are weighted. Takes `Rollout`s and returns log-probabilities per token
               form, `samples` times, and what `Noise.nats` says each slot costs there.
 `spg`         The same pairs: the lower bound for good completions, and an equal mix of it and an
               evidence upper bound for bad ones (SPG, Wang et al. 2025, eq. 8).
+`unigrpo`     One view, in which some tokens are masked, and only these are scored: as they are, or,
+              for ratios of sequences, by their mean. The share of masked tokens is random in the
+              first update on a completion, grows evenly, and is 1 in the last (UniGRPO, Yang et al.
+              2025, algorithm 1). What is estimated is no bound: views that show more count less.
 `trajectory`  Each token is scored in the state in which it was decided (TraceRL, Wang et al. 2025).
               With blocks, there are at most as many views as a block took steps.
 `ar`          The AR mode, from left to right.
@@ -85,9 +89,11 @@ class Scores:
         return torch.where(good[:, None], lower, mixed)
 
     def entropies(self) -> Tensor:
-        """[R, C] entropies, averaged over the views that score each token."""
-        count = self._sum(torch.ones_like(self.entropy))
-        return self._sum(self.entropy) / count.clamp(min=1)
+        """[R, C] entropies, averaged over the views that score each token; where none does, the
+        mean of the row."""
+        count, total = self._sum(torch.ones_like(self.entropy)), self._sum(self.entropy)
+        mean = total.sum(1) / count.sum(1).clamp(min=1)
+        return torch.where(count > 0, total / count.clamp(min=1), mean[:, None])
 
     def spread(self) -> Tensor:
         """[R] standard deviation of the single-view estimates over the views."""
@@ -120,6 +126,10 @@ def views(rollout: Rollout, rl: Rl, spec: Spec) -> tuple[Tensor, Tensor]:
         prompt &= (torch.arange(count) > 0) & (torch.arange(count) < rollout.prompt)
         return (answer | prompt | after)[None], all_.double()
     block = _blocks(rollout, spec)
+    if rl.estimator == "unigrpo":
+        masked = _growing(rollout, answer, block, rl.num_iterations)
+        mean = int(answer.sum()) / int(masked.sum()) if rl.level == "sequence" else 1
+        return (masked | after)[None], masked[None].double() * mean
     if rl.estimator == "trajectory":
         return _trajectory(rollout, answer, block, rl.segments)
     masked, weight = zip(*_pairs(rollout, answer, block, rl), strict=True)
@@ -152,6 +162,15 @@ def _pairs(rollout: Rollout, answer: Tensor, block: Tensor, rl: Rl) -> list[tupl
             weight = torch.where(mask, 1 / share.clamp(min=1e-9), 0.0) / (2 * rl.samples)
             found.append((mask, weight))
     return found
+
+
+def _growing(rollout: Rollout, answer: Tensor, block: Tensor, updates: int) -> Tensor:
+    """[T] bool, a share of each block of the answer, of at least one token, which grows from a
+    random one to 1 over the updates."""
+    start = torch.rand((), generator=keyed_generator(rollout.seed, 4)).double()
+    share = start + (1 - start) * rollout.update / max(1, updates - 1)
+    generator = keyed_generator(rollout.seed, 5, rollout.update)
+    return open_slots(answer, block, share.expand(int(block.max()) + 1), generator)[0]
 
 
 def _trajectory(

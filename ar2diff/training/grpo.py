@@ -75,6 +75,7 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         self.suppressed = self.suppressed.to(args.device)
         self._rollouts: list[Rollout] = []  # the ones to be scored next
         self._good: Tensor | None = None  # [B], for spg
+        self._updates = range(0)  # those that rollouts are scored for; none: for the next alone
         self._live: Tensor | None = None  # [B], the rows that can contribute a gradient; None: all
         self._generation_seconds = 0.0
         self._pictures = Pictures(checkpoint)
@@ -192,11 +193,35 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, C] log-probabilities of `self._rollouts` by the recipe's estimator. Each rollout is
         scored on its own canvas with the noise of its seed, which the old, new and reference policy
-        share."""
-        live = torch.ones(len(input_ids), dtype=torch.bool) if self._live is None else self._live
+        share. Before the updates, of an estimator that scores a rollout in another way in each:
+        [B, U, C]."""
+        if self._updates:
+            rollouts, each = self._rollouts, []
+            for update in self._updates:
+                self._rollouts = [replace(rollout, update=update) for rollout in rollouts]
+                each.append(self._scores(model, attention_mask, logits_to_keep, batch_size)[0])
+            self._rollouts = rollouts
+            return torch.stack(each, 1), None, None
+        found, entropy = self._scores(
+            model, attention_mask, logits_to_keep, batch_size, compute_entropy
+        )
+        return found, entropy if compute_entropy else None, None
+
+    def _scores(
+        self,
+        model: Any,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, C] log-probabilities and entropies of `self._rollouts`."""
+        live = (
+            torch.ones(len(attention_mask), dtype=torch.bool) if self._live is None else self._live
+        )
         numbers = live.nonzero()[:, 0]
         logps, entropies = [], []
-        for rows in numbers.split(batch_size or len(input_ids)):
+        for rows in numbers.split(batch_size or len(attention_mask)):
             rollouts, rl = [self._rollouts[row] for row in rows], self.recipe.rl
             barred = barred_tokens(self._writer, rl, rollouts, self.suppressed)
             seen = [rollout.ids for rollout in rollouts]
@@ -218,15 +243,20 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             whole = self._logps.new_zeros(len(live), logits_to_keep)
             self._logps = whole.index_put((numbers,), self._logps)
             entropy = (whole + mean).index_put((numbers,), entropy)
-        return self._logps, entropy if compute_entropy else None, None
+        return self._logps, entropy
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._good = None
         # trl would put what it calls images into the prompts, and into the forward.
         self._keys = [row.get(IMAGES) or [] for row in inputs]
-        output = super()._generate_and_score_completions(
-            [{name: x for name, x in row.items() if name != IMAGES} for row in inputs]
-        )
+        if self.recipe.rl.estimator == "unigrpo":
+            self._updates = range(self.num_iterations if self._mode == "train" else 1)
+        try:
+            output = super()._generate_and_score_completions(
+                [{name: x for name, x in row.items() if name != IMAGES} for row in inputs]
+            )
+        finally:
+            self._updates = range(0)
         rollouts = self._rollouts
         length = max(len(r.ids) for r in rollouts)
         canvas = torch.zeros(len(rollouts), 2, length, dtype=torch.long)
@@ -265,6 +295,8 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
         rl, inputs = self.recipe.rl, dict(inputs)
         self._rollouts = rollouts_of(inputs.pop("canvas"), inputs.pop("canvas_of"))
         live = inputs.pop("live").cpu()
+        if rl.estimator == "unigrpo":
+            inputs |= self._of_update(inputs)
         self._good = inputs["advantages"] > 0 if rl.estimator == "spg" else None
         if not self.beta:
             return self._loss_of_live_rows(model, inputs, live)
@@ -277,6 +309,16 @@ class DiffusionGRPOTrainer(Running, GRPOTrainer):
             self.beta = beta
         steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
         return loss + beta * self._squared_kl(inputs) / steps
+
+    def _of_update(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The scores [B, C] of the old and the reference policy for the update that is being made,
+        out of those for each [B, U, C]; the rollouts will be scored for it, too."""
+        update = 0
+        if self._mode == "train":
+            update = self._step // self.args.steps_per_generation % self.num_iterations
+        self._rollouts = [replace(rollout, update=update) for rollout in self._rollouts]
+        names = ("old_per_token_logps", "ref_per_token_logps")
+        return {n: inputs[n][:, update] for n in names if inputs.get(n) is not None}
 
     def _loss_of_live_rows(self, model: Any, inputs: dict[str, Any], live: Tensor) -> Tensor:
         """The loss of trl, skipping rows whose advantage is zero, which do not contribute to it.

@@ -13,6 +13,7 @@ from ..checkpoint.files import DRAFT_CONFIG, find_checkpoint, is_draft
 from ..checkpoint.kinds import sees_images
 from ..checkpoint.model import Checkpoint, load_config
 from ..config.recipe import Recipe, with_values
+from ..conversion.images import reach_in
 from ..core.draft import Draft, DraftSpec, load_draft, read_draft_spec
 from ..core.errors import Ar2DiffError, option, shortened
 from ..core.options import Options, resolve
@@ -107,6 +108,12 @@ def read(recipe: Recipe) -> Judged:
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, judged: Judged) -> Plan:
     """The plan for a run on prompts. Sets the run's chat template on the tokenizer."""
+    if checkpoint.spec is None and (reach_in(checkpoint) or "causal") != "causal":
+        raise Ar2DiffError(
+            f"model {checkpoint.path} reads images or prompts in both directions, which "
+            f"{option('objective.kind', 'ar')} does not",
+            f"convert it, and train its AR mode with {option('rl.estimator', 'ar')} instead",
+        )
     rows, rewards = judged.prompts.of(checkpoint), judged.rewards
     if not isinstance(rows[0]["prompt"], str):
         # The template need not mark what the assistant says: no given answers are learned.

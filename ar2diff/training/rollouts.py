@@ -28,6 +28,8 @@ class Rollout:
         step: [T] the forward pass in which each token was decided, 0 for the others.
         seed: seed of all noise used to score the completion.
         forwards: how many forward passes the completion took.
+        update: which of the updates on it is to be made, for an estimator that scores it in another
+            way each time.
     """
 
     ids: Tensor
@@ -36,6 +38,7 @@ class Rollout:
     step: Tensor
     seed: int
     forwards: int = 0
+    update: int = 0
 
     @property
     def answer_ids(self) -> list[int]:
