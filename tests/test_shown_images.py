@@ -17,8 +17,8 @@ from test_card import answer_of, first_block, front_matter
 from vision import ClassAlbum, llava_folder, picture
 from vision_classes import IMAGE, vision_class
 
+from ar2diff.checkpoint.files import PROCESSOR
 from ar2diff.checkpoint.io import load_checkpoint
-from ar2diff.checkpoint.processor import FILES
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core import speculation
 from ar2diff.core.errors import Ar2DiffError
@@ -252,7 +252,7 @@ def test_a_card_asks_about_a_picture_that_was_drawn_or_given(model, data, tmp_pa
     assert "was not measured" in card and "| images | `causal`: " in card
     given = data.parent / "0.png"
     result = push(model, "me/m", license="mit", prompt="what is ?", image=given, dry_run=True)
-    assert {FILE, *FILES[:1], "chat_template.jinja"} <= result.files.keys()
+    assert {FILE, *PROCESSOR[:1], "chat_template.jinja"} <= result.files.keys()
     assert "drawn" not in result.card and "about this picture" in result.card
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     from ar2diff.hub.example import coded, example_of
@@ -278,7 +278,7 @@ def test_a_download_with_another_processor_is_told(model, monkeypatch):
             from ar2diff.hub.example import coded, example_of
 
             (folder / FILE).write_bytes(coded(example_of(checkpoint, None)))
-            file = folder / FILES[0]
+            file = folder / PROCESSOR[0]
             values = json.loads(file.read_text())
             change(values)
             file.write_text(json.dumps(values))
