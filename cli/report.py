@@ -45,7 +45,8 @@ def report_command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="File with held-out text.",
+            help="File with held-out text; of a vision-language model, also with conversations "
+            "about images.",
             show_default="texts that the model's run held out from its training, if they are here; "
             "else the embedded stories, for models made from the embedded one",
         ),

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 from conftest import DRAWING
+from PIL import Image
 from reports import apart, figure, plain, realistic, report
 
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.reports.compare import merged
 from ar2diff.reports.compare import write as compare
-from ar2diff.reports.figures import Missing, Order, Subject, Text
+from ar2diff.reports.figures import PNG, Missing, Order, Reply, Subject, Text
+from ar2diff.reports.figures import Seen as Shown
 from ar2diff.reports.page import write
+from ar2diff.reports.pictures import thumbnail
 from ar2diff.reports.plots import by_report, dominated, plots
 from ar2diff.reports.sentences import claims
 from ar2diff.reports.serving import serve_command
@@ -49,6 +52,12 @@ def hostile():
         "orders": [Order(prompt=HOSTILE, tokens=[HOSTILE, "\n"], forward=[2, 1],
                          confidence=[0.9, 0.8]), *given.orders],
         "missing": [Missing(question="speed", what=HOSTILE, why=HOSTILE)],
+        "seen": [Shown(
+            question="quality", prompt=HOSTILE, answer=HOSTILE,
+            pictures=[thumbnail(Image.new("RGB", (64, 32), "red"))],
+            replies=[Reply(subject="model", setting=HOSTILE, text=HOSTILE, right=False, tokens=6,
+                           forwards=4)],
+        )],
         "protocol": given.protocol | {"command": HOSTILE, HOSTILE: [HOSTILE]},
     })  # fmt: skip
 
@@ -89,17 +98,19 @@ class Seen(HTMLParser):
 def test_nothing_in_the_page_is_asked_of_a_network_or_runs_but_our_script(page):
     text, seen = page.read_text(encoding="utf-8"), Seen(page.read_text(encoding="utf-8"))
     assert [tag for tag, _ in seen.elements].count("script") == 1
-    assert not [tag for tag, _ in seen.elements if tag in ("img", "iframe", "object", "base")]
+    assert not [tag for tag, _ in seen.elements if tag in ("iframe", "object", "base")]
+    (picture,) = [values for tag, values in seen.elements if tag == "img"]
+    assert picture["src"].startswith(PNG) and picture["alt"] == f"{HOSTILE} (64 x 32 pixels)"
     assert not [name for _, a in seen.elements for name in a if name.startswith("on")]
     for link in seen.attributes("src", "href", "srcset", "data", "action"):
-        assert link.startswith(("#", "data:,")), link
+        assert link.startswith(("#", "data:,", PNG)), link
     assert set(re.findall(r"url\((.)", text)) == {"#"}
     assert "@import" not in text and "http" not in text.replace(EVIL, "").replace("http-equiv", "")
     assert "default-src 'none'" in text
 
 
 def test_texts_are_shown_as_they_were_written(page):
-    assert Seen(page.read_text(encoding="utf-8")).text.count(HOSTILE) >= 9
+    assert Seen(page.read_text(encoding="utf-8")).text.count(HOSTILE) >= 13
 
 
 def test_readers_of_any_kind_find_their_way(page):

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_card import answer_of, first_block, front_matter
-from vision import ClassAlbum, llava_folder, picture
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from vision import TYPED, ClassAlbum, llava_folder, picture
 from vision_classes import IMAGE, vision_class
 
 from ar2diff.checkpoint.files import PROCESSOR
@@ -30,14 +33,17 @@ from ar2diff.evaluation.answers import AnswerJudge
 from ar2diff.hub import verify as verifying
 from ar2diff.hub.example import FILE, PROMPT
 from ar2diff.hub.push import preview, push
+from ar2diff.reports import constrained
 from ar2diff.reports.compare import compare
+from ar2diff.reports.constrained_gaps import cases_of
 from ar2diff.reports.figures import MOST_PICTURE, Picture, read_report
+from ar2diff.reports.gaps import _in_answer
 from ar2diff.reports.material import material_for
-from ar2diff.reports.pictures import SIDE, thumbnail
+from ar2diff.reports.pictures import SIDE, show, thumbnail
 from ar2diff.reports.run import Asked, make_report
-from ar2diff.reports.seen import _recipe_of, bounds_of
-from ar2diff.reports.session import Sizes
-from ar2diff.reports.subjects import Held
+from ar2diff.reports.seen import bounds_of
+from ar2diff.reports.session import Session, Sizes
+from ar2diff.reports.subjects import Held, load_subjects
 from ar2diff.training.adapt import adapt
 
 TINY = Sizes(
@@ -162,7 +168,7 @@ def test_what_generate_gets_is_what_the_processor_makes(base, model, data):
     held = Held("model", str(model), checkpoint, 31)
     rows = [{"input_ids": [*q.ids, *q.reply], "labels": [*[IGNORED] * len(q.ids), *q.reply]}
             for q in (question, other)]  # fmt: skip
-    recipe = _recipe_of(checkpoint.spec, 40, 0)
+    recipe = load_recipe(None, ["convert.block_length=4", "data.max_length=40"])
     pool = packed(rows, checkpoint.end_ids, tokenizer, recipe)
     judged = AnswerJudge(checkpoint, pool, [0, 1], 4)()
     whole = [row["input_ids"] for row in rows]
@@ -223,6 +229,53 @@ def test_the_page_shows_pictures_small_and_without_what_is_known_of_them(made, t
     other = found.model_copy(update={"title": "another", "seen": []})
     (tmp_path / "other.json").write_text(json.dumps(other.model_dump(mode="json")))
     assert "another" in compare([folder, tmp_path / "other.json"], tmp_path / "c.html").read_text()
+
+
+def letters() -> object:
+    """A tokenizer of bytes, with the special tokens of the tiny Llava."""
+    marks = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<|reserved_0|>", "<|reserved_1|>"]
+    marks += ["<|user|>", "<|assistant|>"]
+    known = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({word: n for n, word in enumerate(known)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", additional_special_tokens=marks[4:],
+    )  # fmt: skip
+    found.chat_template = TYPED
+    return found
+
+
+def test_a_number_in_an_answer_is_filled_as_the_constraint_has_it(tmp_path, monkeypatch):
+    pytest.importorskip("outlines_core")
+    monkeypatch.setattr("vision.llava_tokenizer", letters)
+    folder = llava_folder(tmp_path / "base", vocab_size=len(letters()))
+    adapt(str(folder), load_recipe(None, ["train.max_steps=0"]), tmp_path / "model")
+    rows = []
+    for number in range(8):
+        picture(number).save(tmp_path / f"{number}.png")
+        asked = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": "count"}]
+        said = {"role": "assistant", "content": f"there are {number + 12} cats"}
+        rows.append({"messages": [{"role": "user", "content": asked}, said]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    subjects = load_subjects(str(tmp_path / "model"), str(folder), None, ())
+    model = subjects["model"].checkpoint
+    material = material_for(tmp_path / "model", model, str(tmp_path / "rows.jsonl"), "text", 8)
+    show([*subjects.values()], material.shots)
+    session = Session(subjects, material, replace(TINY, infills=1))
+    form, (case,) = cases_of(session, "regex")
+    assert (form.kind, case.true, len(case.gap)) == ("number", "12", 2)
+    assert case.left[: len(material.questions[0].ids)] == list(material.questions[0].ids)
+    assert min(case.left) < 0 and case.shown == "count there are […] cats"
+    found = constrained._measured(session, "regex")
+    assert {(row["subject"], row["setting"]) for row in found} == {
+        ("model", "diffusion 0.9"), ("base", "ar"), ("base", "ranked ar")
+    }  # fmt: skip
+    assert all(row["matches"] and len(row["text"]) == 2 and row["nats"] > 0 for row in found)
+    hole = _in_answer(material.questions[0])
+    text = model.tokenizer.decode([*hole.left[-6:], *hole.true, *hole.right])
+    assert text == "there are 12 cats" and hole.shape == (5, 6)
 
 
 def test_what_a_report_cannot_do_with_images_is_said_in_two_lines(

@@ -215,9 +215,8 @@ def _pictured(seen: Seen) -> dict[str, Any]:
         replies.setdefault(reply.text, []).append(reply)
     answers = [
         {
-            "who": ", ".join(label(reply.subject, reply.setting) for reply in alike),
             "text": text, "right": alike[0].right,
-            "pace": "; ".join(f"{label(r.subject, r.setting)} {_pace(r)}" for r in alike),
+            "pace": "; ".join(f"{label(r.subject, r.setting)}, {_pace(r)}" for r in alike),
         }
         for text, alike in replies.items()
     ]  # fmt: skip

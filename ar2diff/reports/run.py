@@ -89,7 +89,8 @@ def report(
         base: the AR model to compare it with; None: the one that it was made from, if that is here.
         control: the base, trained further on the same data without being converted.
         against: other converted models.
-        data: file with held-out text; None: what the run that made the model held out from its
+        data: file with held-out text, or of a vision-language model with conversations about
+            images; None: what the run that made the model held out from its
             training, else the embedded stories. text_field: field of a row that holds it.
         tasks: names of tasks of lm-evaluation-harness. quick: measure less.
         only: of `speed`, `quality`, `length` and `control`, those to measure; none: all.
