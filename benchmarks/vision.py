@@ -29,13 +29,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from ar2diff.demo.vision import scenes
-from ar2diff.demo.vision.build import MODEL_DIR
-
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core.generate import generate
+from ar2diff.demo.vision import scenes
+from ar2diff.demo.vision.build import MODEL_DIR
 from ar2diff.training.adapt import adapt
 from ar2diff.training.sft import sft
 
