@@ -10,14 +10,14 @@ a machine that goes away costs nothing but the rest. Parts, in this order:
     versions     of the machine and of every library
     probe        whether the masks do what the spec says, in float32 and bfloat16
     tokens       the demo model, its conversion and its draft adapter against their texts on the CPU
-    flex         loss and gradient of flex_attention against a dense mask
-    step         a training step at rows of 1,024 and 4,096 tokens (gpu_training.py)
-    decode       every mode at batch 1 and 8, chains and trees of a draft adapter (gpu_decoding.py)
     noises       every noise in adapt, sft and rl on the device and on the CPU, and its texts
                  (gpu_noises.py)
     qlora        an adapter on a model in 4 bits
     verbs        adapt, sft, rl and generate one after the other on the demo model
     launched     runs of one process under FSDP2, ZeRO-2 and ZeRO-3
+    flex         loss and gradient of flex_attention against a dense mask
+    step         a training step at rows of 1,024 and 4,096 tokens (gpu_training.py)
+    decode       every mode at batch 1 and 8, chains and trees of a draft adapter (gpu_decoding.py)
 
 A part is left out, with a row that says so, once nine minutes are spent; so is what a part has not
 done by then. A part that fails is a row too, and the exit status is 1. Weights of the 0.6B shape
@@ -315,9 +315,9 @@ def main() -> None:
     import gpu_training
 
     parts: dict[str, Part] = {
-        "versions": versions, "probe": probes, "tokens": tokens, "flex": gpu_training.flex,
-        "step": gpu_training.steps, "decode": gpu_decoding.speeds, "noises": gpu_noises.noises,
+        "versions": versions, "probe": probes, "tokens": tokens, "noises": gpu_noises.noises,
         "qlora": gpu_noises.qlora, "verbs": verbs, "launched": launched,
+        "flex": gpu_training.flex, "step": gpu_training.steps, "decode": gpu_decoding.speeds,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")

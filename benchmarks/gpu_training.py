@@ -97,7 +97,7 @@ def trainer_of(
     rows = [(n, [DocumentPart(row, length, 1, 0, n)]) for n, row in enumerate(ids)]
     trainer = AdaptTrainer(
         checkpoint, recipe, training_arguments(recipe, folder), train_dataset=rows,
-        data_collator=make_collator(recipe, spec.mask_token_id), callbacks=callbacks,
+        data_collator=make_collator(recipe, checkpoint.noise), callbacks=callbacks,
     )  # fmt: skip
     return trainer, rows
 

@@ -192,7 +192,7 @@ class Bench:
             local_window=None, max_length=job.length,
         )  # fmt: skip
         checkpoint = Checkpoint(Path(folder), self.model, Tokens(job.vocabulary), spec, {})
-        collator = make_collator(recipe, mask)
+        collator = make_collator(recipe, checkpoint.noise)
         arguments = training_arguments(recipe, Path(folder))
         self.trainer = Step(checkpoint, recipe, arguments, data_collator=collator)
         self.trainer.suppressed[:] = False
