@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from vision import TYPED, ClassAlbum, llava_folder, picture
 from vision_classes import IMAGE, vision_class
 
-from ar2diff.checkpoint.files import PROCESSOR
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core import speculation
@@ -306,11 +305,7 @@ def test_a_card_asks_about_a_picture_that_was_drawn_or_given(model, data, tmp_pa
     assert "was not measured" in card and "| images | `causal`: " in card
     given = data.parent / "0.png"
     result = push(model, "me/m", license="mit", prompt="what is ?", image=given, dry_run=True)
-<<<<<<< HEAD
     assert {FILE, "processor_config.json", "chat_template.jinja"} <= result.files.keys()
-=======
-    assert {FILE, *PROCESSOR[:1], "chat_template.jinja"} <= result.files.keys()
->>>>>>> origin/main
     assert "drawn" not in result.card and "about this picture" in result.card
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     raw = coded(example_of(load_checkpoint(str(model)), given).picture)
@@ -342,15 +337,8 @@ def test_a_download_with_another_processor_is_told(model, monkeypatch):
     def downloaded(change):
         def download(_name, _commit, folder):
             shutil.copytree(model, folder)
-<<<<<<< HEAD
             (folder / FILE).write_bytes(coded(example_of(checkpoint, None).picture))
             file = folder / "processor_config.json"
-=======
-            from ar2diff.hub.example import coded, example_of
-
-            (folder / FILE).write_bytes(coded(example_of(checkpoint, None)))
-            file = folder / PROCESSOR[0]
->>>>>>> origin/main
             values = json.loads(file.read_text())
             change(values)
             file.write_text(json.dumps(values))
