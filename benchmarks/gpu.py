@@ -12,6 +12,8 @@ a machine that goes away costs nothing but the rest. Parts, in this order:
     tokens       the demo model, its conversion and its draft adapter against their texts on the CPU
     noises       every noise in adapt, sft and rl on the device and on the CPU, and its texts
                  (gpu_noises.py)
+    vision       every vision-language class by the probes; the embedded one in adapt, sft and rl,
+                 and its answers about pictures (gpu_vision.py)
     qlora        an adapter on a model in 4 bits
     verbs        adapt, sft, rl and generate one after the other on the demo model
     launched     runs of one process under FSDP2, ZeRO-2 and ZeRO-3
@@ -313,10 +315,12 @@ def main() -> None:
     import gpu_decoding
     import gpu_noises
     import gpu_training
+    import gpu_vision
 
     parts: dict[str, Part] = {
         "versions": versions, "probe": probes, "tokens": tokens, "noises": gpu_noises.noises,
-        "qlora": gpu_noises.qlora, "verbs": verbs, "launched": launched,
+        "qlora": gpu_noises.qlora, "vision": gpu_vision.vision, "verbs": verbs,
+        "launched": launched,
         "flex": gpu_training.flex, "step": gpu_training.steps, "decode": gpu_decoding.speeds,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
