@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from vision import TYPED, ClassAlbum, llava_folder, picture
 from vision_classes import IMAGE, vision_class
 
+from ar2diff.checkpoint.files import EXAMPLE as FILE
 from ar2diff.checkpoint.io import load_checkpoint
 from ar2diff.config.recipe import load_recipe
 from ar2diff.core import speculation
@@ -31,7 +32,7 @@ from ar2diff.demo.vision.scenes import right_answer, scenes
 from ar2diff.diffusion.likelihood import ar_nll
 from ar2diff.evaluation.answers import AnswerJudge
 from ar2diff.hub import verify as verifying
-from ar2diff.hub.example import FILE, PROMPT, coded, example_of
+from ar2diff.hub.example import PROMPT, coded, example_of
 from ar2diff.hub.push import preview, push
 from ar2diff.reports import constrained
 from ar2diff.reports.compare import compare

@@ -27,6 +27,7 @@ DIFFUSION = "diffusion.json"  # for an adapter what the block in config.json is 
 PROCESSOR = [  # the files of a vision-language model's processor
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 ]  # fmt: skip
+EXAMPLE = "ar2diff-example.png"  # the picture on the card of such a model
 PROCESSOR_TEMPLATE = "chat_template.json"  # of older ones, whose tokenizers have none
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # downloaded from the Hub

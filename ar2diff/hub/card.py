@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoint.custom_generate import FOLDER, REQUIREMENTS, custom_generate, digest
+from ..checkpoint.files import EXAMPLE
 from ..checkpoint.model import Checkpoint
 from ..config.recipe import Recipe
 from ..core.errors import Ar2DiffError, option, shortened
@@ -25,7 +26,6 @@ from ..generation.tokens import closing_tokens
 from ..reports.figures import Report
 from ..reports.serving import serve_command
 from ..reports.summary import markdown, renamed
-from .example import FILE as EXAMPLE
 from .example import Example
 from .origin import Origin
 

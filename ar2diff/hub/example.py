@@ -19,7 +19,6 @@ from ..demo.vision.digits import SOURCE
 from ..demo.vision.scenes import scenes
 from ..reports.material import EYES, knows
 
-FILE = "ar2diff-example.png"  # in the repository
 PROMPT = "Describe the picture."
 SIDE = 512  # pixels of the longer side, at most
 SHAPES = ((250, 250, 250), (200, 60, 60), (60, 80, 200))  # colours: paper, circle, square

@@ -17,6 +17,7 @@ from ..checkpoint.files import (
     DIFFUSION,
     DRAFT_CONFIG,
     DRAFT_WEIGHTS,
+    EXAMPLE,
     PROCESSOR,
     PROCESSOR_TEMPLATE,
     RUN_FILE,
@@ -35,7 +36,6 @@ from ..core.fitted import NOISE_FILE
 from ..core.spec import HEAD_FILE
 from ..reports.summary import find_report
 from .client import NotAsked, Target, download, find_target, matching, upload
-from .example import FILE as EXAMPLE
 from .origin import CARD, Origin, origin_of, origin_of_base, without_paths
 
 PROMPT = "Once upon a time"

@@ -12,7 +12,14 @@ from ..checkpoint.adapters import load_adapter
 from ..checkpoint.compare import MERGED, far, fixed_logits
 from ..checkpoint.custom_generate import read_custom_generate
 from ..checkpoint.draft import load_drafting
-from ..checkpoint.files import ADAPTER_CONFIG, DRAFT_CONFIG, is_adapter, is_draft, read_json
+from ..checkpoint.files import (
+    ADAPTER_CONFIG,
+    DRAFT_CONFIG,
+    EXAMPLE,
+    is_adapter,
+    is_draft,
+    read_json,
+)
 from ..checkpoint.model import Checkpoint
 from ..checkpoint.stored import fingerprint
 from ..conversion.images import image_sample
@@ -22,7 +29,6 @@ from ..data.images import Shot
 from ..generation.complete import load
 from .card import Sample, measure
 from .client import download
-from .example import FILE as EXAMPLE
 from .origin import Origin
 
 
