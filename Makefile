@@ -1,4 +1,4 @@
-# make demo | make demo-draft | make demo-rl | make demo-vision-base | make test | make slow | make fuzz | make fuzz-long | make fuzz-server | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
+# make demo | make demo-vision | make demo-draft | make demo-rl | make demo-vision-base | make test | make slow | make fuzz | make fuzz-long | make fuzz-server | make golden | make cpus | make sandbox-test | make elsewhere | make stories3m | make docs | make recordings | make gpu
 PYTHON ?= python3
 # An activated environment is used as it is; else one is made here.
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ar2diff-installed
 AR2DIFF_DATA ?= $(abspath ../shared/data)
 export AR2DIFF_DATA
 
-.PHONY: docs recordings gpu install demo demo-draft demo-rl demo-vision-base test slow sandbox-test fuzz fuzz-long fuzz-server elsewhere lint messages golden cpus stories3m clean
+.PHONY: docs recordings gpu install demo demo-draft demo-rl demo-vision demo-vision-base test slow sandbox-test fuzz fuzz-long fuzz-server elsewhere lint messages golden cpus stories3m clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ demo: $(STAMP)
 # The draft adapter that ships beside the embedded model, trained again.
 demo-draft: $(STAMP)
 	$(BIN)/python -m ar2diff.demo.build --draft
+
+# The embedded vision-language model, adapted: pictures, questions, and what it says.
+demo-vision: $(STAMP)
+	$(BIN)/python -m ar2diff.demo.vision
 
 # After make demo: the model tuned on easy questions alone, then rewarded for answers to harder ones.
 demo-rl: $(STAMP)

@@ -22,6 +22,7 @@ from ar2diff.core.probe import probe, tolerance
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
 from ar2diff.demo.vision import scenes
 from ar2diff.demo.vision.build import MODEL_DIR
+from ar2diff.demo.vision.judge import answers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 WORDS = [5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17]
@@ -112,8 +113,6 @@ def _verbs(machine: Machine, folder: Path) -> Iterator[Row]:
 
 def _texts(machine: Machine, folder: Path, rows: list[Any]) -> Iterator[Row]:
     """Answers on the device against those on the CPU."""
-    from vision_recipes import answers
-
     found: dict[str, Any] = {}
     for device in ("cpu", machine.device):
         checkpoint = load_checkpoint(str(folder))
