@@ -14,8 +14,8 @@ text is that of the rules, letter for letter. Ways of a model:
     one token a forward   mode diffusion with as many forwards a block as it has tokens
     threshold T           mode diffusion
 
-Tokens per forward are tokens of answers, their end included, over forwards of the rows. The
-threshold of use is chosen on the training handwriting (`--split train`), not on what judges it.
+Tokens per forward are tokens of answers, their end included, over forwards of the rows; where a
+canvas is longer than the answer, its forwards count all the same.
 Training rows: 4,000 pictures with three questions each, of the training handwriting.
 The table: the conversion, published recipes and the AR control at the same number of steps, of rows
 and peak learning rate, each with the rest of its settings; blocks have 8 tokens. Dimple's second
