@@ -41,9 +41,10 @@ def main(output_dir: Path, name: str = "demo-vision", pictures: int = PICTURES) 
     checkpoint = load_checkpoint(str(output_dir))
     print(f"{JUDGED} held-out pictures for each kind of question, answers right to the letter:")
     _, texts = judge(checkpoint, JUDGED, ways=ways_of(checkpoint))
-    rows = [next(scenes.scenes(1, 1, "held_out", [kind])) for kind in scenes.KINDS[-SHOWN:]]
-    for number, row in enumerate(rows, len(scenes.KINDS) - SHOWN):
-        show(row, {way: said[number * JUDGED] for way, said in texts.items()})
+    for place in range(SHOWN):  # another picture for each of the last kinds
+        number = len(scenes.KINDS) - SHOWN + place
+        *_, row = scenes.scenes(place + 1, 1, "held_out", [scenes.KINDS[number]])
+        show(row, {way: said[number * JUDGED + place] for way, said in texts.items()})
     print(f"""
 {trained:.0f} s until trained, {time.monotonic() - start:.0f} s in all
 The converted model is in {output_dir}:
@@ -54,10 +55,11 @@ def show(row: dict[str, Any], said: dict[str, str]) -> None:
     """A picture in characters, its question, and what each way says."""
     picture, question = row["messages"][0]["content"]
     pixels = picture["image"].convert("L")
-    print()
+    print(f"\n  +{'-' * pixels.width}+")
     for y in range(0, pixels.height, 2):  # characters are twice as high as wide
         line = (pixels.getpixel((x, y)) for x in range(pixels.width))
-        print("  " + "".join(SHADES[value * len(SHADES) // 256] for value in line).rstrip())
+        print(f"  |{''.join(SHADES[value * len(SHADES) // 256] for value in line)}|")
+    print(f"  +{'-' * pixels.width}+")
     print(f"  {question['text']}")
     for way in ("AR", "lossless", "threshold 0.9"):
         first, *rest = said[way].split("\n")
