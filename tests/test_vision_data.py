@@ -291,10 +291,13 @@ def test_turned_and_moving_pictures_are_read_as_they_are_seen(tmp_path):
     frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
     assert Shot(tmp_path / "a.png").pixels().size == turned.size[::-1]
     assert Shot(tmp_path / "b.gif").pixels().getpixel((0, 0)) == (255, 0, 0)
+    grey = Image.new("I;16", (8, 8), 128 << 8)  # of 16 bits
+    grey.save(tmp_path / "c.png")
+    assert Shot(tmp_path / "c.png").pixels().getpixel((0, 0)) == (128, 128, 128)
 
 
-def bomb(path):
-    """A picture of 300 megapixels in a few hundred bytes."""
+def bomb(path, width=15_000):
+    """A picture of many megapixels in a few hundred bytes."""
     import struct
     import zlib
 
@@ -303,7 +306,7 @@ def bomb(path):
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", 15_000, 10_000, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, 10_000, 1, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
@@ -314,12 +317,15 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     picture(0).save(tmp_path / "exotic.tiff")
     bomb(tmp_path / "bomb.png")
+    bomb(tmp_path / "larger.png", 60_000)
     for value, said in (
         ("none.png", "none.png does not exist"),
         ("cut.png", "cut.png is broken"),
         ("text.png", "text.png is no image of a known format"),
         ("exotic.tiff", "exotic.tiff is no image of a known format"),
         ("bomb.png", "bomb.png has 15000 x 10000 pixels"),
+        ("larger.png", "larger.png has more pixels than"),
+        ("~nobody-of-that-name/a.png", "a.png does not exist"),
         ("https://a.b/c.png", "is on the web"),
         ("data:image/png;base64,??", "not valid base64"),
         (7, "an image is a number"),
