@@ -126,7 +126,7 @@ class Service:
     def processor(self) -> Any:
         """That of a vision-language model, with a tokenizer of its own."""
         found = copy(self.checkpoint.processor)
-        found.tokenizer = deepcopy(self.checkpoint.tokenizer)
+        found.tokenizer = deepcopy(found.tokenizer)
         return found
 
     def album(self) -> Album | None:
