@@ -135,10 +135,12 @@ class Shots:
 
     Attributes:
         most: pixels that an image may have.
+        room: pixels that are left for others, each as often as it is named; None: any number.
     """
 
     def __init__(self) -> None:
         self.most = MOST_PIXELS
+        self.room: int | None = None
         self.shots: dict[int, Shot] = {}
         self.sizes: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, bytes] = {}
@@ -154,8 +156,19 @@ class Shots:
         """The key of an image, which is read whole.
 
         Raises:
-            Ar2DiffError: as `Shot.pixels`, or Pillow is not installed.
+            Ar2DiffError: as `Shot.pixels`, or Pillow is not installed; or there is no room left.
         """
+        key = self._added(shot, where)
+        if self.room is not None:
+            width, height = self.sizes[key]
+            self.room -= width * height
+            if self.room < 0:
+                raise Ar2DiffError(
+                    f"{where}: the images have too many pixels together", "make them smaller"
+                )
+        return key
+
+    def _added(self, shot: Shot, where: str) -> int:
         named = shot.place if isinstance(shot.place, Path | bytes) else None
         if named is not None and named in self._known:
             return self._known[named]

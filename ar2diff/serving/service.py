@@ -134,7 +134,7 @@ class Service:
         if not self.checkpoint.sees_images:
             return None
         found = Album(self.processor, self.checkpoint.model)
-        found.shots.most = self.limits.pixels
+        found.shots.most, found.shots.room = self.limits.pixels, self.limits.all_pixels
         return found
 
     @cached_property
