@@ -20,6 +20,7 @@ from ar2diff.core.attention import (
     reading_slot,
 )
 from ar2diff.core.errors import Ar2DiffError
+from ar2diff.core.noises import Mask
 from ar2diff.core.seeds import content_key
 from ar2diff.data.documents import (
     OPEN_ROWS,
@@ -379,11 +380,12 @@ def test_rows_of_real_stories_keep_every_token(shared_data, make_recipe):
     tokenizer = AutoTokenizer.from_pretrained(shared_data("stories260K-hf"))
     texts = read_texts(shared_data("tinystories/valid.jsonl.gz"), "text")[:40]
     recipe = make_recipe("causal_context", block_length=8, data={"max_length": 128})
+    noise = Mask(mask=len(tokenizer), ids=torch.arange(len(tokenizer)))
     for text in texts:
         ids = tokenize(tokenizer, text, tokenizer.bos_token_id)  # stories end with <s>
         parts = cut(ids, recipe)
         assert [t for p in parts for t in p.ids[1 : p.real]] == ids[1:]
-        batch = collate(recipe, *[[p] for p in parts])
+        batch = Collator(recipe, noise)([(n, [p]) for n, p in enumerate(parts)])
         assert float(batch["divisor"]) == pytest.approx(sum(p.real - 1 for p in parts))
         assert int(batch["ar_divisor"]) == sum(p.real - 1 for p in parts)
 

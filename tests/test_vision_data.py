@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import pickle
 
 import pytest
 import torch
+import transformers as hf
 from accelerate.utils import send_to_device
 from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from vision import ClassAlbum, llava_folder, picture, picture_rows
 from vision_classes import CONFIGS, IMAGE, MASK, VisionClass, vision_class
 
 from ar2diff.checkpoint.io import load_checkpoint
+from ar2diff.checkpoint.processor import take_tokenizer
 from ar2diff.config.recipe import Recipe
 from ar2diff.core.attention import PADDING
 from ar2diff.core.errors import Ar2DiffError
@@ -24,6 +28,7 @@ from ar2diff.core.noises import Mask
 from ar2diff.core.spec import IMAGE_FORMAT, Spec
 from ar2diff.data.album import Album
 from ar2diff.data.conversations import Conversations, read_conversations, tokenize_conversations
+from ar2diff.data.documents import Collator, DocumentPart
 from ar2diff.data.images import Shot, Shots
 from ar2diff.data.turns import PackedConversations, TurnCollator, conversation_parts
 from ar2diff.diffusion.task import turn_task
@@ -291,10 +296,13 @@ def test_turned_and_moving_pictures_are_read_as_they_are_seen(tmp_path):
     frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
     assert Shot(tmp_path / "a.png").pixels().size == turned.size[::-1]
     assert Shot(tmp_path / "b.gif").pixels().getpixel((0, 0)) == (255, 0, 0)
+    grey = Image.new("I;16", (8, 8), 128 << 8)  # of 16 bits
+    grey.save(tmp_path / "c.png")
+    assert Shot(tmp_path / "c.png").pixels().getpixel((0, 0)) == (128, 128, 128)
 
 
-def bomb(path):
-    """A picture of 300 megapixels in a few hundred bytes."""
+def bomb(path, width=15_000):
+    """A picture of many megapixels in a few hundred bytes."""
     import struct
     import zlib
 
@@ -303,7 +311,7 @@ def bomb(path):
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", 15_000, 10_000, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, 10_000, 1, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
@@ -314,12 +322,15 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     picture(0).save(tmp_path / "exotic.tiff")
     bomb(tmp_path / "bomb.png")
+    bomb(tmp_path / "larger.png", 60_000)
     for value, said in (
         ("none.png", "none.png does not exist"),
         ("cut.png", "cut.png is broken"),
         ("text.png", "text.png is no image of a known format"),
         ("exotic.tiff", "exotic.tiff is no image of a known format"),
         ("bomb.png", "bomb.png has 15000 x 10000 pixels"),
+        ("larger.png", "larger.png has more pixels than"),
+        ("~nobody-of-that-name/a.png", "a.png does not exist"),
         ("https://a.b/c.png", "is on the web"),
         ("data:image/png;base64,??", "not valid base64"),
         (7, "an image is a number"),
@@ -405,3 +416,43 @@ def test_a_batch_without_images_gets_one_that_nothing_reads(llava, album, tmp_pa
         assert torch.equal(plain[name], haunted[name])
     with_images = TurnCollator(recipe, noise, album, "causal", ghost)([(0, packed.parts(1, 0))])
     assert with_images["images"].count == 16
+
+
+def test_what_stands_for_images_is_never_hidden_in_a_text_that_names_it(tmp_path):
+    """No slot can hold it, so its loss would be infinite."""
+    noise = Mask(mask=MASK, ids=torch.tensor([n for n in range(55) if n != IMAGE]))
+    ids = [1, 8, IMAGE, 9, IMAGE, 7, 10, 2]
+    parts = conversation_parts(ids, [-100, *ids[1:]], 0, ENDS, recipe_of())
+    made = TurnCollator(recipe_of(), noise)([(0, parts)])
+    assert made["scored"].any() and not (made["scored"] & (made["target"] == IMAGE)).any()
+    document = DocumentPart(ids, len(ids), 0, 0, 0)
+    made = Collator(recipe_of(), noise)([(0, [document])])
+    assert made["scored"].any() and not (made["scored"] & (made["x0"] == IMAGE)).any()
+
+
+def test_a_processor_that_writes_the_first_token_itself_is_not_told_twice(tmp_path):
+    """PaliGemma's: images, <bos>, the prompt, a line break, the answer."""
+    words = ["<unk>", "<bos>", "<eos>", "<pad>", *"abcdef", "\n"]
+    words += [f"<{n}>" for n in range(IMAGE - len(words))] + ["<image>"]
+    made = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|[a-f]|\n| "), "isolated")
+    made.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>",
+        pad_token="<pad>", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    sized = hf.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    sized.image_seq_length = 4
+    processor = hf.PaliGemmaProcessor(sized, copy.deepcopy(tokenizer))
+    asked = {"text": "<image>ab", "images": [picture(0)]}
+    alone, whole = (processor(**asked, suffix=end)["input_ids"][0] for end in (None, "cd"))
+    assert tokenizer("a").input_ids[0] == 1 and alone.count(1) == 1
+    for _ in range(2):
+        take_tokenizer(processor, tokenizer)
+        assert processor(**asked)["input_ids"][0] == alone
+    album, row = Album(processor, vision_class("paligemma").model), {"image": "0.png"}
+    picture(0).save(tmp_path / "0.png")
+    data = rows_of(tmp_path, row | {"prompt": "<image>ab", "completion": "cd"})
+    rows = tokenize_conversations(data, tokenizer, recipe_of(), album)
+    assert [IMAGE if one < 0 else one for one in rows.ids[0].tolist()] == whole
+    assert rows.labels[0].tolist() == [-100] * len(alone) + whole[len(alone) :]

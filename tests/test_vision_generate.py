@@ -316,6 +316,12 @@ def test_a_server_has_limits_of_its_own(server, monkeypatch):
     monkeypatch.setattr(server.service, "limits", type(limits)(pixels=400))
     status, _, answer = ask(server.url, "/v1/chat/completions", "POST", asked(data_uri(0)))
     assert status == 400 and b"480" not in answer and b"24 x 20 pixels, more than 400" in answer
+    monkeypatch.setattr(server.service, "limits", type(limits)(all_pixels=900))
+    for count, wanted in ((1, 200), (2, 400)):  # as often as it is named
+        body = asked(*[data_uri(0)] * count)
+        status, _, answer = ask(server.url, "/v1/chat/completions", "POST", body)
+        assert status == wanted
+    assert b"the images have too many pixels together" in answer
 
 
 @pytest.mark.parametrize("cached", [True, False])  # without, images are read in each forward

@@ -46,7 +46,7 @@ from .files import (
 )
 from .four_bit import bits_and_bytes, check_four_bit_shapes, keep_unpacked
 from .kinds import loader_of, outline_of, refuse_other_kinds
-from .processor import load_processor
+from .processor import load_processor, take_tokenizer
 from .stored import StoredTensor, stored_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -104,7 +104,7 @@ class Checkpoint:
     def processor(self) -> Any:
         """The processor of a vision-language model, around its tokenizer; errors as of
         `load_processor`."""
-        self._processor.tokenizer = self.tokenizer
+        take_tokenizer(self._processor, self.tokenizer)
         return self._processor
 
     @cached_property

@@ -3,6 +3,7 @@ of their pixels."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shutil
@@ -15,6 +16,7 @@ from ..core.errors import Ar2DiffError, first_line
 from .files import PROCESSOR, PROCESSOR_TEMPLATE, inside
 
 NEEDED = re.compile(r"(\w+) library|No module named '(\w+)'|(num2words|torchvision)", re.IGNORECASE)
+COPIED = "_ar2diff_tokenizer"  # attribute of a processor: of which tokenizer its own is a copy
 PILLOW = "pip install 'ar2diff[vision]'"
 MISMATCH = "torchvision::nms"  # in the error of a torchvision that was built for another torch
 SAME_BUILD = "install the torchvision that belongs to the installed torch, from the same index"
@@ -32,6 +34,20 @@ def load_processor(path: Path) -> Any:
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each class raises what it likes
         raise _no_processor(path, error) from error
+
+
+def take_tokenizer(processor: Any, tokenizer: Any) -> None:
+    """Put the tokenizer of a checkpoint into its processor. A processor that writes the first token
+    of a text itself (PaliGemma, behind the images) gets a copy that does not write it again."""
+    own = processor.tokenizer
+    if own("").input_ids == tokenizer("").input_ids or not hasattr(own, "backend_tokenizer"):
+        processor.tokenizer = tokenizer
+        return
+    source = id(tokenizer), len(tokenizer)
+    if getattr(processor, COPIED, None) != source:
+        processor.tokenizer = copy.deepcopy(tokenizer)
+        processor.tokenizer.backend_tokenizer.post_processor = own.backend_tokenizer.post_processor
+        setattr(processor, COPIED, source)
 
 
 def _no_processor(path: Path, error: Exception) -> Ar2DiffError:

@@ -248,8 +248,15 @@ def _text(
         return _once(tokenizer, found)
 
     ids = coded(whole)
-    start = 0
-    if prompt:
+    start, close = 0, ids[::-1].index(tokenizer.eos_token_id) if keys else 0
+    if close:  # what a processor writes behind a text (PaliGemma a line break) closes the prompt
+        ids = ids[: len(ids) - close]
+        if prompt:
+            before = coded(prompt[0])
+            start = len(before)
+            own = tokenizer(text=whole[len(prompt[0]) :], add_special_tokens=False, verbose=False)
+            ids = [*before, *own["input_ids"]]
+    elif prompt:
         before = coded(prompt[0])
         pairs = zip(before, ids, strict=False)
         start = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ids)))

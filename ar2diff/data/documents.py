@@ -26,6 +26,7 @@ from ..diffusion.corruption import (
     block_times,
     corrupt,
     given_spans,
+    holds,
     importance,
     replaced,
 )
@@ -354,11 +355,11 @@ class Collator:
         return given_spans(len(part.ids), noise.spans, noise.dropped, generator)
 
     def _maskable(self, ids: Tensor) -> Tensor:
-        """Position 0 is never masked nor scored, and neither is a mask token within the text; an AR
-        control masks nothing."""
+        """Position 0 is never masked nor scored, and neither is a token within the text that no
+        position can hold, like the mask; an AR control masks nothing."""
         if self.recipe.objective.kind == "ar":
             return torch.zeros(len(ids), dtype=torch.bool)
-        return (torch.arange(len(ids)) > 0) & (ids != self.noise.mask)
+        return (torch.arange(len(ids)) > 0) & holds(self.noise, ids)
 
     def finish(
         self,

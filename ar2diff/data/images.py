@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Shot:
                 return _upright(image, f"{where}: {name}", most)
         except Ar2DiffError:
             raise
+        except Image.DecompressionBombError:  # Pillow's own limit, which is above ours
+            raise _too_large(f"{where}: {name}", "more pixels", most) from None
         except FileNotFoundError:
             raise Ar2DiffError(f"{where}: {name} does not exist", "correct the path") from None
         except Image.UnidentifiedImageError:
@@ -79,11 +82,17 @@ def _upright(image: Any, what: str, most: int) -> Any:
 
     width, height = image.size
     if width * height > most:
-        raise Ar2DiffError(
-            f"{what} has {width} x {height} pixels, more than {most:,}",
-            "make it smaller, or remove the row",
-        )
+        raise _too_large(what, f"{width} x {height} pixels, more", most)
+    if image.mode.startswith(
+        "I;16"
+    ):  # greys of 16 bits: Pillow would make nearly all of them white
+        image = image.point(lambda grey: grey / 256).convert("L")
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _too_large(what: str, has: str, most: int) -> Ar2DiffError:
+    fix = "make it smaller, or remove the row"
+    return Ar2DiffError(f"{what} has {has} than {most:,}", fix)
 
 
 def shot_of(value: Any, where: str, folder: Path) -> Shot:
@@ -110,7 +119,7 @@ def shot_of(value: Any, where: str, folder: Path) -> Shot:
         return Shot(of_base64(value.partition(",")[2], where))
     if value.startswith("file://"):
         value = unquote(urlsplit(value).path)
-    return Shot(folder / Path(value).expanduser())
+    return Shot(folder / os.path.expanduser(value))  # noqa: PTH111 Path's may raise
 
 
 def of_base64(text: Any, where: str) -> bytes:
@@ -126,10 +135,12 @@ class Shots:
 
     Attributes:
         most: pixels that an image may have.
+        room: pixels that are left for others, each as often as it is named; None: any number.
     """
 
     def __init__(self) -> None:
         self.most = MOST_PIXELS
+        self.room: int | None = None
         self.shots: dict[int, Shot] = {}
         self.sizes: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, bytes] = {}
@@ -145,8 +156,19 @@ class Shots:
         """The key of an image, which is read whole.
 
         Raises:
-            Ar2DiffError: as `Shot.pixels`, or Pillow is not installed.
+            Ar2DiffError: as `Shot.pixels`, or Pillow is not installed; or there is no room left.
         """
+        key = self._added(shot, where)
+        if self.room is not None:
+            width, height = self.sizes[key]
+            self.room -= width * height
+            if self.room < 0:
+                raise Ar2DiffError(
+                    f"{where}: the images have too many pixels together", "make them smaller"
+                )
+        return key
+
+    def _added(self, shot: Shot, where: str) -> int:
         named = shot.place if isinstance(shot.place, Path | bytes) else None
         if named is not None and named in self._known:
             return self._known[named]

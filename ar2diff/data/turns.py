@@ -29,7 +29,7 @@ from ..core.images import codes_of
 from ..core.noise import Noise
 from ..core.seeds import content_key, keyed_generator
 from ..core.sight import until_of, wide
-from ..diffusion.corruption import block_times, corrupt, importance
+from ..diffusion.corruption import block_times, corrupt, holds, importance
 from ..diffusion.objective import coefficients, joint_divisors, time_weights
 from ..diffusion.task import previous_ids
 from .album import Album
@@ -374,7 +374,7 @@ class TurnCollator:
         ids = [*part.ids[first : turn.end], *[part.ids[turn.end - 1]] * fill]
         codes = torch.tensor(ids)
         target = self._words(codes)
-        maskable = (pos >= turn.start) & (target != self.noise.mask)
+        maskable = (pos >= turn.start) & holds(self.noise, target)
         eos = (pos >= turn.end - 1) & turn.ended
         # A run of end tokens counts as one.
         weight = maskable.float() / torch.where(eos, fill + 1.0, 1.0)

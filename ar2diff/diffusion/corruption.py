@@ -114,6 +114,16 @@ def _stratified(n: int, generator: torch.Generator) -> Tensor:
     return (order + torch.rand(n, generator=generator)) / n
 
 
+def holds(noise: Noise, ids: Tensor) -> Tensor:
+    """[N] bool, which of some ids the noise may hide and the model write: not the mask, nor what
+    stands for images, which texts may name all the same."""
+    known = noise.ids
+    if known is None:
+        return ids != noise.mask
+    at = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+    return (known[at] == ids) & (ids != noise.mask)
+
+
 def corrupt(
     noise: Noise,
     x0: Tensor,

@@ -21,7 +21,8 @@ class Limits:
         tokens: of an answer.
         seconds: of a request, from the end of its body to the end of its answer.
         rows: answers that a request may ask for, over all its prompts.
-        images: that a request may have. pixels: of each.
+        images: that a request may have. pixels: of each. all_pixels: of them together, since the
+            model's processor holds all of them at once.
         body: bytes of a request. patience: seconds in which they have to arrive.
         headers: seconds in which the headers of a request have to arrive.
         leave: seconds beyond `seconds` in which a client has to have read its answer.
@@ -32,6 +33,7 @@ class Limits:
     rows: int = 128
     images: int = 16
     pixels: int = 32 << 20
+    all_pixels: int = 64 << 20
     body: int = 8 << 20
     patience: float = 30.0
     headers: float = 15.0

@@ -126,7 +126,7 @@ class Service:
     def processor(self) -> Any:
         """That of a vision-language model, with a tokenizer of its own."""
         found = copy(self.checkpoint.processor)
-        found.tokenizer = deepcopy(self.checkpoint.tokenizer)
+        found.tokenizer = deepcopy(found.tokenizer)
         return found
 
     def album(self) -> Album | None:
@@ -134,7 +134,7 @@ class Service:
         if not self.checkpoint.sees_images:
             return None
         found = Album(self.processor, self.checkpoint.model)
-        found.shots.most = self.limits.pixels
+        found.shots.most, found.shots.room = self.limits.pixels, self.limits.all_pixels
         return found
 
     @cached_property
