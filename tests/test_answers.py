@@ -122,7 +122,9 @@ def tokenized(count):
 
 def plan(recipe, rows):
     asked = [{"messages": [{"role": "user", "content": f"ask {row[2]}"}]} for row in rows.ids]
-    return judged_answers(Stub("causal_context"), recipe, Conversations(asked, [], ()), rows)
+    return judged_answers(
+        Stub("causal_context"), recipe, Conversations(asked, [""] * len(asked), ()), rows
+    )
 
 
 def test_what_the_first_epoch_reads_last_is_held_out_and_never_trained_on(sft_recipe):

@@ -371,7 +371,7 @@ def test_format_2_alone_has_a_head(headed):
     for change, said in (
         ({"format": 1}, "unknown key, 'head'"),
         ({"format": 3}, "unknown key, 'head'"),
-        ({"format": 4}, "format is 4; this version of ar2diff reads formats up to 3"),
+        ({"format": 5}, "format is 5; this version of ar2diff reads formats up to 4"),
     ):
         with pytest.raises(Ar2DiffError, match=said):
             Spec.from_config(config | {"diffusion": config["diffusion"] | change})

@@ -132,8 +132,8 @@ def test_check_tries_whether_speculation_is_lossless(converted, monkeypatch):
     assert any("8 of 8 texts of 16 tokens" in finding.what for finding in found.findings)
     plain = lossless._texts
 
-    def wrong(checkpoint, prompts, mode, **settings):
-        texts = plain(checkpoint, prompts, mode=mode, **settings)
+    def wrong(checkpoint, prompts, album, mode, **settings):
+        texts = plain(checkpoint, prompts, album, mode=mode, **settings)
         if mode == "speculative":
             texts[1][5] += 1
         return texts
@@ -152,7 +152,9 @@ def test_check_tries_whether_speculation_is_lossless(converted, monkeypatch):
 def test_the_gap_at_a_difference_is_that_of_the_two_likeliest_tokens(converted, temperature):
     checkpoint = load_checkpoint(str(converted), dtype="float64")
     prompt, text = [1, 40, 41], [50, 51, 52, 53]
-    found = lossless._gap(str(converted), torch.float64, prompt, [50, 51, 60], text, temperature, 7)
+    found = lossless._gap(
+        str(converted), torch.float64, prompt, [50, 51, 60], text, temperature, 7, None
+    )
     scores = checkpoint.model(torch.tensor([[*prompt, 50, 51]])).logits[0, -1]
     scores[checkpoint.suppressed] = float("-inf")
     if temperature:

@@ -587,7 +587,7 @@ def test_files_in_folders_import_their_neighbours_once(write_module):
     ("name", "parts"),
     [
         ("countdwn", ["there is no reward 'countdwn'", "did you mean countdown?"]),
-        ("zzz", ["there is no reward 'zzz'", "exact, countdown", "module:function"]),
+        ("zzz", ["there is no reward 'zzz'", "exact, json, countdown", "module:function"]),
         ("", ["there is no reward ''"]),
         (":f", ["there is no reward"]),
         ("own_rewards.py", ["names no function", "write own_rewards.py:FUNCTION"]),

@@ -328,8 +328,8 @@ UNREADABLE = [  # a row, what is said of it, and how it can be read or fixed
         "human",
     ),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-        "messages[0].content[0] is a part of type 'image'", "correct",
+        {"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]},
+        "messages[0].content[0] is a part of type 'video'", "correct",
     ),
     (weighed(QA, 1) | {"tools": "x"}, "tools is a text that is not JSON", "correct"),
     ({**QA, "tools": {"a": 1}}, "tools is an object, but must be a list", "correct"),

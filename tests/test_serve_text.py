@@ -269,8 +269,8 @@ def test_a_wrong_field_is_named(kind, value, param):
 
 
 def test_a_part_of_a_message_that_is_no_text_is_named_with_its_type():
-    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
-    with pytest.raises(Refusal, match="image_url") as refusal:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {"data": "x"}}]
+    with pytest.raises(Refusal, match="input_audio") as refusal:
         read_request(ChatRequest, {"messages": [{"role": "user", "content": parts}]})
     assert refusal.value.param == "messages[0].content[1]"
 

@@ -120,6 +120,8 @@ def refuse_other_kinds(path: Path, config: dict[str, Any]) -> None:
 
 
 def _is_vision_language(kind: Any, names: list[str], config: dict[str, Any]) -> bool:
+    if not isinstance(kind, str):
+        return False
     own = names_of(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, ()))
     return bool(names) and names[0] in own and not config.get("is_encoder_decoder")
 

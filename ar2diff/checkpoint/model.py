@@ -211,6 +211,7 @@ def load_model(
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
             **quantized,
         )
     except Ar2DiffError:

@@ -142,7 +142,9 @@ class Running:
         if whole and not hasattr(inner, "get_base_model"):
             own = inner.state_dict().keys()
             if not all(tensor.name in own for tensor in stored_tensors(folder)):
-                found = type(inner).from_pretrained(folder, config=inner.config, dtype=inner.dtype)
+                found = type(inner).from_pretrained(
+                    folder, config=inner.config, dtype=inner.dtype, trust_remote_code=False
+                )
                 inner.load_state_dict(found.state_dict())
                 return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
