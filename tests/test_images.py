@@ -138,9 +138,10 @@ def test_blocks_that_cut_through_an_image_read_all_of_it(seen):
     assert torch.equal(*found)
 
 
-def test_positions_are_those_of_the_class(seen):
-    if not has_places(seen.model):
-        pytest.skip("its positions are those of a text")
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_those_of_the_class(name):
+    seen = vision_class(name)
+    assert has_places(seen.model) and not has_places(vision_class("llava").model)
     inputs = seen.inputs([[1, 8, ("image", 1), 21, ("image", 2), *WORDS[:2]]])
     names = input_names(seen.model)
     pictures = []
