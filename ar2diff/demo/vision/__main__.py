@@ -48,7 +48,8 @@ def main(output_dir: Path, name: str = "demo-vision", pictures: int = PICTURES) 
     print(f"""
 {trained:.0f} s until trained, {time.monotonic() - start:.0f} s in all
 The converted model is in {output_dir}:
-  ar2diff chat {output_dir}        # then: /image {data.with_suffix("")}/00000.png, and a question""")
+  ar2diff chat {output_dir}
+and there, with a question after it: /image {data.with_suffix("")}/00000.png""")
 
 
 def show(row: dict[str, Any], said: dict[str, str]) -> None:
