@@ -9,6 +9,8 @@ import shutil
 import pytest
 import torch
 import transformers as hf
+from kills import killed_at_step
+from safetensors.torch import load_file
 from vision import WORDS, llava_folder, picture_rows
 
 from ar2diff.checkpoint.io import load_checkpoint
@@ -227,3 +229,23 @@ def test_a_torchvision_of_another_build_is_said(llava, monkeypatch):
     monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", broken)
     with pytest.raises(Ar2DiffError, match="torchvision does not match torch"):
         load_processor(llava)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(converted, rows, tmp_path, adapter):
+    settings = [*SIZES, "train.save_steps=1", "eval.steps=0"]
+    settings += ["peft.r=4"] if adapter else ["train.frozen=[]"]
+
+    def run(out, **options):
+        return sft(
+            converted, None, tmp_path / out, data=rows, max_steps=3, overrides=settings, **options
+        )
+
+    run("once")
+    killed_at_step(lambda: run("again"), 2)
+    assert not list((tmp_path / "again").glob("*.safetensors"))
+    run("again", resume=True)
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    ours, theirs = (load_file(tmp_path / out / name) for out in ("once", "again"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
