@@ -220,6 +220,14 @@ def test_a_processor_that_lacks_a_package_names_it(llava, tmp_path, kind):
     assert error.value.fix == "pip install torchvision"
 
 
+def test_a_processor_of_an_unknown_class_is_refused(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "model")
+    file = tmp_path / "model/processor_config.json"
+    file.write_text(file.read_text().replace("LlavaProcessor", "NoProcessor"))
+    with pytest.raises(Ar2DiffError, match="it is a Token"):
+        load_processor(tmp_path / "model")
+
+
 def test_a_torchvision_of_another_build_is_said(llava, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("operator torchvision::nms does not exist")
