@@ -145,6 +145,15 @@ def test_what_conversations_with_images_cannot_have(llava, converted, train):
             train(verb, model, *settings)
 
 
+def test_a_draft_adapter_is_trained_on_texts(converted, train, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{w} b c d e " * 60}) for w in "abcd")
+    )
+    texts, short = tmp_path / "texts.jsonl", ("eval.length=32", "eval.rows=1")
+    _, losses = train(draft, converted, *short, data=texts, steps=1)
+    assert len(losses) == 1 and losses[0] > 0
+
+
 def test_rows_that_a_cut_would_tear_are_counted(converted, tmp_path, capfd):
     rows = picture_rows(tmp_path, 4)
     lines = rows.read_text().splitlines()
