@@ -519,7 +519,13 @@ def test_learning_rate_scale_zero_freezes_that_kind_alone(tiny_checkpoint, text_
     before = {n: p.detach().clone() for n, p in checkpoint.model.named_parameters()}
     kinds = parameter_kinds(checkpoint.model)
     names = {n: kinds[p] for n, p in checkpoint.model.named_parameters()}
-    after, _ = train(tiny_checkpoint, recipe, tmp_path)
+    after, trainer = train(tiny_checkpoint, recipe, tmp_path)
+    groups = trainer.optimizer.param_groups
+    rates = [group["initial_lr"] for group in groups]
+    for group in groups:
+        group["lr"] = group["initial_lr"]
+    trainer.create_optimizer()  # as under DeepSpeed, where it is asked for twice
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
     moved = {n: not torch.equal(before[n], after[n]) for n in before}
     assert set(names.values()) == {"attention", "mlp", "embeddings", "other"}
     assert all(moved[n] == (names[n] != "mlp") for n in names)

@@ -359,6 +359,14 @@ def test_rows_whose_images_have_no_place_are_refused(llava, album, tmp_path):
             data = rows_of(tmp_path, row)
             tokenize_conversations(data, llava.tokenizer, recipe_of(), album)
         assert "row 1" in refused.value.what
+    changed = Album(llava.processor, llava.model)
+    tokenize_conversations(data := rows_of(tmp_path, asked(named)), llava.tokenizer, recipe_of(),
+                           changed)  # fmt: skip
+    picture(1).save(tmp_path / "0.png")
+    with pytest.raises(Ar2DiffError, match="has changed since it was read"):
+        changed.pixels(*data.shots)
+    with pytest.raises(Ar2DiffError, match="row 1: the model's processor refuses it"):
+        changed.read("<image><image>", (), "row 1")
     with pytest.raises(Ar2DiffError, match="the model reads text alone"):
         tokenize_conversations(rows_of(tmp_path, asked(named)), llava.tokenizer, recipe_of())
     ignored = rows_of(tmp_path, asked({"type": "text", "text": "a"}) | {"image": "0.png"})

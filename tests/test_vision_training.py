@@ -147,6 +147,15 @@ def test_what_conversations_with_images_cannot_have(llava, converted, train):
             train(verb, model, *settings)
 
 
+def test_a_draft_adapter_is_trained_on_texts(converted, train, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{w} b c d e " * 60}) for w in "abcd")
+    )
+    texts, short = tmp_path / "texts.jsonl", ("eval.length=32", "eval.rows=1")
+    _, losses = train(draft, converted, *short, data=texts, steps=1)
+    assert len(losses) == 1 and losses[0] > 0
+
+
 def test_rows_that_a_cut_would_tear_are_counted(converted, tmp_path, capfd):
     rows = picture_rows(tmp_path, 4)
     lines = rows.read_text().splitlines()
@@ -220,6 +229,14 @@ def test_a_processor_that_lacks_a_package_names_it(llava, tmp_path, kind):
     with pytest.raises(Ar2DiffError, match="needs the package torchvision, which is not") as error:
         load_processor(tmp_path / "model")
     assert error.value.fix == "pip install torchvision"
+
+
+def test_a_processor_of_an_unknown_class_is_refused(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "model")
+    file = tmp_path / "model/processor_config.json"
+    file.write_text(file.read_text().replace("LlavaProcessor", "NoProcessor"))
+    with pytest.raises(Ar2DiffError, match="it is a Token"):
+        load_processor(tmp_path / "model")
 
 
 def test_a_torchvision_of_another_build_is_said(llava, monkeypatch):

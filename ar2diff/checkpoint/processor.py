@@ -31,9 +31,12 @@ def load_processor(path: Path) -> Any:
     for name in (*PROCESSOR, PROCESSOR_TEMPLATE):
         inside(path, name)
     try:
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        found = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each class raises what it likes
         raise _no_processor(path, error) from error
+    if not hasattr(found, "image_processor"):  # a tokenizer, where the class is not known
+        raise _no_processor(path, ValueError(f"it is a {type(found).__name__}"))
+    return found
 
 
 def take_tokenizer(processor: Any, tokenizer: Any) -> None:

@@ -124,7 +124,7 @@ class DraftSpec:
         base = base or CAUSAL
         return replace(
             base,
-            format=format_of(Mask(), base.head),
+            format=format_of(Mask(), base.head, base.images),
             noise=Mask(),
             mask_token_id=self.vocabulary,
             block_length=self.block_length,

@@ -22,7 +22,7 @@ from ..core.images import (
     keys_in,
 )
 from ..core.sight import has_places, own_places, places_of
-from .images import Shots
+from .images import Shots, digest_of
 
 MOST_BYTES = 256 << 20  # of prepared images that are kept
 KINDS = ("token_type_ids", "mm_token_type_ids")  # what some processors call a placeholder
@@ -67,8 +67,19 @@ class Album:
         return self.shots.include(shots)
 
     def pixels(self, key: int) -> Any:
-        """An image, in RGB."""
-        return self.shots.shots[key].pixels()
+        """An image, in RGB.
+
+        Raises:
+            Ar2DiffError: it is not there any more, or another one is there.
+        """
+        shot = self.shots.shots[key]
+        found = shot.pixels()
+        if digest_of(found) != self.shots.content(key):
+            raise Ar2DiffError(
+                f"{shot.name} has changed since it was read first",
+                "leave the images as they are while a run reads them, and start it again",
+            )
+        return found
 
     def header(self, key: int) -> Header:
         """The header of an image."""
@@ -152,7 +163,13 @@ class Album:
             Ar2DiffError: as `coded`.
         """
         images = [self.pixels(key) for key in keys] or None
-        (ids,) = self.processor(text=[text], images=images)["input_ids"]
+        try:
+            (ids,) = self.processor(text=[text], images=images)["input_ids"]
+        except Exception as error:  # each processor raises what it likes
+            raise Ar2DiffError(
+                f"{where}: the model's processor refuses it ({first_line(error)})",
+                "correct it, or the files of the processor",
+            ) from error
         return self.coded(ids, keys, where)
 
     def chat(

@@ -103,6 +103,8 @@ class Running:
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with the recipe's learning-rate factor for each kind of parameter."""
+        if self.optimizer is not None:  # DeepSpeed asks twice, and the factors must act once
+            return self.optimizer
         optimizer = super().create_optimizer(model)
         scales = self.recipe.train.lr_scale.model_dump()
         kinds = parameter_kinds(self.model)
