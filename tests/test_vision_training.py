@@ -19,6 +19,7 @@ from ar2diff.checkpoint.processor import load_processor
 from ar2diff.conversion.exports import export
 from ar2diff.core.errors import Ar2DiffError
 from ar2diff.training.adapt import adapt
+from ar2diff.training.closing import closing
 from ar2diff.training.draft import draft
 from ar2diff.training.sft import DiffusionSFTTrainer, sft
 
@@ -63,6 +64,9 @@ def parts(folder) -> dict[str, torch.Tensor]:
 
 
 def test_a_conversion_without_steps_keeps_every_bit_and_the_processor(llava, converted):
+    record = json.loads((converted / "ar2diff.json").read_text())
+    said = closing({**dict.fromkeys(("tokens", "seconds")), "output_dir": "out", **record})
+    assert "  ar2diff chat out" in said and not any("Once upon" in line for line in said)
     before, after = parts(llava), parts(converted)
     mask = load_checkpoint(str(converted)).spec.mask_token_id
     for name, x in before.items():

@@ -33,6 +33,7 @@ NEXT = {  # commands that are worth typing after a verb
     "sft": ("chat {}", "eval {} --data FILE", "push {} NAME/REPOSITORY"),
     "rl": ("chat {}", "push {} NAME/REPOSITORY"),
 }
+SEEING = {"adapt": ("chat {}", "eval {} --answers FILE", "sft {} --data FILE")}  # of images
 
 
 def closing(result: Mapping[str, Any], pictures: Sequence[str] | None = None) -> list[str]:
@@ -52,7 +53,8 @@ def closing(result: Mapping[str, Any], pictures: Sequence[str] | None = None) ->
     if result["tokens"] is not None:
         drawn = f"no plots; {INSTALL} draws them" if pictures is None else ", ".join(pictures)
         lines.append(f"  log      {folder}/{LOG} (metrics.jsonl{', ' if drawn else ''}{drawn})")
-    commands = NEXT.get(result["verb"] or "", ())
+    known = NEXT | SEEING if "images" in (result["diffusion"] or ()) else NEXT
+    commands = known.get(result["verb"] or "", ())
     if result["diffusion"] is None and result["verb"] != "draft":
         commands = ("eval {} --data FILE",)  # an AR model, for which our decoding is not meant
     place = shlex.quote(folder)
