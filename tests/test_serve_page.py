@@ -407,6 +407,7 @@ def test_a_saved_run_is_replayed_without_the_server(saved, visit):
     page = visit(prepare=offline)
     expect(page.locator("#outage")).to_contain_text("does not answer")
     page.set_input_files("#file", path)
+    expect(page.locator("#runs .text")).to_have_count(1)  # reading a file takes its time
     page.locator("#slider").press("End")
     assert written(page) == text
     page.locator("#slider").press("Home")
@@ -473,6 +474,7 @@ def test_hostile_texts_are_shown_as_texts(page, saved, tmp_path):
     bad = tmp_path / "evil.json"
     bad.write_text(json.dumps(whole))
     page.set_input_files("#file", bad)
+    expect(page.locator("#runs .turn")).to_contain_text(evil)
     page.locator("#slider").press("Home")
     page.locator("#slider").press("ArrowRight")
     expect(page.locator("#runs .turn")).to_contain_text(evil)
